@@ -1,0 +1,80 @@
+"""steer: feature sliders for merged language models.
+
+    import steer
+
+    model = steer.load("path-or-hub-id")
+    moral = steer.find(model, "moralizing")
+    with model.steered({moral: -1.5}):
+        print(model.chat("My friend lied to me."))
+    model.sliders["moralizing"] = -0.5
+    steer.bake("path", "out", ablate=[moral])
+
+Names are imported when they are first used: `import steer` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steer.baking import bake
+    from steer.errors import SteerError
+    from steer.finding import find
+    from steer.live.model import SteeredModel, load
+    from steer.values.direction import Direction
+    from steer.values.edit import Edit
+    from steer.values.sampler import Sampler
+    from steer.values.slider import Slider
+    from steer.values.trait import Trait
+    from steer.weights.certify import Certificate, verify
+    from steer.weights.fetch import fetch
+    from steer.weights.merge import merge
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Certificate": "steer.weights.certify",
+    "Direction": "steer.values.direction",
+    "Edit": "steer.values.edit",
+    "Sampler": "steer.values.sampler",
+    "Slider": "steer.values.slider",
+    "SteerError": "steer.errors",
+    "SteeredModel": "steer.live.model",
+    "Trait": "steer.values.trait",
+    "bake": "steer.baking",
+    "fetch": "steer.weights.fetch",
+    "find": "steer.finding",
+    "load": "steer.live.model",
+    "merge": "steer.weights.merge",
+    "verify": "steer.weights.certify",
+}
+
+__all__ = [
+    "Certificate",
+    "Direction",
+    "Edit",
+    "Sampler",
+    "Slider",
+    "SteerError",
+    "SteeredModel",
+    "Trait",
+    "bake",
+    "fetch",
+    "find",
+    "load",
+    "merge",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'steer' has no attribute {name!r}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,87 @@
+"""`steer bake`: from names of directions to a checked Edit and a baked checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from steer.errors import UsageError
+from steer.live.library import directions_of, own_place
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.values.trait import shipped_traits
+from steer.weights.bake import bake as bake_edit
+from steer.weights.certify import Certificate
+from steer.weights.fetch import resolve
+from steer.weights.sketch import Sketch, sketch_files
+from steer.weights.staging import check_output
+
+Named = Direction | str | Path
+"""A Direction, a file that holds one, or the name of one."""
+
+
+def bake(
+    source: str | Path,
+    out: str | Path,
+    *,
+    ablate: Sequence[Named] = (),
+    add: Mapping[Named, float] | None = None,
+    strength: float = 1.0,
+    blocks: tuple[int, int] | None = None,
+    force: bool = False,
+    command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Certificate:
+    """Write a checkpoint with directions removed from its weights, and amounts added as biases.
+
+    `ablate` is removed from every writer, embedding included, or from the writers of `blocks` only;
+    `strength` below 1 leaves a share. `add` maps directions to amounts. Streams: memory stays near the
+    largest tensor. Errors: SteerError and its kinds, one line each; `out` is complete or absent.
+    """
+    out = Path(out)
+    check_output(out)
+    place = checkpoint_dir(source)
+    ablated = tuple(locate(place, d, force=force) for d in ablate)
+    added = tuple((locate(place, d, force=force), amount) for d, amount in (add or {}).items())
+    return bake_edit(place, out, Edit(ablated, strength, blocks, added), command=command, progress=progress)
+
+
+def checkpoint_dir(source: str | Path) -> Path:
+    """The directory of a checkpoint on disk. Errors: UsageError for a hub id that is not here yet."""
+    place = Path(resolve(source))
+    if not place.is_dir():
+        raise UsageError(f"{source}: expected a checkpoint on disk, found a hub id; run: steer fetch {source}")
+    return place
+
+
+def locate(place: Path, named: Named, *, force: bool = False) -> Direction:
+    """A direction for the checkpoint at `place`, checked to belong to it.
+
+    A trait's name without a direction at hand is found first, which loads the model and keeps the result.
+    Errors: UsageError for an unknown name, MismatchError for a direction of another checkpoint.
+    """
+    sketch = sketch_files(place)
+    if isinstance(named, str) and not named.endswith(".safetensors"):
+        known = directions_of(sketch)
+        if named in known:
+            return known[named]
+        if named not in shipped_traits() and not named.endswith((".yaml", ".yml")):
+            raise UsageError(
+                f"unknown trait {named!r}: expected one of {', '.join(shipped_traits())}, a direction's file "
+                "(.safetensors) or a trait of your own (.yaml)"
+            )
+        return find_and_keep(place, named, sketch)
+    direction = named if isinstance(named, Direction) else Direction.load(named)
+    if not force:
+        sketch.check(direction.name, direction.provenance, str(place))
+    return direction
+
+
+def find_and_keep(place: Path, trait: str, sketch: Sketch) -> Direction:
+    """Find a trait's direction and keep it where it is looked for by name."""
+    from steer.finding import find
+    from steer.live.model import load
+
+    direction = find(load(place), trait)
+    direction.save(own_place(sketch, direction.name))
+    return direction

@@ -1,0 +1,249 @@
+"""The command line: one verb a stage, no logic. torch is imported by the verbs that need it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+
+from steer.errors import SteerError, UsageError
+
+app = typer.Typer(
+    name="steer",
+    help="Feature sliders for merged language models: merge, find, steer, bake, with proof.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or smollm2-135m-instruct.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout, all else on stderr.")]
+
+
+def main() -> None:
+    """The entry point: runs a verb, turns a user's mistake into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message())
+        code = 2
+    except click.UsageError as e:
+        where = e.ctx.command_path if e.ctx else "steer"
+        code = _fail(f"{e.format_message()} See: {where} --help", 2)
+    except SteerError as e:
+        code = _fail(str(e), e.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("stopped", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"steer: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(result, indent=2) if as_json else text)
+
+
+@app.command(epilog="Example: `steer fetch smollm2-135m-instruct`")
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m-instruct, or any hub id.")] = "smollm2-135m-instruct",
+    out: Annotated[Optional[Path], typer.Option(help="Where to; the cache without it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a checkpoint here: the default model, or any hub id."""
+    from steer.weights.fetch import fetch as run
+
+    place = run(name, out)
+    _emit({"checkpoint": str(place)}, as_json, str(place))
+
+
+@app.command(epilog="Example: `steer merge examples/merge/default.yml merged`")
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A mergekit recipe.")],
+    out: Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
+    device: Annotated[Optional[str], typer.Option(help="Where mergekit computes, e.g. cuda.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge checkpoints by a mergekit recipe."""
+    from steer.weights.merge import merge as run
+
+    place = run(recipe, out, device=device)
+    _emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
+
+
+@app.command(epilog="Example: `steer find merged moralizing`")
+def find(
+    model: Model,
+    trait: Annotated[str, typer.Argument(help="A trait that ships, or a .yaml file of your own.")],
+    site: Annotated[Optional[int], typer.Option(help="Use the residual stream after this block.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Where the direction goes; kept by name without it.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Find the direction of a trait, with held-out scores for every site."""
+    from steer.values.trait import Trait
+
+    described = Trait.load(trait)
+    from steer.finding import find_trait
+    from steer.live.library import own_place
+    from steer.live.model import load
+    from steer.measure.tables import finding_table
+
+    live = load(model)
+    found = find_trait(live, described, site=site, seed=seed)
+    place = found.direction.save(out or own_place(live.sketch(), found.direction.name))
+    _emit(
+        {"direction": str(place), **found.as_json()},
+        as_json,
+        f"{finding_table(found)}\n{place}\nTry it: steer chat {model} --slider {found.direction.name}=-1",
+    )
+
+
+@app.command(
+    epilog="Examples: `steer bake merged calm --ablate moralizing` · "
+    "`steer bake merged calm --ablate moralizing --search`"
+)
+def bake(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
+    ablate: Annotated[list[str], typer.Option(help="A trait or a direction's file; may be repeated.")] = [],  # noqa: B006
+    add: Annotated[list[str], typer.Option(help="NAME=AMOUNT, written as a bias; may be repeated.")] = [],  # noqa: B006
+    strength: Annotated[float, typer.Option(help="Share of the direction that goes, up to 1.")] = 1.0,
+    blocks: Annotated[Optional[str], typer.Option(help="FIRST-LAST; every writer without it.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Let fit topics choose strength, blocks and bias.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove directions from the weights and write a new checkpoint with a certificate."""
+    from steer.baking import bake as run
+    from steer.baking import checkpoint_dir, searched_edit
+    from steer.progress import byte_bar
+    from steer.values.slider import parse_amount
+    from steer.weights.bake import bake as bake_edit
+    from steer.weights.staging import check_output
+
+    check_output(out)
+    command = shlex.join(["steer", *sys.argv[1:]])
+    added = dict(parse_amount(a) for a in add)
+    if search:
+        if len(ablate) != 1 or added or blocks or strength != 1.0:
+            raise UsageError("--search: expected one --ablate TRAIT and no --add, --blocks or --strength beside it")
+        edit = searched_edit(model, ablate[0], force=force)
+        with byte_bar("baking") as progress:
+            cert = bake_edit(checkpoint_dir(model), out, edit, command=command, progress=progress)
+    else:
+        with byte_bar("baking") as progress:
+            cert = run(
+                model, out, ablate=ablate, add=added, strength=strength, blocks=_blocks(blocks), force=force,
+                command=command, progress=progress,
+            )  # fmt: skip
+    summary = {
+        "checkpoint": str(out),
+        "edit": cert.edit,
+        "writers_found": cert.writers_found,
+        "writers_edited": cert.writers_edited,
+        "worst_remaining": cert.worst_remaining,
+    }
+    text = (
+        f"{out}: {cert.writers_edited} of {cert.writers_found} writers edited, {len(cert.biases)} biases; at most "
+        f"{cert.worst_remaining:.2%} of the direction remains (asked: {1 - cert.strength:.0%})\n"
+        f"Check it: steer verify {out}"
+    )
+    _emit(summary, as_json, text)
+
+
+def _blocks(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    if not dash or not first.isdigit() or not last.isdigit():
+        raise UsageError(f"blocks: expected FIRST-LAST, as in 8-20, found {text!r}")
+    return int(first), int(last)
+
+
+@app.command(epilog="Example: `steer verify calm`")
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A baked checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Re-read a baked checkpoint and check everything its certificate says."""
+    from steer.progress import byte_bar
+    from steer.weights.certify import verify as run
+
+    with byte_bar("verifying") as progress:
+        checks = run(directory, progress)
+    result = {"checkpoint": str(directory), "ok": True, "checks": {c.name: c.detail for c in checks}}
+    _emit(result, as_json, "\n".join([f"ok  {c.name}: {c.detail}" for c in checks]))
+
+
+@app.command(epilog="Example: `steer chat merged --slider moralizing=-1`")
+def chat(
+    model: Model,
+    slider: Annotated[list[str], typer.Option(help="NAME=AMOUNT; may be repeated.")] = [],  # noqa: B006
+    system: Annotated[Optional[str], typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Reply length at most.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Talk to a model with its sliders at hand: /moralizing 0.5, /sliders, /reset, /quit."""
+    from dataclasses import replace
+
+    from steer.values.sampler import CHAT
+    from steer.values.slider import parse_amount
+
+    amounts = dict(parse_amount(s) for s in slider)
+    sampler = replace(CHAT, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    from steer.live.model import load
+    from steer.live.terminal import run_chat
+
+    live = load(model)
+    for name, amount in amounts.items():
+        live.sliders[name] = amount
+    run_chat(live, system=system, sampler=sampler)
+
+
+@app.command(epilog="Example: `steer ui merged`")
+def ui(
+    model: Model,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 8501,
+    headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
+) -> None:
+    """Open the slider chat in the browser."""
+    import subprocess
+
+    page = Path(__file__).parents[1] / "app.py"
+    from steer.weights.fetch import resolve
+
+    command = [
+        sys.executable, "-m", "streamlit", "run", str(page), "--server.address", "127.0.0.1",
+        "--server.port", str(port), "--server.headless", str(headless).lower(),
+        "--browser.gatherUsageStats", "false", "--", resolve(model),
+    ]  # fmt: skip
+    raise typer.Exit(subprocess.call(command))
+
+
+@app.command(epilog="Example: `steer demo --out demo`")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the checkpoints and the report go.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of every reply.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole way on the default model: fetch, merge, find, steer, bake, verify, report."""
+    from steer.demo import run
+    from steer.measure.tables import demo_table
+
+    result = run(out, seed=seed)
+    _emit(result, as_json, demo_table(result))
+    click.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The errors a user can cause, each one line long.
+
+A message names the file (or option), what was expected, what was found, and what to do.
+The command line prints it without a traceback and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class SteerError(Exception):
+    """Something went wrong that the user can mend. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(SteerError):
+    """The command itself was wrong: an unknown name, a number that is none. Exit code 2."""
+
+    exit_code = 2
+
+
+class CheckpointError(SteerError):
+    """A checkpoint on disk is missing, broken, or not what it says."""
+
+
+class MismatchError(SteerError):
+    """Two things that must belong together do not (width, checkpoint, site)."""
+
+
+class OutputExistsError(SteerError):
+    """The output directory exists and is not empty."""
+
+
+class UnsupportedError(SteerError):
+    """The tool refuses rather than guesses: an unknown architecture, a tensor it cannot edit."""

@@ -1,0 +1,1 @@
+"""Directions (and later dictionaries) found in the residual stream."""

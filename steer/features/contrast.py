@@ -1,0 +1,71 @@
+"""On-policy contrast replies: the same topics answered under a trait's two opposite instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from steer.live.model import Message, SteeredModel
+from steer.values.sampler import Sampler
+from steer.values.trait import NeutralPrompts, Trait
+
+SAMPLER = Sampler(max_new_tokens=64, temperature=0.7, top_k=40, repetition_penalty=1.05)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A chat and what the model answered."""
+
+    chat: tuple[Message, ...]
+    ids: tuple[int, ...]
+    """The reply's tokens, end token left out."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Replies to the topics of a trait under its two instructions, and to neutral prompts under none."""
+
+    trait: Trait
+    fit_with: tuple[Reply, ...]
+    fit_without: tuple[Reply, ...]
+    held_out_with: tuple[Reply, ...]
+    held_out_without: tuple[Reply, ...]
+    neutral: tuple[Reply, ...]
+    """Ordinary system prompt, neutral prompts of the fit split."""
+
+
+def contrast_replies(
+    model: SteeredModel,
+    trait: Trait,
+    *,
+    sampler: Sampler = SAMPLER,
+    batch: int = 64,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Contrast:
+    """Let the model answer every topic under both instructions, in one pass over all of them."""
+    neutral = NeutralPrompts.load().fit
+    parts: list[list[list[Message]]] = [
+        [_chat(topic, instruction) for topic in topics]
+        for topics, instruction in (
+            (trait.fit, trait.with_instruction),
+            (trait.fit, trait.without_instruction),
+            (trait.held_out, trait.with_instruction),
+            (trait.held_out, trait.without_instruction),
+            (neutral, None),
+        )
+    ]
+    chats = [chat for part in parts for chat in part]
+    made = model.replies(chats, sampler, batch=batch, on_tokens=on_tokens)
+    replies = [Reply(tuple(c), tuple(ids), model.text(ids)) for c, ids in zip(chats, made, strict=True)]
+    split: list[tuple[Reply, ...]] = []
+    for part in parts:
+        # A reply that ended at once has no response token to measure.
+        split.append(tuple(r for r in replies[: len(part)] if r.ids))
+        replies = replies[len(part) :]
+    return Contrast(trait, *split)
+
+
+def _chat(topic: str, instruction: str | None) -> list[Message]:
+    told: Sequence[Message] = [{"role": "system", "content": instruction}] if instruction else []
+    return [*told, {"role": "user", "content": topic}]

@@ -1,0 +1,130 @@
+"""Directions by difference of means, at every site at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from steer.features.contrast import Contrast
+from steer.features.residuals import reply_means, reply_tokens
+from steer.live.model import SteeredModel
+from steer.values.direction import Direction
+
+NEAR_BEST = 0.02
+"""Sites whose held-out AUROC is within this of the best are as good at reading the trait."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """One difference-of-means vector a site, and how well each tells held-out replies apart."""
+
+    contrast: Contrast
+    vectors: Float[Tensor, "sites d"]
+    """Unit norm, orthogonal to the neutral mean of their site."""
+    auroc: tuple[float, ...]
+    """Held-out AUROC of the mean-pooled projection, per site."""
+    with_mean: Float[Tensor, "sites"]
+    without_mean: Float[Tensor, "sites"]
+    """Mean projections on the fit replies."""
+    norm: Float[Tensor, "sites"]
+    """Norm of the neutral mean, per site: the scale of the residual stream there."""
+
+    @property
+    def readable(self) -> list[int]:
+        """Sites that read the trait as well as the best one, in order."""
+        best = max(self.auroc)
+        return [site for site, a in enumerate(self.auroc) if a >= best - NEAR_BEST]
+
+
+def candidates(
+    model: SteeredModel, contrast: Contrast, *, on_rows: Callable[[int], None] | None = None
+) -> Candidates:
+    """Difference of means over response tokens (persona vectors, Chen et al. 2025; CAA, Panickssery et al. 2023).
+
+    Each vector is made orthogonal to the neutral mean of its site, so that to remove it leaves ordinary text
+    where it was.
+    """
+    groups = [
+        contrast.fit_with,
+        contrast.fit_without,
+        contrast.held_out_with,
+        contrast.held_out_without,
+        contrast.neutral,
+    ]
+    means = reply_means(model, [r for group in groups for r in group], on_rows=on_rows).double()
+    fit_with, fit_without, held_with, held_without, neutral = means.split([len(g) for g in groups])
+    centre = neutral.mean(0)
+    vectors = orthogonal(fit_with.mean(0) - fit_without.mean(0), centre)
+
+    def project(group: Tensor) -> Tensor:
+        return torch.einsum("nsd,sd->ns", group, vectors)
+
+    scores = torch.cat([project(held_with), project(held_without)]).numpy()
+    labels = np.array([1] * len(held_with) + [0] * len(held_without))
+    return Candidates(
+        contrast=contrast,
+        vectors=vectors.float(),
+        auroc=tuple(float(roc_auc_score(labels, scores[:, site])) for site in range(scores.shape[1])),
+        with_mean=project(fit_with).mean(0).float(),
+        without_mean=project(fit_without).mean(0).float(),
+        norm=centre.norm(dim=-1).float(),
+    )
+
+
+def orthogonal(vectors: Float[Tensor, "sites d"], to: Float[Tensor, "sites d"]) -> Float[Tensor, "sites d"]:
+    """Unit vectors without their component along `to`. Twice, since once leaves rounding (Gram-Schmidt)."""
+    unit = to / to.norm(dim=-1, keepdim=True)
+    for _ in range(2):
+        vectors = vectors - (vectors * unit).sum(-1, keepdim=True) * unit
+    return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+def rough_direction(found: Candidates, site: int) -> Direction:
+    """The direction at a site with what is known without another forward pass."""
+    return Direction(
+        name=found.contrast.trait.name,
+        site=site,
+        vector=found.vectors[site],
+        with_mean=float(found.with_mean[site]),
+        without_mean=float(found.without_mean[site]),
+        residual_norm=float(found.norm[site]),
+    )
+
+
+def finished_direction(model: SteeredModel, found: Candidates, site: int, provenance: dict) -> Direction:
+    """The direction at a site with its statistics on neutral response tokens and its provenance."""
+    tokens = reply_tokens(model, found.contrast.neutral, site)
+    norms = tokens.norm(dim=-1)
+    kept = norms <= 10 * norms.median()
+    projection = tokens[kept] @ found.vectors[site]
+    trait = found.contrast.trait
+    return Direction(
+        name=trait.name,
+        site=site,
+        vector=found.vectors[site],
+        mean=float(projection.mean()),
+        std=float(projection.std()),
+        with_mean=float(found.with_mean[site]),
+        without_mean=float(found.without_mean[site]),
+        residual_norm=float(norms[kept].median()),
+        provenance={
+            "checkpoint": model.name,
+            "sketch": model.sketch().to_header(),
+            "trait": trait.name,
+            "method": "difference of means over response tokens, orthogonal to the neutral mean",
+            "auroc": [round(a, 4) for a in found.auroc],
+            "fit_topics": len(trait.fit),
+            "held_out_topics": len(trait.held_out),
+            "neutral_tokens": int(kept.sum()),
+            "outlier_tokens_left_out": int((~kept).sum()),
+            "versions": {p: version(p) for p in ("torch", "transformers")},
+            **provenance,
+        },
+    )

@@ -1,0 +1,217 @@
+"""The running model: load it, move its sliders, let it speak, read its residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from steer.errors import CheckpointError, UsageError
+from steer.live.decode import decode, generate
+from steer.live.record import Recording, reading
+from steer.live.sliders import Sliders, as_slider
+from steer.live.steering import Steering
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.values.sampler import CHAT, Sampler
+from steer.values.slider import Slider
+from steer.weights.anatomy import Anatomy
+from steer.weights.fetch import resolve
+from steer.weights.sketch import Sketch
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+
+def load(model: str | Path, *, dtype: Any = None, device_map: Any = None, **kwargs: Any) -> SteeredModel:
+    """Load a checkpoint (directory, hub id, or the default model's name) and make it steerable.
+
+    `dtype`, `device_map`, `quantization_config` and the rest go to transformers as they are. Without a
+    `device_map` the model goes to the GPU where there is one; without a `dtype` it keeps the stored one.
+    Errors: CheckpointError when there is no such model, UnsupportedError for an unknown architecture.
+    """
+    place = resolve(model)
+    if device_map is None and torch.cuda.is_available():
+        device_map = "cuda"
+    plain = not torch.cuda.is_available() and "attn_implementation" not in kwargs
+    if plain:
+        # On CPUs the plain attention is the faster one for batches of chats, and the only one bit-stable
+        # between a padded row and the row alone.
+        kwargs["attn_implementation"] = "eager"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        hf = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", device_map=device_map, use_safetensors=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise CheckpointError(
+            f"{model}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
+        ) from e
+    if plain and hf.dtype == torch.float64:
+        # Its softmax is in fp32, where the lowest fp64 number is -inf: padded rows would turn into NaN.
+        hf.set_attn_implementation("sdpa")
+    return SteeredModel(hf, tokenizer, name=str(model))
+
+
+class SteeredModel:
+    """A transformers model with sliders. `hf` stays an ordinary model; with neutral sliders it has no hook."""
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+        self.hf: Any = hf.eval()
+        self.tokenizer: Any = tokenizer
+        self.name = name
+        self.anatomy = Anatomy.of(hf.config.to_dict(), name)
+        self.steering = Steering(hf, self.anatomy)
+        self.sliders = Sliders(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end a reply: the generation config's, or the tokenizer's."""
+        ids = self.hf.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills up shorter rows; attention never sees it."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else next(iter(self.end_token_ids), 0)
+
+    def sketch(self) -> Sketch:
+        """A small sample of the weights, by which directions know their checkpoint."""
+        tensors = dict(self.hf.named_parameters())
+        return Sketch.of(list(tensors), lambda name: tensors[name].detach())
+
+    # Talking
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat up to the point where the reply begins. One BOS at most.
+
+        Errors: CheckpointError without a chat template, UsageError for a chat that the template refuses.
+        """
+        if not self.tokenizer.chat_template:
+            raise CheckpointError(
+                f"{self.name}: expected a chat template in the tokenizer, found none; copy chat_template.jinja "
+                "from the tune it was made of"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as e:
+            raise UsageError(f"{self.name}: its chat template refuses this chat: {e}") from e
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def chat(self, message: str | Sequence[Message], *, system: str | None = None, **sampling: Any) -> str:
+        """The reply to a message, or to a whole chat, under the current sliders.
+
+        Keyword arguments are fields of Sampler: `temperature`, `max_new_tokens`, `seed`, ...
+        """
+        return "".join(self.stream(message, system=system, **sampling))
+
+    def stream(
+        self, message: str | Sequence[Message], *, system: str | None = None, **sampling: Any
+    ) -> Iterator[str]:
+        """The reply in pieces, as it is written: each token is made when its piece is asked for, so a slider
+        moved between two pieces is felt by the next."""
+        prompt = self.prompt_ids(as_messages(message, system))
+        return self._stream(prompt, replace(CHAT, **sampling))
+
+    def _stream(self, prompt: list[int], sampler: Sampler) -> Iterator[str]:
+        made: list[int] = []
+        shown = ""
+        for step in decode(self, [prompt], sampler):
+            if step.tokens[0] in self.end_token_ids:
+                break
+            made.append(step.tokens[0])
+            text = self.tokenizer.decode(made, skip_special_tokens=True)
+            # A character of several tokens shows as U+FFFD until it is whole.
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+        rest = self.tokenizer.decode(made, skip_special_tokens=True)[len(shown) :]
+        if rest:
+            yield rest
+
+    def replies(
+        self,
+        chats: Sequence[Sequence[Message]],
+        sampler: Sampler,
+        edits: Sequence[Edit | None] | None = None,
+        *,
+        keys: Sequence[int] | None = None,
+        batch: int = 64,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """Replies to many chats, as token ids, each row under an edit of its own (None: untouched).
+
+        Chats of like length are batched together. `keys` seed the rows' random streams: rows with one key
+        draw the same numbers, which pairs an edited reply with the unedited one.
+        """
+        prompts = [self.prompt_ids(c) for c in chats]
+        keys = list(keys) if keys is not None else list(range(len(prompts)))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out: list[list[int]] = [[] for _ in prompts]
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            with self.steering.applied([edits[i] for i in rows]) if edits is not None else _as_is():
+                made = generate(self, [prompts[i] for i in rows], sampler, [keys[i] for i in rows], on_tokens)
+            for i, reply in zip(rows, made, strict=True):
+                out[i] = reply
+        return out
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Token ids as text, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    # Steering and reading
+
+    @contextmanager
+    def steered(self, sliders: Mapping[Direction | Slider | str, float]) -> Iterator[SteeredModel]:
+        """Amounts for the length of a block; the sliders come back as they were, exceptions included.
+
+            with model.steered({moral: -1.5}):
+                print(model.chat("My friend lied to me."))
+
+        A Direction is added, `Slider(direction, "ablate")` is ablated, a name means what it means in
+        `model.sliders`. The amounts in `model.sliders` wait outside the block.
+        """
+        moves = [(slider := as_slider(self, key), slider.check(amount)) for key, amount in sliders.items()]
+        with self.steering.applied([Sliders.edit(moves)]):
+            yield self
+
+    @contextmanager
+    def edited(self, edit: Edit) -> Iterator[SteeredModel]:
+        """An Edit as hooks: what `steer.bake` would write into the weights, without writing them."""
+        with self.steering.applied([edit]):
+            yield self
+
+    @contextmanager
+    def record(self, sites: Sequence[int] | None = None) -> Iterator[Recording]:
+        """Keep the residual stream after these blocks (all without `sites`) of every forward pass inside."""
+        recording = Recording()
+        sites = range(self.anatomy.blocks) if sites is None else sites
+        with reading(self.hf, self.anatomy, sites, recording.append):
+            yield recording
+
+
+def as_messages(message: str | Sequence[Message], system: str | None = None) -> list[Message]:
+    """A chat from a message or a chat, with a system prompt in front where one is given."""
+    chat: list[Message] = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
+    return [{"role": "system", "content": system}, *chat] if system else chat
+
+
+@contextmanager
+def _as_is() -> Iterator[None]:
+    yield

@@ -1,0 +1,167 @@
+"""`steer chat`: a conversation in a terminal, or through a pipe, with the sliders at hand."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from steer.errors import SteerError, UsageError
+from steer.live.session import Session
+from steer.values.sampler import CHAT, Sampler
+from steer.values.slider import parse_amount
+
+if TYPE_CHECKING:
+    from steer.live.model import SteeredModel
+
+HELP = """\
+/NAME AMOUNT  move a slider, as in /moralizing -1; the next token feels it
+/sliders      what there is to move, and where it stands
+/reset        all sliders to 0
+/clear        forget the conversation
+/quit         leave; so does Ctrl-D
+Ctrl-C stops a reply."""
+
+
+def run_chat(
+    model: SteeredModel,
+    *,
+    system: str | None = None,
+    sampler: Sampler = CHAT,
+    stdin: TextIO | None = None,
+    console: Console | None = None,
+) -> None:
+    """Talk until /quit or the end of input, under `model.sliders`.
+
+    Lines come from `stdin` (sys.stdin), everything shown goes to `console` (stdout). What a user mistypes is
+    answered in one line, and the chat goes on.
+    """
+    session = Session(model, system=system, sampler=sampler, sliders=model.sliders)
+    _Terminal(session, stdin or sys.stdin, console or Console()).run()
+
+
+class _Quit(Exception):
+    pass
+
+
+class _Terminal:
+    def __init__(self, session: Session, stdin: TextIO, console: Console) -> None:
+        self.session, self.stdin, self.console = session, stdin, console
+        self.interactive = stdin.isatty()
+        self.commands = {
+            "help": lambda: self.say(HELP),
+            "sliders": self.show_sliders,
+            "reset": self.reset,
+            "clear": self.clear,
+            "quit": self.quit,
+        }
+
+    def run(self) -> None:
+        if self.interactive:
+            with suppress(ImportError):
+                import readline  # noqa: F401  # input() then knows arrow keys and past lines
+            known = ", ".join(self.session.sliders.known()) or "none yet, see steer find"
+            self.say(f"{self.session.model.name}. Sliders: {known}. /help tells more.")
+        with suppress(_Quit):
+            while (line := self.read()) is not None:
+                self.answer(line.strip())
+
+    def read(self) -> str | None:
+        """The next line, None at the end of input."""
+        if not self.interactive:
+            return self.stdin.readline() or None
+        try:
+            return input("> ")
+        except EOFError:
+            self.say("")
+            return None
+        except KeyboardInterrupt:
+            self.say("\n/quit or Ctrl-D leaves")
+            return ""
+
+    def answer(self, line: str) -> None:
+        """Do what a line asks for; a user's mistake is told in one line."""
+        try:
+            if line.startswith("/"):
+                self.command(line[1:])
+            elif line:
+                self.reply(line)
+        except SteerError as e:
+            self.say(str(e), style="red")
+
+    def reply(self, text: str) -> None:
+        said = False
+        try:
+            with closing(self.session.reply(text)) as pieces:
+                for piece in pieces:
+                    self.console.out(piece, end="", highlight=False)
+                    said = True
+        except KeyboardInterrupt:
+            self.say("\n(stopped)" if said else "(stopped)", style="dim")
+        else:
+            self.say("" if said else "(no reply)")
+
+    def command(self, line: str) -> None:
+        name, _, amount = line.partition(" ")
+        if name in self.commands:
+            self.commands[name]()
+        elif name in (known := self.session.sliders.known()):
+            self.move(name, amount.strip())
+        else:
+            there = ", ".join(f"/{n}" for n in [*self.commands, *known])
+            raise UsageError(f"unknown command /{name}: expected one of {there}")
+
+    def move(self, name: str, amount: str) -> None:
+        """Set a slider, or tell where it stands when no amount is given."""
+        sliders = self.session.sliders
+        if amount:
+            sliders[name] = parse_amount(f"{name}={amount}")[1]
+        self.say(f"{name} {sliders[name]:g}{self.share(name)}")
+        self.warn()
+
+    def share(self, name: str) -> str:
+        slider = self.session.sliders.slider(name)
+        if slider.operation != "add":
+            return ""
+        share = slider.direction.share(self.session.sliders[name])
+        return f": {share:.2f} of the residual norm after block {slider.direction.site}"
+
+    def show_sliders(self) -> None:
+        sliders = self.session.sliders
+        known = sliders.known()
+        if not known:
+            name = self.session.model.name
+            self.say(f"no direction is known for {name}; find one: steer find {name} moralizing")
+            return
+        table = Table(box=box.SIMPLE if self.console.is_terminal else None, pad_edge=False)
+        for heading in ("slider", "amount", "site", "share of residual norm"):
+            table.add_column(heading, justify="left" if heading == "slider" else "right", no_wrap=True)
+        for name, slider in known.items():
+            direction, amount = slider.direction, sliders[name]
+            share = f"{direction.share(amount):.2f}" if slider.operation == "add" else slider.operation
+            table.add_row(name, f"{amount:g}", str(direction.site), share)
+        self.console.print(table)
+        self.warn()
+
+    def warn(self) -> None:
+        for warning in self.session.sliders.warnings():
+            self.say(warning, style="yellow")
+
+    def reset(self) -> None:
+        self.session.sliders.reset()
+        self.say("sliders at 0")
+
+    def clear(self) -> None:
+        self.session.clear()
+        self.say("conversation forgotten")
+
+    def quit(self) -> None:
+        raise _Quit
+
+    def say(self, text: str, style: str | None = None) -> None:
+        # Nothing in it is markup: it may hold paths and what the user typed.
+        self.console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,115 @@
+"""Dose response: what replies to held-out topics look like at several amounts of a slider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from steer.features.contrast import Reply
+from steer.live.model import Message, SteeredModel
+from steer.measure.fluency import kl, mean_repetition, reply_perplexity, token_logprobs
+from steer.measure.scorer import Scorer, marker_rates
+from steer.values.edit import Edit
+from steer.values.sampler import MEASURE, Sampler
+
+AMOUNTS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a dose response."""
+
+    label: str
+    amount: float | None
+    rate: float
+    """Share of the replies that the text scorer calls the trait."""
+    probability: float
+    """The scorer's mean probability, smoother than the rate."""
+    markers: float
+    """Marker words per 100 words."""
+    kl: float
+    """KL per token to the untouched model on its replies to neutral prompts, nats."""
+    repetition: float
+    """Share of trigrams seen before in the same reply."""
+    perplexity: float
+    """Of the replies under the untouched model."""
+    share: float
+    """The move as a share of the site's median residual norm."""
+    examples: tuple[str, ...] = ()
+    """The first few replies."""
+
+    def as_json(self) -> dict[str, object]:
+        """For the machine-readable result."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What replies are measured under."""
+
+    label: str
+    edit: Edit | None
+    amount: float | None = None
+    share: float = 0.0
+
+
+def measure_settings(
+    model: SteeredModel,
+    scorer: Scorer,
+    settings: Sequence[Setting],
+    topics: Sequence[str],
+    neutral: Sequence[Reply],
+    *,
+    sampler: Sampler = MEASURE,
+    samples: int = 2,
+    batch: int = 96,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[Point]:
+    """Replies to every topic under every setting, in one pass over all of them, scored from their text.
+
+    The same topic draws the same random numbers under every setting, so that differences are the setting's.
+    """
+    chats: list[list[Message]] = [[{"role": "user", "content": t}] for t in topics for _ in range(samples)]
+    per = len(chats)
+    rows = model.replies(
+        chats * len(settings),
+        sampler,
+        [s.edit for s in settings for _ in range(per)],
+        keys=list(range(per)) * len(settings),
+        batch=batch,
+        on_tokens=on_tokens,
+    )
+    base = token_logprobs(model, neutral, None) if neutral else []
+    out = []
+    for i, setting in enumerate(settings):
+        ids = rows[i * per : (i + 1) * per]
+        texts = [model.text(r) for r in ids]
+        probabilities = scorer.probabilities(texts)
+        untouched = setting.edit is None
+        out.append(
+            Point(
+                label=setting.label,
+                amount=setting.amount,
+                rate=float((probabilities > 0.5).mean()),
+                probability=float(np.mean(probabilities)),
+                markers=marker_rates(texts, scorer.trait),
+                kl=0.0 if untouched or not neutral else kl(base, token_logprobs(model, neutral, setting.edit)),
+                repetition=mean_repetition(ids),
+                perplexity=reply_perplexity(model, chats, ids),
+                share=setting.share,
+                examples=tuple(texts[: 3 * samples : samples]),
+            )
+        )
+    return out
+
+
+def neutral_replies(
+    model: SteeredModel, prompts: Sequence[str], *, tokens: int = 48, on_tokens: Callable[[int], None] | None = None
+) -> list[Reply]:
+    """The untouched model's replies to neutral prompts: the text that divergences are taken on."""
+    chats: list[list[Message]] = [[{"role": "user", "content": p}] for p in prompts]
+    sampler = Sampler(max_new_tokens=tokens, temperature=0.7, top_k=40, repetition_penalty=1.05)
+    made = model.replies(chats, sampler, on_tokens=on_tokens)
+    return [Reply(tuple(c), tuple(r), model.text(r)) for c, r in zip(chats, made, strict=True) if r]

@@ -1,0 +1,77 @@
+"""Text scorers: how much of a trait a reply shows, told from its words alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from steer.features.contrast import Contrast
+from steer.values.trait import Trait
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """A logistic regression on word and word-pair counts, trained on the contrast replies of the fit topics.
+    It never sees an activation."""
+
+    trait: Trait
+    classifier: Pipeline
+    auroc: float
+    """On the contrast replies of the held-out topics."""
+    marker_auroc: float
+    """The plain marker rate's, on the same replies."""
+
+    @classmethod
+    def train(cls, contrast: Contrast) -> Scorer:
+        """Fit on the fit topics, measure on the held-out ones."""
+        texts = [r.text for r in (*contrast.fit_with, *contrast.fit_without)]
+        labels = [1] * len(contrast.fit_with) + [0] * len(contrast.fit_without)
+        classifier = make_pipeline(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b"),
+            LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000),
+        )
+        classifier.fit(texts, labels)
+        held = [r.text for r in (*contrast.held_out_with, *contrast.held_out_without)]
+        truth = [1] * len(contrast.held_out_with) + [0] * len(contrast.held_out_without)
+        trait = contrast.trait
+        return cls(
+            trait,
+            classifier,
+            auroc=float(roc_auc_score(truth, classifier.predict_proba(held)[:, 1])),
+            marker_auroc=float(roc_auc_score(truth, [marker_rate(t, trait) for t in held])),
+        )
+
+    def probabilities(self, texts: Sequence[str]) -> Float[np.ndarray, "texts"]:
+        """Each text's probability of showing the trait."""
+        return self.classifier.predict_proba(list(texts))[:, 1]
+
+    def rate(self, texts: Sequence[str]) -> float:
+        """Share of the texts that show the trait: probability above one half."""
+        return float((self.probabilities(texts) > 0.5).mean())
+
+    def words(self, count: int = 12) -> tuple[list[str], list[str]]:
+        """The words that speak most for and against the trait, for people to judge the judge."""
+        names = self.classifier[0].get_feature_names_out()
+        order = np.argsort(self.classifier[1].coef_[0])
+        return [str(names[i]) for i in order[::-1][:count]], [str(names[i]) for i in order[:count]]
+
+
+def marker_rate(text: str, trait: Trait) -> float:
+    """Marker words and phrases of a trait per 100 words."""
+    words = text.lower().replace("\u2019", "'")
+    # Longest first, so that a phrase is counted once and not again by its parts.
+    pattern = "|".join(map(re.escape, sorted(trait.markers, key=len, reverse=True)))
+    return 100 * len(re.findall(rf"\b(?:{pattern})\b", words)) / max(len(words.split()), 1)
+
+
+def marker_rates(texts: Sequence[str], trait: Trait) -> float:
+    """Mean marker rate per 100 words over texts."""
+    return float(np.mean([marker_rate(t, trait) for t in texts])) if texts else 0.0

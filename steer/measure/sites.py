@@ -1,0 +1,79 @@
+"""Which site steers: the sites that read a trait equally well, tried on fit topics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from steer.features.find import Candidates, rough_direction
+from steer.live.model import Message, SteeredModel
+from steer.measure.fluency import mean_repetition
+from steer.measure.scorer import Scorer
+from steer.values.edit import Edit
+from steer.values.sampler import MEASURE, Sampler
+
+BAND = (0.2, 0.8)
+"""Sites tried, as shares of the depth: earlier ones carry words rather than behaviour, later ones the next word."""
+AMOUNTS = (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """What moving one site did."""
+
+    site: int
+    auroc: float
+    below: float
+    """Mean trait probability of replies at amount -1."""
+    above: float
+    """At amount 1."""
+    repetition: float
+    """Mean of both."""
+
+    @property
+    def merit(self) -> float:
+        """Effect, less what it costs in repetition."""
+        return self.above - self.below - self.repetition
+
+
+def check_sites(
+    model: SteeredModel,
+    found: Candidates,
+    scorer: Scorer,
+    *,
+    sites: int = 6,
+    topics: int = 12,
+    sampler: Sampler | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[SiteCheck]:
+    """Replies to a few fit topics with each site moved down and up by one gap, all in one batch."""
+    depth = model.anatomy.blocks
+    inside = [s for s in found.readable if BAND[0] <= (s + 1) / depth <= BAND[1]] or found.readable
+    tried = [inside[i] for i in sorted({round(x) for x in np.linspace(0, len(inside) - 1, sites)})]
+    chats: list[list[Message]] = [[{"role": "user", "content": t}] for t in found.contrast.trait.fit[:topics]]
+    edits = [Edit(add=((rough_direction(found, s), a),)) for s in tried for a in AMOUNTS]
+    rows = model.replies(
+        chats * len(edits),
+        sampler or Sampler(**{**vars(MEASURE), "max_new_tokens": 48}),
+        [e for e in edits for _ in chats],
+        keys=list(range(len(chats))) * len(edits),
+        batch=96,
+        on_tokens=on_tokens,
+    )
+    out = []
+    for i, site in enumerate(tried):
+        below, above = (
+            rows[(2 * i + j) * len(chats) : (2 * i + j + 1) * len(chats)] for j in range(len(AMOUNTS))
+        )
+        out.append(
+            SiteCheck(
+                site=site,
+                auroc=found.auroc[site],
+                below=float(scorer.probabilities([model.text(r) for r in below]).mean()),
+                above=float(scorer.probabilities([model.text(r) for r in above]).mean()),
+                repetition=mean_repetition([*below, *above]),
+            )
+        )
+    return out

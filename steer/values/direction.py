@@ -1,0 +1,122 @@
+"""A direction at a site of the residual stream, with the statistics that give its amounts a unit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from steer.errors import MismatchError, SteerError, UsageError
+
+_KEY = "steer_direction"  # the safetensors header entry that holds everything but the vector
+_SCALARS = ("name", "site", "mean", "std", "with_mean", "without_mean", "residual_norm")
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A unit vector at a site. Projections are `a = h . r`, in the units of the residual stream,
+    measured on response tokens (BOS and special tokens left out).
+
+    Compared and hashed by identity, so it can be a key: `model.steered({moral: -1})`.
+    """
+
+    name: str
+    """What it is of, usually the trait's name."""
+    site: int
+    """The residual stream after this block, from 0."""
+    vector: Float[Tensor, "d"]
+    """Unit norm, fp32."""
+    mean: float = 0.0
+    """Mean projection on neutral chat."""
+    std: float = 1.0
+    """Standard deviation of the projection on neutral chat."""
+    with_mean: float = 1.0
+    """Mean projection on replies with the trait."""
+    without_mean: float = 0.0
+    """Mean projection on replies without the trait."""
+    residual_norm: float = 1.0
+    """Median norm of the residual stream at the site."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where it came from: checkpoint fingerprint, trait, method, held-out AUROC per site, versions, seed."""
+
+    def __post_init__(self) -> None:
+        vector = self.vector.detach().to("cpu", torch.float32).contiguous()
+        norm = float(vector.norm())
+        if vector.ndim != 1 or not norm > 0 or not torch.isfinite(vector).all():
+            raise UsageError(
+                f"direction {self.name!r}: expected a finite non-zero vector, found shape "
+                f"{tuple(vector.shape)} with norm {norm}; find it again with `steer find`"
+            )
+        object.__setattr__(self, "vector", vector / norm)
+
+    @property
+    def width(self) -> int:
+        """The width of the residual stream it lives in."""
+        return self.vector.shape[0]
+
+    @property
+    def gap(self) -> float:
+        """`with_mean - without_mean`: what amount 1 of the operation `add` moves the projection by."""
+        return self.with_mean - self.without_mean
+
+    def share(self, amount: float) -> float:
+        """An amount of `add` as a share of the site's median residual norm."""
+        return abs(amount * self.gap) / self.residual_norm
+
+    def at(self, site: int) -> Direction:
+        """The same vector and statistics at another site."""
+        return replace(self, site=site)
+
+    def check_width(self, width: int, where: str) -> None:
+        """Raise MismatchError unless the residual stream of `where` has this direction's width."""
+        if self.width != width:
+            raise MismatchError(
+                f"direction {self.name!r} has width {self.width}, {where} has residual width {width}; "
+                f"find the direction on this checkpoint: steer find {where} {self.name}"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: the tensor `vector`, everything else in its header."""
+        path = Path(path)
+        header = {k: getattr(self, k) for k in _SCALARS} | {"provenance": self.provenance}
+        data = save({"vector": self.vector}, metadata={_KEY: json.dumps(header)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Direction:
+        """Read a file that `save` wrote.
+
+        Errors: SteerError when the file is missing, is no safetensors file, or holds no direction.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise SteerError(f"{path}: expected a direction file, found none; make one with `steer find`")
+        try:
+            with safe_open(str(path), framework="pt") as f:
+                header = json.loads((f.metadata() or {}).get(_KEY, "null"))
+                vector = f.get_tensor("vector") if "vector" in f.keys() else None  # noqa: SIM118
+        except (SafetensorError, ValueError) as e:
+            raise SteerError(
+                f"{path}: expected a safetensors file with a direction, found something unreadable ({e}); "
+                "make it again with `steer find`"
+            ) from e
+        if header is None or vector is None:
+            raise SteerError(
+                f"{path}: expected a direction written by `steer find`, found a safetensors file without "
+                "one; pass the file that `steer find --out` wrote"
+            )
+        return cls(vector=vector, provenance=header.pop("provenance", {}), **header)

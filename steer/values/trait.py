@@ -1,0 +1,107 @@
+"""A trait: a behaviour told by two opposite instructions and topics split into fit and held-out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from steer.errors import SteerError, UsageError
+
+
+@dataclass(frozen=True)
+class Trait:
+    """A behaviour, and the text that draws it out."""
+
+    name: str
+    summary: str
+    """One line for people."""
+    with_instruction: str
+    """System prompt under which the model shows the trait."""
+    without_instruction: str
+    """System prompt under which it does not."""
+    markers: tuple[str, ...]
+    """Words and phrases for the plain marker rate."""
+    fit: tuple[str, ...]
+    """Topics (user messages) that directions, scorers and searches may see."""
+    held_out: tuple[str, ...]
+    """Topics that only measurements see."""
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Trait:
+        """A trait that ships, by name, or the user's own YAML file, by path.
+
+        Errors: UsageError for an unknown name, SteerError for a file that is no trait.
+        """
+        text = str(name_or_path)
+        if text in shipped_traits():
+            path = Path(str(resources.files("steer") / "traits" / f"{text}.yaml"))
+        elif text.endswith((".yaml", ".yml")):
+            path = Path(text)
+            if not path.is_file():
+                raise SteerError(f"{path}: expected a trait file, found none; check the path")
+        else:
+            raise UsageError(
+                f"unknown trait {text!r}: expected one of {', '.join(shipped_traits())} or a .yaml file of "
+                "your own; see steer/traits for the layout"
+            )
+        return cls._read(path)
+
+    @classmethod
+    def _read(cls, path: Path) -> Trait:
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            first = str(e).replace("\n", " ")
+            raise SteerError(f"{path}: expected a trait in YAML, found {first}; mend the file") from e
+        wanted = {"name": str, "summary": str, "with": str, "without": str}
+        lists = ("markers", "fit", "held_out")
+        if not isinstance(raw, dict):
+            raise SteerError(f"{path}: expected a mapping with {', '.join([*wanted, *lists])}, found no mapping")
+        unknown = sorted(set(raw) - set(wanted) - set(lists))
+        if unknown:
+            raise SteerError(f"{path}: unknown key {unknown[0]!r}; expected {', '.join([*wanted, *lists])}")
+        for key in wanted:
+            if not isinstance(raw.get(key), str) or not raw[key].strip():
+                raise SteerError(f"{path}: expected text under {key!r}, found {raw.get(key)!r}; fill it in")
+        for key in lists:
+            value = raw.get(key)
+            if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+                raise SteerError(f"{path}: expected a list of texts under {key!r}, found {type(value).__name__}")
+        shared = set(raw["fit"]) & set(raw["held_out"])
+        if shared:
+            raise SteerError(
+                f"{path}: topic {min(shared)!r} is in both 'fit' and 'held_out'; held-out topics must be unseen"
+            )
+        return cls(
+            name=raw["name"],
+            summary=raw["summary"].strip(),
+            with_instruction=raw["with"].strip(),
+            without_instruction=raw["without"].strip(),
+            markers=tuple(raw["markers"]),
+            fit=tuple(raw["fit"]),
+            held_out=tuple(raw["held_out"]),
+        )
+
+
+def shipped_traits() -> tuple[str, ...]:
+    """Names of the traits that come with the package."""
+    folder = resources.files("steer") / "traits"
+    names = (p.name for p in folder.iterdir())
+    return tuple(sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml") and n != "neutral.yaml"))
+
+
+@dataclass(frozen=True)
+class NeutralPrompts:
+    """Chat prompts with no load of any trait: where steering must change little."""
+
+    fit: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+    @classmethod
+    def load(cls) -> NeutralPrompts:
+        """The prompts that ship."""
+        raw = yaml.safe_load((resources.files("steer") / "traits" / "neutral.yaml").read_text(encoding="utf-8"))
+        return cls(tuple(raw["fit"]), tuple(raw["held_out"]))

@@ -1,0 +1,276 @@
+"""Writing an edit into a copy of a checkpoint, tensor by tensor, with a certificate of what came out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.errors import CheckpointError, UsageError
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.weights.anatomy import Writer
+from steer.weights.arithmetic import as_tensor, remove, shadow
+from steer.weights.card import model_card
+from steer.weights.certify import (
+    CERTIFICATE,
+    BiasProof,
+    Certificate,
+    SavedDirection,
+    WriterProof,
+    projection,
+    visible_files,
+)
+from steer.weights.plan import Plan
+from steer.weights.staging import check_output, copy_file, hash_file, staged, write_json, write_text
+from steer.weights.stream import INDEX, CheckpointFiles, NewTensor, TensorInfo, rewrite_shard
+
+DIRECTIONS = "steer_directions"
+"""The folder in the output that keeps the directions."""
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|index\.json)$"
+)
+"""Files of weights. Those beside the checkpoint's own hold the unedited model, so they are left out."""
+
+
+def bake(
+    source: Path,
+    out: Path,
+    edit: Edit,
+    *,
+    command: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Certificate:
+    """Write `source` with `edit` in its weights to `out`, and return what was measured on the result.
+
+    Tensors the edit does not concern, and files that are no weights, are copied byte for byte. `out` is
+    complete or absent. `progress` is called with (bytes of weights written, bytes in all).
+
+    Errors: OutputExistsError, CheckpointError for a broken source, UnsupportedError for one that cannot hold
+    the edit, MismatchError for a direction of another width, UsageError for a block or site it lacks,
+    SteerError for a full or read-only disk.
+    """
+    source, out = Path(source), Path(out)
+    check_output(out)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: lies inside the source {source}; name an output outside it")
+    plan = Plan.of(CheckpointFiles.open(source), edit)
+    with staged(out) as work:
+        return _write(plan, work, command, progress)
+
+
+@dataclass
+class _Editor:
+    """Changes tensors in place as they stream by, and keeps the proofs."""
+
+    edit: Edit
+    q: Float[Tensor, "d k"] | None
+    root: Path
+    writers: list[WriterProof] = field(default_factory=list)
+    biases: list[BiasProof] = field(default_factory=list)
+
+    def apply(
+        self,
+        info: TensorInfo,
+        writer: Writer | None,
+        site: int | None,
+        shift: Float[Tensor, " d"] | None,
+        data: bytearray,
+    ) -> None:
+        """Ablate if a `writer` is given, then add the shift if there is one."""
+        weight = as_tensor(data, info.dtype, info.shape)
+        q = None if writer is None else self.q
+        before = 0.0
+        if weight.ndim == 1:
+            wide = weight.double()
+            if q is not None:
+                before = float((q.T @ wide).norm())
+                wide -= self.edit.strength * (q @ (q.T @ wide))
+            weight.copy_(wide if shift is None else wide + shift)
+        elif writer is not None and q is not None:
+            cast = shadow(weight, q, writer.axis)
+            before = float(cast.norm())
+            remove(weight, q, writer.axis, self.edit.strength, cast)
+        if shift is not None:
+            self.biases.append(BiasProof(info.name, site, False, float(weight.double().norm())))
+        if writer is None or q is None:
+            return
+        after, size = projection(weight, q, writer.axis, shift)
+        proof = WriterProof(
+            info.name, writer.kind, writer.block, writer.axis, info.dtype, before, after, size
+        )
+        if not math.isfinite(size) or not proof.holds(self.edit.strength):
+            raise CheckpointError(
+                f"{self.root}: {info.name} puts {after:.3g} of {before:.3g} into the ablated directions "
+                "after the edit; expected finite weights, check the source"
+            )
+        self.writers.append(proof)
+
+
+def _write(
+    plan: Plan, work: Path, command: str | None, progress: Callable[[int, int], None] | None
+) -> Certificate:
+    files, anatomy, edit = plan.files, plan.anatomy, plan.edit
+    editor = _Editor(edit, edit.basis() if edit.ablate else None, files.root)
+    sources, written = _write_weights(plan, editor, work, progress)
+    if plan.config:
+        written["config.json"] = write_json(work / "config.json", files.config | plan.config)
+    else:
+        written["config.json"] = copy_file(files.root / "config.json", work / "config.json")
+    left_out = _copy_side_files(files.root, work, written)
+    directions = _save_directions(edit, work, written)
+    order = {name: i for i, w in enumerate(anatomy.writers) for name in (w.tensor, w.bias)}
+    cert = Certificate(
+        source=_source_name(files.root),
+        architecture=anatomy.architecture,
+        edit=edit.describe(),
+        strength=edit.strength,
+        writers_found=len(anatomy.writers),
+        writers=tuple(sorted(editor.writers, key=lambda w: order[w.tensor])),
+        biases=(*editor.biases, *_created_biases(plan)),
+        directions=directions,
+        config=plan.config,
+        tensors={  # from the headers as they now stand on disk
+            t.name: [t.file, t.dtype, list(t.shape)] for t in CheckpointFiles.open(work).tensors.values()
+        },
+        source_files=sources,
+        files=written,
+        left_out=left_out,
+        versions=_versions(),
+        command=command,
+    )
+    written["README.md"] = write_text(work / "README.md", model_card(cert, files.root / "README.md"))
+    cert = replace(cert, files=dict(sorted(written.items())))
+    cert.save(work)
+    return cert
+
+
+def _write_weights(
+    plan: Plan, editor: _Editor, work: Path, progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Write shards and index; return the sha256 of what was read and of what was written."""
+    files = plan.files
+    changes = _changes(plan, editor)
+    done, total = 0, sum(t.nbytes for t in (*files.tensors.values(), *_flat(plan.new)))
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress:
+            progress(done, total)
+
+    sources = {"config.json": hash_file(files.root / "config.json")}
+    written: dict[str, str] = {}
+    for shard in files.shards:
+        sources[shard.name], written[shard.name] = rewrite_shard(
+            shard,
+            work / shard.name,
+            change={t.name: changes[t.name] for t in shard.tensors if t.name in changes},
+            new=plan.new.get(shard.name, ()),
+            advance=advance,
+        )
+    if files.index is not None:
+        sources[INDEX] = hash_file(files.root / INDEX)
+        written[INDEX] = _write_index(plan, files.index, work)
+    return sources, written
+
+
+def _changes(plan: Plan, editor: _Editor) -> dict[str, Callable[[bytearray], None]]:
+    """Tensor -> what is done to its bytes."""
+    shifts, tensors = plan.edit.biases(), plan.files.tensors
+    jobs: dict[str, tuple[Writer | None, int | None]] = {}
+    for writer in plan.writers:
+        jobs |= {name: (writer, None) for name in (writer.tensor, writer.bias) if name in tensors}
+    for name, site in plan.shifted.items():
+        jobs[name] = (jobs[name][0] if name in jobs else None, site)
+    return {
+        name: partial(editor.apply, tensors[name], writer, site, None if site is None else shifts[site])
+        for name, (writer, site) in jobs.items()
+    }
+
+
+def _flat(new: dict[str, tuple[NewTensor, ...]]) -> list[NewTensor]:
+    return [t for tensors in new.values() for t in tensors]
+
+
+def _created_biases(plan: Plan) -> list[BiasProof]:
+    out = []
+    for t in _flat(plan.new):
+        if t.name in plan.created and isinstance(t.data, bytes):
+            bias = as_tensor(bytearray(t.data), t.dtype, t.shape).double()
+            out.append(BiasProof(t.name, plan.created[t.name], True, float(bias.norm())))
+    return out
+
+
+def _write_index(plan: Plan, index: dict[str, Any], work: Path) -> str:
+    if not plan.new:
+        return copy_file(plan.files.root / INDEX, work / INDEX)
+    added = {t.name: shard for shard, tensors in plan.new.items() for t in tensors}
+    weight_map = index["weight_map"] | added
+    if list(index["weight_map"]) == sorted(index["weight_map"]):
+        weight_map = dict(sorted(weight_map.items()))
+    counts = dict(index.get("metadata") or {})
+    for key, more in (
+        ("total_size", sum(t.nbytes for t in _flat(plan.new))),
+        ("total_parameters", sum(math.prod(t.shape) for t in _flat(plan.new))),
+    ):
+        if key in counts:
+            counts[key] += more
+    return write_json(work / INDEX, index | {"metadata": counts, "weight_map": weight_map})
+
+
+def _copy_side_files(root: Path, work: Path, written: dict[str, str]) -> tuple[str, ...]:
+    """Copy what is no weights; return what was left out."""
+    left_out = []
+    for name in visible_files(root):
+        path = Path(name)
+        ours = name in ("README.md", CERTIFICATE) or path.parts[0] == DIRECTIONS
+        if name in written:
+            continue
+        if ours or _WEIGHTS.search(name) or not (root / path).is_file():
+            left_out.append(name)
+            continue
+        (work / path).parent.mkdir(parents=True, exist_ok=True)
+        written[name] = copy_file(root / path, work / path)
+    return tuple(left_out)
+
+
+def _save_directions(edit: Edit, work: Path, written: dict[str, str]) -> tuple[SavedDirection, ...]:
+    saved: dict[Direction, str] = {}
+    out = []
+    for direction, amount in (*((d, None) for d in edit.ablate), *edit.add):
+        if direction not in saved:
+            stem = f"{DIRECTIONS}/{re.sub(r'[^A-Za-z0-9_-]+', '-', direction.name)}-{direction.site}"
+            names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+            saved[direction] = next(f for n in names if (f := f"{n}.safetensors") not in saved.values())
+            direction.save(work / saved[direction])
+            written[saved[direction]] = hash_file(work / saved[direction])
+        name, site = direction.name, direction.site
+        out.append(SavedDirection(saved[direction], name, site, amount, direction.provenance))
+    return tuple(out)
+
+
+def _source_name(root: Path) -> str:
+    for part in root.resolve().parts:
+        if part.startswith("models--"):  # a hub cache: models--org--name/snapshots/<commit>
+            return "/".join(part.split("--", 2)[1:])
+    return root.resolve().name
+
+
+def _versions() -> dict[str, str]:
+    try:
+        steer = metadata.version("steer")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        steer = "unknown"
+    return {"steer": steer, "torch": torch.__version__, "python": platform.python_version()}

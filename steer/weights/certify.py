@@ -1,0 +1,297 @@
+"""What was measured on the files that a bake wrote, and the check that they still are those files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.errors import CheckpointError
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.weights.anatomy import Anatomy
+from steer.weights.arithmetic import as_tensor, norm, rounding, shadow
+from steer.weights.staging import hash_file, write_json
+from steer.weights.stream import CheckpointFiles
+
+CERTIFICATE = "steer_certificate.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class WriterProof:
+    """What one edited tensor puts into the ablated subspace, measured in the dtype it is stored in."""
+
+    tensor: str
+    kind: str
+    """embedding, attention or mlp."""
+    block: int | None
+    """None for the embedding."""
+    axis: int
+    """The axis that faces the residual stream."""
+    dtype: str
+    before: float
+    """`||Q^T W||` in the source."""
+    after: float
+    """`||Q^T W'||` in the output, without what `add` put there on purpose."""
+    norm: float
+    """`||W'||`, the scale that rounding is relative to."""
+
+    @property
+    def remaining(self) -> float:
+        """The share of the directions that is left. 0 where there was nothing to remove."""
+        return self.after / self.before if self.before else 0.0
+
+    def holds(self, strength: float) -> bool:
+        """Whether no more is left than the strength leaves, up to rounding."""
+        return self.after <= (1 - strength) * self.before + rounding(self.dtype) * self.norm
+
+
+@dataclass(frozen=True)
+class BiasProof:
+    """A bias that carries an add, or one of the zero biases that must come with it."""
+
+    tensor: str
+    site: int | None
+    """Where it adds. None for the zero biases."""
+    created: bool
+    """Whether the source lacked it."""
+    norm: float
+    """`||b'||`."""
+
+
+@dataclass(frozen=True)
+class SavedDirection:
+    """A direction that went into the weights, kept in the output so that the proof can be repeated."""
+
+    file: str
+    name: str
+    site: int
+    amount: float | None
+    """Of an add, in gaps. None for an ablated direction."""
+    provenance: dict[str, Any]
+    """Where it came from."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a bake did, measured on what it wrote."""
+
+    source: str
+    """The hub name of the source where its path tells it, else the name of its directory."""
+    architecture: str
+    edit: dict[str, Any]
+    """`Edit.describe()`."""
+    strength: float
+    """Of the ablation: each writer should keep a share of `1 - strength`."""
+    writers_found: int
+    """Weights that write into the residual stream, edited or not."""
+    writers: tuple[WriterProof, ...]
+    """The ablated ones, and their biases where they have some."""
+    biases: tuple[BiasProof, ...]
+    directions: tuple[SavedDirection, ...]
+    config: dict[str, Any]
+    """The entries of config.json that were changed, with their new values."""
+    tensors: dict[str, list[Any]]
+    """Name -> [file, dtype, shape] of every tensor in the output."""
+    source_files: dict[str, str]
+    """sha256 of the source's weight files, its index and its config."""
+    files: dict[str, str]
+    """sha256 of every file in the output but the certificate. Hidden files are left out."""
+    left_out: tuple[str, ...]
+    """Files of the source that the output does not have: weights in other formats, an older certificate."""
+    versions: dict[str, str]
+    command: str | None
+    """The exact command, None when called from Python."""
+
+    @property
+    def writers_edited(self) -> int:
+        """Weights that were ablated, their biases not counted."""
+        return sum(not w.tensor.endswith(".bias") for w in self.writers)
+
+    @property
+    def worst_remaining(self) -> float:
+        """The largest remaining share of any edited weight; `1 - strength` is what was asked for."""
+        return max((w.remaining for w in self.writers), default=0.0)
+
+    def save(self, folder: Path) -> Path:
+        """Write steer_certificate.json, its own hash last in it."""
+        body = {"format": _FORMAT, **asdict(self)}
+        write_json(folder / CERTIFICATE, {**body, "sha256": _digest(body)})
+        return folder / CERTIFICATE
+
+    @classmethod
+    def load(cls, folder: Path) -> Certificate:
+        """Read what `save` wrote.
+
+        Errors: CheckpointError when there is none, or it is not as it was written.
+        """
+        path = folder / CERTIFICATE
+        if not path.is_file():
+            raise CheckpointError(f"{path}: expected a certificate, found none; `steer bake` writes one")
+        try:
+            body = json.loads(path.read_bytes())
+            intact = isinstance(body, dict) and body.pop("sha256", None) == _digest(body)
+        except ValueError:
+            intact = False
+        if not intact:
+            raise CheckpointError(f"{path}: was changed since it was written; bake again")
+        if body.pop("format") != _FORMAT:
+            raise CheckpointError(
+                f"{path}: is of another version of steer, expected format {_FORMAT}; bake again"
+            )
+        body["writers"] = tuple(WriterProof(**w) for w in body["writers"])
+        body["biases"] = tuple(BiasProof(**b) for b in body["biases"])
+        body["directions"] = tuple(SavedDirection(**d) for d in body["directions"])
+        body["left_out"] = tuple(body["left_out"])
+        return cls(**body)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that `verify` found to be as certified."""
+
+    name: str
+    detail: str
+
+
+def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> list[Check]:
+    """Re-read a baked checkpoint and check everything its certificate says; the checks that passed, in order.
+
+    `progress` is called with (bytes hashed, bytes in all).
+
+    Errors: CheckpointError at the first thing that is not as certified.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a baked checkpoint, found no directory; check the path")
+    cert = Certificate.load(folder)
+    checks = [Check("certificate", f"intact, {len(cert.files)} files and {len(cert.tensors)} tensors")]
+    _same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
+    files = CheckpointFiles.open(folder)
+    _same_set(folder, "tensor", set(files.tensors), set(cert.tensors))
+    for name, t in files.tensors.items():
+        if [t.file, t.dtype, list(t.shape)] != cert.tensors[name]:
+            raise CheckpointError(
+                f"{folder / t.file}: tensor {name} is {t.dtype} {list(t.shape)}, "
+                f"expected {cert.tensors[name]}; bake again"
+            )
+    checks.append(Check("contents", "no file or tensor missing, none unexpected"))
+    _check_hashes(folder, cert.files, progress)
+    checks.append(Check("sha256", f"{len(cert.files)} files as written"))
+    checks.append(_check_config(folder, files, cert))
+    edit = _edit(folder, cert)
+    checks.append(_check_shares(files, cert, edit))
+    if cert.biases:
+        checks.append(_check_biases(files, cert, edit))
+    return checks
+
+
+def visible_files(folder: Path) -> list[str]:
+    """Paths of all files below a directory, relative and sorted; hidden files and directories left out."""
+    out = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        out += [Path(here, n).relative_to(folder).as_posix() for n in names if not n.startswith(".")]
+    return sorted(out)
+
+
+def projection(
+    weight: Tensor, q: Float[Tensor, "d k"], axis: int, shift: Float[Tensor, " d"] | None = None
+) -> tuple[float, float]:
+    """(`||Q^T (W - shift)||`, `||W||`) of a weight or a bias; the shift is what an add put into a bias."""
+    if weight.ndim == 1:
+        bias = weight.double() - (0 if shift is None else shift)
+        return float((q.T @ bias).norm()), float(weight.double().norm())
+    return float(shadow(weight, q, axis).norm()), norm(weight)
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> None:
+    for names, problem in ((expected - found, "is missing"), (found - expected, "was not expected")):
+        if names:
+            raise CheckpointError(f"{folder}: {what} {min(names)} {problem}; remove it all and bake again")
+
+
+def _check_hashes(
+    folder: Path, files: Mapping[str, str], progress: Callable[[int, int], None] | None
+) -> None:
+    total, done = sum((folder / name).stat().st_size for name in files), 0
+    for name, expected in files.items():
+        if hash_file(folder / name) != expected:
+            raise CheckpointError(
+                f"{folder / name}: sha256 is not the one certified, the file was changed; "
+                "remove the directory and bake again"
+            )
+        done += (folder / name).stat().st_size
+        if progress:
+            progress(done, total)
+
+
+def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Check:
+    for key, value in cert.config.items():
+        if files.config.get(key) != value:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: expected {key} to be {value}, "
+                f"found {files.config.get(key)}; bake again"
+            )
+    Anatomy.of(files.config, str(folder)).check_weights(files.config, files.tensors)
+    return Check("config", ", ".join(f"{k} = {v}" for k, v in cert.config.items()) or "as in the source")
+
+
+def _edit(folder: Path, cert: Certificate) -> Edit:
+    loaded = [(Direction.load(folder / d.file), d.amount) for d in cert.directions]
+    return Edit(
+        ablate=tuple(d for d, amount in loaded if amount is None),
+        strength=cert.strength,
+        add=tuple((d, amount) for d, amount in loaded if amount is not None),
+    )
+
+
+def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Check:
+    if not edit.ablate:
+        return Check("ablation", "none asked for")
+    q, shifts = edit.basis(), edit.biases()
+    for proof in cert.writers:
+        shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
+        after, size = projection(_stored(files, proof.tensor), q, proof.axis, shift)
+        # Both numbers come from the same bytes: only the order of summation and the stored direction differ.
+        if abs(after - proof.after) > 1e-3 * proof.after + 1e-6 * size or not proof.holds(cert.strength):
+            raise CheckpointError(
+                f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
+                f"{proof.after:.3g} of {proof.before:.3g} at strength {cert.strength}; bake again"
+            )
+    return Check(
+        "ablation",
+        f"{cert.writers_edited} of {cert.writers_found} writers, at most {cert.worst_remaining:.2%} remains "
+        f"({1 - cert.strength:.0%} asked for)",
+    )
+
+
+def _check_biases(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Check:
+    shifts = edit.biases()
+    for proof in cert.biases:
+        bias = _stored(files, proof.tensor).double()
+        wrong = abs(float(bias.norm()) - proof.norm) > 1e-6 * proof.norm
+        if proof.created:
+            expected = torch.zeros_like(bias) if proof.site is None else shifts[proof.site]
+            slack = rounding(files.tensors[proof.tensor].dtype) * float(expected.norm())
+            wrong = wrong or float((bias - expected).norm()) > slack
+        if wrong:
+            raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
+    return Check("add", f"biases at sites {', '.join(str(s) for s in sorted(shifts))}")
+
+
+def _stored(files: CheckpointFiles, name: str) -> Tensor:
+    info = files.tensors[name]
+    return as_tensor(files.read(info), info.dtype, info.shape)

@@ -1,0 +1,101 @@
+"""A small sample of a checkpoint's weights, by which a direction knows where it belongs.
+
+Two machines that run the same merge differ in the last bit of some weights, so a hash of the bytes would
+part what belongs together; a sample compared with a tolerance does not.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+
+from steer.errors import MismatchError
+from steer.weights.stream import CheckpointFiles
+
+_TENSORS, _VALUES = 48, 32
+TOLERANCE = 0.004
+"""Relative distance up to which two sketches are of one checkpoint. bf16 rounding alone stays near 0.001 even
+if every weight rounds the other way half of the time; the tunes of one model differ by 0.01 and more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """Values from evenly spaced places of evenly spaced tensors."""
+
+    values: Float[np.ndarray, n]
+    """fp32, each tensor's values scaled to unit norm."""
+
+    @classmethod
+    def of(cls, names: Sequence[str], read: Callable[[str], torch.Tensor]) -> Sketch:
+        """Sample a checkpoint. `read` gives the tensor of a name."""
+        # A tied head may or may not be listed, a bake may add biases: only what every form has is sampled.
+        names = sorted(n for n in names if n.endswith("_proj.weight") or n.endswith("embed_tokens.weight"))
+        picks = [names[i] for i in np.linspace(0, len(names) - 1, min(_TENSORS, len(names))).astype(int)]
+        parts = []
+        for name in picks:
+            tensor = read(name)
+            flat = tensor.reshape(-1)
+            at = torch.linspace(0, flat.shape[0] - 1, _VALUES, dtype=torch.float64).long().to(flat.device)
+            part = flat[at].float().cpu().numpy()
+            parts.append(part / max(float(np.linalg.norm(part)), 1e-12))
+        return cls(np.concatenate(parts).astype(np.float32))
+
+    @classmethod
+    def from_header(cls, provenance: Mapping[str, Any]) -> Sketch:
+        """The sketch in a direction's provenance; an empty one where there is none."""
+        raw = base64.b64decode(provenance.get("sketch", ""))
+        return cls(np.frombuffer(raw, dtype=np.float16).astype(np.float32))
+
+    def to_header(self) -> str:
+        """For a direction's provenance."""
+        return base64.b64encode(self.values.astype(np.float16).tobytes()).decode()
+
+    @property
+    def id(self) -> str:
+        """A short name for folders; two machines may give one merge two ids."""
+        return hashlib.sha256(self.values.astype(np.float16).tobytes()).hexdigest()[:12]
+
+    def distance(self, other: Sketch) -> float:
+        """Relative distance, infinite for checkpoints of different shapes."""
+        if self.values.shape != other.values.shape or not self.values.size:
+            return float("inf")
+        return float(np.linalg.norm(self.values - other.values) / np.linalg.norm(self.values))
+
+    def same_as(self, other: Sketch) -> bool:
+        """Whether both are of one checkpoint."""
+        return self.distance(other) <= TOLERANCE
+
+    def check(self, direction_name: str, provenance: Mapping[str, Any], where: str) -> None:
+        """Raise MismatchError when a direction says that it was found on another checkpoint."""
+        if "sketch" not in provenance:
+            return
+        theirs = Sketch.from_header(provenance)
+        if not self.same_as(theirs):
+            raise MismatchError(
+                f"direction {direction_name!r} was found on {provenance.get('checkpoint', 'another checkpoint')}, "
+                f"whose weights differ from {where} by {self.distance(theirs):.1%}; find it on {where}, or pass "
+                "--force"
+            )
+
+
+def sketch_files(checkpoint: Path) -> Sketch:
+    """The sketch of a checkpoint on disk, reading one tensor at a time.
+
+    Errors: CheckpointError when the files are not a readable checkpoint.
+    """
+    files = CheckpointFiles.open(checkpoint)
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(str(checkpoint / files.tensors[name].file), framework="pt") as f:
+            return f.get_tensor(name)
+
+    return Sketch.of(list(files.tensors), read)

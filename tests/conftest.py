@@ -1,0 +1,90 @@
+"""Tiny real checkpoints, written by transformers, read by everything."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may fetch by accident
+
+import pytest
+import torch
+
+from steer.values.direction import Direction
+
+WIDTH, BLOCKS, VOCAB = 32, 3, 97
+
+
+def save_tiny_llama(
+    path: Path,
+    *,
+    tie: bool = True,
+    dtype: torch.dtype = torch.float32,
+    shards: bool = False,
+    architecture: str = "Llama",
+    seed: int = 0,
+    **config: object,
+) -> Path:
+    """Write a random model of width 32, 3 blocks, vocabulary 97, with random norm gains and biases.
+
+    `shards` splits it into several files with an index; `architecture` may be any of the same layout
+    (Llama, Mistral, Qwen2, Qwen3); `config` goes into its config.
+    """
+    import transformers
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tie,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    made = getattr(transformers, f"{architecture}Config")(**(settings | config))
+    model = getattr(transformers, f"{architecture}ForCausalLM")(made)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.ndim == 1:
+                parameter.normal_(std=0.1)
+            else:
+                parameter.normal_(std=0.15)
+    model.to(dtype).save_pretrained(path, max_shard_size="20KB" if shards else "1GB")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Path]:
+    """Writes a tiny random checkpoint; see `save_tiny_llama`."""
+    return save_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def make_direction() -> Callable[..., Direction]:
+    """Makes a random direction with a gap of 2."""
+
+    def make(name: str = "moral", *, site: int = 1, width: int = WIDTH, seed: int = 7) -> Direction:
+        vector = torch.randn(width, generator=torch.Generator().manual_seed(seed))
+        return Direction(name, site, vector, with_mean=1.5, without_mean=-0.5, provenance={"seed": seed})
+
+    return make
+
+
+@pytest.fixture
+def change_config() -> Callable[..., None]:
+    """`change_config(checkpoint, key=value)` rewrites entries of its config.json."""
+
+    def change(checkpoint: Path, **entries: object) -> None:
+        path = checkpoint / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return change

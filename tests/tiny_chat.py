@@ -1,0 +1,59 @@
+"""Tiny checkpoints that can chat: a random model with a real tokenizer and a chat template beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from steer.live.model import SteeredModel, load
+from steer.live.library import own_place
+from steer.values.direction import Direction
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+WORDS = [a + b for a in "bdfgklmnprstv" for b in "aeiou"] + ["hello", "lie", "friend", "truth", "well", "yes"]
+TEMPLATE = (
+    "<s>{% for m in messages %}{{ '<|' + m.role + '|> ' + m.content + ' </s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def save_tiny_chat(save: Callable[..., Path], path: Path, *, by_bytes: bool = False, **config: object) -> Path:
+    """Write a checkpoint with `save` (the fixture `tiny_llama`) and give it a voice.
+
+    Its tokens are words of two letters, or with `by_bytes` single bytes, so that one character may take
+    several tokens.
+    """
+    if by_bytes:
+        words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        words = [*SPECIAL, *WORDS]
+        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    save(path, vocab_size=len(words), **config)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=SPECIAL[3:],
+        chat_template=TEMPLATE,
+    ).save_pretrained(path)
+    return path
+
+
+def keep_direction(checkpoint: Path, direction: Direction) -> Path:
+    """Put a direction where the library finds it, as one that was found on this checkpoint."""
+    sketch = load(checkpoint).sketch()
+    direction.provenance["sketch"] = sketch.to_header()
+    return direction.save(own_place(sketch, direction.name))
+
+
+def hooks_on(model: SteeredModel) -> int:
+    """Every forward hook on the model, whoever registered it."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())

@@ -1,0 +1,138 @@
+"""A stage's directory is complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steer.errors import OutputExistsError, SteerError
+from steer.weights import staging
+from steer.weights.staging import HashingFile, check_output, copy_file, hash_file, staged, write_json
+
+
+def _interrupted(out: Path, error: BaseException) -> None:
+    with staged(out) as work:
+        (work / "half").write_text("half")
+        raise error
+
+
+def _overtaken(out: Path) -> None:
+    with staged(out) as work:
+        (work / "a").write_text("second")
+        out.mkdir()
+        (out / "a").write_text("first")  # another process was faster
+
+
+def _leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_output_appears_whole_at_the_end_and_not_before(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with staged(out) as work:
+        write_json(work / "a.json", {"x": 1})
+        assert work.parent == out.parent
+        assert not out.exists()
+    assert (out / "a.json").read_text() == '{\n  "x": 1\n}\n'
+    assert _leftovers(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        _interrupted(tmp_path / "out", error())
+    assert _leftovers(tmp_path) == []
+
+
+def test_an_empty_directory_is_replaced_through_a_symlink_too(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with staged(tmp_path / "link") as work:
+        (work / "a").write_text("a")
+    assert (tmp_path / "empty" / "a").read_text() == "a"
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "dangling"])
+def test_what_exists_is_refused_and_not_touched(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "directory":
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    else:
+        out.symlink_to("nowhere")
+    with pytest.raises(OutputExistsError, match="remove it or name another output"):
+        check_output(out)
+    with pytest.raises(OutputExistsError), staged(out):
+        pytest.fail("must not start")
+    assert _leftovers(tmp_path) == ["out"]
+
+
+def test_of_two_runs_into_one_output_one_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staged(out) as work:
+        (work / "a").write_text("first")
+        with pytest.raises(OutputExistsError, match="being written"), staged(out):
+            pytest.fail("must not start")
+    assert (out / "a").read_text() == "first"
+
+    late = tmp_path / "late"
+    with pytest.raises(OutputExistsError):
+        _overtaken(late)
+    assert (late / "a").read_text() == "first"
+    assert _leftovers(tmp_path) == ["late", "out"]
+
+
+def test_what_a_killed_process_left_is_removed_and_a_live_one_s_kept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    prefix = staging._prefix(tmp_path / "out")
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f"{prefix}{pid}").mkdir()
+        (tmp_path / f"{prefix}{pid}" / "half").write_text("half")
+    with staged(tmp_path / "out") as work:
+        (work / "a").write_text("a")
+    assert _leftovers(tmp_path) == sorted(["out", f"{prefix}{os.getppid()}"])
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission denied")],
+)
+def test_a_full_or_read_only_disk_is_one_line(tmp_path: Path, number: int, sentence: str) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SteerError, match=sentence) as caught:
+        _interrupted(out, OSError(number, os.strerror(number)))
+    assert str(out) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert _leftovers(tmp_path) == []
+
+
+def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SteerError, match="name another output"), staged(tmp_path / "file" / "out"):
+        pytest.fail("must not start")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_unreadable_source_beside_the_output_is_named_itself(tmp_path: Path) -> None:
+    source = tmp_path / "source" / "config.json"
+    denied = PermissionError(errno.EACCES, "Permission denied", str(source))
+    with pytest.raises(SteerError, match=r"source/config\.json: could not be used"):
+        _interrupted(tmp_path / "out", denied)
+
+
+def test_hashes_are_those_of_the_bytes_on_disk(tmp_path: Path) -> None:
+    with HashingFile(tmp_path / "a") as f:
+        f.write(b"abc")
+    assert f.sha256 == hash_file(tmp_path / "a") == copy_file(tmp_path / "a", tmp_path / "b")
+    assert f.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(FileExistsError):
+        HashingFile(tmp_path / "a")
