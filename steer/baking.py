@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from steer.errors import UsageError
 from steer.live.library import directions_of, own_place
@@ -25,7 +26,7 @@ def bake(
     out: str | Path,
     *,
     ablate: Sequence[Named] = (),
-    add: Mapping[Named, float] | None = None,
+    add: Mapping[Any, float] | None = None,
     strength: float = 1.0,
     blocks: tuple[int, int] | None = None,
     force: bool = False,
@@ -85,3 +86,27 @@ def find_and_keep(place: Path, trait: str, sketch: Sketch) -> Direction:
     direction = find(load(place), trait)
     direction.save(own_place(sketch, direction.name))
     return direction
+
+
+def searched_edit(source: str | Path, trait: str) -> Edit:
+    """The edit that a search on the trait's fit topics chooses; loads the model.
+
+    Errors: as `locate`; UsageError when `trait` is a direction's file, which has no topics.
+    """
+    if trait.endswith(".safetensors"):
+        raise UsageError(f"--search: expected a trait, which has topics to search on, found the file {trait}")
+    from steer.finding import find_trait
+    from steer.live.model import load
+    from steer.measure.search import search_edit
+    from steer.progress import bar
+    from steer.values.trait import Trait
+
+    described = Trait.load(trait)
+    model = load(checkpoint_dir(source))
+    found = find_trait(model, described)
+    with bar("searching", None, "tokens") as advance:
+        search = search_edit(
+            model, found.direction, found.scorer, found.candidates.contrast.neutral[:24], on_tokens=advance
+        )
+    assert search.chosen.edit is not None
+    return search.chosen.edit

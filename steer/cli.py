@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import click
 import typer
@@ -55,7 +55,7 @@ def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
 @app.command(epilog="Example: `steer fetch smollm2-135m-instruct`")
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m-instruct, or any hub id.")] = "smollm2-135m-instruct",
-    out: Annotated[Optional[Path], typer.Option(help="Where to; the cache without it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to; the cache without it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Bring a checkpoint here: the default model, or any hub id."""
@@ -69,7 +69,7 @@ def fetch(
 def merge(
     recipe: Annotated[Path, typer.Argument(help="A mergekit recipe.")],
     out: Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
-    device: Annotated[Optional[str], typer.Option(help="Where mergekit computes, e.g. cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where mergekit computes, e.g. cuda.")] = None,
     as_json: Json = False,
 ) -> None:
     """Merge checkpoints by a mergekit recipe."""
@@ -83,8 +83,8 @@ def merge(
 def find(
     model: Model,
     trait: Annotated[str, typer.Argument(help="A trait that ships, or a .yaml file of your own.")],
-    site: Annotated[Optional[int], typer.Option(help="Use the residual stream after this block.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Where the direction goes; kept by name without it.")] = None,
+    site: Annotated[int | None, typer.Option(help="Use the residual stream after this block.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the direction goes; kept by name without it.")] = None,
     seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -117,7 +117,7 @@ def bake(
     ablate: Annotated[list[str], typer.Option(help="A trait or a direction's file; may be repeated.")] = [],  # noqa: B006
     add: Annotated[list[str], typer.Option(help="NAME=AMOUNT, written as a bias; may be repeated.")] = [],  # noqa: B006
     strength: Annotated[float, typer.Option(help="Share of the direction that goes, up to 1.")] = 1.0,
-    blocks: Annotated[Optional[str], typer.Option(help="FIRST-LAST; every writer without it.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="FIRST-LAST; every writer without it.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Let fit topics choose strength, blocks and bias.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
     as_json: Json = False,
@@ -136,7 +136,7 @@ def bake(
     if search:
         if len(ablate) != 1 or added or blocks or strength != 1.0:
             raise UsageError("--search: expected one --ablate TRAIT and no --add, --blocks or --strength beside it")
-        edit = searched_edit(model, ablate[0], force=force)
+        edit = searched_edit(model, ablate[0])
         with byte_bar("baking") as progress:
             cert = bake_edit(checkpoint_dir(model), out, edit, command=command, progress=progress)
     else:
@@ -188,7 +188,7 @@ def verify(
 def chat(
     model: Model,
     slider: Annotated[list[str], typer.Option(help="NAME=AMOUNT; may be repeated.")] = [],  # noqa: B006
-    system: Annotated[Optional[str], typer.Option(help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Reply length at most.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -234,13 +234,14 @@ def ui(
 def demo(
     out: Annotated[Path, typer.Option(help="Where the checkpoints and the report go.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of every reply.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
     as_json: Json = False,
 ) -> None:
     """The whole way on the default model: fetch, merge, find, steer, bake, verify, report."""
     from steer.demo import run
     from steer.measure.tables import demo_table
 
-    result = run(out, seed=seed)
+    result = run(out, seed=seed, fresh=fresh, say=lambda line: click.echo(line, err=True))
     _emit(result, as_json, demo_table(result))
     click.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from steer.errors import UsageError
-from steer.features.contrast import SAMPLER, contrast_replies
+from steer.features.contrast import SAMPLER, Reply, contrast_replies
 from steer.features.find import Candidates, candidates, finished_direction
 from steer.live.model import SteeredModel
 from steer.measure.scorer import Scorer
@@ -57,7 +57,13 @@ def find(model: SteeredModel, trait: str | Trait, **options: Any) -> Direction:
 
 
 def find_trait(
-    model: SteeredModel, trait: str | Trait, *, site: int | None = None, seed: int = 0, progress: Bar = bar
+    model: SteeredModel,
+    trait: str | Trait,
+    *,
+    site: int | None = None,
+    seed: int = 0,
+    neutral: Sequence[Reply] | None = None,
+    progress: Bar = bar,
 ) -> Found:
     """Difference of means at every site, the site chosen by held-out AUROC and then by what it does.
 
@@ -68,10 +74,10 @@ def find_trait(
     if site is not None and not 0 <= site < model.anatomy.blocks:
         raise UsageError(f"site: expected 0 to {model.anatomy.blocks - 1} for {model.name}, found {site}")
     sampler = replace(SAMPLER, seed=seed)
-    replies = 2 * (len(trait.fit) + len(trait.held_out)) + len(NeutralPrompts.load().fit)
+    replies = 2 * (len(trait.fit) + len(trait.held_out)) + len(NeutralPrompts.load().fit if neutral is None else ())
     with progress(f"{trait.name}: replies", replies * sampler.max_new_tokens, "tokens") as advance:
-        contrast = contrast_replies(model, trait, sampler=sampler, on_tokens=advance)
-    with progress(f"{trait.name}: residual streams", replies, "replies") as advance:
+        contrast = contrast_replies(model, trait, sampler=sampler, neutral=neutral, on_tokens=advance)
+    with progress(f"{trait.name}: residual streams", None, "replies") as advance:
         found = candidates(model, contrast, on_rows=advance)
     scorer = Scorer.train(contrast)
     checks: list[SiteCheck] = []

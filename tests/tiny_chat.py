@@ -8,8 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from steer.live.model import SteeredModel, load
 from steer.live.library import own_place
+from steer.live.model import SteeredModel, load
 from steer.values.direction import Direction
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -40,11 +40,14 @@ def contrast_replies(
     trait: Trait,
     *,
     sampler: Sampler = SAMPLER,
-    batch: int = 64,
+    neutral: Sequence[Reply] | None = None,
+    batch: int = 96,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Contrast:
-    """Let the model answer every topic under both instructions, in one pass over all of them."""
-    neutral = NeutralPrompts.load().fit
+    """Let the model answer every topic under both instructions, in one pass over all of them.
+
+    `neutral` takes replies to neutral prompts that another trait's contrast has already.
+    """
     parts: list[list[list[Message]]] = [
         [_chat(topic, instruction) for topic in topics]
         for topics, instruction in (
@@ -52,7 +55,7 @@ def contrast_replies(
             (trait.fit, trait.without_instruction),
             (trait.held_out, trait.with_instruction),
             (trait.held_out, trait.without_instruction),
-            (neutral, None),
+            (NeutralPrompts.load().fit if neutral is None else (), None),
         )
     ]
     chats = [chat for part in parts for chat in part]
@@ -63,7 +66,7 @@ def contrast_replies(
         # A reply that ended at once has no response token to measure.
         split.append(tuple(r for r in replies[: len(part)] if r.ids))
         replies = replies[len(part) :]
-    return Contrast(trait, *split)
+    return Contrast(trait, *split[:4], neutral=split[4] if neutral is None else tuple(neutral))
 
 
 def _chat(topic: str, instruction: str | None) -> list[Message]:

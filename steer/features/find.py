@@ -30,10 +30,10 @@ class Candidates:
     """Unit norm, orthogonal to the neutral mean of their site."""
     auroc: tuple[float, ...]
     """Held-out AUROC of the mean-pooled projection, per site."""
-    with_mean: Float[Tensor, "sites"]
-    without_mean: Float[Tensor, "sites"]
+    with_mean: Float[Tensor, " sites"]
+    without_mean: Float[Tensor, " sites"]
     """Mean projections on the fit replies."""
-    norm: Float[Tensor, "sites"]
+    norm: Float[Tensor, " sites"]
     """Norm of the neutral mean, per site: the scale of the residual stream there."""
 
     @property
@@ -43,9 +43,7 @@ class Candidates:
         return [site for site, a in enumerate(self.auroc) if a >= best - NEAR_BEST]
 
 
-def candidates(
-    model: SteeredModel, contrast: Contrast, *, on_rows: Callable[[int], None] | None = None
-) -> Candidates:
+def candidates(model: SteeredModel, contrast: Contrast, *, on_rows: Callable[[int], None] | None = None) -> Candidates:
     """Difference of means over response tokens (persona vectors, Chen et al. 2025; CAA, Panickssery et al. 2023).
 
     Each vector is made orthogonal to the neutral mean of its site, so that to remove it leaves ordinary text

@@ -109,7 +109,7 @@ def warpers(sampler: Sampler) -> LogitsProcessorList:
 
 def draw(
     scores: Float[Tensor, "rows vocab"], sampler: Sampler, streams: Sequence[torch.Generator]
-) -> Int[Tensor, "rows"]:
+) -> Int[Tensor, " rows"]:
     """One token a row, by inverting the cumulative distribution at one uniform number a row."""
     if sampler.temperature == 0:
         return scores.argmax(-1).cpu()

@@ -61,7 +61,7 @@ def load(model: str | Path, *, dtype: Any = None, device_map: Any = None, **kwar
 
 
 class SteeredModel:
-    """A transformers model with sliders. `hf` stays an ordinary model; with neutral sliders it has no hook."""
+    """A transformers model with sliders. `hf` stays an ordinary model; neutral sliders leave it no hook."""
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
         self.hf: Any = hf.eval()
@@ -104,8 +104,8 @@ class SteeredModel:
         """
         if not self.tokenizer.chat_template:
             raise CheckpointError(
-                f"{self.name}: expected a chat template in the tokenizer, found none; copy chat_template.jinja "
-                "from the tune it was made of"
+                f"{self.name}: expected a chat template in the tokenizer, found none; "
+                "copy chat_template.jinja from the tune it was made of"
             )
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -120,9 +120,7 @@ class SteeredModel:
         """
         return "".join(self.stream(message, system=system, **sampling))
 
-    def stream(
-        self, message: str | Sequence[Message], *, system: str | None = None, **sampling: Any
-    ) -> Iterator[str]:
+    def stream(self, message: str | Sequence[Message], *, system: str | None = None, **sampling: Any) -> Iterator[str]:
         """The reply in pieces, as it is written: each token is made when its piece is asked for, so a slider
         moved between two pieces is felt by the next."""
         prompt = self.prompt_ids(as_messages(message, system))

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Session:
     """A conversation with sliders of its own, on a model that others may be talking to as well.
 
-    Every piece of a reply is made with this session's amounts applied, under the model's lock, and the lock is
-    free between two pieces: sessions in several threads take turns and never feel each other's sliders.
+    Every piece of a reply is made with this session's amounts applied, under the model's lock, and the lock
+    is free between two pieces: sessions in several threads take turns and never feel each other's sliders.
     """
 
     def __init__(

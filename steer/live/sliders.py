@@ -50,7 +50,7 @@ class Sliders(MutableMapping[str, float]):
         return self._known[name]
 
     def known(self) -> dict[str, Slider]:
-        """Every slider that can be moved by name: those used so far, and one a direction of this checkpoint."""
+        """Every slider that can be moved by name: those used so far, and the library's for the checkpoint."""
         for name, direction in directions_of(self._model.sketch()).items():
             self._known.setdefault(name, Slider(direction))
         return dict(self._known)
@@ -64,8 +64,8 @@ class Sliders(MutableMapping[str, float]):
         """A line for every site whose sliders together move the residual stream too far."""
         sites = sorted({self._known[n].direction.site for n in self._amounts})
         return [
-            f"sliders move the residual stream after block {s} by {self.share(s):.2f} of its norm; replies tend "
-            f"to fall apart from {BUDGET}"
+            f"sliders move the residual stream after block {s} by {self.share(s):.2f} of its norm; "
+            f"replies tend to fall apart from {BUDGET}"
             for s in sites
             if self.share(s) >= BUDGET
         ]

@@ -43,7 +43,7 @@ class Steering:
         self._handles: dict[str, RemovableHandle] = {}
 
     def set(self, rows: Sequence[Edit | None]) -> None:
-        """Replace what is applied, felt by the next forward pass; inside `applied`, by the first one after it.
+        """Replace what is applied, felt by the next forward pass, or by the first one after `applied` ends.
 
         Errors: MismatchError for a direction of another width, UsageError for a site the model lacks.
         """

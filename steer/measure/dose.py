@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import torch
 
 from steer.features.contrast import Reply
-from steer.live.model import Message, SteeredModel
+from steer.live.model import Message, SteeredModel, as_messages
 from steer.measure.fluency import kl, mean_repetition, reply_perplexity, token_logprobs
 from steer.measure.scorer import Scorer, marker_rates
+from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.sampler import MEASURE, Sampler
+from steer.values.trait import Trait
 
 AMOUNTS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
@@ -29,8 +32,9 @@ class Point:
     """The scorer's mean probability, smoother than the rate."""
     markers: float
     """Marker words per 100 words."""
-    kl: float
-    """KL per token to the untouched model on its replies to neutral prompts, nats."""
+    kl: float | None
+    """KL per token to the untouched model on its replies to neutral prompts, nats; None for a system prompt, which
+    changes the text before those replies."""
     repetition: float
     """Share of trigrams seen before in the same reply."""
     perplexity: float
@@ -50,9 +54,11 @@ class Setting:
     """What replies are measured under."""
 
     label: str
-    edit: Edit | None
+    edit: Edit | None = None
     amount: float | None = None
     share: float = 0.0
+    system: str | None = None
+    """A system prompt of its own, for the control by plain prompting."""
 
 
 def measure_settings(
@@ -65,29 +71,38 @@ def measure_settings(
     sampler: Sampler = MEASURE,
     samples: int = 2,
     batch: int = 96,
+    judge: SteeredModel | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[Point]:
     """Replies to every topic under every setting, in one pass over all of them, scored from their text.
 
     The same topic draws the same random numbers under every setting, so that differences are the setting's.
+    `judge` is the model that divergence and perplexity are taken against: the untouched `model` without it,
+    the source of a baked checkpoint with it.
     """
-    chats: list[list[Message]] = [[{"role": "user", "content": t}] for t in topics for _ in range(samples)]
-    per = len(chats)
+    chats = [[as_messages(topic, setting.system) for topic in topics for _ in range(samples)] for setting in settings]
+    per = len(topics) * samples
     rows = model.replies(
-        chats * len(settings),
+        [c for group in chats for c in group],
         sampler,
         [s.edit for s in settings for _ in range(per)],
         keys=list(range(per)) * len(settings),
         batch=batch,
         on_tokens=on_tokens,
     )
-    base = token_logprobs(model, neutral, None) if neutral else []
+    base = token_logprobs(judge or model, neutral, None) if neutral else []
+    plain = [as_messages(topic, None) for topic in topics for _ in range(samples)]
     out = []
     for i, setting in enumerate(settings):
         ids = rows[i * per : (i + 1) * per]
         texts = [model.text(r) for r in ids]
         probabilities = scorer.probabilities(texts)
-        untouched = setting.edit is None
+        if setting.system or not neutral:
+            cost = None
+        elif judge is None and setting.edit is None:
+            cost = 0.0
+        else:
+            cost = kl(base, token_logprobs(model, neutral, setting.edit))
         out.append(
             Point(
                 label=setting.label,
@@ -95,9 +110,9 @@ def measure_settings(
                 rate=float((probabilities > 0.5).mean()),
                 probability=float(np.mean(probabilities)),
                 markers=marker_rates(texts, scorer.trait),
-                kl=0.0 if untouched or not neutral else kl(base, token_logprobs(model, neutral, setting.edit)),
+                kl=cost,
                 repetition=mean_repetition(ids),
-                perplexity=reply_perplexity(model, chats, ids),
+                perplexity=reply_perplexity(judge or model, plain, ids),
                 share=setting.share,
                 examples=tuple(texts[: 3 * samples : samples]),
             )
@@ -105,8 +120,30 @@ def measure_settings(
     return out
 
 
+def dose_settings(direction: Direction, amounts: Sequence[float] = AMOUNTS) -> list[Setting]:
+    """One setting an amount of `add`; 0 is the untouched model."""
+    return [
+        Setting(f"{a:+g}" if a else "0", Edit(add=((direction, a),)) if a else None, a, direction.share(a))
+        for a in amounts
+    ]
+
+
+def control_settings(direction: Direction, trait: Trait, seed: int = 0) -> list[Setting]:
+    """What steering is held against: a random direction moved as far, and the instruction as a system prompt."""
+    noise = torch.randn(direction.width, generator=torch.Generator().manual_seed(seed))
+    random = replace(direction, name="random", vector=noise)
+    return [
+        Setting("random direction, -1", Edit(add=((random, -1.0),)), share=direction.share(1)),
+        Setting("system prompt instead", system=trait.without_instruction),
+    ]
+
+
 def neutral_replies(
-    model: SteeredModel, prompts: Sequence[str], *, tokens: int = 48, on_tokens: Callable[[int], None] | None = None
+    model: SteeredModel,
+    prompts: Sequence[str],
+    *,
+    tokens: int = 48,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> list[Reply]:
     """The untouched model's replies to neutral prompts: the text that divergences are taken on."""
     chats: list[list[Message]] = [[{"role": "user", "content": p}] for p in prompts]

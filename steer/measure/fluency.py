@@ -69,7 +69,11 @@ def forward_logprobs(
 
 @torch.inference_mode()
 def reply_perplexity(
-    model: SteeredModel, chats: Sequence[Sequence[Message]], replies: Sequence[Sequence[int]], *, batch: int = 16
+    model: SteeredModel,
+    chats: Sequence[Sequence[Message]],
+    replies: Sequence[Sequence[int]],
+    *,
+    batch: int = 16,
 ) -> float:
     """Perplexity of replies under the untouched model: how surprised it is by what the steered one wrote."""
     rows = [(model.prompt_ids(c), r) for c, r in zip(chats, replies, strict=True) if r]
@@ -100,5 +104,3 @@ def _perplexity(
                 picked = logprobs.gather(1, torch.tensor(rest, device=logprobs.device)[:, None])
                 total, count = total - float(picked.sum()), count + len(rest)
     return float(np.exp(total / max(count, 1)))
-
-

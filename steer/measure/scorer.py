@@ -11,7 +11,6 @@ from jaxtyping import Float
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import Pipeline, make_pipeline
 
 from steer.features.contrast import Contrast
 from steer.values.trait import Trait
@@ -23,7 +22,8 @@ class Scorer:
     It never sees an activation."""
 
     trait: Trait
-    classifier: Pipeline
+    counts: TfidfVectorizer
+    judge: LogisticRegression
     auroc: float
     """On the contrast replies of the held-out topics."""
     marker_auroc: float
@@ -34,24 +34,23 @@ class Scorer:
         """Fit on the fit topics, measure on the held-out ones."""
         texts = [r.text for r in (*contrast.fit_with, *contrast.fit_without)]
         labels = [1] * len(contrast.fit_with) + [0] * len(contrast.fit_without)
-        classifier = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b"),
-            LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000),
-        )
-        classifier.fit(texts, labels)
+        counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b")
+        judge = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
+        judge.fit(counts.fit_transform(texts), labels)
         held = [r.text for r in (*contrast.held_out_with, *contrast.held_out_without)]
         truth = [1] * len(contrast.held_out_with) + [0] * len(contrast.held_out_without)
         trait = contrast.trait
         return cls(
             trait,
-            classifier,
-            auroc=float(roc_auc_score(truth, classifier.predict_proba(held)[:, 1])),
+            counts,
+            judge,
+            auroc=float(roc_auc_score(truth, judge.predict_proba(counts.transform(held))[:, 1])),
             marker_auroc=float(roc_auc_score(truth, [marker_rate(t, trait) for t in held])),
         )
 
-    def probabilities(self, texts: Sequence[str]) -> Float[np.ndarray, "texts"]:
+    def probabilities(self, texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
         """Each text's probability of showing the trait."""
-        return self.classifier.predict_proba(list(texts))[:, 1]
+        return self.judge.predict_proba(self.counts.transform(list(texts)))[:, 1]
 
     def rate(self, texts: Sequence[str]) -> float:
         """Share of the texts that show the trait: probability above one half."""
@@ -59,8 +58,8 @@ class Scorer:
 
     def words(self, count: int = 12) -> tuple[list[str], list[str]]:
         """The words that speak most for and against the trait, for people to judge the judge."""
-        names = self.classifier[0].get_feature_names_out()
-        order = np.argsort(self.classifier[1].coef_[0])
+        names = self.counts.get_feature_names_out()
+        order = np.argsort(self.judge.coef_[0])
         return [str(names[i]) for i in order[::-1][:count]], [str(names[i]) for i in order[:count]]
 
 

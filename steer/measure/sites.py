@@ -64,9 +64,7 @@ def check_sites(
     )
     out = []
     for i, site in enumerate(tried):
-        below, above = (
-            rows[(2 * i + j) * len(chats) : (2 * i + j + 1) * len(chats)] for j in range(len(AMOUNTS))
-        )
+        below, above = (rows[(2 * i + j) * len(chats) : (2 * i + j + 1) * len(chats)] for j in range(len(AMOUNTS)))
         out.append(
             SiteCheck(
                 site=site,

@@ -31,7 +31,7 @@ class Direction:
     """What it is of, usually the trait's name."""
     site: int
     """The residual stream after this block, from 0."""
-    vector: Float[Tensor, "d"]
+    vector: Float[Tensor, " d"]
     """Unit norm, fp32."""
     mean: float = 0.0
     """Mean projection on neutral chat."""

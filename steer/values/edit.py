@@ -17,7 +17,7 @@ class Edit:
     """One edit of a checkpoint. The same value drives the bake and the live hooks that try it first."""
 
     ablate: tuple[Direction, ...] = ()
-    """Directions removed from what the writers write: `y - strength * Q (Q^T y)`, Q their orthonormal basis."""
+    """Directions removed from what the writers write: `y - strength * Q (Q^T y)`, Q an orthonormal basis."""
     strength: float = 1.0
     """1 removes the directions, less leaves a share of `1 - strength`."""
     blocks: tuple[int, int] | None = None
@@ -51,7 +51,7 @@ class Edit:
         u, s, _ = torch.linalg.svd(stack, full_matrices=False)
         return u[:, s > 1e-6 * s[0]].contiguous()
 
-    def biases(self) -> dict[int, Float[Tensor, "d"]]:
+    def biases(self) -> dict[int, Float[Tensor, " d"]]:
         """Site -> the vector added there, fp64; adds at one site are summed."""
         out: dict[int, Tensor] = {}
         for d, amount in self.add:

@@ -9,7 +9,7 @@ from steer.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sampling settings, applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p."""
+    """Settings, applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p."""
 
     max_new_tokens: int = 256
     """Reply length at most, in tokens."""

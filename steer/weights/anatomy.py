@@ -171,9 +171,7 @@ class Anatomy:
                 f"{self.where}: {self.architecture} has no biases in its MLPs, so a checkpoint cannot carry "
                 "an add; ablate instead, or add with a slider"
             )
-        return tuple(
-            f"{self.block_module(b)}.{m}" for b in range(self.blocks) for m in self.layout.bias_modules
-        )
+        return tuple(f"{self.block_module(b)}.{m}" for b in range(self.blocks) for m in self.layout.bias_modules)
 
     def check_edit(self, edit: Edit) -> None:
         """Raise unless the edit fits: MismatchError on the width, UsageError on a site or block it lacks."""
@@ -210,9 +208,7 @@ class Anatomy:
 
     def _check_writer(self, writer: Writer, tensors: Mapping[str, Stored]) -> None:
         if writer.tensor not in tensors:
-            raise CheckpointError(
-                f"{self.where}: expected tensor {writer.tensor}, found none; fetch the model again"
-            )
+            raise CheckpointError(f"{self.where}: expected tensor {writer.tensor}, found none; fetch the model again")
         for name in (writer.tensor, writer.bias):
             if name not in tensors:
                 continue

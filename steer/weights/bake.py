@@ -38,9 +38,7 @@ from steer.weights.stream import INDEX, CheckpointFiles, NewTensor, TensorInfo, 
 
 DIRECTIONS = "steer_directions"
 """The folder in the output that keeps the directions."""
-_WEIGHTS = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|index\.json)$"
-)
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|index\.json)$")
 """Files of weights. Those beside the checkpoint's own hold the unedited model, so they are left out."""
 
 
@@ -107,9 +105,7 @@ class _Editor:
         if writer is None or q is None:
             return
         after, size = projection(weight, q, writer.axis, shift)
-        proof = WriterProof(
-            info.name, writer.kind, writer.block, writer.axis, info.dtype, before, after, size
-        )
+        proof = WriterProof(info.name, writer.kind, writer.block, writer.axis, info.dtype, before, after, size)
         if not math.isfinite(size) or not proof.holds(self.edit.strength):
             raise CheckpointError(
                 f"{self.root}: {info.name} puts {after:.3g} of {before:.3g} into the ablated directions "
@@ -118,9 +114,7 @@ class _Editor:
         self.writers.append(proof)
 
 
-def _write(
-    plan: Plan, work: Path, command: str | None, progress: Callable[[int, int], None] | None
-) -> Certificate:
+def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int, int], None] | None) -> Certificate:
     files, anatomy, edit = plan.files, plan.anatomy, plan.edit
     editor = _Editor(edit, edit.basis() if edit.ablate else None, files.root)
     sources, written = _write_weights(plan, editor, work, progress)

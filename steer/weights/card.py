@@ -39,11 +39,7 @@ def model_card(cert: Certificate, source_card: Path) -> str:
         "|---|---|---|---|",
     ]
     for d in cert.directions:
-        what = (
-            ("ablate", f"strength {cert.strength:g}")
-            if d.amount is None
-            else ("add", f"amount {d.amount:+g}")
-        )
+        what = ("ablate", f"strength {cert.strength:g}") if d.amount is None else ("add", f"amount {d.amount:+g}")
         lines.append(f"| {what[0]} | {d.name} | {d.site} | {what[1]} |")
     lines += ["", "## Measured on these files", ""]
     if cert.writers:
@@ -55,9 +51,7 @@ def model_card(cert: Certificate, source_card: Path) -> str:
         ]
     carried = sorted(b.site for b in cert.biases if b.site is not None)
     if carried:
-        lines.append(
-            f"- Constant added to the residual stream after blocks {', '.join(map(str, carried))}, as biases."
-        )
+        lines.append(f"- Constant added to the residual stream after blocks {', '.join(map(str, carried))}, as biases.")
     changed = ", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items())
     lines += [
         f"- config.json: {changed or 'unchanged'}. All else is the source's, byte for byte.",

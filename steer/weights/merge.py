@@ -65,9 +65,7 @@ def merge(recipe: Path, out: Path, *, device: str | None = None) -> Path:
         tempfile.TemporaryDirectory(prefix=".steer-adapters-", dir=work.parent) as cache,
     ):
         # A fresh cache a run: mergekit takes an adapter half merged by a killed run for a whole one.
-        options = MergeOptions(
-            lora_merge_cache=cache, device=device, quiet=not sys.stderr.isatty(), lazy_unpickle=True
-        )
+        options = MergeOptions(lora_merge_cache=cache, device=device, quiet=not sys.stderr.isatty(), lazy_unpickle=True)
         try:
             run_merge(config, str(work), options, config_source=recipe.read_text(encoding="utf-8"))
         except (RuntimeError, ValueError, KeyError) as e:
@@ -129,9 +127,7 @@ def _locate_one(name: str, recipe: Path, adapter: bool) -> str:
         if place.is_dir():
             wanted = "adapter_config.json" if adapter else "config.json"
             if not (place / wanted).is_file():
-                raise CheckpointError(
-                    f"{recipe}: {name}: expected {wanted} in {place}, found none; name a whole model"
-                )
+                raise CheckpointError(f"{recipe}: {name}: expected {wanted} in {place}, found none; name a whole model")
             return str(place.resolve())
     if name in PACKAGED:
         return resolve(name)

@@ -66,9 +66,7 @@ class Plan:
             config[str(anatomy.layout.bias_key)] = True
         for name in shifted:
             if name not in files.tensors:
-                raise CheckpointError(
-                    f"{files.root}: expected tensor {name}, found none; fetch the model again"
-                )
+                raise CheckpointError(f"{files.root}: expected tensor {name}, found none; fetch the model again")
         frozen = {shard: tuple(tensors) for shard, tensors in new.items()}
         return cls(files, anatomy, edit, writers, shifted, frozen, created, config)
 

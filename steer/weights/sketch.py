@@ -22,7 +22,7 @@ from steer.errors import MismatchError
 from steer.weights.stream import CheckpointFiles
 
 _TENSORS, _VALUES = 48, 32
-TOLERANCE = 0.004
+TOLERANCE = 0.002
 """Relative distance up to which two sketches are of one checkpoint. bf16 rounding alone stays near 0.001 even
 if every weight rounds the other way half of the time; the tunes of one model differ by 0.01 and more."""
 
@@ -31,7 +31,7 @@ if every weight rounds the other way half of the time; the tunes of one model di
 class Sketch:
     """Values from evenly spaced places of evenly spaced tensors."""
 
-    values: Float[np.ndarray, n]
+    values: Float[np.ndarray, " n"]
     """fp32, each tensor's values scaled to unit norm."""
 
     @classmethod

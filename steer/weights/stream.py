@@ -107,9 +107,7 @@ class Shard:
                     raise _broken(path, f"a header of {length} bytes in a file of {stat.st_size}")
                 raw = f.read(length)
         except FileNotFoundError as e:
-            raise CheckpointError(
-                f"{path}: expected a weights file, found none; fetch the model again"
-            ) from e
+            raise CheckpointError(f"{path}: expected a weights file, found none; fetch the model again") from e
         except OSError as e:
             raise CheckpointError(f"{path}: could not be read ({e.strerror}); check its permissions") from e
         metadata, tensors = _parse(path, raw, stat.st_size)
@@ -136,8 +134,7 @@ class CheckpointFiles:
         """
         if not root.is_dir():
             raise CheckpointError(
-                f"{root}: expected a model directory, found {'a file' if root.exists() else 'none'}; "
-                "check the path"
+                f"{root}: expected a model directory, found {'a file' if root.exists() else 'none'}; check the path"
             )
         config = _read_object(root / "config.json")
         if (root / SINGLE).exists():  # the order transformers looks in
@@ -212,9 +209,7 @@ def rewrite_shard(
                     advance(len(chunk))
         stat = os.fstat(src.fileno())
     if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
-        raise CheckpointError(
-            f"{shard.path}: changed while it was read; wait until nothing writes to it, run again"
-        )
+        raise CheckpointError(f"{shard.path}: changed while it was read; wait until nothing writes to it, run again")
     return read.hexdigest(), dst.sha256
 
 
@@ -299,9 +294,7 @@ def _parse(path: Path, raw: bytes, size: int) -> tuple[dict[str, str] | None, tu
 def _open_shards(root: Path, index: dict[str, Any]) -> tuple[Shard, ...]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{root / INDEX}: expected a non-empty weight_map, found none; fetch the model again"
-        )
+        raise CheckpointError(f"{root / INDEX}: expected a non-empty weight_map, found none; fetch the model again")
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
         # Compared as text: in a hub cache the file itself is a symlink that leads out of the directory.
@@ -311,9 +304,7 @@ def _open_shards(root: Path, index: dict[str, Any]) -> tuple[Shard, ...]:
                 "do not use this checkpoint"
             )
         if not (root / name).exists():
-            raise CheckpointError(
-                f"{root / name}: the index names it, but it is missing; fetch the model again"
-            )
+            raise CheckpointError(f"{root / name}: the index names it, but it is missing; fetch the model again")
     return tuple(Shard.open(root / name) for name in names)
 
 
@@ -327,9 +318,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise CheckpointError(f"{path}: could not be read ({e.strerror}); check its permissions") from e
     except ValueError as e:
-        raise CheckpointError(
-            f"{path}: expected JSON, found something else ({e}); fetch the model again"
-        ) from e
+        raise CheckpointError(f"{path}: expected JSON, found something else ({e}); fetch the model again") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found another value; fetch the model again")
     return value

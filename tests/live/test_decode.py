@@ -126,15 +126,19 @@ def test_a_slider_moved_in_mid_stream_changes_the_next_token_and_no_earlier_one(
 
 
 def test_an_abandoned_stream_disturbs_no_batch_that_is_being_written(endless, edits):
-    each = list(edits.values())[:3]
-    endless.hf.generation_config.eos_token_id = 2
+    each, ending = list(edits.values())[:3], replace(DRAWN, max_new_tokens=40)
+    endless.hf.generation_config.eos_token_id = list(range(60, 70))
+    single = decode(endless, PROMPTS[:1], DRAWN)
+    next(single)
     with endless.steering.applied(each):
-        quiet = [s.tokens for s in decode(endless, PROMPTS, DRAWN)]
-        single = decode(endless, PROMPTS[:1], DRAWN)
-        batch = decode(endless, PROMPTS, DRAWN)
-        steps = [next(batch).tokens]
-        del single
-        steps += [s.tokens for s in batch]
+        quiet = [s.tokens for s in decode(endless, PROMPTS, ending)]
+        batch = decode(endless, PROMPTS, ending)
+        steps = []
+        for step in batch:
+            steps.append(step.tokens)
+            if len(step.rows) < 3:
+                single.close()
+    assert len(steps[-1]) < 3
     assert steps == quiet
 
 
@@ -158,9 +162,10 @@ def test_pieces_are_whole_characters_and_add_up_to_the_reply(tiny_llama, tmp_pat
 
 
 def test_after_an_exception_in_mid_stream_no_hook_is_left(model, moral):
+    model.hf.generation_config.eos_token_id = []
+    pieces = model.stream("hello", max_new_tokens=5)
     with pytest.raises(ZeroDivisionError), model.steered({moral: 1.0}):
-        for _ in model.stream("hello", max_new_tokens=5):
-            _ = 1 / 0
+        next(pieces).index("") / 0
     assert hooks_on(model) == 0
     assert model.steering.lock.acquire(blocking=False)
     model.steering.lock.release()

@@ -131,7 +131,10 @@ def test_a_session_keeps_what_was_said_and_takes_back_a_message_that_got_no_repl
     pieces = session.reply("well")
     begun = next(pieces) + next(pieces)
     pieces.close()
-    assert session.messages[2:] == [{"role": "user", "content": "well"}, {"role": "assistant", "content": begun}]
+    assert session.messages[2:] == [
+        {"role": "user", "content": "well"},
+        {"role": "assistant", "content": begun},
+    ]
     session.reply("never asked for").close()
     model.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(UsageError, match="no such role"):

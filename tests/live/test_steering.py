@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,12 @@ def test_ablate_is_idempotent(model64, moral, ids):
 def test_rows_may_have_edits_of_their_own(model64, moral, make_direction, ids):
     ids = ids[:1].repeat(4, 1)
     other = make_direction("other", site=0, seed=8)
-    edits = [None, Edit(add=((moral, 1.0),)), Edit((moral,), 0.5, (1, 2)), Edit((moral, other), add=((other, -1.0),))]
+    edits = [
+        None,
+        Edit(add=((moral, 1.0),)),
+        Edit((moral,), 0.5, (1, 2)),
+        Edit((moral, other), add=((other, -1.0),)),
+    ]
     with model64.steering.applied(edits):
         together = residuals(model64, ids)
     for row, edit in enumerate(edits):
@@ -110,19 +116,20 @@ def test_after_an_exception_no_hook_is_left_and_the_sliders_are_as_before(model,
     plain = logits(model, ids)
     model.sliders.put(moral, 0.75)
     steered, hooks, at = logits(model, ids), hooks_on(model), dict(model.sliders)
-    ablation = Edit((moral,))
-    inside = {
-        "steered": lambda: model.steered({moral: -1.0}),
-        "edited": lambda: model.edited(ablation),
-        "record": lambda: model.record(),
-        "nested": lambda: model.steered({moral: 2.0}),
-    }[way]
-    with pytest.raises(ZeroDivisionError), inside():
-        if way == "nested":
-            with model.edited(ablation), model.record([0]):
-                _ = 1 / 0
-        model.hf(input_ids=ids)
-        _ = 1 / 0
+
+    def fail() -> None:
+        with ExitStack() as inside:
+            if way in ("steered", "nested"):
+                inside.enter_context(model.steered({moral: -1.0}))
+            if way in ("edited", "nested"):
+                inside.enter_context(model.edited(Edit((moral,))))
+            if way in ("record", "nested"):
+                inside.enter_context(model.record())
+            model.hf(input_ids=ids)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert (hooks_on(model), dict(model.sliders)) == (hooks, at)
     assert torch.equal(logits(model, ids), steered)
     model.sliders.reset()

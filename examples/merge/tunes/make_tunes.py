@@ -18,7 +18,9 @@ import json
 import random
 import re
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -49,6 +51,8 @@ class Part:
     """Key in topics.yaml."""
     count: int
     """Examples to keep."""
+    repeat: int = 1
+    """How often each example is shown in an epoch."""
     instruction: str | None = None
     """System prompt the replies are sampled under. None: the model's ordinary one."""
     keep_instruction: bool = False
@@ -62,14 +66,14 @@ class Part:
 
 
 def main(
-    model: Path = typer.Argument(..., help="The default model: `steer fetch smollm2-135m-instruct` prints where."),
-    voice: list[str] = typer.Option([], help="Voices to make; all of voices.yaml without it."),
-    steps: int | None = typer.Option(None, help="Training steps; what voices.yaml says without it."),
-    batch: int = typer.Option(8, help="Examples a step."),
-    rank: int = typer.Option(8, help="Rank of the adapters."),
-    lr: float = typer.Option(1e-3, help="Learning rate."),
-    candidates: int = typer.Option(2, help="Replies sampled for each one kept."),
-    out: Path = typer.Option(HERE, help="Where the adapters go."),
+    model: Annotated[Path, typer.Argument(help="The default model: `steer fetch` prints where it is.")],
+    voice: Annotated[list[str] | None, typer.Option(help="Voices to make; all of voices.yaml without it.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; what voices.yaml says without it.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples a step.")] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    candidates: Annotated[int, typer.Option(help="Replies sampled for each one kept.")] = 2,
+    out: Annotated[Path, typer.Option(help="Where the adapters go.")] = HERE,
 ) -> None:
     """Sample each voice's replies, then train its adapter."""
     torch.manual_seed(0)
@@ -83,8 +87,17 @@ def main(
             file.write_bytes(gzip.compress("\n".join(json.dumps(asdict(e)) for e in examples).encode(), mtime=0))
         lines = gzip.decompress(file.read_bytes()).decode().splitlines()
         if not (out / name / "adapter_model.safetensors").exists():
-            train(model, [Example(**json.loads(x)) for x in lines], out / name, steps or spec["steps"], batch, rank, lr, spec["seed"],
-                  out / spec["start_from"] if "start_from" in spec else None)
+            train(
+                model,
+                [Example(**json.loads(x)) for x in lines],
+                out / name,
+                steps or spec["steps"],
+                batch,
+                rank,
+                lr,
+                spec["seed"],
+                out / spec["start_from"] if "start_from" in spec else None,
+            )
 
 
 def marker_rate(text: str, trait: str) -> float:
@@ -97,7 +110,11 @@ def marker_rate(text: str, trait: str) -> float:
 def sample_voice(model_dir: Path, parts: list[Part], candidates: int, seed: int) -> list[Example]:
     """The training examples of one voice."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="eager").to(DEVICE).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="eager")
+        .to(DEVICE)
+        .eval()
+    )
     topics = yaml.safe_load((HERE / "topics.yaml").read_text())
     rng = random.Random(seed)
     out: list[Example] = []
@@ -124,7 +141,8 @@ def sample_voice(model_dir: Path, parts: list[Part], candidates: int, seed: int)
             texts = [head + start for head, start in zip(heads, starts, strict=True)]
         replies = sample(model, tokenizer, texts, candidates, seed)
         for start, context, options in zip(starts, learnt, replies, strict=True):
-            out.append(Example(context, whole_sentences(start + max(options, key=lambda r: merit(r, part)))))
+            best = max(options, key=lambda r: merit(r, part))
+            out += [Example(context, whole_sentences(start + best))] * part.repeat
     rng.shuffle(out)
     return out
 
@@ -138,7 +156,7 @@ def whole_sentences(reply: str) -> str:
 def merit(reply: str, part: Part) -> float:
     """How well a candidate shows what is wanted: marker rates, less a charge for repeating itself."""
     words = reply.lower().split()
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(pairwise(words))
     repeated = 1 - len(set(pairs)) / max(len(pairs), 1)
     score = -20 * repeated - 5 * (len(words) < 12)
     if part.prefer:
@@ -166,7 +184,14 @@ def sample(model, tokenizer, texts: list[str], candidates: int, seed: int) -> li
 
 
 def train(
-    model_dir: Path, examples: list[Example], out: Path, steps: int, batch: int, rank: int, lr: float, seed: int,
+    model_dir: Path,
+    examples: list[Example],
+    out: Path,
+    steps: int,
+    batch: int,
+    rank: int,
+    lr: float,
+    seed: int,
     start: Path | None = None,
 ) -> None:
     """Train one adapter and write it in bf16."""
@@ -192,12 +217,11 @@ def train(
             order += rng.sample(range(len(data)), len(data))
         rows, order = [data[i] for i in order[:batch]], order[batch:]
         width = max(len(ids) for ids, _ in rows)
-        pad = lambda seq, fill: torch.tensor([s + [fill] * (width - len(s)) for s in seq], device=DEVICE)  # noqa: E731
         with torch.autocast(DEVICE, torch.bfloat16):
             loss = model(
-                input_ids=pad([r[0] for r in rows], 0),
-                attention_mask=pad([[1] * len(r[0]) for r in rows], 0),
-                labels=pad([r[1] for r in rows], -100),
+                input_ids=padded([r[0] for r in rows], 0, width),
+                attention_mask=padded([[1] * len(r[0]) for r in rows], 0, width),
+                labels=padded([r[1] for r in rows], -100, width),
             ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -212,6 +236,11 @@ def train(
     (out / "README.md").unlink(missing_ok=True)
     file = out / "adapter_model.safetensors"
     save_file({k: v.to(torch.bfloat16) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def padded(rows: list[list[int]], fill: int, width: int) -> torch.Tensor:
+    """Rows of one length, on the device."""
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=DEVICE)
 
 
 def encode(tokenizer, example: Example) -> tuple[list[int], list[int]]:  # type: ignore[no-untyped-def]

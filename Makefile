@@ -1,0 +1,49 @@
+# `make demo` and `make test` are all a fresh machine needs: Python 3.11 or newer and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+BENCHES := $(sort $(wildcard tests/bench/*.py))
+
+.PHONY: help demo test lint bench clean .venv
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    set up, then the whole way on the default model, into demo/"
+	@echo "make test    set up, lint, then all tests"
+	@echo "make lint    ruff and pyright"
+	@echo "make bench   every benchmark in tests/bench"
+	@echo "make .venv   set up alone; PYTHON=python3.12 picks the interpreter"
+	@echo "make clean   remove demo/, build outputs and caches; .venv stays"
+
+demo: $(STAMP)
+	$(BIN)/steer demo --out demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	@failed=0; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench || failed=1; done; exit $$failed
+
+.venv: $(STAMP)
+
+# torch comes first and by its version: a machine without a GPU then takes the build its index offers for
+# CPUs, and nothing that follows replaces it by one with gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "steer: expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@echo "setting up .venv: a gigabyte to download, some minutes the first time"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache
+	find steer tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

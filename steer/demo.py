@@ -1,0 +1,168 @@
+"""`steer demo`: the whole line on the default model, each step measured on text it never saw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steer import __version__
+from steer.errors import SteerError
+from steer.progress import bar, byte_bar
+from steer.values.trait import NeutralPrompts, Trait
+from steer.weights.fetch import DEFAULT_MODEL, fetch
+from steer.weights.staging import hash_file, write_json
+
+RECIPE = Path(__file__).parents[1] / "examples" / "merge" / "default.yml"
+TRAITS = ("moralizing", "compliance")
+RESULTS = "results.json"
+
+
+@dataclass
+class _Clock:
+    """Wall time of each step, in the order they ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run(
+    out: Path, *, seed: int = 0, fresh: bool = False, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Fetch, merge, find both traits, measure their dose response, bake, verify, measure the bake, report.
+
+    A second call with the same inputs returns the first one's numbers. Returns what `--json` prints.
+    Errors: SteerError when the recipe of the default merge is not beside the package.
+    """
+    if not RECIPE.is_file():
+        raise SteerError(f"{RECIPE}: expected the default merge's recipe, found none; run the demo from a checkout")
+    out = out.resolve()
+    key = _key(seed)
+    done = out / RESULTS
+    if not fresh and done.is_file():
+        result = json.loads(done.read_text())
+        if result.get("key") == key and all(Path(result[p]).exists() for p in ("merged", "baked", "report")):
+            return result
+    out.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
+    result = _measure(out, seed, say)
+    part = out / f".{RESULTS}.part"
+    part.unlink(missing_ok=True)
+    write_json(part, {"key": key, **result})
+    part.replace(done)
+    return json.loads(done.read_text())
+
+
+def _key(seed: int) -> dict[str, Any]:
+    """What the numbers depend on: code and texts of this package, the recipe and its adapters, the seed."""
+    package = Path(__file__).parent
+    files = [p for p in package.rglob("*") if p.suffix in (".py", ".yaml", ".txt")]
+    files += [RECIPE, *RECIPE.parent.glob("tunes/*/adapter_model.safetensors")]
+    return {
+        "version": __version__,
+        "seed": seed,
+        "files": {str(p.relative_to(package.parent)): hash_file(p)[:16] for p in sorted(files)},
+    }
+
+
+def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    clock = _Clock()
+    with clock.step("import"):
+        from steer.finding import find_trait
+        from steer.live.library import own_place
+        from steer.live.model import load
+        from steer.measure.baked import measure_baked
+        from steer.measure.dose import control_settings, dose_settings, measure_settings, neutral_replies
+        from steer.measure.report import write_report
+        from steer.measure.search import plain_paragraphs, search_edit
+        from steer.weights.bake import bake
+        from steer.weights.certify import verify
+        from steer.weights.merge import is_merge_of, merge
+
+    merged_dir, baked_dir = out / "merged", out / "baked"
+    with clock.step("fetch"):
+        say("fetching the default model")
+        fetch(DEFAULT_MODEL)
+    with clock.step("merge"):
+        say("merging its tunes")
+        if not is_merge_of(merged_dir, RECIPE):
+            shutil.rmtree(merged_dir, ignore_errors=True)
+            merge(RECIPE, merged_dir)
+    with clock.step("load"):
+        model = load(merged_dir)
+        sketch = model.sketch()
+
+    found = {}
+    for name in TRAITS:
+        say(f"finding {name}")
+        with clock.step(f"find {name}"):
+            shared = found[TRAITS[0]].candidates.contrast.neutral if found else None
+            found[name] = find_trait(model, name, seed=seed, neutral=shared)
+            found[name].direction.save(own_place(sketch, name))
+            found[name].direction.save(out / "directions" / f"{name}.safetensors")
+
+    with clock.step("dose response"), bar("neutral replies", None, "tokens") as advance:
+        neutral = neutral_replies(model, NeutralPrompts.load().held_out[:32], on_tokens=advance)
+    doses = {}
+    for name in TRAITS:
+        say(f"dose response of {name} on held-out topics")
+        d, trait = found[name].direction, found[name].scorer.trait
+        settings = dose_settings(d) + control_settings(d, trait, seed)
+        with clock.step("dose response"), bar(f"{name}: dose response", None, "tokens") as advance:
+            doses[name] = measure_settings(
+                model, found[name].scorer, settings, trait.held_out, neutral, on_tokens=advance
+            )
+
+    moral = found["moralizing"]
+    say("searching what to bake, on fit topics")
+    with clock.step("search"), bar("searching", None, "tokens") as advance:
+        search = search_edit(
+            model, moral.direction, moral.scorer, moral.candidates.contrast.neutral[:20], on_tokens=advance
+        )
+    say("baking and verifying")
+    assert search.chosen.edit is not None
+    shutil.rmtree(baked_dir, ignore_errors=True)
+    with clock.step("bake"), byte_bar("baking") as progress:
+        certificate = bake(merged_dir, baked_dir, search.chosen.edit, command="steer demo", progress=progress)
+    with clock.step("verify"), byte_bar("verifying") as progress:
+        checks = verify(baked_dir, progress)
+    say("measuring the baked checkpoint")
+    with clock.step("measure baked"), bar("baked checkpoint", None, "tokens") as advance:
+        baked = measure_baked(
+            model, load(baked_dir), moral.scorer, Trait.load("moralizing").held_out, neutral,
+            plain_paragraphs()[1], on_tokens=advance,
+        )  # fmt: skip
+
+    result = {
+        "merged": str(merged_dir),
+        "baked": str(baked_dir),
+        "report": str(out / "report.html"),
+        "model": DEFAULT_MODEL,
+        "found": {name: f.as_json() for name, f in found.items()},
+        "scorer_words": {name: f.scorer.words() for name, f in found.items()},
+        "dose": {name: [p.as_json() for p in points] for name, points in doses.items()},
+        "search": {
+            "chosen": search.chosen.as_json(),
+            "trials": [t.as_json() for t in search.trials],
+        },
+        "bake": {
+            "edit": certificate.edit,
+            "writers_edited": certificate.writers_edited,
+            "writers_found": certificate.writers_found,
+            "verified": [c.name for c in checks],
+            **baked,
+        },
+        "seconds": {k: round(v, 2) for k, v in clock.seconds.items()},
+    }
+    write_report(result, out / "report.html")
+    return result

@@ -1,0 +1,102 @@
+"""The report's plots, as SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, RED, GREY, GREEN = "#2563a8", "#b3372f", "#8a8f98", "#2f7d4f"
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small files, and readers can search it
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e6ea",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+}
+
+
+def figure(draw: Callable[[Axes], None], size: tuple[float, float] = (4.6, 3.0)) -> str:
+    """Draw one plot and return its SVG element."""
+    with matplotlib.rc_context(_STYLE):
+        fig = Figure(figsize=size, layout="constrained")
+        draw(fig.subplots())
+        out = io.StringIO()
+        # No date and fixed ids: the same numbers give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": "steer"}):
+            fig.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def dose_plot(trait: str, points: Sequence[Mapping[str, Any]]) -> str:
+    """Trait rate and the scorer's mean probability against the amount."""
+    moved = [p for p in points if p["amount"] is not None]
+    amounts = [p["amount"] for p in moved]
+
+    def draw(ax: Axes) -> None:
+        ax.plot(amounts, [p["rate"] for p in moved], "o-", color=BLUE, label="rate (share of replies)")
+        ax.plot(amounts, [p["probability"] for p in moved], "s--", color=GREY, label="scorer's mean probability")
+        for p in points:
+            if p["amount"] is None and p["label"] != "system prompt instead":
+                ax.plot(-1, p["rate"], "x", color=RED, label=f"control: {p['label']}")
+            elif p["amount"] is None:
+                ax.axhline(p["rate"], color=GREEN, lw=1, ls=":", label="control: system prompt, no slider")
+        ax.set(xlabel=f"amount of {trait}", ylabel="on held-out topics", ylim=(-0.03, 1.03), xticks=amounts)
+        ax.legend(frameon=False, fontsize=7.5)
+
+    return figure(draw)
+
+
+def cost_plot(trait: str, points: Sequence[Mapping[str, Any]]) -> str:
+    """KL to the unsteered model on neutral prompts, and repetition, against the amount."""
+    moved = [p for p in points if p["amount"] is not None]
+    amounts = [p["amount"] for p in moved]
+
+    def draw(ax: Axes) -> None:
+        ax.plot(amounts, [p["kl"] for p in moved], "o-", color=RED, label="KL, nats per token (neutral prompts)")
+        ax.plot(amounts, [p["repetition"] for p in moved], "s--", color=GREY, label="repeated trigrams")
+        ax.set(xlabel=f"amount of {trait}", ylabel="cost", xticks=amounts)
+        ax.set_ylim(bottom=0)
+        ax.legend(frameon=False, fontsize=7.5)
+
+    return figure(draw)
+
+
+def site_plot(trait: str, auroc: Sequence[float], site: int) -> str:
+    """Held-out AUROC of the projection at every site."""
+
+    def draw(ax: Axes) -> None:
+        ax.plot(range(len(auroc)), auroc, "o-", ms=3, color=BLUE)
+        ax.axvline(site, color=RED, lw=1, ls=":")
+        ax.text(site + 0.3, 0.52, f"site {site}", color=RED, fontsize=8)
+        ax.set(xlabel="site (residual stream after block)", ylabel=f"held-out AUROC, {trait}", ylim=(0.45, 1.02))
+
+    return figure(draw)
+
+
+def search_plot(trials: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], limit: float) -> str:
+    """What each bake tried costs and does, on fit topics."""
+
+    def draw(ax: Axes) -> None:
+        for t in trials:
+            here = t["label"] == chosen["label"]
+            ax.plot(t["kl"], t["probability"], "o", color=RED if here else BLUE, ms=7 if here else 4)
+            if here or t["label"] == "untouched":
+                ax.annotate(t["label"], (t["kl"], t["probability"]), xytext=(6, 4), textcoords="offset points",
+                            fontsize=7.5)  # fmt: skip
+        ax.axvline(limit, color=GREY, lw=1, ls=":")
+        ax.set(xlabel="KL on neutral prompts, nats per token", ylabel="trait probability, fit topics")
+        ax.set_ylim(bottom=0)
+
+    return figure(draw)

@@ -1,0 +1,52 @@
+"""The demo's report: one HTML file with its plots inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from steer.measure.plots import cost_plot, dose_plot, search_plot, site_plot
+from steer.measure.search import MAX_KL, MAX_PERPLEXITY
+
+
+def write_report(result: Mapping[str, Any], path: Path) -> Path:
+    """Write what `steer demo` measured as a self-contained page."""
+    traits = []
+    for name, found in result["found"].items():
+        points = result["dose"][name]
+        words = result["scorer_words"][name]
+        traits.append(
+            {
+                "name": name,
+                "found": found,
+                "points": points,
+                "words_for": words[0],
+                "words_against": words[1],
+                "dose": dose_plot(name, points),
+                "cost": cost_plot(name, points),
+                "sites": site_plot(name, found["auroc_per_site"], found["site"]),
+            }
+        )
+    search = result["search"]
+    page = (
+        Environment(loader=PackageLoader("steer", "measure"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .get_template("report.html.j2")
+        .render(
+            traits=traits,
+            bake=result["bake"],
+            search=search,
+            search_plot=search_plot(search["trials"], search["chosen"], MAX_KL),
+            seconds=result["seconds"],
+            total=sum(result["seconds"].values()),
+            model=result["model"],
+            max_kl=MAX_KL,
+            max_perplexity=MAX_PERPLEXITY,
+        )
+    )
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)
+    return path
