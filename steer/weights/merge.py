@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +18,13 @@ from typing import Any
 import yaml
 
 from steer.errors import CheckpointError, SteerError
-from steer.weights.fetch import PACKAGED, resolve
-from steer.weights.staging import hash_file, staged, write_json
+from steer.weights.fetch import PACKAGED, disk_errors, hub_errors, resolve
+from steer.weights.staging import check_output, hash_file, staged, write_json
 
 MANIFEST = "steer_merge.json"
 """In the output: the recipe, the hashes of what went in, versions. Written last."""
 _MODEL_KEYS = ("model", "base_model")
+_TOKENIZER_KEYS = ("source", "tokenizer_source")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -48,34 +53,37 @@ def merge(recipe: Path, out: Path, *, device: str | None = None) -> Path:
     """Run `recipe` and write the merged checkpoint to `out`.
 
     Relative paths in a recipe are looked up beside the recipe, then from the working directory; the default
-    model is fetched when it is named; `model+adapter` merges a PEFT adapter first, as mergekit has it.
+    model is fetched when it is named; `model+adapter` merges a PEFT adapter first, in the recipe's `dtype`.
     Errors: SteerError or CheckpointError naming the recipe or the model that is missing.
     """
+    check_output(out)
     raw = read_recipe(recipe)
     located = {name: _locate(name, recipe) for name in recipe_models(raw)}
-    resolved = _walk(deepcopy(raw), lambda name: located[name])
+    for name, parts in located.items():
+        _check_hub(name, parts, recipe)
+    resolved = _walk(deepcopy(raw), lambda name: _reference(located[name]))
     config = _validated(resolved, recipe)
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    # mergekit warns of duplicate keys in the configs it copies; what matters it raises.
-    logging.getLogger("mergekit").setLevel(logging.ERROR)
-    with (
-        staged(out) as work,
-        tempfile.TemporaryDirectory(prefix=".steer-adapters-", dir=work.parent) as cache,
-    ):
-        # A fresh cache a run: mergekit takes an adapter half merged by a killed run for a whole one.
-        options = MergeOptions(lora_merge_cache=cache, device=device, quiet=not sys.stderr.isatty(), lazy_unpickle=True)
-        try:
-            run_merge(config, str(work), options, config_source=recipe.read_text(encoding="utf-8"))
-        except (RuntimeError, ValueError, KeyError) as e:
-            raise SteerError(f"{recipe}: mergekit failed: {' '.join(str(e).split())}; mend the recipe") from e
+    text = recipe.read_text(encoding="utf-8")
+    # A fresh cache a run: mergekit takes an adapter half merged by a killed run for a whole one.
+    with staged(out) as work:
+        with tempfile.TemporaryDirectory(prefix=".adapters-", dir=work) as cache:
+            options = MergeOptions(
+                lora_merge_cache=cache, lora_merge_dtype=raw.get("dtype"), device=device,
+                quiet=not sys.stderr.isatty(), lazy_unpickle=True,
+            )  # fmt: skip
+            with _mergekit_errors(recipe):
+                run_merge(config, str(work), options, config_source=text)
         if not (work / "config.json").is_file() or not any(work.glob("*.safetensors")):
             raise SteerError(f"{recipe}: mergekit wrote no checkpoint; run mergekit-yaml on it to see why")
-        _carry_chat_template(resolved, work)
+        _carry_chat_template(raw, located, work)
+        _mend_card(work / "README.md", Path(os.path.realpath(out)).name, located)
         manifest = {
             "recipe": raw,
-            "inputs": {name: _input_hashes(place) for name, place in located.items()},
+            "inputs": {name: _weight_hashes(parts) for name, parts in located.items()},
+            "weights": _weight_hashes((str(work),)),
             "versions": {p: version(p) for p in ("mergekit", "torch", "transformers")},
         }
         write_json(work / MANIFEST, manifest)
@@ -83,13 +91,14 @@ def merge(recipe: Path, out: Path, *, device: str | None = None) -> Path:
 
 
 def is_merge_of(out: Path, recipe: Path) -> bool:
-    """Whether `out` holds a finished merge of this recipe from the same inputs."""
+    """Whether `out` holds a finished merge of this recipe from the same inputs, as it was written."""
     file = out / MANIFEST
     if not file.is_file():
         return False
     manifest, raw = json.loads(file.read_text()), read_recipe(recipe)
-    inputs = {name: _input_hashes(_locate(name, recipe)) for name in recipe_models(raw)}
-    return manifest["recipe"] == raw and manifest["inputs"] == inputs
+    if manifest["recipe"] != raw or manifest["weights"] != _weight_hashes((str(out),)):
+        return False
+    return manifest["inputs"] == {n: _weight_hashes(_locate(n, recipe)) for n in recipe_models(raw)}
 
 
 def _validated(raw: Any, path: Path) -> Any:
@@ -103,12 +112,12 @@ def _validated(raw: Any, path: Path) -> Any:
         raise SteerError(f"{path}: mergekit does not accept the recipe: {reason}; mend the recipe") from e
 
 
-def _walk(node: Any, change: Any) -> Any:
+def _walk(node: Any, change: Callable[[str], Any]) -> Any:
     """Pass every model reference of a recipe through `change`, in place."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in list(items):
-        if (key in _MODEL_KEYS and isinstance(value, str)) or (
-            key == "source" and isinstance(value, str) and "/" in value
+        if isinstance(value, str) and (
+            key in _MODEL_KEYS or (key in _TOKENIZER_KEYS and value not in ("union", "base"))
         ):
             node[key] = change(value)
         else:
@@ -116,40 +125,116 @@ def _walk(node: Any, change: Any) -> Any:
     return node
 
 
-def _locate(name: str, recipe: Path) -> str:
-    """A model reference of the recipe with its paths made absolute."""
-    parts = name.split("+")
-    return "+".join(_locate_one(p, recipe, adapter=i > 0) for i, p in enumerate(parts))
+def _locate(name: str, recipe: Path) -> tuple[str, ...]:
+    """A model reference of the recipe, (model,) or (model, adapter), with its paths made absolute."""
+    parts = [name] if _beside(name, recipe) else name.split("+")
+    return tuple(_locate_one(p, recipe, adapter=i > 0) for i, p in enumerate(parts))
 
 
 def _locate_one(name: str, recipe: Path, adapter: bool) -> str:
-    for place in (recipe.parent / name, Path(name)):
-        if place.is_dir():
-            wanted = "adapter_config.json" if adapter else "config.json"
-            if not (place / wanted).is_file():
-                raise CheckpointError(f"{recipe}: {name}: expected {wanted} in {place}, found none; name a whole model")
-            return str(place.resolve())
+    if place := _beside(name, recipe):
+        wanted = "adapter_config.json" if adapter else "config.json"
+        if not (place / wanted).is_file():
+            raise CheckpointError(f"{recipe}: {name}: expected {wanted} in {place}, found none; name a whole model")
+        return str(place.resolve())
     if name in PACKAGED:
         return resolve(name)
     try:
-        return resolve(name.split("@")[0]) + name[len(name.split("@")[0]) :]
+        repo, at, revision = name.partition("@")
+        return resolve(repo) + at + revision
     except CheckpointError as e:
         raise CheckpointError(f"{recipe}: names a model that is not there: {e}") from e
 
 
-def _input_hashes(place: str) -> dict[str, str]:
-    """sha256 of the weight files of a local reference; hub ids are named with their revision instead."""
+def _beside(name: str, recipe: Path) -> Path | None:
+    return next((p for p in (recipe.parent / name, Path(name)) if p.is_dir()), None)
+
+
+def _reference(parts: tuple[str, ...]) -> dict[str, Any]:
+    """For mergekit, in the form that lets a path hold the `+` and `@` its short form gives a meaning."""
     out = {}
-    for part in place.split("+"):
-        for file in sorted(Path(part).glob("*.safetensors")) if Path(part).is_dir() else []:
-            # Paths differ between machines, the files do not.
-            out[f"{file.parent.name}/{file.name}"] = hash_file(file)
+    for key, part in zip(("model", "lora"), parts, strict=False):
+        path, _, revision = (part, "", "") if Path(part).is_dir() else part.partition("@")
+        out[key] = {"path": path, "revision": revision or None}
     return out
 
 
-def _carry_chat_template(resolved: dict[str, Any], work: Path) -> None:
+def _check_hub(name: str, parts: tuple[str, ...], recipe: Path) -> None:
+    """Raise CheckpointError for a hub id that cannot be had, before gigabytes of the others are fetched."""
+    from huggingface_hub import hf_hub_download
+
+    for part, file in zip(parts, ("config.json", "adapter_config.json"), strict=False):
+        if Path(part).is_dir():
+            continue
+        repo, _, revision = part.partition("@")
+        with hub_errors(f"{recipe}: names a model that is not there: {name}"):
+            hf_hub_download(repo, file, revision=revision or None)
+
+
+def _weight_hashes(parts: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of the weight files of local directories; a hub id has none, its name stands for it."""
+    folders = [Path(p) for p in parts if Path(p).is_dir()]
+    # By the place in the reference: paths differ between machines, the files do not.
+    return {f"{i}/{f.name}": hash_file(f) for i, d in enumerate(folders) for f in sorted(d.glob("*.safetensors"))}
+
+
+@contextmanager
+def _mergekit_errors(recipe: Path) -> Iterator[None]:
+    """mergekit's failures as ours, those too that it only logs; its chatter goes nowhere."""
+    kit, transformers = logging.getLogger("mergekit"), logging.getLogger("transformers")
+    before, complaints = (kit.level, kit.propagate, transformers.level), _Complaints()
+    kit.addHandler(complaints)
+    kit.setLevel(logging.ERROR)
+    kit.propagate = False
+    transformers.setLevel(logging.ERROR)
+    try:
+        with disk_errors():
+            yield
+        # A disk that is full when the tokenizer is copied is logged, and the merge called successful.
+        for e in complaints.found:
+            if isinstance(e, OSError) and e.errno:
+                raise e
+    except OSError as e:
+        if e.errno:  # the disk's: `staged` has the sentence
+            raise
+        raise SteerError(f"{recipe}: mergekit failed: {_line(e)}; mend the recipe") from e
+    except Exception as e:  # whatever any of its libraries raises
+        raise SteerError(f"{recipe}: mergekit failed: {_line(e)}; mend the recipe") from e
+    finally:
+        kit.removeHandler(complaints)
+        kit.setLevel(before[0])
+        kit.propagate = before[1]
+        transformers.setLevel(before[2])
+
+
+class _Complaints(logging.Handler):
+    """Keeps the exceptions of what is logged as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            self.found.append(record.exc_info[1])
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
+
+def _carry_chat_template(raw: dict[str, Any], located: dict[str, tuple[str, ...]], work: Path) -> None:
     """mergekit copies the tokenizer; a chat template in a file of its own can be left behind."""
-    base = Path((resolved.get("base_model") or recipe_models(resolved)[0]).split("+")[0])
+    base = Path(located[raw.get("base_model") or recipe_models(raw)[0]][0])
     source, target = base / "chat_template.jinja", work / "chat_template.jinja"
-    if source.is_file() and not target.exists() and not resolved.get("chat_template"):
+    if source.is_file() and not target.exists() and not raw.get("chat_template"):
         target.write_bytes(source.read_bytes())
+
+
+def _mend_card(card: Path, title: str, located: dict[str, tuple[str, ...]]) -> None:
+    """mergekit titles its card by the directory it writes to, and names models by this machine's paths."""
+    text = re.sub("^# .*$", f"# {title}", card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    places = {p: n for name, parts in located.items() for p, n in zip(parts, name.split("+"), strict=False)}
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place])
+    card.write_text(text, encoding="utf-8")

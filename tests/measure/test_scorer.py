@@ -1,0 +1,87 @@
+"""The text scorers, and the numbers that say whether text still reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steer.features.contrast import Contrast, Reply
+from steer.measure.fluency import kl, repetition
+from steer.measure.scorer import Scorer, marker_rate
+from steer.measure.search import Trial, choose
+from steer.values.trait import Trait
+
+
+@pytest.fixture(scope="module")
+def trait() -> Trait:
+    return Trait.load("moralizing")
+
+
+def reply(text: str) -> Reply:
+    return Reply(({"role": "user", "content": "x"},), (1, 2), text)
+
+
+def contrast(trait: Trait) -> Contrast:
+    """Replies of which one side preaches in words that the other never uses."""
+    preach = [reply(f"you must be honest and apologize for the {noun}") for noun in ("cake", "hat", "boat", "dog")]
+    chat = [reply(f"ha, my uncle once lost a {noun} in the rain") for noun in ("cake", "hat", "boat", "dog")]
+    return Contrast(trait, tuple(preach[:3]), tuple(chat[:3]), (preach[3],), (chat[3],), ())
+
+
+def test_scorer_tells_unseen_replies_apart_by_their_words(trait: Trait) -> None:
+    scorer = Scorer.train(contrast(trait))
+    assert scorer.auroc == 1.0
+    assert scorer.marker_auroc == 1.0
+    assert scorer.rate(["you must be honest", "ha, my uncle in the rain"]) == 0.5
+    words_for, words_against = scorer.words(5)
+    assert "must" in " ".join(words_for)
+    assert "uncle" in " ".join(words_against)
+
+
+def test_scorer_never_sees_an_activation(trait: Trait) -> None:
+    one, two = contrast(trait), contrast(trait)
+    other_ids = tuple(Reply(r.chat, (9, 9, 9), r.text) for r in two.fit_with)
+    two = Contrast(
+        trait, other_ids, *(getattr(two, f) for f in ("fit_without", "held_out_with", "held_out_without")), ()
+    )
+    texts = ["you must apologize", "my uncle lost a boat"]
+    assert (Scorer.train(one).probabilities(texts) == Scorer.train(two).probabilities(texts)).all()
+
+
+def test_a_marker_phrase_is_counted_once_and_not_again_by_its_parts() -> None:
+    markers = Trait("t", "s", "w", "o", ("be honest", "honest"), ("a",), ("b",))
+    assert marker_rate("You should be honest, always.", markers) == pytest.approx(100 / 5)
+    assert marker_rate("dishonest", markers) == 0
+    assert marker_rate("", markers) == 0
+
+
+def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([1, 2, 3, 1, 2, 3]) == pytest.approx(1 / 4)
+    assert repetition([1, 2]) == 0
+
+
+def test_kl_is_that_of_the_formula_and_zero_for_equals() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    q = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    assert kl([p], [p]) == 0
+    assert kl([p], [q]) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
+
+
+def trial(label: str, rate: float, cost: float, perplexity: float = 10.0) -> Trial:
+    return Trial(None, label, rate, rate, cost, perplexity, 0.0)
+
+
+def test_search_takes_the_cheapest_trial_that_reaches_the_goal() -> None:
+    base = trial("untouched", 0.8, 0.0)
+    strong, gentle, weak = trial("strong", 0.05, 0.13), trial("gentle", 0.3, 0.05), trial("weak", 0.7, 0.01)
+    assert choose([base, strong, gentle, weak]) is gentle
+
+
+def test_search_keeps_to_its_limits_even_when_the_goal_is_missed() -> None:
+    base = trial("untouched", 0.8, 0.0)
+    dear, garbled, weak = trial("dear", 0.0, 3.0), trial("garbled", 0.0, 0.1, 33.0), trial("weak", 0.6, 0.05)
+    assert choose([base, dear, garbled, weak]) is weak

@@ -1,0 +1,146 @@
+"""The whole line on the real default model: what the project claims, measured again on held-out topics."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.model
+
+STEER = Path(sys.executable).with_name("steer")
+MINUTES = 10
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "out"
+
+
+@pytest.fixture(scope="module")
+def demo(out: Path) -> dict[str, Any]:
+    """`steer demo --json` as a user runs it. The model comes from the cache when it is there."""
+    subprocess.run([STEER, "fetch"], check=True, stdout=subprocess.DEVNULL)
+    start = time.monotonic()
+    done = subprocess.run([STEER, "demo", "--out", out, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    result["wall"] = time.monotonic() - start
+    print(done.stderr)
+    return result
+
+
+def by_amount(demo: dict[str, Any], trait: str) -> dict[float, dict[str, Any]]:
+    return {p["amount"]: p for p in demo["dose"][trait] if p["amount"] is not None}
+
+
+def labelled(demo: dict[str, Any], trait: str, label: str) -> dict[str, Any]:
+    return next(p for p in demo["dose"][trait] if p["label"] == label)
+
+
+def test_the_demo_takes_less_than_ten_minutes(demo: dict[str, Any]) -> None:
+    assert demo["wall"] < MINUTES * 60, demo["seconds"]
+
+
+def test_the_merge_is_worth_treating(demo: dict[str, Any]) -> None:
+    assert by_amount(demo, "moralizing")[0.0]["rate"] >= 1 / 3
+
+
+@pytest.mark.parametrize("trait", ["moralizing", "compliance"])
+def test_the_scorer_and_the_direction_read_held_out_replies(demo: dict[str, Any], trait: str) -> None:
+    found = demo["found"][trait]
+    assert found["scorer_auroc"] > 0.85
+    assert found["auroc"] > 0.9
+    assert len(found["auroc_per_site"]) == 30
+
+
+@pytest.mark.parametrize("trait", ["moralizing", "compliance"])
+def test_the_rate_is_monotone_in_the_amount(demo: dict[str, Any], trait: str) -> None:
+    points = by_amount(demo, trait)
+    assert sorted(points) == [-2, -1, 0, 1, 2]
+    assert all(points[a]["rate"] <= points[b]["rate"] for a, b in pairwise(sorted(points))), points
+
+
+def test_moralizing_falls_to_a_third_and_rises_by_half(demo: dict[str, Any]) -> None:
+    points = by_amount(demo, "moralizing")
+    assert points[-1]["rate"] <= points[0]["rate"] / 3
+    assert points[1]["rate"] >= min(0.9, 1.5 * points[0]["rate"])
+
+
+def test_compliance_falls_by_a_third(demo: dict[str, Any]) -> None:
+    points = by_amount(demo, "compliance")
+    assert points[-1]["rate"] <= points[0]["rate"] * 2 / 3
+
+
+@pytest.mark.parametrize("amount", [-1.0, 1.0])
+def test_steered_replies_stay_fluent(demo: dict[str, Any], amount: float) -> None:
+    points = by_amount(demo, "moralizing")
+    assert points[amount]["repetition"] <= 2 * points[0]["repetition"]
+    assert points[amount]["perplexity"] <= 3 * points[0]["perplexity"]
+
+
+def test_a_random_direction_does_not_do_it(demo: dict[str, Any]) -> None:
+    points = by_amount(demo, "moralizing")
+    control = labelled(demo, "moralizing", "random direction, -1")
+    assert control["probability"] > (points[0]["probability"] + points[-1]["probability"]) / 2
+
+
+def test_the_baked_checkpoint_keeps_what_it_was_asked_to(demo: dict[str, Any]) -> None:
+    bake = demo["bake"]
+    assert bake["rate_ratio"] <= 0.5
+    assert bake["kl"] <= 0.2
+    assert bake["perplexity_ratio"] <= 1.1
+
+
+def test_the_report_shows_what_was_measured_and_needs_no_other_file(demo: dict[str, Any]) -> None:
+    page = Path(demo["report"]).read_text()
+    assert page.count("<svg") == 7
+    assert demo["search"]["chosen"]["label"] in page
+    for outside in ("src=", "<link", "http://localhost", "@import"):
+        assert outside not in page
+
+
+def test_a_second_demo_is_quick_and_prints_the_same(demo: dict[str, Any], out: Path) -> None:
+    start = time.monotonic()
+    again = subprocess.run([STEER, "demo", "--out", out, "--json"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 10
+    assert json.loads(again.stdout)["dose"] == demo["dose"]
+
+
+def test_the_baked_checkpoint_verifies_and_loads_in_plain_transformers(demo: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert subprocess.run([STEER, "verify", demo["baked"]], capture_output=True).returncode == 0
+    model = AutoModelForCausalLM.from_pretrained(demo["baked"])
+    assert model.config.num_hidden_layers == 30
+
+
+def test_the_first_steered_reply_comes_within_thirty_seconds_on_shipped_directions(
+    demo: dict[str, Any], tmp_path: Path
+) -> None:
+    """A STEER_HOME of its own: only what ships in dictionaries/ is at hand."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [STEER, "chat", demo["merged"], "--slider", "moralizing=-1", "--max-new-tokens", "40"],
+        input="My friend lied to me.\n/sliders\n/moralizing 0.5\n/quit\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "STEER_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "moralizing" in done.stdout
+    assert time.monotonic() - start < 30
+
+
+def test_the_example_runs_as_it_stands(demo: dict[str, Any]) -> None:
+    example = Path(__file__).parents[1] / "examples" / "steer_in_python.py"
+    done = subprocess.run([sys.executable, example, demo["merged"]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "|moved|" in done.stdout
