@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from steer.errors import UsageError
 from steer.live.library import directions_of, own_place
 from steer.values.direction import Direction
 from steer.values.edit import Edit
-from steer.values.trait import shipped_traits
+from steer.values.trait import Trait, shipped_traits
 from steer.weights.bake import bake as bake_edit
 from steer.weights.certify import Certificate
 from steer.weights.fetch import resolve
@@ -41,10 +43,15 @@ def bake(
     """
     out = Path(out)
     check_output(out)
+    # The numbers first: looking for a direction may take minutes.
+    probe = Direction("probe", 0, torch.ones(1))
+    Edit((probe,), strength, blocks)
     place = checkpoint_dir(source)
-    ablated = tuple(locate(place, d, force=force) for d in ablate)
-    added = tuple((locate(place, d, force=force), amount) for d, amount in (add or {}).items())
-    return bake_edit(place, out, Edit(ablated, strength, blocks, added), command=command, progress=progress)
+    add = add or {}
+    found = locate(place, [*ablate, *add], force=force)
+    added = tuple((found[d], amount) for d, amount in add.items())
+    edit = Edit(tuple(found[d] for d in ablate), strength, blocks, added)
+    return bake_edit(place, out, edit, command=command, progress=progress)
 
 
 def checkpoint_dir(source: str | Path) -> Path:
@@ -55,27 +62,38 @@ def checkpoint_dir(source: str | Path) -> Path:
     return place
 
 
-def locate(place: Path, named: Named, *, force: bool = False) -> Direction:
-    """A direction for the checkpoint at `place`, checked to belong to it.
+def locate(place: Path, named: Sequence[Named], *, force: bool = False) -> dict[Named, Direction]:
+    """The directions for the checkpoint at `place`, checked to belong to it.
 
-    A trait's name without a direction at hand is found first, which loads the model and keeps the result.
+    A trait's name without a direction at hand is found first, which loads the model and keeps the result; that
+    waits until all the others are known to be good.
     Errors: UsageError for an unknown name, MismatchError for a direction of another checkpoint.
     """
     sketch = sketch_files(place)
-    if isinstance(named, str) and not named.endswith(".safetensors"):
-        known = directions_of(sketch)
-        if named in known:
-            return known[named]
-        if named not in shipped_traits() and not named.endswith((".yaml", ".yml")):
-            raise UsageError(
-                f"unknown trait {named!r}: expected one of {', '.join(shipped_traits())}, a direction's file "
-                "(.safetensors) or a trait of your own (.yaml)"
-            )
-        return find_and_keep(place, named, sketch)
-    direction = named if isinstance(named, Direction) else Direction.load(named)
-    if not force:
-        sketch.check(direction.name, direction.provenance, str(place))
-    return direction
+    known = directions_of(sketch)
+    out: dict[Named, Direction] = {}
+    missing: list[str] = []
+    for name in named:
+        if isinstance(name, str) and not name.endswith(".safetensors"):
+            if name in known:
+                out[name] = known[name]
+            else:
+                _check_trait(name)
+                missing.append(name)
+            continue
+        out[name] = name if isinstance(name, Direction) else Direction.load(name)
+        if not force:
+            sketch.check(out[name].name, out[name].provenance, str(place))
+    return out | {name: find_and_keep(place, name, sketch) for name in missing}
+
+
+def _check_trait(name: str) -> None:
+    if name not in shipped_traits() and not name.endswith((".yaml", ".yml")):
+        raise UsageError(
+            f"unknown trait {name!r}: expected one of {', '.join(shipped_traits())}, a direction's file "
+            "(.safetensors) or a trait of your own (.yaml)"
+        )
+    Trait.load(name)
 
 
 def find_and_keep(place: Path, trait: str, sketch: Sketch) -> Direction:
@@ -99,7 +117,6 @@ def searched_edit(source: str | Path, trait: str) -> Edit:
     from steer.live.model import load
     from steer.measure.search import search_edit
     from steer.progress import bar
-    from steer.values.trait import Trait
 
     described = Trait.load(trait)
     model = load(checkpoint_dir(source))

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from steer.errors import SteerError, UsageError
@@ -17,7 +16,6 @@ from steer.errors import SteerError, UsageError
 app = typer.Typer(
     name="steer",
     help="Feature sliders for merged language models: merge, find, steer, bake, with proof.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -30,31 +28,34 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on s
 def main() -> None:
     """The entry point: runs a verb, turns a user's mistake into one line and an exit code."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
+        # No library's bars either. Read when the libraries are imported, which is later.
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    arguments = sys.argv[1:]
     try:
-        code = app(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as e:
-        click.echo(e.format_message())
-        code = 2
-    except click.UsageError as e:
-        where = e.ctx.command_path if e.ctx else "steer"
-        code = _fail(f"{e.format_message()} See: {where} --help", 2)
+        code = app(arguments or ["--help"], standalone_mode=False)
+        if code == _STOPPED:
+            _fail("stopped", code)
+    except typer.TyperException as e:
+        context = getattr(e, "ctx", None)
+        where = context.command_path if context else "steer"
+        code = _fail(f"{e.format_message().rstrip('.')}; see: {where} --help", 2)
     except SteerError as e:
         code = _fail(str(e), e.exit_code)
     except OSError as e:
-        code = _fail(f"{e.filename or 'the system'}: {e.strerror or e}; check the path, its permissions and disk", 1)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("stopped", 130)
-    sys.exit(code if isinstance(code, int) else 0)
+        code = _fail(f"{e.filename or 'steer'}: {e.strerror or e}; check the path, its permissions and the disk", 1)
+    sys.exit((code or 0) if arguments else 2)
+
+
+_STOPPED = 130  # what typer makes of Ctrl-C, as shells do
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"steer: {' '.join(message.split())}", err=True)
+    typer.echo(f"steer: {' '.join(message.split())}", err=True)
     return code
 
 
 def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    click.echo(json.dumps(result, indent=2) if as_json else text)
+    typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 @app.command(epilog="Example: `steer fetch smollm2-135m-instruct`")
@@ -246,9 +247,9 @@ def demo(
     from steer.demo import run
     from steer.measure.tables import demo_table
 
-    result = run(out, seed=seed, fresh=fresh, say=lambda line: click.echo(line, err=True))
+    result = run(out, seed=seed, fresh=fresh, say=lambda line: typer.echo(line, err=True))
     _emit(result, as_json, demo_table(result))
-    click.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
+    typer.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def find_trait(
 ) -> Found:
     """Difference of means at every site, the site chosen by held-out AUROC and then by what it does.
 
-    Sites that read the held-out replies within 0.02 AUROC of the best are tried on fit topics: the one whose
+    Sites that read the held-out replies within 0.06 AUROC of the best are tried on fit topics: the one whose
     amounts -1 and 1 part the replies most, less the repetition it brings, is taken.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)

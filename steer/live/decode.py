@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -19,6 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from steer.live.cache import growing_cache
 from steer.values.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def decode(
     seeds = keys if keys is not None else range(len(prompts))
     streams = [torch.Generator().manual_seed((sampler.seed * 1_000_003 + k) % 2**63) for k in seeds]
     warp = warpers(sampler)
-    cache = DynamicCache(config=hf.config)
+    cache = growing_cache(hf.config)
     alive = list(range(len(prompts)))
     fed = ids
     try:

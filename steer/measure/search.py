@@ -25,6 +25,8 @@ MARGIN = 0.7
 """The search keeps to this share of both, since it sees a few fit prompts only."""
 GOAL = 0.4
 """Share of the untouched rate to get under, on fit topics."""
+GOAL_PROBABILITY = 0.6
+"""Share of the untouched mean probability to get under: the rate of a few replies alone is a coarse number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +61,22 @@ class Search:
 
 
 def candidate_edits(direction: Direction, blocks: int) -> dict[str, Edit]:
-    """Biases at the direction's site, ablation in a window of blocks around it, and both."""
-    last = blocks - 1
+    """Biases at the direction's site, ablation in the blocks around it, and both together.
+
+    A direction that is orthogonal to the neutral mean goes to its neutral value when it is ablated, not below: on a
+    checkpoint that preaches everywhere it is the bias that moves the neutral value itself.
+    """
+    near = (max(0, direction.site - 5), min(blocks - 1, direction.site + 6))
+    far = (max(0, direction.site - 5), blocks - 1)
+    grid = [(0.0, None, a) for a in (-0.6, -0.8, -1.0)]
+    grid += [(0.5, near, a) for a in (0.0, -0.4, -0.6, -0.8, -1.0)]
+    grid += [(1.0, near, -0.8), (0.5, far, -0.8)]
     out: dict[str, Edit] = {}
-    for amount in (-0.4, -0.6, -0.8, -1.0, -1.25):
-        out[f"bias {amount:+g}"] = Edit(add=((direction, amount),))
-    around = (max(0, direction.site - 5), min(last, direction.site + 6))
-    for strength in (0.5, 1.0):
-        for amount in (0.0, -0.3, -0.6):
-            add = ((direction, amount),) if amount else ()
-            label = f"ablate {strength:g} in blocks {around[0]}-{around[1]}" + (f", bias {amount:+g}" if add else "")
-            out[label] = Edit((direction,), strength, around, add)
+    for strength, window, amount in grid:
+        parts = [f"ablate {strength:g} in blocks {window[0]}-{window[1]}"] if window else []
+        parts += [f"bias {amount:+g} at block {direction.site}"] if amount else []
+        add = ((direction, amount),) if amount else ()
+        out[", ".join(parts)] = Edit((direction,) if window else (), strength or 1.0, window, add)
     return out
 
 
@@ -128,7 +135,7 @@ def choose(trials: Sequence[Trial]) -> Trial:
         for t in rest
         if t.kl <= MARGIN * MAX_KL and t.perplexity <= (1 + MARGIN * (MAX_PERPLEXITY - 1)) * base.perplexity
     ]
-    reached = [t for t in cheap if t.rate <= GOAL * base.rate and t.probability <= GOAL * base.probability]
+    reached = [t for t in cheap if t.rate <= GOAL * base.rate and t.probability <= GOAL_PROBABILITY * base.probability]
     if reached:
         return min(reached, key=lambda t: t.kl)
     return min(cheap, key=lambda t: t.probability) if cheap else min(rest, key=lambda t: t.kl)

