@@ -101,7 +101,7 @@ def find(
     from steer.finding import find_trait
     from steer.live.library import own_place
     from steer.live.model import load
-    from steer.measure.tables import finding_table
+    from steer.tables import finding_table
 
     live = load(model)
     found = find_trait(live, described, site=site, seed=seed)
@@ -245,7 +245,7 @@ def demo(
 ) -> None:
     """The whole way on the default model: fetch, merge, find, steer, bake, verify, report."""
     from steer.demo import run
-    from steer.measure.tables import demo_table
+    from steer.tables import demo_table
 
     result = run(out, seed=seed, fresh=fresh, say=lambda line: typer.echo(line, err=True))
     _emit(result, as_json, demo_table(result))

@@ -75,6 +75,12 @@ def _key(seed: int) -> dict[str, Any]:
     }
 
 
+def _clear(directory: Path, ours: str) -> None:
+    """Remove what an earlier run wrote; whatever else is there is left for `check_output` to complain of."""
+    if (directory / ours).is_file():
+        shutil.rmtree(directory)
+
+
 def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     clock = _Clock()
     with clock.step("import"):
@@ -86,7 +92,8 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         from steer.measure.report import write_report
         from steer.measure.search import plain_paragraphs, search_edit
         from steer.weights.bake import bake
-        from steer.weights.certify import verify
+        from steer.weights.certify import CERTIFICATE, verify
+        from steer.weights.merge import MANIFEST as MERGE_MANIFEST
         from steer.weights.merge import is_merge_of, merge
 
     merged_dir, baked_dir = out / "merged", out / "baked"
@@ -96,7 +103,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
     with clock.step("merge"):
         say("merging its tunes")
         if not is_merge_of(merged_dir, RECIPE):
-            shutil.rmtree(merged_dir, ignore_errors=True)
+            _clear(merged_dir, MERGE_MANIFEST)
             merge(RECIPE, merged_dir)
     with clock.step("load"):
         model = load(merged_dir)
@@ -131,15 +138,16 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         )
     say("baking and verifying")
     assert search.chosen.edit is not None
-    shutil.rmtree(baked_dir, ignore_errors=True)
+    _clear(baked_dir, CERTIFICATE)
     with clock.step("bake"), byte_bar("baking") as progress:
         certificate = bake(merged_dir, baked_dir, search.chosen.edit, command="steer demo", progress=progress)
     with clock.step("verify"), byte_bar("verifying") as progress:
         checks = verify(baked_dir, progress)
     say("measuring the baked checkpoint")
+    untouched = next(p for p in doses["moralizing"] if p.amount == 0)
     with clock.step("measure baked"), bar("baked checkpoint", None, "tokens") as advance:
         baked = measure_baked(
-            model, load(baked_dir), moral.scorer, Trait.load("moralizing").held_out, neutral,
+            model, load(baked_dir), untouched, moral.scorer, Trait.load("moralizing").held_out, neutral,
             plain_paragraphs()[1], on_tokens=advance,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from steer.features.contrast import Reply
 from steer.live.model import SteeredModel
-from steer.measure.dose import Setting, measure_settings
+from steer.measure.dose import Point, Setting, measure_settings
 from steer.measure.fluency import text_perplexity
 from steer.measure.scorer import Scorer
 
@@ -15,6 +15,7 @@ from steer.measure.scorer import Scorer
 def measure_baked(
     source: SteeredModel,
     baked: SteeredModel,
+    before: Point,
     scorer: Scorer,
     topics: Sequence[str],
     neutral: Sequence[Reply],
@@ -23,10 +24,10 @@ def measure_baked(
     samples: int = 2,
     on_tokens: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Trait rate, KL on the source's replies to neutral prompts and perplexity on plain text, before and after."""
-    before = measure_settings(
-        source, scorer, [Setting("merged")], topics, neutral, samples=samples, on_tokens=on_tokens
-    )[0]
+    """Trait rate, KL on the source's replies to neutral prompts and perplexity on plain text, before and after.
+
+    `before` is the untouched source's point of a dose response on the same topics.
+    """
     after = measure_settings(
         baked, scorer, [Setting("baked")], topics, neutral, samples=samples, judge=source, on_tokens=on_tokens
     )[0]

@@ -38,7 +38,7 @@ class Point:
     repetition: float
     """Share of trigrams seen before in the same reply."""
     perplexity: float
-    """Of the replies under the untouched model."""
+    """Of each topic's first reply under the untouched model."""
     share: float
     """The move as a share of the site's median residual norm."""
     examples: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ def measure_settings(
         on_tokens=on_tokens,
     )
     base = token_logprobs(judge or model, neutral, None) if neutral else []
-    plain = [as_messages(topic, None) for topic in topics for _ in range(samples)]
+    plain = [as_messages(topic, None) for topic in topics]
     out = []
     for i, setting in enumerate(settings):
         ids = rows[i * per : (i + 1) * per]
@@ -112,7 +112,7 @@ def measure_settings(
                 markers=marker_rates(texts, scorer.trait),
                 kl=cost,
                 repetition=mean_repetition(ids),
-                perplexity=reply_perplexity(judge or model, plain, ids),
+                perplexity=reply_perplexity(judge or model, plain, ids[::samples]),
                 share=setting.share,
                 examples=tuple(texts[: 3 * samples : samples]),
             )

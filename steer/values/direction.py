@@ -114,6 +114,9 @@ class Direction:
                 f"{path}: expected a safetensors file with a direction, found something unreadable ({e}); "
                 "make it again with `steer find`"
             ) from e
+        known = {*_SCALARS, "provenance"}
+        if not isinstance(header, dict) or not set(header) <= known or not set(_SCALARS) <= set(header):
+            header = None
         if header is None or vector is None:
             raise SteerError(
                 f"{path}: expected a direction written by `steer find`, found a safetensors file without "

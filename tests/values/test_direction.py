@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from steer.errors import MismatchError, SteerError, UsageError
 from steer.values.direction import Direction
 
-STATISTICS = {"mean": 0.5, "std": 2.0, "with_mean": 3.0, "without_mean": 1.0, "residual_norm": 8.0}
+STATISTICS: dict[str, Any] = {"mean": 0.5, "std": 2.0, "with_mean": 3.0, "without_mean": 1.0, "residual_norm": 8.0}
 
 
 def test_it_is_a_unit_vector_in_fp32_whatever_it_was_made_of() -> None:

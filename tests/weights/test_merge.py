@@ -56,7 +56,7 @@ def tunes(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         task_type="CAUSAL_LM",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder / "a", dtype=torch.float32)
-    get_peft_model(model, settings).save_pretrained(folder / "tune")
+    get_peft_model(model, settings).save_pretrained(str(folder / "tune"))
     return folder
 
 

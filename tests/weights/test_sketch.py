@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_a_bake_s_head_and_biases_are_not_sampled(source: Path, ablation: Edit, 
 
 @pytest.mark.parametrize("form", [{}, {"dtype": torch.bfloat16}, {"tie": False}, {"shards": True}])
 def test_the_sketch_of_the_files_is_that_of_the_running_model(
-    tiny_llama: TinyLlama, tmp_path: Path, form: dict[str, object]
+    tiny_llama: TinyLlama, tmp_path: Path, form: dict[str, Any]
 ) -> None:
     place = save_tiny_chat(tiny_llama, tmp_path / "model", **form)
     np.testing.assert_array_equal(sketch_files(place).values, load(place).sketch().values)
