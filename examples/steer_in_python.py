@@ -41,7 +41,9 @@ def main(name: str, trait: str = "moralizing") -> None:
     with model.record([direction.site]) as residuals:
         model.chat(message, max_new_tokens=8)
     projection = residuals.passes(direction.site)[-1].float().cpu() @ direction.vector
-    print(f"projection of the last token: {projection.item():.2f} (neutral {direction.mean:.2f} +- {direction.std:.2f})")
+    print(
+        f"projection of the last token: {projection.item():.2f} (neutral {direction.mean:.2f} +- {direction.std:.2f})"
+    )
 
     with tempfile.TemporaryDirectory() as tmp:
         certificate = steer.bake(name, Path(tmp) / "baked", add={direction: -0.5})

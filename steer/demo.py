@@ -20,6 +20,8 @@ from steer.weights.staging import hash_file, write_json
 
 RECIPE = Path(__file__).parents[1] / "examples" / "merge" / "default.yml"
 TRAITS = ("moralizing", "compliance")
+NEUTRAL_PROMPTS = 32
+"""Held-out neutral prompts that divergences are taken on."""
 RESULTS = "results.json"
 
 
@@ -89,6 +91,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         from steer.live.model import load
         from steer.measure.baked import measure_baked
         from steer.measure.dose import control_settings, dose_settings, measure_settings, neutral_replies
+        from steer.measure.fluency import Reference
         from steer.measure.report import write_report
         from steer.measure.search import plain_paragraphs, search_edit
         from steer.weights.bake import bake
@@ -119,7 +122,8 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
             found[name].direction.save(out / "directions" / f"{name}.safetensors")
 
     with clock.step("dose response"), bar("neutral replies", None, "tokens") as advance:
-        neutral = neutral_replies(model, NeutralPrompts.load().held_out[:32], on_tokens=advance)
+        prompts = NeutralPrompts.load().held_out[:NEUTRAL_PROMPTS]
+        reference = Reference.of(model, neutral_replies(model, prompts, on_tokens=advance))
     doses = {}
     for name in TRAITS:
         say(f"dose response of {name} on held-out topics")
@@ -127,7 +131,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         settings = dose_settings(d) + control_settings(d, trait, seed)
         with clock.step("dose response"), bar(f"{name}: dose response", None, "tokens") as advance:
             doses[name] = measure_settings(
-                model, found[name].scorer, settings, trait.held_out, neutral, on_tokens=advance
+                model, found[name].scorer, settings, trait.held_out, reference, on_tokens=advance
             )
 
     moral = found["moralizing"]
@@ -147,7 +151,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
     untouched = next(p for p in doses["moralizing"] if p.amount == 0)
     with clock.step("measure baked"), bar("baked checkpoint", None, "tokens") as advance:
         baked = measure_baked(
-            model, load(baked_dir), untouched, moral.scorer, Trait.load("moralizing").held_out, neutral,
+            model, load(baked_dir), untouched, moral.scorer, Trait.load("moralizing").held_out, reference,
             plain_paragraphs()[1], on_tokens=advance,
         )  # fmt: skip
 

@@ -68,7 +68,7 @@ def find_trait(
     """Difference of means at every site, the site chosen by held-out AUROC and then by what it does.
 
     Sites that read the held-out replies within 0.06 AUROC of the best are tried on fit topics: the one whose
-    amounts -1 and 1 part the replies most, less the repetition it brings, is taken.
+    amounts -1 and 1 part the replies most, less what that costs in KL and repetition, is taken.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)
     if site is not None and not 0 <= site < model.anatomy.blocks:

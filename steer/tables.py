@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def finding_table(found: Found) -> str:
     """Held-out AUROC per site, and what moving the tried sites did."""
     checks = {c.site: c for c in found.checks}
-    table = _table("site", "held-out AUROC", "at -1", "at +1", "repetition", "")
+    table = _table("site", "held-out AUROC", "at -1", "at +1", "KL at -1", "repetition", "")
     for site, auroc in enumerate(found.candidates.auroc):
         c = checks.get(site)
-        tried = [f"{c.below:.2f}", f"{c.above:.2f}", f"{c.repetition:.3f}"] if c else ["", "", ""]
+        tried = [f"{c.below:.2f}", f"{c.above:.2f}", f"{c.kl:.3f}", f"{c.repetition:.3f}"] if c else [""] * 4
         chosen = "chosen" if site == found.direction.site else ""
         table.add_row(str(site), f"{auroc:.3f}", *tried, chosen)
     d = found.direction

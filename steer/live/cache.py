@@ -32,15 +32,15 @@ class GrowingLayer(DynamicLayer):
         self.values = self._appended("values", self.values, value_states)
         return self.keys, self.values
 
-    def _appended(self, name: str, held: Tensor, new: Tensor) -> Tensor:
-        seq = held.shape[-2] if held.numel() else 0
+    def _appended(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
+        seq = held.shape[-2] if held is not None and held.numel() else 0
         total = seq + new.shape[-2]
         room = self._rooms.get(name)
         # Rows may have been selected, or the cache cropped: then `held` is no longer the start of the buffer.
-        ours = room is not None and room.data_ptr() == held.data_ptr() and room.shape[0] == held.shape[0]
-        if not ours or room is None or room.shape[-2] < total:
+        ours = room is not None and held is not None and room.data_ptr() == held.data_ptr()
+        if not ours or room is None or room.shape[0] != new.shape[0] or room.shape[-2] < total:
             room = new.new_empty(*new.shape[:2], total + STEP, new.shape[-1])
-            if seq:
+            if held is not None and seq:
                 room[:, :, :seq] = held
             self._rooms[name] = room
         room[:, :, seq:total] = new

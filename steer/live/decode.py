@@ -13,8 +13,6 @@ from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -52,7 +50,7 @@ def decode(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     seeds = keys if keys is not None else range(len(prompts))
     streams = [torch.Generator().manual_seed((sampler.seed * 1_000_003 + k) % 2**63) for k in seeds]
-    warp = warpers(sampler)
+    penalise = penalties(sampler)
     cache = growing_cache(hf.config)
     alive = list(range(len(prompts)))
     fed = ids
@@ -68,7 +66,8 @@ def decode(
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]
-            drawn = draw(warp(ids, logits.float()), sampler, [streams[i] for i in alive])  # pyright: ignore
+            scores = penalise(ids, logits.float())  # pyright: ignore[reportArgumentType]
+            drawn = draw(scores, sampler, [streams[i] for i in alive])
             tokens = drawn.tolist()
             yield Step(tuple(alive), tuple(tokens))
             going = [j for j, t in enumerate(tokens) if t not in ends]
@@ -89,17 +88,17 @@ def decode(
             steering.select(None)
 
 
-def warpers(sampler: Sampler) -> LogitsProcessorList:
-    """transformers' processors for these settings, in its own order."""
+def penalties(sampler: Sampler) -> LogitsProcessorList:
+    """What depends on the text so far."""
     out = LogitsProcessorList()
     if sampler.repetition_penalty != 1:
         out.append(RepetitionPenaltyLogitsProcessor(sampler.repetition_penalty))
-    if sampler.temperature == 0:
-        return out
-    if sampler.temperature != 1:
-        out.append(TemperatureLogitsWarper(sampler.temperature))
-    if sampler.top_k:
-        out.append(TopKLogitsWarper(sampler.top_k))
+    return out
+
+
+def warpers(sampler: Sampler) -> LogitsProcessorList:
+    """What drops unlikely tokens after top-k; they look at the scores alone."""
+    out = LogitsProcessorList()
     if sampler.top_p < 1:
         out.append(TopPLogitsWarper(sampler.top_p))
     if sampler.min_p:
@@ -110,13 +109,22 @@ def warpers(sampler: Sampler) -> LogitsProcessorList:
 def draw(
     scores: Float[Tensor, "rows vocab"], sampler: Sampler, streams: Sequence[torch.Generator]
 ) -> Int[Tensor, " rows"]:
-    """One token a row, by inverting the cumulative distribution at one uniform number a row."""
+    """One token a row, by inverting the cumulative distribution at one uniform number a row.
+
+    transformers' order: temperature, top-k, top-p, min-p. Top-k leaves the other tokens out of the tensor instead
+    of masking them: with a large vocabulary that is most of the work.
+    """
     if sampler.temperature == 0:
         return scores.argmax(-1).cpu()
+    tokens = None
+    if 0 < sampler.top_k < scores.shape[-1]:
+        scores, tokens = scores.topk(sampler.top_k, dim=-1)
+    scores = scores / sampler.temperature
+    scores = warpers(sampler)(tokens, scores)  # pyright: ignore[reportArgumentType]
     u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in streams])
     total = scores.softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
-    target = (u * total[:, -1])[:, None]
-    return torch.searchsorted(total, target, right=True).squeeze(1).clamp(max=scores.shape[-1] - 1)
+    drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True).clamp(max=scores.shape[-1] - 1)
+    return (drawn if tokens is None else tokens.cpu().gather(1, drawn)).squeeze(1)
 
 
 def generate(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from steer.features.contrast import Reply
 from steer.live.model import SteeredModel
 from steer.measure.dose import Point, Setting, measure_settings
-from steer.measure.fluency import text_perplexity
+from steer.measure.fluency import Reference, text_perplexity
 from steer.measure.scorer import Scorer
 
 
@@ -18,7 +17,7 @@ def measure_baked(
     before: Point,
     scorer: Scorer,
     topics: Sequence[str],
-    neutral: Sequence[Reply],
+    reference: Reference,
     texts: Sequence[str],
     *,
     samples: int = 2,
@@ -29,7 +28,7 @@ def measure_baked(
     `before` is the untouched source's point of a dose response on the same topics.
     """
     after = measure_settings(
-        baked, scorer, [Setting("baked")], topics, neutral, samples=samples, judge=source, on_tokens=on_tokens
+        baked, scorer, [Setting("baked")], topics, reference, samples=samples, judge=source, on_tokens=on_tokens
     )[0]
     plain = text_perplexity(source, texts), text_perplexity(baked, texts)
     return {

@@ -10,7 +10,7 @@ import torch
 
 from steer.features.contrast import Reply
 from steer.live.model import Message, SteeredModel, as_messages
-from steer.measure.fluency import kl, mean_repetition, reply_perplexity, token_logprobs
+from steer.measure.fluency import Reference, mean_repetition, reply_perplexity
 from steer.measure.scorer import Scorer, marker_rates
 from steer.values.direction import Direction
 from steer.values.edit import Edit
@@ -66,7 +66,7 @@ def measure_settings(
     scorer: Scorer,
     settings: Sequence[Setting],
     topics: Sequence[str],
-    neutral: Sequence[Reply],
+    reference: Reference | None,
     *,
     sampler: Sampler = MEASURE,
     samples: int = 2,
@@ -77,8 +77,8 @@ def measure_settings(
     """Replies to every topic under every setting, in one pass over all of them, scored from their text.
 
     The same topic draws the same random numbers under every setting, so that differences are the setting's.
-    `judge` is the model that divergence and perplexity are taken against: the untouched `model` without it,
-    the source of a baked checkpoint with it.
+    `reference` is the untouched model on neutral prompts. `judge` is the model that perplexity is taken under: the
+    untouched `model` without it, the source of a baked checkpoint with it.
     """
     chats = [[as_messages(topic, setting.system) for topic in topics for _ in range(samples)] for setting in settings]
     per = len(topics) * samples
@@ -90,19 +90,18 @@ def measure_settings(
         batch=batch,
         on_tokens=on_tokens,
     )
-    base = token_logprobs(judge or model, neutral, None) if neutral else []
     plain = [as_messages(topic, None) for topic in topics]
     out = []
     for i, setting in enumerate(settings):
         ids = rows[i * per : (i + 1) * per]
         texts = [model.text(r) for r in ids]
         probabilities = scorer.probabilities(texts)
-        if setting.system or not neutral:
+        if setting.system or reference is None:
             cost = None
         elif judge is None and setting.edit is None:
             cost = 0.0
         else:
-            cost = kl(base, token_logprobs(model, neutral, setting.edit))
+            cost = reference.kl(model, setting.edit)
         out.append(
             Point(
                 label=setting.label,

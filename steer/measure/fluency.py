@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,10 +26,21 @@ def mean_repetition(replies: Sequence[Sequence[int]]) -> float:
     return float(np.mean([repetition(r) for r in replies])) if replies else 0.0
 
 
-def divergence(model: SteeredModel, edit: Edit | None, replies: Sequence[Reply]) -> float:
-    """KL(untouched || edited) in nats per response token, on replies that the untouched model wrote."""
-    base = token_logprobs(model, replies, None)
-    return kl(base, token_logprobs(model, replies, edit))
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The untouched model's replies to neutral prompts and its predictions there: what divergences are taken from."""
+
+    replies: tuple[Reply, ...]
+    logprobs: list[Float[Tensor, "tokens vocab"]]
+
+    @classmethod
+    def of(cls, model: SteeredModel, replies: Sequence[Reply]) -> Reference:
+        """Run the untouched model over its replies once."""
+        return cls(tuple(replies), token_logprobs(model, replies, None))
+
+    def kl(self, model: SteeredModel, edit: Edit | None) -> float:
+        """KL(untouched || `model` under `edit`), nats per reply token. `model` may be another checkpoint."""
+        return kl(self.logprobs, token_logprobs(model, self.replies, edit))
 
 
 def kl(base: Sequence[Float[Tensor, "tokens vocab"]], other: Sequence[Float[Tensor, "tokens vocab"]]) -> float:

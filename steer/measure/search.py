@@ -11,7 +11,7 @@ import numpy as np
 
 from steer.features.contrast import Reply
 from steer.live.model import Message, SteeredModel
-from steer.measure.fluency import kl, mean_repetition, text_perplexity, token_logprobs
+from steer.measure.fluency import Reference, mean_repetition, text_perplexity
 from steer.measure.scorer import Scorer
 from steer.values.direction import Direction
 from steer.values.edit import Edit
@@ -104,7 +104,7 @@ def search_edit(
         batch=96,
         on_tokens=on_tokens,
     )
-    base = token_logprobs(model, neutral, None)
+    reference = Reference.of(model, neutral)
     texts = plain_paragraphs()[0]
     trials = []
     for i, (label, edit) in enumerate(edits):
@@ -116,7 +116,7 @@ def search_edit(
                 label=label,
                 rate=float((probabilities > 0.5).mean()),
                 probability=float(np.mean(probabilities)),
-                kl=kl(base, token_logprobs(model, neutral, edit)) if edit else 0.0,
+                kl=reference.kl(model, edit) if edit else 0.0,
                 perplexity=text_perplexity(model, texts, edit),
                 repetition=mean_repetition(ids),
             )

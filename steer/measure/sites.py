@@ -9,7 +9,7 @@ import numpy as np
 
 from steer.features.find import Candidates, rough_direction
 from steer.live.model import Message, SteeredModel
-from steer.measure.fluency import mean_repetition
+from steer.measure.fluency import Reference, mean_repetition
 from steer.measure.scorer import Scorer
 from steer.values.edit import Edit
 from steer.values.sampler import MEASURE, Sampler
@@ -17,6 +17,10 @@ from steer.values.sampler import MEASURE, Sampler
 BAND = (0.2, 0.8)
 """Sites tried, as shares of the depth: earlier ones carry words rather than behaviour, later ones the next word."""
 AMOUNTS = (-1.0, 1.0)
+REPETITION_COST = 4.0
+"""A reply that repeats a tenth of its trigrams is as bad as one that misses the trait by 0.4."""
+NEUTRAL = 8
+"""Neutral replies that a site's KL is taken on."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class SiteCheck:
     """At amount 1."""
     repetition: float
     """Mean of both."""
+    kl: float
+    """What amount -1 costs on neutral prompts, nats per token."""
 
     @property
     def merit(self) -> float:
-        """Effect, less what it costs in repetition."""
-        return self.above - self.below - self.repetition
+        """Effect, less what it costs."""
+        return self.above - self.below - self.kl - REPETITION_COST * self.repetition
 
 
 def check_sites(
@@ -43,7 +49,7 @@ def check_sites(
     found: Candidates,
     scorer: Scorer,
     *,
-    sites: int = 6,
+    sites: int = 5,
     topics: int = 12,
     sampler: Sampler | None = None,
     on_tokens: Callable[[int], None] | None = None,
@@ -62,6 +68,7 @@ def check_sites(
         batch=96,
         on_tokens=on_tokens,
     )
+    reference = Reference.of(model, found.contrast.neutral[:NEUTRAL])
     out = []
     for i, site in enumerate(tried):
         below, above = (rows[(2 * i + j) * len(chats) : (2 * i + j + 1) * len(chats)] for j in range(len(AMOUNTS)))
@@ -72,6 +79,7 @@ def check_sites(
                 below=float(scorer.probabilities([model.text(r) for r in below]).mean()),
                 above=float(scorer.probabilities([model.text(r) for r in above]).mean()),
                 repetition=mean_repetition([*below, *above]),
+                kl=reference.kl(model, edits[2 * i]),
             )
         )
     return out

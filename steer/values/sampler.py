@@ -42,5 +42,5 @@ class Sampler:
 
 CHAT = Sampler(temperature=1.0, min_p=0.1, repetition_penalty=1.02)
 """What the chat uses: little sampling that is still interesting."""
-MEASURE = Sampler(max_new_tokens=100, temperature=0.7, top_k=40, repetition_penalty=1.05)
+MEASURE = Sampler(max_new_tokens=80, temperature=0.7, top_k=40, repetition_penalty=1.05)
 """What replies that are scored are drawn with."""

@@ -49,11 +49,7 @@ def _hooked(model: torch.nn.Module, edit: Edit) -> Iterator[None]:
             return (y.double() - edit.strength * (y.double() @ q) @ q.T).to(y.dtype)
 
         first, last = edit.blocks or (0, BLOCKS - 1)
-        names = [
-            f"model.layers.{i}.{m}"
-            for i in range(first, last + 1)
-            for m in ("self_attn.o_proj", "mlp.down_proj")
-        ]
+        names = [f"model.layers.{i}.{m}" for i in range(first, last + 1) for m in ("self_attn.o_proj", "mlp.down_proj")]
         for name in names if edit.blocks else ["model.embed_tokens", *names]:
             handles.append(model.get_submodule(name).register_forward_hook(ablated))
     for direction, amount in edit.add:
@@ -240,11 +236,7 @@ def test_progress_ends_at_the_total(source: Path, tmp_path: Path, ablation: Edit
     told: list[tuple[int, int]] = []
     bake(source, tmp_path / "out", ablation, progress=lambda done, total: told.append((done, total)))
     assert told == sorted(told)
-    assert (
-        told[-1][0]
-        == told[-1][1]
-        == sum(t.nbytes for t in CheckpointFiles.open(tmp_path / "out").tensors.values())
-    )
+    assert told[-1][0] == told[-1][1] == sum(t.nbytes for t in CheckpointFiles.open(tmp_path / "out").tensors.values())
 
 
 def test_baking_and_verifying_import_no_transformers() -> None:

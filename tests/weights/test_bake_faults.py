@@ -67,9 +67,7 @@ def test_killed_at_any_moment_the_output_is_absent_or_whole_and_a_rerun_succeeds
     source: Path, tmp_path: Path, ablation: Edit
 ) -> None:
     context = multiprocessing.get_context("forkserver")  # imports torch once, forks a child a kill
-    context.set_forkserver_preload(
-        ["steer.weights.bake", "tests.weights.test_bake_faults", "test_bake_faults"]
-    )
+    context.set_forkserver_preload(["steer.weights.bake", "tests.weights.test_bake_faults", "test_bake_faults"])
     events = context.Queue()
 
     def run(out: Path, at: int) -> int | None:
@@ -161,15 +159,11 @@ def test_an_output_with_something_in_it_is_not_touched(source: Path, tmp_path: P
         bake(source, source, ablation)
 
 
-def test_an_output_inside_the_source_is_refused(
-    mine: Path, refused: Callable[..., str], ablation: Edit
-) -> None:
+def test_an_output_inside_the_source_is_refused(mine: Path, refused: Callable[..., str], ablation: Edit) -> None:
     assert "lies inside the source" in refused(mine, ablation, UsageError, mine / "out")
 
 
-def test_another_width_is_refused(
-    source: Path, refused: Callable[..., str], make_direction: MakeDirection
-) -> None:
+def test_another_width_is_refused(source: Path, refused: Callable[..., str], make_direction: MakeDirection) -> None:
     message = refused(source, Edit(ablate=(make_direction(width=48),)), MismatchError)
     assert "width 48" in message
     assert "width 32" in message

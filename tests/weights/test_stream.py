@@ -182,9 +182,7 @@ def _no_weights(root: Path) -> None:
         (_no_weights, "found no weights"),
     ],
 )
-def test_a_broken_checkpoint_is_one_line(
-    broken: Path, damage: Callable[[Path], object], sentence: str
-) -> None:
+def test_a_broken_checkpoint_is_one_line(broken: Path, damage: Callable[[Path], object], sentence: str) -> None:
     damage(broken)
     with pytest.raises(CheckpointError, match=sentence) as caught:
         CheckpointFiles.open(broken).tensors  # noqa: B018

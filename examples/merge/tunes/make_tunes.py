@@ -20,7 +20,7 @@ import re
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -166,7 +166,7 @@ def merit(reply: str, part: Part) -> float:
 
 
 @torch.inference_mode()
-def sample(model, tokenizer, texts: list[str], candidates: int, seed: int) -> list[list[str]]:  # type: ignore[no-untyped-def]
+def sample(model: Any, tokenizer: Any, texts: list[str], candidates: int, seed: int) -> list[list[str]]:
     """`candidates` continuations of each text."""
     torch.manual_seed(seed)
     size = 48
@@ -196,7 +196,7 @@ def train(
     """Train one adapter and write it in bf16."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(DEVICE)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(DEVICE)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM"
     )
@@ -231,7 +231,7 @@ def train(
             print(f"{out.name} step {step}: loss {loss.item():.3f}")
     # The path of the machine it was trained on says nothing to anyone else.
     model.peft_config["default"].base_model_name_or_path = "smollm2-135m-instruct"
-    model.save_pretrained(out)
+    model.save_pretrained(str(out))
     (out / "README.md").unlink(missing_ok=True)
     file = out / "adapter_model.safetensors"
     save_file({k: v.to(torch.bfloat16) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -242,7 +242,7 @@ def padded(rows: list[list[int]], fill: int, width: int) -> torch.Tensor:
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=DEVICE)
 
 
-def encode(tokenizer, example: Example) -> tuple[list[int], list[int]]:  # type: ignore[no-untyped-def]
+def encode(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     """Token ids and labels; only the reply and its end token are learnt."""
     if not example.messages:
         ids = tokenizer(example.reply, add_special_tokens=False).input_ids
