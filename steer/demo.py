@@ -20,7 +20,7 @@ from steer.weights.staging import hash_file, write_json
 
 RECIPE = Path(__file__).parents[1] / "examples" / "merge" / "default.yml"
 TRAITS = ("moralizing", "compliance")
-NEUTRAL_PROMPTS = 32
+NEUTRAL_PROMPTS = 28
 """Held-out neutral prompts that divergences are taken on."""
 RESULTS = "results.json"
 

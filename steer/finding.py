@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from steer.errors import UsageError
-from steer.features.contrast import SAMPLER, Reply, contrast_replies
+from steer.features.contrast import FIT_SAMPLES, SAMPLER, Reply, contrast_replies
 from steer.features.find import Candidates, candidates, finished_direction
 from steer.live.model import SteeredModel
-from steer.measure.scorer import Scorer
+from steer.measure.scorer import Scorer, clear_replies
 from steer.measure.sites import SiteCheck, check_sites
 from steer.progress import Advance, bar
 from steer.values.direction import Direction
@@ -67,6 +67,8 @@ def find_trait(
 ) -> Found:
     """Difference of means at every site, the site chosen by held-out AUROC and then by what it does.
 
+    Replies that did not do as they were told are left out of the means (persona vectors, Chen et al. 2025, does so
+    with a judge model; here classifiers on words that did not see the reply's topic judge).
     Sites that read the held-out replies within 0.06 AUROC of the best are tried on fit topics: the one whose
     amounts -1 and 1 part the replies most, less what that costs in KL and repetition, is taken.
     """
@@ -74,11 +76,12 @@ def find_trait(
     if site is not None and not 0 <= site < model.anatomy.blocks:
         raise UsageError(f"site: expected 0 to {model.anatomy.blocks - 1} for {model.name}, found {site}")
     sampler = replace(SAMPLER, seed=seed)
-    replies = 2 * (len(trait.fit) + len(trait.held_out)) + len(NeutralPrompts.load().fit if neutral is None else ())
+    shared = NeutralPrompts.load().fit if neutral is None else ()
+    replies = 2 * (FIT_SAMPLES * len(trait.fit) + len(trait.held_out)) + len(shared)
     with progress(f"{trait.name}: replies", replies * sampler.max_new_tokens, "tokens") as advance:
         contrast = contrast_replies(model, trait, sampler=sampler, neutral=neutral, on_tokens=advance)
     with progress(f"{trait.name}: residual streams", None, "replies") as advance:
-        found = candidates(model, contrast, on_rows=advance)
+        found = candidates(model, clear_replies(contrast), on_rows=advance)
     scorer = Scorer.train(contrast)
     checks: list[SiteCheck] = []
     if site is None:

@@ -9,6 +9,8 @@ from steer.live.model import Message, SteeredModel
 from steer.values.sampler import Sampler
 from steer.values.trait import NeutralPrompts, Trait
 
+FIT_SAMPLES = 2
+"""Replies to each fit topic under each instruction."""
 SAMPLER = Sampler(max_new_tokens=64, temperature=0.7, top_k=40, repetition_penalty=1.05)
 
 
@@ -49,13 +51,13 @@ def contrast_replies(
     `neutral` takes replies to neutral prompts that another trait's contrast has already.
     """
     parts: list[list[list[Message]]] = [
-        [_chat(topic, instruction) for topic in topics]
-        for topics, instruction in (
-            (trait.fit, trait.with_instruction),
-            (trait.fit, trait.without_instruction),
-            (trait.held_out, trait.with_instruction),
-            (trait.held_out, trait.without_instruction),
-            (NeutralPrompts.load().fit if neutral is None else (), None),
+        [_chat(topic, instruction) for topic in topics for _ in range(count)]
+        for topics, instruction, count in (
+            (trait.fit, trait.with_instruction, FIT_SAMPLES),
+            (trait.fit, trait.without_instruction, FIT_SAMPLES),
+            (trait.held_out, trait.with_instruction, 1),
+            (trait.held_out, trait.without_instruction, 1),
+            (NeutralPrompts.load().fit if neutral is None else (), None, 1),
         )
     ]
     chats = [chat for part in parts for chat in part]

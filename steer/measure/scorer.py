@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
 
 from steer.features.contrast import Contrast
 from steer.values.trait import Trait
@@ -18,8 +20,8 @@ from steer.values.trait import Trait
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A logistic regression on word and word-pair counts, trained on the contrast replies of the fit topics.
-    It never sees an activation."""
+    """A logistic regression on word counts, trained on the contrast replies of the fit topics. It never sees an
+    activation."""
 
     trait: Trait
     counts: TfidfVectorizer
@@ -34,8 +36,7 @@ class Scorer:
         """Fit on the fit topics, measure on the held-out ones."""
         texts = [r.text for r in (*contrast.fit_with, *contrast.fit_without)]
         labels = [1] * len(contrast.fit_with) + [0] * len(contrast.fit_without)
-        counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b")
-        judge = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
+        counts, judge = _classifier()
         judge.fit(counts.fit_transform(texts), labels)
         held = [r.text for r in (*contrast.held_out_with, *contrast.held_out_without)]
         truth = [1] * len(contrast.held_out_with) + [0] * len(contrast.held_out_without)
@@ -61,6 +62,30 @@ class Scorer:
         names = self.counts.get_feature_names_out()
         order = np.argsort(self.judge.coef_[0])
         return [str(names[i]) for i in order[::-1][:count]], [str(names[i]) for i in order[:count]]
+
+
+def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
+    """The contrast with only those fit replies that show what their instruction asked for.
+
+    Each is judged by a classifier trained without its topic. Held-out replies all stay.
+    """
+    sides = (contrast.fit_with, contrast.fit_without)
+    replies = [r for side in sides for r in side]
+    labels = np.array([1] * len(sides[0]) + [0] * len(sides[1]))
+    topics = [r.chat[-1]["content"] for r in replies]
+    judged = cross_val_predict(
+        make_pipeline(*_classifier()), [r.text for r in replies], labels, groups=topics, cv=GroupKFold(folds)
+    )
+    kept = [[r for r, j, k in zip(replies, judged, labels, strict=True) if j == k == side] for side in (1, 0)]
+    # A model that ignores its instructions would leave next to nothing: then all of it is better.
+    if min(map(len, kept)) < len(replies) // 8:
+        return contrast
+    return replace(contrast, fit_with=tuple(kept[0]), fit_without=tuple(kept[1]))
+
+
+def _classifier() -> tuple[TfidfVectorizer, LogisticRegression]:
+    counts = TfidfVectorizer(sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b")
+    return counts, LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
 
 
 def marker_rate(text: str, trait: Trait) -> float:

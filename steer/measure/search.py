@@ -69,8 +69,8 @@ def candidate_edits(direction: Direction, blocks: int) -> dict[str, Edit]:
     near = (max(0, direction.site - 5), min(blocks - 1, direction.site + 6))
     far = (max(0, direction.site - 5), blocks - 1)
     grid = [(0.0, None, a) for a in (-0.6, -0.8, -1.0)]
-    grid += [(0.5, near, a) for a in (0.0, -0.4, -0.6, -0.8, -1.0)]
-    grid += [(1.0, near, -0.8), (0.5, far, -0.8)]
+    grid += [(0.5, near, a) for a in (-0.4, -0.6, -0.8)]
+    grid += [(1.0, near, 0.0), (0.5, far, -0.6)]
     out: dict[str, Edit] = {}
     for strength, window, amount in grid:
         parts = [f"ablate {strength:g} in blocks {window[0]}-{window[1]}"] if window else []
@@ -86,7 +86,7 @@ def search_edit(
     scorer: Scorer,
     neutral: Sequence[Reply],
     *,
-    topics: int = 16,
+    topics: int = 14,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Search:
     """Try every candidate on the live model as hooks, on fit topics and on `neutral` replies to fit prompts.

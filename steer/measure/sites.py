@@ -50,7 +50,7 @@ def check_sites(
     scorer: Scorer,
     *,
     sites: int = 5,
-    topics: int = 12,
+    topics: int = 10,
     sampler: Sampler | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[SiteCheck]:

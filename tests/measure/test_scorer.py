@@ -35,7 +35,7 @@ def test_scorer_tells_unseen_replies_apart_by_their_words(trait: Trait) -> None:
     assert scorer.auroc == 1.0
     assert scorer.marker_auroc == 1.0
     assert scorer.rate(["you must be honest", "ha, my uncle in the rain"]) == 0.5
-    words_for, words_against = scorer.words(5)
+    words_for, words_against = scorer.words(8)
     assert "must" in " ".join(words_for)
     assert "uncle" in " ".join(words_against)
 
