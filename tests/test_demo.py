@@ -144,3 +144,29 @@ def test_the_example_runs_as_it_stands(demo: dict[str, Any]) -> None:
     done = subprocess.run([sys.executable, example, demo["merged"]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|moved|" in done.stdout
+
+
+def test_a_plain_bake_of_the_merge_equals_ablate_hooks_at_every_writer(
+    demo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, with the shipped direction; what differs is the rounding of the edited weights to bf16."""
+    import torch
+
+    import steer
+
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+    out = tmp_path / "plain"
+    certificate = steer.bake(demo["merged"], out, ablate=["moralizing"])
+    assert certificate.writers_edited == certificate.writers_found == 61
+    source, baked = steer.load(demo["merged"], dtype=torch.float32), steer.load(out, dtype=torch.float32)
+    moral = source.sliders.slider("moralizing").direction
+    ids = torch.tensor([source.prompt_ids([{"role": "user", "content": "Describe a harbour at dawn."}])])
+    with torch.inference_mode(), source.steered({steer.Slider(moral, "ablate"): 1.0}):
+        hooked = source.hf(ids).logits.log_softmax(-1)
+    with torch.inference_mode():
+        written = baked.hf(ids).logits.log_softmax(-1)
+        untouched = source.hf(ids).logits.log_softmax(-1)
+    rounding = float((hooked.exp() * (hooked - written)).sum(-1).mean())
+    effect = float((untouched.exp() * (untouched - hooked)).sum(-1).mean())
+    assert rounding < 0.002
+    assert rounding < effect / 50

@@ -17,6 +17,8 @@ from steer.values.sampler import MEASURE, Sampler
 BAND = (0.2, 0.8)
 """Sites tried, as shares of the depth: earlier ones carry words rather than behaviour, later ones the next word."""
 AMOUNTS = (-1.0, 1.0)
+KL_COST = 2.0
+"""A tenth of a nat at amount -1 weighs as much as an effect of 0.2: what is dear at 1 falls apart at 2."""
 REPETITION_COST = 4.0
 """A reply that repeats a tenth of its trigrams is as bad as one that misses the trait by 0.4."""
 NEUTRAL = 8
@@ -41,7 +43,7 @@ class SiteCheck:
     @property
     def merit(self) -> float:
         """Effect, less what it costs."""
-        return self.above - self.below - self.kl - REPETITION_COST * self.repetition
+        return self.above - self.below - KL_COST * self.kl - REPETITION_COST * self.repetition
 
 
 def check_sites(
