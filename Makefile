@@ -12,7 +12,7 @@ help:
 	@echo "make demo    set up, then the whole way on the default model, into demo/"
 	@echo "make test    set up, lint, then all tests"
 	@echo "make lint    ruff and pyright"
-	@echo "make bench   every benchmark in tests/bench"
+	@echo "make bench   the demo, then every benchmark in tests/bench"
 	@echo "make .venv   set up alone; PYTHON=python3.12 picks the interpreter"
 	@echo "make clean   remove demo/, build outputs and caches; .venv stays"
 
@@ -27,7 +27,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: $(STAMP)
+bench: demo
 	@failed=0; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench || failed=1; done; exit $$failed
 
 .venv: $(STAMP)
