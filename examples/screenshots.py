@@ -27,6 +27,7 @@ def main(model: str, report: str) -> None:
     server = subprocess.Popen(
         [Path(sys.executable).with_name("steer"), "ui", model, "--port", str(PORT), "--headless"],
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     options = webdriver.ChromeOptions()
     for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,860", "--hide-scrollbars"):
@@ -38,7 +39,8 @@ def main(model: str, report: str) -> None:
         box = "textarea[data-testid='stChatInputTextArea']"
         WebDriverWait(browser, 120).until(lambda b: b.find_elements(By.CSS_SELECTOR, box))
         ask(browser, box, replies=1)
-        thumb = browser.find_elements(By.CSS_SELECTOR, "[role='slider']")[-1]
+        browser.save_screenshot(str(OUT / "app.png"))
+        thumb = browser.find_elements(By.CSS_SELECTOR, "input[type='range']")[-1]
         thumb.send_keys(Keys.ARROW_LEFT * 4)  # four steps of 0.25: amount -1
         time.sleep(2)
         ask(browser, box, replies=2)

@@ -231,7 +231,9 @@ def ui(
     command = [
         sys.executable, "-m", "streamlit", "run", str(page), "--server.address", "127.0.0.1",
         "--server.port", str(port), "--server.headless", str(headless).lower(),
-        "--browser.gatherUsageStats", "false", "--", resolve(model),
+        # Watching files would import every module of transformers, those too whose libraries are not here.
+        "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
+        "--client.toolbarMode", "minimal", "--", resolve(model),
     ]  # fmt: skip
     raise typer.Exit(subprocess.call(command))
 
