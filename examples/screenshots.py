@@ -4,6 +4,8 @@ pip install selenium          # and Chromium with its driver: apt-get install ch
 python examples/screenshots.py demo/merged demo/report.html
 """
 
+# pyright: reportMissingImports=false
+# selenium is wanted here alone, so it is no dependency.
 from __future__ import annotations
 
 import subprocess

@@ -233,7 +233,7 @@ def ui(
         "--server.port", str(port), "--server.headless", str(headless).lower(),
         # Watching files would import every module of transformers, those too whose libraries are not here.
         "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
-        "--client.toolbarMode", "minimal", "--", resolve(model),
+        "--client.toolbarMode", "viewer", "--", resolve(model),
     ]  # fmt: skip
     raise typer.Exit(subprocess.call(command))
 
