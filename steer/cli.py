@@ -223,8 +223,6 @@ def ui(
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
 ) -> None:
     """Open the slider chat in the browser."""
-    import subprocess
-
     page = Path(__file__).parents[1] / "app.py"
     from steer.weights.fetch import resolve
 
@@ -235,7 +233,8 @@ def ui(
         "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
         "--client.toolbarMode", "viewer", "--", resolve(model),
     ]  # fmt: skip
-    raise typer.Exit(subprocess.call(command))
+    # In this process's place: whoever stops `steer ui` stops the page, not only its parent.
+    os.execv(sys.executable, command)
 
 
 @app.command(epilog="Example: `steer demo --out demo`")
