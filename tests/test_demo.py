@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from steer.features.find import NEAR_BEST
+
 pytestmark = pytest.mark.model
 
 STEER = Path(sys.executable).with_name("steer")
@@ -47,8 +49,11 @@ def test_the_merge_is_worth_treating(demo: dict[str, Any]) -> None:
 def test_the_scorer_and_the_direction_read_held_out_replies(demo: dict[str, Any], trait: str) -> None:
     found = demo["found"][trait]
     assert found["scorer_auroc"] > 0.85
-    assert found["auroc"] > 0.9
-    assert len(found["auroc_per_site"]) == 30
+    per_site = found["auroc_per_site"]
+    assert len(per_site) == 30
+    assert max(per_site) > 0.9
+    # The site is chosen by what it does, among those that read the trait as well as the best.
+    assert found["auroc"] >= max(per_site) - NEAR_BEST
 
 
 @pytest.mark.parametrize("trait", ["moralizing", "compliance"])
