@@ -20,6 +20,7 @@ import typer
 STEER = str(Path(sys.executable).with_name("steer"))
 IMPORT = """
 import time, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer  # transformers itself is lazy: these are what it costs
 start = time.perf_counter()
 import steer
 steer.load
@@ -35,7 +36,7 @@ def main(
     chat = [STEER, "chat", str(merged), "--slider", "moralizing=-1", "--max-new-tokens", "40"]
     figures = {
         "steer --help": (statistics.median(wall([STEER, "--help"]) for _ in range(3)), 1.0),
-        "import steer, beyond torch and transformers": (statistics.median(imported() for _ in range(3)), 1.0),
+        "import steer and its loader, beyond transformers": (statistics.median(imported() for _ in range(3)), 1.0),
         "first steered reply": (statistics.median(wall(chat, "My friend lied to me.\n") for _ in range(3)), 30.0),
     }
     results = merged.parent / "results.json"
@@ -45,7 +46,7 @@ def main(
         print(json.dumps({name: {"seconds": s, "bar": bar} for name, (s, bar) in figures.items()}, indent=2))
         return
     for name, (seconds, bar) in figures.items():
-        print(f"{name:45} {seconds:8.2f} s   bar {bar:g} s")
+        print(f"{name:50} {seconds:8.2f} s   bar {bar:g} s")
 
 
 def wall(command: list[str], text: str = "") -> float:
