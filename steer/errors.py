@@ -33,3 +33,11 @@ class OutputExistsError(SteerError):
 
 class UnsupportedError(SteerError):
     """The tool refuses rather than guesses: an unknown architecture, a tensor it cannot edit."""
+
+
+class StoppedError(SteerError):
+    """Asked to stop by a signal; what was done is on disk. The exit code is the shells' 128 + signal."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

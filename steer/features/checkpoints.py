@@ -1,0 +1,115 @@
+"""The state of a training run on disk: safetensors files replaced whole, so that a kill leaves the last good one."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steer.errors import CheckpointError, MismatchError
+from steer.features import parallel
+
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """Everything that the next step depends on."""
+
+    step: int
+    """Steps done."""
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    """Adam's running means, `<weight>.exp_avg` and `<weight>.exp_avg_sq`."""
+    buffers: dict[str, Tensor]
+    since_fired: Tensor
+    rng: Tensor
+    """torch's generator."""
+    data: dict[str, Any]
+    """Where the batches stand, as their `state_dict` tells."""
+    facts: dict[str, Any]
+    """Options, inputs and figures so far, as JSON."""
+
+
+def training_place(out: Path) -> Path:
+    """Where a run that is to become `out` keeps its state."""
+    return out.with_name(out.name + ".training")
+
+
+def save_state(place: Path, state: TrainingState) -> None:
+    """Write the state of all processes; each keeps its own place in the data.
+
+    The state itself comes last and names its step, so data of another step is never taken for its own.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    mine = _data_file(place, state.step)
+    tensors = {k: v for k, v in state.data.items() if isinstance(v, Tensor)}
+    plain = {k: v for k, v in state.data.items() if k not in tensors}
+    _replace(mine, tensors, {"plain": plain})
+    parallel.barrier()
+    if parallel.rank() == 0:
+        groups = {"weight": state.weights, "moment": state.moments, "buffer": state.buffers}
+        flat = {f"{group}/{name}": t for group, part in groups.items() for name, t in part.items()}
+        flat |= {"since_fired": state.since_fired, "rng": state.rng}
+        _replace(place / STATE, flat, {"step": state.step, "facts": state.facts, "processes": parallel.world()})
+    parallel.barrier()
+    for old in place.glob(f"data-{parallel.rank()}-*.safetensors"):
+        if old != mine:
+            old.unlink()
+
+
+def load_state(place: Path) -> TrainingState:
+    """Errors: CheckpointError for a file that cannot be read, MismatchError for another number of processes."""
+    flat, header = _read(place / STATE)
+    if header["processes"] != parallel.world():
+        raise MismatchError(
+            f"{place}: expected {header['processes']} processes, as the run was started with, found "
+            f"{parallel.world()}; launch as many"
+        )
+    data, facts = _read(_data_file(place, header["step"]))
+    groups: dict[str, dict[str, Tensor]] = {"weight": {}, "moment": {}, "buffer": {}}
+    for name, tensor in flat.items():
+        group, slash, rest = name.partition("/")
+        if slash:
+            groups[group][rest] = tensor
+    return TrainingState(
+        header["step"], groups["weight"], groups["moment"], groups["buffer"], flat["since_fired"], flat["rng"],
+        data | facts["plain"], header["facts"],
+    )  # fmt: skip
+
+
+def _data_file(place: Path, step: int) -> Path:
+    return place / f"data-{parallel.rank()}-{step}.safetensors"
+
+
+def _replace(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    half = path.with_suffix(".part")
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, half, metadata={"json": json.dumps(facts)}
+    )
+    with open(half, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(half, path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["json"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())[:160]
+        raise CheckpointError(
+            f"{path}: expected the state of a stopped training, found {reason}; remove {path.parent} and start again"
+        ) from e
+
+
+def rng_state() -> Tensor:
+    """torch's generator on the CPU; the training steps themselves draw nothing."""
+    return torch.get_rng_state()

@@ -1,0 +1,256 @@
+"""What a training step computes: a loss and the gradients of a dictionary's weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from steer.errors import MismatchError
+from steer.features import parallel
+from steer.features.options import TrainOptions
+from steer.features.sparse import Active, ByLatent, above, decode, largest, products, top_k
+from steer.features.stopwatch import Stopwatch
+from steer.values.dictionary import Dictionary
+
+THRESHOLD_RATE = 0.01
+"""Share of a batch's smallest activation in the running threshold of BatchTopK."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a step tells about itself, over all processes together."""
+
+    mse: float
+    """Mean over tokens of the squared error, summed over the width, in scaled units."""
+    aux: float
+    """The loss besides: dead latents, sparsity."""
+    l0: float
+    fired: Bool[Tensor, " m"]
+
+
+class Objective(ABC):
+    """Weights in training. Activations are scaled so that their mean norm is the root of the width, which makes
+    one learning rate fit every model; the dictionary that comes out has the scale folded in."""
+
+    weights: dict[str, nn.Parameter]
+    scale: float
+
+    @abstractmethod
+    def step(self, x: Float[Tensor, "n d"], dead: Bool[Tensor, " m"], number: int, watch: Stopwatch) -> Step:
+        """Loss of a batch of raw activations; leaves the gradients in the weights, not yet averaged over processes."""
+
+    @abstractmethod
+    def dictionary(self) -> Dictionary:
+        """The weights as they are used afterwards: decoder rows of unit norm, activations in units of the residual
+        stream. No site, no name yet."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        """State besides the weights that a checkpoint must hold."""
+        return {}
+
+    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """What `buffers` gave."""
+
+
+def objective_for(options: TrainOptions, width: int, scale: float, mean: Tensor, device: torch.device) -> Objective:
+    """The objective of an architecture, freshly initialised by the seed. `mean` is the data's, unscaled."""
+    if options.architecture in ("topk", "batchtopk"):
+        return SparseObjective(options, *initial_weights(options, width, scale, mean), scale=scale, device=device)
+    from steer.features.lens import LensObjective
+
+    return LensObjective(options, *initial_weights(options, width, scale, mean), scale=scale, device=device)
+
+
+def initial_weights(
+    options: TrainOptions, width: int, scale: float, mean: Tensor
+) -> tuple[Float[Tensor, "m d"], Float[Tensor, " d"]]:
+    """Random decoder rows of norm 0.1, which the encoder starts from as well, and the decoder bias: the data's mean.
+
+    Small rows of equal norm are the initialisation of Anthropic's circuits update of April 2024.
+    """
+    rows = torch.randn(options.latents, width, generator=torch.Generator().manual_seed(options.seed))
+    return 0.1 * rows / rows.norm(dim=1, keepdim=True), (mean.double() * scale).float()
+
+
+class SparseObjective(Objective):
+    """TopK (Gao et al. 2024) and BatchTopK (Bussmann et al. 2024), exact and sparse.
+
+    Latents are chosen by pre-activation times decoder norm, so that a row's norm does not matter. In the
+    reconstruction the norm cancels: `x_hat = sum_j relu(u_j) W_j + b` with `u` the pre-activation.
+    """
+
+    def __init__(
+        self, options: TrainOptions, decoder: Tensor, b_dec: Tensor, *, scale: float, device: torch.device
+    ) -> None:
+        self.options, self.scale, self.device = options, scale, device
+        m = len(decoder)
+        decoder = decoder.to(device)
+        self.weights = {
+            # Transposed: a latent's encoder weights lie together, as its decoder weights do.
+            "encoder": nn.Parameter(decoder.clone()),
+            "b_enc": nn.Parameter(torch.zeros(m, device=device)),
+            "decoder": nn.Parameter(decoder.clone(), requires_grad=not options.frozen_decoder),
+            "b_dec": nn.Parameter(b_dec.to(device)),
+        }
+        if options.frozen_decoder:
+            self.weights["decoder"].data /= 0.1
+        # The smallest activation that a batch kept, in scaled units: what decides once there are no batches.
+        self.threshold = torch.zeros((), dtype=torch.float64)
+        self.half = options.products == "bfloat16" or (options.products == "auto" and fast_bfloat16(device))
+
+    @torch.no_grad()
+    def step(self, x: Tensor, dead: Tensor, number: int, watch: Stopwatch) -> Step:
+        w = {name: p.data for name, p in self.weights.items()}
+        n, m = len(x), len(w["encoder"])
+        xs = x.float() * self.scale
+        centred = xs - w["b_dec"]
+        norms = w["decoder"].norm(dim=1)
+        with watch("encoder product"):
+            scores = self._scores(x, centred, w, norms)
+        with watch("choice of latents"):
+            active = self._choose(scores)
+        with watch("values and reconstruction"):
+            u = products(centred, w["encoder"], active) + w["b_enc"][active.latents]
+            values = u.relu()
+            error = decode(values, active, w["decoder"]) - centred
+            mse = error.square().sum() / n
+        with watch("gradients"):
+            by_latent = ByLatent.of(active, m)
+            slope = error * (2 / n)
+            into = products(slope, w["decoder"], active) * (u > 0)
+            self._gradient("encoder", by_latent.gradient(into, centred))
+            self._gradient("decoder", by_latent.gradient(values, slope))
+            into_bias = torch.zeros_like(w["b_enc"]).index_add_(0, active.latents, into)
+            self._gradient("b_enc", into_bias)
+            # The bias is subtracted from the input too, so it is reached through every active encoder row.
+            self._gradient("b_dec", slope.sum(0) - into_bias @ w["encoder"])
+        aux = 0.0
+        if self.options.aux and bool(dead.any()):
+            with watch("dead latents"):
+                aux = self._revive(centred, error, dead, norms)
+        on = values > 0
+        fired = torch.zeros(m, dtype=torch.bool, device=x.device)
+        fired[active.latents[on]] = True
+        if self.options.architecture == "batchtopk":
+            self._follow(values[on] * norms[active.latents[on]])
+        return Step(*parallel.means(float(mse), aux, float(on.sum()) / n), parallel.any_of(fired))
+
+    def _scores(self, x: Tensor, centred: Tensor, w: dict[str, Tensor], norms: Tensor) -> Float[Tensor, "n m"]:
+        """Pre-activation times decoder norm, in bf16 where that is fast: these only choose."""
+        if not self.half:
+            return F.linear(centred, w["encoder"] * norms[:, None], w["b_enc"] * norms)
+        encoder = (w["encoder"] * norms[:, None]).bfloat16()
+        return F.linear(centred.bfloat16(), encoder, (w["b_enc"] * norms).bfloat16())
+
+    def _choose(self, scores: Tensor) -> Active:
+        if self.options.architecture == "topk":
+            return top_k(scores, self.options.k)
+        count = self.options.k * len(scores)
+        places, values = above(scores, 0.8 * float(self.threshold))
+        if parallel.total(len(values)) < count * parallel.world():
+            places, values = above(scores, 0.0)
+        least = parallel.joint_least(values, count)
+        if least is not None:
+            # The batch is what all processes hold together, and so is its threshold.
+            kept = values >= least
+            return largest(scores, places[kept], values[kept], int(kept.sum()))
+        return largest(scores, places, values, count)
+
+    def _gradient(self, name: str, value: Tensor) -> None:
+        if self.weights[name].requires_grad:
+            self.weights[name].grad = value
+
+    def _revive(self, centred: Tensor, error: Tensor, dead: Tensor, norms: Tensor) -> float:
+        """The loss by which dead latents predict what the live ones left over (Gao et al. 2024, appendix A.2).
+
+        A dense problem of its own, over the dead latents only.
+        """
+        at = torch.nonzero(dead).squeeze(1)
+        leaves = {
+            name: self.weights[name].data[at].requires_grad_() for name in ("encoder", "b_enc", "decoder")
+        }
+        bias = self.weights["b_dec"].data.clone().requires_grad_()
+        k = min(centred.shape[1] // 2, len(at))
+        with torch.enable_grad():
+            source = centred + self.weights["b_dec"].data - bias
+            u = F.linear(source, leaves["encoder"], leaves["b_enc"])
+            if k < len(at):
+                kept = (u.detach() * norms[at]).topk(k, dim=1, sorted=False).indices
+                u = torch.zeros_like(u).scatter(1, kept, u.gather(1, kept))
+            missing = -error
+            loss = (u @ leaves["decoder"] - missing).square().sum() / len(centred)
+            # Few dead latents can explain little, so they are given less weight.
+            loss = loss * self.options.aux * min(len(at) / (centred.shape[1] // 2), 1.0)
+        for name, g in zip([*leaves, "b_dec"], torch.autograd.grad(loss, [*leaves.values(), bias]), strict=True):
+            weight = self.weights[name]
+            if weight.grad is not None:
+                if name == "b_dec":
+                    weight.grad += g
+                else:
+                    weight.grad[at] += g
+        return float(loss)
+
+    def _follow(self, kept: Tensor) -> None:
+        """Move the running threshold towards the smallest activation that this batch kept."""
+        least = parallel.least(kept.min().double().cpu() if len(kept) else None)
+        if least is not None:
+            rate = THRESHOLD_RATE if float(self.threshold) else 1.0
+            self.threshold = (1 - rate) * self.threshold + rate * least
+
+    @torch.no_grad()
+    def dictionary(self) -> Dictionary:
+        w = {name: p.detach().float().cpu() for name, p in self.weights.items()}
+        norms = w["decoder"].norm(dim=1).clamp(min=1e-8)
+        batch = self.options.architecture == "batchtopk"
+        return Dictionary(
+            architecture="jumprelu" if batch else "topk",
+            # The scale of the input goes into the encoder, its inverse into what comes out.
+            W_enc=(w["encoder"] * norms[:, None]).T.contiguous(),
+            b_enc=w["b_enc"] * norms / self.scale,
+            W_dec=w["decoder"] / norms[:, None],
+            b_dec=w["b_dec"] / self.scale,
+            threshold=torch.full((len(norms),), float(self.threshold) / self.scale) if batch else None,
+            k=None if batch else self.options.k,
+            subtract_b_dec=True,
+        )
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {"threshold": self.threshold}
+
+    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        self.threshold = buffers["threshold"]
+
+
+def start_from(objective: Objective, parent: Dictionary) -> None:
+    """Copy a dictionary's weights into an objective, undoing the scale. Errors: MismatchError for another shape."""
+    rows, width = objective.weights["decoder"].shape
+    if (parent.latents, parent.width) != (rows, width):
+        raise MismatchError(
+            f"{parent.place or parent.name}: expected a dictionary of {rows} latents and width {width}, found "
+            f"{parent.latents} and {parent.width}; pass --latents {parent.latents}, or another parent"
+        )
+    b_dec = parent.b_dec.float() * objective.scale
+    new = {
+        "encoder": parent.W_enc.float().T,
+        "b_enc": parent.b_enc.float() * objective.scale,
+        "decoder": parent.W_dec.float(),
+        "b_dec": b_dec,
+    }
+    if not parent.subtract_b_dec:
+        # Ours subtract the bias before the encoder; what that takes away is given back to the encoder's bias.
+        new["b_enc"] = new["b_enc"] + b_dec @ parent.W_enc.float()
+    with torch.no_grad():
+        for name, value in new.items():
+            objective.weights[name].copy_(value)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32 ones: any GPU, and CPUs with instructions for them."""
+    if device.type != "cpu":
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,33 @@
+"""Where the time of a training step goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Sums the seconds spent in named parts: `with watch("gradients"): ...`."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._cuda = device is not None and device.type == "cuda"
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - start
+
+    def shares(self) -> dict[str, float]:
+        """Each part's share of the time that was measured, the largest first."""
+        total = sum(self.seconds.values()) or 1.0
+        return {p: s / total for p, s in sorted(self.seconds.items(), key=lambda x: -x[1])}
+
+    def _now(self) -> float:
+        if self._cuda:  # a GPU works on after the call returns
+            torch.cuda.synchronize()
+        return time.perf_counter()
