@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from steer import cli_dictionaries
+from steer.cli_common import Json, Model, emit
 from steer.errors import SteerError, UsageError
 
 app = typer.Typer(
@@ -20,10 +21,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or smollm2-135m-instruct.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout, all else on stderr.")]
-
 
 def main() -> None:
     """The entry point: runs a verb, turns a user's mistake into one line and an exit code."""
@@ -54,10 +51,6 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
-
-
 @app.command(epilog="Example: `steer fetch smollm2-135m-instruct`")
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m-instruct, or any hub id.")] = "smollm2-135m-instruct",
@@ -68,7 +61,7 @@ def fetch(
     from steer.weights.fetch import fetch as run
 
     place = run(name, out)
-    _emit({"checkpoint": str(place)}, as_json, str(place))
+    emit({"checkpoint": str(place)}, as_json, str(place))
 
 
 @app.command(epilog="Example: `steer merge examples/merge/default.yml merged`")
@@ -82,22 +75,34 @@ def merge(
     from steer.weights.merge import merge as run
 
     place = run(recipe, out, device=device)
-    _emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
+    emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 
-@app.command(epilog="Example: `steer find merged moralizing`")
+@app.command(epilog="Examples: `steer find merged moralizing` · "
+    "`steer find merged moralizing --dictionary dictionary`")
 def find(
     model: Model,
     trait: Annotated[str, typer.Argument(help="A trait that ships, or a .yaml file of your own.")],
     site: Annotated[int | None, typer.Option(help="Use the residual stream after this block.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the direction goes; kept by name without it.")] = None,
     seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
+    dictionary: Annotated[Path | None, typer.Option(help="Rank this dictionary's latents instead.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the direction of a trait, with held-out scores for every site."""
+    """Find the direction of a trait, with held-out scores; with --dictionary its features."""
     from steer.values.trait import Trait
 
     described = Trait.load(trait)
+    if dictionary is not None:
+        if site is not None or out is not None:
+            raise UsageError("--dictionary: expected no --site or --out beside it; the results go into the dictionary")
+        from steer.feature_finding import find_features
+        from steer.live.model import load
+        from steer.tables import latent_table
+
+        features = find_features(load(model), described, dictionary, seed=seed)
+        emit(features.as_json(), as_json, latent_table(features))
+        return
     from steer.finding import find_trait
     from steer.live.library import own_place
     from steer.live.model import load
@@ -106,11 +111,14 @@ def find(
     live = load(model)
     found = find_trait(live, described, site=site, seed=seed)
     place = found.direction.save(out or own_place(live.sketch(), found.direction.name))
-    _emit(
+    emit(
         {"direction": str(place), **found.as_json()},
         as_json,
         f"{finding_table(found)}\n{place}\nTry it: steer chat {model} --slider {found.direction.name}=-1",
     )
+
+
+cli_dictionaries.register(app)
 
 
 @app.command(
@@ -163,7 +171,7 @@ def bake(
         f"{cert.worst_remaining:.2%} of the direction remains (asked: {1 - cert.strength:.0%})\n"
         f"Check it: steer verify {out}"
     )
-    _emit(summary, as_json, text)
+    emit(summary, as_json, text)
 
 
 def _blocks(text: str | None) -> tuple[int, int] | None:
@@ -187,7 +195,7 @@ def verify(
     with byte_bar("verifying") as progress:
         checks = run(directory, progress)
     result = {"checkpoint": str(directory), "ok": True, "checks": {c.name: c.detail for c in checks}}
-    _emit(result, as_json, "\n".join([f"ok  {c.name}: {c.detail}" for c in checks]))
+    emit(result, as_json, "\n".join([f"ok  {c.name}: {c.detail}" for c in checks]))
 
 
 @app.command(epilog="Example: `steer chat merged --slider moralizing=-1`")
@@ -249,7 +257,7 @@ def demo(
     from steer.tables import demo_table
 
     result = run(out, seed=seed, fresh=fresh, say=lambda line: typer.echo(line, err=True))
-    _emit(result, as_json, demo_table(result))
+    emit(result, as_json, demo_table(result))
     typer.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
 
 

@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from steer.feature_finding import FoundFeatures
+    from steer.features.records import FeatureRecord
     from steer.finding import Found
+    from steer.measure.latents import SteeringCheck
+    from steer.training import TrainedDictionary
+    from steer.values.fit import Fit
 
 
 def finding_table(found: Found) -> str:
@@ -27,6 +33,105 @@ def finding_table(found: Found) -> str:
         _text(table) + f"{d.name}: site {d.site}, amount 1 moves the residual stream by {d.share(1):.2f} of its median "
         f"norm; text scorer AUROC {found.scorer.auroc:.3f} (marker words alone {found.scorer.marker_auroc:.3f})"
     )
+
+
+def latent_table(found: FoundFeatures) -> str:
+    """The ranked latents, how they and sets of them steer on fit topics, the dose responses on held-out topics, and
+    which win over the difference of means."""
+    d, check, replies = found.dictionary, found.check, found.ranking.replies
+    head = (
+        f"{found.trait} in {d.name}, site {d.site}: {found.told} of {d.latents} latents tell it at q < 0.05; AUROC on "
+        f"{replies[2] + replies[3]} held-out replies,\nthe difference of means there {found.direction_auroc:.3f}; a "
+        "latent with a minus speaks against the trait\n"
+    )
+    table = _table("latent", "AUROC", "q", "attribution", "output score", "score", "tokens")
+    table.columns[-1].justify = "left"
+    for t in found.top:
+        figures = [f"{t.auroc:.3f}", f"{t.q:.3f}", f"{t.attribution:+.4f}", f"{t.output_score:+.2f}", f"{t.score:.3f}"]
+        table.add_row(t.feature(d).name, *figures, escape(_words(t.tokens)))
+    return head + _text(table) + (_screening(check) + _doses(check) if check else "")
+
+
+def _screening(check: SteeringCheck) -> str:
+    table = _table("fit topics", "rate at -2", "-1", "+1", "KL", "repetition", "merit")
+    table.add_row("untouched", "", f"{check.untouched.rate:.2f}")
+    for s in check.screened:
+        name, count = s.candidate.name, len(s.tried)
+        kl, again = sum(t.kl for t in s.tried) / count, sum(t.repetition for t in s.tried) / count
+        rates = [f"{t.rate:.2f}" for t in s.tried]
+        table.add_row(escape(name), *rates, f"{kl:.3f}", f"{again:.3f}", f"{s.merit:+.2f}")
+        if a := s.ablated:
+            table.add_row(f"{escape(name)}, ablated", "", f"{a.rate:.2f}", "", f"{a.kl:.3f}", f"{a.repetition:.3f}")
+    note = f"amount 1 of each moves the residual stream by {check.share:.2f} of its median norm"
+    return f"{_text(table)}{note}\n"
+
+
+def _doses(check: SteeringCheck) -> str:
+    table = _table("held-out topics", "rate", "probability", "KL", "repetition", "perplexity", "share")
+    for dose in check.doses:
+        for p in dose.points:
+            label = f"{dose.candidate.name} {p.amount:+g}" if p.amount else "untouched"
+            table.add_row(escape(label), *_cells(p.as_json()), f"{p.share:.2f}")
+        table.add_section()
+    if check.ablated:
+        table.add_row(escape(check.ablated.label), *_cells(check.ablated.as_json()), "-")
+    lines = []
+    for dose in check.doses:
+        kind, amounts = dose.candidate.kind, [f"{a:g}" for a, won in check.wins(dose).items() if won]
+        against = f"wins over the difference of means at {' and '.join(amounts)}" if amounts else "does not win"
+        verdict = "" if kind == "direction" else f", {against}"
+        lines.append(f"{dose.candidate.name}: {'' if dose.monotone else 'not '}monotone{verdict}")
+    return (
+        _text(table) + "\n".join(lines) + "\nmonotone: the rate never falls from one amount to the next, equal rates "
+        "allowed; wins: a lower rate at the same displacement, at no more KL"
+    )
+
+
+def _words(tokens: Sequence[str], most: int = 44) -> str:
+    text = " ".join(t.strip().replace("\n", "\u21b5") for t in tokens)
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
+
+
+def training_table(made: TrainedDictionary) -> str:
+    """A trained dictionary's figures on held-out tokens, its speed, and where the time went."""
+    t, d = made.trained, made.dictionary
+    table = _table("", "FVU", "L0", "latents alive")
+    if made.parent:
+        table.add_row("parent, before training", *_fit_cells(made.parent))
+    table.add_row("trained", *_fit_cells(t.fit))
+    lines = [
+        f"held-out tokens: {t.fit.tokens:,}, outliers left out {t.fit.outliers}; {t.dead} of {d.latents} latents dead at the "
+        "end of training"
+    ]
+    if s := made.spliced:
+        lines.append(
+            f"cross-entropy on {s.tokens:,} held-out tokens: {s.plain:.3f} as it is, {s.spliced:.3f} with the "
+            f"reconstruction, {s.ablated:.3f} with the mean: {s.recovered:.1%} recovered"
+        )
+    spent = ", ".join(f"{part} {share:.0%}" for part, share in t.parts.items())
+    lines.append(f"{t.rate:,.0f} tokens/s, {t.share:.2f} of the fp32 encoder product alone; {spent}")
+    return _text(table) + "\n".join(lines)
+
+
+def _fit_cells(fit: Fit) -> list[str]:
+    return [f"{fit.fvu:.4f}", f"{fit.l0:.1f}", f"{fit.alive:.1%}"]
+
+
+def feature_table(records: Sequence[FeatureRecord], trait: str | None) -> str:
+    """Features with their tokens and the context they fire on most."""
+    table = _table("latent", "fires on", f"AUROC {trait}" if trait else "best trait", "top tokens", "context")
+    for column in table.columns[3:]:
+        column.justify = "left"
+    for r in records:
+        told = trait or r.best_trait
+        score = f"{r.traits[told].auroc:.3f}" + ("" if trait else f" {told}") if told in r.traits else ""
+        shown = ""
+        if r.contexts:
+            c = r.contexts[0]
+            shown = f"{c.before[-24:]}[{c.token}]{c.after[:12]}".replace("\n", "\u21b5")
+        words = _words([t for t, _ in r.top_tokens], 30)
+        table.add_row(str(r.index), f"{r.rate:.2%}", score, escape(words), escape(shown))
+    return _text(table)
 
 
 def demo_table(result: Mapping[str, Any]) -> str:

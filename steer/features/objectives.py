@@ -49,6 +49,9 @@ class Objective(ABC):
         """The weights as they are used afterwards: decoder rows of unit norm, activations in units of the residual
         stream. No site, no name yet."""
 
+    def calibrate(self, x: Float[Tensor, "n d"]) -> None:
+        """Set by training rows what a dictionary needs beyond its weights, before it is used."""
+
     def buffers(self) -> dict[str, Tensor]:
         """State besides the weights that a checkpoint must hold."""
         return {}
@@ -201,6 +204,27 @@ class SparseObjective(Objective):
         if least is not None:
             rate = THRESHOLD_RATE if float(self.threshold) else 1.0
             self.threshold = (1 - rate) * self.threshold + rate * least
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """BatchTopK's threshold, so that on these rows k latents a token are active on average.
+
+        The running threshold lags behind weights that still move, which costs a tenth of L0.
+        """
+        if self.options.architecture != "batchtopk":
+            return
+        w = {name: p.data for name, p in self.weights.items()}
+        norms = w["decoder"].norm(dim=1)
+        best = torch.zeros(0, device=x.device)
+        wanted = self.options.k * len(x)
+        for part in x.split(2048):
+            centred = part.float() * self.scale - w["b_dec"]
+            scores = F.linear(centred, w["encoder"] * norms[:, None], w["b_enc"] * norms).flatten()
+            best = torch.cat([best, scores[scores > 0]])
+            if len(best) > wanted:
+                best = best.topk(wanted, sorted=False).values
+        # In between the last that is in and the next: at the threshold itself a latent is off.
+        self.threshold = best.min().double().cpu() * (1 - 1e-6) if len(best) else self.threshold
 
     @torch.no_grad()
     def dictionary(self) -> Dictionary:

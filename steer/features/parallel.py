@@ -122,3 +122,8 @@ def barrier() -> None:
 
 def _device() -> torch.device:
     return local_device() if dist.is_initialized() and dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def launched_first() -> bool:
+    """Whether the launcher made this the first process, or there was none; true outside the group as well."""
+    return os.environ.get("RANK", "0") == "0"

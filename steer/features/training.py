@@ -21,7 +21,7 @@ from steer.features import parallel
 from steer.features.checkpoints import STATE, TrainingState, load_state, rng_state, save_state, training_place
 from steer.features.objectives import Objective, objective_for, start_from
 from steer.features.options import TrainOptions
-from steer.features.shards import Batches
+from steer.features.batches import Batches
 from steer.features.stopwatch import Stopwatch
 from steer.features.training_log import Silent, TrainingLog
 from steer.values.dictionary import Dictionary
@@ -29,6 +29,8 @@ from steer.values.fit import Fit, measure_fit
 
 CLIP = 1.0
 """Gradient norm at most, as in sae_lens."""
+CALIBRATION = 8192
+"""Training rows by which a dictionary is calibrated at the end."""
 CHECKS = 20
 """Held-out checks in a run."""
 CHECK_TOKENS = 16_384
@@ -187,7 +189,9 @@ class _Run:
 
     def check(self) -> None:
         """Fit on a part of the held-out tokens, and the speed of the encoder product in the same minute."""
-        fit = measure_fit(self.objective.dictionary(), [self.data.held_out[:CHECK_TOKENS]])
+        rows = self.data.held_out
+        # Evenly over the documents: a text's parts may differ.
+        fit = measure_fit(self.objective.dictionary(), [rows[:: -(-len(rows) // CHECK_TOKENS)]])
         self._time_product()
         self.log.check({"step": self.number, "held_out_fvu": fit.fvu, "held_out_l0": fit.l0}, self.watch.shares())
 
@@ -252,6 +256,7 @@ class _Run:
 
     def finish(self) -> Trained:
         """The last check, on everything held out."""
+        self.objective.calibrate(self.data.sample[:CALIBRATION].to(self.device))
         dictionary = self.objective.dictionary()
         rows = self.data.held_out
         fit = measure_fit(dictionary, [rows[a : a + CHECK_TOKENS] for a in range(0, len(rows), CHECK_TOKENS)])

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from steer.errors import CheckpointError, UsageError
 from steer.live import attention
 from steer.live.decode import decode, generate
+from steer.live.fit_check import warn_of_poor_fits
 from steer.live.record import Recording, reading
 from steer.live.sliders import Sliders, as_slider
 from steer.live.steering import Steering
 from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.values.feature import Feature
 from steer.values.sampler import CHAT, Sampler
 from steer.values.slider import Slider
 from steer.weights.anatomy import Anatomy
@@ -171,17 +173,21 @@ class SteeredModel:
     # Steering and reading
 
     @contextmanager
-    def steered(self, sliders: Mapping[Direction | Slider | str, float]) -> Iterator[SteeredModel]:
+    def steered(self, sliders: Mapping[Direction | Feature | Slider | str, float]) -> Iterator[SteeredModel]:
         """Amounts for the length of a block; the sliders come back as they were, exceptions included.
 
             with model.steered({moral: -1.5}):
                 print(model.chat("My friend lied to me."))
 
-        A Direction is added, `Slider(direction, "ablate")` is ablated, a name means what it means in
-        `model.sliders`. The amounts in `model.sliders` wait outside the block.
+        A Direction or a Feature is added, `Slider(direction, "ablate")` is ablated, `Slider(feature, "clamp")` is
+        clamped, a name means what it means in `model.sliders`. The amounts in `model.sliders` wait outside the block.
         """
         moves = [(slider := as_slider(self, key), slider.check(amount)) for key, amount in sliders.items()]
-        with self.steering.applied([Sliders.edit(moves)]):
+        edit = Sliders.edit(moves)
+        if edit is not None:
+            self.steering.check(edit)
+            warn_of_poor_fits(self, edit)
+        with self.steering.applied([edit]):
             yield self
 
     @contextmanager

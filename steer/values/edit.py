@@ -1,8 +1,9 @@
-"""What is to be written into the weights: directions to ablate, and constants to add."""
+"""What is to be done to a model: directions to ablate, constants to add, features to move."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from steer.errors import UsageError
 from steer.values.direction import Direction
+from steer.values.feature import FeatureMove
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +27,11 @@ class Edit:
     add: tuple[tuple[Direction, float], ...] = ()
     """(direction, amount): adds `amount * gap * r` to the residual stream at the direction's site,
     as a bias on that block's down projection."""
+    features: tuple[FeatureMove, ...] = ()
+    """Latents of dictionaries to move. Weights can hold those that add; the others read the activation."""
 
     def __post_init__(self) -> None:
-        if not self.ablate and not self.add:
+        if not self.ablate and not self.add and not self.features:
             raise UsageError("nothing to bake: expected a direction to ablate or an amount to add, found none")
         if not 0.0 < self.strength <= 1.0:
             raise UsageError(f"strength: expected a number above 0 and at most 1, found {self.strength}")
@@ -35,6 +39,7 @@ class Edit:
             raise UsageError(
                 f"blocks: expected FIRST-LAST with 0 <= FIRST <= LAST, found {self.blocks[0]}-{self.blocks[1]}"
             )
+        self._check_latents()
 
     @property
     def embedding(self) -> bool:
@@ -52,21 +57,46 @@ class Edit:
         return u[:, s > 1e-6 * s[0]].contiguous()
 
     def biases(self) -> dict[int, Float[Tensor, " d"]]:
-        """Site -> the vector added there, fp64; adds at one site are summed."""
+        """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Features are not in it."""
         out: dict[int, Tensor] = {}
         for d, amount in self.add:
             shift = amount * d.gap * d.vector.double()
             out[d.site] = out[d.site] + shift if d.site in out else shift
         return out
 
+    def with_adds_as_directions(self) -> Edit:
+        """The same edit, the features that add told as directions, which weights and biases can hold."""
+        adds = tuple((m.feature.direction, m.amount) for m in self.features if not m.reads and not m.neutral)
+        rest = tuple(m for m in self.features if m.reads)
+        return replace(self, add=(*self.add, *adds), features=rest) if adds else self
+
     def describe(self) -> dict[str, object]:
         """A JSON-able account for certificates and reports."""
-        return {
+        out: dict[str, object] = {
             "ablate": [{"name": d.name, "site": d.site} for d in self.ablate],
             "strength": self.strength if self.ablate else None,
             "blocks": list(self.blocks) if self.blocks else ("all, embedding included" if self.ablate else None),
             "add": [
-                {"name": d.name, "site": d.site, "amount": a, "share_of_residual_norm": round(d.share(a), 4)}
+                {"name": d.name, "site": d.site, "amount": a, "share_of_residual_norm": _share(d, a)}
                 for d, a in self.add
             ],
         }
+        return out | {"features": [m.describe() for m in self.features]} if self.features else out
+
+    def _check_latents(self) -> None:
+        """Raise UsageError when two moves read one latent: each would undo what the other did."""
+        taken: dict[tuple[int, int], str] = {}
+        for move in self.features:
+            for i in move.feature.indices if move.reads and not move.neutral else ():
+                key = (id(move.feature.dictionary), i)
+                if key in taken:
+                    raise UsageError(
+                        f"sliders {taken[key]!r} and {move.feature.name!r} clamp, scale or ablate latent {i} of "
+                        f"dictionary {move.feature.dictionary.name!r}; expected one of them at most, delete the other"
+                    )
+                taken[key] = move.feature.name
+
+
+def _share(direction: Direction, amount: float) -> float | None:
+    share = direction.share(amount)
+    return None if math.isnan(share) else round(share, 4)

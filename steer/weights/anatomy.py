@@ -175,12 +175,13 @@ class Anatomy:
 
     def check_edit(self, edit: Edit) -> None:
         """Raise unless the edit fits: MismatchError on the width, UsageError on a site or block it lacks."""
-        for direction in (*edit.ablate, *(d for d, _ in edit.add)):
-            direction.check_width(self.width, self.where)
-            if not 0 <= direction.site < self.blocks:
+        moved = [("direction", d) for d in (*edit.ablate, *(d for d, _ in edit.add))]
+        for kind, what in (*moved, *(("feature", m.feature) for m in edit.features)):
+            what.check_width(self.width, self.where)
+            if not 0 <= what.site < self.blocks:
                 raise UsageError(
-                    f"direction {direction.name!r}: expected a site from 0 to {self.blocks - 1} "
-                    f"for {self.where}, found {direction.site}; find the direction on this checkpoint"
+                    f"{kind} {what.name!r}: expected a site from 0 to {self.blocks - 1} "
+                    f"for {self.where}, found {what.site}; find the {kind} on this checkpoint"
                 )
         if edit.blocks is not None and edit.blocks[1] >= self.blocks:
             raise UsageError(

@@ -55,9 +55,11 @@ def bake(
     Tensors the edit does not concern, and files that are no weights, are copied byte for byte. `out` is
     complete or absent. `progress` is called with (bytes of weights written, bytes in all).
 
+    Features that add become biases, as directions do; the other operations on features are refused.
+
     Errors: OutputExistsError, CheckpointError for a broken source, UnsupportedError for one that cannot hold
-    the edit, MismatchError for a direction of another width, UsageError for a block or site it lacks,
-    SteerError for a full or read-only disk.
+    the edit, and for an edit that weights cannot hold, MismatchError for a direction of another width, UsageError
+    for a block or site it lacks, SteerError for a full or read-only disk.
     """
     source, out = Path(source), Path(out)
     check_output(out)

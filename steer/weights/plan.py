@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from steer.errors import CheckpointError
+from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.values.edit import Edit
 from steer.weights.anatomy import Anatomy, Writer
 from steer.weights.arithmetic import as_bytes
@@ -21,6 +21,7 @@ class Plan:
     files: CheckpointFiles
     anatomy: Anatomy
     edit: Edit
+    """Features that add are directions in it."""
     writers: tuple[Writer, ...]
     """Those whose weight, and bias if they have one, is ablated."""
     shifted: dict[str, int]
@@ -37,6 +38,7 @@ class Plan:
         """Errors: as `bake`."""
         anatomy = Anatomy.of(files.config, str(files.root))
         anatomy.check_edit(edit)
+        edit = _constant(edit)
         anatomy.check_weights(files.config, files.tensors)
         writers = tuple(
             w for w in anatomy.writers if (edit.embedding if w.block is None else edit.edits_block(w.block))
@@ -69,6 +71,20 @@ class Plan:
                 raise CheckpointError(f"{files.root}: expected tensor {name}, found none; fetch the model again")
         frozen = {shard: tuple(tensors) for shard, tensors in new.items()}
         return cls(files, anatomy, edit, writers, shifted, frozen, created, config)
+
+
+def _constant(edit: Edit) -> Edit:
+    """The edit without features. Errors: UnsupportedError when one reads its activation."""
+    for move in edit.features:
+        if move.reads and not move.neutral:
+            raise UnsupportedError(
+                f"feature {move.feature.name!r}: {move.operation} reads the activation, and weights cannot; "
+                "expected add, or move it with a slider"
+            )
+    edit = edit.with_adds_as_directions()
+    if not edit.ablate and not edit.add:
+        raise UsageError("nothing to bake: expected a direction to ablate or an amount to add, found none that moves")
+    return replace(edit, features=())
 
 
 def _untied_head(files: CheckpointFiles, anatomy: Anatomy) -> NewTensor | None:

@@ -159,3 +159,12 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert rates[9:80] == [1.0] * 71
     assert rates[80:] == sorted(rates[80:], reverse=True)
     assert 0 < rates[99] < 0.1
+
+
+def test_calibration_gives_batchtopk_its_k_latents_a_token():
+    torch.manual_seed(0)
+    made = objective(architecture="batchtopk")
+    x = 3 * torch.randn(3000, WIDTH)
+    made.calibrate(x)
+    active = (made.dictionary().encode(x) > 0).sum() / len(x)
+    assert float(active) == pytest.approx(8, rel=1e-3)

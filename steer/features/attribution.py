@@ -1,0 +1,202 @@
+"""Which latents the model's own words hang on, and which can make it say what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from steer.features.contrast import Reply
+from steer.features.logit_lens import lens_topk
+from steer.features.pooling import check_fits, kept
+from steer.live.model import Message, SteeredModel, as_messages
+from steer.values.dictionary import Dictionary
+from steer.values.edit import Edit
+from steer.values.feature import Feature, FeatureMove
+
+AT_ONCE = 1 << 25
+"""Logits held in memory at a time: 128 MB in fp32."""
+OWN_TOKENS = 8
+"""How many of the tokens that a feature speaks for its output score looks at."""
+
+
+def attribution(
+    model: SteeredModel,
+    dictionary: Dictionary,
+    with_replies: Sequence[Reply],
+    without_replies: Sequence[Reply],
+    indices: Sequence[int],
+    *,
+    batch: int = 16,
+    on_rows: Callable[[int], None] | None = None,
+) -> Float[Tensor, " latents"]:
+    """How much more the model's replies with the trait hang on each latent than its replies without, in nats a token.
+
+    For one reply: the sum over response tokens of a_j (dM/dh . d_j), M the mean log-probability of the reply's own
+    tokens, a_j the activation, d_j the decoder row. That is dM/d(eps) when the latent's part of the residual
+    stream is scaled by (1 + eps) at every response token: attribution patching (Nanda 2023; Syed et al. 2023) with
+    zero ablation, on dictionary latents (Marks et al. 2024). The mean over `with_replies` minus that over
+    `without_replies`.
+    Errors: those of `check_fits`.
+    """
+    site = check_fits(model, dictionary)
+    means = [
+        torch.cat(
+            [
+                _reply_attributions(model, dictionary, site, part, indices, on_rows)
+                for start in range(0, len(ordered), batch)
+                if (part := ordered[start : start + batch])
+            ]
+            or [torch.zeros(1, len(indices))]
+        ).mean(0)
+        for replies in (with_replies, without_replies)
+        for ordered in [sorted(replies, key=lambda r: len(r.ids))]
+    ]
+    return means[0] - means[1]
+
+
+def _reply_attributions(
+    model: SteeredModel,
+    dictionary: Dictionary,
+    site: int,
+    replies: Sequence[Reply],
+    indices: Sequence[int],
+    on_rows: Callable[[int], None] | None,
+) -> Float[Tensor, "replies latents"]:
+    prompts = [model.prompt_ids(r.chat) for r in replies]
+    full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
+    width = max(map(len, full))
+    ids = torch.tensor([s + [model.pad_token_id] * (width - len(s)) for s in full], device=model.device)
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in full], device=model.device)
+    response = torch.tensor([[len(p) <= t < len(s) for t in range(width)] for p, s in zip(prompts, full, strict=True)])
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(model.hf):
+        with _leaf(model, site) as leaf:
+            hidden = model.hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        h = leaf[0]
+        # The sum over a reply's tokens here, the mean further down: half precision keeps more of it.
+        (gradient,) = torch.autograd.grad(hidden, h, _logprob_gradient(model, hidden, ids, response))
+    with torch.no_grad():
+        h, gradient = h.detach(), gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        use = response.to(h.device) & kept(dictionary, h)
+        device = dictionary.W_enc.device
+        along = gradient[use].to(device) @ dictionary.decoder_rows(indices).to(gradient.dtype).T
+        effect = dictionary.encode_rows(h[use].to(device), indices) * along
+        of = use.nonzero()[:, 0].cpu()
+        out = torch.zeros(len(replies), len(indices)).index_add_(0, of, effect.float().cpu())
+    if on_rows is not None:
+        on_rows(len(replies))
+    return out / response.sum(1, keepdim=True)
+
+
+def _logprob_gradient(model: SteeredModel, hidden: Tensor, ids: Tensor, response: Tensor) -> Tensor:
+    """d(sum of the log-probabilities of response tokens) / d(hidden states after the final norm).
+
+    A chunk of tokens at a time: the logits of a batch and their gradients would not fit with a large vocabulary.
+    """
+    rows, at = (i.to(hidden.device) for i in response.nonzero(as_tuple=True))
+    out = torch.zeros_like(hidden)
+    head = model.hf.get_output_embeddings()
+    step = max(1, AT_ONCE // head.weight.shape[0])
+    for start in range(0, len(rows), step):
+        r, t = rows[start : start + step], at[start : start + step]
+        part = hidden.detach()[r, t - 1].requires_grad_()
+        wide = torch.promote_types(part.dtype, torch.float32)
+        logprobs = head(part).to(wide).log_softmax(-1)
+        picked = logprobs.gather(1, ids[r, t].to(logprobs.device)[:, None]).sum()
+        (gradient,) = torch.autograd.grad(picked, part)
+        out[r, t - 1] = gradient
+    return out
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside: the blocks below the site then keep nothing for a backward pass."""
+    asking = [p for p in module.parameters() if p.requires_grad]
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _leaf(model: SteeredModel, site: int) -> Iterator[list[Tensor]]:
+    """Make the residual stream at the site a leaf that gradients flow back to; it is the list's only entry."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        h = (output[0] if isinstance(output, tuple) else output).detach().requires_grad_()
+        found.append(h)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    handle = model.hf.get_submodule(model.anatomy.block_module(site)).register_forward_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def output_scores(
+    model: SteeredModel,
+    dictionary: Dictionary,
+    features: Sequence[Feature],
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    batch: int = 64,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Whether adding a feature makes the model say the feature's own tokens, in nats; one number a feature.
+
+    Its own tokens are the eight whose logits `logit_lens` says its displacement at one unit raises most. The score
+    is how much the mean of their log-probabilities, as the first token of the reply to each prompt, rises over
+    the unsteered model's when the feature is added at one unit; the mean over prompts. The idea is the output
+    score of Arad, Mueller and Belinkov 2025 ("SAEs are good for steering if you select the right features"),
+    which weighs rank and probability of the tokens instead.
+    Errors: those of `check_fits`.
+    """
+    check_fits(model, dictionary)
+    chats = [model.prompt_ids(as_messages(p)) for p in prompts]
+    if not features or not chats:
+        return [0.0 for _ in features]
+    own = lens_topk(model, torch.stack([f.direction.vector for f in features]), OWN_TOKENS)[0][1]
+    edits = [Edit(features=(FeatureMove(f, "add", 1.0),)) for f in features]
+    base = torch.cat(
+        [_next_logprobs(model, chats[i : i + batch], [None] * len(chats[i : i + batch]))
+         for i in range(0, len(chats), batch)]
+    )  # fmt: skip
+    rows = [(f, p) for p in range(len(chats)) for f in range(len(features))]
+    rows.sort(key=lambda row: len(chats[row[1]]))
+    totals = torch.zeros(len(features))
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        steered = _next_logprobs(model, [chats[p] for _, p in part], [edits[f] for f, _ in part])
+        for (f, p), logprobs in zip(part, steered, strict=True):
+            totals[f] += (logprobs[own[f]] - base[p][own[f]]).mean()
+        if on_rows is not None:
+            on_rows(len(part))
+    return (totals / len(chats)).tolist()
+
+
+def _next_logprobs(
+    model: SteeredModel, prompts: Sequence[Sequence[int]], edits: Sequence[Edit | None]
+) -> Float[Tensor, "rows vocab"]:
+    """Log-probabilities of the token after each prompt, each row under its own edit; on the CPU."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with model.steering.applied(edits):
+        logits = model.hf(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits[:, -1]
+    return logits.float().log_softmax(-1).cpu()

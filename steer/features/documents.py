@@ -1,0 +1,264 @@
+"""Text as documents of token ids: plain text, JSONL, chats, and whatever the `datasets` package resolves."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from jinja2 import TemplateError
+
+from steer.errors import SteerError, UsageError
+from steer.live.model import SteeredModel
+
+TABLES = {".csv": "csv", ".parquet": "parquet"}
+"""Files that `datasets` reads, by the name of its builder."""
+_TEXTS = 64
+"""Texts given to the tokenizer at a time."""
+
+Row = tuple[str, Any]
+"""Where it stands, for messages (a file and a line number), and what stands there."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sequence for the model."""
+
+    ids: list[int]
+    """At most the context long, one BOS at most."""
+    special: list[bool]
+    """True where a token is no text: BOS, end tokens, a chat template's frame."""
+
+
+def documents(model: SteeredModel, sources: str | Sequence[str], *, context: int = 512) -> Iterator[Document]:
+    """Read sources one after another, as far as they are asked for.
+
+    A source is
+
+    - a `.jsonl` or `.json` file (also `.gz`) with rows `{"text": ...}` or `{"messages": [...]}`; chats go through
+      the chat template,
+    - a `.csv` or `.parquet` file with a column `text` or `messages`,
+    - any other file (also `.gz`): plain text, whose passages, parted by blank lines, are packed up to `context`,
+    - else `NAME[:CONFIG[:SPLIT[:COLUMN]]]`, a folder or id that `datasets.load_dataset` resolves, streamed.
+
+    What is longer than `context` becomes several documents. Errors: UsageError when there is no such source,
+    SteerError that names file and line for a row that cannot be read.
+    """
+    if context < 2:
+        raise UsageError(f"context: expected at least 2 tokens, found {context}")
+    return chain.from_iterable(_Reader(model, context).read(s) for s in as_sources(sources))
+
+
+def as_sources(sources: str | Sequence[str]) -> list[str]:
+    """One source or several, as a list. Errors: UsageError for none."""
+    found = [sources] if isinstance(sources, str) else [str(s) for s in sources]
+    if not found:
+        raise UsageError("text: expected a file or a dataset id, found none")
+    return found
+
+
+def source_file(source: str) -> Path | None:
+    """The file that a source is; None for a folder or a dataset id. Errors: UsageError for a file that is not there."""
+    path, folder = Path(source).expanduser(), Path(source.split(":")[0]).expanduser()
+    if path.is_file():
+        return path
+    if not folder.is_dir() and (_kind(path) or source.startswith(("/", "./", "../", "~"))):
+        raise UsageError(f"{source}: expected a file, found none; check the path")
+    return None
+
+
+class _Reader:
+    """Turns rows into documents of one model."""
+
+    def __init__(self, model: SteeredModel, context: int) -> None:
+        self.model, self.context = model, context
+        self.tokenizer: Any = model.tokenizer
+        # What the tokenizer puts before any text; it may put nothing there.
+        plain, framed = self._encode(["a"])[0], self.tokenizer("a").input_ids
+        start = next((n for n in range(len(framed)) if framed[n : n + len(plain)] == plain), 0)
+        self.prefix = framed[: min(start, context - 1)]
+        added = self.tokenizer.added_tokens_decoder
+        self.special = {*self.tokenizer.all_special_ids, *self.prefix} | {
+            i for i, token in added.items() if token.special
+        }
+        if self.tokenizer.chat_template:
+            # Some tunes write their template's frame with added tokens that are not marked as special.
+            self.special |= {i for i in self._frame() if i in added}
+
+    def read(self, source: str) -> Iterator[Document]:
+        file = source_file(source)
+        kind = _kind(file) if file else ""
+        if file is None:
+            name, config, split, column, *_ = [*source.split(":"), "", "", ""]
+            yield from self._rows(_dataset(source, name, config or None, split or "train"), column)
+        elif kind in (".json", ".jsonl"):
+            yield from self._rows(_json_rows(file), "")
+        elif kind in TABLES:
+            yield from self._rows(_dataset(source, TABLES[kind], None, "train", data_files=str(file)), "")
+        else:
+            yield from self._packed(_passages(file))
+
+    def _rows(self, rows: Iterable[Row], column: str) -> Iterator[Document]:
+        # A text is given the tokenizer's prefix; a chat's template has written its own.
+        texts = ((self.prefix, v) if isinstance(v, str) else ([], self._chat(at, v)) for at, v in _values(rows, column))
+        while group := list(islice(texts, _TEXTS)):
+            for (prefix, _), ids in zip(group, self._encode([text for _, text in group]), strict=True):
+                yield from self._cut(prefix + ids)
+
+    def _chat(self, at: str, messages: list[Mapping[str, str]]) -> str:
+        if not self.tokenizer.chat_template:
+            raise SteerError(
+                f"{at}: expected text, since {self.model.name} has no chat template, found a chat; "
+                "copy chat_template.jinja from the tune it was made of"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, KeyError, AttributeError) as e:
+            raise SteerError(
+                f"{at}: expected a chat that the template of {self.model.name} takes, found one it refuses: {e}"
+            ) from e
+
+    def _packed(self, passages: Iterator[str]) -> Iterator[Document]:
+        held: list[int] = []
+        room = self.context - len(self.prefix)
+        while group := list(islice(passages, _TEXTS)):
+            for ids in self._encode(group):
+                if held and len(held) + len(ids) > room:
+                    yield from self._cut(self.prefix + held)
+                    held = []
+                held += ids
+        if held:
+            yield from self._cut(self.prefix + held)
+
+    def _cut(self, ids: list[int]) -> Iterator[Document]:
+        """One document, or several where it is longer than the context; each begins as the first one does."""
+        head = self.prefix if self.prefix and ids[: len(self.prefix)] == self.prefix else []
+        body = ids[len(head) :]
+        step = self.context - len(head)
+        for start in range(0, len(body), step):
+            part = [*head, *body[start : start + step]]
+            yield Document(part, [i in self.special for i in part])
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        ).input_ids
+
+    def _frame(self) -> set[int]:
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        try:
+            return set(self._encode([self.tokenizer.apply_chat_template(chat, tokenize=False)])[0])
+        except TemplateError:
+            return set()
+
+
+def _values(rows: Iterable[Row], column: str) -> Iterator[tuple[str, Any]]:
+    """Texts and chats of rows; empty ones are passed over."""
+    for at, row in rows:
+        if not isinstance(row, Mapping):
+            raise SteerError(f'{at}: expected an object with "text" or "messages", found {_shown(row)}')
+        key = column or ("messages" if row.get("messages") is not None else "text")
+        value = row.get(key)
+        if value is None:
+            expected = f'a column "{column}"' if column else '"text" or "messages"'
+            raise SteerError(f"{at}: expected {expected}, found {', '.join(map(str, row)) or 'nothing'}")
+        if isinstance(value, list):
+            if not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and m.get("role") for m in value):
+                raise SteerError(f'{at}: expected messages with "role" and "content", found {_shown(value)}')
+        elif not isinstance(value, str):
+            raise SteerError(f'{at}: expected text or a list of messages in "{key}", found {_shown(value)}')
+        if value:
+            yield at, value
+
+
+def _json_rows(file: Path) -> Iterator[Row]:
+    """Rows of JSONL, or of a JSON file that is one list."""
+    with _opened(file) as f:
+        if _kind(file) == ".json":
+            text = f.read()
+            if text.lstrip().startswith("["):
+                yield from ((f"{file}, row {n}", row) for n, row in enumerate(_parsed(f"{file}", text), 1))
+                return
+            lines: Iterable[str] = text.splitlines()
+        else:
+            lines = f
+        for n, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{file}, line {n}", _parsed(f"{file}, line {n}", line)
+
+
+def _parsed(at: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise SteerError(f"{at}: expected a JSON row, found {_shown(text.strip())} ({e.msg})") from e
+
+
+def _passages(file: Path) -> Iterator[str]:
+    """Passages of a text, each with the blank line that ends it."""
+    held: list[str] = []
+    with _opened(file) as f:
+        for line in f:
+            if line.strip():
+                held.append(line.rstrip("\n"))
+            elif held:
+                yield "\n".join(held) + "\n\n"
+                held = []
+    if held:
+        yield "\n".join(held) + "\n\n"
+
+
+class _opened:
+    """A text file, unpacked where it is `.gz`; its faults become one line that names it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> TextIO:
+        opener: Callable[..., Any] = gzip.open if self.file.suffix.lower() == ".gz" else open
+        try:
+            self.stream = opener(self.file, "rt", encoding="utf-8")
+        except OSError as e:
+            raise SteerError(f"{self.file}: could not be read, {e.strerror}; check its permissions") from e
+        return self.stream
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.stream.close()
+        if isinstance(error, UnicodeDecodeError):
+            raise SteerError(f"{self.file}: expected text in UTF-8, found other bytes; convert it") from error
+        if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)):
+            raise SteerError(f"{self.file}: expected a whole gzip file, found a broken one; copy it again") from error
+
+
+def _dataset(source: str, name: str, config: str | None, split: str, **kwargs: Any) -> Iterator[Row]:
+    """Rows of a dataset, streamed."""
+    import datasets  # slow to import, and few need it
+
+    try:
+        rows = iter(datasets.load_dataset(name, config, split=split, streaming=True, **kwargs))
+        for n in range(1, 1 << 62):
+            row = next(rows, None)
+            if row is None:
+                return
+            yield f"{source}, row {n}", row
+    except Exception as e:  # datasets raises what its readers raise
+        raise SteerError(
+            f"{source}: expected a file, or a dataset that `datasets` can load, found "
+            f"{type(e).__name__}: {' '.join(str(e).split())[:200]}; check the name"
+        ) from e
+
+
+def _kind(path: Path) -> str:
+    """What a file's name says that it is: `.jsonl` for `a.jsonl.gz`; "" for nothing known."""
+    kind = path.with_suffix("").suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    return kind if kind in (".json", ".jsonl", ".txt", ".md", *TABLES) else ""
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,55 @@
+"""What tokens a residual-stream vector speaks for: through the final norm's gain and the unembedding."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steer.features.records import Tokens
+from steer.live.model import SteeredModel
+
+AT_ONCE = 1 << 25
+"""Logits held in memory at a time: 128 MB in fp32."""
+
+
+def logit_lens(model: SteeredModel, rows: Float[Tensor, "n d"], top: int = 8) -> tuple[list[Tokens], list[Tokens]]:
+    """The tokens whose logits each row raises most, and those it lowers most (nostalgebraist 2020).
+
+    logit = W_U (g * row), g the gain of the final RMSNorm. The norm's scale depends on the rest of the residual
+    stream and is the same for every token, so it is left out.
+    """
+    (high, high_ids), (low, low_ids) = lens_topk(model, rows, top)
+    texts = {i: model.tokenizer.decode([i]) for i in set(high_ids.flatten().tolist()) | set(low_ids.flatten().tolist())}
+
+    def named(values: Tensor, ids: Tensor) -> list[Tokens]:
+        return [
+            [(texts[i], v) for i, v in zip(ids_, values_, strict=True)]
+            for ids_, values_ in zip(ids.tolist(), values.tolist(), strict=True)
+        ]
+
+    return named(high, high_ids), named(low, low_ids)
+
+
+@torch.inference_mode()
+def lens_topk(
+    model: SteeredModel, rows: Float[Tensor, "n d"], top: int
+) -> tuple[tuple[Float[Tensor, "n top"], Int[Tensor, "n top"]], tuple[Float[Tensor, "n top"], Int[Tensor, "n top"]]]:
+    """(logits, token ids) of the `top` highest and of the `top` lowest logits of each row, on the CPU."""
+    unembedding = model.hf.get_output_embeddings().weight.float()
+    gain = model.hf.base_model.norm.weight.float()
+    top = min(top, len(unembedding))
+    high, low = [], []
+    step = max(1, AT_ONCE // len(unembedding))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step].to(gain.device, torch.float32) * gain
+        logits = part.to(unembedding.device) @ unembedding.T
+        high.append(tuple(t.cpu() for t in logits.topk(top)))
+        low.append(tuple(t.cpu() for t in logits.topk(top, largest=False)))
+    return _joined(high, top), _joined(low, top)
+
+
+def _joined(parts: list[tuple[Tensor, ...]], top: int) -> tuple[Tensor, Tensor]:
+    if not parts:
+        return torch.zeros(0, top), torch.zeros(0, top, dtype=torch.long)
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

@@ -1,0 +1,100 @@
+"""The dashboard of a dictionary: one HTML file to look through its latents, with nothing to fetch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from steer.features.records import FeatureRecord
+
+BINS_A_DECADE = 8
+
+
+def write_page(
+    records: Sequence[FeatureRecord],
+    out: str | Path,
+    *,
+    title: str,
+    summary: Mapping[str, Any],
+    traits: Sequence[Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write the page of these latents and return its path.
+
+    `summary` is shown as names and values under the title. `traits` are tables, each a mapping with `trait`,
+    `columns`, `rows` (a list of cells each) and perhaps a `note`.
+    """
+    out = Path(out)
+    page = (
+        Environment(loader=PackageLoader("steer", "features"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            summary={name: _cell(value) for name, value in summary.items()},
+            tables=[dict(t) | {"rows": [[_cell(c) for c in row] for row in t["rows"]]} for t in traits or ()],
+            rates=rate_histogram([r.rate for r in records]),
+            count=len(records),
+            data=script_json([_packed(r) for r in records]),
+        )
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(page, encoding="utf-8")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    return out
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a script element: no text in it can end the element or begin another."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def rate_histogram(rates: Sequence[float]) -> dict[str, Any]:
+    """How many latents fire how often, in bins of even width on a log10 axis, ready to be drawn."""
+    logs = [math.log10(r) for r in rates if r > 0]
+    low, high = (math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)) if logs else (-1, 0)
+    counts = [0] * ((high - low) * BINS_A_DECADE)
+    for value in logs:
+        counts[min(int((value - low) * BINS_A_DECADE), len(counts) - 1)] += 1
+    return {
+        "counts": counts,
+        "most": max(*counts, 1),
+        "per_decade": BINS_A_DECADE,
+        "ticks": [f"{100 * 10.0**d:.10f}".rstrip("0").rstrip(".") + " %" for d in range(low, high + 1)],
+    }
+
+
+def _packed(r: FeatureRecord) -> list[Any]:
+    """A record as the page's script reads it; names would double the size of the page."""
+    row = r.to_json()
+    return [
+        r.index,
+        row["rate"],
+        row["unit"],
+        row["max"],
+        row["top_tokens"],
+        row["bottom_tokens"],
+        [list(c.values()) for c in row["contexts"]],
+        row["nearest"],
+        {name: list(score.values()) for name, score in row["traits"].items()},
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

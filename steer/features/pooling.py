@@ -1,0 +1,98 @@
+"""What a dictionary's latents do over whole replies: the largest and the mean activation of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steer.errors import MismatchError, UsageError
+from steer.features.contrast import Reply
+from steer.features.residuals import read_replies
+from steer.live.model import SteeredModel
+from steer.values.dictionary import Dictionary
+
+AT_ONCE = 1 << 24
+"""Activations held in memory at a time: 64 MB in fp32."""
+OUTLIER = 10
+"""Tokens whose norm is over this many times the site's median are left out (BOS-like sinks)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Activations pooled over the response tokens of each reply, fp32."""
+
+    max: Float[Tensor, "replies latents"]
+    mean: Float[Tensor, "replies latents"]
+    topics: tuple[str, ...]
+    """What each reply answers: replies to one topic under the two instructions are a pair."""
+
+    def __len__(self) -> int:
+        return len(self.topics)
+
+
+@torch.inference_mode()
+def pooled(
+    model: SteeredModel,
+    dictionary: Dictionary,
+    replies: Sequence[Reply],
+    *,
+    on_rows: Callable[[int], None] | None = None,
+) -> Pooled:
+    """Pool every latent over each reply's own tokens at the dictionary's site, outliers left out.
+
+    Errors: MismatchError or UsageError when the dictionary is not of this model's width or has no site.
+    """
+    site = check_fits(model, dictionary)
+    highest = torch.zeros(len(replies), dictionary.latents)
+    total = torch.zeros(len(replies), dictionary.latents)
+    count = torch.zeros(len(replies), 1)
+
+    def take(rows: list[int], mask: Bool[Tensor, "rows seq"], _: int, h: Float[Tensor, "rows seq d"]) -> None:
+        mask = mask.to(h.device) & kept(dictionary, h)
+        reply = torch.tensor(rows)[mask.nonzero()[:, 0].cpu()]
+        for start, acts in encoded(dictionary, h[mask]):
+            of = reply[start : start + len(acts)]
+            highest.scatter_reduce_(0, of[:, None].expand_as(acts), acts, "amax")
+            total.index_add_(0, of, acts)
+            count.index_add_(0, of, torch.ones(len(acts), 1))
+
+    read_replies(model, replies, [site], take, on_rows=on_rows)
+    return Pooled(highest, total / count.clamp(min=1), tuple(str(r.chat[-1]["content"]) for r in replies))
+
+
+def encoded(
+    dictionary: Dictionary, x: Float[Tensor, "tokens d"]
+) -> Iterator[tuple[int, Float[Tensor, "chunk latents"]]]:
+    """(first token, activations on the CPU), a bounded chunk of tokens at a time."""
+    step = max(1, AT_ONCE // dictionary.latents)
+    for start in range(0, len(x), step):
+        yield start, dictionary.encode(x[start : start + step].to(dictionary.W_enc.device)).float().cpu()
+
+
+def kept(dictionary: Dictionary, h: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch"]:
+    """Which tokens are no outliers. All of them where the dictionary does not know its site's norm."""
+    norms = h.float().norm(dim=-1)
+    return norms <= OUTLIER * dictionary.norm if dictionary.norm else torch.ones_like(norms, dtype=torch.bool)
+
+
+def check_fits(model: SteeredModel, dictionary: Dictionary) -> int:
+    """The dictionary's site, checked against the model.
+
+    Errors: MismatchError for another width, UsageError for no site or one that the model lacks.
+    """
+    if dictionary.width != model.anatomy.width:
+        raise MismatchError(
+            f"dictionary {dictionary.name} has width {dictionary.width}, {model.name} has residual width "
+            f"{model.anatomy.width}; use a dictionary trained on this checkpoint"
+        )
+    if dictionary.site is None or not 0 <= dictionary.site < model.anatomy.blocks:
+        found = "none" if dictionary.site is None else dictionary.site
+        raise UsageError(
+            f"dictionary {dictionary.name}: expected a site from 0 to {model.anatomy.blocks - 1} for {model.name}, "
+            f"found {found}; name the site it was trained on in its manifest.json"
+        )
+    return dictionary.site

@@ -1,0 +1,77 @@
+"""How well a dictionary fits a residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.errors import UsageError
+from steer.values.dictionary import Dictionary
+
+OUTLIER = 10.0
+"""Tokens whose norm is over this many times the median are left out: attention sinks, BOS."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Measured on tokens of the residual stream, outliers left out."""
+
+    fvu: float
+    """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean||^2, mean over the same tokens."""
+    l0: float
+    """Mean number of active latents a token."""
+    alive: float
+    """Share of the latents that fired at least once."""
+    tokens: int
+    """How many tokens were counted."""
+    outliers: int
+    """How many were left out for their norm."""
+
+
+@torch.no_grad()
+def measure_fit(dictionary: Dictionary, batches: Iterable[Float[Tensor, "n d"]]) -> Fit:
+    """One pass over residual vectors, sums in fp64.
+
+    A token is an outlier when its norm is over ten times the dictionary's, or the first batch's median where the
+    dictionary knows none. Errors: UsageError when no token is left.
+    """
+    norm = dictionary.norm
+    error = squares = active = 0.0
+    mean: Tensor | None = None
+    fired = torch.zeros(dictionary.latents, dtype=torch.bool)
+    tokens = outliers = 0
+    for batch in batches:
+        x = batch.to(torch.promote_types(batch.dtype, torch.float32))
+        norms = x.norm(dim=-1)
+        if norm is None:
+            norm = float(norms.median())
+        kept = norms <= OUTLIER * norm
+        x = x[kept]
+        outliers += len(kept) - len(x)
+        if not len(x):
+            continue
+        acts = dictionary.encode(x)
+        error += float((x - dictionary.decode(acts, like=x)).double().square().sum())
+        active += int((acts > 0).sum())
+        fired |= (acts > 0).any(0).cpu()
+        # Means and squared distances of two groups join exactly (Chan et al. 1979): no second pass, no cancellation.
+        wide = x.double()
+        here = wide.mean(0)
+        squares += float((wide - here).square().sum())
+        if mean is None:
+            mean = here
+        else:
+            squares += float((here - mean).square().sum()) * tokens * len(x) / (tokens + len(x))
+            mean = mean + (here - mean) * (len(x) / (tokens + len(x)))
+        tokens += len(x)
+    if not tokens:
+        raise UsageError(
+            f"dictionary {dictionary.name!r}: its fit wants at least one token with a norm under "
+            f"{OUTLIER:g} x {norm if norm is not None else 'the median'}, found none"
+        )
+    fvu = error / squares if squares else float("nan")
+    return Fit(fvu, active / tokens, float(fired.double().mean()), tokens, outliers)

@@ -1,0 +1,143 @@
+"""`steer harvest`, `steer train` and `steer features` as a user runs them, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_chat import WORDS, save_tiny_chat
+
+from steer.features.shards import Harvest
+from steer.values.dictionary_files import load_dictionary
+
+STEER = str(Path(sys.executable).with_name("steer"))
+SMALL = ["--latents", "64", "--k", "4", "--batch", "64", "--dead-tokens", "2000"]
+
+
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([STEER, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_llama) -> Path:
+    """A folder with a tiny model, a text, and its harvest."""
+    root = tmp_path_factory.mktemp("train")
+    save_tiny_chat(tiny_llama, root / "model")
+    g = torch.Generator().manual_seed(0)
+    lines = []
+    for n in range(400):
+        picks = torch.randint(0, len(WORDS), (30,), generator=g).tolist()
+        said = " ".join(WORDS[p] for p in picks)
+        row = {"text": said} if n % 2 else {"messages": [{"role": "user", "content": said}]}
+        lines.append(json.dumps(row))
+    (root / "text.jsonl").write_text("\n".join(lines))
+    run("harvest", root / "model", root / "harvest", "--site", 1, "--text", root / "text.jsonl")
+    return root
+
+
+def test_a_harvest_becomes_a_dictionary_that_sae_lens_loads(place, tmp_path):
+    import sae_lens
+
+    out = tmp_path / "dictionary"
+    done = run("train", place / "harvest", out, *SMALL, "--tokens", 64 * 150, "--json")
+    result = json.loads(done.stdout)
+    assert 0 < result["fit"]["fvu"] < 1
+    assert result["spliced"]["tokens"] > 0
+    assert result["tokens_per_second"] > 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["site"] == 1
+    assert manifest["fit"] == result["fit"]
+    assert (out / "training.csv").read_text().count("\n") > 15
+    ours = load_dictionary(out)
+    x = Harvest.open(place / "harvest").held_out_rows(1).float()
+    theirs = sae_lens.SAE.load_from_disk(out)
+    assert torch.allclose(theirs.encode(x), ours.encode(x), atol=1e-4)
+    assert torch.allclose(theirs(x), ours.reconstruct(x), atol=1e-4)
+    assert not out.with_name("dictionary.training").exists()
+
+
+def test_a_model_is_trained_on_while_it_reads(place, tmp_path):
+    out = tmp_path / "dictionary"
+    run("train", place / "model", out, "--site", 1, "--text", place / "text.jsonl", *SMALL, "--tokens", 64 * 60,
+        "--buffer", 1024, "--architecture", "topk")  # fmt: skip
+    assert load_dictionary(out).site == 1
+
+
+def test_a_parent_s_fit_is_measured_before_training_starts_from_it(place, tmp_path):
+    run("train", place / "harvest", tmp_path / "parent", *SMALL, "--tokens", 64 * 150)
+    parent = json.loads((tmp_path / "parent" / "manifest.json").read_text())["fit"]
+    child = tmp_path / "child"
+    done = run("train", place / "harvest", child, "--from", tmp_path / "parent", *SMALL, "--tokens", 64 * 20, "--json")
+    result = json.loads(done.stdout)
+    assert result["parent"]["fvu"] == pytest.approx(parent["fvu"], rel=0.02)
+    assert result["fit"]["fvu"] < parent["fvu"] * 1.2
+    text = run("train", place / "harvest", tmp_path / "again", "--from", tmp_path / "parent", *SMALL, "--tokens", 640).stdout
+    assert "parent, before training" in text
+    run("train", place / "harvest", tmp_path / "no", "--from", tmp_path / "parent", *SMALL[2:], "--tokens", 640, code=1)
+
+
+def test_sigterm_leaves_a_state_that_resume_goes_on_from(place, tmp_path):
+    out = tmp_path / "dictionary"
+    command = ["train", place / "harvest", out, *SMALL, "--tokens", 64 * 3000, "--every", "0.2"]
+    process = subprocess.Popen([STEER, *map(str, command)], stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "dictionary.training" / "state.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "--resume" in error.splitlines()[-1]
+    assert not out.exists()
+    assert "--resume" in run(*command, code=1).stderr
+    run(*command, "--resume")
+    assert load_dictionary(out).latents == 64
+
+
+def test_labels_are_made_listed_searched_and_shown_on_a_page(place, tmp_path):
+    out = tmp_path / "dictionary"
+    run("train", place / "harvest", out, *SMALL, "--tokens", 64 * 150)
+    assert "label" in run("features", out, code=1).stderr
+    run("features", out, "--label", place / "harvest", "--limit", 3)
+    found = json.loads(run("features", out, "--search", WORDS[3], "--html", tmp_path / "page.html", "--json").stdout)
+    assert found["labelled"] > 0
+    assert all(WORDS[3] in json.dumps(f) for f in found["features"])
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "trait" in run("features", out, "--trait", "moralizing", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["train", "{place}/harvest", "{tmp}/d", "--k", "0"], "k: expected a number above 0, found 0"),
+        (["train", "{place}/harvest", "{tmp}/d", "--site", "2"], "expected one of its sites 1, found 2"),
+        (["train", "{place}/harvest", "{tmp}/d", "--widths", "a,b"], "widths: expected numbers"),
+        (["train", "{place}/model", "{tmp}/d"], "--site"),
+        (["train", "{place}/nowhere", "{tmp}/d"], "nowhere"),
+        (["train", "{place}/harvest", "{tmp}/d", "--from", "{place}/model"], "model"),
+        (["harvest", "{place}/model", "{tmp}/h", "--site", "1", "--text", "{tmp}/none.txt"], "none.txt"),
+        (["harvest", "{place}/model", "{tmp}/h", "--site", "9", "--text", "{place}/text.jsonl"], "9"),
+        (["features", "{place}/model"], "model"),
+        (["find", "{place}/model", "moralizing", "--dictionary", "{place}/model"], "model"),
+    ],
+)
+def test_a_mistake_gets_one_line(place, tmp_path, arguments, word):
+    words = [a.format(place=place, tmp=tmp_path) for a in arguments]
+    done = subprocess.run([STEER, *words], capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    lines = done.stderr.strip().splitlines()
+    assert word in lines[-1]
+    assert lines[-1].startswith("steer: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "d").exists()
