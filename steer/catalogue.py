@@ -14,7 +14,6 @@ from steer.features.records import FeatureRecord, read_records, write_records
 from steer.features.records import search as search_records
 from steer.features.shards import Harvest
 from steer.live.model import load
-from steer.progress import bar
 from steer.tables import feature_table
 from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import load_dictionary
@@ -39,8 +38,7 @@ def label_dictionary(place: str | Path, harvest: str | Path, model: str | None =
                 f"differ by {ours.distance(theirs):.1%}; harvest the same checkpoint"
             )
     live = load(model or read.manifest["checkpoint"])
-    with bar("labels", min(LABEL_TOKENS, read.tokens), "tokens") as advance:
-        records = label_latents(live, dictionary, read, tokens=LABEL_TOKENS, progress=advance)
+    records = label_latents(live, dictionary, read, tokens=LABEL_TOKENS)
     file = Path(place) / LABELS
     if file.exists():
         scores = {r.index: r.traits for r in read_records(file)}

@@ -61,7 +61,8 @@ def _screening(check: SteeringCheck) -> str:
         rates = [f"{t.rate:.2f}" for t in s.tried]
         table.add_row(escape(name), *rates, f"{kl:.3f}", f"{again:.3f}", f"{s.merit:+.2f}")
         if a := s.ablated:
-            table.add_row(f"{escape(name)}, ablated", "", f"{a.rate:.2f}", "", f"{a.kl:.3f}", f"{a.repetition:.3f}")
+            figures = [f"{a.rate:.2f}", "", f"{a.kl:.3f}", f"{a.repetition:.3f}"]
+            table.add_row(f"{escape(name)}, ablated", "", *figures)
     note = f"amount 1 of each moves the residual stream by {check.share:.2f} of its median norm"
     return f"{_text(table)}{note}\n"
 

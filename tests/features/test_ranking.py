@@ -25,8 +25,8 @@ def sparse(rng: np.random.Generator, replies: int, latents: int) -> np.ndarray:
 
 
 def as_pooled(values: np.ndarray, topics: list[str] | None = None) -> Pooled:
-    values = torch.tensor(values, dtype=torch.float32)
-    return Pooled(values, values / 2, tuple(topics or (f"topic {i}" for i in range(len(values)))))
+    largest = torch.tensor(values, dtype=torch.float32)
+    return Pooled(largest, largest / 2, tuple(topics or (f"topic {i}" for i in range(len(values)))))
 
 
 def groups(seed: int, replies: int = 40, latents: int = 500, planted: int | None = None) -> list[Pooled]:
@@ -43,7 +43,7 @@ def test_auroc_is_sklearns_for_every_latent_ties_included() -> None:
     with_, without = sparse(rng, 23, 60), sparse(rng, 31, 60)
     with_[:, 0] = without[:, 0] = 0  # a latent that never fires
     labels = [1] * 23 + [0] * 31
-    expected = [roc_auc_score(labels, np.r_[with_[:, j], without[:, j]]) for j in range(60)]
+    expected = [float(roc_auc_score(labels, np.r_[with_[:, j], without[:, j]])) for j in range(60)]
     np.testing.assert_allclose(auroc(with_, without), expected, atol=1e-12)
     assert auroc(with_, without)[0] == 0.5
 
