@@ -48,10 +48,14 @@ def sidebar(session: Session) -> None:
         name = session.model.name
         st.info(f"No direction is known for this model yet. Find one: `steer find {name} moralizing`")
     for name, slider in known.items():
-        amount = st.slider(name, -2.0, 2.0, 0.0, 0.25, key=_key(name))
+        # A clamp leaves the model alone only while it is off.
+        if slider.neutral is None and not st.toggle(f"{name}: hold", key=f"{_key(name)}: on"):
+            session.sliders.pop(name, None)
+            continue
+        lowest = -2.0 if slider.operation == "add" else 0.0
+        amount = st.slider(name, lowest, 2.0, slider.neutral or 0.0, 0.25, key=_key(name))
         session.sliders[name] = amount
-        direction = slider.direction
-        st.caption(f"{direction.share(amount):.2f} of the residual norm after block {direction.site}")
+        st.caption(f"{slider.share(amount):.2f} of the residual norm after block {slider.site}")
     for warning in session.sliders.warnings():
         st.warning(warning)
     st.button("Reset sliders", on_click=_reset, args=(session,), disabled=not known)
@@ -78,8 +82,10 @@ def conversation(session: Session) -> None:
 
 def _reset(session: Session) -> None:
     session.sliders.reset()
-    for name in session.sliders.known():
-        st.session_state[_key(name)] = 0.0
+    for name, slider in session.sliders.known().items():
+        st.session_state[_key(name)] = slider.neutral or 0.0
+        if slider.neutral is None:
+            st.session_state[f"{_key(name)}: on"] = False
 
 
 def _key(name: str) -> str:

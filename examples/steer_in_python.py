@@ -21,6 +21,7 @@ def main(name: str, trait: str = "moralizing") -> None:
 
     # By name, where a direction of this checkpoint ships or was found before; else: steer.find(model, trait)
     direction = model.sliders.slider(trait).direction
+    assert isinstance(direction, steer.Direction)
     print(f"{trait}: site {direction.site}, amount 1 moves {direction.share(1):.2f} of the residual norm\n")
 
     for amount in (0.0, -1.0, 1.0):

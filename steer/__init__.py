@@ -20,10 +20,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from steer.baking import bake
     from steer.errors import SteerError
+    from steer.feature_finding import find_features
+    from steer.features.harvest import harvest
     from steer.finding import find
     from steer.live.model import SteeredModel, load
+    from steer.training import train_dictionary
+    from steer.values.dictionary import Dictionary
+    from steer.values.dictionary_files import load_dictionary
     from steer.values.direction import Direction
     from steer.values.edit import Edit
+    from steer.values.feature import Feature
     from steer.values.sampler import Sampler
     from steer.values.slider import Slider
     from steer.values.trait import Trait
@@ -36,7 +42,9 @@ __version__ = "0.1.0"
 _WHERE = {
     "Certificate": "steer.weights.certify",
     "Direction": "steer.values.direction",
+    "Dictionary": "steer.values.dictionary",
     "Edit": "steer.values.edit",
+    "Feature": "steer.values.feature",
     "Sampler": "steer.values.sampler",
     "Slider": "steer.values.slider",
     "SteerError": "steer.errors",
@@ -45,6 +53,10 @@ _WHERE = {
     "bake": "steer.baking",
     "fetch": "steer.weights.fetch",
     "find": "steer.finding",
+    "find_features": "steer.feature_finding",
+    "harvest": "steer.features.harvest",
+    "load_dictionary": "steer.values.dictionary_files",
+    "train_dictionary": "steer.training",
     "load": "steer.live.model",
     "merge": "steer.weights.merge",
     "verify": "steer.weights.certify",
@@ -52,8 +64,10 @@ _WHERE = {
 
 __all__ = [
     "Certificate",
+    "Dictionary",
     "Direction",
     "Edit",
+    "Feature",
     "Sampler",
     "Slider",
     "SteerError",
@@ -62,8 +76,12 @@ __all__ = [
     "bake",
     "fetch",
     "find",
+    "find_features",
+    "harvest",
     "load",
+    "load_dictionary",
     "merge",
+    "train_dictionary",
     "verify",
 ]
 

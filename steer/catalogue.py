@@ -97,12 +97,58 @@ def summary(dictionary: Dictionary) -> dict[str, Any]:
 
 
 def trait_tables(place: Path) -> list[dict[str, Any]]:
-    """The steering checks that `steer find --dictionary` left in the dictionary, as tables for the page."""
+    """What `steer find --dictionary` left, as tables: the ranked latents, then what moving them does."""
     out = []
     for file in sorted((place / "traits").glob("*.json")):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            out.append({key: found["table"][key] for key in ("trait", "columns", "rows", "note")})
+            out.append(_latents_table(found))
+            if found["check"]:
+                out.append(_dose_table(found))
         except (ValueError, KeyError, TypeError) as e:
             raise SteerError(f"{file}: expected what steer find --dictionary wrote, found {e!r}; find it again") from e
     return out
+
+
+def _latents_table(found: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        [
+            t["index"], f"{t['auroc']:.3f}", f"{t['q']:.3f}", f"{t['attribution']:+.4f}", f"{t['output_score']:+.2f}",
+            " ".join(w.strip() for w in t["tokens"][:5]),
+        ]
+        for t in found["top"]
+    ]  # fmt: skip
+    return {
+        "trait": f"{found['trait']}: latents",
+        "columns": ["latent", "held-out AUROC", "q", "attribution", "output score", "top tokens"],
+        "rows": rows,
+        "note": f"The difference of means at this site has held-out AUROC {found['direction_auroc']:.3f}, the text "
+        f"scorer {found['scorer_auroc']:.3f}.",
+    }
+
+
+def _dose_table(found: dict[str, Any]) -> dict[str, Any]:
+    check, rows = found["check"], []
+    for dose in check["doses"]:
+        points = {p["amount"]: p for p in dose["points"]}
+        below = points[-1.0]
+        rows.append(
+            [
+                dose["name"], *(f"{points[a]['rate']:.2f}" for a in sorted(points)),
+                "yes" if dose["monotone"] else "no",
+                f"{below['kl']:.3f}", f"{below['repetition']:.3f}", f"{below['perplexity']:.1f}",
+            ]
+        )  # fmt: skip
+    amounts = [f"rate at {p['amount']:+g}" for p in check["doses"][0]["points"]]
+    wins = [name for name, won in check["wins_over_direction"].items() if any(won.values())]
+    won = (
+        f"Lower than the difference of means at no more KL: {', '.join(wins)}."
+        if wins
+        else ("None lowers the rate further than the difference of means at no more KL.")
+    )
+    return {
+        "trait": f"{found['trait']}: moved on held-out topics",
+        "columns": ["moved", *amounts, "monotone", "KL at -1", "repetition at -1", "perplexity at -1"],
+        "rows": rows,
+        "note": f"Amount 1 of each moves the residual stream by {check['share_at_1']:.2f} of its median norm. {won}",
+    }

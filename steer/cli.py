@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 def main() -> None:
     """The entry point: runs a verb, turns a user's mistake into one line and an exit code."""
     if not sys.stderr.isatty():
@@ -78,8 +79,7 @@ def merge(
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 
-@app.command(epilog="Examples: `steer find merged moralizing` · "
-    "`steer find merged moralizing --dictionary dictionary`")
+@app.command(epilog="Examples: `steer find merged moralizing` · `steer find merged moralizing --dictionary dictionary`")
 def find(
     model: Model,
     trait: Annotated[str, typer.Argument(help="A trait that ships, or a .yaml file of your own.")],

@@ -66,9 +66,7 @@ def features(
     """List, search and label a dictionary's features; write its dashboard."""
     from steer.catalogue import catalogue
 
-    result, text = catalogue(
-        dictionary, search=search, trait=trait, html=html, label=label, model=model, limit=limit
-    )
+    result, text = catalogue(dictionary, search=search, trait=trait, html=html, label=label, model=model, limit=limit)
     emit(result, as_json, text)
 
 

@@ -101,8 +101,8 @@ def training_table(made: TrainedDictionary) -> str:
         table.add_row("parent, before training", *_fit_cells(made.parent))
     table.add_row("trained", *_fit_cells(t.fit))
     lines = [
-        f"held-out tokens: {t.fit.tokens:,}, outliers left out {t.fit.outliers}; {t.dead} of {d.latents} latents dead at the "
-        "end of training"
+        f"held-out tokens: {t.fit.tokens:,}, outliers left out {t.fit.outliers}; {t.dead} of {d.latents} latents "
+        "dead at the end of training"
     ]
     if s := made.spliced:
         lines.append(

@@ -23,6 +23,7 @@ from steer.features.shards import MANIFEST, PARTIAL, Harvest
 from steer.features.stream import ModelStream
 from steer.features.training import Trained, TrainingData, train
 from steer.features.training_log import FileLog, Silent, sink_for
+from steer.live.fit_check import check_fit
 from steer.live.model import SteeredModel, load
 from steer.measure.splice import Spliced, cross_entropies
 from steer.values.dictionary import Dictionary
@@ -115,6 +116,7 @@ def train_dictionary(
             live = live or _model_of(model or facts["checkpoint"], facts)
             if live is not None:
                 spliced = _splice(live, made, facts, options)
+                facts["fit_on_plain"] = asdict(check_fit(live, made).fit)
             result = TrainedDictionary(made, trained, spliced, before)
             _write(result, out, place, options, facts)
         parallel.barrier()
@@ -202,6 +204,7 @@ def _write(result: TrainedDictionary, out: Path, place: Path, options: TrainOpti
         "checkpoint": facts["checkpoint"],
         "sketch": facts["sketch"],
         **result.as_json(),
+        "fit_on_plain": facts.get("fit_on_plain"),
         "options": options.as_json(),
         "inputs": facts["inputs"],
         "text": facts["text"],

@@ -79,7 +79,9 @@ def test_a_parent_s_fit_is_measured_before_training_starts_from_it(place, tmp_pa
     result = json.loads(done.stdout)
     assert result["parent"]["fvu"] == pytest.approx(parent["fvu"], rel=0.02)
     assert result["fit"]["fvu"] < parent["fvu"] * 1.2
-    text = run("train", place / "harvest", tmp_path / "again", "--from", tmp_path / "parent", *SMALL, "--tokens", 640).stdout
+    text = run(
+        "train", place / "harvest", tmp_path / "again", "--from", tmp_path / "parent", *SMALL, "--tokens", 640
+    ).stdout
     assert "parent, before training" in text
     run("train", place / "harvest", tmp_path / "no", "--from", tmp_path / "parent", *SMALL[2:], "--tokens", 640, code=1)
 

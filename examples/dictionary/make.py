@@ -105,6 +105,8 @@ def sae_lens_fit(activations: Path) -> dict[str, Any]:
 
 def readme(work: Path, out: Path) -> str:
     """The folder's README, every figure from the files beside it."""
+    from steer.catalogue import trait_tables
+
     m = json.loads((out / "manifest.json").read_text())
     control = json.loads((work / "control" / "manifest.json").read_text())
     peer = json.loads((work / "peer.json").read_text()) if (work / "peer.json").exists() else None
@@ -120,23 +122,21 @@ def readme(work: Path, out: Path) -> str:
         "jumprelu. Made, and every figure below written, by\n\n"
         "```\npython examples/dictionary/make.py demo/merged --ship\n```",
         f"Trained on {m['options']['tokens']:,} tokens, {m['inputs']['tokens']:,} of them different (chats that the "
-        f"merge answered, and prose), at {m['tokens_per_second']:,} tokens/s, {m['share_of_encoder_product']:.2f} of the "
-        f"fp32 encoder product alone. Measured on {fit['tokens']:,} tokens of documents never trained on; latents dead "
-        f"over the last {m['dead_window_tokens']:,} training tokens: {m['dead']}.",
+        f"merge answered, and prose), at {m['tokens_per_second']:,} tokens/s, {m['share_of_encoder_product']:.2f} of "
+        f"the fp32 encoder product alone. Measured on {fit['tokens']:,} tokens of documents never trained on; latents "
+        f"dead over the last {m['dead_window_tokens']:,} training tokens: {m['dead']}.",
         f"| held-out | FVU | L0 | latents that fire |\n|---|---|---|---|\n{table}",
     ]
     if ce:
         parts.append(
-            f"Cross-entropy on {ce['tokens']:,} held-out tokens: {ce['plain']:.3f} nats as it is, {ce['spliced']:.3f} with "
-            f"the reconstruction in the model's place, {ce['ablated']:.3f} with the mean: {ce['recovered']:.1%} recovered."
+            f"Cross-entropy on {ce['tokens']:,} held-out tokens: {ce['plain']:.3f} nats as it is, {ce['spliced']:.3f} "
+            f"with the reconstruction in the model's place, {ce['ablated']:.3f} with the mean: "
+            f"{ce['recovered']:.1%} recovered."
         )
-    for trait in TRAITS:
-        found = json.loads((out / "traits" / f"{trait}.json").read_text())
-        t = found["table"]
-        parts.append(
-            f"## {trait}\n\n| " + " | ".join(t["columns"]) + " |\n|" + "---|" * len(t["columns"]) + "\n"
-            + "\n".join("| " + " | ".join(map(str, row)) + " |" for row in t["rows"]) + f"\n\n{t['note']}"
-        )  # fmt: skip
+    for t in trait_tables(out):
+        head = "| " + " | ".join(t["columns"]) + " |\n|" + "---|" * len(t["columns"])
+        body = "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in t["rows"])
+        parts.append(f"## {t['trait']}\n\n{head}\n{body}\n\n{t['note']}")
     parts.append(
         "Files: `cfg.json`, `sae_weights.safetensors`, `features.jsonl` (labels and scores), `sliders.yaml`, "
         "`traits/*.json` (steering checks), `training.csv`, `manifest.json`."

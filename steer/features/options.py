@@ -1,9 +1,9 @@
-"""The options of `steer train`. A field is the option, its default and its help text, in Python and on the command line."""
+"""The options of `steer train`: a field is option, default and help text, in Python and on the command line."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal, get_type_hints
 
 from steer.errors import UsageError
 
@@ -11,32 +11,28 @@ Architecture = Literal["topk", "batchtopk", "jumprelu", "matryoshka"]
 Products = Literal["auto", "bfloat16", "float32"]
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class TrainOptions:
     """How a dictionary is trained."""
 
-    architecture: Architecture = _option("batchtopk", "topk, batchtopk, jumprelu or matryoshka.")
-    latents: int = _option(4608, "How many latents.")
-    k: int = _option(32, "Active latents a token; for batchtopk and matryoshka on average, for jumprelu the target.")
-    tokens: int = _option(10_000_000, "Tokens to train on in all; a harvest is read several times over.")
-    batch: int = _option(2048, "Tokens a step, over all processes together.")
-    lr: float = _option(5e-4, "Learning rate of Adam at its height.")
-    warmup: float = _option(0.02, "Share of the steps over which the learning rate rises.")
-    decay: float = _option(0.2, "Share of the steps, at the end, over which it falls to zero.")
-    aux: float = _option(1.0, "Weight of the loss that lets dead latents explain the error (topk, batchtopk, matryoshka).")
-    dead_tokens: int = _option(500_000, "A latent that has not fired for as many tokens counts as dead.")
-    l0_weight: float = _option(0.1, "Weight of the sparsity loss (jumprelu).")
-    bandwidth: float = _option(0.1, "Width of the step's estimated gradient (jumprelu).")
-    widths: tuple[int, ...] = _option((), "Nested widths, the last is `latents`; by halving without it (matryoshka).")
-    frozen_decoder: bool = _option(False, "Keep the random decoder as it is: the control (topk, batchtopk).")
-    held_out: float = _option(0.05, "Share of the documents that is never trained on.")
-    products: Products = _option("auto", "Precision of the product that chooses the latents; values are always fp32.")
-    buffer: int = _option(131_072, "Tokens in the shuffle buffer when activations are streamed from a model.")
-    seed: int = _option(0, "Of weights and order.")
+    architecture: Annotated[Architecture, "topk, batchtopk, jumprelu or matryoshka."] = "batchtopk"
+    latents: Annotated[int, "How many latents."] = 4608
+    k: Annotated[int, "Active latents a token; for batchtopk and matryoshka on average, for jumprelu the target."] = 32
+    tokens: Annotated[int, "Tokens to train on in all; a harvest is read several times over."] = 10_000_000
+    batch: Annotated[int, "Tokens a step, over all processes together."] = 2048
+    lr: Annotated[float, "Learning rate of Adam at its height."] = 5e-4
+    warmup: Annotated[float, "Share of the steps over which the learning rate rises."] = 0.02
+    decay: Annotated[float, "Share of the steps, at the end, over which it falls to zero."] = 0.2
+    aux: Annotated[float, "Weight of the loss in which dead latents explain the error (not jumprelu)."] = 1.0
+    dead_tokens: Annotated[int, "A latent that has not fired for as many tokens counts as dead."] = 500_000
+    l0_weight: Annotated[float, "Weight of the sparsity loss (jumprelu)."] = 0.1
+    bandwidth: Annotated[float, "Width of the step's estimated gradient (jumprelu)."] = 0.1
+    widths: Annotated[tuple[int, ...], "Nested widths, the last is `latents`; by halving without it (matryoshka)."] = ()
+    frozen_decoder: Annotated[bool, "Keep the random decoder as it is: the control (topk, batchtopk)."] = False
+    held_out: Annotated[float, "Share of the documents that is never trained on."] = 0.05
+    products: Annotated[Products, "Precision of the product that chooses the latents; values are always fp32."] = "auto"
+    buffer: Annotated[int, "Tokens in the shuffle buffer when activations are streamed from a model."] = 131_072
+    seed: Annotated[int, "Of weights and order."] = 0
 
     def __post_init__(self) -> None:
         positive = ("latents", "k", "tokens", "batch", "lr", "dead_tokens", "bandwidth", "buffer")
@@ -48,16 +44,23 @@ class TrainOptions:
                 raise UsageError(f"{name}: expected a share from 0 to below 1, found {getattr(self, name)}")
         if self.warmup + self.decay > 1:
             raise UsageError(f"warmup and decay: expected at most 1 together, found {self.warmup + self.decay:g}")
-        choices = {"architecture": ("topk", "batchtopk", "jumprelu", "matryoshka"), "products": ("auto", "bfloat16", "float32")}
+        choices = {
+            "architecture": ("topk", "batchtopk", "jumprelu", "matryoshka"),
+            "products": ("auto", "bfloat16", "float32"),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name}: expected one of {', '.join(known)}, found {getattr(self, name)!r}")
         if self.k > self.latents:
             raise UsageError(f"k: expected at most latents = {self.latents}, found {self.k}")
         if self.frozen_decoder and self.architecture not in ("topk", "batchtopk"):
-            raise UsageError(f"frozen_decoder: expected architecture topk or batchtopk with it, found {self.architecture}")
+            raise UsageError(
+                f"frozen_decoder: expected architecture topk or batchtopk with it, found {self.architecture}"
+            )
         if self.widths and (list(self.widths) != sorted(set(self.widths)) or self.widths[-1] != self.latents):
-            raise UsageError(f"widths: expected rising widths that end at latents = {self.latents}, found {self.widths}")
+            raise UsageError(
+                f"widths: expected rising widths that end at latents = {self.latents}, found {self.widths}"
+            )
         if self.tokens < self.batch:
             raise UsageError(f"tokens: expected at least one batch of {self.batch}, found {self.tokens}")
 
@@ -90,4 +93,5 @@ class TrainOptions:
     @classmethod
     def help(cls) -> dict[str, str]:
         """Field -> what it is."""
-        return {f.name: f.metadata["help"] for f in fields(cls)}
+        hints = get_type_hints(cls, include_extras=True)
+        return {f.name: hints[f.name].__metadata__[0] for f in fields(cls)}

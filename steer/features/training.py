@@ -18,10 +18,10 @@ from torch import Tensor
 
 from steer.errors import MismatchError, OutputExistsError, StoppedError
 from steer.features import parallel
+from steer.features.batches import Batches
 from steer.features.checkpoints import STATE, TrainingState, load_state, rng_state, save_state, training_place
 from steer.features.objectives import Objective, objective_for, start_from
 from steer.features.options import TrainOptions
-from steer.features.batches import Batches
 from steer.features.stopwatch import Stopwatch
 from steer.features.training_log import Silent, TrainingLog
 from steer.values.dictionary import Dictionary
@@ -103,7 +103,8 @@ def train(
                 saved = time.monotonic()
             if asked:
                 raise StoppedError(
-                    f"{out}: stopped after step {run.number} of {options.steps}; go on with the same command and --resume",
+                    f"{out}: stopped after step {run.number} of {options.steps}; "
+                    "go on with the same command and --resume",
                     128 + (stopped[0] if stopped else signal.SIGTERM),
                 )
         run.save()
@@ -218,8 +219,8 @@ class _Run:
                 was = state.facts[what].get(key)
                 if was != value:
                     raise MismatchError(
-                        f"{self.place}: expected {key} = {was!r}, as the run was started with, found {value!r}; give the "
-                        "same, or remove the directory"
+                        f"{self.place}: expected {key} = {was!r}, as the run was started with, found {value!r}; "
+                        "give the same, or remove the directory"
                     )
         for name, weight in self.objective.weights.items():
             weight.data.copy_(state.weights[name])
@@ -287,4 +288,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, TextIO
@@ -25,6 +27,9 @@ HELP = """\
 /clear        forget the conversation
 /quit         leave; so does Ctrl-D
 Ctrl-C stops a reply."""
+
+LATENT = re.compile(r"L\d+/\d+")
+"""A latent of a dictionary at hand, which is not among the sliders listed."""
 
 
 def run_chat(
@@ -109,7 +114,7 @@ class _Terminal:
         name, _, amount = line.partition(" ")
         if name in self.commands:
             self.commands[name]()
-        elif name in (known := self.session.sliders.known()):
+        elif name in (known := self.session.sliders.known()) or LATENT.fullmatch(name):
             self.move(name, amount.strip())
         else:
             there = ", ".join(f"/{n}" for n in [*self.commands, *known])
@@ -120,15 +125,15 @@ class _Terminal:
         sliders = self.session.sliders
         if amount:
             sliders[name] = parse_amount(f"{name}={amount}")[1]
-        self.say(f"{name} {sliders[name]:g}{self.share(name)}")
+        self.say(f"{name} {_stands(sliders[name])}{self.share(name)}")
         self.warn()
 
     def share(self, name: str) -> str:
         slider = self.session.sliders.slider(name)
         if slider.operation != "add":
             return ""
-        share = slider.direction.share(self.session.sliders[name])
-        return f": {share:.2f} of the residual norm after block {slider.direction.site}"
+        share = slider.share(self.session.sliders[name])
+        return f": {share:.2f} of the residual norm after block {slider.site}"
 
     def show_sliders(self) -> None:
         sliders = self.session.sliders
@@ -141,9 +146,9 @@ class _Terminal:
         for heading in ("slider", "amount", "site", "share of residual norm"):
             table.add_column(heading, justify="left" if heading == "slider" else "right", no_wrap=True)
         for name, slider in known.items():
-            direction, amount = slider.direction, sliders[name]
-            share = f"{direction.share(amount):.2f}" if slider.operation == "add" else slider.operation
-            table.add_row(name, f"{amount:g}", str(direction.site), share)
+            amount = sliders[name]
+            share = f"{slider.share(amount):.2f}" if slider.operation == "add" else slider.operation
+            table.add_row(name, _stands(amount), str(slider.site), share)
         self.console.print(table)
         self.warn()
 
@@ -165,3 +170,7 @@ class _Terminal:
     def say(self, text: str, style: str | None = None) -> None:
         # Nothing in it is markup: it may hold paths and what the user typed.
         self.console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _stands(amount: float) -> str:
+    return "off" if math.isnan(amount) else f"{amount:g}"

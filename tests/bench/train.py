@@ -69,7 +69,8 @@ def main(
     result["where steer's time goes"] = {part: round(share, 3) for part, share in watch.shares().items()}
     if harvest:
         result["loss after equal steps, steer / sae_lens"] = {
-            kind: round(loss_ratio(kind, options, width, scale, mean, batches, steps), 4) for kind in ("topk", "batchtopk")
+            kind: round(loss_ratio(kind, options, width, scale, mean, batches, steps), 4)
+            for kind in ("topk", "batchtopk")
         }
     if as_json:
         print(json.dumps(result, indent=2))
@@ -196,11 +197,20 @@ def timed(
 
 
 def loss_ratio(
-    kind: str, options: TrainOptions, width: int, scale: float, mean: torch.Tensor, batches: list[torch.Tensor], steps: int
+    kind: str,
+    options: TrainOptions,
+    width: int,
+    scale: float,
+    mean: torch.Tensor,
+    batches: list[torch.Tensor],
+    steps: int,
 ) -> float:
     """Mean squared error over the last tenth of equal steps, ours over sae_lens's."""
     with contextlib.redirect_stderr(io.StringIO()):
-        pair = [ours(kind, options, width, scale, mean), sae_lens_step(kind, options, width, scale, mean, autocast=False)]
+        pair = [
+            ours(kind, options, width, scale, mean),
+            sae_lens_step(kind, options, width, scale, mean, autocast=False),
+        ]
     losses = [[step(batches[n % len(batches)]) for n in range(steps)] for step in pair]
     tail = max(1, steps // 10)
     return statistics.mean(losses[0][-tail:]) / statistics.mean(losses[1][-tail:])

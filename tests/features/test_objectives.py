@@ -14,7 +14,9 @@ WIDTH, LATENTS, TOKENS = 48, 256, 64
 
 
 def options(**changes: object) -> TrainOptions:
-    return TrainOptions(**({"latents": LATENTS, "k": 8, "tokens": 6400, "batch": TOKENS, "products": "float32"} | changes))
+    return TrainOptions(
+        **({"latents": LATENTS, "k": 8, "tokens": 6400, "batch": TOKENS, "products": "float32"} | changes)
+    )
 
 
 def objective(scale: float = 0.7, **changes: object) -> SparseObjective:

@@ -39,7 +39,9 @@ def rows(count: int = 2000, seed: int = 0) -> torch.Tensor:
 
 def data(batch: int = 64, **shares: int) -> TrainingData:
     x = rows()
-    batches = ShuffledRows(Activations([x], len(x), WIDTH), torch.arange(len(x)), batch, 0, **{"rank": 0, "world": 1} | shares)
+    batches = ShuffledRows(
+        Activations([x], len(x), WIDTH), torch.arange(len(x)), batch, 0, **{"rank": 0, "world": 1} | shares
+    )
     return TrainingData(batches, rows(500, seed=1), x[:1000], {"kind": "test"})
 
 
@@ -84,7 +86,7 @@ def test_a_frozen_random_decoder_explains_less(tmp_path):
 def test_a_stopped_run_goes_on_to_bit_identical_weights(tmp_path, architecture):
     options = replace(OPTIONS, architecture=architecture)
     whole = train(data(), tmp_path / "whole", options)
-    with pytest.raises(StoppedError, match="step 23 of 60.*--resume") as stopped:
+    with pytest.raises(StoppedError, match=r"step 23 of 60.*--resume") as stopped:
         train(data(), tmp_path / "parts", options, log=Stop(23))
     assert stopped.value.exit_code == 143
     with pytest.raises(OutputExistsError, match="--resume"):
@@ -102,7 +104,7 @@ def test_a_stopped_run_goes_on_to_bit_identical_weights(tmp_path, architecture):
 def test_a_run_resumed_with_other_options_or_data_is_refused(tmp_path):
     with pytest.raises(StoppedError):
         train(data(), tmp_path / "d", OPTIONS, log=Stop(5))
-    with pytest.raises(MismatchError, match="expected lr = 0.003.*found 0.01"):
+    with pytest.raises(MismatchError, match=r"expected lr = 0\.003.*found 0\.01"):
         train(data(), tmp_path / "d", replace(OPTIONS, lr=0.01), resume=True)
     with pytest.raises(MismatchError, match="expected kind = 'test'"):
         train(replace(data(), inputs={"kind": "other"}), tmp_path / "d", OPTIONS, resume=True)
@@ -138,7 +140,8 @@ from features.test_training import OPTIONS, data
 from steer.features import parallel
 from steer.features.training import train
 from pathlib import Path
-out, architecture, steps, every, resume = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5] == "1"
+out, architecture, resume = sys.argv[1], sys.argv[2], sys.argv[5] == "1"
+steps, every = int(sys.argv[3]), float(sys.argv[4])
 with parallel.process_group():
     options = replace(OPTIONS, architecture=architecture, tokens=64 * steps)
     made = train(data(rank=parallel.rank(), world=parallel.world()), Path(out), options, every=every, resume=resume)
@@ -162,7 +165,9 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path, architecture):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                str(29_500 + os.getpid() % 2000)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(script(tmp_path)), str(tmp_path / "two"), architecture, "8", "60", "0"], check=True, env=env)
+    subprocess.run(
+        [*command, str(script(tmp_path)), str(tmp_path / "two"), architecture, "8", "60", "0"], check=True, env=env
+    )
     two = load_file(tmp_path / "two" / "sae_weights.safetensors")
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         a, b = getattr(one.dictionary, name), two[name]
