@@ -113,7 +113,7 @@ def trait_tables(place: Path) -> list[dict[str, Any]]:
 def _latents_table(found: dict[str, Any]) -> dict[str, Any]:
     rows = [
         [
-            t["index"], f"{t['auroc']:.3f}", f"{t['q']:.3f}", f"{t['attribution']:+.4f}", f"{t['output_score']:+.2f}",
+            str(t["index"]), f"{t['auroc']:.3f}", f"{t['q']:.3f}", f"{t['attribution']:+.4f}", f"{t['output_score']:+.2f}",
             " ".join(w.strip() for w in t["tokens"][:5]),
         ]
         for t in found["top"]
@@ -139,7 +139,7 @@ def _dose_table(found: dict[str, Any]) -> dict[str, Any]:
                 f"{below['kl']:.3f}", f"{below['repetition']:.3f}", f"{below['perplexity']:.1f}",
             ]
         )  # fmt: skip
-    amounts = [f"rate at {p['amount']:+g}" for p in check["doses"][0]["points"]]
+    amounts = [f"rate at {p['amount']:+g}".replace("+0", "0") for p in check["doses"][0]["points"]]
     wins = [name for name, won in check["wins_over_direction"].items() if any(won.values())]
     won = (
         f"Lower than the difference of means at no more KL: {', '.join(wins)}."

@@ -129,8 +129,8 @@ def feature_table(records: Sequence[FeatureRecord], trait: str | None) -> str:
         shown = ""
         if r.contexts:
             c = r.contexts[0]
-            shown = f"{c.before[-24:]}[{c.token}]{c.after[:12]}".replace("\n", "\u21b5")
-        words = _words([t for t, _ in r.top_tokens], 30)
+            shown = f"{c.before[-20:]}[{c.token}]{c.after[:10]}".replace("\n", "\u21b5")
+        words = _words([t for t, _ in r.top_tokens], 26)
         table.add_row(str(r.index), f"{r.rate:.2%}", score, escape(words), escape(shown))
     return _text(table)
 

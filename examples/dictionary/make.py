@@ -78,6 +78,7 @@ def sae_lens_fit(activations: Path) -> dict[str, Any]:
     """
     import sae_lens
     import torch
+    from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     from steer.features.options import TrainOptions
@@ -92,7 +93,7 @@ def sae_lens_fit(activations: Path) -> dict[str, Any]:
     config = sae_lens.BatchTopKTrainingSAEConfig(
         d_in=harvest.width, d_sae=options.latents, k=options.k, normalize_activations="expected_average_only_in"
     )
-    settings = sae_lens.SAETrainerConfig(
+    settings = SAETrainerConfig(
         total_training_samples=options.steps * options.batch, train_batch_size_samples=options.batch, lr=options.lr,
         lr_end=0.0, lr_warm_up_steps=round(options.warmup * options.steps),
         lr_decay_steps=round(options.decay * options.steps), n_batches_for_norm_estimate=8,

@@ -125,6 +125,7 @@ def sae_lens_step(
 ) -> Step:
     """A step of sae_lens's own trainer, from the same initial weights."""
     import sae_lens
+    from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     name = {"topk": "TopK", "batchtopk": "BatchTopK"}[kind]
@@ -137,7 +138,7 @@ def sae_lens_step(
         sae.W_enc.copy_(start["encoder"].T)
         sae.W_dec.copy_(start["decoder"])
         sae.b_dec.copy_(start["b_dec"])
-    settings = sae_lens.SAETrainerConfig(
+    settings = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=options.batch, lr=LR, lr_end=LR, device=str(DEVICE),
         autocast=autocast, dead_feature_window=10**9,
     )  # fmt: skip
