@@ -113,8 +113,8 @@ def trait_tables(place: Path) -> list[dict[str, Any]]:
 def _latents_table(found: dict[str, Any]) -> dict[str, Any]:
     rows = [
         [
-            str(t["index"]), f"{t['auroc']:.3f}", f"{t['q']:.3f}", f"{t['attribution']:+.4f}", f"{t['output_score']:+.2f}",
-            " ".join(w.strip() for w in t["tokens"][:5]),
+            str(t["index"]), f"{t['auroc']:.3f}", f"{t['q']:.3f}", f"{t['attribution']:+.4f}",
+            f"{t['output_score']:+.2f}", " ".join(w.strip() for w in t["tokens"][:5]),
         ]
         for t in found["top"]
     ]  # fmt: skip

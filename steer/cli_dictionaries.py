@@ -80,7 +80,7 @@ def _train(
     model: str | None,
     resume: bool,
     every: float,
-    track: str | None,
+    track: Any,
     as_json: bool,
     **options: Any,
 ) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -75,7 +75,7 @@ def train_dictionary(
     model: str | Path | None = None,
     resume: bool = False,
     every: float = 120.0,
-    track: str | None = None,
+    track: Literal["tensorboard", "wandb"] | None = None,
     quiet: bool = False,
 ) -> TrainedDictionary:
     """Train a dictionary and write it to `out`, complete or absent; its state meanwhile is in `out.training`.

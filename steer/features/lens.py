@@ -32,8 +32,8 @@ class LensObjective(Objective):
             self.sae.W_dec.copy_(decoder)
             self.sae.W_enc.copy_(decoder.T)
             self.sae.b_dec.copy_(b_dec)
-        names = {"W_enc": "encoder", "W_dec": "decoder"}
-        self.weights = {names.get(n, n): p for n, p in self.sae.named_parameters()}
+        self.weights = dict(self.sae.named_parameters())
+        self.weights["encoder"], self.weights["decoder"] = self.weights.pop("W_enc"), self.weights.pop("W_dec")
 
     def step(self, x: Tensor, dead: Tensor, number: int, watch: Stopwatch) -> Step:
         from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
@@ -58,8 +58,8 @@ class LensObjective(Objective):
             out.loss.backward()
         mse = float(out.losses["mse_loss"].detach())
         on = out.feature_acts.detach() > 0
-        numbers = parallel.means(mse, float(out.loss.detach()) - mse, float(on.sum()) / len(x))
-        return Step(*numbers, parallel.any_of(on.any(0)))
+        mse, aux, l0 = parallel.means(mse, float(out.loss.detach()) - mse, float(on.sum()) / len(x))
+        return Step(mse, aux, l0, parallel.any_of(on.any(0)))
 
     @torch.no_grad()
     def dictionary(self) -> Dictionary:

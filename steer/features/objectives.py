@@ -143,7 +143,8 @@ class SparseObjective(Objective):
         fired[active.latents[on]] = True
         if self.options.architecture == "batchtopk":
             self._follow(values[on] * norms[active.latents[on]])
-        return Step(*parallel.means(float(mse), aux, float(on.sum()) / n), parallel.any_of(fired))
+        mse, aux, l0 = parallel.means(float(mse), aux, float(on.sum()) / n)
+        return Step(mse, aux, l0, parallel.any_of(fired))
 
     def _scores(self, x: Tensor, centred: Tensor, w: dict[str, Tensor], norms: Tensor) -> Float[Tensor, "n m"]:
         """Pre-activation times decoder norm, in bf16 where that is fast: these only choose."""

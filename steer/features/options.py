@@ -86,11 +86,6 @@ class TrainOptions:
         return asdict(self) | {"widths": list(self.widths)}
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> TrainOptions:
-        """What `as_json` gave; unknown keys of later versions are refused by the constructor."""
-        return cls(**(raw | {"widths": tuple(raw.get("widths", ()))}))
-
-    @classmethod
     def help(cls) -> dict[str, str]:
         """Field -> what it is."""
         hints = get_type_hints(cls, include_extras=True)

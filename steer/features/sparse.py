@@ -29,7 +29,7 @@ class Active:
     rows: Int[Tensor, " entries"]
     """Which token an entry belongs to, ascending."""
     latents: Int[Tensor, " entries"]
-    offsets: Int[Tensor, n_plus_1]
+    offsets: Int[Tensor, " n+1"]
     """Where each token's entries begin; the last is their number."""
 
 
@@ -107,7 +107,7 @@ class ByLatent:
 
     order: Int[Tensor, " entries"]
     rows: Int[Tensor, " entries"]
-    offsets: Int[Tensor, m_plus_1]
+    offsets: Int[Tensor, " m+1"]
 
     @classmethod
     def of(cls, active: Active, latents: int) -> ByLatent:

@@ -252,7 +252,7 @@ class _Run:
         for _ in range(3):
             watch = Stopwatch(self.device)
             with watch("product"):
-                x @ encoder.T
+                torch.matmul(x, encoder.T)
             self.products.append(watch.seconds["product"])
 
     def finish(self) -> Trained:

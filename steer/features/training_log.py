@@ -16,7 +16,19 @@ from rich.table import Table
 from steer.errors import UsageError
 from steer.features.options import TrainOptions
 
-COLUMNS = ("step", "tokens", "mse", "aux", "fvu", "l0", "dead", "lr", "tokens_per_s", "held_out_fvu", "held_out_l0")
+COLUMNS: tuple[str, ...] = (
+    "step",
+    "tokens",
+    "mse",
+    "aux",
+    "fvu",
+    "l0",
+    "dead",
+    "lr",
+    "tokens_per_s",
+    "held_out_fvu",
+    "held_out_l0",
+)
 SHOWN = ("mse", "fvu", "held_out_fvu", "l0", "held_out_l0", "dead", "lr")
 """In the live table."""
 EVERY = 10

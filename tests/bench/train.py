@@ -42,7 +42,7 @@ def main(
     k: int = 32,
     batch: int = 2048,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; each figure is the median.")] = 7,
-    steps: Annotated[int, typer.Option(help="Steps over which the losses are compared, with --harvest.")] = 200,
+    steps: Annotated[int, typer.Option(help="Steps over which the losses are compared, with --harvest.")] = 100,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Print each rate, its share of the encoder product's, and its bar."""

@@ -136,7 +136,7 @@ SCRIPT = """
 import sys, json
 from dataclasses import replace
 sys.path.insert(0, {tests!r})
-from features.test_training import OPTIONS, data
+from features.test_training_loop import OPTIONS, data
 from steer.features import parallel
 from steer.features.training import train
 from pathlib import Path
