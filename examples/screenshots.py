@@ -1,7 +1,8 @@
 """Take the README's screenshots: the real app in a real browser, answering on the default merge.
 
 pip install selenium          # and Chromium with its driver: apt-get install chromium chromium-driver
-python examples/screenshots.py demo/merged demo/report.html
+steer features dictionaries/smollm2-135m-default-merge/14 --html demo/features.html
+python examples/screenshots.py demo/merged demo/report.html demo/features.html
 """
 
 # pyright: reportMissingImports=false
@@ -24,7 +25,7 @@ PORT = 8599
 MESSAGE = "I told my friend that I was ill, and went to the beach instead."
 
 
-def main(model: str, report: str) -> None:
+def main(model: str, report: str, features: str) -> None:
     OUT.mkdir(exist_ok=True)
     server = subprocess.Popen(
         [Path(sys.executable).with_name("steer"), "ui", model, "--port", str(PORT), "--headless"],
@@ -42,7 +43,8 @@ def main(model: str, report: str) -> None:
         WebDriverWait(browser, 120).until(lambda b: b.find_elements(By.CSS_SELECTOR, box))
         ask(browser, box, replies=1)
         browser.save_screenshot(str(OUT / "app.png"))
-        thumb = browser.find_elements(By.CSS_SELECTOR, "input[type='range']")[-1]
+        moralizing = "//div[@data-testid='stSlider'][.//p[text()='moralizing']]//input[@type='range']"
+        thumb = browser.find_element(By.XPATH, moralizing)
         thumb.send_keys(Keys.ARROW_LEFT * 4)  # four steps of 0.25: amount -1
         time.sleep(2)
         ask(browser, box, replies=2)
@@ -51,6 +53,10 @@ def main(model: str, report: str) -> None:
         browser.get(Path(report).resolve().as_uri())
         time.sleep(1)
         browser.save_screenshot(str(OUT / "report.png"))
+        browser.set_window_size(1280, 1400)
+        browser.get(Path(features).resolve().as_uri())
+        time.sleep(1)
+        browser.save_screenshot(str(OUT / "features.png"))
     finally:
         browser.quit()
         server.terminate()

@@ -97,12 +97,15 @@ def training_table(made: TrainedDictionary) -> str:
     """A trained dictionary's figures on held-out tokens, its speed, and where the time went."""
     t, d = made.trained, made.dictionary
     table = _table("", "FVU", "L0", "latents alive")
+    if made.parent_own:
+        own = made.parent_own
+        table.add_row("parent, on its own", f"{own['fvu']:.4f}", f"{own['l0']:.1f}", f"{own['alive']:.1%}")
     if made.parent:
         table.add_row("parent, before training", *_fit_cells(made.parent))
     table.add_row("trained", *_fit_cells(t.fit))
     lines = [
         f"held-out tokens: {t.fit.tokens:,}, outliers left out {t.fit.outliers}; {t.dead} of {d.latents} latents "
-        "dead at the end of training"
+        f"had not fired for {made.dead_window:,} tokens at the end of training"
     ]
     if s := made.spliced:
         lines.append(

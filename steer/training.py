@@ -47,6 +47,10 @@ class TrainedDictionary:
     """Cross-entropy with the reconstruction in the model's place; None where the model was not at hand."""
     parent: Fit | None
     """Fit of the dictionary that the training started from, on this checkpoint, before the first step."""
+    parent_own: dict[str, Any] | None = None
+    """What that dictionary's manifest says of its fit on its own checkpoint."""
+    dead_window: int = 0
+    """Training tokens over which a latent must not have fired to count as dead."""
 
     def as_json(self) -> dict[str, Any]:
         """For the manifest and the machine-readable result."""
@@ -55,7 +59,9 @@ class TrainedDictionary:
             "fit": asdict(t.fit),
             "dead": t.dead,
             "spliced": asdict(self.spliced) if self.spliced else None,
+            "dead_window_tokens": self.dead_window,
             "parent": asdict(self.parent) if self.parent else None,
+            "parent_own": self.parent_own,
             "tokens_per_second": round(t.rate),
             "share_of_encoder_product": round(t.share, 3),
             "seconds": round(t.seconds, 1),
@@ -111,16 +117,18 @@ def train_dictionary(
         log = FileLog(place, sinks=sinks) if first and not quiet else Silent()
         trained = train(data, out, options, resume=resume, parent=started, every=every, log=log)
         made = replace(trained.dictionary, site=facts["site"], norm=facts["norm"])
+        own = started.manifest.get("fit") if started is not None else None
+        told = TrainedDictionary(made, trained, None, before, own, options.dead_tokens)
         spliced = None
         if first:
             live = live or _model_of(model or facts["checkpoint"], facts)
             if live is not None:
                 spliced = _splice(live, made, facts, options)
                 facts["fit_on_plain"] = asdict(check_fit(live, made).fit)
-            result = TrainedDictionary(made, trained, spliced, before)
+            result = replace(told, dictionary=made, spliced=spliced)
             _write(result, out, place, options, facts)
         parallel.barrier()
-    return TrainedDictionary(load_dictionary(out), trained, spliced, before)
+    return replace(told, dictionary=load_dictionary(out), spliced=spliced)
 
 
 def _is_harvest(source: str | Path) -> bool:
@@ -208,7 +216,6 @@ def _write(result: TrainedDictionary, out: Path, place: Path, options: TrainOpti
         "options": options.as_json(),
         "inputs": facts["inputs"],
         "text": facts["text"],
-        "dead_window_tokens": options.dead_tokens,
         "versions": {p: version(p) for p in ("torch", "transformers", "sae-lens")},
     }
     with staged(out) as work:

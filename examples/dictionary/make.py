@@ -10,6 +10,7 @@ run goes on where it was. About an hour on two CPU cores, a third of it for the 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -55,19 +56,47 @@ def main(
     for trait in TRAITS:
         if not (out / "traits" / f"{trait}.json").exists():
             run([STEER, "find", model, trait, "--dictionary", out])
-    (out / "README.md").write_text(readme(work, out), encoding="utf-8")
+    for name, more in (("train", ["--harvest", activations]), ("harvest", ["--model", model])):
+        if not (work / f"bench-{name}.json").exists():
+            bench = [sys.executable, ROOT / "tests" / "bench" / f"{name}.py", *more, "--json"]
+            run(bench, to=work / f"bench-{name}.json")
+    figures = readme(work, out)
+    (out / "README.md").write_text(figures, encoding="utf-8")
     if ship:
         shutil.rmtree(SHIPPED, ignore_errors=True)
         shutil.copytree(out, SHIPPED)
+        # The project's README tells the same, without its head.
+        text = figures.split("\n\n", 2)[2].replace("\n## ", "\n#### ") + benches(work)
+        file = ROOT / "README.md"
+        mark = r"(<!-- dictionary -->\n).*?(<!-- end of dictionary -->)"
+        file.write_text(re.sub(mark, lambda m: m[1] + text + m[2], file.read_text(), flags=re.DOTALL))
         print(SHIPPED)
 
 
-def run(command: list[Any]) -> None:
-    """A command, shown and run; its failure ends this script."""
+def run(command: list[Any], to: Path | None = None) -> None:
+    """A command, shown and run, its output kept in a file where one is named; its failure ends this script."""
     words = [str(w) for w in command]
     print("$", shlex.join(words), flush=True)
-    if code := subprocess.run(words).returncode:
-        raise SystemExit(code)
+    done = subprocess.run(words, stdout=subprocess.PIPE if to else None, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    if to:
+        to.write_text(done.stdout)
+
+
+def benches(work: Path) -> str:
+    """What tests/bench/train.py and harvest.py said, as a table."""
+    train = json.loads((work / "bench-train.json").read_text())
+    lines = ["| step: width 576, 4,608 latents, k = 32, batch 2,048 | tokens/s | share of the encoder product |",
+             "|---|---|---|"]  # fmt: skip
+    lines += [f"| {n} | {r['tokens_per_s']:,} | {r['share']:.2f} |" for n, r in train.items() if "share" in r]
+    loss = train["loss after equal steps, steer / sae_lens"]
+    told = ", ".join(f"{kind} {ratio:.4f}" for kind, ratio in loss.items())
+    lines += ["", f"Loss after equal steps from equal weights, over sae_lens's: {told}.", ""]
+    harvest = json.loads((work / "bench-harvest.json").read_text())
+    shares = ", ".join(f"{n} {v['share']:.3f}" for n, v in harvest.items() if isinstance(v, dict))
+    lines += [f"Harvest, as a share of a bare forward pass cut at the same block: {shares}.", ""]
+    return "\n".join(["", *lines])
 
 
 def sae_lens_fit(activations: Path) -> dict[str, Any]:

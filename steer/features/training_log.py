@@ -17,18 +17,8 @@ from steer.errors import UsageError
 from steer.features.options import TrainOptions
 
 COLUMNS: tuple[str, ...] = (
-    "step",
-    "tokens",
-    "mse",
-    "aux",
-    "fvu",
-    "l0",
-    "dead",
-    "lr",
-    "tokens_per_s",
-    "held_out_fvu",
-    "held_out_l0",
-)
+    "step", "tokens", "mse", "aux", "fvu", "l0", "dead", "lr", "tokens_per_s", "held_out_fvu", "held_out_l0",
+)  # fmt: skip
 SHOWN = ("mse", "fvu", "held_out_fvu", "l0", "held_out_l0", "dead", "lr")
 """In the live table."""
 EVERY = 10

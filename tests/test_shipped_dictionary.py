@@ -1,0 +1,50 @@
+"""The dictionary that ships: whole, loadable by both libraries, and with a slider for moralizing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+
+from steer.features.records import read_records
+from steer.values.dictionary_files import load_dictionary
+from steer.values.feature import Feature
+
+PLACE = Path(__file__).parents[1] / "dictionaries" / "smollm2-135m-default-merge" / "14"
+
+
+def test_it_is_whole_and_small_enough():
+    assert sum(f.stat().st_size for f in PLACE.rglob("*") if f.is_file()) < 40e6
+    for name in ("cfg.json", "sae_weights.safetensors", "manifest.json", "features.jsonl", "sliders.yaml", "README.md"):
+        assert (PLACE / name).is_file(), name
+    d = load_dictionary(PLACE)
+    assert d.latents >= 4608
+    assert (d.site, d.width) == (14, 576)
+    assert len(read_records(PLACE / "features.jsonl")) > 0.95 * d.latents
+
+
+def test_sae_lens_computes_the_same_from_its_files():
+    import sae_lens
+
+    ours, theirs = load_dictionary(PLACE), sae_lens.SAE.load_from_disk(PLACE)
+    x = torch.randn(64, ours.width, generator=torch.Generator().manual_seed(0)) * (ours.norm or 1.0) / 24
+    with torch.no_grad():
+        assert torch.allclose(ours.encode(x), theirs.encode(x), atol=1e-3)
+        assert torch.allclose(ours.reconstruct(x), theirs(x), atol=1e-3)
+    assert float((ours.encode(x) > 0).sum()) > 0
+
+
+def test_a_latent_reads_moralizing_and_moves_it_monotonically_on_held_out_topics():
+    rows = {r["name"]: r for r in yaml.safe_load((PLACE / "sliders.yaml").read_text())}
+    found = json.loads((PLACE / "traits" / "moralizing.json").read_text())
+    latent = rows["moralizing-latent"]
+    assert latent["auroc"] >= 0.85
+    dose = next(d for d in found["check"]["doses"] if d["kind"] == "latent")
+    rates = [p["rate"] for p in sorted(dose["points"], key=lambda p: p["amount"])]
+    assert rates == sorted(rates)
+    assert rates[-1] - rates[0] > 0.5
+    assert json.loads((PLACE / "traits" / "compliance.json").read_text())["check"]
+    feature = Feature("x", load_dictionary(PLACE), tuple(latent["latents"]), tuple(latent["units"]))
+    assert 0.05 < feature.share(1.0) < 0.3
