@@ -126,9 +126,9 @@ def choose_latents(
     """The latents to try, best first.
 
     Attribution on the 1,000 best by fit AUROC; output scores of the 40 best by the sum of the ranks of fit AUROC and
-    attribution, both in the latent's sense: for the trait, or against it. Of those with q below 0.05 the ten with
-    the highest `score`: the distance of the fit AUROC from 0.5, times the share of the 40 with a lower output score,
-    and 0 for an output score that is not positive. Where none has such a q, the ten with the highest score.
+    attribution, both in the latent's sense: for the trait, or against it. Ten of them, those with q below 0.05 before
+    the others, by `score`: the distance of the fit AUROC from 0.5, times the share of the 40 with a lower output
+    score, and 0 for an output score that is not positive.
     `units` has a unit for each live latent; for its output score each displaces the residual stream by `length`, as
     it will when it is tried. Errors: SteerError when there is no live latent.
     """
@@ -155,7 +155,7 @@ def choose_latents(
     lower = (output[:, None] > output[None]).mean(1)
     score = np.where(output > 0, distance[chosen] * lower, 0.0)
     told = ranking.q[[first[i] for i in chosen]] < Q
-    order = [k for k in np.argsort(-score, kind="stable") if told[k] or not told.any()][:TOP]
+    order = np.lexsort((-score, ~told))[:TOP].tolist()
     tokens = logit_lens(model, d.decoder_rows([first[chosen[k]] for k in order]).float())[0]
     out = []
     for k, own in zip(order, tokens, strict=True):
