@@ -92,7 +92,8 @@ def features_of(sketch: Sketch) -> dict[str, Slider]:
 
 def sliders_of(sketch: Sketch) -> dict[str, Slider]:
     """Everything at hand that moves this checkpoint by name: directions first, then features."""
-    return features_of(sketch) | {name: Slider(d) for name, d in directions_of(sketch).items()}
+    directions = {name: Slider(d) for name, d in directions_of(sketch).items()}
+    return directions | {name: s for name, s in features_of(sketch).items() if name not in directions}
 
 
 def find_slider(model: SteeredModel, name: str) -> Slider:
