@@ -66,7 +66,7 @@ def main(
         shutil.rmtree(SHIPPED, ignore_errors=True)
         shutil.copytree(out, SHIPPED)
         # The project's README tells the same, without its head.
-        text = figures.split("\n\n", 2)[2].replace("\n## ", "\n#### ") + benches(work)
+        text = figures.split("\n\n", 3)[3].replace("\n## ", "\n#### ") + benches(work)
         file = ROOT / "README.md"
         mark = r"(<!-- dictionary -->\n).*?(<!-- end of dictionary -->)"
         file.write_text(re.sub(mark, lambda m: m[1] + text + m[2], file.read_text(), flags=re.DOTALL))
