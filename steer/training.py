@@ -22,7 +22,7 @@ from steer.features.options import TrainOptions
 from steer.features.shards import MANIFEST, PARTIAL, Harvest
 from steer.features.stream import ModelStream
 from steer.features.training import Trained, TrainingData, train
-from steer.features.training_log import FileLog, Silent, sink_for
+from steer.features.training_log import FileLog, TrainingLog, sink_for
 from steer.live.fit_check import check_fit
 from steer.live.model import SteeredModel, load
 from steer.measure.splice import Spliced, cross_entropies
@@ -114,7 +114,7 @@ def train_dictionary(
         first = parallel.rank() == 0
         place = training_place(out)
         sinks = (sink_for(track, place, options),) if track and first else ()
-        log = FileLog(place, sinks=sinks) if first and not quiet else Silent()
+        log = FileLog(place, sinks=sinks) if first and not quiet else TrainingLog()
         trained = train(data, out, options, resume=resume, parent=started, every=every, log=log)
         made = replace(trained.dictionary, site=facts["site"], norm=facts["norm"])
         own = started.manifest.get("fit") if started is not None else None

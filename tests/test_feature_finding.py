@@ -29,13 +29,7 @@ SITE, LATENTS = 1, 64
 OTHER = {"name": "kept", "latents": [3], "units": [1.0], "operation": "add", "trait": "other"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose more to threads that wait for each other than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -108,8 +107,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{path}: expected the state of a stopped training, found {reason}; remove {path.parent} and start again"
         ) from e
-
-
-def rng_state() -> Tensor:
-    """torch's generator on the CPU; the training steps themselves draw nothing."""
-    return torch.get_rng_state()

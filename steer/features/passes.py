@@ -16,11 +16,10 @@ from steer.features.documents import Document
 from steer.live import attention
 from steer.live.model import SteeredModel
 from steer.live.record import reading
+from steer.values.fit import OUTLIER
 
 WINDOW = 1 << 17
 """Tokens of text that are sorted by length before they are cut into batches."""
-OUTLIER = 10
-"""Tokens whose residual norm is more than this many medians are left out: attention sinks."""
 
 Numbered = tuple[int, Document]
 """A document with its number."""

@@ -14,11 +14,10 @@ from steer.features.contrast import Reply
 from steer.features.residuals import read_replies
 from steer.live.model import SteeredModel
 from steer.values.dictionary import Dictionary
+from steer.values.fit import OUTLIER
 
 AT_ONCE = 1 << 24
 """Activations held in memory at a time: 64 MB in fp32."""
-OUTLIER = 10
-"""Tokens whose norm is over this many times the site's median are left out (BOS-like sinks)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,11 @@ from torch import Tensor
 from steer.errors import MismatchError, OutputExistsError, StoppedError
 from steer.features import parallel
 from steer.features.batches import Batches
-from steer.features.checkpoints import STATE, TrainingState, load_state, rng_state, save_state, training_place
+from steer.features.checkpoints import STATE, TrainingState, load_state, save_state, training_place
 from steer.features.objectives import Objective, objective_for, start_from
 from steer.features.options import TrainOptions
 from steer.features.stopwatch import Stopwatch
-from steer.features.training_log import Silent, TrainingLog
+from steer.features.training_log import TrainingLog
 from steer.values.dictionary import Dictionary
 from steer.values.fit import Fit, measure_fit
 
@@ -88,7 +88,7 @@ def train(
     Errors: OutputExistsError when a stopped run is there and `resume` is not asked, MismatchError when it had other
     options or inputs.
     """
-    run = _Run(data, out, options, resume, parent, log or Silent())
+    run = _Run(data, out, options, resume, parent, log or TrainingLog())
     with _stop_signals() as stopped, run.log:
         saved = time.monotonic()
         while run.number < options.steps:
@@ -207,7 +207,7 @@ class _Run:
         save_state(
             self.place,
             TrainingState(
-                self.number, weights, moments, self.objective.buffers(), self.since_fired, rng_state(),
+                self.number, weights, moments, self.objective.buffers(), self.since_fired, torch.get_rng_state(),
                 self.data.batches.state_dict(), facts,
             ),
         )  # fmt: skip

@@ -50,10 +50,6 @@ class TrainingLog:
         return None
 
 
-class Silent(TrainingLog):
-    """Says nothing."""
-
-
 class FileLog(TrainingLog):
     """A CSV row every few steps and at every check; a live table on a terminal, one line a check elsewhere."""
 
