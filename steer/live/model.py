@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from steer.errors import CheckpointError, UsageError
 from steer.live import attention
 from steer.live.decode import decode, generate
-from steer.live.fit_check import warn_of_poor_fits
+from steer.live.memory import Memory
+from steer.live.receipts import Tally
 from steer.live.record import Recording, reading
-from steer.live.sliders import Sliders, as_slider
+from steer.live.sliders import Sliders, as_edit, as_slider
 from steer.live.steering import Steering
 from steer.values.direction import Direction
 from steer.values.edit import Edit
@@ -117,16 +118,26 @@ class SteeredModel:
         """
         return "".join(self.stream(message, system=system, **sampling))
 
-    def stream(self, message: str | Sequence[Message], *, system: str | None = None, **sampling: Any) -> Iterator[str]:
+    def stream(
+        self,
+        message: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        sampler: Sampler = CHAT,
+        tally: Tally | None = None,
+        memory: Memory | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
         """The reply in pieces, as it is written: each token is made when its piece is asked for, so a slider
-        moved between two pieces is felt by the next."""
+        moved between two pieces is felt by the next. `sampling` are changes of `sampler`; `tally` and `memory` as
+        `decode` takes them."""
         prompt = self.prompt_ids(as_messages(message, system))
-        return self._stream(prompt, replace(CHAT, **sampling))
+        return self._stream(prompt, replace(sampler, **sampling), tally, memory)
 
-    def _stream(self, prompt: list[int], sampler: Sampler) -> Iterator[str]:
+    def _stream(self, prompt: list[int], sampler: Sampler, tally: Tally | None, memory: Memory | None) -> Iterator[str]:
         made: list[int] = []
         shown = ""
-        for step in decode(self, [prompt], sampler):
+        for step in decode(self, [prompt], sampler, tally=tally, memory=memory):
             if step.tokens[0] in self.end_token_ids:
                 break
             made.append(step.tokens[0])
@@ -182,11 +193,7 @@ class SteeredModel:
         A Direction or a Feature is added, `Slider(direction, "ablate")` is ablated, `Slider(feature, "clamp")` is
         clamped, a name means what it means in `model.sliders`. The amounts in `model.sliders` wait outside the block.
         """
-        moves = [(slider := as_slider(self, key), slider.check(amount)) for key, amount in sliders.items()]
-        edit = Sliders.edit(moves)
-        if edit is not None:
-            self.steering.check(edit)
-            warn_of_poor_fits(self, edit)
+        edit = as_edit(self, [(as_slider(self, key), amount) for key, amount in sliders.items()])
         with self.steering.applied([edit]):
             yield self
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from steer.live.memory import Memory
+from steer.live.receipts import Receipt, Tally
 from steer.live.sliders import Sliders
 from steer.values.sampler import CHAT, Sampler
 
@@ -18,6 +20,9 @@ class Session:
 
     Every piece of a reply is made with this session's amounts applied, under the model's lock, and the lock
     is free between two pieces: sessions in several threads take turns and never feel each other's sliders.
+
+    What was read of the chat is kept from reply to reply, as it was under the sliders of its time: a slider that moves
+    acts from here on. `reread` has the whole chat read again under the sliders of now.
     """
 
     def __init__(
@@ -32,7 +37,10 @@ class Session:
         self.model, self.system, self.sampler = model, system, sampler
         self.sliders = Sliders(model, live=False) if sliders is None else sliders
         self.messages: list[dict[str, str]] = []
-        """User and assistant in turns, beginning with the user."""
+        """User and assistant in turns, beginning with the user; a character may speak first."""
+        self.receipts: list[Receipt] = []
+        """What the sliders did to each reply, the latest last."""
+        self.memory = Memory()
 
     def reply(self, text: str) -> Generator[str]:
         """The reply to the next message, in pieces.
@@ -44,21 +52,37 @@ class Session:
         # Each turn its own seed, or every reply would begin with the same draws.
         sampler = replace(self.sampler, seed=self.sampler.seed + len(self.messages) // 2)
         self.messages.append({"role": "user", "content": text})
-        said = ""
+        said, tally = "", Tally()
         try:
-            pieces = self.model.stream(self.messages, system=self.system, **asdict(sampler))
+            pieces = self.model.stream(
+                self.messages, system=self.system, sampler=sampler, tally=tally, memory=self.memory
+            )
             while (piece := self._next(pieces)) is not None:
                 said += piece
                 yield piece
         finally:
             if said:
                 self.messages.append({"role": "assistant", "content": said})
+                self.receipts.append(tally.receipt())
             else:
                 self.messages.pop()
+
+    def reread(self) -> None:
+        """Have the whole chat read again under the sliders of now, before the next token; in the midst of a reply the
+        words written so far stay. Without it a slider acts from here on, and what was read before it moved stays as it
+        was then."""
+        self.memory.forget()
+
+    def warnings(self) -> list[str]:
+        """What to know about the sliders: sites that are moved too far, and sliders that the last reply never met."""
+        fired = self.receipts[-1].warnings if self.receipts else []
+        return [*self.sliders.warnings(), *fired]
 
     def clear(self) -> None:
         """Forget what was said. The sliders stay."""
         self.messages.clear()
+        self.receipts.clear()
+        self.memory.forget()
 
     def _next(self, pieces: Iterator[str]) -> str | None:
         if self.sliders is self.model.sliders:

@@ -1,8 +1,9 @@
-"""What is to be done to a model: directions to ablate, constants to add, features to move."""
+"""What is to be done to a model: directions to ablate, constants to add, moves that read what they move."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from steer.errors import UsageError
 from steer.values.direction import Direction
-from steer.values.feature import FeatureMove
+from steer.values.feature import Feature
+from steer.values.move import Move
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +29,11 @@ class Edit:
     add: tuple[tuple[Direction, float], ...] = ()
     """(direction, amount): adds `amount * gap * r` to the residual stream at the direction's site,
     as a bias on that block's down projection."""
-    features: tuple[FeatureMove, ...] = ()
-    """Latents of dictionaries to move. Weights can hold those that add; the others read the activation."""
+    moves: tuple[Move, ...] = ()
+    """What else sliders do. Weights can hold those that always add; the others read the activation, or wait."""
 
     def __post_init__(self) -> None:
-        if not self.ablate and not self.add and not self.features:
+        if not self.ablate and not self.add and not self.moves:
             raise UsageError("nothing to bake: expected a direction to ablate or an amount to add, found none")
         if not 0.0 < self.strength <= 1.0:
             raise UsageError(f"strength: expected a number above 0 and at most 1, found {self.strength}")
@@ -39,7 +41,25 @@ class Edit:
             raise UsageError(
                 f"blocks: expected FIRST-LAST with 0 <= FIRST <= LAST, found {self.blocks[0]}-{self.blocks[1]}"
             )
-        self._check_latents()
+        self._check_conflicts()
+
+    @classmethod
+    def of(cls, moves: Sequence[Move]) -> Edit | None:
+        """Moves of sliders as one Edit, in the form that weights can hold as far as they can; None when nothing
+        moves. The order of the moves does not matter."""
+        moving = [m for m in moves if not m.neutral]
+        if not moving:
+            return None
+        gone = [m for m in moving if m.operation == "ablate" and isinstance(m.target, Direction)]
+        if any(not m.when.always for m in gone) or len({m.amount for m in gone}) > 1:
+            gone = []  # weights cannot hold these: they stay moves
+        constant = [m for m in moving if m.constant and isinstance(m.target, Direction)]
+        return cls(
+            ablate=tuple(_direction(m) for m in gone),
+            strength=gone[0].amount if gone else 1.0,
+            add=tuple((_direction(m), m.amount) for m in constant),
+            moves=tuple(m for m in moving if m not in gone and m not in constant),
+        )
 
     @property
     def embedding(self) -> bool:
@@ -57,7 +77,7 @@ class Edit:
         return u[:, s > 1e-6 * s[0]].contiguous()
 
     def biases(self) -> dict[int, Float[Tensor, " d"]]:
-        """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Features are not in it."""
+        """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Moves are not in it."""
         out: dict[int, Tensor] = {}
         for d, amount in self.add:
             shift = amount * d.gap * d.vector.double()
@@ -65,10 +85,16 @@ class Edit:
         return out
 
     def with_adds_as_directions(self) -> Edit:
-        """The same edit, the features that add told as directions, which weights and biases can hold."""
-        adds = tuple((m.feature.direction, m.amount) for m in self.features if not m.reads and not m.neutral)
-        rest = tuple(m for m in self.features if m.reads)
-        return replace(self, add=(*self.add, *adds), features=rest) if adds else self
+        """The same edit, the moves that always add told as directions, which weights and biases can hold."""
+        constant = [m for m in self.moves if m.constant and not m.neutral]
+        adds = tuple((m.target.direction if isinstance(m.target, Feature) else m.target, m.amount) for m in constant)
+        rest = tuple(m for m in self.moves if not m.constant)
+        return replace(self, add=(*self.add, *adds), moves=rest) if adds else self
+
+    def as_moves(self) -> tuple[Move, ...]:
+        """Everything it does, as moves."""
+        gone = (Move(d, "ablate", self.strength) for d in self.ablate)
+        return (*gone, *(Move(d, "add", a) for d, a in self.add), *(m for m in self.moves if not m.neutral))
 
     def describe(self) -> dict[str, object]:
         """A JSON-able account for certificates and reports."""
@@ -81,20 +107,33 @@ class Edit:
                 for d, a in self.add
             ],
         }
-        return out | {"features": [m.describe() for m in self.features]} if self.features else out
+        return out | {"moves": [m.describe() for m in self.moves]} if self.moves else out
 
-    def _check_latents(self) -> None:
-        """Raise UsageError when two moves read one latent: each would undo what the other did."""
+    def _check_conflicts(self) -> None:
+        """Raise UsageError when two moves set one thing on the same tokens: each would undo what the other did."""
         taken: dict[tuple[int, int], str] = {}
-        for move in self.features:
-            for i in move.feature.indices if move.reads and not move.neutral else ():
-                key = (id(move.feature.dictionary), i)
+        for move in self.moves:
+            if not move.reads or move.neutral:
+                continue
+            if isinstance(move.target, Feature):
+                keys = [(id(move.target.dictionary), i) for i in move.target.indices]
+                what = "latent {i} of dictionary " + repr(move.target.dictionary.name)
+            else:
+                # Ablation is at the writers, the others are at the site.
+                keys = [(id(move.target), -1 if move.operation == "ablate" else -2)]
+                what = "direction " + repr(move.target.name)
+            for key in keys:
                 if key in taken:
                     raise UsageError(
-                        f"sliders {taken[key]!r} and {move.feature.name!r} clamp, scale or ablate latent {i} of "
-                        f"dictionary {move.feature.dictionary.name!r}; expected one of them at most, delete the other"
+                        f"sliders {taken[key]!r} and {move.name!r} clamp, cap, scale or ablate "
+                        f"{what.format(i=key[1])}; expected one of them at most, delete the other"
                     )
-                taken[key] = move.feature.name
+                taken[key] = move.name
+
+
+def _direction(move: Move) -> Direction:
+    assert isinstance(move.target, Direction)
+    return move.target
 
 
 def _share(direction: Direction, amount: float) -> float | None:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from steer.errors import CheckpointError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
+    from steer.values.direction import Direction
     from steer.values.edit import Edit
+    from steer.values.feature import Feature
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored dtypes that can hold an edit."""
@@ -175,8 +177,11 @@ class Anatomy:
 
     def check_edit(self, edit: Edit) -> None:
         """Raise unless the edit fits: MismatchError on the width, UsageError on a site or block it lacks."""
-        moved = [("direction", d) for d in (*edit.ablate, *(d for d, _ in edit.add))]
-        for kind, what in (*moved, *(("feature", m.feature) for m in edit.features)):
+        moved: list[Direction | Feature] = [*edit.ablate, *(d for d, _ in edit.add)]
+        for m in edit.moves:
+            moved += [m.target, m.when.gate.on] if m.when.gate else [m.target]
+        for what in moved:
+            kind = "feature" if hasattr(what, "dictionary") else "direction"
             what.check_width(self.width, self.where)
             if not 0 <= what.site < self.blocks:
                 raise UsageError(
