@@ -59,7 +59,9 @@ class Table:
     def ready(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """All rows, on a device and in a dtype."""
         if (device, dtype) not in self._ready:
-            self._ready[device, dtype] = self.data.to(device, dtype)
+            # No inference tensor, which could not be changed in place from outside of inference mode.
+            with torch.inference_mode(False):
+                self._ready[device, dtype] = self.data.to(device, dtype)
         return self._ready[device, dtype]
 
     def take(self, other: Table) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.cache_utils import Cache
 
 from steer.live.cache import growing_cache
 from steer.live.frame import TextPass
@@ -52,21 +53,26 @@ def decode(
     ends = model.end_token_ids
     width = max(len(p) for p in prompts)
     seeds = keys if keys is not None else range(len(prompts))
-    draws = [Draw(sampler, p, k, model.tokenizer) for p, k in zip(prompts, seeds, strict=True)]
+    draws = [Draw(sampler, p, k, model.tokenizer, begun) for p, k in zip(prompts, seeds, strict=True)]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     padded = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)
     starts = torch.tensor([[len(p) - begun] for p in prompts], device=device)
     alive, row = list(range(len(prompts))), None
     text = list(prompts[0])
+    compiled = model.compiled if len(prompts) == 1 else None
+
+    def empty() -> Cache:
+        return growing_cache(hf.config) if compiled is None else compiled.cache()
+
     if memory is None:
-        cache, fed = growing_cache(hf.config), padded
+        cache, fed = empty(), padded
     else:
         memory.read = 0
-        cache, unread = memory.recall(text, hf.config)
+        cache, unread = memory.recall(text, empty)
         fed = torch.tensor([unread], device=device)
     for _ in range(sampler.max_new_tokens):
         if memory is not None and not memory.holds(cache):
-            cache, unread = memory.recall(text, hf.config)
+            cache, unread = memory.recall(text, empty)
             fed = torch.tensor([unread], device=device)
         new = fed.shape[1]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
@@ -83,14 +89,17 @@ def decode(
                 tally=tally,
             )
             with steering.passing(passing):
-                logits = hf(
-                    input_ids=fed,
-                    attention_mask=None if bool(mask.all()) else mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
+                if compiled is not None:
+                    logits = compiled(fed, positions, cache)
+                else:
+                    logits = hf(
+                        input_ids=fed,
+                        attention_mask=None if bool(mask.all()) else mask,
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                        logits_to_keep=1,
+                    ).logits[:, -1]
         if memory is not None and memory.holds(cache):
             memory.add(fed[0].tolist())
         tokens = choose(logits, [draws[i] for i in alive])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from transformers import PretrainedConfig
-from transformers.cache_utils import Cache
-
-from steer.live.cache import growing_cache
+from transformers.cache_utils import Cache, StaticCache
 
 
 class Memory:
@@ -28,14 +25,16 @@ class Memory:
         """Have the whole chat read again before the next token."""
         self.ids, self._cache = [], None
 
-    def recall(self, text: Sequence[int], config: PretrainedConfig) -> tuple[Cache, list[int]]:
-        """The cache, cut to what it has in common with `text`, and the tokens that are yet to be read; one at least."""
+    def recall(self, text: Sequence[int], make: Callable[[], Cache]) -> tuple[Cache, list[int]]:
+        """The cache, cut to what it has in common with `text`, and the tokens that are yet to be read; one at least.
+        `make` makes an empty one."""
         same = 0
         while same < min(len(self.ids), len(text) - 1) and self.ids[same] == text[same]:
             same += 1
-        if self._cache is None or not same:
-            self._cache, same = growing_cache(config), 0
-        elif same < len(self.ids):
+        cut = same < len(self.ids)
+        if self._cache is None or not same or (cut and isinstance(self._cache, StaticCache)):
+            self._cache, same = make(), 0
+        elif cut:
             self._cache.crop(same)
         self.ids = list(text[:same])
         return self._cache, list(text[same:])

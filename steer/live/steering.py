@@ -88,24 +88,15 @@ class Steering:
             self.text = before
             self._clock.told = False
 
-    @contextmanager
-    def hold(self, moves: Sequence[Move]) -> Iterator[None]:
-        """Inside the block hooks stay where `moves` act, at any amount and at none, and their numbers change in
-        place: code compiled inside it needs no second compilation when a slider moves."""
+    def hold(self, moves: Sequence[Move]) -> None:
+        """From now on hooks stay where `moves` act, at any amount and at none, and their numbers change in place:
+        code compiled after it needs no second compilation when a slider moves. Without moves that ends."""
         for move in moves:
             self.check(Edit(moves=(move,)))
         with self.lock:
-            self._held = tuple(moves)
+            self._held, self._programs = tuple(moves), {}
             self._known.clear()
             self._use(self.rows)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self._held = ()
-                self._known.clear()
-                self._programs = {}
-                self._use(self.rows)
 
     def check(self, edit: Edit) -> None:
         """Raise unless the edit fits this model."""
@@ -129,6 +120,7 @@ class Steering:
 
     def _use(self, rows: Rows) -> None:
         if rows == self.rows and not self._held and (self._programs or not any(rows)):
+            self._sync_hooks()
             return
         self.rows = rows
         programs = self._known.get(rows)

@@ -364,7 +364,7 @@ def test_any_live_latent_is_moved_by_its_site_and_number(model, keep):
     keep(make())
     slider = model.sliders.slider("L1/8")
     assert isinstance(slider.target, Feature)
-    assert (slider.target.indices, slider.direction.units, slider.operation) == ((8,), (9.0,), "add")
+    assert (slider.target.indices, slider.target.units, slider.operation) == ((8,), (9.0,), "add")
     assert slider.target.dictionary is model.sliders.slider("preach").target.dictionary
     with pytest.raises(UsageError, match=r"latent 7.*never fired"):
         model.sliders["L1/7"] = 1.0
