@@ -49,9 +49,7 @@ class CompiledStep:
                 "compile it with a longer context"
             )
         forward = self._step if fed.shape[1] == 1 else self.model.hf
-        out = forward(
-            input_ids=fed, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = forward(input_ids=fed, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from steer.errors import SteerError
@@ -9,7 +10,8 @@ from steer.live.library import find_slider
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
-from steer.values.profile import Profile, ProfileSlider
+from steer.values.profile import PlannedWhen, Profile, ProfileSlider
+from steer.values.sampler import PRESETS, Sampler
 from steer.values.slider import Slider
 from steer.values.when import ALWAYS, When
 
@@ -67,3 +69,30 @@ def _when(model: SteeredModel, profile: Profile, entry: ProfileSlider) -> When:
     named = entry.when.while_slider
     target: Direction | Feature | None = None if named is None else _slider(model, profile, named).target
     return entry.when.on(target)
+
+
+def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -> Profile:
+    """Sliders as they stand, and a sampler, as a profile to save.
+
+    Errors: UsageError for a gate on something that has no name to be found by.
+    """
+    entries = []
+    for label, amount in sliders.items():
+        slider = sliders.slider(label)
+        when = None if slider.when is ALWAYS else _planned(slider.when)
+        own = find_slider(sliders.model, slider.target.name).operation
+        operation = None if slider.operation == own else slider.operation
+        entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
+    preset = next((n for n, p in PRESETS.items() if _alike(p, sampler)), None)
+    return Profile(name, notes, sampler, preset, tuple(entries))
+
+
+def _alike(preset: Sampler, sampler: Sampler) -> bool:
+    return replace(preset, seed=sampler.seed, max_new_tokens=sampler.max_new_tokens) == sampler
+
+
+def _planned(when: When) -> PlannedWhen:
+    gate = when.gate
+    if gate is None:
+        return PlannedWhen(when.part, when.first, when.after, when.ramp)
+    return PlannedWhen(when.part, when.first, when.after, when.ramp, gate.on.name, gate.above, gate.below)

@@ -7,8 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from steer.live.memory import Memory
+from steer.live.profiles import as_profile, use
 from steer.live.receipts import Receipt, Tally
 from steer.live.sliders import Sliders
+from steer.values.cards import Card
+from steer.values.profile import Profile
 from steer.values.sampler import CHAT, Sampler
 
 if TYPE_CHECKING:
@@ -66,6 +69,32 @@ class Session:
                 self.receipts.append(tally.receipt())
             else:
                 self.messages.pop()
+
+    def play(self, card: Card) -> None:
+        """Begin anew as a character: its prompt, its first message, and the profile that its card may bring.
+
+        What the card wants said after the chat stands at the end of the system prompt, as not every chat template
+        takes a system message elsewhere. Errors: as `use`.
+        """
+        if card.profile is not None:
+            self.use(card.profile)
+        self.clear()
+        self.system = "\n\n".join(t for t in (card.system_prompt, card.post_history_instructions) if t)
+        if card.first_message:
+            self.messages.append({"role": "assistant", "content": card.first_message})
+
+    def use(self, profile: Profile) -> None:
+        """Go by a profile: its sliders and no others, and its sampler, at this session's length and seed of replies.
+
+        Errors: UsageError for a slider that this checkpoint does not have.
+        """
+        use(self.sliders, profile)
+        mine = self.sampler
+        self.sampler = replace(profile.sampler, max_new_tokens=mine.max_new_tokens, seed=mine.seed)
+
+    def profile(self, name: str) -> Profile:
+        """The sliders and the sampler as they stand, to be saved."""
+        return as_profile(name, self.sliders, self.sampler)
 
     def reread(self) -> None:
         """Have the whole chat read again under the sliders of now, before the next token; in the midst of a reply the
