@@ -8,8 +8,9 @@ share of the move that acts on the token. A row without the move has zeros there
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from steer.live.frame import TextPass
 from steer.values.dictionary import Dictionary, EncoderRows
 from steer.values.direction import Direction
+from steer.values.edit import PARALLEL
 from steer.values.fit import OUTLIER
 from steer.values.move import Move
 from steer.values.when import Gate
@@ -34,8 +36,6 @@ class Term:
     column: int
     move: Move
     coefficients: tuple[float, float, float]
-    norm: float
-    """What one unit of it moves the residual stream by."""
 
 
 class Table:
@@ -80,13 +80,14 @@ class Columns:
     terms: list[Term]
     write: Table
     """[1, columns, d]: what each column writes. Directions set jointly: their dual basis, so that each projection
-    moves by what was asked and by nothing that the others do."""
+    moves by what was asked and by nothing that the others do; with `spread`, an orthonormal basis of theirs."""
     read: Table | None = None
     """[1, columns, d]: the directions projected on; None where `encoder` reads, or nothing is read."""
     dictionary: Dictionary | None = None
     latents: tuple[int, ...] = ()
-    jointly: bool = False
-    """Directions whose projections are set together."""
+    spread: Table | None = None
+    """[2^columns, columns, columns], where directions that are set jointly act at times: for each subset of them that
+    may act, how the moves of their readings are written in the basis of `write`."""
     sites: tuple[int, ...] = ()
     """Of the directions, one a column."""
     gates: tuple[Gate | None, ...] = ()
@@ -96,7 +97,7 @@ class Columns:
     upper: Table | None = field(init=False)
     window: tuple[Table, Table, Table] | None = field(init=False)
     used: Table | None = field(init=False)
-    """1 where the row has the move; kept where what is set together changes from token to token."""
+    """1 where the row has the move; kept where `spread` is."""
 
     def __post_init__(self) -> None:
         n = self.write.data.shape[1]
@@ -115,8 +116,7 @@ class Columns:
         self.upper = Table(upper) if any(t.coefficients[2] < math.inf for t in self.terms) else None
         timed = any(t.move.when.timed for t in self.terms)
         self.window = (Table(window[0]), Table(window[1]), Table(window[2])) if timed else None
-        changing = self.jointly and n > 1 and not all(t.move.when.always for t in self.terms)
-        self.used = Table(used) if changing else None
+        self.used = Table(used) if self.spread is not None else None
         self.terms = rows_own
         self._masks = {
             gate.key: Table(torch.tensor([[[float(g is not None and g.key == gate.key) for g in self.gates]]]))
@@ -147,32 +147,30 @@ class Columns:
 
     def written(self, by: Float[Tensor, "batch new columns"], text: TextPass) -> Float[Tensor, "batch new d"]:
         """What the columns add to the stream for these moves of their readings."""
-        if self.used is None:
-            return by @ self.write.ready(by.device, by.dtype)[0]
-        # What a column that is not acting reads is free to change: only those that act are set together.
-        assert self.read is not None
-        share = self._share(by, text)
-        acting = self.used.at(text, by, by.dtype)
-        acting = acting.expand_as(by) if share is None else acting * (share > 0).to(by.dtype)
-        r = self.read.ready(by.device, by.dtype)[0]
-        among = acting[..., :, None] * acting[..., None, :]
-        gram = (r @ r.T) * among + torch.diag_embed(1 - acting)
-        return (torch.linalg.pinv(gram, hermitian=True) @ by[..., None])[..., 0] @ r
+        if self.spread is not None:
+            # What a column that is not acting reads is free to change: only those that act are set together.
+            assert self.used is not None
+            share = self._share(by, text)
+            assert share is not None
+            acting = self.used.at(text, by, by.dtype) * (share > 0)
+            subset = sum(acting[..., j].long() << j for j in range(by.shape[-1]))
+            by = (self.spread.ready(by.device, by.dtype)[subset] @ by[..., None])[..., 0]
+        return by @ self.write.ready(by.device, by.dtype)[0]
 
     def take(self, other: Columns) -> None:
         """Hold the other's numbers from now on, in the same memory."""
-        self.terms = other.terms
+        self.terms, self.sites = other.terms, other.sites
         for mine, new in zip(self._tables(), other._tables(), strict=True):
             mine.take(new)
 
     def layout(self) -> tuple[object, ...]:
         """Equal for columns whose numbers alone differ."""
         reads = None if self.read is None else tuple(self.read.data.shape)
-        kinds = (self.upper is None, self.window is None, self.used is None, self.jointly)
+        kinds = (self.upper is None, self.window is None, self.spread is None)
         return (id(self.dictionary), self.latents, reads, kinds, tuple(g.key if g else None for g in self.gates))
 
     def _tables(self) -> list[Table]:
-        some = (self.write, self.read, self.alpha, self.beta, self.upper, self.used, *(self.window or ()))
+        some = (self.write, self.read, self.spread, self.alpha, self.beta, self.upper, self.used, *(self.window or ()))
         return [t for t in some if t is not None]
 
     def _reading(self, x: Tensor) -> Tensor:
@@ -196,42 +194,83 @@ class Columns:
         return share
 
 
-def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[tuple[Direction, Gate | None]]) -> Columns:
+def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) -> Columns:
     """Projections on several directions, set together whatever the angles between them.
 
-    With `R` the directions and `G = R R^T`, `h += R^T G^-1 (wanted - R h)` is the smallest change after which every
-    projection stands where it was asked to; for ablation at full strength it is the orthogonal projection.
+    With `R` the directions, `h += R^+ (wanted - R h)` is the smallest change after which every projection stands where
+    it was asked to, `R^+` the pseudoinverse; for ablation at full strength it is the orthogonal projection.
     """
-    r = torch.stack([d.vector.double() for d, _ in order])
-    column = {(id(d), g.key if g else None): j for j, (d, g) in enumerate(order)}
-    terms = []
+    r = torch.stack([p.direction.vector.double() for p in order])
+    column = {p.key: j for j, p in enumerate(order)}
+    of_row: dict[int, list[Move]] = {}
     for row, m in moves:
-        assert isinstance(m.target, Direction)
-        gate = m.when.gate
-        at = column[id(m.target), gate.key if gate else None]
-        terms.append(Term(row, at, m, m.coefficients[0], 1.0))
-    taken = sorted({t.column for t in terms if t.row >= 0})
-    dual = torch.zeros_like(r)
-    if taken:
-        dual[taken] = torch.linalg.pinv(r[taken] @ r[taken].T, hermitian=True) @ r[taken]
+        of_row.setdefault(row, []).append(m)
+    terms = [
+        Term(row, column[place.key], m, m.coefficients[0])
+        for row, own in of_row.items()
+        for m, place in zip(own, places(own), strict=True)
+    ]
+    spread = None
+    if len(order) > 1 and not all(t.move.when.always for t in terms):
+        left, sizes, basis = torch.linalg.svd(r, full_matrices=False)
+        write, spread = basis, Table(_pseudoinverses(left * sizes))
+    else:
+        write = torch.zeros_like(r)
+        taken = sorted({t.column for t in terms if t.row >= 0})
+        if taken:
+            write[taken] = torch.linalg.pinv(r[taken], rtol=PARALLEL).T
     return Columns(
-        rows, terms, Table(dual[None]), Table(r[None]), jointly=True,
-        sites=tuple(d.site for d, _ in order), gates=tuple(g for _, g in order),
+        rows, terms, Table(write[None]), Table(r[None]), spread=spread,
+        sites=tuple(p.direction.site for p in order), gates=tuple(p.gate for p in order),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a column of directions that are set jointly is for."""
+
+    direction: Direction
+    gate: Gate | None
+    number: int
+    """Several moves of a row may have the same direction and gate, at different times."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for places that one column serves."""
+        return id(self.direction), self.gate and self.gate.key, self.number
+
+
+def places(moves: Sequence[Move]) -> list[Place]:
+    """The place of each of a row's moves."""
+    out: list[Place] = []
+    for m in moves:
+        assert isinstance(m.target, Direction)
+        place = Place(m.target, m.when.gate, 0)
+        out.append(replace(place, number=sum(replace(p, number=0).key == place.key for p in out)))
+    return out
+
+
+def _pseudoinverses(r: Float[Tensor, "n d"]) -> Float[Tensor, "subsets d n"]:
+    """Of every subset of the rows; bit `j` of the subset's number is set where row `j` is in it."""
+    numbers = torch.arange(2 ** len(r))
+    acting = (numbers[:, None] >> torch.arange(len(r))) & 1
+    return torch.linalg.pinv(r * acting[..., None], rtol=PARALLEL)
 
 
 def latents(moves: Sequence[tuple[int, Move]], rows: int, dictionary: Dictionary) -> Columns:
     """Activations of one dictionary's latents, moved along their decoder rows; what it cannot reconstruct stays."""
-    order: dict[tuple[int, object], tuple[int, Gate | None]] = {}
-    terms, norms = [], dictionary.decoder_norms
-    rescaled = dictionary.rescale_by_decoder_norm
+    order: dict[tuple[object, ...], tuple[int, Gate | None]] = {}
+    terms: list[Term] = []
+    times: Counter[tuple[object, ...]] = Counter()
     for row, m in moves:
         gate = m.when.gate
         for latent, coefficients in zip(m.target.indices, m.coefficients, strict=True):  # type: ignore[union-attr]
-            key = (latent, gate.key if gate else None)
+            key = (latent, gate and gate.key)
+            # A row's second move of one latent, at another time, has a column of its own.
+            times[row, *key] += 1
+            key = (*key, times[row, *key])
             order.setdefault(key, (latent, gate))
-            norm = 1.0 if rescaled else float(norms[latent])
-            terms.append(Term(row, list(order).index(key), m, coefficients, norm))
+            terms.append(Term(row, list(order).index(key), m, coefficients))
     taken = tuple(latent for latent, _ in order.values())
     gates = tuple(gate for _, gate in order.values())
     # Widened first: the rows may have yet to be scaled.
@@ -244,7 +283,7 @@ def timed_adds(moves: Sequence[tuple[int, Move]], rows: int) -> Columns:
     terms, vectors, gates = [], [], []
     for row, m in moves:
         direction = m.target if isinstance(m.target, Direction) else m.target.direction
-        terms.append(Term(row, len(vectors), m, (0.0, m.amount * direction.gap, math.inf), 1.0))
+        terms.append(Term(row, len(vectors), m, (0.0, m.amount * direction.gap, math.inf)))
         vectors.append(direction.vector.double())
         gates.append(m.when.gate)
     return Columns(rows, terms, Table(torch.stack(vectors)[None]), gates=tuple(gates))

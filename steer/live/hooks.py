@@ -95,9 +95,9 @@ def _acts(model: SteeredModel, what: Steers, reply_start: ReplyStart) -> list[tu
 def _act(program: SiteProgram, text: TextPass) -> _Act:
     def act(h: Tensor) -> Tensor:
         if program.timed and (text.index is None or text.index.shape[1] != h.shape[1]):
-            counted = 0 if text.index is None else text.index.shape[1]
+            new, counted = h.shape[1], 0 if text.index is None else text.index.shape[1]
             raise UsageError(
-                f"hooks: expected a pass over token ids, whose positions the embedding's hook counts, found {h.shape[1]} "
+                f"hooks: expected a pass over token ids, whose positions the embedding's hook counts, found {new} "
                 f"positions of which it saw {counted}; register every pair, and pass input_ids, not inputs_embeds"
             )
         return program.apply(h, text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steer.live.columns import Columns, Table, encoder_rows, joint, latents, timed_adds
+from steer.live.columns import Columns, Place, Table, encoder_rows, joint, latents, places, timed_adds
 from steer.live.frame import TextPass
 from steer.values.direction import Direction
 from steer.values.edit import Edit
@@ -111,12 +111,8 @@ def compiled(rows: Rows, anatomy: Anatomy, held: Sequence[Move] = ()) -> dict[st
 
 
 def _moves(edit: Edit) -> Iterator[Move]:
-    """What of an edit is no plain shift; the ablated directions as moves."""
-    for m in edit.with_adds_as_directions().moves:
-        if not m.neutral:
-            yield m
-    for d in edit.ablate:
-        yield Move(d, "ablate", edit.strength)
+    """What of an edit is no plain shift."""
+    return (m for m in edit.as_moves() if not m.constant)
 
 
 def _ablates(move: Move) -> bool:
@@ -147,30 +143,20 @@ def _shifts(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy, held: Seq
 
 def _joined(moves: _Moves, rows: int) -> list[Columns]:
     """Moves of projections, those of a row together. Rows that move the same directions share their columns."""
-    each: dict[int, _Moves] = {}
+    each: dict[int, list[Move]] = {}
     for r, m in moves:
-        each.setdefault(r, []).append((r, m))
-    if -1 in each:
-        return [joint(moves, rows, _order(m for _, m in (*each.pop(-1), *moves)))]
-    groups: dict[object, list[_Moves]] = {}
-    for of_row in each.values():
+        each.setdefault(r, []).append(m)
+    held = each.pop(-1, None)
+    if held is not None:
+        order = {p.key: p for own in (held, *each.values()) for p in places(own)}
+        return [joint(moves, rows, list(order.values()))]
+    groups: dict[object, tuple[list[Place], _Moves]] = {}
+    for r, own in each.items():
         # Sorted, so that the order of the sliders does not matter.
-        of_row.sort(key=lambda rm: (id(rm[1].target), repr(rm[1].when.gate.key) if rm[1].when.gate else ""))
-        key = tuple((id(m.target), m.when.gate.key if m.when.gate else None) for _, m in of_row)
-        groups.setdefault(key, []).append(of_row)
-    out = []
-    for group in groups.values():
-        order = _order(m for _, m in group[0])
-        out.append(joint([rm for of_row in group for rm in of_row], rows, order))
-    return out
-
-
-def _order(moves: Iterator[Move]) -> list[tuple[Direction, Gate | None]]:
-    seen: dict[object, tuple[Direction, Gate | None]] = {}
-    for m in moves:
-        assert isinstance(m.target, Direction)
-        seen.setdefault((id(m.target), m.when.gate.key if m.when.gate else None), (m.target, m.when.gate))
-    return list(seen.values())
+        own.sort(key=lambda m: (id(m.target), str(m.when.gate and m.when.gate.key), m.when.window))
+        order = places(own)
+        groups.setdefault(tuple(p.key for p in order), (order, []))[1].extend((r, m) for m in own)
+    return [joint(group, rows, order) for order, group in groups.values()]
 
 
 def _ablations(out: dict[str, SiteProgram], rows: Rows, moves: _Moves, anatomy: Anatomy) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from jaxtyping import Float
 from torch import Tensor
 
 from steer.live.frame import TextPass
@@ -16,7 +17,7 @@ from steer.values.feature import Feature
 from steer.values.move import Move, Operation
 
 if TYPE_CHECKING:
-    from steer.live.columns import Columns
+    from steer.live.columns import Columns, Term
 
 _PENDING = 256
 """Noted passes that are held before they are summed up."""
@@ -34,7 +35,8 @@ class SliderReceipt:
     """On how many tokens it moved something, those of the prompt that were read included."""
     mean_share: float
     """Of those tokens: by how much of the site's median residual norm, on average; nan where that is not known.
-    A direction's ablation is summed over the writers up to its site."""
+    What sets a projection counts by how far the projection moved; a direction's ablation is summed over the writers up
+    to its site."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Receipt:
 
 @dataclass
 class _Sum:
+    name: str
     operation: Operation
     amount: float
     tokens: int = 0
@@ -80,7 +83,7 @@ class _Sum:
 @dataclass
 class _Text:
     tokens: int = 0
-    sliders: dict[str, _Sum] = field(default_factory=dict)
+    sliders: dict[_Key, _Sum] = field(default_factory=dict)
 
 
 class Tally:
@@ -91,9 +94,9 @@ class Tally:
 
     def __init__(self) -> None:
         self._texts: dict[int, _Text] = {}
-        self._pending: list[tuple[Columns, Tensor, list[tuple[int, int, slice | None]], Tensor | None]] = []
-        self._now: list[tuple[int, int, slice | None]] = []
-        self._written: dict[Columns, tuple[Tensor, TextPass]] = {}
+        self._pending: list[_Note] = []
+        self._now: _Texts = []
+        self._written: dict[Columns, _Note] = {}
 
     def begin(self, texts: Sequence[tuple[int, int, int | slice]], rows: Sequence[Edit | None]) -> None:
         """A forward pass begins: for each text of the batch its number, the row it goes by, and how many tokens it
@@ -108,9 +111,9 @@ class Tally:
             account.tokens += count
             edit = rows[row]
             for move in edit.as_moves() if edit is not None else ():
-                one = account.sliders.setdefault(move.name, _Sum(move.operation, move.amount))
-                one.operation, one.amount = move.operation, move.amount
-                if move.constant:
+                one = account.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
+                one.amount = move.amount
+                if move.constant and move.share():
                     one.tokens += count
                     one.moved += count * move.share()
 
@@ -118,16 +121,18 @@ class Tally:
         """`columns` moved their readings by these, in the pass that began last. `writes_to`: the block they are a
         writer of; what is ablated is summed over the writers up to its site."""
         if writes_to is None:
-            self._pending.append((columns, by.detach(), self._now, text.valid))
+            self._pending.append(_Note(columns, columns.terms, by.detach(), self._now, text.valid))
             return
-        upto = by.new_tensor([float(d >= writes_to) for d in columns.sites])
-        before = self._written.get(columns)
-        by = by.detach() * upto
-        self._written[columns] = (by if before is None else before[0] + by, text)
+        if not all(d >= writes_to for d in columns.sites):
+            by = by * by.new_tensor([float(d >= writes_to) for d in columns.sites])
+        note = self._written.get(columns)
+        if note is None:
+            self._written[columns] = _Note(columns, columns.terms, by.detach(), self._now, text.valid)
+        else:
+            note.by = note.by + by.detach().to(note.by.device)
 
     def _end_pass(self) -> None:
-        for columns, (by, text) in self._written.items():
-            self._pending.append((columns, by, self._now, text.valid))
+        self._pending += self._written.values()
         self._written.clear()
         if len(self._pending) >= _PENDING:
             self._settle()
@@ -140,29 +145,56 @@ class Tally:
         return Receipt(
             account.tokens,
             tuple(
-                SliderReceipt(name, s.operation, s.amount, s.tokens, s.moved / s.tokens if s.tokens else 0.0)
-                for name, s in account.sliders.items()
+                SliderReceipt(s.name, s.operation, s.amount, s.tokens, s.moved / s.tokens if s.tokens else 0.0)
+                for s in account.sliders.values()
             ),
         )
 
     def _settle(self) -> None:
         pending, self._pending = self._pending, []
-        for columns, by, texts, valid in pending:
-            by = by.abs()
-            if valid is not None:
-                by = by * valid[..., None].to(by.device, by.dtype)
-            rows: dict[int, dict[str, tuple[Move, list[tuple[int, float]]]]] = {}
-            for t in columns.terms:
-                mine = rows.setdefault(t.row, {})
-                mine.setdefault(t.move.name, (t.move, []))[1].append((t.column, t.norm))
-            for at, (text, row, part) in enumerate(texts):
-                here = by[0, part] if part is not None else by[at if by.shape[0] > 1 else 0]
-                for name, (move, cols) in rows.get(row, {}).items():
-                    moved = sum(here[:, c] * norm for c, norm in cols)
-                    assert isinstance(moved, Tensor)
-                    one = self._texts[text].sliders[name]
+        for note in pending:
+            for at, (text, row, part) in enumerate(note.texts):
+                here = note.by[0, part] if part is not None else note.by[at if note.by.shape[0] > 1 else 0]
+                if note.valid is not None:
+                    here = here * note.valid[at][:, None].to(here.device, here.dtype)
+                columns_of: dict[Move, list[int]] = {}
+                for term in note.terms:
+                    if term.row == row:
+                        columns_of.setdefault(term.move, []).append(term.column)
+                for move, columns in columns_of.items():
+                    moved = _length(note.columns, columns, here)
+                    one = self._texts[text].sliders[_key(move)]
                     one.moved += float(moved.sum()) / _norm(move)
                     one.tokens += int((moved > 0).sum())
+
+
+_Key = tuple[object, ...]
+_Texts = list[tuple[int, int, slice | None]]
+"""Of each text of a pass its number, its row, and, packed, where its tokens are."""
+
+
+@dataclass
+class _Note:
+    """What columns did in one pass."""
+
+    columns: Columns
+    terms: list[Term]
+    """Those of the columns at the time."""
+    by: Tensor
+    texts: _Texts
+    valid: Tensor | None
+
+
+def _key(move: Move) -> _Key:
+    """Equal for the moves of one slider, whatever its amounts."""
+    return move.name, move.operation, move.when.window, move.when.gate and move.when.gate.key
+
+
+def _length(columns: Columns, mine: list[int], by: Float[Tensor, "new columns"]) -> Float[Tensor, " new"]:
+    """How far some of the columns moved each token: of latents the residual stream, of a direction its projection."""
+    if columns.dictionary is None:
+        return by[:, mine].abs().sum(-1)
+    return (by[:, mine] @ columns.write.ready(by.device, by.dtype)[0, mine]).norm(dim=-1)
 
 
 def _norm(move: Move) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, repeat
 
 import torch
 from jaxtyping import Float
@@ -14,6 +16,13 @@ from steer.errors import UsageError
 from steer.values.direction import Direction
 from steer.values.feature import Feature
 from steer.values.move import Move
+
+SET_TOGETHER = 10
+"""Directions at one site whose projections can be set together while some of them act at times only: what each
+subset of them takes is worked out beforehand."""
+PARALLEL = 1e-6
+"""Singular values of a set of unit vectors below this share of the largest count as 0: what is parallel but for
+rounding is one direction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +40,8 @@ class Edit:
     as a bias on that block's down projection."""
     moves: tuple[Move, ...] = ()
     """What else sliders do. Weights can hold those that always add; the others read the activation, or wait."""
+    labels: tuple[str | None, ...] = ()
+    """What receipts call what is ablated and then what is added, where not by the directions' names."""
 
     def __post_init__(self) -> None:
         if not self.ablate and not self.add and not self.moves:
@@ -42,6 +53,7 @@ class Edit:
                 f"blocks: expected FIRST-LAST with 0 <= FIRST <= LAST, found {self.blocks[0]}-{self.blocks[1]}"
             )
         self._check_conflicts()
+        self._check_number()
 
     @classmethod
     def of(cls, moves: Sequence[Move]) -> Edit | None:
@@ -59,6 +71,7 @@ class Edit:
             strength=gone[0].amount if gone else 1.0,
             add=tuple((_direction(m), m.amount) for m in constant),
             moves=tuple(m for m in moving if m not in gone and m not in constant),
+            labels=tuple(m.label for m in (*gone, *constant)),
         )
 
     @property
@@ -74,7 +87,7 @@ class Edit:
         """Orthonormal basis Q of the ablated directions, fp64. Linearly dependent ones collapse."""
         stack = torch.stack([d.vector.double() for d in self.ablate], dim=1)
         u, s, _ = torch.linalg.svd(stack, full_matrices=False)
-        return u[:, s > 1e-6 * s[0]].contiguous()
+        return u[:, s > PARALLEL * s[0]].contiguous()
 
     def biases(self) -> dict[int, Float[Tensor, " d"]]:
         """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Moves are not in it."""
@@ -92,9 +105,15 @@ class Edit:
         return replace(self, add=(*self.add, *adds), moves=rest) if adds else self
 
     def as_moves(self) -> tuple[Move, ...]:
-        """Everything it does, as moves."""
-        gone = (Move(d, "ablate", self.strength) for d in self.ablate)
-        return (*gone, *(Move(d, "add", a) for d, a in self.add), *(m for m in self.moves if not m.neutral))
+        """Everything that it moves, as moves; the same ones at every call."""
+        return self._as_moves
+
+    @cached_property
+    def _as_moves(self) -> tuple[Move, ...]:
+        labels = chain(self.labels, repeat(None))
+        gone = [Move(d, "ablate", self.strength, label=next(labels)) for d in self.ablate]
+        added = [Move(d, "add", a, label=next(labels)) for d, a in self.add]
+        return tuple(m for m in (*gone, *added, *self.moves) if not m.neutral)
 
     def describe(self) -> dict[str, object]:
         """A JSON-able account for certificates and reports."""
@@ -110,10 +129,10 @@ class Edit:
         return out | {"moves": [m.describe() for m in self.moves]} if self.moves else out
 
     def _check_conflicts(self) -> None:
-        """Raise UsageError when two moves set one thing on the same tokens: each would undo what the other did."""
-        taken: dict[tuple[int, int], str] = {}
-        for move in self.moves:
-            if not move.reads or move.neutral:
+        """Raise UsageError when two moves may set one thing on the same token: each would undo what the other did."""
+        taken: dict[tuple[int, int], list[Move]] = {}
+        for move in self.as_moves():
+            if not move.reads:
                 continue
             if isinstance(move.target, Feature):
                 keys = [(id(move.target.dictionary), i) for i in move.target.indices]
@@ -123,12 +142,28 @@ class Edit:
                 keys = [(id(move.target), -1 if move.operation == "ablate" else -2)]
                 what = "direction " + repr(move.target.name)
             for key in keys:
-                if key in taken:
-                    raise UsageError(
-                        f"sliders {taken[key]!r} and {move.name!r} clamp, cap, scale or ablate "
-                        f"{what.format(i=key[1])}; expected one of them at most, delete the other"
-                    )
-                taken[key] = move.name
+                others = taken.setdefault(key, [])
+                for other in others:
+                    if not other.when.excludes(move.when):
+                        raise UsageError(
+                            f"sliders {other.name!r} and {move.name!r} clamp, cap, scale or ablate "
+                            f"{what.format(i=key[1])}; expected one of them at most on any token, delete the other "
+                            "or have them act at different times"
+                        )
+                others.append(move)
+
+    def _check_number(self) -> None:
+        """Raise UsageError for more projections than can be set together while they come and go."""
+        places: dict[int, list[Move]] = {}
+        for move in self.as_moves():
+            if move.reads and isinstance(move.target, Direction):
+                places.setdefault(-1 if move.operation == "ablate" else move.site, []).append(move)
+        for moves in places.values():
+            if len(moves) > SET_TOGETHER and not all(m.when.always for m in moves):
+                raise UsageError(
+                    f"sliders {', '.join(repr(m.name) for m in moves)}: expected at most {SET_TOGETHER} directions set "
+                    f"together while some of them act at times only, found {len(moves)}; delete some"
+                )
 
 
 def _direction(move: Move) -> Direction:

@@ -58,6 +58,14 @@ class Gate:
         """Equal for gates that open on the same tokens."""
         return id(self.on), self.above, self.below
 
+    def excludes(self, other: Gate) -> bool:
+        """Whether no token can open both."""
+        if self.on is not other.on:
+            return False
+        low = max(-math.inf if g.above is None else g.above for g in (self, other))
+        high = min(math.inf if g.below is None else g.below for g in (self, other))
+        return low >= high
+
     def open(self, amount: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
         """1 where it is open, else 0."""
         is_open = torch.ones_like(amount, dtype=torch.bool)
@@ -109,6 +117,13 @@ class When:
             return -math.inf, math.inf, 1.0
         end = math.inf if self.first is None else float(self.first)
         return float(self.after or 0), end, float(self.ramp or 1)
+
+    def excludes(self, other: When) -> bool:
+        """Whether no token can have both."""
+        if self.gate is not None and other.gate is not None and self.gate.excludes(other.gate):
+            return True
+        (start, end, _), (other_start, other_end, _) = self.window, other.window
+        return max(start, other_start) >= min(end, other_end)
 
     def share(self, index: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
         """The share of the slider that acts on reply tokens, gates left out."""
