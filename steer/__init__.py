@@ -24,15 +24,20 @@ if TYPE_CHECKING:
     from steer.features.harvest import harvest
     from steer.finding import find
     from steer.live.model import SteeredModel, load
+    from steer.live.session import Session
     from steer.training import train_dictionary
+    from steer.values.cards import Card, load_card
     from steer.values.dictionary import Dictionary
     from steer.values.dictionary_files import load_dictionary
     from steer.values.direction import Direction
     from steer.values.edit import Edit
     from steer.values.feature import Feature
-    from steer.values.sampler import Sampler
+    from steer.values.move import Move
+    from steer.values.profile import Profile
+    from steer.values.sampler import PRESETS, Sampler
     from steer.values.slider import Slider
     from steer.values.trait import Trait
+    from steer.values.when import Gate, When
     from steer.weights.certify import Certificate, verify
     from steer.weights.fetch import fetch
     from steer.weights.merge import merge
@@ -40,6 +45,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "load_card": "steer.values.cards",
+    "When": "steer.values.when",
+    "Session": "steer.live.session",
+    "Profile": "steer.values.profile",
+    "PRESETS": "steer.values.sampler",
+    "Move": "steer.values.move",
+    "Gate": "steer.values.when",
+    "Card": "steer.values.cards",
     "Certificate": "steer.weights.certify",
     "Direction": "steer.values.direction",
     "Dictionary": "steer.values.dictionary",
@@ -63,22 +76,30 @@ _WHERE = {
 }
 
 __all__ = [
+    "PRESETS",
+    "Card",
     "Certificate",
     "Dictionary",
     "Direction",
     "Edit",
     "Feature",
+    "Gate",
+    "Move",
+    "Profile",
     "Sampler",
+    "Session",
     "Slider",
     "SteerError",
     "SteeredModel",
     "Trait",
+    "When",
     "bake",
     "fetch",
     "find",
     "find_features",
     "harvest",
     "load",
+    "load_card",
     "load_dictionary",
     "merge",
     "train_dictionary",

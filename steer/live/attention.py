@@ -25,18 +25,28 @@ def grouped_attention(
     attention_mask: Float[Tensor, "batch 1 new seq"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " heads"] | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "batch new heads d"], None]:
-    """Scaled dot-product attention with an additive mask, as transformers calls it; inference only."""
+    """Scaled dot-product attention with an additive mask, as transformers calls it; inference only.
+
+    `softcap` bounds the scores (Gemma 2), `s_aux` is a score a head that attends to nothing (gpt-oss's sinks).
+    """
     batch, heads, new, d = query.shape
     groups, seq = key.shape[1], key.shape[2]
     # Query heads h = g * (heads / groups) + i share the keys of group g.
     rows = query.reshape(batch, groups, heads // groups * new, d)
     scores = (rows @ key.transpose(2, 3)) * (d**-0.5 if scaling is None else scaling)
     scores = scores.view(batch, groups, heads // groups, new, seq)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None, :, :seq]
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, groups, heads // groups, 1, 1).expand(batch, -1, -1, new, 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)[..., :seq]
     out = weights.view(batch, groups, heads // groups * new, seq) @ value
     return out.view(batch, heads, new, d).transpose(1, 2).contiguous(), None
 

@@ -298,9 +298,11 @@ def encoder_rows(
 
     A topk dictionary goes there as a whole, since all latents compete.
     """
-    if dictionary.architecture != "topk":
-        return dictionary.rows(taken).to(device, dtype)
-    return _whole(dictionary, device, dtype).rows(taken)
+    # No inference tensors: what is kept here serves passes with gradients too.
+    with torch.inference_mode(False):
+        if dictionary.architecture != "topk":
+            return dictionary.rows(taken).to(device, dtype)
+        return _whole(dictionary, device, dtype).rows(taken)
 
 
 @lru_cache(maxsize=2)

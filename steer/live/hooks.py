@@ -36,8 +36,8 @@ ReplyStart = int | Sequence[int] | None
 the pass of several tokens."""
 ModuleHook = Callable[[nn.Module, Any, Any], Any]
 """What `nn.Module.register_forward_hook` takes."""
-LensHook = Callable[[Tensor, Any], Tensor]
-"""What TransformerLens calls with an activation and the hook point."""
+LensHooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""`fwd_hooks` as TransformerLens types them: here (hook point, function of the activation and the point)."""
 _Act = Callable[[Float[Tensor, "batch new d"]], Float[Tensor, "batch new d"]]
 
 
@@ -46,15 +46,12 @@ def plain_hooks(model: SteeredModel, what: Steers, reply_start: ReplyStart = Non
     return [(name, _module_hook(act)) for name, act in _acts(model, what, reply_start)]
 
 
-def lens_hooks(
-    model: SteeredModel, what: Steers, bridge: Any = None, reply_start: ReplyStart = None
-) -> list[tuple[str, LensHook]]:
+def lens_hooks(model: SteeredModel, what: Steers, bridge: Any = None, reply_start: ReplyStart = None) -> LensHooks:
     """As `SteeredModel.transformer_lens_hooks`."""
-    names = _lens_names(model.anatomy)
-    out = [(names[module], _lens_hook(act)) for module, act in _acts(model, what, reply_start)]
+    acts, points = _acts(model, what, reply_start), _lens_names(model.anatomy)
     if bridge is not None:
-        _check_bridge(model, bridge, [name for name, _ in out])
-    return out
+        _check_bridge(model, bridge, [points[module] for module, _ in acts])
+    return [(points[module], _lens_hook(act)) for module, act in acts]
 
 
 class _Counter:
@@ -112,7 +109,7 @@ def _module_hook(act: _Act) -> ModuleHook:
     return hook
 
 
-def _lens_hook(act: _Act) -> LensHook:
+def _lens_hook(act: _Act) -> Callable[..., Tensor]:
     def on_activation(h: Tensor, hook: Any) -> Tensor:
         # `run_with_hooks(remove_batch_dim=True)` hands over `[new, d]`.
         return act(h) if h.ndim == 3 else act(h[None])[0]

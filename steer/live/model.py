@@ -17,7 +17,7 @@ from steer.errors import CheckpointError, UsageError
 from steer.live import attention
 from steer.live.compiled import CompiledStep
 from steer.live.decode import decode, generate
-from steer.live.hooks import LensHook, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
+from steer.live.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
 from steer.live.memory import Memory
 from steer.live.receipts import Tally
 from steer.live.record import Recording, reading
@@ -250,9 +250,7 @@ class SteeredModel:
         """
         return plain_hooks(self, what, reply_start)
 
-    def transformer_lens_hooks(
-        self, what: Steers, bridge: Any = None, reply_start: ReplyStart = None
-    ) -> list[tuple[str, LensHook]]:
+    def transformer_lens_hooks(self, what: Steers, bridge: Any = None, reply_start: ReplyStart = None) -> LensHooks:
         """`fwd_hooks` for a TransformerBridge booted from the same checkpoint. Empty when nothing moves.
 
             bridge.run_with_hooks(tokens, fwd_hooks=model.transformer_lens_hooks("noir.yaml", bridge))
