@@ -1,4 +1,4 @@
-"""The verbs that run the model: chat, ui."""
+"""The verbs that run the model: chat, serve, ui."""
 
 from __future__ import annotations
 
@@ -58,6 +58,39 @@ def chat(
     run_chat(session)
 
 
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; another than this machine wants --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8321,
+    api_key: Annotated[str | None, typer.Option(envvar="STEER_API_KEY", help="What every request must bring.")] = None,
+    profile: Annotated[
+        list[Path], typer.Option(help="A profile, or a folder of them; may be repeated. Each is a model of its own.")
+    ] = [],  # noqa: B006
+    max_running: Annotated[int, typer.Option(help="Replies written at a time.")] = 16,
+    max_queue: Annotated[int, typer.Option(help="Replies that wait; more are told to come back.")] = 64,
+    context: Annotated[int | None, typer.Option(help="Tokens of a prompt and its reply; the model's own.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of one reply; what the context leaves.")] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of one request.")] = 4 * 2**20,
+    max_messages: Annotated[int, typer.Option(help="Of one chat.")] = 1000,
+) -> None:
+    """Answer OpenAI's API with sliders in every request: SillyTavern, the openai client, curl."""
+    from steer.live.serve.app import Options
+    from steer.live.serve.limits import Limits
+    from steer.live.serve.server import load_profiles
+    from steer.live.serve.server import serve as run
+
+    limits = Limits(max_body, max_messages, tokens=max_tokens)
+    options = Options(host, api_key, load_profiles(profile), limits)
+    from steer.live.model import load
+
+    run(
+        load(model), port=port, options=options, max_running=max_running, max_waiting=max_queue, context=context,
+        ready=lambda url: typer.echo(f"{url}  (Ctrl-C stops)", err=True),
+    )  # fmt: skip
+
+
 def ui(
     model: Model,
     port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 8501,
@@ -91,4 +124,5 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Examples: `steer chat merged --slider moralizing=-1` · `steer chat merged --card duke.png`")(
         chat
     )
+    app.command(epilog="Example: `steer serve merged --profile profiles/`")(serve)
     app.command(epilog="Example: `steer ui merged`")(ui)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import Cache
 
 
 class Memory:
@@ -31,13 +31,11 @@ class Memory:
         same = 0
         while same < min(len(self.ids), len(text) - 1) and self.ids[same] == text[same]:
             same += 1
-        cut = same < len(self.ids)
-        if self._cache is None or not same or (cut and isinstance(self._cache, StaticCache)):
-            self._cache, same = make(), 0
-        elif cut:
-            self._cache.crop(same)
-        self.ids = list(text[:same])
-        return self._cache, list(text[same:])
+        cache = self._cache
+        if cache is None or not same or not _cut(cache, len(self.ids), same):
+            cache, same = make(), 0
+        self._cache, self.ids = cache, list(text[:same])
+        return cache, list(text[same:])
 
     def holds(self, cache: Cache) -> bool:
         """Whether this is still its cache."""
@@ -47,3 +45,18 @@ class Memory:
         """The model has read these as well."""
         self.ids += tokens
         self.read += len(tokens)
+
+
+def _cut(cache: Cache, length: int, to: int) -> bool:
+    """Cut a cache of `length` tokens to its first ones. False where that cannot be done, or it holds another number:
+    a pass that was broken off has left its tokens in some blocks."""
+    if any(int(layer.get_seq_length()) != length for layer in cache.layers):
+        return False
+    if to == length:
+        return True
+    windows = (layer for layer, slides in zip(cache.layers, cache.is_sliding, strict=True) if slides)
+    # A window that is full has let tokens go.
+    if not cache.is_croppable or any(length >= layer.sliding_window for layer in windows):
+        return False
+    cache.crop(to - length)
+    return True

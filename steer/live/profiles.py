@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,7 @@ def sliders_in(model: SteeredModel, profile: Profile) -> list[tuple[Slider, Prof
     out: list[tuple[Slider, ProfileSlider]] = []
     names: set[str] = set()
     for entry in profile.sliders:
-        try:
+        with _named(profile):
             found = _slider(model, profile, entry.slider)
             operation = entry.operation or found.operation
             label = base = found.name if entry.operation in (None, found.operation) else f"{found.name}:{operation}"
@@ -38,24 +40,37 @@ def sliders_in(model: SteeredModel, profile: Profile) -> list[tuple[Slider, Prof
             names.add(label)
             slider = Slider(found.target, operation, _when(model, profile, entry), label)
             slider.check(entry.amount)
-        except SteerError as e:
-            raise type(e)(f"profile {profile.name!r}: {e}") from e
         out.append((slider, entry))
     return out
 
 
 def edit_of(model: SteeredModel, profile: Profile) -> Edit | None:
     """Everything a profile moves; None when it moves nothing. Errors: as `sliders_in`."""
-    moving = ((s, e.amount) for s, e in sliders_in(model, profile) if e.enabled)
-    return Edit.of([s.at(amount) for s, amount in moving])
+    found = sliders_in(model, profile)
+    with _named(profile):
+        return Edit.of([slider.at(entry.amount) for slider, entry in found if entry.enabled])
 
 
 def use(sliders: Sliders, profile: Profile) -> None:
     """Let the profile's sliders stand and no others; the next token feels it. Errors: as `sliders_in`."""
     found = sliders_in(sliders.model, profile)
     standing = {slider.name: entry.amount for slider, entry in found if entry.enabled}
-    sliders.replace(standing, [slider for slider, _ in found])
-    sliders.ranges |= {slider.name: entry.range for slider, entry in found if entry.range is not None}
+    with _named(profile):
+        sliders.replace(standing, [slider for slider, _ in found])
+    for slider, entry in found:
+        # One of the same name may have had a range, under another profile.
+        sliders.ranges.pop(slider.name, None)
+        if entry.range is not None:
+            sliders.ranges[slider.name] = entry.range
+
+
+@contextmanager
+def _named(profile: Profile) -> Iterator[None]:
+    """Errors inside begin with the profile's name."""
+    try:
+        yield
+    except SteerError as e:
+        raise type(e)(f"profile {profile.name!r}: {e}") from e
 
 
 def _slider(model: SteeredModel, profile: Profile, text: str) -> Slider:

@@ -154,9 +154,10 @@ class Tally:
         pending, self._pending = self._pending, []
         for note in pending:
             for at, (text, row, part) in enumerate(note.texts):
-                here = note.by[0, part] if part is not None else note.by[at if note.by.shape[0] > 1 else 0]
+                mine = (0, part) if part is not None else (at if note.by.shape[0] > 1 else 0,)
+                here = note.by[mine]
                 if note.valid is not None:
-                    here = here * note.valid[at][:, None].to(here.device, here.dtype)
+                    here = here * note.valid[mine][:, None].to(here.device, here.dtype)
                 columns_of: dict[Move, list[int]] = {}
                 for term in note.terms:
                     if term.row == row:
@@ -187,7 +188,8 @@ class _Note:
 
 def _key(move: Move) -> _Key:
     """Equal for the moves of one slider, whatever its amounts."""
-    return move.name, move.operation, move.when.window, move.when.gate and move.when.gate.key
+    when = move.when
+    return move.name, id(move.target), move.operation, when.window, when.gate and when.gate.key
 
 
 def _length(columns: Columns, mine: list[int], by: Float[Tensor, "new columns"]) -> Float[Tensor, " new"]:

@@ -1,0 +1,135 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from steer.errors import SteerError
+from steer.live.serve.engine import Busy
+from steer.values.small_files import shown
+
+log = logging.getLogger("steer.serve")
+
+_TYPES = {401: "authentication_error", 413: "request_too_large", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """What a client hears of a request that cannot be answered."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`param`: the field of the body that is at fault. `code`: for programs."""
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        message = " ".join(str(self).split())
+        told = {"message": message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": {key: text and _encodable(text) for key, text in told.items()}}
+
+    def response(self) -> JSONResponse:
+        """As an answer."""
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def invalid(field: str, expected: str, found: str, code: str = "invalid_value") -> ApiError:
+    """A field of the body holds what it cannot."""
+    return ApiError(400, f"{field}: expected {expected}, found {found}", param=field, code=code)
+
+
+def failed(error: Exception) -> ApiError:
+    """What a client hears when a reply could not be finished. What nobody foresaw is told to the log alone."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, SteerError):
+        return ApiError(500, str(error), code="engine_error")
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request; its log has the details", code="internal_error")
+
+
+def busy(error: Busy) -> ApiError:
+    """The queue is full."""
+    after = str(max(1, math.ceil(error.retry_after)))
+    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": after})
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Give every error of an app OpenAI's shape."""
+
+    @app.exception_handler(ApiError)
+    async def _(request: Request, e: ApiError) -> JSONResponse:
+        return e.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _(request: Request, e: RequestValidationError) -> JSONResponse:
+        return _invalid(e).response()
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, e: HTTPException) -> JSONResponse:
+        where = f"{request.method} {request.url.path}"
+        known = {
+            404: ("there is no such path", "not_found"),
+            405: ("this path has other methods", "method_not_allowed"),
+        }
+        detail, code = known.get(e.status_code, (e.detail, None))
+        return ApiError(e.status_code, f"{where}: {detail}", code=code, headers=e.headers).response()
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, e: Exception) -> JSONResponse:
+        # Starlette raises it again once this is sent, and uvicorn logs it.
+        return ApiError(
+            500, "the server failed on this request; its log has the details", code="internal_error"
+        ).response()
+
+
+def _invalid(e: RequestValidationError) -> ApiError:
+    """The first field that pydantic refuses, and all that it could have been."""
+    errors = e.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(
+            400, f"body: expected JSON, found none: {first['ctx']['error']} at {first['loc'][-1]}", code="invalid_json"
+        )
+    if len(first["loc"]) == 1:
+        return ApiError(
+            400, "body: expected a JSON object, with the header Content-Type: application/json", code="invalid_json"
+        )
+    field = _field(first["loc"])
+    same = [x for x in errors if x["loc"][1:] and _field(x["loc"]) == field]
+    expected = " or ".join(dict.fromkeys(_lower(x["msg"]) for x in same))
+    found = "" if first["type"] == "missing" else f", found {shown(first['input'])}"
+    return ApiError(400, f"{field}: {expected}{found}", param=field, code="invalid_value")
+
+
+def _encodable(text: str) -> str:
+    """What a client sent may hold halves of characters, which UTF-8 does not have."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _field(loc: tuple[int | str, ...]) -> str:
+    """`messages[0].role`. A union ends it: below it are the names of its members."""
+    path = takewhile(lambda p: isinstance(p, int) or (p != "str" and p.isidentifier()), loc[1:])
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+
+
+def _lower(text: str) -> str:
+    text = text.removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]

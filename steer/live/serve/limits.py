@@ -1,0 +1,114 @@
+"""Who may ask, and how much: hosts, keys, sizes."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from steer.errors import UsageError
+from steer.live.serve.errors import ApiError
+
+OPEN_PATHS = frozenset({"/health"})
+"""What is answered without a key: it tells nothing but that the server is there."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for at most."""
+
+    body: int = 4 * 2**20
+    """Bytes of its body."""
+    messages: int = 1000
+    choices: int = 16
+    """Texts written for it: prompts times n."""
+    tokens: int | None = None
+    """Of each reply; None for what the context leaves."""
+
+    def __post_init__(self) -> None:
+        for name in ("body", "messages", "choices", "tokens"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"max {name}: expected a whole number of at least 1, found {value!r}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server bound to it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Raise UsageError for a server that others could reach without a key, and for a key that no header can hold."""
+    if api_key is not None and not (api_key.strip() == api_key != "" and api_key.isascii() and api_key.isprintable()):
+        raise UsageError("--api-key: expected printable ASCII without spaces around it, found something else")
+    if api_key is None and not is_loopback(host):
+        raise UsageError(f"--host {host}: expected --api-key beside it, as others can reach it, found none; give a key")
+
+
+class KeyRequired:
+    """Middleware that answers 401 unless a request brings the key; before its body is read."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            # Compared in a time that tells nothing of the key.
+            right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key)
+            if scheme.lower() != "bearer" or not right:
+                what = "another" if given else "none"
+                error = ApiError(
+                    401,
+                    f"expected the header Authorization: Bearer with the server's key, found {what}",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Middleware that answers 413 for a larger body, as its bytes come: what a header says of it may be wrong."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        told = Headers(scope=scope).get("content-length", "")
+        if told.isdecimal() and int(told[:20]) > self.limit:
+            await self._too_large().response()(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.limit:
+                raise _TooLarge
+            return message
+
+        try:
+            await self.app(scope, counted, send)
+        except _TooLarge:
+            await self._too_large().response()(scope, receive, send)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"body: expected at most {self.limit:,} bytes, found more", code="request_too_large")
+
+
+class _TooLarge(BaseException):
+    """Passes by everything that turns what goes wrong while a body is read into a 400."""

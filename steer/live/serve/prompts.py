@@ -1,0 +1,142 @@
+"""What a request wants written: its prompt as token ids, its sampler, checked against what the server allows."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from steer.errors import SteerError
+from steer.live.serve.errors import ApiError, invalid
+from steer.live.serve.limits import Limits
+from steer.live.serve.schemas import ChatRequest, CompletionRequest, Message, Request
+from steer.values.sampler import ORDER, TEMPERATURE_LAST, Sampler
+
+if TYPE_CHECKING:
+    from steer.live.model import SteeredModel
+
+_FIELDS = tuple(f.name for f in fields(Sampler) if f.name in Request.model_fields)
+_OFF = {"top_k": 0, "dry_range": 0}
+"""Fields for which clients send -1 where all tokens are meant."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text that is to go on."""
+
+    ids: tuple[int, ...]
+    begun: int = 0
+    """How many ids at its end belong to the reply already."""
+    echo: str = ""
+    """What is told of it at the start of the reply."""
+
+
+def chat_prompt(model: SteeredModel, request: ChatRequest, limits: Limits) -> Prompt:
+    """A chat up to where the reply begins. A last message of the assistant's is a reply to be continued.
+
+    Errors: ApiError for a chat that the template refuses.
+    """
+    if len(request.messages) > limits.messages:
+        found = f"{len(request.messages)}; leave out the oldest"
+        raise invalid("messages", f"at most {limits.messages}", found, "too_many_messages")
+    chat = [{"role": _role(m), "content": _content(m, i)} for i, m in enumerate(request.messages)]
+    last = chat.pop() if chat[-1]["role"] == "assistant" else None
+    if not chat:
+        raise invalid("messages", "one that the assistant's last one replies to", "none", "chat_refused")
+    try:
+        ids = model.prompt_ids(chat)
+    except SteerError as e:
+        raise ApiError(400, str(e), param="messages", code="chat_refused") from e
+    begun = model.tokenizer(last["content"], add_special_tokens=False).input_ids if last else []
+    return Prompt((*ids, *begun), len(begun))
+
+
+def completion_prompts(model: SteeredModel, request: CompletionRequest, limits: Limits) -> list[Prompt]:
+    """The texts to complete, each with one BOS at most.
+
+    Errors: ApiError for none, too many, and for token ids that the model does not have.
+    """
+    given = request.prompt
+    several: Sequence[str] | Sequence[list[int]]
+    if isinstance(given, str):
+        several = [given]
+    elif given and isinstance(given[0], int):
+        several = [given]  # pyright: ignore[reportAssignmentType]
+    else:
+        several = given  # pyright: ignore[reportAssignmentType]
+    if not several:
+        raise invalid("prompt", "a text", "none")
+    return [_completion_prompt(model, text, bool(request.echo)) for text in several]
+
+
+def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int) -> Sampler:
+    """`base` with the fields that the request has, and a random seed where it has none.
+
+    Errors: ApiError naming the field.
+    """
+    unknown = [token for token, _ in request.logit_bias or () if token >= vocabulary]
+    if unknown:
+        raise invalid("logit_bias", f"token ids below {vocabulary}, the size of the vocabulary", str(unknown[0]))
+    given = {name: value for name in _FIELDS if (value := getattr(request, name)) is not None}
+    given |= {name: off for name, off in _OFF.items() if given.get(name) == -1}
+    if request.temperature_last is not None and request.temperature_last != base.temperature_last:
+        given["order"] = TEMPERATURE_LAST if request.temperature_last else ORDER
+    # Below 0 is what clients send for "any".
+    if given.get("seed", -1) < 0:
+        given["seed"] = secrets.randbelow(2**31)
+    wanted = given.get("max_new_tokens")
+    if wanted is not None and limits.tokens is not None and wanted > limits.tokens:
+        raise invalid("max_tokens", f"at most {limits.tokens}", str(wanted))
+    try:
+        sampler = replace(base, **given)
+    except SteerError as e:
+        field, _, says = str(e).partition(":")
+        field = "max_tokens" if field == "max_new_tokens" else field
+        raise ApiError(400, f"{field}:{says}", param=field, code="invalid_value") from e
+    return replace(sampler, max_new_tokens=min(sampler.max_new_tokens, limits.tokens or sampler.max_new_tokens))
+
+
+def room_for(prompt: Prompt, context: int, param: str) -> int:
+    """How many tokens a reply can have. Errors: ApiError for a prompt that leaves none."""
+    room = context - len(prompt.ids)
+    if room < 1:
+        expected = f"at most {context - 1} tokens, as the context is {context} with the reply in it"
+        raise invalid(param, expected, f"{len(prompt.ids)}; shorten it", "context_length_exceeded")
+    return room
+
+
+def _role(message: Message) -> str:
+    return "system" if message.role == "developer" else message.role
+
+
+def _content(message: Message, place: int) -> str:
+    if message.content is None:
+        return ""
+    if isinstance(message.content, str):
+        return message.content
+    other = [p.type for p in message.content if p.type != "text" or p.text is None]
+    if other:
+        field = f"messages[{place}].content"
+        raise invalid(field, "text", f"a part of type {other[0]!r}")
+    return "".join(p.text or "" for p in message.content)
+
+
+def _completion_prompt(model: SteeredModel, text: str | list[int], echo: bool) -> Prompt:
+    tokenizer = model.tokenizer
+    if isinstance(text, str):
+        # Front ends that write a chat's template themselves begin with the BOS.
+        bos = tokenizer.bos_token
+        ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+    else:
+        ids = text
+        size = model.hf.get_input_embeddings().weight.shape[0]
+        unknown = [i for i in ids if not 0 <= i < size]
+        if unknown:
+            raise invalid("prompt", f"token ids from 0, below {size}", str(unknown[0]))
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise invalid("prompt", "a text", "an empty one")
+    told = text if isinstance(text, str) else tokenizer.decode(ids, skip_special_tokens=True)
+    return Prompt(tuple(ids), echo=told if echo else "")
