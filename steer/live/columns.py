@@ -12,19 +12,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steer.live.frame import TextPass
+from steer.live.table import Table, Window
 from steer.values.dictionary import Dictionary, EncoderRows
 from steer.values.direction import Direction
-from steer.values.edit import PARALLEL
 from steer.values.fit import OUTLIER
 from steer.values.move import Move
-from steer.values.when import Gate
+from steer.values.when import PARALLEL, Gate
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,40 +37,6 @@ class Term:
     coefficients: tuple[float, float, float]
 
 
-class Table:
-    """Numbers `[rows, 1, n]` by row, fp64 here, copied once to each device and dtype that asks."""
-
-    def __init__(self, data: Float[Tensor, "rows 1 n"]) -> None:
-        self.data = data
-        self._ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._last: tuple[Any, Tensor, Tensor] | None = None
-
-    def at(self, text: TextPass, like: Tensor, dtype: torch.dtype) -> Float[Tensor, "batch new n"]:
-        """The rows of a pass, in a dtype, on the device of `like`."""
-        ready = self.ready(like.device, dtype)
-        if text.row is None or ready.shape[0] == 1:
-            return ready
-        # The rows of a batch stay the same from token to token.
-        if self._last is None or self._last[0] is not text.row or self._last[1] is not ready:
-            self._last = (text.row, ready, text.of_rows(ready))
-        return self._last[2]
-
-    def ready(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """All rows, on a device and in a dtype."""
-        if (device, dtype) not in self._ready:
-            # No inference tensor, which could not be changed in place from outside of inference mode.
-            with torch.inference_mode(False):
-                self._ready[device, dtype] = self.data.to(device, dtype)
-        return self._ready[device, dtype]
-
-    def take(self, other: Table) -> None:
-        """Hold the other's numbers from now on, in the same memory: compiled code keeps reading them."""
-        self.data.copy_(other.data)
-        for ready in self._ready.values():
-            ready.copy_(self.data)
-        self._last = None
-
-
 @dataclass(eq=False)
 class Columns:
     """Columns that are moved together at one module."""
@@ -82,7 +47,7 @@ class Columns:
     """[1, columns, d]: what each column writes. Directions set jointly: their dual basis, so that each projection
     moves by what was asked and by nothing that the others do; with `spread`, an orthonormal basis of theirs."""
     read: Table | None = None
-    """[1, columns, d]: the directions projected on; None where `encoder` reads, or nothing is read."""
+    """[d, columns]: the directions projected on; None where `encoder` reads, or nothing is read."""
     dictionary: Dictionary | None = None
     latents: tuple[int, ...] = ()
     spread: Table | None = None
@@ -95,7 +60,7 @@ class Columns:
     alpha: Table = field(init=False)
     beta: Table = field(init=False)
     upper: Table | None = field(init=False)
-    window: tuple[Table, Table, Table] | None = field(init=False)
+    window: Window | None = field(init=False)
     used: Table | None = field(init=False)
     """1 where the row has the move; kept where `spread` is."""
 
@@ -115,7 +80,7 @@ class Columns:
         self.alpha, self.beta = Table(alpha), Table(beta)
         self.upper = Table(upper) if any(t.coefficients[2] < math.inf for t in self.terms) else None
         timed = any(t.move.when.timed for t in self.terms)
-        self.window = (Table(window[0]), Table(window[1]), Table(window[2])) if timed else None
+        self.window = Window(window) if timed else None
         self.used = Table(used) if self.spread is not None else None
         self.terms = rows_own
         self._masks = {
@@ -131,11 +96,9 @@ class Columns:
 
     def deltas(self, x: Float[Tensor, "batch new d"], text: TextPass) -> Float[Tensor, "batch new columns"]:
         """By how much each column's reading moves on each token."""
-        beta = self.beta.at(text, x, x.dtype)
-        if self.read is None and self.dictionary is None:
-            by = beta.expand(*x.shape[:2], -1)
-        else:
-            by = self.alpha.at(text, x, x.dtype) * self._reading(x) + beta
+        by = self.beta.at(text, x, x.dtype)
+        if self.read is not None or self.dictionary is not None:
+            by = torch.addcmul(by, self.alpha.at(text, x, x.dtype), self._reading(x))
         if self.upper is not None:
             by = torch.minimum(by, self.upper.at(text, x, x.dtype))
         share = self._share(x, text)
@@ -145,8 +108,10 @@ class Columns:
             by = by.masked_fill(x.norm(dim=-1, keepdim=True) > OUTLIER * self.dictionary.norm, 0.0)
         return by
 
-    def written(self, by: Float[Tensor, "batch new columns"], text: TextPass) -> Float[Tensor, "batch new d"]:
-        """What the columns add to the stream for these moves of their readings."""
+    def written(
+        self, onto: Float[Tensor, "batch new d"], by: Float[Tensor, "batch new columns"], text: TextPass
+    ) -> Float[Tensor, "batch new d"]:
+        """`onto` and what the columns add to the stream for these moves of their readings."""
         if self.spread is not None:
             # What a column that is not acting reads is free to change: only those that act are set together.
             assert self.used is not None
@@ -155,13 +120,16 @@ class Columns:
             acting = self.used.at(text, by, by.dtype) * (share > 0)
             subset = sum(acting[..., j].long() << j for j in range(by.shape[-1]))
             by = (self.spread.ready(by.device, by.dtype)[subset] @ by[..., None])[..., 0]
-        return by @ self.write.ready(by.device, by.dtype)[0]
+        write = self.write.ready(by.device, by.dtype)
+        return torch.addcmul(onto, by, write) if write.shape[1] == 1 else onto + by @ write[0]
 
     def take(self, other: Columns) -> None:
         """Hold the other's numbers from now on, in the same memory."""
         self.terms, self.sites = other.terms, other.sites
         for mine, new in zip(self._tables(), other._tables(), strict=True):
             mine.take(new)
+        if self.window is not None and other.window is not None:
+            self.window.take(other.window)
 
     def layout(self) -> tuple[object, ...]:
         """Equal for columns whose numbers alone differ."""
@@ -170,23 +138,18 @@ class Columns:
         return (id(self.dictionary), self.latents, reads, kinds, tuple(g.key if g else None for g in self.gates))
 
     def _tables(self) -> list[Table]:
-        some = (self.write, self.read, self.spread, self.alpha, self.beta, self.upper, self.used, *(self.window or ()))
+        some = (self.write, self.read, self.spread, self.alpha, self.beta, self.upper, self.used)
         return [t for t in some if t is not None]
 
     def _reading(self, x: Tensor) -> Tensor:
         if self.read is not None:
-            return x @ self.read.ready(x.device, x.dtype)[0].T
+            return x @ self.read.ready(x.device, x.dtype)
         assert self.dictionary is not None
         return encoder_rows(self.dictionary, self.latents, x.device, x.dtype)(x)
 
     def _share(self, x: Tensor, text: TextPass) -> Tensor | None:
         """The share of each column that acts on each token; None where all of it does."""
-        share = None
-        if self.window is not None:
-            assert text.index is not None
-            i = text.index.to(x.device, x.dtype)[..., None]
-            start, end, ramp = (t.at(text, x, x.dtype) for t in self.window)
-            share = ((i - start + 1) / ramp).clamp(0, 1) * (i < end)
+        share = None if self.window is None else self.window.share(text, x)
         for key, table in self._masks.items():
             mask = table.ready(x.device, x.dtype)
             is_open = 1 - mask + mask * text.gates[key].to(x.device, x.dtype)
@@ -220,7 +183,7 @@ def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) 
         if taken:
             write[taken] = torch.linalg.pinv(r[taken], rtol=PARALLEL).T
     return Columns(
-        rows, terms, Table(write[None]), Table(r[None]), spread=spread,
+        rows, terms, Table(write[None]), Table(r.T), spread=spread,
         sites=tuple(p.direction.site for p in order), gates=tuple(p.gate for p in order),
     )  # fmt: skip
 

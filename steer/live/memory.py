@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers.cache_utils import Cache
 
@@ -50,11 +51,12 @@ class Memory:
 def _cut(cache: Cache, length: int, to: int) -> bool:
     """Cut a cache of `length` tokens to its first ones. False where that cannot be done, or it holds another number:
     a pass that was broken off has left its tokens in some blocks."""
-    if any(int(layer.get_seq_length()) != length for layer in cache.layers):
+    layers: list[Any] = cache.layers
+    if any(int(layer.get_seq_length()) != length for layer in layers):
         return False
     if to == length:
         return True
-    windows = (layer for layer, slides in zip(cache.layers, cache.is_sliding, strict=True) if slides)
+    windows = (layer for layer, slides in zip(layers, cache.is_sliding, strict=True) if slides)
     # A window that is full has let tokens go.
     if not cache.is_croppable or any(length >= layer.sliding_window for layer in windows):
         return False

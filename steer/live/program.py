@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steer.live.columns import Columns, Place, Table, encoder_rows, joint, latents, places, timed_adds
+from steer.live.columns import Columns, Place, encoder_rows, joint, latents, places, timed_adds
 from steer.live.frame import TextPass
+from steer.live.table import Table, Window
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
@@ -48,15 +49,13 @@ class SiteProgram:
         if not self.added and not self.set:
             return h if self.shift is None else h + self.shift.at(text, h, h.dtype)
         x = h.to(torch.promote_types(h.dtype, torch.float32))
-        delta = None if self.shift is None else self.shift.at(text, x, x.dtype)
+        out = x if self.shift is None else x + self.shift.at(text, x, x.dtype)
         for columns in self.added:
-            delta = _sum(delta, self._moved(columns, x, text))
-        if delta is not None:
-            x = x + delta
-        delta = None
+            out = self._moved(columns, x, out, text)
+        x = out
         for columns in self.set:
-            delta = _sum(delta, self._moved(columns, x, text))
-        return (x if delta is None else x + delta).to(h.dtype)
+            out = self._moved(columns, x, out, text)
+        return out.to(h.dtype)
 
     @property
     def timed(self) -> bool:
@@ -75,11 +74,12 @@ class SiteProgram:
         for mine, new in zip((*self.added, *self.set), (*other.added, *other.set), strict=True):
             mine.take(new)
 
-    def _moved(self, columns: Columns, x: Tensor, text: TextPass) -> Tensor:
+    def _moved(self, columns: Columns, x: Tensor, onto: Tensor, text: TextPass) -> Tensor:
+        """`onto` moved as the columns want it that read `x`."""
         by = columns.deltas(x, text)
         if text.tally is not None:
             text.tally.note(columns, by, text, self.writes_to)
-        return columns.written(by, text)
+        return columns.written(onto, by, text)
 
 
 def compiled(rows: Rows, anatomy: Anatomy, held: Sequence[Move] = ()) -> dict[str, SiteProgram]:
@@ -107,7 +107,17 @@ def compiled(rows: Rows, anatomy: Anatomy, held: Sequence[Move] = ()) -> dict[st
     _ablations(out, rows, moves, anatomy)
     for gate in {m.when.gate.key: m.when.gate for _, m in moves if m.when.gate is not None}.values():
         out.setdefault(anatomy.block_module(gate.site), SiteProgram()).gates.append(gate)
+    if not held:  # whose numbers change, each window's by itself
+        _share_windows(out)
     return out
+
+
+def _share_windows(programs: dict[str, SiteProgram]) -> None:
+    """One window for all columns whose windows are equal."""
+    windows: dict[object, Window] = {}
+    for columns in (c for p in programs.values() for c in (*p.added, *p.set)):
+        if columns.window is not None:
+            columns.window = windows.setdefault(columns.window.key, columns.window)
 
 
 def _moves(edit: Edit) -> Iterator[Move]:
@@ -196,7 +206,3 @@ def _gate_amount(gate: Gate, h: Tensor) -> Tensor:
     f = gate.on
     acts = encoder_rows(f.dictionary, f.indices, x.device, x.dtype)(x)
     return (acts / torch.tensor(f.units, device=x.device, dtype=x.dtype)).mean(-1, keepdim=True)
-
-
-def _sum(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b

@@ -139,6 +139,9 @@ class Sliders(MutableMapping[str, float]):
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._amounts))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._amounts
+
     def __len__(self) -> int:
         return len(self._amounts)
 

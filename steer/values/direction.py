@@ -54,7 +54,8 @@ class Direction:
                 f"direction {self.name!r}: expected a finite non-zero vector, found shape "
                 f"{tuple(vector.shape)} with norm {norm}; find it again with `steer find`"
             )
-        object.__setattr__(self, "vector", vector / norm)
+        # A unit vector stays as it is, or each save and load would move its last bits.
+        object.__setattr__(self, "vector", vector if abs(norm - 1) < 1e-6 else vector / norm)
 
     @property
     def width(self) -> int:

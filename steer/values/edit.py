@@ -16,13 +16,11 @@ from steer.errors import UsageError
 from steer.values.direction import Direction
 from steer.values.feature import Feature
 from steer.values.move import Move
+from steer.values.when import PARALLEL, same_vector
 
 SET_TOGETHER = 10
 """Directions at one site whose projections can be set together while some of them act at times only: what each
 subset of them takes is worked out beforehand."""
-PARALLEL = 1e-6
-"""Singular values of a set of unit vectors below this share of the largest count as 0: what is parallel but for
-rounding is one direction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +50,7 @@ class Edit:
             raise UsageError(
                 f"blocks: expected FIRST-LAST with 0 <= FIRST <= LAST, found {self.blocks[0]}-{self.blocks[1]}"
             )
-        self._check_conflicts()
+        _check_conflicts(self.moves)
         self._check_number()
 
     @classmethod
@@ -62,6 +60,7 @@ class Edit:
         moving = [m for m in moves if not m.neutral]
         if not moving:
             return None
+        _check_conflicts(moving)
         gone = [m for m in moving if m.operation == "ablate" and isinstance(m.target, Direction)]
         if any(not m.when.always for m in gone) or len({m.amount for m in gone}) > 1:
             gone = []  # weights cannot hold these: they stay moves
@@ -128,30 +127,6 @@ class Edit:
         }
         return out | {"moves": [m.describe() for m in self.moves]} if self.moves else out
 
-    def _check_conflicts(self) -> None:
-        """Raise UsageError when two moves may set one thing on the same token: each would undo what the other did."""
-        taken: dict[tuple[int, int], list[Move]] = {}
-        for move in self.as_moves():
-            if not move.reads:
-                continue
-            if isinstance(move.target, Feature):
-                keys = [(id(move.target.dictionary), i) for i in move.target.indices]
-                what = "latent {i} of dictionary " + repr(move.target.dictionary.name)
-            else:
-                # Ablation is at the writers, the others are at the site.
-                keys = [(id(move.target), -1 if move.operation == "ablate" else -2)]
-                what = "direction " + repr(move.target.name)
-            for key in keys:
-                others = taken.setdefault(key, [])
-                for other in others:
-                    if not other.when.excludes(move.when):
-                        raise UsageError(
-                            f"sliders {other.name!r} and {move.name!r} clamp, cap, scale or ablate "
-                            f"{what.format(i=key[1])}; expected one of them at most on any token, delete the other "
-                            "or have them act at different times"
-                        )
-                others.append(move)
-
     def _check_number(self) -> None:
         """Raise UsageError for more projections than can be set together while they come and go."""
         places: dict[int, list[Move]] = {}
@@ -174,3 +149,31 @@ def _direction(move: Move) -> Direction:
 def _share(direction: Direction, amount: float) -> float | None:
     share = direction.share(amount)
     return None if math.isnan(share) else round(share, 4)
+
+
+def _check_conflicts(moves: Sequence[Move]) -> None:
+    """Raise UsageError when two moves may set one thing on the same token: each would undo what the other did."""
+    taken: dict[tuple[object, ...], list[Move]] = {}
+    directions: list[Direction] = []
+    for move in moves:
+        if not move.reads or move.neutral:
+            continue
+        if isinstance(move.target, Feature):
+            dictionary = move.target.dictionary
+            keys = {(id(dictionary), i): f"latent {i} of dictionary {dictionary.name!r}" for i in move.target.indices}
+        else:
+            # By its numbers, as one file may be loaded twice.
+            d = next((d for d in directions if same_vector(d, move.target)), move.target)
+            directions.append(d)
+            # Ablation is at the writers, the others are at the site.
+            keys = {(id(d), move.operation == "ablate"): f"direction {d.name!r}"}
+        for key, what in keys.items():
+            others = taken.setdefault(key, [])
+            for other in others:
+                if not other.when.excludes(move.when):
+                    raise UsageError(
+                        f"sliders {other.name!r} and {move.name!r} clamp, cap, scale or ablate "
+                        f"{what}; expected one of them at most on any token, delete the other "
+                        "or have them act at different times"
+                    )
+            others.append(move)

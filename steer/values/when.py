@@ -19,6 +19,9 @@ from steer.errors import UsageError
 from steer.values.direction import Direction
 from steer.values.feature import Feature
 
+PARALLEL = 1e-6
+"""Singular values of a set of unit vectors below this share of the largest count as 0: what is parallel but for
+rounding is one direction."""
 Part = Literal["text", "reply"]
 """The whole text, prompt included, or the tokens of the reply alone."""
 
@@ -60,7 +63,7 @@ class Gate:
 
     def excludes(self, other: Gate) -> bool:
         """Whether no token can open both."""
-        if self.on is not other.on:
+        if not _alike(self.on, other.on):
             return False
         low = max(-math.inf if g.above is None else g.above for g in (self, other))
         high = min(math.inf if g.below is None else g.below for g in (self, other))
@@ -133,3 +136,17 @@ class When:
 
 
 ALWAYS = When()
+
+
+def same_vector(a: Direction, b: Direction) -> bool:
+    """Whether two directions are one but for rounding, at one site."""
+    return a is b or (a.site == b.site and a.width == b.width and float(torch.dist(a.vector, b.vector)) < PARALLEL)
+
+
+def _alike(a: Direction | Feature, b: Direction | Feature) -> bool:
+    """Whether they read the same amounts: one file may have been loaded twice."""
+    if isinstance(a, Direction) and isinstance(b, Direction):
+        return same_vector(a, b) and (a.without_mean, a.gap) == (b.without_mean, b.gap)
+    if isinstance(a, Feature) and isinstance(b, Feature):
+        return a.dictionary is b.dictionary and (a.indices, a.units) == (b.indices, b.units)
+    return False
