@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from steer.feature_finding import FoundFeatures
     from steer.features.records import FeatureRecord
     from steer.finding import Found
+    from steer.measure.calibration import Calibration, TriedAmount
     from steer.measure.latents import SteeringCheck
     from steer.training import TrainedDictionary
     from steer.values.fit import Fit
@@ -136,6 +137,33 @@ def feature_table(records: Sequence[FeatureRecord], trait: str | None) -> str:
         words = _words([t for t, _ in r.top_tokens], 26)
         table.add_row(str(r.index), f"{r.rate:.2%}", score, escape(words), escape(shown))
     return _text(table)
+
+
+def calibration_table(found: Calibration) -> str:
+    """The range of every slider, and what ends it: a limit, or as far as amounts are tried."""
+    table = _table("slider", "operation", "end", "amount", "share", "KL chat", "KL prose", "repetition", "ended by")
+    notes = []
+    for s in found.sliders:
+        name = escape(s.name)
+        if s.range is None or s.ends is None:
+            t = s.at(s.centre)
+            table.add_row(name, s.operation, "none", f"{s.centre:g}", *_tested_cells(t), "")
+            notes.append(f"{s.name}: no range, as its gentlest amount {s.centre:g} is beyond a limit already")
+        else:
+            for end, amount, why in zip(("low", "high"), s.range, s.ends, strict=True):
+                table.add_row(name, s.operation, end, f"{amount:g}", *_tested_cells(s.at(amount)), why)
+            if not s.inside:
+                notes.append(f"{s.name} stands at {s.stands:g}, outside its range {s.range[0]:g} to {s.range[1]:g}")
+    limits = (
+        f"limits: KL {found.limits.kl:g} nats per token on neutral text, repetition {found.repetition:.3f} untouched "
+        f"and {found.limits.repetition:g} beyond; {found.tokens:,} tokens"
+    )
+    return _text(table) + "\n".join([*notes, limits])
+
+
+def _tested_cells(t: TriedAmount) -> list[str]:
+    share, again = ("-" if x is None else f"{x:.{n}f}" for x, n in ((t.share, 2), (t.repetition, 3)))
+    return [share, f"{t.kl_chat:.3f}", f"{t.kl_prose:.3f}", again]
 
 
 def demo_table(result: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ["values", "weights", "live", "features", "measure"]
+LAYERS = ["values", "weights", "live", "features", "measure", "chat"]
 """From low to high. The modules at the top of steer/, and app.py, are above them all."""
 SHARED = {"errors", "progress"}
 """Modules at the top of steer/ that anything may import, and that import nothing of it."""

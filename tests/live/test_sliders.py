@@ -99,7 +99,7 @@ def test_the_warning_comes_when_the_sum_at_a_site_reaches_the_budget(model, make
     assert model.sliders.share(1) == pytest.approx(0.125)
     model.sliders["b"] = 2 * (BUDGET - 0.5) + 0.001
     assert model.sliders.share(1) == pytest.approx(BUDGET + 0.0005)
-    model.sliders["b"] = 0.75
+    model.sliders["b"] = 0.76
     assert len(model.sliders.warnings()) == 1
     assert "after block 1 by 0.88" in model.sliders.warnings()[0]
 

@@ -11,21 +11,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from steer.errors import SteerError, UsageError
 from steer.live.frame import TextPass
-from steer.live.receipts import Receipt, Tally
+from steer.live.receipts import Receipt
 from steer.live.sampling import Draw, choose, logprobs
 from steer.live.serve.engine import Busy, Event, Finished, Job, Token
 from steer.live.serve.packed import Batcher, Part
-from steer.values.edit import Edit
+from steer.live.serve.taken import Accounts, Places, Taken
 
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
@@ -58,20 +57,20 @@ class BatchingEngine:
         self.model, self.max_running, self.max_waiting = model, max_running, max_waiting
         most = int(model.hf.config.get_text_config().max_position_embeddings)
         self._wanted = most if context is None else min(context, most)
-        self.wake = threading.Event()
+        self._wake = threading.Event()
         """Set when there may be something to do."""
         self._lock = threading.RLock()
         """Of the two collections, and of `_batcher` as a place to add to."""
-        self._running: dict[str, _Text] = {}
-        self._waiting: deque[_Text] = deque()
+        self._running: dict[str, Taken] = {}
+        self._waiting: deque[Taken] = deque()
         self._numbers = count()
         self._closing = False
         self._broken: str | None = None
         """Why nothing can be taken any more."""
         self._seconds = 1.0
         """What a text takes, a running mean."""
-        self._tally = _Accounts()
-        self._places: _Places | None = None
+        self._tally = Accounts()
+        self._places: Places | None = None
         self._batcher = self._new_batcher()
         self.context = self._batcher.context
         """Tokens of a prompt and its reply together, at most."""
@@ -94,16 +93,15 @@ class BatchingEngine:
         """Jobs that were taken and are not begun."""
         return len(self._waiting)
 
-    def submit(self, job: Job, on_event: Callable[[Event], None]) -> _Text:
+    def submit(self, job: Job, on_event: Callable[[Event], None]) -> Taken:
         """Take a job; see `Engine.submit`.
 
         Errors: Busy when the queue is full, UsageError for a job that can never fit, SteerError after `close`.
         """
-        vocab = self.model.hf.config.get_text_config().vocab_size
-        for token in (*job.prompt, *(token for token, _ in job.sampler.logit_bias)):
-            if not 0 <= token < vocab:
-                raise UsageError(f"expected token ids from 0 to {vocab - 1}, the model's vocabulary, found {token}")
-        text = _Text(self, next(self._numbers), job, on_event)
+        self._check(job)
+        draw = Draw(job.sampler, job.prompt, job.key, self.model.tokenizer, job.begun)
+        needs = self._batcher.need(len(job.prompt) + job.sampler.max_new_tokens)
+        text = Taken(next(self._numbers), job, on_event, draw, self.model.end_token_ids, needs, self._wake)
         with self._lock:
             if self._closing:
                 raise SteerError(self._broken or "the engine is closed; start another")
@@ -115,33 +113,35 @@ class BatchingEngine:
                     f"queue full: {self.running} replies are being written and {self.waiting} wait; ask again later",
                     min(max(self._seconds / self.max_running, 1.0), 60.0),
                 )
-        self.wake.set()
+        self._wake.set()
         return text
-
-    def need(self, job: Job) -> int:
-        """How much of the pages a job takes. Errors: UsageError for one that can never fit."""
-        length = len(job.prompt) + job.sampler.max_new_tokens
-        if length > self.context:
-            raise UsageError(
-                f"expected at most {self.context} tokens of prompt and reply together, found {len(job.prompt)} of the "
-                f"prompt and max_new_tokens {job.sampler.max_new_tokens}; shorten the one or the other"
-            )
-        return self._batcher.need(length)
 
     def close(self) -> None:
         """End what is running and the engine's thread. Jobs hear `Finished("cancelled")`."""
         with self._lock:
             self._closing = True
-        self.wake.set()
+        self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _check(self, job: Job) -> None:
+        """Raise UsageError for a job that can never be written."""
+        length, vocab = len(job.prompt) + job.sampler.max_new_tokens, self.model.hf.config.get_text_config().vocab_size
+        if length > self.context:
+            raise UsageError(
+                f"expected at most {self.context} tokens of prompt and reply together, found {len(job.prompt)} of the "
+                f"prompt and max_new_tokens {job.sampler.max_new_tokens}; shorten the one or the other"
+            )
+        for token in (*job.prompt, *(token for token, _ in job.sampler.logit_bias)):
+            if not 0 <= token < vocab:
+                raise UsageError(f"expected token ids from 0 to {vocab - 1}, the model's vocabulary, found {token}")
 
     # What follows is called in the engine's thread, `_begin` in any.
 
     def _run(self) -> None:
         try:
             while not self._closing:
-                self.wake.clear()
+                self._wake.clear()
                 try:
                     self._end_cancelled()
                     worked = self._step()
@@ -149,9 +149,9 @@ class BatchingEngine:
                     self._recover(e)
                     worked = True
                 if not worked and not self._closing:
-                    self.wake.wait()
+                    self._wake.wait()
         except BaseException as e:
-            self._broken = f"the engine has stopped: {type(e).__name__}: {e}"
+            self._broken = f"the engine has stopped: {type(e).__name__}"
             raise
         finally:
             # Whatever happened, nobody waits for a reply that does not come.
@@ -185,7 +185,7 @@ class BatchingEngine:
                 self._tell_token(text, token, row)
         return True
 
-    def _ask_edit(self, text: _Text) -> None:
+    def _ask_edit(self, text: Taken) -> None:
         try:
             edit = text.job.edit()
             if edit is not None and edit is not text.edit:
@@ -194,13 +194,13 @@ class BatchingEngine:
         except Exception as e:
             self._fail(text, e)
 
-    def _forward(self, parts: list[Part], texts: Sequence[_Text]) -> Float[Tensor, "writing vocab"]:
+    def _forward(self, parts: list[Part], texts: Sequence[Taken]) -> Float[Tensor, "writing vocab"]:
         steering, batcher = self.model.steering, self._batcher
         # Texts under one edit share a row: nothing need be worked out anew as they come and go.
         rows = list(dict.fromkeys(text.edit for text in texts))
         mine = [rows.index(text.edit) for text in texts]
         if self._places is None or self._places.key != (parts, mine):
-            self._places = _Places.of(parts, mine, texts, batcher.positions.device)
+            self._places = Places.of(parts, mine, texts, batcher.positions.device)
         with steering.lock, steering.applied(rows), torch.inference_mode():
             told = TextPass(row=self._places.row if len(rows) > 1 else None, packed=True, tally=self._tally)
             if steering.timed:
@@ -210,7 +210,7 @@ class BatchingEngine:
             with steering.passing(told):
                 return batcher.forward()
 
-    def _tell_token(self, text: _Text, token: int, logits: Float[Tensor, " vocab"]) -> None:
+    def _tell_token(self, text: Taken, token: int, logits: Float[Tensor, " vocab"]) -> None:
         job, end = text.job, token in text.ends
         logprob, top = (None, []) if job.top_logprobs is None else logprobs(logits, token, job.top_logprobs)
         if not text.cancelled:
@@ -219,14 +219,14 @@ class BatchingEngine:
         if not text.cancelled and (end or text.made >= job.sampler.max_new_tokens):
             self._end(text, "stop" if end else "length")
 
-    def _fail(self, text: _Text, error: Exception) -> None:
+    def _fail(self, text: Taken, error: Exception) -> None:
         if not isinstance(error, SteerError):
             _log.error("a reply could not be written", exc_info=error)
             found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             error = SteerError(f"the reply could not be written: {found}")
         self._end(text, error)
 
-    def _end(self, text: _Text, how: Literal["stop", "length", "cancelled"] | SteerError) -> None:
+    def _end(self, text: Taken, how: Literal["stop", "length", "cancelled"] | SteerError) -> None:
         """The last that a job hears."""
         if text.over:
             return
@@ -242,16 +242,16 @@ class BatchingEngine:
             self._begin()
         self._tell(text, how if isinstance(how, SteerError) else Finished(how, receipt))
 
-    def _receipt(self, text: _Text) -> Receipt | None:
+    def _receipt(self, text: Taken) -> Receipt | None:
         try:
             receipt = self._tally.ended(text.number)
         except Exception as e:
             _log.error("no receipts for the replies being written", exc_info=e)
-            self._tally = _Accounts()
+            self._tally = Accounts()
             return None
         return receipt if receipt.sliders else None
 
-    def _tell(self, text: _Text, event: Event) -> None:
+    def _tell(self, text: Taken, event: Event) -> None:
         try:
             text.on_event(event)
         except Exception as e:
@@ -278,68 +278,20 @@ class BatchingEngine:
 
     def _recover(self, error: Exception) -> None:
         """After an error of transformers' own bookkeeping: what is being written is lost, the rest goes on anew."""
-        with self._lock:
+        with self.model.steering.lock, self._lock:
             hit = list(self._running.values())
             self._running.clear()
             try:
-                with self.model.steering.lock:
-                    self._batcher.close()
-                    self._batcher = self._new_batcher()
+                if not hit:  # it would come again and again
+                    raise error
+                self._batcher.close()
+                self._batcher = self._new_batcher()
             except Exception as e:
-                self._broken = str(e)
+                _log.error("the engine has stopped", exc_info=e)
+                self._broken = f"the engine has stopped: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}"
                 self._closing = True
         for text in hit:
             self._fail(text, error)
 
     def _new_batcher(self) -> Batcher:
         return Batcher(self.model.hf, self.max_running, self._wanted)
-
-
-class _Text:
-    """A job that was taken, and its handle."""
-
-    def __init__(self, engine: BatchingEngine, number: int, job: Job, on_event: Callable[[Event], None]) -> None:
-        self.number, self.id, self.job, self.on_event = number, str(number), job, on_event
-        self.draw = Draw(job.sampler, job.prompt, job.key, engine.model.tokenizer, job.begun)
-        self.ends = engine.model.end_token_ids
-        self.needs = engine.need(job)
-        self.edit: Edit | None = None
-        self.made = 0
-        """Tokens so far."""
-        self.begun = 0.0
-        self.cancelled = False
-        """Somebody wants it to end; it does so before the next step."""
-        self.over = False
-        self._wake = engine.wake
-
-    def cancel(self) -> None:
-        """See `Handle.cancel`."""
-        self.cancelled = True
-        self._wake.set()
-
-
-@dataclass(frozen=True)
-class _Places:
-    """What there is to know of each packed token. The same from step to step while no text comes or goes."""
-
-    key: tuple[list[Part], list[int]]
-    row: Int[Tensor, " tokens"]
-    first: Int[Tensor, "1 tokens"]
-    """The position in its text that writes the first token of the reply."""
-
-    @classmethod
-    def of(cls, parts: list[Part], rows: list[int], texts: Sequence[_Text], device: torch.device) -> _Places:
-        counts = torch.tensor([p.tokens.stop - p.tokens.start for p in parts])
-        first = torch.tensor([len(t.job.prompt) - t.job.begun - 1 for t in texts])
-        row, first = (x.repeat_interleave(counts).to(device) for x in (torch.tensor(rows), first))
-        return cls((parts, rows), row, first[None])
-
-
-class _Accounts(Tally):
-    """The receipts of the texts that are being written."""
-
-    def ended(self, text: int) -> Receipt:
-        """A text's receipt, after which nothing of it is kept."""
-        receipt = self.receipt(text)
-        self._texts.pop(text, None)
-        return receipt
