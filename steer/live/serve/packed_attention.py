@@ -51,7 +51,7 @@ def packing(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         starts = torch.tensor([ends_k[i] for i in group])
         index.append(fetched[(starts[:, None] + torch.minimum(places, lengths[:, None] - 1)).flatten()])
         mask = None
-        if False:
+        if int(lengths.min()) < width:
             mask = torch.zeros(len(group), 1, 1, width, dtype=dtype)
             mask.masked_fill_((places >= lengths[:, None])[:, None, None], low)
         tokens = torch.tensor([ends_q[i] for i in group])
