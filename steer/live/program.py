@@ -170,16 +170,18 @@ def _joined(moves: _Moves, rows: int) -> list[Columns]:
 
 
 def _ablations(out: dict[str, SiteProgram], rows: Rows, moves: _Moves, anatomy: Anatomy) -> None:
-    """Ablation at every writer that the row's edit names. Writers edited alike share one set of columns."""
+    """Ablation at every writer that the row's edit names. Rows that are edited at the same writers share one set of
+    columns, which stays the same from writer to writer: receipts sum what it does."""
     gone = [(r, m) for r, m in moves if _ablates(m)]
-    shared: dict[tuple[int, ...], list[Columns]] = {}
-    for module, block in _writers(anatomy):
-        editing = tuple(r for r in dict.fromkeys(r for r, _ in gone) if r < 0 or _edits(rows[r], block))
-        if not editing:
-            continue
-        if editing not in shared:
-            shared[editing] = _joined([(r, m) for r, m in gone if r in editing], len(rows))
-        out.setdefault(module, SiteProgram(writes_to=-1 if block is None else block)).set += shared[editing]
+    alike: dict[tuple[int, int] | None, _Moves] = {}
+    for r, m in gone:
+        edit = rows[max(r, 0)]  # what is held goes with the one row that there is
+        alike.setdefault(edit.blocks if edit is not None else None, []).append((r, m))
+    for blocks, theirs in alike.items():
+        columns = _joined(theirs, len(rows))
+        for module, block in _writers(anatomy):
+            if blocks is None or (block is not None and blocks[0] <= block <= blocks[1]):
+                out.setdefault(module, SiteProgram(writes_to=-1 if block is None else block)).set += columns
 
 
 def _writers(anatomy: Anatomy) -> Iterator[tuple[str, int | None]]:
@@ -187,14 +189,6 @@ def _writers(anatomy: Anatomy) -> Iterator[tuple[str, int | None]]:
     for block in range(anatomy.blocks):
         for module in anatomy.writer_modules(block):
             yield module, block
-
-
-def _edits(edit: Edit | None, block: int | None) -> bool:
-    if edit is None:
-        return False
-    if edit.blocks is None:
-        return True
-    return block is not None and edit.blocks[0] <= block <= edit.blocks[1]
 
 
 def _gate_amount(gate: Gate, h: Tensor) -> Tensor:

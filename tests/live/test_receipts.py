@@ -111,6 +111,16 @@ def test_every_text_of_a_batch_has_its_own_receipt_and_padding_counts_for_none(e
         assert told(receipt) == approx(wanted(endless, prompts[i], replies[i], moves or []))
 
 
+def test_an_ablation_is_told_once_whatever_writers_another_row_ablates(endless, make_direction):
+    everywhere = Edit((make_direction("one"),))
+    somewhere = Edit((make_direction("one"),), 0.5, (1, 1))
+    together, alone = Tally(), Tally()
+    written(endless, PROMPTS[:2], [everywhere, somewhere], together)
+    written(endless, PROMPTS[:1], [everywhere], alone)
+    assert told(together.receipt(0)) == approx(told(alone.receipt(0)))
+    assert together.receipt(0).sliders[0].tokens == together.receipt(0).tokens
+
+
 def test_one_edit_for_a_whole_batch_is_told_to_each_text(endless):
     tally, moves = Tally(), MOVES["everything"]
     replies = written(endless, PROMPTS, [Edit.of(moves)], tally)
