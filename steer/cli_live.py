@@ -1,4 +1,4 @@
-"""The verbs that run the model: chat, serve, ui."""
+"""The verbs that run the model: chat, calibrate, serve, ui."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli_common import Model
+from steer.cli_common import Json, Model, emit
+from steer.errors import UsageError
 
 if TYPE_CHECKING:
+    from steer.live.session import Session
     from steer.values.sampler import Sampler
 
 _Slider = Annotated[list[str], typer.Option("--slider", help="NAME=AMOUNT or NAME:OPERATION=AMOUNT; may be repeated.")]
@@ -19,7 +21,13 @@ _Profile = Annotated[Path | None, typer.Option(help="A profile: sliders and a sa
 
 
 def chat(
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint directory or hub id; with --server, one of its models.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Talk to the model that `steer serve` runs at this URL; its key is STEER_API_KEY."),
+    ] = None,
     slider: _Slider = [],  # noqa: B006
     profile: _Profile = None,
     card: Annotated[Path | None, typer.Option(help="A character card, PNG or JSON: who the model plays.")] = None,
@@ -39,12 +47,7 @@ def chat(
     chosen = _sampler(sampler, settings | ({} if temperature is None else {"temperature": temperature}))
     played = None if card is None else load_card(card)
     gone_by = None if profile is None else Profile.load(profile)
-    from steer.live.model import load
-    from steer.live.session import Session
-    from steer.live.terminal import run_chat
-
-    live = load(model)
-    session = Session(live, sampler=chosen, sliders=live.sliders)
+    session = _session(model, server, chosen)
     if played is not None:
         session.play(played)
     if gone_by is not None:
@@ -54,8 +57,52 @@ def chat(
     if system is not None:
         session.system = system
     for name, amount in amounts.items():
-        live.sliders[name] = amount
+        session.sliders[name] = amount
+    from steer.live.terminal import run_chat
+
     run_chat(session)
+
+
+def _session(model: str | None, server: str | None, sampler: Sampler) -> Session:
+    """A chat with a model here, or with one behind a server."""
+    if server is not None:
+        from steer.live.remote import RemoteModel, RemoteSession
+
+        return RemoteSession(RemoteModel(server, os.environ.get("STEER_API_KEY"), model), sampler=sampler)
+    if model is None:
+        raise UsageError("chat: expected a model, or --server, found neither; name a checkpoint")
+    from steer.live.model import load
+    from steer.live.session import Session
+
+    live = load(model)
+    return Session(live, sampler=sampler, sliders=live.sliders)
+
+
+def calibrate(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="The profile; its ranges are written into it.")],
+    max_kl: Annotated[float | None, typer.Option(help="Nats a token on neutral text, at most.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the profile here instead.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Find how far each slider of a profile can be moved before replies come apart, and write it into the profile."""
+    from steer.values.profile import Profile
+
+    given = Profile.load(profile)
+    from steer.live.model import load
+    from steer.measure.calibrate import calibrate as run
+    from steer.measure.calibrate import expected_tokens
+    from steer.measure.calibration import Limits
+    from steer.progress import bar
+    from steer.tables import calibration_table
+
+    live = load(model)
+    limits = Limits() if max_kl is None else Limits(kl=max_kl)
+    with bar("calibrating", expected_tokens(len(given.sliders)), "tokens") as advance:
+        found = run(live, given, limits=limits, seed=seed, on_tokens=advance)
+    place = found.applied(given).save(out or profile)
+    emit({"profile": str(place), **found.as_json()}, as_json, f"{calibration_table(found)}\n{place}")
 
 
 def serve(
@@ -92,20 +139,32 @@ def serve(
 
 
 def ui(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint directory or hub id; without one the page offers the default merge."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Talk to the model that `steer serve` runs at this URL; its key is STEER_API_KEY."),
+    ] = None,
     port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 8501,
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
 ) -> None:
     """Open the slider chat in the browser."""
+    if model is not None and server is not None:
+        raise UsageError(f"ui: expected a model or --server, found {model} and {server}; leave one out")
     page = Path(__file__).parents[1] / "app.py"
     from steer.weights.fetch import resolve
 
+    named = [resolve(model)] if model is not None else [] if server is None else ["--server", server]
     command = [
         sys.executable, "-m", "streamlit", "run", str(page), "--server.address", "127.0.0.1",
         "--server.port", str(port), "--server.headless", str(headless).lower(),
         # Watching files would import every module of transformers, those too whose libraries are not here.
         "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
-        "--client.toolbarMode", "viewer", "--", resolve(model),
+        "--client.toolbarMode", "viewer", "--client.showErrorDetails", "none",
+        # The default is the red that means "too far" on a slider.
+        "--theme.light.primaryColor", "#3d63c9", "--theme.dark.primaryColor", "#86a3f5", "--", *named,
     ]  # fmt: skip
     # In this process's place: whoever stops `steer ui` stops the page, not only its parent.
     os.execv(sys.executable, command)
@@ -124,5 +183,6 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Examples: `steer chat merged --slider moralizing=-1` · `steer chat merged --card duke.png`")(
         chat
     )
+    app.command(epilog="Example: `steer calibrate merged --profile noir.yaml`")(calibrate)
     app.command(epilog="Example: `steer serve merged --profile profiles/`")(serve)
-    app.command(epilog="Example: `steer ui merged`")(ui)
+    app.command(epilog="Examples: `steer ui merged` · `steer ui --server http://127.0.0.1:8321`")(ui)

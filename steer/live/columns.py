@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,20 @@ class Term:
     column: int
     move: Move
     coefficients: tuple[float, float, float]
+
+
+class _Numbers(NamedTuple):
+    """What columns compute with in a pass."""
+
+    row: Tensor | None
+    """`TextPass.row` of the pass."""
+    dtype: torch.dtype
+    device: torch.device
+    alpha: Tensor
+    beta: Tensor
+    upper: Tensor | None
+    read: Tensor | None
+    write: Tensor
 
 
 @dataclass(eq=False)
@@ -83,6 +98,7 @@ class Columns:
         self.window = Window(window) if timed else None
         self.used = Table(used) if self.spread is not None else None
         self.terms = rows_own
+        self._last: _Numbers | None = None
         self._masks = {
             gate.key: Table(torch.tensor([[[float(g is not None and g.key == gate.key) for g in self.gates]]]))
             for gate in self.gates
@@ -96,11 +112,14 @@ class Columns:
 
     def deltas(self, x: Float[Tensor, "batch new d"], text: TextPass) -> Float[Tensor, "batch new columns"]:
         """By how much each column's reading moves on each token."""
-        by = self.beta.at(text, x, x.dtype)
-        if self.read is not None or self.dictionary is not None:
-            by = torch.addcmul(by, self.alpha.at(text, x, x.dtype), self._reading(x))
-        if self.upper is not None:
-            by = torch.minimum(by, self.upper.at(text, x, x.dtype))
+        n = self._numbers(text, x)
+        by = n.beta
+        if n.read is not None:
+            by = torch.addcmul(by, n.alpha, x @ n.read)
+        elif self.dictionary is not None:
+            by = torch.addcmul(by, n.alpha, encoder_rows(self.dictionary, self.latents, x.device, x.dtype)(x))
+        if n.upper is not None:
+            by = torch.minimum(by, n.upper)
         share = self._share(x, text)
         if share is not None:
             by = by * share
@@ -120,8 +139,8 @@ class Columns:
             acting = self.used.at(text, by, by.dtype) * (share > 0)
             subset = sum(acting[..., j].long() << j for j in range(by.shape[-1]))
             by = (self.spread.ready(by.device, by.dtype)[subset] @ by[..., None])[..., 0]
-        write = self.write.ready(by.device, by.dtype)
-        return torch.addcmul(onto, by, write) if write.shape[1] == 1 else onto + by @ write[0]
+        write = self._numbers(text, onto).write
+        return torch.addcmul(onto, by, write) if len(self.gates) == 1 else onto + by @ write[0]
 
     def take(self, other: Columns) -> None:
         """Hold the other's numbers from now on, in the same memory."""
@@ -130,6 +149,7 @@ class Columns:
             mine.take(new)
         if self.window is not None and other.window is not None:
             self.window.take(other.window)
+        self._last = None
 
     def layout(self) -> tuple[object, ...]:
         """Equal for columns whose numbers alone differ."""
@@ -141,11 +161,20 @@ class Columns:
         some = (self.write, self.read, self.spread, self.alpha, self.beta, self.upper, self.used)
         return [t for t in some if t is not None]
 
-    def _reading(self, x: Tensor) -> Tensor:
-        if self.read is not None:
-            return x @ self.read.ready(x.device, x.dtype)
-        assert self.dictionary is not None
-        return encoder_rows(self.dictionary, self.latents, x.device, x.dtype)(x)
+    def _numbers(self, text: TextPass, like: Tensor) -> _Numbers:
+        """The tables as a pass wants them, in the dtype and on the device of `like`; looked up once for many passes."""
+        last = self._last
+        if last is not None and last.row is text.row and last.dtype == like.dtype and last.device == like.device:
+            return last
+        dtype, device = like.dtype, like.device
+        out = _Numbers(
+            text.row, dtype, device, self.alpha.at(text, like, dtype), self.beta.at(text, like, dtype),
+            None if self.upper is None else self.upper.at(text, like, dtype),
+            None if self.read is None else self.read.ready(device, dtype), self.write.ready(device, dtype),
+        )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            self._last = out
+        return out
 
     def _share(self, x: Tensor, text: TextPass) -> Tensor | None:
         """The share of each column that acts on each token; None where all of it does."""

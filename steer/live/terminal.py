@@ -147,6 +147,8 @@ class _Terminal:
         if slider.operation != "add":
             return ""
         share = slider.share(self.session.sliders[name])
+        if math.isnan(share):
+            return ""
         return f": {share:.2f} of the residual norm after block {slider.site}"
 
     def show_sliders(self) -> None:
@@ -161,7 +163,9 @@ class _Terminal:
             table.add_column(heading, justify="left" if heading == "slider" else "right", no_wrap=True)
         for name, slider in known.items():
             amount = sliders[name]
-            share = f"{slider.share(amount):.2f}" if slider.operation == "add" else slider.operation
+            share = slider.operation
+            if share == "add":
+                share = "" if math.isnan(slider.share(amount)) else f"{slider.share(amount):.2f}"
             table.add_row(name, _stands(amount), str(slider.site), share)
         self.console.print(table)
         self.warn()

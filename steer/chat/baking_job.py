@@ -1,0 +1,126 @@
+"""Sliders into weights, from a page: what can be baked is said before, `steer bake` does it in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from steer.chat.job import Job
+from steer.errors import UnsupportedError
+from steer.live.profiles import sliders_in
+from steer.values.profile import Profile
+from steer.weights.fetch import resolve
+from steer.weights.staging import check_output
+
+if TYPE_CHECKING:
+    from steer.live.model import SteeredModel
+
+Form = Literal["checkpoint", "adapter"]
+CERTIFICATE = "steer_certificate.json"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one slider can be baked."""
+
+    slider: str
+    operation: str
+    ok: bool
+    reason: str
+    """What it becomes, or why it cannot."""
+    place: int = -1
+    """In the profile's list."""
+
+
+@dataclass(frozen=True)
+class BakePlan:
+    """What a bake would do."""
+
+    model: str
+    profile: Profile
+    form: Form
+    verdicts: tuple[Verdict, ...]
+    """One for each slider that moves something."""
+
+    @property
+    def why(self) -> str | None:
+        """Why it cannot be done; None where it can."""
+        if not self.verdicts:
+            return "no slider moves anything; move one first"
+        wrong = [v for v in self.verdicts if not v.ok]
+        if wrong:
+            return "; ".join(f"{v.slider}: {v.reason}" for v in wrong)
+        return None if Path(resolve(self.model)).is_dir() else f"{self.model} is no directory on this machine"
+
+    @property
+    def possible(self) -> bool:
+        """Whether everything that moves can be baked."""
+        return self.why is None
+
+    def without_refused(self) -> BakePlan:
+        """The same without the sliders that cannot be baked."""
+        refused = {v.place for v in self.verdicts if not v.ok}
+        sliders = tuple(s for i, s in enumerate(self.profile.sliders) if i not in refused)
+        return replace(
+            self,
+            profile=replace(self.profile, sliders=sliders),
+            verdicts=tuple(v for v in self.verdicts if v.ok),
+        )
+
+    def start(self, out: str | Path) -> BakingJob:
+        """Begin. Errors: UnsupportedError for what cannot be baked, OutputExistsError for a place that is taken."""
+        if self.why is not None:
+            raise UnsupportedError(f"bake: {self.why}")
+        out = Path(out).expanduser().absolute()
+        check_output(out)
+        return BakingJob(self, out)
+
+
+class BakingJob(Job):
+    """`steer bake` at work."""
+
+    def __init__(self, plan: BakePlan, out: Path) -> None:
+        self.plan = plan
+        source = Path(resolve(plan.model))
+        self._folder = tempfile.TemporaryDirectory(prefix="steer-bake-")
+        file = plan.profile.save(Path(self._folder.name) / "profile.yaml")
+        weights = sum(f.stat().st_size for f in source.iterdir() if f.suffix == ".safetensors")
+        form = [] if plan.form == "checkpoint" else ["--as", plan.form]
+        super().__init__(
+            ["bake", str(source), str(out), "--profile", str(file), *form, "--json"],
+            out=out,
+            # How large an adapter will be is not known before.
+            expected=weights if plan.form == "checkpoint" else None,
+        )
+
+    @cached_property
+    def _read_certificate(self) -> dict[str, Any] | None:
+        assert self.out is not None
+        try:
+            found = json.loads((self.out / CERTIFICATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    @property
+    def certificate(self) -> dict[str, Any] | None:
+        """What was measured on the files that it wrote; None before they are whole."""
+        return self._read_certificate if self.done else None
+
+
+def plan(model: SteeredModel, profile: Profile, form: Form = "checkpoint") -> BakePlan:
+    """What a bake of a profile would do to the checkpoint of a model that runs. Errors: SteerError."""
+    from steer.weights.bakeable import bakeable  # pyright: ignore[reportMissingImports]
+
+    moves = {
+        place: slider.at(entry.amount)
+        for place, (slider, entry) in enumerate(sliders_in(model, profile))
+        if entry.enabled and not slider.is_neutral(entry.amount)
+    }
+    told = zip(moves, bakeable(moves.values(), form, model.anatomy), strict=True)
+    verdicts = tuple(Verdict(v.slider, v.operation, v.ok, v.reason, place) for place, v in told)
+    return BakePlan(model.name, profile, form, verdicts)

@@ -1,0 +1,58 @@
+"""Whose turn it is on a model: conversations that write at the same time get a token each, in the order they asked."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from steer.live.model import SteeredModel
+
+
+class Turns:
+    """A lock that is handed on in the order it was asked for.
+
+    An ordinary lock goes to whoever is quickest, and that is the thread that has just let go of it: of two replies the
+    one would be written to its end before the other got a second token.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Lock] = deque()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside, it is nobody else's turn. Not to be nested."""
+        mine = threading.Lock()
+        mine.acquire()
+        with self._lock:
+            self._queue.append(mine)
+            first = self._queue[0] is mine
+        if not first:
+            mine.acquire()  # let go of by the one before
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._queue.popleft()
+                if self._queue:
+                    self._queue[0].release()
+
+    @property
+    def waiting(self) -> int:
+        """How many wait, the one whose turn it is among them."""
+        return len(self._queue)
+
+
+_OF: WeakKeyDictionary[SteeredModel, Turns] = WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def turns_of(model: SteeredModel) -> Turns:
+    """The turns of a model, the same ones for everybody."""
+    with _MAKING:
+        return _OF.setdefault(model, Turns())

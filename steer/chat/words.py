@@ -1,0 +1,146 @@
+"""Words for what sliders move: what a trait is, what a latent fires on and makes likelier; numbers are no names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from steer.errors import SteerError
+from steer.features.records import FeatureRecord, read_records
+from steer.values.dictionary_files import FEATURES, SLIDERS
+from steer.values.direction import Direction
+from steer.values.feature import Feature
+from steer.values.slider import Slider
+from steer.values.trait import Trait, shipped_traits
+
+if TYPE_CHECKING:
+    from steer.values.move import Operation
+
+OPERATIONS: dict[Operation, str] = {
+    "add": "adds it",
+    "ablate": "takes it away",
+    "clamp": "holds it at",
+    "cap": "lets it be at most",
+    "scale": "multiplies it by",
+}
+"""What an operation does, for people."""
+_WORDS = 4
+_READABLE = re.compile(r"\w{2,}")
+
+
+def title_of(slider: Slider) -> str:
+    """What a slider is called on a page."""
+    target = slider.target
+    if isinstance(target, Direction):
+        return target.name.replace("-", " ").replace("_", " ")
+    row = _slider_row(target)
+    if row is not None:
+        many = f", {len(target.indices)} features" if len(target.indices) > 1 else ", one feature"
+        return f"{row.get('trait') or target.name}{many}"
+    record = record_of(target)
+    return target.name if record is None else title(record)
+
+
+def description_of(slider: Slider) -> str:
+    """What a slider moves, in a sentence or two."""
+    target = slider.target
+    if isinstance(target, Direction):
+        return _trait_summary(target) or f"The direction {target.name!r}."
+    row, record = _slider_row(target), record_of(target)
+    parts = []
+    if row is not None and row.get("trait"):
+        told = _summary(str(row["trait"]))
+        parts.append(f"{'Features' if len(target.indices) > 1 else 'A feature'} that tell the trait: {told}")
+    if record is not None:
+        parts.append(description(record))
+    return " ".join(parts) or f"A feature of {target.dictionary.name}."
+
+
+def title(record: FeatureRecord) -> str:
+    """A latent by the tokens that it fires on."""
+    tokens = fires_on(record)
+    if tokens:
+        return "on " + ", ".join(f"\u201c{t}\u201d" for t in tokens[:3])
+    raised = raises(record)
+    return "for " + ", ".join(f"\u201c{t}\u201d" for t in raised[:3]) if raised else "without words"
+
+
+def description(record: FeatureRecord) -> str:
+    """What a latent fires on, how often, and which tokens it makes likelier."""
+    often = f"on one token in {round(1 / record.rate):,}" if record.rate > 0 else "on none"
+    tokens, raised = fires_on(record), raises(record)
+    said = f"Fires {often}" + (f", as on {_quoted(tokens)}" if tokens else "")
+    return f"{said}; adding it makes {_quoted(raised)} likelier." if raised else f"{said}."
+
+
+def fires_on(record: FeatureRecord) -> list[str]:
+    """The tokens that it fires on in its contexts, the most frequent first."""
+    tokens = Counter(shown for c in record.contexts if (shown := c.token.strip().strip("\u21b5")))
+    return [t for t, _ in tokens.most_common(_WORDS)]
+
+
+def raises(record: FeatureRecord) -> list[str]:
+    """The tokens that it makes likelier, as words where there are some."""
+    tokens = list(dict.fromkeys(t.strip() for t, _ in record.top_tokens if t.strip() and "\ufffd" not in t))
+    return ([t for t in tokens if _READABLE.search(t)] or tokens)[:_WORDS]
+
+
+def record_of(feature: Feature) -> FeatureRecord | None:
+    """The labels of its first latent; None for a dictionary without labels."""
+    place = feature.dictionary.place
+    return None if place is None else records_at(Path(place)).get(feature.indices[0])
+
+
+def records_at(place: Path) -> dict[int, FeatureRecord]:
+    """The labels of a dictionary by latent, read once as long as the file stays the same; none without a file.
+
+    Errors: SteerError for a file that is broken.
+    """
+    file = place / FEATURES
+    try:
+        stat = file.stat()
+    except OSError:
+        return {}
+    return _records(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4)
+def _records(file: Path, stamp: int, size: int) -> dict[int, FeatureRecord]:
+    return {r.index: r for r in read_records(file)}
+
+
+def named_at(place: Path) -> list[dict[str, Any]]:
+    """The rows of a dictionary's sliders.yaml; none without one, or where it is broken, which the library tells."""
+    file = place / SLIDERS
+    try:
+        rows = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    return [r for r in rows if isinstance(r, dict) and isinstance(r.get("name"), str)] if isinstance(rows, list) else []
+
+
+def _slider_row(feature: Feature) -> dict[str, Any] | None:
+    place = feature.dictionary.place
+    return None if place is None else next((r for r in named_at(Path(place)) if r["name"] == feature.name), None)
+
+
+def _trait_summary(direction: Direction) -> str:
+    return _summary(direction.name) if direction.name in shipped_traits() else ""
+
+
+@lru_cache(maxsize=64)
+def _summary(trait: str) -> str:
+    try:
+        return Trait.load(trait).summary
+    except SteerError:
+        return trait
+
+
+def _quoted(tokens: Sequence[str]) -> str:
+    return ", ".join(f"\u201c{t}\u201d" for t in tokens)

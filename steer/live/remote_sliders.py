@@ -1,0 +1,202 @@
+"""The sliders that a server offers, and where those of one chat stand: amounts that go with its requests."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from steer.errors import UnsupportedError, UsageError
+from steer.live.sliders import BUDGET
+from steer.values.move import OPERATIONS, Operation, check_amount, is_neutral, neutral_amount
+from steer.values.profile import Profile, ProfileSlider
+from steer.values.sampler import Sampler
+from steer.values.slider import parse_name
+
+_STEPS = 200
+"""Changes that can be undone."""
+_LATENT = re.compile(r"L(\d+)/\d+")
+
+
+class Offers(Protocol):
+    """A server that tells of its sliders."""
+
+    url: str
+
+    def steering(self) -> dict[str, Any]:
+        """`GET /v1/steering`. Errors: SteerError where it does not answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class RemoteSlider:
+    """A slider as its server tells of it."""
+
+    name: str
+    operation: Operation
+    site: int | None
+    unit_share: float = math.nan
+    """What amount 1 moves the residual stream by, as a share of its median norm; nan where the server does not say."""
+
+    @property
+    def neutral(self) -> float | None:
+        """The amount that moves nothing; None where only its absence does."""
+        return neutral_amount(self.operation)
+
+    def is_neutral(self, amount: float) -> bool:
+        """Whether it moves nothing when it stands there."""
+        return is_neutral(self.operation, amount)
+
+    def share(self, amount: float) -> float:
+        """How far it moves the residual stream; nan where that is not known."""
+        if self.is_neutral(amount):
+            return 0.0
+        return abs(amount) * self.unit_share if self.operation == "add" else math.nan
+
+    def check(self, amount: Any) -> float:
+        """The amount as a number, if it can stand there. Errors: UsageError."""
+        return check_amount(self.name, self.operation, amount)
+
+
+class RemoteSliders(MutableMapping[str, float]):
+    """Amounts that go with every request of one chat: nobody else's on the server are touched by them."""
+
+    def __init__(self, model: Offers) -> None:
+        self.model = model
+        self.ranges: dict[str, tuple[float, float]] = {}
+        """Name -> amounts between which replies hold together, where somebody measured them."""
+        self._amounts: dict[str, float] = {}
+        self._past: list[dict[str, float]] = []
+        self._future: list[dict[str, float]] = []
+
+    def known(self) -> dict[str, RemoteSlider]:
+        """Every slider that the server offers, by name. Errors: SteerError where it does not answer."""
+        out = {}
+        for row in self.model.steering()["sliders"]:
+            if row.get("operation") not in OPERATIONS:
+                continue
+            name, amount, share = str(row["name"]), row.get("amount"), row.get("share")
+            unit = row.get("unit_share")
+            if unit is None and share and amount:
+                unit = share / abs(amount)
+            out[name] = RemoteSlider(name, row["operation"], row.get("site"), math.nan if unit is None else float(unit))
+            if row.get("range") and name not in self.ranges:
+                low, high = row["range"]
+                self.ranges[name] = (float(low), float(high))
+        return out
+
+    def slider(self, name: str) -> RemoteSlider:
+        """The slider of that name: one that the server offers, another operation of it, or a latent, of which the
+        server knows whether it has it. Errors: UsageError."""
+        known = self.known()
+        if name in known:
+            return known[name]
+        base, operation = parse_name(name)
+        if match := _LATENT.fullmatch(base):
+            return RemoteSlider(name, operation or "add", int(match[1]))
+        if base in known:
+            return replace(known[base], name=name, operation=operation or known[base].operation)
+        there = ", ".join(known) or "none"
+        raise UsageError(f"slider {name!r}: expected one that {self.model.url} offers, found {there}")
+
+    def share(self, site: int) -> float:
+        """How far the sliders move the residual stream at a site, as if all of them pulled one way."""
+        shares = [self.slider(n).share(a) for n, a in self._amounts.items() if self.slider(n).site == site]
+        return sum(s for s in shares if not math.isnan(s))
+
+    def warnings(self) -> list[str]:
+        """A line for every site whose sliders together move the residual stream too far."""
+        sites = {s for n in self._amounts if (s := self.slider(n).site) is not None}
+        return [
+            f"sliders move the residual stream after block {s} by up to {self.share(s):.2f} of its norm; "
+            f"replies tend to fall apart from {BUDGET}"
+            for s in sorted(sites)
+            if self.share(s) >= BUDGET
+        ]
+
+    def put(self, slider: Any, amount: float | None = None) -> None:
+        """A server takes no sliders but its own. Errors: UnsupportedError."""
+        raise UnsupportedError(f"{self.model.url}: expected one of the server's own sliders, found {slider.name!r}")
+
+    def reset(self) -> None:
+        """None moves anything."""
+        self.replace({})
+
+    def replace(self, amounts: Mapping[str, float]) -> None:
+        """Let these stand and no others."""
+        self._change({n: self.slider(n).check(a) for n, a in amounts.items()})
+
+    def undo(self) -> bool:
+        """Go back one change. False when there is none."""
+        return self._step(self._past, self._future)
+
+    def redo(self) -> bool:
+        """Take back an undo. False when there is none."""
+        return self._step(self._future, self._past)
+
+    def __setitem__(self, name: str, amount: float) -> None:
+        self._change(self._amounts | {name: self.slider(name).check(amount)})
+
+    def __getitem__(self, name: str) -> float:
+        if name in self._amounts:
+            return self._amounts[name]
+        neutral = self.slider(name).neutral
+        return math.nan if neutral is None else neutral
+
+    def __delitem__(self, name: str) -> None:
+        self._change({n: a for n, a in self._amounts.items() if n != name})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._amounts))
+
+    def __len__(self) -> int:
+        return len(self._amounts)
+
+    def _change(self, amounts: dict[str, float]) -> None:
+        if amounts != self._amounts:
+            self._past = [*self._past[1 - _STEPS :], self._amounts]
+            self._future.clear()
+            self._amounts = amounts
+
+    def _step(self, back: list[dict[str, float]], forth: list[dict[str, float]]) -> bool:
+        if not back:
+            return False
+        forth.append(self._amounts)
+        self._amounts = back.pop()
+        return True
+
+
+def use_remote(sliders: RemoteSliders, profile: Profile) -> None:
+    """Let a profile's sliders stand and no others.
+
+    Errors: UsageError for a slider that the server does not offer, and for what requests cannot say: files, and when a
+    slider acts.
+    """
+    amounts: dict[str, float] = {}
+    ranges: dict[str, tuple[float, float]] = {}
+    for entry in profile.sliders:
+        if entry.when is not None or profile.file_of(entry.slider) is not None:
+            what = "a slider that acts at times" if entry.when is not None else f"the file {entry.slider!r}"
+            raise UsageError(
+                f"profile {profile.name!r}: expected sliders by name and amount, which is what a request can ask "
+                f"{sliders.model.url} for, found {what}; start the server with it: steer serve MODEL --profile FILE"
+            )
+        own = sliders.slider(entry.slider).operation
+        name = entry.slider if entry.operation in (None, own) else f"{entry.slider}:{entry.operation}"
+        if entry.enabled:
+            amounts[name] = entry.amount
+        if entry.range is not None:
+            ranges[name] = entry.range
+    sliders.replace(amounts)
+    sliders.ranges |= ranges
+
+
+def remote_profile(name: str, sliders: RemoteSliders, sampler: Sampler) -> Profile:
+    """A server's sliders as they stand, and a sampler, as a profile to save."""
+    entries = []
+    for label, amount in sliders.items():
+        base, operation = parse_name(label)
+        entries.append(ProfileSlider(base, amount, operation, range=sliders.ranges.get(label)))
+    return Profile(name, sampler=sampler, preset=None, sliders=tuple(entries))

@@ -1,0 +1,1 @@
+"""The Streamlit view of a chat with sliders. State and logic live in `steer.chat`."""

@@ -1,0 +1,73 @@
+"""The sliders as a checkpoint or an adapter: what can go into weights, then the work, then its certificate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import streamlit as st
+
+from steer.chat.baking_job import BakePlan, BakingJob
+from steer.chat.chat import Chat
+from steer.page.change import redraw, redraw_if_asked, safely, watch
+from steer.page.look import markdown
+
+POLL = 0.5
+
+
+def draw(chat: Chat) -> None:
+    """The plan, and the job that carries it out in a process of its own."""
+    job: BakingJob | None = st.session_state.get("baking")
+    if job is not None:
+        watch(_job, job.running, POLL, job)
+        if job.running:
+            return
+    form = st.segmented_control("Form", ["checkpoint", "adapter"], default="checkpoint", required=True, key="form")
+    plan = chat.plan_bake(form or "checkpoint")
+    for verdict in plan.verdicts:
+        icon = ":material/check_circle:" if verdict.ok else ":material/cancel:"
+        st.markdown(f"{icon} **{markdown(verdict.slider)}** {verdict.operation}: {markdown(verdict.reason)}")
+    if plan.why:
+        st.warning(markdown(plan.why))
+    out = st.text_input("Folder to write", str(_free(Path.cwd() / "baked")), key="bake out").strip()
+    with st.container(horizontal=True):
+        st.button(
+            "Bake", type="primary", disabled=not plan.possible or not out,
+            on_click=safely, args=(lambda: _start(plan, out),),
+        )  # fmt: skip
+        rest = plan.without_refused() if not plan.possible else None
+        if rest is not None and rest.possible:
+            st.button("Bake what can be", on_click=safely, args=(lambda: _start(rest, out),))
+
+
+def _start(plan: BakePlan, out: str) -> None:
+    st.session_state["baking"] = plan.start(out)
+
+
+def _free(place: Path) -> Path:
+    """A folder that is not there yet."""
+    number = 1
+    while (tried := place if number == 1 else place.with_name(f"{place.name}-{number}")).exists():
+        number += 1
+    return tried
+
+
+def _job(job: BakingJob) -> None:
+    running = job.running
+    if running:
+        st.progress(job.progress or 0.0, f"Baking, {job.seconds:.0f} s")
+        st.button("Cancel", on_click=safely, args=(job.cancel,), key="cancel bake")
+        st.code("\n".join(job.lines[-5:]) or "starting", language=None)
+        st.session_state["bake seen"] = True
+        return
+    if st.session_state.pop("bake seen", False):
+        redraw()
+    if job.error:
+        st.error(markdown(job.error))
+    elif job.certificate is not None:
+        st.success(f"Written: {markdown(str(job.out))}")
+        with st.expander("Certificate"):
+            st.json(job.certificate, expanded=1)
+        data = json.dumps(job.certificate, indent=2)
+        st.download_button("Download the certificate", data, "steer_certificate.json", on_click="ignore")
+    redraw_if_asked()

@@ -1,0 +1,96 @@
+"""The dictionary's features: search by words, by trait, by what fires on a message; pin one as a slider."""
+
+from __future__ import annotations
+
+import math
+
+import streamlit as st
+
+from steer.chat.chat import Chat
+from steer.chat.feature_search import FeatureCard, Shelf
+from steer.page.change import safely
+from steer.page.look import heat, markdown
+
+_WAYS = {"words": "By words", "trait": "By trait", "message": "What fires on a message"}
+
+
+def draw(chat: Chat) -> None:
+    """The search and what it finds."""
+    shelf = chat.shelf()
+    if not shelf.dictionaries:
+        st.info("No dictionary is known for this model. Train one: `steer train`, then `steer features --label`.")
+        return
+    way = st.segmented_control(
+        "Search", list(_WAYS), default="words", required=True, key="search way", label_visibility="collapsed",
+        format_func=_WAYS.__getitem__,
+    )  # fmt: skip
+    if way == "trait":
+        traits = shelf.traits()
+        if not traits:
+            st.info(f"No trait was looked for in it yet: `steer find {chat.voice.name} TRAIT --dictionary DIR`")
+            return
+        trait = st.selectbox("Trait", traits, key="search trait")
+        _cards(chat, shelf.by_trait(trait))
+    elif way == "message":
+        _firing(chat, shelf)
+    else:
+        words = st.text_input("Words", placeholder="lighthouse, apology, duke", key="search words").strip()
+        if not words:
+            st.caption("Without words: those that fire most often.")
+        _cards(chat, shelf.by_words(words))
+
+
+def _firing(chat: Chat, shelf: Shelf) -> None:
+    said = [m.text for m in chat.path() if m.text]
+    key = f"search message {st.session_state.get('chats', 0)}.{len(said)}"
+    text = st.text_area("Message", said[-1] if said else "", key=key).strip()
+    if not text:
+        return
+    with st.spinner("Reading the message"):
+        found = shelf.fires_on(text)
+    for firing in found:
+        with st.container(border=True):
+            strongest = max((s for _, s in firing.marks), default=0.0) or 1.0
+            st.caption(f"up to {firing.strength:.2f} units")
+            pieces, strengths = [p for p, _ in firing.marks], [s for _, s in firing.marks]
+            st.html(heat(pieces, [s / strongest for s in strengths], [f"{s:.2f}" for s in strengths]))
+            _card(chat, firing.card)
+
+
+def _cards(chat: Chat, cards: list[FeatureCard]) -> None:
+    if not cards:
+        st.caption("Nothing found.")
+    for card in cards:
+        with st.container(border=True):
+            _card(chat, card)
+
+
+def _card(chat: Chat, card: FeatureCard) -> None:
+    pinned = card.name in chat.board.pinned
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        st.markdown(f"**{markdown(card.title)}**")
+        st.button(
+            "Unpin" if pinned else "Pin", icon=":material/push_pin:", key=f"pin {card.name}", on_click=safely,
+            args=(lambda: chat.board.unpin(card.name) if pinned else chat.board.pin(card.name),),
+        )  # fmt: skip
+    st.write(markdown(card.description))
+    with st.expander(f"{card.name}: tokens, contexts, scores"):
+        moved = "" if math.isnan(card.share) else f"; amount 1 moves the stream by {card.share:.2f} of its norm"
+        st.caption(f"fires on {card.rate:.2%} of tokens{moved}")
+        for does, tokens in (("raises", card.top_tokens), ("lowers", card.bottom_tokens)):
+            if tokens:
+                st.markdown(f"{does} " + ", ".join(f"`{_plain(t)}`" for t, _ in tokens[:8]))
+        if card.nearest:
+            st.caption("nearest: " + "; ".join(f"{markdown(t)} ({c:.2f})" for _, t, c in card.nearest[:3]))
+        for trait, (auroc, q) in card.auroc.items():
+            score = card.output_score.get(trait)
+            steers = "" if score is None else f", output score {score:.2f}"
+            st.caption(f"{trait}: held-out AUROC {auroc:.2f}, q {q:.2g}{steers}")
+        strongest = max((c.activation for c in card.contexts), default=0.0) or 1.0
+        for context in card.contexts[:5]:
+            pieces, hint = [context.before, context.token, context.after], f"{context.activation:.2f}"
+            st.html(heat(pieces, [0.0, context.activation / strongest, 0.0], ["", hint, ""]))
+
+
+def _plain(text: str) -> str:
+    return text.replace("`", "'").replace("\n", "↵") or " "

@@ -1,0 +1,52 @@
+"""No model yet: the page gets the default merge and shows how far it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from steer.chat.default_merge import default_place, get_default, ready
+from steer.chat.job import Job
+from steer.page.change import safely, watch
+
+POLL = 0.5
+
+
+def draw() -> None:
+    """What to do on a first visit."""
+    st.title("steer")
+    st.write(
+        "A chat whose character you move with sliders. It needs a checkpoint: name one with `steer ui MODEL`, or take "
+        "the default merge, a small model (135M) that runs on two CPU cores."
+    )
+    place = default_place()
+    if ready(place):
+        st.button("Open the default merge", type="primary", on_click=_open, args=(place,))
+        return
+    job: Job | None = st.session_state.get("getting")
+    if job is None:
+        st.button("Get the default merge", type="primary", on_click=safely, args=(_get,))
+        return
+    watch(_progress, job.running, POLL, job)
+
+
+def _get() -> None:
+    st.session_state["getting"] = get_default()
+
+
+def _open(place: Path) -> None:
+    st.session_state["model"] = str(place)
+
+
+def _progress(job: Job) -> None:
+    if job.running:
+        st.progress(job.progress or 0.0, "Getting the default merge")
+        st.code("\n".join(job.lines[-4:]) or "starting", language=None)
+        st.button("Cancel", on_click=safely, args=(job.cancel,))
+        return
+    if job.error:
+        st.error(job.error)
+        st.button("Try again", on_click=safely, args=(_get,))
+        return
+    st.rerun()

@@ -1,0 +1,74 @@
+"""Inside a reply: every token coloured by a trait or feature, a strip chart, and KL to the unsteered model."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from steer.chat.chat import Chat
+from steer.chat.inside import Look
+from steer.page.look import heat, legend, markdown
+
+
+def draw(chat: Chat) -> None:
+    """One reply of the chat."""
+    replies = [m for m in chat.path() if m.role == "assistant" and m.parent is not None and m.text]
+    if chat.writer.running:
+        replies = replies[:-1]
+    readable = dict(chat.readable())
+    if not replies or not readable:
+        st.info("Nothing to look into yet: get a reply first, and have a trait or pin a feature.")
+        return
+    texts = {m.id: " ".join(m.text.split())[:70] for m in replies}
+    message = st.selectbox("Reply", list(texts), len(texts) - 1, format_func=texts.__getitem__, key="inside reply")
+    names = st.multiselect(
+        "Read by", list(readable), list(readable)[:2], format_func=readable.__getitem__, key="inside names"
+    )
+    if not names:
+        st.caption("Choose what to read it by.")
+        return
+    with st.spinner("Reading the reply"):
+        look = chat.inside(message, names)
+    colour_by = st.segmented_control(
+        "Colour by", names, default=names[0], required=True, key=f"colour by {' '.join(names)}",
+        format_func=lambda name: markdown(readable[name]),
+    )  # fmt: skip
+    _heat(look, colour_by or names[0])
+    _charts(look)
+
+
+def _heat(look: Look, name: str) -> None:
+    read = zip(look.steered[name], look.plain[name], look.kl, strict=True)
+    hints = [f"{a:.2f} ({b:.2f} without sliders), KL {kl:.2f} nats" for a, b, kl in read]
+    st.html(legend(look.scale(name), f"amounts of {look.titles[name]}; hover a word for its value"))
+    st.html(heat(look.pieces, look.heat(name), hints))
+
+
+def _charts(look: Look) -> None:
+    rows = pd.DataFrame(look.chart())
+    tip = ["token", "text", "title", "under", alt.Tooltip("amount", format=".2f")]
+    strip = (
+        alt.Chart(rows, height=150)
+        .mark_line(interpolate="step-after")
+        .encode(
+            x=alt.X("token:Q", title="token of the reply"),
+            y=alt.Y("amount:Q", title="amount"),
+            color=alt.Color("title:N", title=None, legend=alt.Legend(orient="top")),
+            strokeDash=alt.StrokeDash("under:N", title=None, sort=["sliders", "no sliders"]),
+            tooltip=tip,
+        )
+    )
+    st.altair_chart(strip)
+    kl = pd.DataFrame({"token": range(len(look.kl)), "text": look.pieces, "KL": look.kl})
+    bars = (
+        alt.Chart(kl, height=110)
+        .mark_bar()
+        .encode(
+            x=alt.X("token:Q", title="token of the reply"),
+            y=alt.Y("KL:Q", title="KL to unsteered, nats"),
+            tooltip=["token", "text", alt.Tooltip("KL", format=".3f")],
+        )
+    )
+    st.altair_chart(bars)
+    st.caption(f"KL to the unsteered model: {sum(look.kl) / len(look.kl):.3f} nats a token on average")

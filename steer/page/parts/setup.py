@@ -1,0 +1,140 @@
+"""Below the sliders: profiles, the character and its system prompt, the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import streamlit as st
+
+from steer.chat.chat import Chat
+from steer.chat.profile_store import (
+    file_name,
+    forget_profile,
+    keep_profile,
+    load_profile,
+    profile_bytes,
+    saved_profiles,
+    uploaded_profile,
+)
+from steer.errors import SteerError
+from steer.page.change import redraw, safely
+from steer.values.cards import load_card
+from steer.values.profile import Profile
+from steer.values.sampler import PRESETS, Sampler, preset
+
+_OWN = "as set below"
+_FIELDS: dict[str, tuple[str, float, float, float]] = {
+    "temperature": ("Temperature (0: greedy)", 0.0, 10.0, 0.1),
+    "min_p": ("Min-p", 0.0, 1.0, 0.05),
+    "top_p": ("Top-p (1: all)", 0.01, 1.0, 0.05),
+    "top_k": ("Top-k (0: all)", 0, 100_000, 1),
+    "typical_p": ("Typical (1: all)", 0.01, 1.0, 0.05),
+    "repetition_penalty": ("Repetition penalty (1: off)", 0.5, 3.0, 0.01),
+    "dry_multiplier": ("DRY (0: off)", 0.0, 5.0, 0.1),
+    "xtc_probability": ("XTC probability (0: off)", 0.0, 1.0, 0.05),
+    "max_new_tokens": ("Tokens of a reply at most", 1, 4096, 16),
+    "seed": ("Seed of the first reply", 0, 2**31 - 1, 1),
+}
+"""Field -> label, least, most, step."""
+
+
+def draw(chat: Chat) -> None:
+    """Three expanders."""
+    for title, icon, part in (
+        ("Profiles", "library_books", _profiles),
+        ("Character and system prompt", "theater_comedy", _character),
+        ("Sampler", "casino", _sampler),
+    ):
+        with st.expander(title, icon=f":material/{icon}:"):
+            part(chat)
+
+
+def _profiles(chat: Chat) -> None:
+    kept = saved_profiles()
+    if kept:
+        name = st.selectbox("Saved", list(kept), key="saved profile")
+        with st.container(horizontal=True):
+            st.button("Load", on_click=safely, args=(lambda: _use(chat, load_profile(name)),))
+            st.button("Delete", key="delete profile", on_click=safely, args=(lambda: forget_profile(name),))
+    name = st.text_input("Save as", "my character", key="profile name", max_chars=80).strip()
+    with st.container(horizontal=True):
+        st.button("Save", on_click=safely, args=(lambda: _keep(chat, name),), disabled=not name)
+        try:
+            data = profile_bytes(chat.profile(name or "profile"))
+        except SteerError as e:
+            st.caption(str(e))
+        else:
+            st.download_button("Download", data, f"{file_name(name)}.yaml", "application/yaml", on_click="ignore")
+    file = st.file_uploader("Upload a profile", ["yaml", "yml"], key="profile upload")
+    if file is not None:
+        st.button(
+            "Use it", type="primary", key="use upload", on_click=safely,
+            args=(lambda: _use(chat, uploaded_profile(file.getvalue(), file.name)),),
+        )  # fmt: skip
+
+
+def _use(chat: Chat, profile: Profile) -> None:
+    chat.use(profile)
+    st.toast(f"{profile.name}: {len(profile.sliders)} sliders and a sampler", icon=":material/check:")
+
+
+def _keep(chat: Chat, name: str) -> None:
+    keep_profile(chat.profile(name))
+    st.toast(f"kept: {name}", icon=":material/check:")
+
+
+def _character(chat: Chat) -> None:
+    file = st.file_uploader("Character card (PNG or JSON)", ["png", "json"], key="card")
+    if file is not None:
+        try:
+            card = load_card(file.getvalue())
+        except SteerError as e:
+            st.error(str(e))
+        else:
+            st.button(
+                f"Play {card.name}"[:60], type="primary", key="play", on_click=safely,
+                args=(lambda: _new(lambda: chat.play(card)),), help="A new chat; this one stays among the old ones",
+            )  # fmt: skip
+    key = f"system@{st.session_state.get('chats', 0)}"
+    st.text_area(
+        "System prompt", chat.system or "", key=key, placeholder="none",
+        on_change=lambda: setattr(chat, "system", st.session_state[key].strip() or None),
+    )  # fmt: skip
+
+
+def _new(change: Callable[[], Any]) -> None:
+    change()
+    st.session_state["chats"] = st.session_state.get("chats", 0) + 1
+    redraw()
+
+
+def _sampler(chat: Chat) -> None:
+    now = chat.sampler
+    key = f"preset@{hash(now)}"
+    named = next((n for n, s in PRESETS.items() if _with_length(s, now) == now), None)
+    options = [*PRESETS] if named else [_OWN, *PRESETS]
+    st.selectbox(
+        "Preset", options, options.index(named or _OWN), key=key,
+        on_change=lambda: safely(lambda: _preset(chat, st.session_state[key])),
+    )  # fmt: skip
+    with st.expander("Fields"), st.form(f"sampler {hash(now)}", border=False):
+        for name, (label, least, most, step) in _FIELDS.items():
+            value = getattr(now, name)
+            low, high = min(least, value), max(most, value)
+            st.number_input(label, low, high, value, step, key=f"{name}@{hash(now)}", help=None)
+        st.form_submit_button("Apply", on_click=safely, args=(lambda: _apply(chat, now),), key="apply sampler")
+
+
+def _apply(chat: Chat, now: Sampler) -> None:
+    chat.sampler = replace(now, **{name: st.session_state[f"{name}@{hash(now)}"] for name in _FIELDS})
+
+
+def _preset(chat: Chat, name: str) -> None:
+    if name != _OWN:
+        chat.sampler = _with_length(preset(name), chat.sampler)
+
+
+def _with_length(sampler: Sampler, now: Sampler) -> Sampler:
+    return replace(sampler, max_new_tokens=now.max_new_tokens, seed=now.seed)

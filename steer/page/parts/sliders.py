@@ -1,0 +1,130 @@
+"""The sidebar: the sliders and their budget, and below them how the chat is set up."""
+
+from __future__ import annotations
+
+import math
+
+import streamlit as st
+
+from steer.chat.board import SliderRow
+from steer.chat.chat import Chat
+from steer.page.change import redraw_if_asked, safely, tag
+from steer.page.look import budget_bar, markdown, rail, rails
+from steer.page.parts import setup
+from steer.values.when import When
+
+
+def draw(chat: Chat) -> None:
+    """All of it."""
+    board = chat.board
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        key = f"on@{tag(chat)}"
+        st.toggle("Sliders act", board.on, key=key, on_change=lambda: setattr(board, "on", st.session_state[key]))
+        _buttons(chat)
+    rows = board.rows()
+    if not rows:
+        st.info(f"No trait is known for this model yet. Find one: `steer find {chat.voice.name} moralizing`")
+    for number, row in enumerate(rows):
+        with st.container(key=f"slider{number}"):
+            _row(chat, row)
+    rails(rail(f"slider{number}", row.low, row.high, row.safe) for number, row in enumerate(rows))
+    for budget in board.budgets():
+        if budget.share > 0:
+            st.caption(budget.words, help="; ".join(f"{markdown(t)}: {s:.2f}" for t, s in budget.parts) or None)
+            st.html(budget_bar(budget.share, budget.limit, budget.level))
+    for warning in chat.warnings():
+        st.warning(markdown(warning))
+    st.caption(chat.voice.felt)
+    setup.draw(chat)
+    redraw_if_asked()
+
+
+def _buttons(chat: Chat) -> None:
+    board = chat.board
+    with st.container(horizontal=True, width="content", key="icons of the sliders"):
+        _icon("Undo", "undo", board.undo, "Undo the last move of a slider")
+        _icon("Redo", "redo", board.redo, "Redo it")
+        _icon("Reset all", "restart_alt", board.reset_all, "Reset: no slider moves anything")
+        if "reread" in chat.voice.can:
+            _icon(
+                "Re-read", "refresh", chat.reread,
+                "Read the whole chat again under the sliders of now. Without it they act from here on.",
+            )  # fmt: skip
+
+
+def _icon(label: str, icon: str, change, hint: str) -> None:  # type: ignore[no-untyped-def]
+    st.button(label, icon=f":material/{icon}:", help=hint, type="tertiary", on_click=safely, args=(change,))
+
+
+def _row(chat: Chat, row: SliderRow) -> None:
+    label = row.title if row.operation == "add" else f"{row.title} ({row.operation})"
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        st.markdown(f"**{markdown(label)}** :small[{_words(row)}]")
+        with (
+            st.container(width="content", key=f"icons of {row.name}"),
+            st.popover(f"More on {label}", icon=":material/more_horiz:", type="tertiary"),
+        ):
+            _details(chat, row)
+    stands = row.neutral if math.isnan(row.amount) else row.amount
+    start = min(row.high, max(row.low, 0.0 if stands is None else stands))
+    step = _step(row)
+    key = f"amount of {row.name}@{tag(chat)}"
+    st.slider(
+        label, float(row.low), float(row.high), float(start), step, key=key, label_visibility="collapsed",
+        format="%.2f" if step >= 0.01 else "%.3f",
+        on_change=lambda: safely(lambda: chat.board.set(row.name, float(st.session_state[key]))),
+    )  # fmt: skip
+
+
+def _step(row: SliderRow) -> float:
+    """About a hundred from end to end."""
+    width = row.high - row.low
+    return 0.05 if width >= 1 else 0.01 if width >= 0.2 else 0.001
+
+
+def _words(row: SliderRow) -> str:
+    """What stands beside the name: how far it moves the stream, and whether that is too far."""
+    if math.isnan(row.amount):
+        return ":gray[off]"
+    if row.red:
+        measured = "calibrated" if row.calibrated else "safe"
+        return f":red[beyond the {measured} {row.safe[0]:g} to {row.safe[1]:g}]"
+    if math.isnan(row.share):
+        return ""
+    return f":gray[{row.share:.2f} of the norm]"
+
+
+def _details(chat: Chat, row: SliderRow) -> None:
+    board, when = chat.board, row.when
+    at = f"{row.name}@{tag(chat)}"
+    if row.description:
+        st.write(markdown(row.description))
+    measured = "calibrated" if row.calibrated else "not calibrated"
+    st.caption(f"Replies hold together from {row.safe[0]:g} to {row.safe[1]:g} ({measured}).")
+    with st.container(horizontal=True):
+        st.button("Reset", on_click=safely, args=(lambda: board.reset(row.name),), key=f"reset {at}")
+        if row.neutral is None and not math.isnan(row.amount):
+            st.button("Off", on_click=safely, args=(lambda: board.off(row.name),), key=f"off {at}")
+        if row.pinned:
+            st.button("Unpin", on_click=safely, args=(lambda: board.unpin(row.name),), key=f"unpin {at}")
+    if "reshape" not in chat.voice.can:
+        return
+
+    def reshape() -> None:
+        operation, part, first, after, ramp = (
+            st.session_state[f"{field} {at}"] for field in ("operation", "part", "first", "after", "ramp")
+        )
+        board.reshape(row.name, operation, When(part, first or None, after or None, ramp or None, when.gate))
+
+    with st.form(f"shape of {at}", border=False):
+        st.selectbox("Operation", row.operations, row.operations.index(row.operation), key=f"operation {at}")
+        st.selectbox(
+            "Acts on", ["text", "reply"], int(when.part == "reply"), key=f"part {at}",
+            format_func={"text": "the whole text", "reply": "the reply alone"}.__getitem__,
+        )  # fmt: skip
+        st.number_input("Only the first tokens of a reply (0: all)", 0, 4096, when.first or 0, key=f"first {at}")
+        st.number_input("After so many tokens of it", 0, 4096, when.after or 0, key=f"after {at}")
+        st.number_input("Grows over so many tokens (0: at once)", 0, 4096, when.ramp or 0, key=f"ramp {at}")
+        if when.gate is not None:
+            st.caption(f"Acts while {markdown(when.gate.on.name)} reads as its gate wants it, which a profile sets.")
+        st.form_submit_button("Apply", on_click=safely, args=(reshape,))

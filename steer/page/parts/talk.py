@@ -1,0 +1,138 @@
+"""The chat: what was said, the reply that is being written, and what can be done with each message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import streamlit as st
+
+from steer.chat.chat import Chat
+from steer.chat.conversation import Message
+from steer.page.change import safely, watch
+from steer.page.look import markdown
+
+POLL = 0.25
+"""Seconds between looks at a reply that is being written."""
+SHOWN = 30
+"""Messages that are drawn at once: a chat of hundreds is to stay quick."""
+
+
+def draw(chat: Chat) -> None:
+    """The messages; the last one redraws itself while it grows, which leaves the rest of the page alone."""
+    running, growing = chat.writer.running, chat.writer.message_id
+    path = chat.path()
+    written = [m for m in path if not (running and m.id == growing)]
+    shown = st.session_state.get("shown", SHOWN)
+    if len(written) > shown:
+        more = len(written) - shown
+        st.button(
+            f"Earlier messages ({more})", icon=":material/expand_less:", type="tertiary",
+            on_click=lambda: st.session_state.update(shown=shown + SHOWN),
+        )  # fmt: skip
+    if chat.left_out:
+        st.caption(f"The chat is longer than the model can read: it left out the first {chat.left_out} messages.")
+    for message in written[-shown:]:
+        _message(chat, message, last=not running and message is path[-1])
+    if running:
+        watch(_growing, True, POLL, chat)
+    elif chat.last_error:
+        st.error(markdown(chat.last_error))
+    if not path:
+        st.caption("Say something, or drop a character card on the sidebar.")
+    elif not running and path[-1].role == "user":
+        st.button("Reply", icon=":material/autorenew:", on_click=safely, args=(chat.regenerate,))
+    if text := st.chat_input("Say something"):
+        safely(lambda: chat.say(text))
+        st.rerun()
+
+
+def _growing(chat: Chat) -> None:
+    """The reply that is being written; the page is drawn anew once it is done."""
+    running = chat.writer.running
+    message = next((m for m in chat.path() if m.id == chat.writer.message_id), None)
+    if message is not None:
+        with st.chat_message(message.role):
+            st.markdown(markdown(message.text) + (" ▍" if running else ""))
+    if not running:
+        st.rerun()
+    rate = chat.writer.rate
+    with st.container(horizontal=True, vertical_alignment="center", key="growing"):
+        st.button(
+            "Stop", icon=":material/stop:", on_click=safely, args=(chat.stop,), key="stop", shortcut="Esc",
+        )  # fmt: skip
+        st.caption(f"{chat.writer.tokens} tokens, {rate:.0f} a second" if rate else "reading the chat")
+
+
+def _message(chat: Chat, message: Message, last: bool) -> None:
+    with st.chat_message(message.role):
+        if st.session_state.get("editing") == message.id:
+            _editor(chat, message)
+            return
+        st.markdown(markdown(message.text))
+        _actions(chat, message, last)
+
+
+def _actions(chat: Chat, message: Message, last: bool) -> None:
+    index, count = chat.place_of(message.id)
+    with st.container(horizontal=True, vertical_alignment="center", key=f"icons {message.id}"):
+        if count > 1:
+            _act("Previous", "chevron_left", lambda: chat.swipe(message.id, -1), message, index == 0)
+            st.markdown(f":small[:gray[{index + 1}/{count}]]", width="content")
+            _act("Next", "chevron_right", lambda: chat.swipe(message.id, 1), message, index + 1 == count)
+        if last and message.role == "assistant" and message.parent is not None:
+            _act("Regenerate", "autorenew", chat.regenerate, message)
+            _act("Continue", "east", chat.lengthen, message)
+        _act("Edit", "edit", lambda: st.session_state.update(editing=message.id), message)
+        _act("Delete", "delete", lambda: chat.delete(message.id), message)
+        if message.written is not None:
+            with st.popover("What the sliders did", icon=":material/receipt_long:", type="tertiary"):
+                _receipt(message)
+
+
+def _act(label: str, icon: str, change: Callable[[], object], message: Message, disabled: bool = False) -> None:
+    st.button(
+        label, icon=f":material/{icon}:", help=label, key=f"{label} {message.id}", type="tertiary", disabled=disabled,
+        on_click=safely, args=(change,),
+    )  # fmt: skip
+
+
+def _editor(chat: Chat, message: Message) -> None:
+    key = f"edit of {message.id}"
+    st.text_area("Message", message.text, key=key, height=160)
+
+    def save() -> None:
+        chat.edit(message.id, st.session_state[key])
+        st.session_state["editing"] = None
+
+    with st.container(horizontal=True):
+        st.button("Save", on_click=safely, args=(save,), key="save edit", type="primary")
+        st.button("Cancel", on_click=lambda: st.session_state.update(editing=None), key="cancel edit")
+
+
+def _receipt(message: Message) -> None:
+    written = message.written
+    assert written is not None
+    first = "" if written.first_token is None else f", the first after {written.first_token:.1f} s"
+    rate = f", {written.rate:.0f} a second" if written.rate else ""
+    st.caption(f"seed {written.seed}, {len(written.ids)} tokens{first}{rate}; {_ENDINGS[written.ending]}")
+    receipt = written.receipt or {}
+    for slider in receipt.get("sliders") or []:
+        share = slider.get("mean_share")
+        far = "" if share is None else f", by {share:.2f} of the residual norm"
+        what = f"{slider['name']} ({slider['operation']} {slider['amount']:g})"
+        st.markdown(f"**{markdown(what)}** moved {slider['tokens']} tokens{far}")
+    if not receipt.get("sliders"):
+        st.caption("No slider moved it.")
+    if len(written.stretches) > 1:
+        starts = ", ".join(str(s.start) for s in written.stretches[1:])
+        st.caption(f"The sliders moved during it, at token {starts}.")
+    for warning in receipt.get("warnings") or []:
+        st.warning(markdown(warning))
+
+
+_ENDINGS = {
+    "ended": "the model ended it",
+    "length": "it is as long as replies may get",
+    "stopped": "it was stopped",
+    "error": "it broke off",
+}

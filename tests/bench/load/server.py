@@ -1,0 +1,152 @@
+"""`steer serve` as a process of its own, everybody who asks it, and what is seen from outside meanwhile."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from load.clients import LARGEST, PROFILES, Ask, Office, Reply, asks, openai_at, send
+from prometheus_client.parser import text_string_to_metric_families
+
+from steer.live.model import SteeredModel
+from steer.values.trait import NeutralPrompts, Trait
+
+STEER = str(Path(sys.executable).with_name("steer"))
+READY = "(Ctrl-C stops)"
+LOGGED = (READY, "Invalid HTTP request received")
+"""What its log may say."""
+PATIENCE = 300
+"""Seconds in which the last replies must come once the time is over."""
+
+
+@dataclass
+class Served:
+    """A server."""
+
+    url: str
+    """With the /v1."""
+    process: psutil.Process
+    log: Path
+
+    def metrics(self) -> dict[str, float]:
+        """Its samples, the values of their labels behind the name."""
+        text = httpx.get(self.url.removesuffix("/v1") + "/metrics", timeout=60).text
+        samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
+        return {" ".join([s.name, *s.labels.values()]): s.value for s in samples}
+
+    def name(self) -> str:
+        """The model's."""
+        return httpx.get(f"{self.url}/models", timeout=60).json()["data"][0]["id"]
+
+    def again(self, ask: Ask) -> Reply:
+        """A request while there is no other."""
+        with openai_at(self.url) as api:
+            return send(api, self.name(), ask)
+
+
+@dataclass
+class Load:
+    """What was seen."""
+
+    replies: list[Reply]
+    problems: list[str]
+    begun: float
+    """When the time began, by `time.monotonic`: every client has had one reply by then."""
+    rate: float
+    """Tokens a second of the time, those of clients that hang up among them."""
+    memory: tuple[float, float]
+    """The server's, in bytes: in the first third of the time, and in the last."""
+    left: float
+    """Texts that run or wait when all is over."""
+    hung_up: tuple[int, float]
+    """Clients that left, and those the server noticed."""
+    rubbish: int
+    """Requests that are none."""
+    failed: float
+    """Answers from status 500."""
+
+
+@contextmanager
+def served(model: str, folder: Path) -> Iterator[Served]:
+    """A server until the block ends. Errors: RuntimeError with its log when it does not start."""
+    profiles = folder / "profiles"
+    profiles.mkdir()
+    for name, profile in PROFILES.items():
+        profile.save(profiles / f"{name}.yaml")
+    log = folder / "log"
+    command = [STEER, "serve", model, "--port", "0", "--profile", str(profiles), "--max-body", str(LARGEST)]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        end = time.monotonic() + 120
+        while READY not in log.read_text():
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"steer serve did not start:\n{log.read_text()}")
+            time.sleep(0.1)
+        url = next(line.split()[0] for line in log.read_text().splitlines() if READY in line)
+        yield Served(url, psutil.Process(process.pid), log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def under_load(server: Served, live: SteeredModel, seconds: float, clients: int) -> Load:
+    """Everybody asks, first one reply to warm up, then until the time is over and the last replies are there."""
+    traits = [Trait.load(name) for name in ("moralizing", "compliance")]
+    topics = [text for of in (*traits, NeutralPrompts.load()) for text in (*of.held_out, *of.fit)]
+    office = Office(server.url, server.name(), sorted(live.end_token_ids), clients, seconds)
+    asked = [asks(c, topics[c::clients], office.ends) for c in range(clients)]
+    everybody = [threading.Thread(target=office.chats, args=[a], daemon=True) for a in asked]
+    everybody += [threading.Thread(target=work, daemon=True) for work in (office.leaves, office.sends_rubbish)]
+    for thread in everybody:
+        thread.start()
+    office.warm.wait()
+    seen: list[tuple[float, float, float]] = []
+    while not office.over:
+        written = server.metrics()["steer_completion_tokens_total"]
+        seen.append((time.monotonic(), written, server.process.memory_info().rss))
+        time.sleep(0.5)
+    patient_until = time.monotonic() + PATIENCE
+    for thread in everybody:
+        thread.join(max(0.0, patient_until - time.monotonic()))
+    if any(thread.is_alive() for thread in everybody):
+        office.problems.append(f"somebody still waits {PATIENCE} s after the time was over")
+    end = time.monotonic() + 10
+    while (left := _left(told := server.metrics())) and time.monotonic() < end:
+        time.sleep(0.1)
+    office.problems += [
+        f"log: {line}" for line in server.log.read_text().splitlines() if not any(x in line for x in LOGGED)
+    ]
+    (first, written, _), (last, written_last, _) = seen[0], seen[-1]
+    part, rss = max(1, len(seen) // 3), [row[2] for row in seen]
+    return Load(
+        office.replies,
+        office.problems,
+        office.begun,
+        rate=(written_last - written) / (last - first),
+        memory=(statistics.median(rss[:part]), statistics.median(rss[-part:])),
+        left=left,
+        hung_up=(office.hung_up, told.get("steer_hung_up_total", 0.0)),
+        rubbish=office.rubbish,
+        failed=sum(n for name, n in told.items() if name.startswith("steer_requests_total") and _status(name) >= 500),
+    )
+
+
+def _left(told: dict[str, float]) -> float:
+    return told["steer_jobs_running"] + told["steer_jobs_waiting"]
+
+
+def _status(sample: str) -> int:
+    return int(sample.rpartition(" ")[2])

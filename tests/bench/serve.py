@@ -1,0 +1,177 @@
+"""Sixteen clients at once, each with sliders of its own: is every reply whole, and steered by its own alone?
+
+    python tests/bench/serve.py [--model demo/merged] [--seconds 120] [--clients 16] [--float32] [--json]
+
+`steer serve` runs as a process of its own; who asks it is in load/clients.py, hang-ups and rubbish among them. Then
+every reply is read again in this process, alone and under the sliders of whoever asked: how far are the logprobs that
+the server told from those? Some are read under every other client's sliders too. Where these would have moved the
+logprobs by ENOUGH, the reply's own should be nearer to what the server told, and the reply likelier under them; the
+controls ask the same of the next client's. Some requests are sent again when nobody else asks: at bf16 a text in
+company is rounded otherwise than alone, so that some tokens are drawn otherwise. `--float32` serves a copy in fp32,
+where that is over. Ends with 1 when a bar is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from load.alone import Reader, ToldApart
+from load.clients import SETTINGS, Reply
+from load.server import Load, served, under_load
+
+import steer
+from steer.live.decode import decode
+from steer.values.sampler import CHAT
+
+LOOP = 50
+"""Tokens a text of the decode loop that the server is compared with: what a reply has here."""
+OFF, OFF_FLOAT32 = (0.5, 1.5), (1e-3, 1e-2)
+"""Bars in nats for the logprobs: of 99.9 % of them, and of the farthest."""
+GROWTH = 50e6
+"""Bytes by which the server may grow. Not a share of its memory: most of that are the pages it has from the start."""
+LIKELIER = 0.95
+"""A reply of some tokens may by chance be likelier under others' sliders."""
+Figure = tuple[float, str, bool | None]
+"""A value, its bar in words, whether it keeps it."""
+
+
+def main(
+    model: Annotated[str, typer.Option(help="The default merge: the sliders are its own.")] = "demo/merged",
+    seconds: Annotated[int, typer.Option(min=5, help="How long they ask.")] = 120,
+    clients: Annotated[int, typer.Option(min=2, max=len(SETTINGS), help="How many ask at once.")] = len(SETTINGS),
+    again: Annotated[int, typer.Option(min=1, help="Requests of each client that are sent again.")] = 2,
+    others: Annotated[int, typer.Option(min=1, help="Replies of each that are read under others' sliders.")] = 3,
+    float32: Annotated[bool, typer.Option("--float32", help="Serve a copy in fp32.")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Print what was served, how fast, and each check beside its bar."""
+    with tempfile.TemporaryDirectory() as temporary:
+        live = steer.load(model, dtype=torch.float32 if float32 else None)
+        if float32:
+            model = str(Path(temporary) / "float32")
+            live.hf.save_pretrained(model)
+            live.tokenizer.save_pretrained(model)
+        with served(model, Path(temporary)) as server:
+            say(f"{clients} clients ask for {seconds} s")
+            load = under_load(server, live, seconds, clients)
+            say(f"{len(load.replies)} replies; some of them again")
+            once = first_of_each(load.replies, clients, again)
+            twice = [server.again(reply.ask) for reply in once]
+    say("the decode loop; every reply under its own sliders, and some under everybody's")
+    reader = Reader(live)
+    figures = health(reader, load) | speed(reader, load, clients) | rounding(reader, load, once, twice, float32)
+    figures |= whose(reader, first_of_each(load.replies, clients, others), clients)
+    if as_json:
+        rows = {name: {"value": value, "bar": bar, "kept": kept} for name, (value, bar, kept) in figures.items()}
+        print(json.dumps({"seconds": seconds, "clients": clients, **rows, "problems": load.problems}, indent=2))
+    else:
+        for name, (value, bar, kept) in figures.items():
+            print(f"{name:60}{value:>10,.4g}   {bar}{'   MISSED' if kept is False else ''}".rstrip())
+        print(*load.problems[:20], sep="\n")
+    raise typer.Exit(any(kept is False for _, _, kept in figures.values()))
+
+
+def say(text: str) -> None:
+    """What goes on: it takes minutes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def first_of_each(replies: Sequence[Reply], clients: int, number: int) -> list[Reply]:
+    """The first replies of every client."""
+    return [r for c in range(clients) for r in [x for x in replies if x.ask.client == c][:number]]
+
+
+def health(reader: Reader, load: Load) -> dict[str, Figure]:
+    """Whether all was answered as it should be, and nothing stays behind."""
+    whole = statistics.fmean(reader.is_whole(r) for r in load.replies)
+    (before, after), (left, noticed) = load.memory, load.hung_up
+    grown = after - before
+    return {
+        "replies": (len(load.replies), "", None),
+        "share of them that are whole": (whole, "bar 1", whole == 1),
+        "requests that are none": (load.rubbish, "", None),
+        "clients that hung up": (left, "", None),
+        "of them unnoticed": (left - noticed, "bar 0", left == noticed),
+        "what went otherwise than it should": (len(load.problems), "bar 0", not load.problems),
+        "answers from status 500": (load.failed, "bar 0", load.failed == 0),
+        "texts that run or wait when all is over": (load.left, "bar 0", load.left == 0),
+        "the server's memory once all had a reply, MB": (before / 1e6, "", None),
+        "grown by the end, MB": (grown / 1e6, f"bar {GROWTH / 1e6:g}", grown < GROWTH),
+    }
+
+
+def speed(reader: Reader, load: Load, clients: int) -> dict[str, Figure]:
+    """Tokens a second, and how long clients wait for the first."""
+    loop = loop_rate(reader, first_of_each(load.replies, clients, 1))
+    streamed = [r for r in load.replies if r.first is not None]
+    waited = [r.first for r in streamed if r.asked >= load.begun]
+    return {
+        "tokens/s of all together": (load.rate, "", None),
+        f"tokens/s of the decode loop, {clients} texts at once": (loop, "", None),
+        "share of the decode loop": (load.rate / loop, "", None),
+        "seconds to the first token, median": (float(np.quantile(waited or np.nan, 0.5)), "", None),
+        "  95 %": (float(np.quantile(waited or np.nan, 0.95)), "", None),
+        "  the longest, as the first requests look up their sliders": (max(r.first for r in streamed), "", None),
+    }
+
+
+def loop_rate(reader: Reader, replies: Sequence[Reply]) -> float:
+    """Tokens a second of this process's own decode loop: all texts begin together, their prompts are read, each goes by
+    its client's sliders, none ends early."""
+    live = reader.live
+    prompts, edits = [live.prompt_ids(r.ask.chat) for r in replies], [reader.edits[r.ask.client] for r in replies]
+    sampler = replace(CHAT, max_new_tokens=LOOP, logit_bias=tuple((end, -100.0) for end in live.end_token_ids))
+    rates = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        with live.steering.applied(edits):
+            made = sum(len(step.tokens) for step in decode(live, prompts, sampler))
+        rates.append(made / (time.perf_counter() - begun))
+    return statistics.median(rates)
+
+
+def rounding(
+    reader: Reader, load: Load, once: Sequence[Reply], twice: Sequence[Reply], float32: bool
+) -> dict[str, Figure]:
+    """What the server told of every token beside what the model says alone; and requests that were sent again."""
+    told, alone = reader.off(load.replies), reader.off(twice)
+    most, (bar, bar_most) = float(np.quantile(told, 0.999)), OFF_FLOAT32 if float32 else OFF
+    same = statistics.fmean(a.tokens == b.tokens for a, b in zip(once, twice, strict=True))
+    return {
+        "logprobs told": (len(told), "", None),
+        "off from its own sliders, alone: median, nats": (float(np.median(told)), "", None),
+        "  99.9 % of them by at most": (most, f"bar {bar:g}", most < bar),
+        "  the farthest": (float(told.max()), f"bar {bar_most:g}", float(told.max()) < bar_most),
+        "  asked again, with no company: median": (float(np.median(alone)), "", None),
+        "  asked again, with no company: 99.9 %": (float(np.quantile(alone, 0.999)), "", None),
+        "share of the same tokens when asked again": (same, "bar 1" if float32 else "", same == 1 if float32 else None),
+    }
+
+
+def whose(reader: Reader, replies: Sequence[Reply], clients: int) -> dict[str, Figure]:
+    """Whose sliders a reply went by."""
+    read = [np.stack([reader.logprobs(r, c) for c in range(clients)]) for r in replies]
+    own, control = ToldApart.of(replies, read), ToldApart.of(replies, read, shift=1)
+    return {
+        "pairs of a reply and others' sliders": (len(replies) * (clients - 1), "", None),
+        "share of them that differ enough": (own.differ, "", None),
+        "  own sliders nearer to what was told": (own.nearer, "bar 1", own.nearer == 1),
+        "    control: the next client's nearer": (control.nearer, "", None),
+        "  likelier under own sliders": (own.likelier, f"bar {LIKELIER:g}", own.likelier >= LIKELIER),
+        "    control: likelier under the next client's": (control.likelier, "", None),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,95 @@
+"""On the default merge, with the directions and the dictionary that ship: what people see."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from steer.chat.chat import Chat
+from steer.chat.local import LocalVoice
+from steer.live.model import SteeredModel, load
+from steer.values.sampler import Sampler
+from steer.values.slider import Slider
+
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning")]
+QUESTION = "My friend lied to me about why he missed my party. What now?"
+
+
+@pytest.fixture(scope="module")
+def merged() -> SteeredModel:
+    """The default merge, as `make demo` leaves it."""
+    from steer.chat.default_merge import RECIPE
+    from steer.weights.merge import is_merge_of
+
+    place = RECIPE.parents[2] / "demo" / "merged"
+    if not is_merge_of(place, RECIPE):
+        pytest.skip("no default merge in demo/; run make demo")
+    return load(place)
+
+
+@pytest.fixture
+def chat(merged):
+    chat = Chat(LocalVoice(merged))
+    chat.sampler = Sampler(max_new_tokens=40, temperature=0, repetition_penalty=1.05)
+    yield chat
+    chat.close()
+
+
+def test_traits_that_ship_are_at_hand_in_words(chat):
+    rows = {r.name: r for r in chat.board.rows()}
+    assert {"moralizing", "compliance"} <= set(rows)
+    assert rows["moralizing"].description.startswith("Lectures about right and wrong")
+    assert rows["moralizing"].safe == (-2.0, 2.0)
+    assert {"moralizing-latent", "moralizing-set"} <= {r.name for r in chat.board.offered()}
+
+
+def test_the_first_token_is_there_within_a_second_of_the_models_own(chat, merged):
+    prompt = merged.prompt_ids([{"role": "user", "content": QUESTION}])
+    with torch.inference_mode():
+        merged.hf(torch.tensor([prompt]), logits_to_keep=1)
+        began = time.monotonic()
+        merged.hf(torch.tensor([prompt]), logits_to_keep=1)
+    own = time.monotonic() - began
+    chat.board.set("moralizing", -1.0)
+    chat.say(QUESTION)
+    assert chat.writer.wait(300)
+    assert chat.writer.first_token < own + 1
+
+
+def test_side_by_side_and_inside_tell_the_sliders_effect(chat):
+    chat.board.set("moralizing", -1.0)
+    duel = chat.duel(QUESTION, chat.side("plain"), chat.side("now"))
+    assert duel.wait(300)
+    plain, steered = (chat.take(duel, side) for side in ("left", "right"))
+    assert plain.text != steered.text
+    look = chat.inside(steered.id, ["moralizing", "compliance"])
+    assert "".join(look.pieces) == steered.text
+    off = sum(b - a for a, b in zip(look.steered["moralizing"], look.plain["moralizing"], strict=True)) / len(look.kl)
+    assert off == pytest.approx(1.0, abs=0.05)  # amount -1 moves the projection by one gap
+    assert 0.01 < sum(look.kl) / len(look.kl) < 1.0
+    assert max(chat.inside(plain.id, ["moralizing"]).kl) == 0.0
+
+
+def test_features_that_fire_on_a_message_are_pinned_by_a_click(chat):
+    shelf = chat.shelf()
+    assert shelf.traits() == ["compliance", "moralizing"]
+    found = shelf.fires_on("You should never lie. Honesty is a moral duty.")
+    assert len(found) == 12
+    assert "".join(p for p, _ in found[0].marks) == "You should never lie. Honesty is a moral duty."
+    row = chat.board.pin(found[0].card.name)
+    chat.board.set(row.name, 0.5)
+    assert chat.board.budgets()[0].site == 14
+    best = shelf.by_trait("moralizing", limit=5)
+    assert abs(best[0].auroc["moralizing"][0] - 0.5) > 0.4
+    assert shelf.card(best[0].dictionary, 3494).output_score["moralizing"] == pytest.approx(0.642, abs=0.01)
+
+
+def test_a_feature_held_where_it_is_reads_there(chat):
+    target = chat.sliders.slider("L14/3494").target
+    chat.sliders.put(Slider(target, "clamp"), 0.5)
+    reply = chat.say(QUESTION)
+    assert chat.writer.wait(300)
+    look = chat.inside(reply.id, ["L14/3494"])
+    assert sum(look.steered["L14/3494"]) > sum(look.plain["L14/3494"])

@@ -1,0 +1,105 @@
+"""Features by words, by trait, and by what fires on a message."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shelves import M, keep_dictionary
+from tiny_chat import hooks_on
+
+from steer.errors import UsageError
+from steer.live.library import dictionary_at
+
+pytestmark = pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning")
+
+
+@pytest.fixture
+def place(model):
+    return keep_dictionary(model)
+
+
+@pytest.fixture
+def shelf(place, chat):
+    return chat.shelf()
+
+
+def test_words_are_looked_for_in_tokens_and_contexts(shelf):
+    found = shelf.by_words("mercy US")
+    assert [c.index for c in found] == [20, 15, 10, 5]
+    assert found[0].title == "on \u201cmercy\u201d"
+    assert len(shelf.by_words("", limit=7)) == 7
+    assert shelf.by_words("zebra") == []
+
+
+def test_the_surest_features_of_a_trait_come_first(shelf):
+    assert shelf.traits() == ["moralizing"]
+    found = shelf.by_trait("moralizing", limit=3)
+    assert [c.index for c in found] == [M - 1, M - 2, M - 3]
+    assert found[0].auroc == {"moralizing": (pytest.approx(0.96), 0.01)}
+    with pytest.raises(UsageError, match="steer find"):
+        shelf.by_trait("kindness")
+
+
+def test_a_card_tells_what_is_known_and_pins_by_its_name(shelf, chat, place):
+    card = shelf.card("tiny", 5)
+    dictionary = dictionary_at(place)
+    assert (card.name, card.site, card.rate, card.unit) == ("L1/5", 1, pytest.approx(0.06), 1.0)
+    assert card.share == pytest.approx(float(dictionary.decoder_rows([5]).norm()) / 5.0, rel=1e-5)
+    assert card.output_score == {"moralizing": 0.75}
+    assert shelf.card("tiny", 6).output_score == {}
+    assert card.nearest == [("L1/6", "on \u201csin\u201d", 0.5)]
+    assert card.contexts[0].before == "have "
+    assert chat.board.pin(card.name).title == card.title
+    for index in (0, 99):
+        with pytest.raises(UsageError, match="expected one that fires"):
+            shelf.card("tiny", index)
+
+
+def test_what_fires_on_a_message_is_what_the_dictionary_reads_there(shelf, model, place):
+    ids = model.prompt_ids([{"role": "user", "content": "hello friend truth"}])
+    words = model.tokenizer("hello friend truth", add_special_tokens=False).input_ids
+    start = next(i for i in range(len(ids)) if ids[i : i + 3] == words)
+    with model.record([1]) as recording, torch.inference_mode():
+        model.hf(torch.tensor([ids]))
+    dictionary = dictionary_at(place)
+    acts = dictionary.encode(recording[1][0, start : start + 3].float())
+    units = torch.tensor([float("inf")] * 2 + [0.5 + 0.1 * i for i in range(2, M)])
+    strength = acts / units
+    found = shelf.fires_on("hello friend truth", limit=5)
+    wanted = strength.amax(0).sort(descending=True)
+    assert [f.card.index for f in found] == wanted.indices[:5].tolist()
+    assert [f.strength for f in found] == pytest.approx(wanted.values[:5].tolist(), rel=1e-4)
+    for f in found:
+        assert "".join(p for p, _ in f.marks).strip() == "hello friend truth"
+        assert [s for _, s in f.marks] == pytest.approx(strength[:, f.card.index].tolist(), rel=1e-4, abs=1e-6)
+    assert hooks_on(model) == 0
+
+
+def test_sliders_have_no_say_in_what_fires(shelf, chat):
+    before = shelf.fires_on("hello friend")
+    chat.board.set("moral", 3.0)
+    reply = chat.say("hello friend")
+    again = shelf.fires_on("hello friend")
+    assert chat.writer.wait(20)
+    assert [f.strength for f in again] == [f.strength for f in before]
+    on_reply = chat.fires_on(reply.id)
+    assert "".join(p for p, _ in on_reply[0].marks) == reply.text
+    assert chat.fires_on(chat.path()[0].id)[0].strength == before[0].strength
+
+
+def test_messages_that_cannot_be_read_are_refused(shelf):
+    with pytest.raises(UsageError, match="expected some text"):
+        shelf.fires_on("  ")
+    with pytest.raises(UsageError, match="at most 512 tokens"):
+        shelf.fires_on("hello " * 600)
+
+
+def test_a_long_chat_before_a_message_is_left_out(shelf):
+    before = [{"role": "user", "content": "hello " * 600}]
+    alone = shelf.fires_on("friend")
+    assert [f.strength for f in shelf.fires_on("friend", before)] == [f.strength for f in alone]
+
+
+def test_a_model_without_a_dictionary_has_an_empty_shelf(chat):
+    shelf = chat.shelf()
+    assert shelf.dictionaries == shelf.traits() == shelf.by_words("mercy") == shelf.fires_on("hello") == []

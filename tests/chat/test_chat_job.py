@@ -1,0 +1,119 @@
+"""Work in a process of its own: the real command, its progress, its end, and what stays when it is stopped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steer.chat.default_merge import RECIPE, get_default, ready
+from steer.chat.job import Job
+from steer.errors import OutputExistsError, SteerError
+
+OPTIONS = subprocess.run(
+    [sys.executable, "-m", "steer.cli", "bake", "--help"], capture_output=True, text=True, check=False
+).stdout
+
+
+@pytest.fixture
+def file(moral, tmp_path) -> Path:
+    return moral.save(tmp_path / "moral.safetensors")
+
+
+def test_a_bake_is_done_elsewhere_and_brings_its_result(checkpoint, file, tmp_path):
+    out = tmp_path / "baked"
+    size = (checkpoint / "model.safetensors").stat().st_size
+    job = Job(["bake", str(checkpoint), str(out), "--ablate", str(file), "--json"], out=out, expected=size)
+    assert job.running
+    assert job.progress == 0.0
+    assert job.wait(120)
+    assert (job.done, job.error, job.progress) == (True, None, 1.0)
+    assert job.result["checkpoint"] == str(out)
+    assert (out / "steer_certificate.json").is_file()
+
+
+def test_a_mistake_is_one_line(checkpoint, tmp_path):
+    job = Job(["bake", str(checkpoint), str(tmp_path / "out"), "--ablate", "nothing.safetensors", "--json"])
+    assert job.wait(120)
+    assert (job.done, job.result) == (False, None)
+    assert job.error.startswith("nothing.safetensors: expected a direction file")
+    assert job.progress is None
+
+
+def test_stopped_it_leaves_nothing_behind(checkpoint, file, tmp_path):
+    out = tmp_path / "out" / "baked"
+    job = Job(["bake", str(checkpoint), str(out), "--ablate", str(file), "--json"], out=out, expected=1)
+    job.cancel()
+    assert not job.running
+    assert (job.done, job.cancelled, job.error) == (False, True, "stopped; nothing was written")
+    assert not out.exists()
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+    job.cancel()
+
+
+def test_the_default_merge_is_not_ready_before_it_is_made(home):
+    assert RECIPE.is_file()
+    assert not ready()
+
+
+@pytest.mark.model
+def test_the_default_merge_is_made_with_its_progress_shown(tmp_path, monkeypatch):
+    monkeypatch.delenv("STEER_HOME")
+    place = tmp_path / "merged"
+    job, seen = get_default(place), []
+    while job.running:
+        seen.append(job.progress)
+        job.wait(0.2)
+    assert job.error is None
+    assert ready(place)
+    assert [*seen, job.progress] == sorted([*seen, 1.0])
+    assert 0 <= seen[0] < 1
+
+
+# What follows wants `steer bake --profile`, and what is said before it starts.
+
+bakes_profiles = pytest.mark.skipif("--profile" not in OPTIONS, reason="steer bake takes no profile here")
+
+
+@bakes_profiles
+def test_what_can_be_baked_is_said_before_and_done_after(chat, tmp_path):
+    chat.board.set("moral", -0.25)
+    plan = chat.plan_bake()
+    assert (plan.possible, plan.why) == (True, None)
+    assert [(v.slider, v.operation, v.ok) for v in plan.verdicts] == [("moral", "add", True)]
+    job = plan.start(tmp_path / "out")
+    assert job.wait(120)
+    assert job.error is None
+    assert job.certificate["edit"]["add"][0]["amount"] == -0.25
+    with pytest.raises(OutputExistsError):
+        plan.start(tmp_path / "out")
+
+
+@bakes_profiles
+def test_what_cannot_be_baked_is_named_and_can_be_left_out(chat, tmp_path):
+    assert "move one first" in chat.plan_bake().why
+    target = chat.sliders.slider("moral").target
+    from steer.values.slider import Slider
+
+    chat.sliders.put(Slider(target, "clamp", label="moral:clamp"), 0.5)
+    chat.board.set("moral", -0.25)
+    plan = chat.plan_bake()
+    assert not plan.possible
+    assert "moral:clamp" in plan.why
+    with pytest.raises(SteerError, match="moral:clamp"):
+        plan.start(tmp_path / "out")
+    rest = plan.without_refused()
+    assert rest.possible
+    assert [s.amount for s in rest.profile.sliders] == [-0.25]
+
+
+@pytest.mark.skipif("--as" not in OPTIONS or "--profile" not in OPTIONS, reason="steer bake writes no adapters here")
+def test_an_adapter_is_baked_as_well(chat, tmp_path):
+    chat.board.reshape("moral", "ablate")
+    chat.board.set("moral", 1.0)
+    job = chat.plan_bake("adapter").start(tmp_path / "out")
+    assert job.wait(120)
+    assert job.error is None
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
