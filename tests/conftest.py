@@ -74,7 +74,9 @@ def make_direction() -> Callable[..., Direction]:
 
     def make(name: str = "moral", *, site: int = 1, width: int = WIDTH, seed: int = 7) -> Direction:
         vector = torch.randn(width, generator=torch.Generator().manual_seed(seed))
-        return Direction(name, site, vector, with_mean=1.5, without_mean=-0.5, provenance={"seed": seed})
+        return Direction(
+            name, site, vector, with_mean=1.5, without_mean=-0.5, residual_norm=1.0, provenance={"seed": seed}
+        )
 
     return make
 

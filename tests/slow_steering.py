@@ -167,7 +167,8 @@ class Slow:
             d = m.target
             rows.append(numpy(d.vector))
             a = float(h @ rows[-1])
-            by.append(s * (asked(m.operation, m.amount, a, d.without_mean, d.gap) - a))
+            outlier = np.linalg.norm(h) > 10 * d.residual_norm
+            by.append(0.0 if outlier else s * (asked(m.operation, m.amount, a, d.without_mean, d.gap) - a))
             self._tell(m, t, abs(by[-1]) / d.residual_norm)
         return h + least_change(rows, by) if rows else h
 

@@ -72,6 +72,9 @@ class Columns:
     """Of the directions, one a column."""
     gates: tuple[Gate | None, ...] = ()
     """One a column."""
+    limits: Table | None = None
+    """[1, 1, columns]: a token whose norm is beyond it stays as it is. The first token of a text, which attention
+    rests on, is a hundred times the others; what is read off it is no trait, and setting it breaks the text."""
     alpha: Table = field(init=False)
     beta: Table = field(init=False)
     upper: Table | None = field(init=False)
@@ -123,8 +126,8 @@ class Columns:
         share = self._share(x, text)
         if share is not None:
             by = by * share
-        if self.dictionary is not None and self.dictionary.norm is not None:
-            by = by.masked_fill(x.norm(dim=-1, keepdim=True) > OUTLIER * self.dictionary.norm, 0.0)
+        if self.limits is not None:
+            by = by.masked_fill(x.norm(dim=-1, keepdim=True) > self.limits.ready(x.device, x.dtype), 0.0)
         return by
 
     def written(
@@ -154,7 +157,7 @@ class Columns:
     def layout(self) -> tuple[object, ...]:
         """Equal for columns whose numbers alone differ."""
         reads = None if self.read is None else tuple(self.read.data.shape)
-        kinds = (self.upper is None, self.window is None, self.spread is None)
+        kinds = (self.limits is None, self.upper is None, self.window is None, self.spread is None)
         return (id(self.dictionary), self.latents, reads, kinds, tuple(g.key if g else None for g in self.gates))
 
     def _tables(self) -> list[Table]:
@@ -214,6 +217,8 @@ def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) 
     return Columns(
         rows, terms, Table(write[None]), Table(r.T), spread=spread,
         sites=tuple(p.direction.site for p in order), gates=tuple(p.gate for p in order),
+        # Ablation acts on what writers write, which has no such tokens.
+        limits=None if moves[0][1].operation == "ablate" else _limits([p.direction.residual_norm for p in order]),
     )  # fmt: skip
 
 
@@ -242,6 +247,12 @@ def places(moves: Sequence[Move]) -> list[Place]:
     return out
 
 
+def _limits(norms: Sequence[float]) -> Table | None:
+    """The norm beyond which a token is none of a column's business, for columns whose site's median norm is known."""
+    known = [math.inf if math.isnan(norm) else OUTLIER * norm for norm in norms]
+    return Table(torch.tensor([[known]], dtype=torch.float64)) if min(known) < math.inf else None
+
+
 def _pseudoinverses(r: Float[Tensor, "n d"]) -> Float[Tensor, "subsets d n"]:
     """Of every subset of the rows; bit `j` of the subset's number is set where row `j` is in it."""
     numbers = torch.arange(2 ** len(r))
@@ -267,7 +278,9 @@ def latents(moves: Sequence[tuple[int, Move]], rows: int, dictionary: Dictionary
     gates = tuple(gate for _, gate in order.values())
     # Widened first: the rows may have yet to be scaled.
     write = dictionary.part(taken).to("cpu", torch.float64).decoder_rows(range(len(taken)))
-    return Columns(rows, terms, Table(write[None]), None, dictionary, taken, gates=gates)
+    norm = math.nan if dictionary.norm is None else dictionary.norm
+    limits = _limits([norm] * len(taken))
+    return Columns(rows, terms, Table(write[None]), None, dictionary, taken, gates=gates, limits=limits)
 
 
 def timed_adds(moves: Sequence[tuple[int, Move]], rows: int) -> Columns:

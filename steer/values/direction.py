@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ class Direction:
     """Mean projection on replies with the trait."""
     without_mean: float = 0.0
     """Mean projection on replies without the trait."""
-    residual_norm: float = 1.0
-    """Median norm of the residual stream at the site."""
+    residual_norm: float = math.nan
+    """Median norm of the residual stream at the site; nan where it is not known. Tokens with over ten times as much
+    (the first of a text) are none that clamp, cap or scale would touch."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it came from: checkpoint fingerprint, trait, method, held-out AUROC per site, versions, seed."""
 
@@ -68,8 +70,9 @@ class Direction:
         return self.with_mean - self.without_mean
 
     def share(self, amount: float) -> float:
-        """An amount of `add` as a share of the site's median residual norm."""
-        return abs(amount * self.gap) / self.residual_norm
+        """An amount of `add` as a share of the site's median residual norm; nan where that is not known."""
+        moved = abs(amount * self.gap)
+        return moved / self.residual_norm if moved else 0.0
 
     def at(self, site: int) -> Direction:
         """The same vector and statistics at another site."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from steer.values.direction import Direction
 from steer.values.edit import SET_TOGETHER, Edit
 from steer.values.feature import Feature
 from steer.values.move import OPERATIONS, Move
+from steer.values.slider import Slider
 from steer.values.when import ALWAYS, Gate, When
 
 pytestmark = pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning")
@@ -323,3 +325,21 @@ def test_neutral_amounts_leave_no_hook_whatever_their_when(model64):
     with model64.edited(Edit(moves=tuple(neutral))):
         assert hooks_on(model64) == 0
         assert torch.equal(fast_logits(model64, TEXT, neutral, PROMPT), plain)
+
+
+@pytest.mark.parametrize("operation", ["clamp", "cap", "scale"])
+def test_a_token_far_beyond_the_sites_norm_is_left_alone(model64, ids, make_direction, operation):
+    with model64.record([1]) as before, torch.inference_mode():
+        model64.hf(ids)
+    norms = before[1].norm(dim=-1)
+    between = float(norms.median())  # half of the tokens count as outliers
+    direction = replace(make_direction("one"), residual_norm=between / 10)
+    with model64.steered({Slider(direction, operation): -3.0}), model64.record([1]) as after, torch.inference_mode():
+        model64.hf(ids)
+    moved = (after[1] - before[1]).norm(dim=-1) > 1e-9
+    assert torch.equal(moved, norms <= between)
+    assert 0 < int(moved.sum()) < moved.numel()
+    unknown = Slider(replace(direction, residual_norm=math.nan), operation)
+    with model64.steered({unknown: -3.0}), torch.inference_mode(), model64.record([1]) as after:
+        model64.hf(ids)
+    assert bool(((after[1] - before[1]).norm(dim=-1) > 1e-9).all())

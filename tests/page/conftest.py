@@ -1,0 +1,120 @@
+"""The page in a real browser, on a tiny checkpoint: a server in a process of its own, and Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_chat import keep_direction, save_tiny_chat
+
+from steer.features.records import Context, FeatureRecord
+from steer.live.library import own_dictionary_place
+from steer.live.model import load
+from steer.values.dictionary import Dictionary
+from steer.values.dictionary_files import FEATURES, save_dictionary
+from steer.values.direction import Direction
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+WIDTH, LATENTS = 32, 80
+
+
+def keep_dictionary(checkpoint: Path) -> None:
+    """A random dictionary where the library finds it; its latents are labelled by their number."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    dictionary = Dictionary(
+        "jumprelu", rand(WIDTH, LATENTS) / WIDTH**0.5, rand(LATENTS) * 0.1, rand(LATENTS, WIDTH) / WIDTH**0.5,
+        rand(WIDTH) * 0.1, site=1, norm=5.0, threshold=rand(LATENTS).abs() * 0.3,
+    )  # fmt: skip
+    sketch = load(checkpoint).sketch()
+    place = own_dictionary_place(sketch, "tiny")
+    save_dictionary(dictionary, place)
+    rows = [
+        FeatureRecord(
+            i, 1 / (i + 2), 1.0 + i / 10, 2.0 + i / 5, [(f"word{i}", 1.0)], [("less", -1.0)],
+            [Context("what stood ", f"here{i}", " and after", 1.0)], [],
+        ).to_json()
+        for i in range(0, LATENTS, 2)
+    ]  # fmt: skip
+    (place / FEATURES).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    header = {"name": "tiny", "site": 1, "norm": 5.0, "sketch": sketch.to_header()}
+    (place / "manifest.json").write_text(json.dumps(header))
+
+
+@pytest.fixture(scope="session")
+def tiny_page_home(
+    tiny_llama: Callable[..., Path],
+    make_direction: Callable[..., Direction],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Path]:
+    """A folder with a checkpoint `chat` that can chat and never ends a reply, and a STEER_HOME `home` that knows a
+    direction and a dictionary of it."""
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEER_HOME", str(folder / "home"))
+        checkpoint = save_tiny_chat(tiny_llama, folder / "chat", eos_token_id=None, max_position_embeddings=4096)
+        keep_direction(checkpoint, make_direction("moral"))
+        keep_dictionary(checkpoint)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def page_url(tiny_page_home: Path) -> Iterator[str]:
+    """The page on that checkpoint, started as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = {"OMP_NUM_THREADS": "1", "STEER_HOME": str(tiny_page_home / "home"), "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", "from steer.cli import main; main()", "ui", str(tiny_page_home / "chat"),
+         "--headless", "--port", str(port)],
+        cwd=tiny_page_home, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{url}/_stcore/health", timeout=2).close()
+                break
+            except OSError:
+                assert server.poll() is None, "the page's server has ended"
+                time.sleep(0.1)
+        else:
+            pytest.fail("the page's server did not start within a minute")
+        yield url
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium that saves downloads into its `downloads`."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no chromium with its driver on this machine: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,860"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    browser.downloads = tmp_path_factory.mktemp("downloads")
+    browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(browser.downloads)}
+    )
+    yield browser
+    browser.quit()

@@ -1,0 +1,240 @@
+"""The page as people use it: real clicks and keys in a real Chromium, on a tiny checkpoint that never ends a reply."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PATIENCE = 60
+MESSAGE = "hello friend"
+
+
+class Page:
+    """What a person sees and does in one tab."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.browser = browser
+        browser.get(url)
+        self.until(lambda: self.all("textarea[data-testid=stChatInputTextArea]"))
+        self.settled()
+
+    def all(self, css: str) -> list[Any]:
+        return self.browser.find_elements("css selector", css)
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """Wait for something that holds; what is being redrawn meanwhile does not yet."""
+        from selenium.common.exceptions import WebDriverException
+
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                if found := condition():
+                    return found
+            except WebDriverException:
+                pass
+            time.sleep(0.05)
+        pytest.fail(f"waited in vain; the page shows:\n{self.all('body')[0].text}")
+
+    def settled(self) -> None:
+        """No script is at work."""
+        time.sleep(0.3)
+        self.until(lambda: self.all("[data-testid=stApp][data-test-script-state=notRunning]"))
+
+    def click(self, label: str) -> None:
+        """A button by the name that a screen reader tells."""
+
+        def found() -> bool:
+            for button in self.all("button"):
+                told = button.get_attribute("textContent") or ""
+                if label in told and button.is_displayed() and button.is_enabled():
+                    self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+                    button.click()
+                    return True
+            return False
+
+        self.until(found)
+
+    def fill(self, label: str, text: str) -> None:
+        def typed() -> bool:
+            field = self.all(f"[aria-label={json.dumps(label)}]")[0]
+            field.clear()
+            field.send_keys(text + "\ue007")
+            return True
+
+        self.until(typed)
+        self.settled()
+
+    def say(self, text: str) -> None:
+        self.all("textarea[data-testid=stChatInputTextArea]")[0].send_keys(text + "\ue007")
+        self.until(self.growing)
+
+    def growing(self) -> list[Any]:
+        return self.all(".st-key-growing")
+
+    def texts(self) -> list[str]:
+        """What every message says, without its buttons."""
+        script = """return [...document.querySelectorAll('[data-testid=stChatMessage]')].map(m =>
+            m.querySelector('[data-testid=stMarkdownContainer]').innerText)"""
+        return [t.replace("▍", "").strip() for t in self.browser.execute_script(script)]
+
+    def words(self, at_least: int) -> str:
+        """The reply, once it has so many words."""
+        return self.until(lambda: (t := self.texts()[-1]).count(" ") >= at_least and t)
+
+    def stop(self) -> str:
+        """Stop the reply; what it is then."""
+        self.click("Stop")
+        self.until(lambda: not self.growing() and self.all("[class*=st-key-Regenerate]"))
+        self.settled()
+        return self.texts()[-1]
+
+    def slider(self, label: str) -> Any:
+        return self.all(f"[data-testid=stSidebar] input[type=range][aria-label={json.dumps(label)}]")[0]
+
+    def move(self, label: str, keys: str) -> None:
+        self.until(lambda: self.slider(label).send_keys(keys) is None)
+
+    def part(self, name: str) -> None:
+        self.click(name)
+        self.settled()
+
+
+LEFT, RIGHT, END = "\ue012", "\ue014", "\ue010"
+
+
+@pytest.fixture
+def page(chromium: Any, page_url: str) -> Iterator[Page]:
+    """A new tab's page, which shows no traceback to its end."""
+    page = Page(chromium, page_url)
+    yield page
+    assert not page.all("[data-testid=stException]")
+
+
+def test_a_slider_that_moves_during_a_reply_changes_the_words_that_follow_and_no_earlier_one(page):
+    page.say(MESSAGE)
+    page.words(20)
+    plain = page.stop()
+    page.click("New chat")
+    page.until(lambda: not page.texts())
+    page.say(MESSAGE)
+    before = page.words(10)
+    page.move("moral", END)
+    page.until(lambda: page.slider("moral").get_attribute("value") == page.slider("moral").get_attribute("max"))
+    page.words(len(before.split()) + 60)
+    moved = page.stop()
+    assert moved.startswith(before)
+    assert len(moved) > len(before)
+    # The same seed, the same message: the two agree while the slider stood still, and part after it.
+    agree = next((i for i, (a, b) in enumerate(zip(plain.split(), moved.split(), strict=False)) if a != b), None)
+    shared = min(len(plain.split()), len(before.split()))
+    assert plain.split()[:shared] == moved.split()[:shared]
+    assert agree is None or agree >= shared
+    page.click("What the sliders did")
+    page.until(lambda: "moral (add" in page.all("[data-testid=stPopoverBody]")[0].text)
+    assert "The sliders moved during it" in page.all("[data-testid=stPopoverBody]")[0].text
+
+
+def test_swipes_edits_and_a_chat_that_is_opened_again(page):
+    page.say(MESSAGE)
+    page.words(5)
+    first = page.stop()
+    page.click("Regenerate")
+    page.until(page.growing)
+    page.words(5)
+    second = page.stop()
+    assert second != first
+    page.click("Previous")
+    page.until(lambda: page.texts()[-1] == first)
+    page.click("Continue")
+    page.until(page.growing)
+    page.words(first.count(" ") + 5)
+    assert page.stop().startswith(first)
+    page.click("New chat")
+    page.until(lambda: not page.texts())
+    page.click("Old chats")
+    page.click("Open")
+    page.until(lambda: page.texts() and page.texts()[0] == MESSAGE)
+
+
+def test_side_by_side_marks_words_that_differ_and_a_blind_vote_tells_which_was_which(page, tiny_page_home):
+    page.move("moral", END)
+    page.settled()
+    page.part("Compare")
+    page.fill("Message", MESSAGE)
+    page.until(lambda: page.all("[data-testid=stCheckbox] label")[0].click() is None)
+    page.all("[data-testid=stFormSubmitButton] button")[0].click()
+    page.click("Stop")
+    page.until(lambda: page.all("mark.st-differs"))
+    assert "with these sliders" not in page.all(".stMain [data-testid=stColumn] p")[2].text
+    page.click("Neither")
+    page.until(lambda: "You chose neither" in page.all(".stMain")[0].text)
+    vote = json.loads((tiny_page_home / "home" / "votes.jsonl").read_text().splitlines()[-1])
+    assert (vote["message"], vote["better"], vote["blind"]) == (MESSAGE, "neither", True)
+    assert vote["settings"][1]["sliders"][0]["slider"] == "moral"
+
+
+def test_a_feature_that_is_found_by_words_and_pinned_becomes_a_slider(page):
+    page.part("Features")
+    page.fill("Words", "word8")
+    page.until(lambda: "word8" in page.all(".stMain")[0].text)
+    page.click("Pin")
+    page.until(lambda: len(page.all("[data-testid=stSidebar] input[type=range]")) == 2)
+    page.click("Unpin")
+    page.until(lambda: len(page.all("[data-testid=stSidebar] input[type=range]")) == 1)
+
+
+def test_a_profile_goes_out_as_a_file_and_comes_back(page, tmp_path, chromium):
+    page.move("moral", LEFT * 10)
+    page.until(lambda: page.slider("moral").get_attribute("value").startswith("-"))
+    page.settled()
+    amount = float(page.slider("moral").get_attribute("value"))
+    page.click("Profiles")
+    page.fill("Save as", "stern")
+    page.until(lambda: page.all("[data-testid=stDownloadButton] button")[0].click() is None)
+    file: Path = chromium.downloads / "stern.yaml"
+    page.until(file.is_file)
+    assert yaml.safe_load(file.read_text())["sliders"] == [{"slider": "moral", "amount": amount}]
+    page.click("Reset all")
+    page.until(lambda: float(page.slider("moral").get_attribute("value")) == 0)
+    page.until(lambda: page.all("[data-testid=stSidebar] input[type=file]")[0].send_keys(str(file)) is None)
+    page.click("Use it")
+    page.until(lambda: float(page.slider("moral").get_attribute("value")) == amount)
+
+
+def test_two_tabs_do_not_touch_each_other(page, chromium, page_url):
+    page.move("moral", END)
+    page.settled()
+    one = chromium.current_window_handle
+    chromium.switch_to.new_window("tab")
+    try:
+        other = Page(chromium, page_url)
+        assert float(other.slider("moral").get_attribute("value")) == 0
+        other.say(MESSAGE)
+        plain = other.words(10)
+        chromium.switch_to.window(one)
+        page.say(MESSAGE)
+        moved = page.words(10)
+        page.stop()
+        n = min(len(plain.split()), len(moved.split()))
+        assert plain.split()[:n] != moved.split()[:n]
+        chromium.switch_to.window(chromium.window_handles[-1])
+        assert other.stop().startswith(plain)
+        chromium.close()
+    finally:
+        chromium.switch_to.window(one)
+
+
+def test_a_bake_says_what_cannot_be_written_and_writes_the_rest(page, tmp_path):
+    page.move("moral", LEFT * 4)
+    page.settled()
+    page.part("Bake")
+    page.fill("Folder to write", str(tmp_path / "out"))
+    page.until(lambda: page.all(".stMain [data-testid=stBaseButton-primary]")[0].click() is None)
+    page.until(lambda: "Written:" in page.all(".stMain")[0].text)
+    assert (tmp_path / "out" / "steer_certificate.json").is_file()
