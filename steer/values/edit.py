@@ -12,6 +12,7 @@ from torch import Tensor
 from steer.errors import UsageError
 from steer.values.direction import Direction
 from steer.values.feature import FeatureMove
+from steer.values.method import PLAIN, Kind, Method, Strengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,10 @@ class Edit:
     as a bias on that block's down projection."""
     features: tuple[FeatureMove, ...] = ()
     """Latents of dictionaries to move. Weights can hold those that add; the others read the activation."""
+    method: Method = PLAIN
+    """What is spared and kept when the directions are removed."""
+    strengths: Strengths | None = None
+    """Strengths that differ between kinds of writers, or from block to block, in place of `strength`."""
 
     def __post_init__(self) -> None:
         if not self.ablate and not self.add and not self.features:
@@ -39,22 +44,33 @@ class Edit:
             raise UsageError(
                 f"blocks: expected FIRST-LAST with 0 <= FIRST <= LAST, found {self.blocks[0]}-{self.blocks[1]}"
             )
+        if self.strengths is not None and self.strength != 1.0:
+            raise UsageError(f"strength: expected one number or strengths by kind, found {self.strength} and both")
         self._check_latents()
 
     @property
     def embedding(self) -> bool:
         """Whether the embedding is edited."""
-        return bool(self.ablate) and self.blocks is None
+        return self.strength_at(None, "embedding") > 0
 
     def edits_block(self, block: int) -> bool:
-        """Whether the attention and MLP writers of `block` are ablated."""
-        return bool(self.ablate) and (self.blocks is None or self.blocks[0] <= block <= self.blocks[1])
+        """Whether the attention or MLP writers of `block` are ablated."""
+        return max(self.strength_at(block, "attention"), self.strength_at(block, "mlp")) > 0
 
-    def basis(self) -> Float[Tensor, "d k"]:
-        """Orthonormal basis Q of the ablated directions, fp64. Linearly dependent ones collapse."""
-        stack = torch.stack([d.vector.double() for d in self.ablate], dim=1)
-        u, s, _ = torch.linalg.svd(stack, full_matrices=False)
-        return u[:, s > 1e-6 * s[0]].contiguous()
+    def strength_at(self, block: int | None, kind: Kind) -> float:
+        """The strength at the writers of a kind in a block (None: the embedding); 0 where nothing is ablated."""
+        if not self.ablate or (self.blocks and (block is None or not self.blocks[0] <= block <= self.blocks[1])):
+            return 0.0
+        return self.strength if self.strengths is None else self.strengths.at(block, kind)
+
+    def basis(self, block: int | None = None) -> Float[Tensor, "d k"]:
+        """Orthonormal basis Q of what is removed from the writers of `block`, fp64; without a block, from the
+        embedding. Linearly dependent directions collapse.
+
+        Errors: UsageError when the method leaves nothing of a direction.
+        """
+        vectors = [self.method.project(d.vector, d.site, block) for d in self.ablate]
+        return orthonormal(torch.stack(vectors, dim=1))
 
     def biases(self) -> dict[int, Float[Tensor, " d"]]:
         """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Features are not in it."""
@@ -81,6 +97,10 @@ class Edit:
                 for d, a in self.add
             ],
         }
+        if self.method.describe() != PLAIN.describe():
+            out["method"] = self.method.describe()
+        if self.strengths is not None:
+            out |= {"strength": None, "strengths": self.strengths.describe()}
         return out | {"features": [m.describe() for m in self.features]} if self.features else out
 
     def _check_latents(self) -> None:
@@ -95,6 +115,12 @@ class Edit:
                         f"dictionary {move.feature.dictionary.name!r}; expected one of them at most, delete the other"
                     )
                 taken[key] = move.feature.name
+
+
+def orthonormal(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    """An orthonormal basis of what the columns span, with fewer columns where they are dependent or zero."""
+    u, s, _ = torch.linalg.svd(vectors, full_matrices=False)
+    return u[:, s > 1e-6 * s[0]].contiguous()
 
 
 def _share(direction: Direction, amount: float) -> float | None:

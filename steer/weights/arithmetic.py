@@ -1,7 +1,12 @@
 """Removing a subspace from stored weights: wide arithmetic, one rounding, a few rows at a time.
 
-With `W` facing the residual stream along axis 0 and `Q [d, k]` orthonormal,
-`W' = W - s Q (Q^T W)`; along axis 1, `E' = E - s (E Q) Q^T`.
+With `W` facing the residual stream along axis 0 and `Q [d, k]` orthonormal, `W' = W - s Q (Q^T W)`; along axis 1,
+`E' = E - s (E Q) Q^T`. A stack of experts is edited expert by expert.
+
+Norm-preserving: each vector `w` that a weight writes, a column along axis 0, keeps its length. What is outside the
+subspace grows for what is taken away inside, `w' = (1 - s) q + c o` with `q` and `o` the two parts of `w`, so that
+exactly the share `1 - s` remains at any strength, and nothing at 1. Scaling the whole of `w'` instead would bring
+back some of what was removed.
 """
 
 from __future__ import annotations
@@ -35,6 +40,33 @@ def rounding(dtype: str) -> float:
     return max(torch.finfo(_DTYPES[dtype]).eps, 1e-6)
 
 
+def ablate(
+    weight: Float[Tensor, "*experts out in"],
+    q: Float[Tensor, "d k"],
+    axis: int,
+    strength: float,
+    *,
+    norm_preserving: bool = False,
+) -> float:
+    """Take `strength` of the subspace out of a writer, in place; return `||Q^T W||` as it was before.
+
+    `axis` is the one that faces the residual stream.
+    """
+    squares = 0.0
+    for matrix, facing in _matrices(weight, axis):
+        cast = shadow(matrix, q, facing)
+        squares += float(cast.double().square().sum())
+        growth = _growth(matrix, cast, facing, strength) if norm_preserving else None
+        remove(matrix, q, facing, strength, cast, growth)
+    return squares**0.5
+
+
+def share(weight: Float[Tensor, "*experts out in"], q: Float[Tensor, "d k"], axis: int) -> float:
+    """`||Q^T W||`, over all experts."""
+    casts = (shadow(matrix, q, facing) for matrix, facing in _matrices(weight, axis))
+    return sum(float(cast.double().square().sum()) for cast in casts) ** 0.5
+
+
 def shadow(weight: Float[Tensor, "out in"], q: Float[Tensor, "d k"], axis: int) -> Float[Tensor, "k other"]:
     """What the writer puts into the subspace, `Q^T W`, in the dtype of the arithmetic."""
     q = q.to(_wide(weight))
@@ -52,17 +84,54 @@ def remove(
     axis: int,
     strength: float,
     cast: Float[Tensor, "k other"],
+    growth: Float[Tensor, " other"] | None = None,
 ) -> None:
-    """Take `strength` of its shadow `cast` out of the writer, in place."""
+    """Take `strength` of its shadow `cast` out of the writer, in place, and let what is outside grow."""
     q = q.to(cast.dtype)
+    if growth is not None:
+        # c w + ((1 - s) - c) q: the part inside the subspace is scaled by 1 - s, the part outside by c.
+        cast, strength = cast * (growth - (1 - strength)), 1.0
     for rows in _slices(weight):
         left, right = (q[rows], cast) if axis == 0 else (cast[:, rows].T, q.T)
-        weight[rows] = torch.addmm(weight[rows].to(q.dtype), left, right, alpha=-strength).to(weight.dtype)
+        wide = weight[rows].to(q.dtype)
+        if growth is not None:
+            wide = wide * (growth if axis == 0 else growth[rows, None])
+        weight[rows] = torch.addmm(wide, left, right, alpha=-strength).to(weight.dtype)
+
+
+def lengths(weight: Float[Tensor, "out in"], axis: int) -> Float[Tensor, " other"]:
+    """The squared length of each vector that the weight writes, fp64."""
+    wide = _wide(weight)
+    squares = (weight[rows].to(wide).square().sum(axis, dtype=torch.float64) for rows in _slices(weight))
+    return sum(squares, torch.zeros((), dtype=torch.float64)) if axis == 0 else torch.cat(list(squares))
 
 
 def norm(weight: Tensor) -> float:
     """The Frobenius norm, over the whole tensor."""
     return sum(float(weight[rows].to(_wide(weight)).square().sum()) for rows in _slices(weight)) ** 0.5
+
+
+def _growth(
+    weight: Float[Tensor, "out in"], cast: Float[Tensor, "k other"], axis: int, strength: float
+) -> Float[Tensor, " other"]:
+    """The factor on what is outside the subspace that keeps each vector's length.
+
+    A vector with next to nothing outside has nothing to grow but rounding, and loses length instead.
+    """
+    whole, inside = lengths(weight, axis), cast.double().square().sum(0)
+    outside = whole - inside
+    enough = outside > torch.finfo(cast.dtype).eps ** (2 / 3) * whole
+    grown = (whole - (1 - strength) ** 2 * inside) / outside.where(enough, 1.0)
+    return grown.where(enough, 1.0).sqrt().to(cast.dtype)
+
+
+def _matrices(weight: Tensor, axis: int) -> Iterator[tuple[Tensor, int]]:
+    """The weight, or each expert of a stack, with the axis of the matrix that faces the residual stream."""
+    if weight.ndim == 2:
+        yield weight, axis
+    else:
+        for expert in weight:
+            yield expert, axis - 1
 
 
 def _wide(weight: Tensor) -> torch.dtype:

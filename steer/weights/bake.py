@@ -20,8 +20,9 @@ from torch import Tensor
 from steer.errors import CheckpointError, UsageError
 from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Writer
-from steer.weights.arithmetic import as_tensor, remove, shadow
+from steer.weights.arithmetic import ablate, as_tensor
 from steer.weights.card import model_card
 from steer.weights.certify import (
     CERTIFICATE,
@@ -30,6 +31,7 @@ from steer.weights.certify import (
     SavedDirection,
     WriterProof,
     projection,
+    save_neutral,
     visible_files,
 )
 from steer.weights.plan import Plan
@@ -74,8 +76,7 @@ def bake(
 class _Editor:
     """Changes tensors in place as they stream by, and keeps the proofs."""
 
-    edit: Edit
-    q: Float[Tensor, "d k"] | None
+    ablation: Ablation
     root: Path
     writers: list[WriterProof] = field(default_factory=list)
     biases: list[BiasProof] = field(default_factory=list)
@@ -88,27 +89,28 @@ class _Editor:
         shift: Float[Tensor, " d"] | None,
         data: bytearray,
     ) -> None:
-        """Ablate if a `writer` is given, then add the shift if there is one."""
+        """Ablate if a `writer` is given, then add the shift if there is one; both change what `data` holds."""
         weight = as_tensor(data, info.dtype, info.shape)
-        q = None if writer is None else self.q
+        bias = writer is None or info.name == writer.bias
+        q = None if writer is None else self.ablation.subspace(writer)
+        strength = 0.0 if writer is None else self.ablation.strength(writer)
+        keep = self.ablation.edit.method.norm_preserving
         before = 0.0
-        if weight.ndim == 1:
-            wide = weight.double()
+        if bias:  # `[d]` or `[experts, d]`: rows that face the residual stream, as an embedding's do
+            wide = weight.double().view(-1, info.shape[-1])
             if q is not None:
-                before = float((q.T @ wide).norm())
-                wide -= self.edit.strength * (q @ (q.T @ wide))
-            weight.copy_(wide if shift is None else wide + shift)
+                before = ablate(wide, q, 1, strength, norm_preserving=keep)
+            weight.copy_((wide if shift is None else wide + shift).view(weight.shape))
         elif writer is not None and q is not None:
-            cast = shadow(weight, q, writer.axis)
-            before = float(cast.norm())
-            remove(weight, q, writer.axis, self.edit.strength, cast)
+            before = ablate(weight, q, writer.axis, strength, norm_preserving=keep)
         if shift is not None:
             self.biases.append(BiasProof(info.name, site, False, float(weight.double().norm())))
         if writer is None or q is None:
             return
-        after, size = projection(weight, q, writer.axis, shift)
-        proof = WriterProof(info.name, writer.kind, writer.block, writer.axis, info.dtype, before, after, size)
-        if not math.isfinite(size) or not proof.holds(self.edit.strength):
+        after, size = projection(weight, q, writer.axis, bias=bias, shift=shift)
+        axis = weight.ndim - 1 if bias else writer.axis
+        proof = WriterProof(info.name, writer.kind, writer.block, axis, bias, info.dtype, strength, before, after, size)
+        if not math.isfinite(size) or not proof.holds:
             raise CheckpointError(
                 f"{self.root}: {info.name} puts {after:.3g} of {before:.3g} into the ablated directions "
                 "after the edit; expected finite weights, check the source"
@@ -118,7 +120,7 @@ class _Editor:
 
 def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int, int], None] | None) -> Certificate:
     files, anatomy, edit = plan.files, plan.anatomy, plan.edit
-    editor = _Editor(edit, edit.basis() if edit.ablate else None, files.root)
+    editor = _Editor(plan.ablation, files.root)
     sources, written = _write_weights(plan, editor, work, progress)
     if plan.config:
         written["config.json"] = write_json(work / "config.json", files.config | plan.config)
@@ -126,13 +128,14 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
         written["config.json"] = copy_file(files.root / "config.json", work / "config.json")
     left_out = _copy_side_files(files.root, work, written)
     directions = _save_directions(edit, work, written)
-    order = {name: i for i, w in enumerate(anatomy.writers) for name in (w.tensor, w.bias)}
+    order = {name: i for i, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
     cert = Certificate(
         source=_source_name(files.root),
         architecture=anatomy.architecture,
         edit=edit.describe(),
-        strength=edit.strength,
-        writers_found=len(anatomy.writers),
+        strength=min((w.strength for w in editor.writers), default=edit.strength),
+        neutral=_save_neutral(edit, work, written),
+        writers_found=len(plan.found.writers),
         writers=tuple(sorted(editor.writers, key=lambda w: order[w.tensor])),
         biases=(*editor.biases, *_created_biases(plan)),
         directions=directions,
@@ -187,7 +190,7 @@ def _changes(plan: Plan, editor: _Editor) -> dict[str, Callable[[bytearray], Non
     shifts, tensors = plan.edit.biases(), plan.files.tensors
     jobs: dict[str, tuple[Writer | None, int | None]] = {}
     for writer in plan.writers:
-        jobs |= {name: (writer, None) for name in (writer.tensor, writer.bias) if name in tensors}
+        jobs |= {name: (writer, None) for name in (writer.tensor, writer.bias) if name and name in tensors}
     for name, site in plan.shifted.items():
         jobs[name] = (jobs[name][0] if name in jobs else None, site)
     return {
@@ -255,6 +258,15 @@ def _save_directions(edit: Edit, work: Path, written: dict[str, str]) -> tuple[S
         name, site = direction.name, direction.site
         out.append(SavedDirection(saved[direction], name, site, amount, direction.provenance))
     return tuple(out)
+
+
+def _save_neutral(edit: Edit, work: Path, written: dict[str, str]) -> str | None:
+    if edit.method.neutral is None:
+        return None
+    name = f"{DIRECTIONS}/neutral.means.safetensors"  # no direction's file has a dot in its stem
+    save_neutral(edit.method.neutral, work / name)
+    written[name] = hash_file(work / name)
+    return name
 
 
 def _source_name(root: Path) -> str:

@@ -38,10 +38,16 @@ def model_card(cert: Certificate, source_card: Path) -> str:
         "| edit | direction | block | |",
         "|---|---|---|---|",
     ]
+    strengths = sorted({f"{w.strength:.3g}" for w in cert.writers}, key=float)
+    strength = f"strength {' to '.join(dict.fromkeys([*strengths[:1], *strengths[-1:]]))}"
     for d in cert.directions:
-        what = ("ablate", f"strength {cert.strength:g}") if d.amount is None else ("add", f"amount {d.amount:+g}")
+        what = ("ablate", strength) if d.amount is None else ("add", f"amount {d.amount:+g}")
         lines.append(f"| {what[0]} | {d.name} | {d.site} | {what[1]} |")
     lines += ["", "## Measured on these files", ""]
+    method = cert.edit.get("method")
+    if cert.writers and method:
+        kept = ", each column keeping its norm" if method["norm_preserving"] else ""
+        lines.append(f"- Method of the ablation: {method['projection']}{kept}.")
     if cert.writers:
         lines += [
             f"- Writers of the residual stream edited: {cert.writers_edited} of {cert.writers_found} "

@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steer.errors import CheckpointError
 from steer.values.direction import Direction
 from steer.values.edit import Edit
-from steer.weights.anatomy import Anatomy
-from steer.weights.arithmetic import as_tensor, norm, rounding, shadow
+from steer.values.method import Method
+from steer.weights.ablation import Ablation
+from steer.weights.anatomy import Anatomy, Found
+from steer.weights.arithmetic import as_tensor, norm, rounding, share
 from steer.weights.staging import hash_file, write_json
 from steer.weights.stream import CheckpointFiles
 
 CERTIFICATE = "steer_certificate.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,13 @@ class WriterProof:
     """None for the embedding."""
     axis: int
     """The axis that faces the residual stream."""
+    bias: bool
+    """Whether it is the bias of a writer, not its weight."""
     dtype: str
+    strength: float
+    """Of its ablation: it should keep a share of `1 - strength`."""
     before: float
-    """`||Q^T W||` in the source."""
+    """`||Q^T W||` in the source, `Q` a basis of what was to be removed from what this writer puts out."""
     after: float
     """`||Q^T W'||` in the output, without what `add` put there on purpose."""
     norm: float
@@ -50,9 +57,10 @@ class WriterProof:
         """The share of the directions that is left. 0 where there was nothing to remove."""
         return self.after / self.before if self.before else 0.0
 
-    def holds(self, strength: float) -> bool:
+    @property
+    def holds(self) -> bool:
         """Whether no more is left than the strength leaves, up to rounding."""
-        return self.after <= (1 - strength) * self.before + rounding(self.dtype) * self.norm
+        return self.after <= (1 - self.strength) * self.before + rounding(self.dtype) * self.norm
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,9 @@ class Certificate:
     edit: dict[str, Any]
     """`Edit.describe()`."""
     strength: float
-    """Of the ablation: each writer should keep a share of `1 - strength`."""
+    """The least strength of the ablation at any writer: none should keep more than a share of `1 - strength`."""
+    neutral: str | None
+    """The file in the output that holds the neutral means which the method spared, if it spared any."""
     writers_found: int
     """Weights that write into the residual stream, edited or not."""
     writers: tuple[WriterProof, ...]
@@ -115,7 +125,7 @@ class Certificate:
     @property
     def writers_edited(self) -> int:
         """Weights that were ablated, their biases not counted."""
-        return sum(not w.tensor.endswith(".bias") for w in self.writers)
+        return sum(not w.bias for w in self.writers)
 
     @property
     def worst_remaining(self) -> float:
@@ -184,9 +194,11 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     checks.append(Check("contents", "no file or tensor missing, none unexpected"))
     _check_hashes(folder, cert.files, progress)
     checks.append(Check("sha256", f"{len(cert.files)} files as written"))
+    anatomy = Anatomy.of(files.config, str(folder))
+    found = anatomy.find(files.config, files.tensors)
     checks.append(_check_config(folder, files, cert))
     edit = _edit(folder, cert)
-    checks.append(_check_shares(files, cert, edit))
+    checks.append(_check_shares(files, cert, edit, found, Ablation.of(edit, anatomy, files)))
     if cert.biases:
         checks.append(_check_biases(files, cert, edit))
     return checks
@@ -202,13 +214,13 @@ def visible_files(folder: Path) -> list[str]:
 
 
 def projection(
-    weight: Tensor, q: Float[Tensor, "d k"], axis: int, shift: Float[Tensor, " d"] | None = None
+    tensor: Tensor, q: Float[Tensor, "d k"], axis: int, *, bias: bool, shift: Float[Tensor, " d"] | None = None
 ) -> tuple[float, float]:
-    """(`||Q^T (W - shift)||`, `||W||`) of a weight or a bias; the shift is what an add put into a bias."""
-    if weight.ndim == 1:
-        bias = weight.double() - (0 if shift is None else shift)
-        return float((q.T @ bias).norm()), float(weight.double().norm())
-    return float(shadow(weight, q, axis).norm()), norm(weight)
+    """(`||Q^T (W - shift)||`, `||W||`) of a weight, or of a bias, into which an add put a shift."""
+    if bias:
+        rows = tensor.double().reshape(-1, q.shape[0])
+        return float(((rows if shift is None else rows - shift) @ q).norm()), float(rows.norm())
+    return share(tensor, q, axis), norm(tensor)
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -240,7 +252,6 @@ def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Ch
             raise CheckpointError(
                 f"{folder / 'config.json'}: expected {key} to be {value}, found {files.config.get(key)}; bake again"
             )
-    Anatomy.of(files.config, str(folder)).check_weights(files.config, files.tensors)
     return Check("config", ", ".join(f"{k} = {v}" for k, v in cert.config.items()) or "as in the source")
 
 
@@ -250,21 +261,25 @@ def _edit(folder: Path, cert: Certificate) -> Edit:
         ablate=tuple(d for d, amount in loaded if amount is None),
         strength=cert.strength,
         add=tuple((d, amount) for d, amount in loaded if amount is not None),
+        method=Method(
+            **cert.edit.get("method", {}), neutral=load_neutral(folder / cert.neutral) if cert.neutral else None
+        ),
     )
 
 
-def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Check:
+def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: Found, ablation: Ablation) -> Check:
     if not edit.ablate:
         return Check("ablation", "none asked for")
-    q, shifts = edit.basis(), edit.biases()
+    writers, shifts = {name: w for w in found.writers for name in (w.tensor, w.bias)}, edit.biases()
     for proof in cert.writers:
         shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
-        after, size = projection(_stored(files, proof.tensor), q, proof.axis, shift)
+        q = ablation.subspace(writers[proof.tensor])
+        after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
         # Both numbers come from the same bytes: only the order of summation and the stored direction differ.
-        if abs(after - proof.after) > 1e-3 * proof.after + 1e-6 * size or not proof.holds(cert.strength):
+        if abs(after - proof.after) > 1e-3 * proof.after + 1e-6 * size or not proof.holds:
             raise CheckpointError(
                 f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
-                f"{proof.after:.3g} of {proof.before:.3g} at strength {cert.strength}; bake again"
+                f"{proof.after:.3g} of {proof.before:.3g} at strength {proof.strength}; bake again"
             )
     return Check(
         "ablation",
@@ -285,6 +300,17 @@ def _check_biases(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Chec
         if wrong:
             raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
     return Check("add", f"biases at sites {', '.join(str(s) for s in sorted(shifts))}")
+
+
+def save_neutral(neutral: Float[Tensor, "blocks d"], path: Path) -> None:
+    """Write neutral means where `load_neutral` reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"neutral": neutral}, path)
+
+
+def load_neutral(path: Path) -> Float[Tensor, "blocks d"]:
+    """The neutral means that a method spared."""
+    return load_file(path)["neutral"]
 
 
 def _stored(files: CheckpointFiles, name: str) -> Tensor:
