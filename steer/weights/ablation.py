@@ -5,8 +5,10 @@ stream, `r` is removed from `W` and `b`, and the stream gets nothing along `r`.
 
 Where an RMSNorm with gain `g` stands between (Gemma 2 and 3, OLMo 2), the stream gets `w = g * y / rms(y)`. Its
 projection `r . w = (g * r) . y / rms(y)` is zero, whatever rms(y) is, exactly when `y` is orthogonal to `g * r`. So
-`u = (g * r) / ||g * r||` is what leaves `W` and `b`, and that is the least change of `W` that does it. The rest of `w`
-is what is left of `y`, brought to the norm's own length again. Several directions `Q` become a basis of `g * Q`.
+`u = (g * r) / ||g * r||` is what leaves `W` and `b`, the least change of them that does it. What is left of `y` is
+then brought to the norm's own length again. (Taking `r / g` away along `g * r` would take nothing but `r` from `w`;
+but a gain near zero makes that huge, and the norm then shrinks all else.) Several directions `Q` become a basis of
+`g * Q`.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.values.edit import Edit, orthonormal
-from steer.weights.anatomy import Anatomy
+from steer.weights.anatomy import Anatomy, LiveWriter
 from steer.weights.arithmetic import as_tensor
 from steer.weights.stream import CheckpointFiles
 from steer.weights.writers import Writer
 
 
 class Ablation:
-    """An edit's ablation, told for one writer after the other.
+    """An edit's ablation, told for one writer after the other, on disk or live.
 
-    `gain` reads the gain of a norm, fp64, by the name of its weight.
+    `gain` reads the gain of a norm, fp64, by the name of its weight: what is stored plus the layout's `gain_offset`.
     """
 
     def __init__(self, edit: Edit, gain: Callable[[str], Float[Tensor, " d"]]) -> None:
@@ -44,11 +46,11 @@ class Ablation:
 
         return cls(edit, gain)
 
-    def strength(self, writer: Writer) -> float:
+    def strength(self, writer: Writer | LiveWriter) -> float:
         """From 0 to 1; 0 where the writer stays as it is."""
         return self.edit.strength_at(writer.block, writer.kind)
 
-    def subspace(self, writer: Writer) -> Float[Tensor, "d k"]:
+    def subspace(self, writer: Writer | LiveWriter) -> Float[Tensor, "d k"]:
         """Orthonormal basis of what is removed from what the writer puts out, fp64."""
         key = (writer.block if self.edit.method.by_block else None, writer.norm)
         if key not in self._bases:

@@ -12,18 +12,26 @@ from steer.weights.writers import FLOATS, Found, Stored, Writer, find_writers
 
 if TYPE_CHECKING:
     from steer.values.edit import Edit
+    from steer.values.method import Kind
 
-__all__ = ["FLOATS", "LAYOUTS", "Anatomy", "Found", "Layout", "Stored", "Writer"]
+__all__ = ["FLOATS", "LAYOUTS", "Anatomy", "Found", "Layout", "LiveWriter", "Stored", "Writer"]
+
+
+@dataclass(frozen=True)
+class LiveWriter:
+    """One live module that writes into the residual stream; its output may be a tuple, the tensor first."""
+
+    kind: Kind
+    block: int | None
+    """None for the embedding."""
+    module: str
+    norm: str | None = None
+    """The weight of the norm between it and the residual stream."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a config declares. `find` looks the writers up in a checkpoint's files.
-
-    Ablation in the running model happens where something is added to the residual stream: at `embedding_module`
-    and at `writer_modules`. In the files it happens at the weights before those; where a norm stands between, see
-    `steer.weights.ablation`.
-    """
+    """What a config declares. `find` looks the writers up in a checkpoint's files."""
 
     architecture: str
     layout: Layout
@@ -85,8 +93,25 @@ class Anatomy:
     def writer_modules(self, block: int) -> tuple[str, str]:
         """Paths of the two live modules of a block whose outputs are added to the residual stream: attention and
         MLP, or the norms after them. An output may be a tuple, the tensor first."""
-        path = self.block_module(block)
-        return f"{path}.{self.layout.attention_output}", f"{path}.{self.layout.mlp_output}"
+        path, layout = self.block_module(block), self.layout
+        attention, mlp = layout.attention_norm or layout.attention_module, layout.mlp_norm or layout.mlp_module
+        return f"{path}.{attention}", f"{path}.{mlp}"
+
+    @property
+    def live_writers(self) -> tuple[LiveWriter, ...]:
+        """The live modules where hooks do what a bake does to the weights; `ablation.Ablation` tells what to remove
+        from their outputs. They differ from `writer_modules` where a norm follows: what is removed before the norm
+        is brought to the norm's own length again, what is removed after it is not."""
+        layout = self.layout
+        kinds: tuple[tuple[Kind, str, str | None], ...] = (
+            ("attention", layout.attention_module, layout.attention_norm),
+            ("mlp", layout.mlp_module, layout.mlp_norm),
+        )
+        out = [LiveWriter("embedding", None, self.embedding_module)]
+        for block in range(self.blocks):
+            path = self.block_module(block)
+            out += [LiveWriter(k, block, f"{path}.{m}", norm and f"{path}.{norm}.weight") for k, m, norm in kinds]
+        return tuple(out)
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Found:
         """Every writer in a checkpoint's files, each checked to be there and to hold an edit.

@@ -54,9 +54,9 @@ class Layout:
     attention: Part = _ATTENTION
     mlp: tuple[tuple[Part, ...], ...] = ((_MLP,),)
     """The forms that the MLP of a block takes on disk, each all its writers; a block has exactly one."""
-    attention_output: str = "self_attn.o_proj"
-    """The live module, below the block, whose output is added to the residual stream."""
-    mlp_output: str = "mlp.down_proj"
+    attention_module: str = "self_attn.o_proj"
+    """The live module, below the block, whose output is what the attention writes, before a norm if one follows."""
+    mlp_module: str = "mlp.down_proj"
     attention_norm: str | None = None
     """The RMSNorm that stands between the attention's writer and the residual stream, if one does. Where most
     architectures have a norm of the same name, it stands before the MLP instead."""
@@ -114,8 +114,6 @@ LAYOUTS: dict[str, Layout] = {
     "Gemma2ForCausalLM": Layout(
         "gemma2",
         tied=True,
-        attention_output="post_attention_layernorm",
-        mlp_output="post_feedforward_layernorm",
         attention_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
         gain_offset=1.0,
@@ -124,8 +122,6 @@ LAYOUTS: dict[str, Layout] = {
     "Gemma3ForCausalLM": Layout(
         "gemma3_text",
         tied=True,
-        attention_output="post_attention_layernorm",
-        mlp_output="post_feedforward_layernorm",
         attention_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
         gain_offset=1.0,
@@ -133,8 +129,6 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "Olmo2ForCausalLM": Layout(
         "olmo2",
-        attention_output="post_attention_layernorm",
-        mlp_output="post_feedforward_layernorm",
         attention_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
         readers=(*_READERS, *_QK_NORMS),
@@ -149,8 +143,8 @@ LAYOUTS: dict[str, Layout] = {
         tied=True,
         attention=linear("attn.c_proj", axis=1),
         mlp=((linear("mlp.c_proj", axis=1),),),
-        attention_output="attn.c_proj",
-        mlp_output="mlp.c_proj",
+        attention_module="attn.c_proj",
+        mlp_module="mlp.c_proj",
         readers=("ln_1", "ln_2", "attn.c_attn", "mlp.c_fc"),
         constants=("attn.bias", "attn.masked_bias"),
         mlp_bias="always",
@@ -166,8 +160,8 @@ LAYOUTS: dict[str, Layout] = {
         heads=("embed_out", "lm_head"),
         attention=linear("attention.dense"),
         mlp=((linear("mlp.dense_4h_to_h"),),),
-        attention_output="attention.dense",
-        mlp_output="mlp.dense_4h_to_h",
+        attention_module="attention.dense",
+        mlp_module="mlp.dense_4h_to_h",
         readers=("input_layernorm", "post_attention_layernorm", "attention.query_key_value", "mlp.dense_h_to_4h"),
         constants=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
         mlp_bias="always",
@@ -175,7 +169,7 @@ LAYOUTS: dict[str, Layout] = {
     "MixtralForCausalLM": Layout(
         "mixtral",
         mlp=((Part("block_sparse_moe.experts.{}.w2.weight"),), _STACKED),
-        mlp_output="mlp",
+        mlp_module="mlp",
         readers=(
             *Layout.readers,
             "block_sparse_moe.gate",
@@ -190,7 +184,7 @@ LAYOUTS: dict[str, Layout] = {
     "Qwen2MoeForCausalLM": Layout(
         "qwen2_moe",
         mlp=((*_QWEN_EXPERTS, _SHARED), (*_STACKED, _SHARED), (_MLP,)),
-        mlp_output="mlp",
+        mlp_module="mlp",
         readers=(
             *_QWEN_MOE_READERS,
             "mlp.shared_expert.gate_proj",
@@ -202,7 +196,7 @@ LAYOUTS: dict[str, Layout] = {
     "Qwen3MoeForCausalLM": Layout(
         "qwen3_moe",
         mlp=(_QWEN_EXPERTS, _STACKED, (_MLP,)),  # some blocks may be dense
-        mlp_output="mlp",
+        mlp_module="mlp",
         readers=(*_QWEN_MOE_READERS, *_QK_NORMS),
         experts_keys=("num_experts", "num_local_experts"),
     ),
@@ -210,7 +204,7 @@ LAYOUTS: dict[str, Layout] = {
     "GptOssForCausalLM": Layout(
         "gpt_oss",
         mlp=((Part("mlp.experts.down_proj", axis=2, bias="mlp.experts.down_proj_bias", stacked=True),),),
-        mlp_output="mlp",
+        mlp_module="mlp",
         readers=(
             *Layout.readers,
             "self_attn.sinks",
