@@ -128,7 +128,7 @@ class _Search:
     def _check_writer(self, writer: Writer) -> None:
         rank = 2 + writer.stacked
         self._check(writer.tensor, rank, writer.axis, writer.stacked)
-        if writer.bias in self.tensors:
+        if writer.bias is not None and writer.bias in self.tensors:
             self._check(writer.bias, rank - 1, rank - 2, writer.stacked)
         if writer.norm is not None:
             self._check(writer.norm, 1, 0, False)
