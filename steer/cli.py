@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from steer import cli_dictionaries
+from steer import cli_dictionaries, cli_live
 from steer.cli_common import Json, Model, emit
 from steer.errors import SteerError, UsageError
 
@@ -198,53 +198,6 @@ def verify(
     emit(result, as_json, "\n".join([f"ok  {c.name}: {c.detail}" for c in checks]))
 
 
-@app.command(epilog="Example: `steer chat merged --slider moralizing=-1`")
-def chat(
-    model: Model,
-    slider: Annotated[list[str], typer.Option(help="NAME=AMOUNT; may be repeated.")] = [],  # noqa: B006
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Reply length at most.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-) -> None:
-    """Talk to a model with its sliders at hand: /moralizing 0.5, /sliders, /reset, /quit."""
-    from dataclasses import replace
-
-    from steer.values.sampler import CHAT
-    from steer.values.slider import parse_amount
-
-    amounts = dict(parse_amount(s) for s in slider)
-    sampler = replace(CHAT, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    from steer.live.model import load
-    from steer.live.terminal import run_chat
-
-    live = load(model)
-    for name, amount in amounts.items():
-        live.sliders[name] = amount
-    run_chat(live, system=system, sampler=sampler)
-
-
-@app.command(epilog="Example: `steer ui merged`")
-def ui(
-    model: Model,
-    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 8501,
-    headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
-) -> None:
-    """Open the slider chat in the browser."""
-    page = Path(__file__).parents[1] / "app.py"
-    from steer.weights.fetch import resolve
-
-    command = [
-        sys.executable, "-m", "streamlit", "run", str(page), "--server.address", "127.0.0.1",
-        "--server.port", str(port), "--server.headless", str(headless).lower(),
-        # Watching files would import every module of transformers, those too whose libraries are not here.
-        "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
-        "--client.toolbarMode", "viewer", "--", resolve(model),
-    ]  # fmt: skip
-    # In this process's place: whoever stops `steer ui` stops the page, not only its parent.
-    os.execv(sys.executable, command)
-
-
 @app.command(epilog="Example: `steer demo --out demo`")
 def demo(
     out: Annotated[Path, typer.Option(help="Where the checkpoints and the report go.")] = Path("demo"),
@@ -259,6 +212,9 @@ def demo(
     result = run(out, seed=seed, fresh=fresh, say=lambda line: typer.echo(line, err=True))
     emit(result, as_json, demo_table(result))
     typer.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
+
+
+cli_live.register(app)
 
 
 if __name__ == "__main__":

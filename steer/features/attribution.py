@@ -16,7 +16,8 @@ from steer.features.pooling import check_fits, kept
 from steer.live.model import Message, SteeredModel, as_messages
 from steer.values.dictionary import Dictionary
 from steer.values.edit import Edit
-from steer.values.feature import Feature, FeatureMove
+from steer.values.feature import Feature
+from steer.values.move import Move
 
 AT_ONCE = 1 << 25
 """Logits held in memory at a time: 128 MB in fp32."""
@@ -166,7 +167,7 @@ def output_scores(
     if not features or not chats:
         return [0.0 for _ in features]
     own = lens_topk(model, torch.stack([f.direction.vector for f in features]), OWN_TOKENS)[0][1]
-    edits = [Edit(features=(FeatureMove(f, "add", 1.0),)) for f in features]
+    edits = [Edit(moves=(Move(f, "add", 1.0),)) for f in features]
     base = torch.cat(
         [_next_logprobs(model, chats[i : i + batch], [None] * len(chats[i : i + batch]))
          for i in range(0, len(chats), batch)]

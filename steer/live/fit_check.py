@@ -18,6 +18,7 @@ from steer.errors import MismatchError, UsageError
 from steer.live.record import reading
 from steer.values.dictionary import Dictionary
 from steer.values.edit import Edit
+from steer.values.feature import Feature
 from steer.values.fit import Fit, measure_fit
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def check_fit(model: SteeredModel, dictionary: Dictionary) -> FitReport:
 def warn_of_poor_fits(model: SteeredModel, edit: Edit) -> None:
     """Check every dictionary that an edit uses on this model for the first time; warn of each that fits poorly."""
     reports = _REPORTS.setdefault(model, WeakKeyDictionary())
-    for dictionary in {m.feature.dictionary: None for m in edit.features if not m.neutral}:
+    targets = [t for m in edit.moves if not m.neutral for t in (m.target, m.when.gate and m.when.gate.on)]
+    for dictionary in {t.dictionary: None for t in targets if isinstance(t, Feature)}:
         if dictionary not in reports:
             reports[dictionary] = check_fit(model, dictionary)
             if reports[dictionary].poor:

@@ -15,7 +15,7 @@ from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import MANIFEST, SLIDERS, WEIGHTS, load_dictionary, read_manifest
 from steer.values.direction import Direction
 from steer.values.feature import Feature
-from steer.values.slider import Slider
+from steer.values.slider import Slider, parse_name
 from steer.weights.fetch import home
 from steer.weights.sketch import Sketch
 
@@ -98,10 +98,16 @@ def sliders_of(sketch: Sketch) -> dict[str, Slider]:
 
 def find_slider(model: SteeredModel, name: str) -> Slider:
     """The slider `name` of this checkpoint: a direction, a feature that comes with one of its dictionaries, or
-    latent `L<site>/<index>` of one.
+    latent `L<site>/<index>` of one; `NAME:OPERATION` does something else to it.
 
     Errors: UsageError naming those that there are.
     """
+    base, operation = parse_name(name)
+    found = _find_slider(model, base)
+    return found if operation is None else Slider(found.target, operation, found.when, name)
+
+
+def _find_slider(model: SteeredModel, name: str) -> Slider:
     sketch = model.sketch()
     known = directions_of(sketch)
     if name in known:

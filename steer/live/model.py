@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from steer.errors import CheckpointError, UsageError
 from steer.live import attention
+from steer.live.compiled import CompiledStep
 from steer.live.decode import decode, generate
-from steer.live.fit_check import warn_of_poor_fits
+from steer.live.hooks import LensHook, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
+from steer.live.memory import Memory
+from steer.live.receipts import Tally
 from steer.live.record import Recording, reading
-from steer.live.sliders import Sliders, as_slider
+from steer.live.sliders import Sliders, as_edit, as_slider
 from steer.live.steering import Steering
 from steer.values.direction import Direction
 from steer.values.edit import Edit
@@ -67,6 +70,8 @@ class SteeredModel:
         self.anatomy = Anatomy.of(hf.config.to_dict(), name)
         self.steering = Steering(hf, self.anatomy)
         self.sliders = Sliders(self)
+        self.compiled: CompiledStep | None = None
+        """What single texts are decoded with, after `compile`."""
 
     @property
     def device(self) -> torch.device:
@@ -117,16 +122,26 @@ class SteeredModel:
         """
         return "".join(self.stream(message, system=system, **sampling))
 
-    def stream(self, message: str | Sequence[Message], *, system: str | None = None, **sampling: Any) -> Iterator[str]:
+    def stream(
+        self,
+        message: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        sampler: Sampler = CHAT,
+        tally: Tally | None = None,
+        memory: Memory | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
         """The reply in pieces, as it is written: each token is made when its piece is asked for, so a slider
-        moved between two pieces is felt by the next."""
+        moved between two pieces is felt by the next. `sampling` are changes of `sampler`; `tally` and `memory` as
+        `decode` takes them."""
         prompt = self.prompt_ids(as_messages(message, system))
-        return self._stream(prompt, replace(CHAT, **sampling))
+        return self._stream(prompt, replace(sampler, **sampling), tally, memory)
 
-    def _stream(self, prompt: list[int], sampler: Sampler) -> Iterator[str]:
+    def _stream(self, prompt: list[int], sampler: Sampler, tally: Tally | None, memory: Memory | None) -> Iterator[str]:
         made: list[int] = []
         shown = ""
-        for step in decode(self, [prompt], sampler):
+        for step in decode(self, [prompt], sampler, tally=tally, memory=memory):
             if step.tokens[0] in self.end_token_ids:
                 break
             made.append(step.tokens[0])
@@ -170,6 +185,26 @@ class SteeredModel:
         """Token ids as text, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def compile(self, sliders: Iterable[Slider | str] = (), *, context: int = 2048, **options: Any) -> None:
+        """Decode single texts through torch.compile, over a cache of `context` tokens.
+
+        `sliders`, and those that stand in `model.sliders`, can from then on be moved, set to nothing and back without
+        another compilation; any other costs one when it is first moved. `options` go to torch.compile.
+        Batches are decoded by the plain model.
+        """
+        moves = {m.name: m for m in self.sliders.moves()}
+        for slider in (self.sliders.slider(s) if isinstance(s, str) else s for s in sliders):
+            # Any amount that is not neutral has the same shape.
+            moves[slider.name] = slider.at(0.5)
+        self.uncompile()
+        self.compiled = CompiledStep(self, list(moves.values()), context, **options)
+
+    def uncompile(self) -> None:
+        """Decode with the plain model again."""
+        if self.compiled is not None:
+            self.compiled.close()
+            self.compiled = None
+
     # Steering and reading
 
     @contextmanager
@@ -182,11 +217,7 @@ class SteeredModel:
         A Direction or a Feature is added, `Slider(direction, "ablate")` is ablated, `Slider(feature, "clamp")` is
         clamped, a name means what it means in `model.sliders`. The amounts in `model.sliders` wait outside the block.
         """
-        moves = [(slider := as_slider(self, key), slider.check(amount)) for key, amount in sliders.items()]
-        edit = Sliders.edit(moves)
-        if edit is not None:
-            self.steering.check(edit)
-            warn_of_poor_fits(self, edit)
+        edit = as_edit(self, [(as_slider(self, key), amount) for key, amount in sliders.items()])
         with self.steering.applied([edit]):
             yield self
 
@@ -203,6 +234,33 @@ class SteeredModel:
         sites = range(self.anatomy.blocks) if sites is None else sites
         with reading(self.hf, self.anatomy, sites, recording.append):
             yield recording
+
+    def hooks(self, what: Steers, reply_start: ReplyStart = None) -> list[tuple[str, ModuleHook]]:
+        """(module name, forward hook) for any transformers model with this model's weights. Empty when nothing moves.
+
+            handles = [hf.get_submodule(name).register_forward_hook(hook) for name, hook in model.hooks("noir.yaml")]
+
+        `what`: a profile or its file, an Edit, or amounts as `steered` takes them; later moves of sliders do not reach
+        hooks that were made before. They hold through `generate` and its KV cache, on one model at a time.
+
+        Sliders that wait for the reply count tokens in the embedding: a pass of several tokens is a new text's prompt,
+        a pass of one is its next token, and rows are alike, as `generate` pads them on the left. `reply_start` tells
+        them otherwise: how many tokens stand before the reply in a pass over both, for all rows or one a row.
+        Errors: as `steered` and `Profile.load`.
+        """
+        return plain_hooks(self, what, reply_start)
+
+    def transformer_lens_hooks(
+        self, what: Steers, bridge: Any = None, reply_start: ReplyStart = None
+    ) -> list[tuple[str, LensHook]]:
+        """`fwd_hooks` for a TransformerBridge booted from the same checkpoint. Empty when nothing moves.
+
+            bridge.run_with_hooks(tokens, fwd_hooks=model.transformer_lens_hooks("noir.yaml", bridge))
+
+        `what` and `reply_start`: as `hooks`. `bridge` is looked at, not touched.
+        Errors: as `hooks`; MismatchError for a bridge of other sizes, or without these hook points.
+        """
+        return lens_hooks(self, what, bridge, reply_start)
 
 
 def as_messages(message: str | Sequence[Message], system: str | None = None) -> list[Message]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from steer.live.memory import Memory
+from steer.live.profiles import as_profile, use
+from steer.live.receipts import Receipt, Tally
 from steer.live.sliders import Sliders
+from steer.values.cards import Card
+from steer.values.profile import Profile
 from steer.values.sampler import CHAT, Sampler
 
 if TYPE_CHECKING:
@@ -18,6 +23,9 @@ class Session:
 
     Every piece of a reply is made with this session's amounts applied, under the model's lock, and the lock
     is free between two pieces: sessions in several threads take turns and never feel each other's sliders.
+
+    What was read of the chat is kept from reply to reply, as it was under the sliders of its time: a slider that moves
+    acts from here on. `reread` has the whole chat read again under the sliders of now.
     """
 
     def __init__(
@@ -32,7 +40,10 @@ class Session:
         self.model, self.system, self.sampler = model, system, sampler
         self.sliders = Sliders(model, live=False) if sliders is None else sliders
         self.messages: list[dict[str, str]] = []
-        """User and assistant in turns, beginning with the user."""
+        """User and assistant in turns, beginning with the user; a character may speak first."""
+        self.receipts: list[Receipt] = []
+        """What the sliders did to each reply, the latest last."""
+        self.memory = Memory()
 
     def reply(self, text: str) -> Generator[str]:
         """The reply to the next message, in pieces.
@@ -44,21 +55,63 @@ class Session:
         # Each turn its own seed, or every reply would begin with the same draws.
         sampler = replace(self.sampler, seed=self.sampler.seed + len(self.messages) // 2)
         self.messages.append({"role": "user", "content": text})
-        said = ""
+        said, tally = "", Tally()
         try:
-            pieces = self.model.stream(self.messages, system=self.system, **asdict(sampler))
+            pieces = self.model.stream(
+                self.messages, system=self.system, sampler=sampler, tally=tally, memory=self.memory
+            )
             while (piece := self._next(pieces)) is not None:
                 said += piece
                 yield piece
         finally:
             if said:
                 self.messages.append({"role": "assistant", "content": said})
+                self.receipts.append(tally.receipt())
             else:
                 self.messages.pop()
+
+    def play(self, card: Card) -> None:
+        """Begin anew as a character: its prompt, its first message, and the profile that its card may bring.
+
+        What the card wants said after the chat stands at the end of the system prompt, as not every chat template
+        takes a system message elsewhere. Errors: as `use`.
+        """
+        if card.profile is not None:
+            self.use(card.profile)
+        self.clear()
+        self.system = "\n\n".join(t for t in (card.system_prompt, card.post_history_instructions) if t)
+        if card.first_message:
+            self.messages.append({"role": "assistant", "content": card.first_message})
+
+    def use(self, profile: Profile) -> None:
+        """Go by a profile: its sliders and no others, and its sampler, at this session's length and seed of replies.
+
+        Errors: UsageError for a slider that this checkpoint does not have.
+        """
+        use(self.sliders, profile)
+        mine = self.sampler
+        self.sampler = replace(profile.sampler, max_new_tokens=mine.max_new_tokens, seed=mine.seed)
+
+    def profile(self, name: str) -> Profile:
+        """The sliders and the sampler as they stand, to be saved."""
+        return as_profile(name, self.sliders, self.sampler)
+
+    def reread(self) -> None:
+        """Have the whole chat read again under the sliders of now, before the next token; in the midst of a reply the
+        words written so far stay. Without it a slider acts from here on, and what was read before it moved stays as it
+        was then."""
+        self.memory.forget()
+
+    def warnings(self) -> list[str]:
+        """What to know about the sliders: sites that are moved too far, and sliders that the last reply never met."""
+        fired = self.receipts[-1].warnings if self.receipts else []
+        return [*self.sliders.warnings(), *fired]
 
     def clear(self) -> None:
         """Forget what was said. The sliders stay."""
         self.messages.clear()
+        self.receipts.clear()
+        self.memory.forget()
 
     def _next(self, pieces: Iterator[str]) -> str | None:
         if self.sliders is self.model.sliders:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 
-from steer.errors import UsageError
+import torch
+
 from steer.live.fit_check import warn_of_poor_fits
 from steer.live.library import find_slider, sliders_of
 from steer.values.direction import Direction
 from steer.values.edit import Edit
-from steer.values.feature import Feature, FeatureMove
+from steer.values.feature import Feature
+from steer.values.move import Move
 from steer.values.slider import Slider
 
 if TYPE_CHECKING:
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
 
 BUDGET = 0.8
 """Share of the residual norm, summed over the sliders of a site, from which replies tend to fall apart."""
+_STEPS = 200
+"""Changes that can be undone."""
+_State = dict[str, tuple[Slider, float]]
 
 
 class Sliders(MutableMapping[str, float]):
-    """`model.sliders["moralizing"] = -0.5`. Names are directions and features known for this checkpoint, or ones
-    given to `put`. Deleting a slider leaves the model as it was, and so does the amount at which it is neutral: 0
-    for add and ablate, 1 for scale. A clamp has none: at 0 it holds the feature at 0.
+    """`model.sliders["moralizing"] = -0.5`. Names are directions and features known for this checkpoint, with another
+    operation as in `moralizing:cap`, or sliders given to `put`. Deleting a slider leaves the model as it was, and so
+    does the amount at which it is neutral: 0 for add and ablate, 1 for scale. A clamp or a cap has none: at 0 it holds
+    the projection where the trait is absent.
 
     Sliders that are not `live` are amounts alone: whoever owns them applies `current` when it is their turn.
     """
@@ -34,23 +40,27 @@ class Sliders(MutableMapping[str, float]):
         self._known: dict[str, Slider] = {}
         self._amounts: dict[str, float] = {}
         self._current: Edit | None = None
+        self._past: list[_State] = []
+        self._future: list[_State] = []
+        self.ranges: dict[str, tuple[float, float]] = {}
+        """Name -> amounts between which replies hold together, for sliders that were calibrated."""
 
     @property
     def current(self) -> Edit | None:
         """All amounts together as one Edit; None when nothing moves."""
         return self._current
 
+    @property
+    def model(self) -> SteeredModel:
+        """Whose sliders they are."""
+        return self._model
+
     def put(self, slider: Slider | Direction | Feature, amount: float | None = None) -> None:
-        """Make a slider known under its direction's or feature's name, and set it. Without an amount it moves
-        nothing yet."""
+        """Make a slider known under its name, and set it. Without an amount it moves nothing yet."""
         slider = slider if isinstance(slider, Slider) else Slider(slider)
-        self._model.steering.check(_probe(slider))
         amount = slider.neutral if amount is None else slider.check(amount)
-        self._known[slider.name] = slider
-        if amount is None:
-            del self[slider.name]
-        else:
-            self[slider.name] = amount
+        amounts = {n: a for n, a in self._amounts.items() if n != slider.name}
+        self._change(amounts if amount is None else amounts | {slider.name: amount}, [slider])
 
     def slider(self, name: str) -> Slider:
         """The slider of that name. Errors: UsageError when no direction or feature of that name is known."""
@@ -65,9 +75,26 @@ class Sliders(MutableMapping[str, float]):
         return dict(self._known)
 
     def share(self, site: int) -> float:
-        """How far the added sliders move the residual stream at a site, as a share of its median norm."""
-        shares = [s.share(a) for n, a in self._amounts.items() if (s := self._known[n]).site == site]
-        return sum(share for share in shares if not math.isnan(share))
+        """How far the sliders move the residual stream at a site, as a share of its median norm.
+
+        What is added is summed as vectors, so that sliders which pull apart cancel. To it come the others, told for a
+        token of neutral chat (`move.share_of`).
+        """
+        total, added = 0.0, None
+        for name, amount in self._amounts.items():
+            slider = self._known[name]
+            if slider.site != site or slider.is_neutral(amount):
+                continue
+            share = slider.share(amount)
+            if math.isnan(share):
+                continue
+            if slider.operation != "add":
+                total += share
+                continue
+            d = slider.target if isinstance(slider.target, Direction) else slider.target.direction
+            vector = math.copysign(share, amount * d.gap) * d.vector.double()
+            added = vector if added is None else added + vector
+        return total + (0.0 if added is None else float(torch.linalg.vector_norm(added)))
 
     def warnings(self) -> list[str]:
         """A line for every site whose sliders together move the residual stream too far."""
@@ -81,16 +108,33 @@ class Sliders(MutableMapping[str, float]):
 
     def reset(self) -> None:
         """None moves anything."""
-        self._apply({})
+        self.replace({})
+
+    def replace(self, amounts: Mapping[str, float], known: Sequence[Slider] = ()) -> None:
+        """Let these stand and no others, in one step. `known`: sliders that the names mean from now on."""
+        meant = {slider.name: slider for slider in known}
+        self._change({n: (meant.get(n) or self.slider(n)).check(a) for n, a in amounts.items()}, known)
+
+    def undo(self) -> bool:
+        """Go back one change. False when there is none."""
+        return self._step(self._past, self._future)
+
+    def redo(self) -> bool:
+        """Take back an undo. False when there is none."""
+        return self._step(self._future, self._past)
+
+    def moves(self) -> list[Move]:
+        """What every slider that was set does, neutral ones included."""
+        return [self._known[n].at(a) for n, a in self._amounts.items()]
 
     def __setitem__(self, name: str, amount: float) -> None:
-        self._apply(self._amounts | {name: self.slider(name).check(amount)})
+        self._change(self._amounts | {name: self.slider(name).check(amount)})
 
     def __getitem__(self, name: str) -> float:
         return self._amounts[name] if name in self._amounts else self._absent(name)
 
     def __delitem__(self, name: str) -> None:
-        self._apply({n: a for n, a in self._amounts.items() if n != name})
+        self._change({n: a for n, a in self._amounts.items() if n != name})
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._amounts))
@@ -102,9 +146,35 @@ class Sliders(MutableMapping[str, float]):
         neutral = self.slider(name).neutral
         return math.nan if neutral is None else neutral
 
+    def _change(self, amounts: dict[str, float], known: Sequence[Slider] = ()) -> None:
+        before, meant = self._state(), self._known
+        for slider in known:
+            self._model.steering.check(_probe(slider))
+        self._known = meant | {slider.name: slider for slider in known}
+        try:
+            self._apply(amounts)
+        except BaseException:
+            self._known = meant
+            raise
+        if self._state() != before:
+            self._past = [*self._past[1 - _STEPS :], before]
+            self._future.clear()
+
+    def _step(self, back: list[_State], forth: list[_State]) -> bool:
+        if not back:
+            return False
+        before, state = self._state(), back[-1]
+        self._known |= {name: slider for name, (slider, _) in state.items()}
+        self._apply({name: amount for name, (_, amount) in state.items()})
+        back.pop()
+        forth.append(before)
+        return True
+
+    def _state(self) -> _State:
+        return {name: (self._known[name], amount) for name, amount in self._amounts.items()}
+
     def _apply(self, amounts: dict[str, float]) -> None:
-        moves = [(self._known[n], a) for n, a in amounts.items()]
-        edit = self.edit(moves)
+        edit = Edit.of([self._known[n].at(a) for n, a in amounts.items()])
         # Only what the model accepts is kept.
         if edit is not None:
             self._model.steering.check(edit)
@@ -112,21 +182,6 @@ class Sliders(MutableMapping[str, float]):
         if self._live:
             self._model.steering.set([edit])
         self._amounts, self._current = amounts, edit
-
-    @staticmethod
-    def edit(moves: Sequence[tuple[Slider, float]]) -> Edit | None:
-        """Amounts of sliders as one Edit; None when nothing moves."""
-        moving = [(s, amount) for s, a in moves if not s.is_neutral(amount := s.check(a))]
-        add = tuple((s.direction, a) for s, a in moving if isinstance(s.direction, Direction) and s.operation == "add")
-        ablated = [(s.direction, a) for s, a in moving if isinstance(s.direction, Direction) and s.operation != "add"]
-        features = tuple(
-            FeatureMove(s.direction, s.operation, a) for s, a in moving if isinstance(s.direction, Feature)
-        )
-        if len({a for _, a in ablated}) > 1:
-            raise UsageError("ablate: expected one amount for all directions ablated together, found several")
-        if not moving:
-            return None
-        return Edit(tuple(d for d, _ in ablated), ablated[0][1] if ablated else 1.0, None, add, features)
 
 
 def as_slider(model: SteeredModel, key: Direction | Feature | Slider | str) -> Slider:
@@ -136,8 +191,17 @@ def as_slider(model: SteeredModel, key: Direction | Feature | Slider | str) -> S
     return key if isinstance(key, Slider) else Slider(key)
 
 
+def as_edit(model: SteeredModel, sliders: list[tuple[Slider, float]]) -> Edit | None:
+    """Amounts of sliders as one Edit that fits the model. Errors: UsageError, MismatchError."""
+    edit = Edit.of([slider.at(slider.check(amount)) for slider, amount in sliders])
+    if edit is not None:
+        model.steering.check(edit)
+        warn_of_poor_fits(model, edit)
+    return edit
+
+
 def _probe(slider: Slider) -> Edit:
     """An edit that moves nothing, to check that the slider fits a model."""
-    if isinstance(slider.direction, Feature):
-        return Edit(features=(FeatureMove(slider.direction, "add", 0.0),))
-    return Edit(add=((slider.direction, 0.0),))
+    if slider.when.gate is not None:
+        return Edit(moves=(Move(slider.target, "add", 0.0, slider.when),))
+    return Edit(moves=(Move(slider.target, "add", 0.0),))

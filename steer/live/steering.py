@@ -1,64 +1,32 @@
-"""Hooks that apply an Edit to the running model: shifts and moved features after blocks, ablation at every writer."""
+"""Owns the hooks that apply edits to the running model, and what they read."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steer.values.dictionary import Dictionary, EncoderRows
+from steer.live.frame import TextPass
+from steer.live.program import Rows, SiteProgram, compiled
 from steer.values.edit import Edit
-from steer.values.feature import FeatureMove
-from steer.values.fit import OUTLIER
+from steer.values.move import Move
 from steer.weights.anatomy import Anatomy
 
-Rows = tuple[Edit | None, ...]
-"""One entry: the same edit for every row of the batch. Several: one a row, None for an untouched row."""
 NEUTRAL: Rows = (None,)
-_T = TypeVar("_T")
-
-
-@dataclass(eq=False)
-class _Moved:
-    """The latents of one dictionary that some row moves by what it reads: `h += (alpha * a + beta) @ decoder`."""
-
-    dictionary: Dictionary
-    latents: dict[int, int]
-    """Latent -> its column below."""
-    alpha: Tensor
-    """[rows, 1, latents]"""
-    beta: Tensor
-
-    @classmethod
-    def of(cls, dictionary: Dictionary, moves: Sequence[Sequence[FeatureMove]]) -> _Moved:
-        """`moves`: those of this dictionary, a row each."""
-        latents = sorted({i for row in moves for m in row for i in m.feature.indices})
-        column = {latent: j for j, latent in enumerate(latents)}
-        alpha, beta = torch.zeros(2, len(moves), 1, len(latents), dtype=torch.float64)
-        for r, row in enumerate(moves):
-            for m in row:
-                for latent, (a, b) in zip(m.feature.indices, m.coefficients, strict=True):
-                    alpha[r, 0, column[latent]] += a
-                    beta[r, 0, column[latent]] += b
-        return cls(dictionary, column, alpha, beta)
+_KEPT = 8
+"""Worked-out rows that are kept: sessions that take turns on a model apply and withdraw theirs at every token."""
 
 
 class Steering:
     """Owns every hook on one model. With neutral rows there is none.
 
-    Per site it keeps a shift `[rows, 1, d]` and the features moved there, per writer a strength `[rows, 1, 1]`,
-    and one basis `Q [rows, d, k]`, zero-padded where rows ablate fewer directions. Hooks read these tensors at
-    every call, so a changed amount costs no registration.
-
-    A feature that is clamped, scaled or ablated is read from the stream as the block left it, before anything is
-    added at this site, so that the order of the sliders does not matter; what the dictionary cannot reconstruct
-    stays as it is. Tokens with a norm over ten times the dictionary's are none of its business and stay too.
+    Hooks read what to do from `SiteProgram`s at every call, so a changed amount registers nothing; with places held
+    for moves (`hold`) it changes numbers in place and nothing else, which compiled code needs.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -67,17 +35,15 @@ class Steering:
         """Held by the decode loop during a forward: a change waits for the token being made."""
         self.rows: Rows = NEUTRAL
         """What is applied now: the rows of the innermost `applied`, else those of `set`."""
+        self.text = TextPass()
+        """The forward pass being made."""
         self._base: Rows = NEUTRAL
         self._over: Rows | None = None
-        self._selected: list[int] | None = None
-        self._basis: Tensor | None = None
-        self._shifts: dict[str, Tensor] = {}
-        self._strengths: dict[str, Tensor] = {}
-        self._moved: dict[str, list[_Moved]] = {}
-        self._active: dict[tuple[object, ...], Tensor] = {}
-        self._encoders: dict[tuple[object, ...], EncoderRows] = {}
-        self._wholes: dict[tuple[object, ...], Dictionary] = {}
+        self._held: tuple[Move, ...] = ()
+        self._programs: dict[str, SiteProgram] = {}
+        self._known: dict[Rows, dict[str, SiteProgram]] = {}
         self._handles: dict[str, RemovableHandle] = {}
+        self._clock = Clock(model)
 
     def set(self, rows: Sequence[Edit | None]) -> None:
         """Replace what is applied, felt by the next forward pass, or by the first one after `applied` ends.
@@ -90,12 +56,6 @@ class Steering:
             if self._over is None:
                 self._use(rows)
 
-    def select(self, keep: Sequence[int] | None) -> None:
-        """Apply rows `keep` only, in that order: what is left of a batch whose other rows have ended."""
-        with self.lock:
-            self._selected = None if keep is None or len(self.rows) == 1 else list(keep)
-            self._active.clear()
-
     @contextmanager
     def applied(self, rows: Sequence[Edit | None]) -> Iterator[None]:
         """Apply `rows` inside the block; what was applied before comes back, exceptions included.
@@ -105,7 +65,6 @@ class Steering:
         rows = self._checked(rows)
         with self.lock:
             before, self._over = self._over, rows
-            outer, selected = self.rows, self._selected
             self._use(rows)
         try:
             yield
@@ -113,17 +72,45 @@ class Steering:
             with self.lock:
                 self._over = before
                 self._use(self._base if before is None else before)
-                if self.rows is outer:  # a batch in the midst of being written goes on with the rows it has left
-                    self._selected = selected
+
+    @contextmanager
+    def passing(self, text: TextPass) -> Iterator[None]:
+        """Tell the hooks what the forward pass inside the block is over. The lock is held by whoever calls.
+
+        Without it every text of a batch is taken to go by the row of its own place, and the first pass over a text
+        (that with an empty cache) to be its prompt.
+        """
+        before, self.text = self.text, text
+        self._clock.told = True
+        try:
+            yield
+        finally:
+            self.text = before
+            self._clock.told = False
+
+    def hold(self, moves: Sequence[Move]) -> None:
+        """From now on hooks stay where `moves` act, at any amount and at none, and their numbers change in place:
+        code compiled after it needs no second compilation when a slider moves. Without moves that ends."""
+        for move in moves:
+            self.check(Edit(moves=(move,)))
+        with self.lock:
+            self._held, self._programs = tuple(moves), {}
+            self._known.clear()
+            self._use(self.rows)
 
     def check(self, edit: Edit) -> None:
         """Raise unless the edit fits this model."""
         self.anatomy.check_edit(edit)
 
     @property
+    def timed(self) -> bool:
+        """Whether something applied depends on the position in the reply, so that passes must tell `index`."""
+        return any(p.timed for p in self._programs.values())
+
+    @property
     def hook_count(self) -> int:
         """How many hooks are on the model."""
-        return len(self._handles)
+        return len(self._handles) + self._clock.running
 
     def _checked(self, rows: Sequence[Edit | None]) -> Rows:
         for edit in rows:
@@ -132,123 +119,86 @@ class Steering:
         return tuple(rows) or NEUTRAL
 
     def _use(self, rows: Rows) -> None:
-        self.rows, self._selected = rows, None
-        self._compile()
+        if rows == self.rows and not self._held and (self._programs or not any(rows)):
+            self._sync_hooks()
+            return
+        self.rows = rows
+        programs = self._known.get(rows)
+        if programs is None:
+            while len(self._known) >= _KEPT:
+                self._known.pop(next(iter(self._known)))
+            programs = compiled(rows, self.anatomy, self._held)
+            if not self._held:
+                self._known[rows] = programs
+        if self._held and _layout(programs) == _layout(self._programs):
+            for name, program in programs.items():
+                self._programs[name].take(program)
+        else:
+            self._programs = programs
         self._sync_hooks()
 
-    def _compile(self) -> None:
-        rows, a = self.rows, self.anatomy
-        self._active.clear()
-        self._shifts, self._strengths, self._basis, self._moved = {}, {}, None, {}
-        bases = [e.basis() if e is not None and e.ablate else None for e in rows]
-        rank = max((q.shape[1] for q in bases if q is not None), default=0)
-        if rank:
-            self._basis = torch.zeros(len(rows), a.width, rank, dtype=torch.float64)
-            for i, q in enumerate(bases):
-                if q is not None:
-                    self._basis[i, :, : q.shape[1]] = q
-        for i, edit in enumerate(rows):
-            if edit is None:
-                continue
-            for site, shift in edit.with_adds_as_directions().biases().items():
-                if bool(shift.any()):
-                    at = self._shifts.setdefault(
-                        a.block_module(site), torch.zeros(len(rows), 1, a.width, dtype=torch.float64)
-                    )
-                    at[i, 0] = shift
-            writers = [a.embedding_module] if edit.embedding else []
-            for block in range(a.blocks):
-                if edit.edits_block(block):
-                    writers += list(a.writer_modules(block))
-            for name in writers:
-                at = self._strengths.setdefault(name, torch.zeros(len(rows), 1, 1, dtype=torch.float64))
-                at[i] = edit.strength
-        self._compile_features()
-
-    def _compile_features(self) -> None:
-        moves = [[m for m in (e.features if e else ()) if m.reads and not m.neutral] for e in self.rows]
-        # A dict, for its order.
-        for d in {m.feature.dictionary: None for row in moves for m in row}:
-            here = [[m for m in row if m.feature.dictionary is d] for row in moves]
-            name = self.anatomy.block_module(next(m for row in here for m in row).feature.site)
-            self._moved.setdefault(name, []).append(_Moved.of(d, here))
-
     def _sync_hooks(self) -> None:
-        wanted = set(self._shifts) | set(self._strengths) | set(self._moved)
-        for name in set(self._handles) - wanted:
+        for name in set(self._handles) - set(self._programs):
             self._handles.pop(name).remove()
-        for name in wanted - set(self._handles):
+        for name in set(self._programs) - set(self._handles):
             module = self.model.get_submodule(name)
             # First in line, so that a hook that reads the module sees it steered, whichever came earlier.
             self._handles[name] = module.register_forward_hook(self._hook(name), prepend=True)
+        self._clock.run(self if self.timed else None)
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str) -> Callable[..., Any]:
         def apply(module: nn.Module, args: Any, output: Any) -> Any:
             h = output[0] if isinstance(output, tuple) else output
-            if name in self._strengths and self._basis is not None:
-                wide = torch.promote_types(h.dtype, torch.float32)
-                q = self._ready(("basis", wide), self._basis, h, wide)
-                s = self._ready((name + "*", wide), self._strengths[name], h, wide)
-                y = h.to(wide)
-                h = (y - s * ((y @ q) @ q.transpose(1, 2))).to(h.dtype)
-            delta = self._delta(name, h) if name in self._moved else None
-            if name in self._shifts:
-                wide = h.dtype if delta is None else delta.dtype
-                shift = self._ready((name + "+", wide), self._shifts[name], h, wide)
-                delta = shift if delta is None else delta + shift
-            if delta is not None:
-                h = (h.to(delta.dtype) + delta).to(h.dtype)
+            h = self._programs[name].apply(h, self.text)
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         return apply
 
-    def _delta(self, name: str, h: Tensor) -> Tensor:
-        """What the features at a site add to the stream, fp32 at least."""
-        wide = torch.promote_types(h.dtype, torch.float32)
-        x, out = h.to(wide), None
-        for moved in self._moved[name]:
-            rows = self._encoder(moved, h.device, wide)
-            alpha, beta = (
-                self._ready((f"{name} {what}", moved, wide), tensor, h, wide)
-                for what, tensor in (("alpha", moved.alpha), ("beta", moved.beta))
-            )
-            by = alpha * rows(x) + beta
-            if moved.dictionary.norm is not None:
-                by = by.masked_fill(x.norm(dim=-1, keepdim=True) > OUTLIER * moved.dictionary.norm, 0.0)
-            more = by @ rows.decoder.to(wide)
-            out = more if out is None else out + more
-        assert out is not None
-        return out
 
-    def _encoder(self, moved: _Moved, device: torch.device, wide: torch.dtype) -> EncoderRows:
-        """The rows of a dictionary that are moved, on the device and in the dtype wanted, made once.
+class Clock:
+    """Tells reply tokens where nobody else does: in a forward pass that the decode loop does not make.
 
-        A topk dictionary goes there as a whole, since all latents compete.
-        """
-        d, latents = moved.dictionary, tuple(moved.latents)
+    A pass with an empty cache reads the prompt, and what follows it is the reply.
+    """
 
-        def copied() -> EncoderRows:
-            if d.architecture != "topk":
-                return d.rows(latents).to(device, wide)
-            whole = _kept(self._wholes, (d, device, wide), lambda: d.to(device, wide), 2)
-            return whole.rows(latents)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.told = False
+        """Whether the pass being made is told of by its maker."""
+        self._handle: RemovableHandle | None = None
+        self._prompt: Tensor | int = 0
 
-        return _kept(self._encoders, (d, latents, device, wide), copied, 16)
+    @property
+    def running(self) -> bool:
+        """Whether it is on the model."""
+        return self._handle is not None
 
-    def _ready(self, key: tuple[object, ...], tensor: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-        """The selected rows of `tensor` on the device and in the dtype wanted, made once."""
-        key = (*key, h.device)
-        if key not in self._active:
-            rows = tensor if self._selected is None else tensor[self._selected]
-            self._active[key] = rows.to(h.device, dtype)
-        return self._active[key]
+    def run(self, steering: Steering | None) -> None:
+        """Put it on the model for `steering`, or take it off."""
+        if steering is None and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        elif steering is not None and self._handle is None:
+            base: Any = getattr(self.model, "base_model", self.model)
+
+            def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if not self.told:
+                    steering.text.index = self._index(args, kwargs)
+
+            self._handle = base.register_forward_pre_hook(before, with_kwargs=True)
+
+    def _index(self, args: Any, kwargs: Any) -> Tensor:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        assert isinstance(ids, Tensor)
+        cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        seen = int(cache.get_seq_length()) if cache is not None else 0
+        if positions is None:
+            positions = seen + torch.arange(ids.shape[1], device=ids.device)[None]
+        if seen == 0:
+            self._prompt = positions[:, -1:] + 1
+        return positions - self._prompt + 1
 
 
-def _kept(cache: dict[tuple[object, ...], _T], key: tuple[object, ...], make: Callable[[], _T], most: int) -> _T:
-    """What the cache holds under `key`, made if need be. The oldest makes room: sessions that take turns on a model
-    apply and withdraw their edits at every token, which must not copy anything anew."""
-    if key not in cache:
-        while len(cache) >= most:
-            cache.pop(next(iter(cache)))
-        cache[key] = make()
-    return cache[key]
+def _layout(programs: dict[str, SiteProgram]) -> dict[str, tuple[object, ...]]:
+    return {name: program.layout() for name, program in programs.items()}

@@ -6,7 +6,8 @@ import math
 import re
 import sys
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -14,38 +15,32 @@ from rich.table import Table
 
 from steer.errors import SteerError, UsageError
 from steer.live.session import Session
-from steer.values.sampler import CHAT, Sampler
+from steer.values.profile import Profile
 from steer.values.slider import parse_amount
 
-if TYPE_CHECKING:
-    from steer.live.model import SteeredModel
-
 HELP = """\
-/NAME AMOUNT  move a slider, as in /moralizing -1; the next token feels it
-/sliders      what there is to move, and where it stands
-/reset        all sliders to 0
-/clear        forget the conversation
-/quit         leave; so does Ctrl-D
+/NAME AMOUNT   move a slider, as in /moralizing -1; the next token feels it
+/NAME:OP AMOUNT  do something else to it: add, ablate, clamp, cap or scale, as in /moralizing:cap 0
+/sliders       what there is to move, and where it stands
+/undo /redo    take back the last move of a slider, and do it again
+/reset         no slider moves anything
+/reread        read the whole chat again under the sliders of now; else they act from here on
+/receipt       what the sliders did to the last reply
+/profile FILE  go by a profile; /save FILE writes one
+/clear         forget the conversation
+/quit          leave; so does Ctrl-D
 Ctrl-C stops a reply."""
 
-LATENT = re.compile(r"L\d+/\d+")
-"""A latent of a dictionary at hand, which is not among the sliders listed."""
+_UNLISTED = re.compile(r"L\d+/\d+|.+:[a-z]+")
+"""What can be moved and is not among the sliders listed: a latent of a dictionary, another operation."""
 
 
-def run_chat(
-    model: SteeredModel,
-    *,
-    system: str | None = None,
-    sampler: Sampler = CHAT,
-    stdin: TextIO | None = None,
-    console: Console | None = None,
-) -> None:
-    """Talk until /quit or the end of input, under `model.sliders`.
+def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console | None = None) -> None:
+    """Talk until /quit or the end of input.
 
     Lines come from `stdin` (sys.stdin), everything shown goes to `console` (stdout). What a user mistypes is
     answered in one line, and the chat goes on.
     """
-    session = Session(model, system=system, sampler=sampler, sliders=model.sliders)
     _Terminal(session, stdin or sys.stdin, console or Console()).run()
 
 
@@ -60,7 +55,11 @@ class _Terminal:
         self.commands = {
             "help": lambda: self.say(HELP),
             "sliders": self.show_sliders,
+            "undo": lambda: self.step(self.session.sliders.undo(), "undo"),
+            "redo": lambda: self.step(self.session.sliders.redo(), "redo"),
             "reset": self.reset,
+            "reread": self.reread,
+            "receipt": self.show_receipt,
             "clear": self.clear,
             "quit": self.quit,
         }
@@ -71,6 +70,8 @@ class _Terminal:
                 import readline  # noqa: F401  # input() then knows arrow keys and past lines
             known = ", ".join(self.session.sliders.known()) or "none yet, see steer find"
             self.say(f"{self.session.model.name}. Sliders: {known}. /help tells more.")
+        for message in self.session.messages:  # a character who speaks first
+            self.say(message["content"])
         with suppress(_Quit):
             while (line := self.read()) is not None:
                 self.answer(line.strip())
@@ -104,20 +105,24 @@ class _Terminal:
             with closing(self.session.reply(text)) as pieces:
                 for piece in pieces:
                     self.console.out(piece, end="", highlight=False)
-                    said = True
+                    said = said or bool(piece)
         except KeyboardInterrupt:
             self.say("\n(stopped)" if said else "(stopped)", style="dim")
         else:
             self.say("" if said else "(no reply)")
+        for warning in self.session.receipts[-1].warnings if said else ():
+            self.say(warning, style="yellow")
 
     def command(self, line: str) -> None:
         name, _, amount = line.partition(" ")
         if name in self.commands:
             self.commands[name]()
-        elif name in (known := self.session.sliders.known()) or LATENT.fullmatch(name):
+        elif name in ("profile", "save"):
+            self.file(name, amount.strip())
+        elif name in (known := self.session.sliders.known()) or _UNLISTED.fullmatch(name):
             self.move(name, amount.strip())
         else:
-            there = ", ".join(f"/{n}" for n in [*self.commands, *known])
+            there = ", ".join(f"/{n}" for n in [*self.commands, "profile", "save", *known])
             raise UsageError(f"unknown command /{name}: expected one of {there}")
 
     def move(self, name: str, amount: str) -> None:
@@ -127,6 +132,15 @@ class _Terminal:
             sliders[name] = parse_amount(f"{name}={amount}")[1]
         self.say(f"{name} {_stands(sliders[name])}{self.share(name)}")
         self.warn()
+
+    def file(self, command: str, path: str) -> None:
+        if not path:
+            raise UsageError(f"/{command}: expected a file, as in /{command} noir.yaml, found none")
+        if command == "profile":
+            self.session.use(Profile.load(path))
+            self.show_sliders()
+        else:
+            self.say(f"{self.session.profile(Path(path).stem).save(path)} written")
 
     def share(self, name: str) -> str:
         slider = self.session.sliders.slider(name)
@@ -158,7 +172,29 @@ class _Terminal:
 
     def reset(self) -> None:
         self.session.sliders.reset()
-        self.say("sliders at 0")
+        self.say("no slider moves anything")
+
+    def step(self, done: bool, what: str) -> None:
+        if done:
+            self.show_sliders()
+        else:
+            self.say(f"nothing to {what}")
+
+    def reread(self) -> None:
+        self.session.reread()
+        self.say("the whole chat will be read again, under the sliders as they stand then")
+
+    def show_receipt(self) -> None:
+        if not self.session.receipts:
+            self.say("no reply yet")
+            return
+        receipt = self.session.receipts[-1]
+        self.say(f"{receipt.tokens} tokens went through the model" + ("" if receipt.sliders else ", no slider moved"))
+        for s in receipt.sliders:
+            share = "" if math.isnan(s.mean_share) else f", {s.mean_share:.2f} of the residual norm on average"
+            self.say(f"{s.name} {s.operation} {s.amount:g}: {s.tokens} tokens{share}")
+        for warning in receipt.warnings:
+            self.say(warning, style="yellow")
 
     def clear(self) -> None:
         self.session.clear()

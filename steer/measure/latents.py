@@ -18,7 +18,8 @@ from steer.measure.scorer import Scorer
 from steer.measure.sites import KL_COST, NEUTRAL, REPETITION_COST
 from steer.values.direction import Direction
 from steer.values.edit import Edit
-from steer.values.feature import Feature, FeatureMove
+from steer.values.feature import Feature
+from steer.values.move import Move
 from steer.values.sampler import MEASURE
 
 AMOUNTS = (-2.0, -1.0, 1.0)
@@ -46,7 +47,7 @@ class Candidate:
     def edit(self, amount: float) -> Edit:
         """It, added."""
         if isinstance(self.what, Feature):
-            return Edit(features=(FeatureMove(self.what, "add", amount),))
+            return Edit(moves=(Move(self.what, "add", amount),))
         return Edit(add=((self.what, amount),))
 
     def ablation(self) -> Edit | None:
@@ -57,7 +58,7 @@ class Candidate:
         if not mine or not isinstance(f, Feature):
             return None
         taken = replace(f, indices=tuple(mine), units=tuple(mine.values()))
-        return Edit(features=(FeatureMove(taken, "ablate", 1.0),))
+        return Edit(moves=(Move(taken, "ablate", 1.0),))
 
 
 @dataclass(frozen=True)

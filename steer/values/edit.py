@@ -1,9 +1,12 @@
-"""What is to be done to a model: directions to ablate, constants to add, features to move."""
+"""What is to be done to a model: directions to ablate, constants to add, moves that read what they move."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, repeat
 
 import torch
 from jaxtyping import Float
@@ -11,8 +14,16 @@ from torch import Tensor
 
 from steer.errors import UsageError
 from steer.values.direction import Direction
-from steer.values.feature import FeatureMove
+from steer.values.feature import Feature
 from steer.values.method import PLAIN, Kind, Method, Strengths
+from steer.values.move import Move
+
+SET_TOGETHER = 10
+"""Directions at one site whose projections can be set together while some of them act at times only: what each
+subset of them takes is worked out beforehand."""
+PARALLEL = 1e-6
+"""Singular values of a set of unit vectors below this share of the largest count as 0: what is parallel but for
+rounding is one direction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +39,17 @@ class Edit:
     add: tuple[tuple[Direction, float], ...] = ()
     """(direction, amount): adds `amount * gap * r` to the residual stream at the direction's site,
     as a bias on that block's down projection."""
-    features: tuple[FeatureMove, ...] = ()
-    """Latents of dictionaries to move. Weights can hold those that add; the others read the activation."""
+    moves: tuple[Move, ...] = ()
+    """What else sliders do. Weights can hold those that always add; the others read the activation, or wait."""
+    labels: tuple[str | None, ...] = ()
+    """What receipts call what is ablated and then what is added, where not by the directions' names."""
     method: Method = PLAIN
     """What is spared and kept when the directions are removed."""
     strengths: Strengths | None = None
     """Strengths that differ between kinds of writers, or from block to block, in place of `strength`."""
 
     def __post_init__(self) -> None:
-        if not self.ablate and not self.add and not self.features:
+        if not self.ablate and not self.add and not self.moves:
             raise UsageError("nothing to bake: expected a direction to ablate or an amount to add, found none")
         if not 0.0 < self.strength <= 1.0:
             raise UsageError(f"strength: expected a number above 0 and at most 1, found {self.strength}")
@@ -46,7 +59,27 @@ class Edit:
             )
         if self.strengths is not None and self.strength != 1.0:
             raise UsageError(f"strength: expected one number or strengths by kind, found {self.strength} and both")
-        self._check_latents()
+        self._check_conflicts()
+        self._check_number()
+
+    @classmethod
+    def of(cls, moves: Sequence[Move]) -> Edit | None:
+        """Moves of sliders as one Edit, in the form that weights can hold as far as they can; None when nothing
+        moves. The order of the moves does not matter."""
+        moving = [m for m in moves if not m.neutral]
+        if not moving:
+            return None
+        gone = [m for m in moving if m.operation == "ablate" and isinstance(m.target, Direction)]
+        if any(not m.when.always for m in gone) or len({m.amount for m in gone}) > 1:
+            gone = []  # weights cannot hold these: they stay moves
+        constant = [m for m in moving if m.constant and isinstance(m.target, Direction)]
+        return cls(
+            ablate=tuple(_direction(m) for m in gone),
+            strength=gone[0].amount if gone else 1.0,
+            add=tuple((_direction(m), m.amount) for m in constant),
+            moves=tuple(m for m in moving if m not in gone and m not in constant),
+            labels=tuple(m.label for m in (*gone, *constant)),
+        )
 
     @property
     def embedding(self) -> bool:
@@ -73,7 +106,7 @@ class Edit:
         return orthonormal(torch.stack(vectors, dim=1))
 
     def biases(self) -> dict[int, Float[Tensor, " d"]]:
-        """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Features are not in it."""
+        """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Moves are not in it."""
         out: dict[int, Tensor] = {}
         for d, amount in self.add:
             shift = amount * d.gap * d.vector.double()
@@ -81,10 +114,22 @@ class Edit:
         return out
 
     def with_adds_as_directions(self) -> Edit:
-        """The same edit, the features that add told as directions, which weights and biases can hold."""
-        adds = tuple((m.feature.direction, m.amount) for m in self.features if not m.reads and not m.neutral)
-        rest = tuple(m for m in self.features if m.reads)
-        return replace(self, add=(*self.add, *adds), features=rest) if adds else self
+        """The same edit, the moves that always add told as directions, which weights and biases can hold."""
+        constant = [m for m in self.moves if m.constant and not m.neutral]
+        adds = tuple((m.target.direction if isinstance(m.target, Feature) else m.target, m.amount) for m in constant)
+        rest = tuple(m for m in self.moves if not m.constant)
+        return replace(self, add=(*self.add, *adds), moves=rest) if adds else self
+
+    def as_moves(self) -> tuple[Move, ...]:
+        """Everything that it moves, as moves; the same ones at every call."""
+        return self._as_moves
+
+    @cached_property
+    def _as_moves(self) -> tuple[Move, ...]:
+        labels = chain(self.labels, repeat(None))
+        gone = [Move(d, "ablate", self.strength, label=next(labels)) for d in self.ablate]
+        added = [Move(d, "add", a, label=next(labels)) for d, a in self.add]
+        return tuple(m for m in (*gone, *added, *self.moves) if not m.neutral)
 
     def describe(self) -> dict[str, object]:
         """A JSON-able account for certificates and reports."""
@@ -101,26 +146,55 @@ class Edit:
             out["method"] = self.method.describe()
         if self.strengths is not None:
             out |= {"strength": None, "strengths": self.strengths.describe()}
-        return out | {"features": [m.describe() for m in self.features]} if self.features else out
+        return out | {"moves": [m.describe() for m in self.moves]} if self.moves else out
 
-    def _check_latents(self) -> None:
-        """Raise UsageError when two moves read one latent: each would undo what the other did."""
-        taken: dict[tuple[int, int], str] = {}
-        for move in self.features:
-            for i in move.feature.indices if move.reads and not move.neutral else ():
-                key = (id(move.feature.dictionary), i)
-                if key in taken:
-                    raise UsageError(
-                        f"sliders {taken[key]!r} and {move.feature.name!r} clamp, scale or ablate latent {i} of "
-                        f"dictionary {move.feature.dictionary.name!r}; expected one of them at most, delete the other"
-                    )
-                taken[key] = move.feature.name
+    def _check_conflicts(self) -> None:
+        """Raise UsageError when two moves may set one thing on the same token: each would undo what the other did."""
+        taken: dict[tuple[int, int], list[Move]] = {}
+        for move in self.as_moves():
+            if not move.reads:
+                continue
+            if isinstance(move.target, Feature):
+                keys = [(id(move.target.dictionary), i) for i in move.target.indices]
+                what = "latent {i} of dictionary " + repr(move.target.dictionary.name)
+            else:
+                # Ablation is at the writers, the others are at the site.
+                keys = [(id(move.target), -1 if move.operation == "ablate" else -2)]
+                what = "direction " + repr(move.target.name)
+            for key in keys:
+                others = taken.setdefault(key, [])
+                for other in others:
+                    if not other.when.excludes(move.when):
+                        raise UsageError(
+                            f"sliders {other.name!r} and {move.name!r} clamp, cap, scale or ablate "
+                            f"{what.format(i=key[1])}; expected one of them at most on any token, delete the other "
+                            "or have them act at different times"
+                        )
+                others.append(move)
+
+    def _check_number(self) -> None:
+        """Raise UsageError for more projections than can be set together while they come and go."""
+        places: dict[int, list[Move]] = {}
+        for move in self.as_moves():
+            if move.reads and isinstance(move.target, Direction):
+                places.setdefault(-1 if move.operation == "ablate" else move.site, []).append(move)
+        for moves in places.values():
+            if len(moves) > SET_TOGETHER and not all(m.when.always for m in moves):
+                raise UsageError(
+                    f"sliders {', '.join(repr(m.name) for m in moves)}: expected at most {SET_TOGETHER} directions set "
+                    f"together while some of them act at times only, found {len(moves)}; delete some"
+                )
+
+
+def _direction(move: Move) -> Direction:
+    assert isinstance(move.target, Direction)
+    return move.target
 
 
 def orthonormal(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
     """An orthonormal basis of what the columns span, with fewer columns where they are dependent or zero."""
     u, s, _ = torch.linalg.svd(vectors, full_matrices=False)
-    return u[:, s > 1e-6 * s[0]].contiguous()
+    return u[:, s > PARALLEL * s[0]].contiguous()
 
 
 def _share(direction: Direction, amount: float) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,6 @@ from steer.errors import MismatchError, UnsupportedError, UsageError
 from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import feature_row
 from steer.values.direction import Direction
-
-FeatureOperation = Literal["add", "clamp", "scale", "ablate"]
-"""`add`: plus amount units. `clamp`: stands at amount units. `scale`: times amount. `ablate`: that share is gone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,89 +103,3 @@ class Feature:
                 f"feature {self.name!r}: its dictionary {self.dictionary.name!r} has width {self.dictionary.width}, "
                 f"{where} has residual width {width}; use a dictionary of this checkpoint"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureMove:
-    """A feature, what is done to it, and how much."""
-
-    feature: Feature
-    operation: FeatureOperation
-    amount: float
-
-    def __post_init__(self) -> None:
-        check_operation(self.feature, self.operation)
-        object.__setattr__(self, "amount", check_amount(self.feature.name, self.operation, self.amount))
-
-    @property
-    def coefficients(self) -> tuple[tuple[float, float], ...]:
-        """A latent each: (alpha, beta) with `h += (alpha * activation + beta) * decoder row`."""
-        amount = self.amount
-        if self.operation == "add":
-            return tuple((0.0, amount * u) for u in self.feature.units)
-        if self.operation == "clamp":
-            return tuple((-1.0, amount * u) for u in self.feature.units)
-        alpha = amount - 1 if self.operation == "scale" else -amount
-        return tuple((alpha, 0.0) for _ in self.feature.units)
-
-    @property
-    def reads(self) -> bool:
-        """Whether what it does depends on the activation; all but `add`."""
-        return self.operation != "add"
-
-    @property
-    def neutral(self) -> bool:
-        """Whether it moves nothing."""
-        return is_neutral(self.operation, self.amount)
-
-    def describe(self) -> dict[str, object]:
-        """A JSON-able account for certificates and reports."""
-        f, share = self.feature, self.feature.share(self.amount)
-        out: dict[str, object] = {
-            "name": f.name,
-            "dictionary": f.dictionary.name,
-            "site": f.site,
-            "latents": list(f.indices),
-            "units": list(f.units),
-            "operation": self.operation,
-            "amount": self.amount,
-        }
-        if not self.reads:
-            out["share_of_residual_norm"] = None if math.isnan(share) else round(share, 4)
-        return out
-
-
-def neutral_amount(operation: str) -> float | None:
-    """The amount that moves nothing; None for `clamp`, which has none."""
-    return {"add": 0.0, "ablate": 0.0, "scale": 1.0}.get(operation)
-
-
-def is_neutral(operation: str, amount: float) -> bool:
-    """Whether that amount moves nothing."""
-    return amount == neutral_amount(operation)
-
-
-def check_amount(name: str, operation: str, amount: Any) -> float:
-    """The amount as a number, if the slider `name` can stand there. Errors: UsageError."""
-    try:
-        amount = float(amount)
-    except (TypeError, ValueError):
-        raise UsageError(f"slider {name!r}: expected a number, found {amount!r}; give an amount such as -1") from None
-    if not math.isfinite(amount):
-        raise UsageError(f"slider {name!r}: expected a finite amount, found {amount}")
-    if operation == "ablate" and not 0 <= amount <= 1:
-        raise UsageError(f"slider {name!r}: ablate takes an amount from 0 to 1, found {amount}")
-    return amount
-
-
-def check_operation(feature: Feature, operation: str) -> None:
-    """Raise UsageError unless `operation` is one, and the feature's units allow it."""
-    if operation not in get_args(FeatureOperation):
-        raise UsageError(
-            f"slider {feature.name!r}: expected one of {', '.join(get_args(FeatureOperation))}, found {operation!r}"
-        )
-    if operation != "add" and min(feature.units) < 0:
-        raise UsageError(
-            f"slider {feature.name!r}: {operation} wants positive units, found {list(feature.units)}; "
-            "a latent with a negative unit can only be added"
-        )

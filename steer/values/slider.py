@@ -1,4 +1,4 @@
-"""A slider: a direction or a feature, an operation, and which amounts it can stand at."""
+"""A slider: a direction or a feature, an operation, when it acts, and which amounts it can stand at."""
 
 from __future__ import annotations
 
@@ -8,55 +8,55 @@ from typing import Any
 
 from steer.errors import UsageError
 from steer.values.direction import Direction
-from steer.values.feature import (
-    Feature,
-    FeatureOperation,
+from steer.values.feature import Feature
+from steer.values.move import (
+    OPERATIONS,
+    Move,
+    Operation,
     check_amount,
     check_operation,
+    check_when,
     is_neutral,
     neutral_amount,
+    share_of,
 )
-
-Operation = FeatureOperation
-"""What moving a slider does. A direction takes `add` and `ablate`."""
+from steer.values.when import ALWAYS, When
 
 
 @dataclass(frozen=True, eq=False)
 class Slider:
     """What moving it does.
 
-    Of a direction, `add`: projection plus amount times gap. `ablate`: that share of the projection is removed from
-    everything that is written into the residual stream; 1 removes it all.
-    Of a feature's activations, `add`: plus amount units. `clamp`: they stand at amount units. `scale`: times amount.
-    `ablate`: that share of them is taken away. The rest of the residual stream stays as it is.
+    To a direction's projection, or a feature's activations: `add` adds amount times its gap, or unit. `ablate` takes
+    that share away, for a direction from all that is written into the residual stream. `clamp` holds it at amount,
+    `cap` at most there, 0 being where the trait is absent; `scale` multiplies what it is beyond that.
+    The rest of the residual stream stays as it is.
     """
 
-    direction: Direction | Feature
+    target: Direction | Feature
     """What it moves."""
     operation: Operation = "add"
+    when: When = ALWAYS
+    label: str | None = None
+    """Its name, where it is not that of what it moves: two sliders on one direction."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.direction, Feature):
-            check_operation(self.direction, self.operation)
-        elif self.operation not in ("add", "ablate"):
-            raise UsageError(
-                f"slider {self.direction.name!r}: expected add or ablate for a direction, found {self.operation!r}; "
-                "clamp and scale take a feature of a dictionary"
-            )
+        check_operation(self.target, self.operation)
+        check_when(self.target, self.operation, self.when)
 
     @property
     def name(self) -> str:
-        """The direction's or the feature's."""
-        return self.direction.name
+        """Its own, or the direction's or the feature's."""
+        return self.label or self.target.name
 
     @property
     def site(self) -> int:
         """The residual stream after this block."""
-        return self.direction.site
+        return self.target.site
 
     @property
     def neutral(self) -> float | None:
-        """The amount that moves nothing; None for `clamp`, which does so only by being deleted."""
+        """The amount that moves nothing; None for `clamp` and `cap`, which do so only by being deleted."""
         return neutral_amount(self.operation)
 
     def is_neutral(self, amount: float) -> bool:
@@ -64,18 +64,22 @@ class Slider:
         return is_neutral(self.operation, amount)
 
     def share(self, amount: float) -> float:
-        """How far `add` moves the residual stream, as a share of its median norm; nan where that is not known, and
-        0 for the operations that depend on the token."""
-        return self.direction.share(amount) if self.operation == "add" else 0.0
+        """How far it moves the residual stream at an amount, as a share of its median norm; nan where that is not
+        known. `move.share_of` says for which tokens."""
+        return share_of(self.target, self.operation, amount)
 
     def check(self, amount: Any) -> float:
         """The amount as a number, if this slider can stand there. Errors: UsageError."""
         return check_amount(self.name, self.operation, amount)
 
+    def at(self, amount: float) -> Move:
+        """What it does when it stands there."""
+        return Move(self.target, self.operation, amount, self.when, self.label)
+
 
 def parse_amount(text: str) -> tuple[str, float]:
-    """`NAME=AMOUNT` from a command line. Errors: UsageError."""
-    name, eq, amount = text.partition("=")
+    """`NAME=AMOUNT` or `NAME:OPERATION=AMOUNT` from a command line. Errors: UsageError."""
+    name, eq, amount = text.rpartition("=")
     try:
         if not eq or not name:
             raise ValueError
@@ -87,3 +91,15 @@ def parse_amount(text: str) -> tuple[str, float]:
             f"slider {text!r}: expected NAME=AMOUNT with a number, as in moralizing=-1, found {amount or text!r}"
         ) from None
     return name.strip(), value
+
+
+def parse_name(text: str) -> tuple[str, Operation | None]:
+    """`NAME` or `NAME:OPERATION` as name and operation, None where none is named. Errors: UsageError."""
+    name, colon, operation = text.rpartition(":")
+    if not colon:
+        return text, None
+    if operation not in OPERATIONS:
+        raise UsageError(
+            f"slider {text!r}: expected NAME:OPERATION with one of {', '.join(OPERATIONS)}, found {operation!r}"
+        )
+    return name, operation

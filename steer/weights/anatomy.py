@@ -11,7 +11,9 @@ from steer.weights.layouts import LAYOUTS, Layout
 from steer.weights.writers import FLOATS, Found, Stored, Writer, find_writers
 
 if TYPE_CHECKING:
+    from steer.values.direction import Direction
     from steer.values.edit import Edit
+    from steer.values.feature import Feature
     from steer.values.method import Kind
 
 __all__ = ["FLOATS", "LAYOUTS", "Anatomy", "Found", "Layout", "LiveWriter", "Stored", "Writer"]
@@ -141,8 +143,11 @@ class Anatomy:
 
     def check_edit(self, edit: Edit) -> None:
         """Raise unless the edit fits: MismatchError on the width, UsageError on a site or block it lacks."""
-        moved = [("direction", d) for d in (*edit.ablate, *(d for d, _ in edit.add))]
-        for kind, what in (*moved, *(("feature", m.feature) for m in edit.features)):
+        moved: list[Direction | Feature] = [*edit.ablate, *(d for d, _ in edit.add)]
+        for m in edit.moves:
+            moved += [m.target, m.when.gate.on] if m.when.gate else [m.target]
+        for what in moved:
+            kind = "feature" if hasattr(what, "dictionary") else "direction"
             what.check_width(self.width, self.where)
             if not 0 <= what.site < self.blocks:
                 raise UsageError(

@@ -116,17 +116,19 @@ def _shorter(names: Iterable[str]) -> list[str]:
 
 
 def _constant(edit: Edit) -> Edit:
-    """The edit without features. Errors: UnsupportedError when one reads its activation."""
-    for move in edit.features:
-        if move.reads and not move.neutral:
-            raise UnsupportedError(
-                f"feature {move.feature.name!r}: {move.operation} reads the activation, and weights cannot; "
-                "expected add, or move it with a slider"
-            )
+    """The edit without moves. Errors: UnsupportedError when one reads its activation, or acts on some tokens only."""
     edit = edit.with_adds_as_directions()
+    for move in edit.moves:
+        if move.neutral:
+            continue
+        found = f"{move.operation} reads the activation" if move.reads else "it acts on some tokens only"
+        raise UnsupportedError(
+            f"slider {move.name!r}: {found}, and weights cannot; expected add on every token, or ablation of "
+            "directions at one strength; keep it as a slider"
+        )
     if not edit.ablate and not edit.add:
         raise UsageError("nothing to bake: expected a direction to ablate or an amount to add, found none that moves")
-    return replace(edit, features=())
+    return replace(edit, moves=())
 
 
 def _untied_head(files: CheckpointFiles, found: Found) -> NewTensor | None:

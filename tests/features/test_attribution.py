@@ -17,7 +17,8 @@ from steer.features.logit_lens import logit_lens
 from steer.live.model import SteeredModel, load
 from steer.values.dictionary import Dictionary
 from steer.values.edit import Edit
-from steer.values.feature import Feature, FeatureMove
+from steer.values.feature import Feature
+from steer.values.move import Move
 
 LATENTS = 60
 
@@ -175,7 +176,7 @@ def test_an_output_score_is_the_rise_in_log_probability_under_the_slider(model: 
     rises = []
     for prompt in prompts:
         before = logprobs(prompt)
-        with model.edited(Edit(features=(FeatureMove(feature, "add", 1.0),))):
+        with model.edited(Edit(moves=(Move(feature, "add", 1.0),))):
             rises.append(float(logprobs(prompt) - before))
     assert output_scores(model, d, [feature], prompts)[0] == pytest.approx(sum(rises) / 2, abs=1e-5)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steer.errors import CheckpointError, MismatchError, SteerError, UsageError
 from steer.live import library
+from steer.live.columns import encoder_rows
 from steer.live.decode import decode, generate
 from steer.live.fit_check import FitWarning, check_fit
 from steer.live.library import dictionaries_of, own_dictionary_place
@@ -27,7 +28,8 @@ from steer.live.sliders import BUDGET
 from steer.values.dictionary import Architecture, Dictionary
 from steer.values.dictionary_files import save_dictionary
 from steer.values.edit import Edit
-from steer.values.feature import Feature, FeatureMove
+from steer.values.feature import Feature
+from steer.values.move import Move
 from steer.values.sampler import Sampler
 from steer.values.slider import Slider
 
@@ -60,7 +62,7 @@ def make(kind: str = "jumprelu", *, seed: int = 0, site: int = 1, width: int = D
 
 
 def moves(*each: tuple[Feature, str, float]) -> Edit:
-    return Edit(features=tuple(FeatureMove(f, operation, a) for f, operation, a in each))  # pyright: ignore[reportArgumentType]
+    return Edit(moves=tuple(Move(f, operation, a) for f, operation, a in each))  # pyright: ignore[reportArgumentType]
 
 
 @torch.inference_mode()
@@ -137,9 +139,9 @@ def test_neutral_amounts_are_bit_identical_to_none_and_cost_no_hook(model, ids, 
 def test_activations_are_read_before_anything_is_added_at_the_site(model64, moral, ids):
     dictionary = make()
     feature, other = Feature("f", dictionary, (3, 9), (2.0, 1.0)), Feature("o", dictionary, (5,), (1.0,))
-    rest = Edit(add=((moral, 1.5),), features=(FeatureMove(other, "add", 2.0),))
+    rest = Edit(add=((moral, 1.5),), moves=(Move(other, "add", 2.0),))
     each = [moves((feature, "clamp", 1.0)), rest]
-    both = Edit(add=rest.add, features=(*rest.features, *each[0].features))
+    both = Edit(add=rest.add, moves=(*rest.moves, *each[0].moves))
     before = residuals(model64, ids)[1]
     deltas = []
     for edit in (*each, both):
@@ -172,7 +174,7 @@ def edits(make_direction) -> dict[str, Edit | None]:
         "clamp": moves((a, "clamp", 1.5)),
         "other latents": moves((b, "scale", 4.0), (a, "add", 0.5)),
         "other dictionary": moves((c, "clamp", 2.0)),
-        "mixed": Edit((make_direction(),), 0.5, None, ((make_direction("x", seed=9), 1.0),), mixed.features),
+        "mixed": Edit((make_direction(),), 0.5, None, ((make_direction("x", seed=9), 1.0),), mixed.moves),
         "direction": Edit(add=((make_direction(), 1.0),)),
     }
 
@@ -259,20 +261,28 @@ def test_changing_an_amount_copies_no_row_and_registers_no_hook(model, ids, kind
     session = Session(model, sampler=Sampler(max_new_tokens=4))
     session.sliders.put(Slider(Feature("f", make(kind).to(dtype=torch.bfloat16), (3,), (2.0,)), "clamp"), 1.0)
     list(session.reply("hello"))
-    (rows,) = model.steering._encoders.values()
+    made = encoder_rows.cache_info().misses
     session.sliders["f"] = 0.5
     list(session.reply("well"))
-    assert list(model.steering._encoders.values()) == [rows]
+    assert encoder_rows.cache_info().misses == made
     assert hooks_on(model) == 0
 
 
-def test_adds_count_towards_the_budget_and_clamps_do_not(model):
+def test_adds_and_clamps_count_towards_the_budget(model):
     dictionary = make(norm=2.0)
     f = Feature("f", dictionary, (3,), (1.0,))
     f = replace(f, units=(1.0 / float(f.decoder.norm()),))  # amount 1 is half of the norm
     model.sliders.put(f, -1.0)
-    model.sliders.put(Slider(replace(f, name="g"), "clamp"), 100.0)
     assert model.sliders.share(1) == pytest.approx(0.5)
+    model.sliders.put(
+        Slider(
+            replace(replace(f, indices=(5,), units=(1.0 / float(dictionary.decoder_rows((5,)).norm()),)), name="g"),
+            "clamp",
+        ),
+        0.1,
+    )
+    assert model.sliders.share(1) == pytest.approx(0.55)
+    del model.sliders["g"]
     assert model.sliders.warnings() == []
     model.sliders["f"] = 2 * BUDGET + 0.1
     assert "after block 1 by 0.85" in model.sliders.warnings()[0]
@@ -353,9 +363,9 @@ def test_sliders_that_come_with_a_dictionary_are_moved_by_name(model64, ids, kee
 def test_any_live_latent_is_moved_by_its_site_and_number(model, keep):
     keep(make())
     slider = model.sliders.slider("L1/8")
-    assert isinstance(slider.direction, Feature)
-    assert (slider.direction.indices, slider.direction.units, slider.operation) == ((8,), (9.0,), "add")
-    assert slider.direction.dictionary is model.sliders.slider("preach").direction.dictionary
+    assert isinstance(slider.target, Feature)
+    assert (slider.target.indices, slider.target.units, slider.operation) == ((8,), (9.0,), "add")
+    assert slider.target.dictionary is model.sliders.slider("preach").target.dictionary
     with pytest.raises(UsageError, match=r"latent 7.*never fired"):
         model.sliders["L1/7"] = 1.0
     with pytest.raises(UsageError, match=r"at site 2, found tiny at site 1"):
@@ -365,7 +375,7 @@ def test_any_live_latent_is_moved_by_its_site_and_number(model, keep):
 def test_a_direction_goes_before_a_feature_of_the_same_name(model, keep, chat_checkpoint, make_direction):
     keep(make())
     keep_direction(chat_checkpoint, make_direction("sum"))
-    assert not isinstance(model.sliders.slider("sum").direction, Feature)
+    assert not isinstance(model.sliders.slider("sum").target, Feature)
     assert list(model.sliders.known()) == ["sum", "preach"]
     with pytest.raises(UsageError, match=r"found sum, preach; make it with: steer find \S+ kindness"):
         model.sliders["kindness"] = 1.0

@@ -40,13 +40,6 @@ def test_ablate_takes_amounts_from_0_to_1(model, moral, amount):
     assert hooks_on(model) == 0
 
 
-def test_directions_ablated_together_want_one_amount(model, moral, make_direction):
-    model.sliders.put(Slider(moral, "ablate"), 1.0)
-    with pytest.raises(UsageError, match="one amount"):
-        model.sliders.put(Slider(make_direction("other", seed=8), "ablate"), 0.5)
-    assert dict(model.sliders) == {"moral": 1.0}
-
-
 def test_a_direction_of_another_width_is_a_mismatch_that_names_both(model, make_direction):
     with pytest.raises(MismatchError, match=r"width 64.*width 32"):
         model.sliders.put(make_direction("wide", width=64), 1.0)
@@ -58,7 +51,7 @@ def test_a_name_that_the_library_knows_can_be_moved(model, known_moral):
     assert model.sliders["moral"] == 0.0
     model.sliders["moral"] = -1.0
     assert dict(model.sliders) == {"moral": -1.0}
-    assert torch.equal(model.sliders.slider("moral").direction.vector, known_moral.vector)
+    assert torch.equal(model.sliders.slider("moral").target.vector, known_moral.vector)
 
 
 def test_an_unknown_name_is_a_usage_error_that_says_how_to_find_it(model, known_moral):
@@ -99,10 +92,14 @@ def test_the_warning_comes_when_the_sum_at_a_site_reaches_the_budget(model, make
     for name, site in (("a", 1), ("b", 1), ("c", 2)):
         model.sliders.put(direction(name, site))
     model.sliders.update(a=1.0, c=1.5)
-    assert (model.sliders.share(1), model.sliders.share(2), model.sliders.warnings()) == (0.5, 0.75, [])
-    model.sliders["b"] = -2 * (BUDGET - 0.5)
-    assert model.sliders.share(1) == pytest.approx(BUDGET)
+    assert (model.sliders.share(1), model.sliders.share(2)) == (pytest.approx(0.5), pytest.approx(0.75))
+    assert model.sliders.warnings() == []
+    # a and b point the same way: against each other they cancel.
     model.sliders["b"] = -0.75
+    assert model.sliders.share(1) == pytest.approx(0.125)
+    model.sliders["b"] = 2 * (BUDGET - 0.5) + 0.001
+    assert model.sliders.share(1) == pytest.approx(BUDGET + 0.0005)
+    model.sliders["b"] = 0.75
     assert len(model.sliders.warnings()) == 1
     assert "after block 1 by 0.88" in model.sliders.warnings()[0]
 

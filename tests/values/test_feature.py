@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from steer.errors import MismatchError, UnsupportedError, UsageError
-from steer.live.sliders import Sliders
 from steer.values.dictionary import Dictionary
 from steer.values.direction import Direction
 from steer.values.edit import Edit
-from steer.values.feature import Feature, FeatureMove
+from steer.values.feature import Feature
+from steer.values.move import Move
 from steer.values.slider import Slider
 
 
@@ -42,40 +42,38 @@ def test_coefficients_say_what_each_operation_does(dictionary):
     feature = Feature("f", dictionary, (0, 2), (2.0, 0.5))
 
     def coefficients(operation, amount):
-        return FeatureMove(feature, operation, amount).coefficients
+        return Move(feature, operation, amount).coefficients
 
-    assert coefficients("add", 1.5) == ((0.0, 3.0), (0.0, 0.75))
-    assert coefficients("clamp", 1.5) == ((-1.0, 3.0), (-1.0, 0.75))
-    assert coefficients("scale", 1.5) == ((0.5, 0.0), (0.5, 0.0))
-    assert coefficients("ablate", 0.25) == ((-0.25, 0.0), (-0.25, 0.0))
+    free = math.inf
+    assert coefficients("add", 1.5) == ((0.0, 3.0, free), (0.0, 0.75, free))
+    assert coefficients("clamp", 1.5) == ((-1.0, 3.0, free), (-1.0, 0.75, free))
+    assert coefficients("cap", 1.5) == ((-1.0, 3.0, 0.0), (-1.0, 0.75, 0.0))
+    assert coefficients("scale", 1.5) == ((0.5, 0.0, free), (0.5, 0.0, free))
+    assert coefficients("ablate", 0.25) == ((-0.25, 0.0, free), (-0.25, 0.0, free))
 
 
-@pytest.mark.parametrize(("operation", "neutral"), [("add", 0.0), ("ablate", 0.0), ("scale", 1.0), ("clamp", None)])
+@pytest.mark.parametrize(
+    ("operation", "neutral"), [("add", 0.0), ("ablate", 0.0), ("scale", 1.0), ("clamp", None), ("cap", None)]
+)
 def test_the_neutral_amount_depends_on_the_operation(dictionary, operation, neutral):
     slider = Slider(Feature("f", dictionary, (0,), (1.0,)), operation)
     assert slider.neutral == neutral
     if neutral is not None:
-        assert Sliders.edit([(slider, neutral)]) is None
+        assert Edit.of([slider.at(neutral)]) is None
     moving = {0.0, 1.0} - {neutral}
     for amount in moving:
-        edit = Sliders.edit([(slider, amount)])
+        edit = Edit.of([slider.at(amount)])
         assert edit is not None
-        assert [(m.operation, m.amount) for m in edit.features] == [(operation, amount)]
+        assert [(m.operation, m.amount) for m in edit.as_moves()] == [(operation, amount)]
 
 
 def test_a_negative_unit_is_for_add_alone(pair):
     Slider(pair, "add")
-    for operation in ("clamp", "scale", "ablate"):
+    for operation in ("clamp", "cap", "scale", "ablate"):
         with pytest.raises(UsageError, match="positive units"):
             Slider(pair, operation)
         with pytest.raises(UsageError, match="positive units"):
-            FeatureMove(pair, operation, 1.0)
-
-
-@pytest.mark.parametrize("operation", ["clamp", "scale"])
-def test_a_direction_is_added_or_ablated(operation):
-    with pytest.raises(UsageError, match="expected add or ablate for a direction"):
-        Slider(Direction("d", 0, torch.ones(4)), operation)
+            Move(pair, operation, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +92,10 @@ def test_a_dictionary_that_normalises_inputs_has_no_fixed_direction(dictionary, 
         Feature("f", replace(dictionary, normalize=normalize), (0,), (1.0,))
 
 
-@pytest.mark.parametrize(("operation", "amount"), [("ablate", 1.5), ("add", math.inf), ("clamp", "much"), ("cap", 1)])
+@pytest.mark.parametrize(("operation", "amount"), [("ablate", 1.5), ("add", math.inf), ("clamp", "much"), ("cup", 1)])
 def test_an_amount_or_operation_out_of_range_is_a_usage_error(dictionary, operation, amount):
     with pytest.raises(UsageError, match="slider 'f'"):
-        FeatureMove(Feature("f", dictionary, (0,), (1.0,)), operation, amount)
+        Move(Feature("f", dictionary, (0,), (1.0,)), operation, amount)
 
 
 def test_a_width_that_does_not_fit_names_both(pair):
@@ -108,15 +106,15 @@ def test_a_width_that_does_not_fit_names_both(pair):
 
 def test_two_moves_that_read_one_latent_are_refused_and_adds_are_not(dictionary):
     one, other = Feature("one", dictionary, (0, 1), (1.0, 1.0)), Feature("other", dictionary, (1,), (1.0,))
-    Edit(features=(FeatureMove(one, "clamp", 1.0), FeatureMove(other, "add", 1.0)))
-    Edit(features=(FeatureMove(one, "clamp", 1.0), FeatureMove(other, "scale", 1.0)))
+    Edit(moves=(Move(one, "clamp", 1.0), Move(other, "add", 1.0)))
+    Edit(moves=(Move(one, "clamp", 1.0), Move(other, "scale", 1.0)))
     with pytest.raises(UsageError, match=r"'one' and 'other'.*latent 1"):
-        Edit(features=(FeatureMove(one, "clamp", 1.0), FeatureMove(other, "ablate", 1.0)))
+        Edit(moves=(Move(one, "clamp", 1.0), Move(other, "ablate", 1.0)))
 
 
-def test_an_edit_tells_its_features(pair):
-    edit = Edit(features=(FeatureMove(pair, "add", -2.0),))
-    (told,) = edit.describe()["features"]
+def test_an_edit_tells_its_moves(pair):
+    edit = Edit(moves=(Move(pair, "add", -2.0),))
+    (told,) = edit.describe()["moves"]
     assert (told["name"], told["latents"], told["operation"], told["amount"]) == ("pair", [0, 1], "add", -2.0)
     assert told["share_of_residual_norm"] == 1.0
-    assert "features" not in Edit((pair.direction,)).describe()
+    assert "moves" not in Edit((pair.direction,)).describe()

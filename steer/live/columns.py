@@ -1,0 +1,308 @@
+"""Moves of several rows as columns of one matrix product, each token taking the numbers of its own row.
+
+A column reads a number `a` off the residual stream, a projection or an activation, and moves the stream by
+`w * min(alpha * a + beta, upper)` times what it writes: `alpha`, `beta`, `upper` from `Move.coefficients`, `w` the
+share of the move that acts on the token. A row without the move has zeros there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.live.frame import TextPass
+from steer.values.dictionary import Dictionary, EncoderRows
+from steer.values.direction import Direction
+from steer.values.edit import PARALLEL
+from steer.values.fit import OUTLIER
+from steer.values.move import Move
+from steer.values.when import Gate
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One entry of the table: a row's move in one column."""
+
+    row: int
+    """-1 for a move that no row has: it keeps its place in the layout, so that it can come and go."""
+    column: int
+    move: Move
+    coefficients: tuple[float, float, float]
+
+
+class Table:
+    """Numbers `[rows, 1, n]` by row, fp64 here, copied once to each device and dtype that asks."""
+
+    def __init__(self, data: Float[Tensor, "rows 1 n"]) -> None:
+        self.data = data
+        self._ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._last: tuple[Any, Tensor, Tensor] | None = None
+
+    def at(self, text: TextPass, like: Tensor, dtype: torch.dtype) -> Float[Tensor, "batch new n"]:
+        """The rows of a pass, in a dtype, on the device of `like`."""
+        ready = self.ready(like.device, dtype)
+        if text.row is None or ready.shape[0] == 1:
+            return ready
+        # The rows of a batch stay the same from token to token.
+        if self._last is None or self._last[0] is not text.row or self._last[1] is not ready:
+            self._last = (text.row, ready, text.of_rows(ready))
+        return self._last[2]
+
+    def ready(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """All rows, on a device and in a dtype."""
+        if (device, dtype) not in self._ready:
+            # No inference tensor, which could not be changed in place from outside of inference mode.
+            with torch.inference_mode(False):
+                self._ready[device, dtype] = self.data.to(device, dtype)
+        return self._ready[device, dtype]
+
+    def take(self, other: Table) -> None:
+        """Hold the other's numbers from now on, in the same memory: compiled code keeps reading them."""
+        self.data.copy_(other.data)
+        for ready in self._ready.values():
+            ready.copy_(self.data)
+        self._last = None
+
+
+@dataclass(eq=False)
+class Columns:
+    """Columns that are moved together at one module."""
+
+    rows: int
+    terms: list[Term]
+    write: Table
+    """[1, columns, d]: what each column writes. Directions set jointly: their dual basis, so that each projection
+    moves by what was asked and by nothing that the others do; with `spread`, an orthonormal basis of theirs."""
+    read: Table | None = None
+    """[1, columns, d]: the directions projected on; None where `encoder` reads, or nothing is read."""
+    dictionary: Dictionary | None = None
+    latents: tuple[int, ...] = ()
+    spread: Table | None = None
+    """[2^columns, columns, columns], where directions that are set jointly act at times: for each subset of them that
+    may act, how the moves of their readings are written in the basis of `write`."""
+    sites: tuple[int, ...] = ()
+    """Of the directions, one a column."""
+    gates: tuple[Gate | None, ...] = ()
+    """One a column."""
+    alpha: Table = field(init=False)
+    beta: Table = field(init=False)
+    upper: Table | None = field(init=False)
+    window: tuple[Table, Table, Table] | None = field(init=False)
+    used: Table | None = field(init=False)
+    """1 where the row has the move; kept where `spread` is."""
+
+    def __post_init__(self) -> None:
+        n = self.write.data.shape[1]
+        if not self.gates:
+            self.gates = (None,) * n
+        alpha, beta, used = torch.zeros(3, self.rows, 1, n, dtype=torch.float64)
+        upper = torch.full((self.rows, 1, n), math.inf, dtype=torch.float64)
+        window = torch.zeros(3, self.rows, 1, n, dtype=torch.float64)
+        window[0], window[1], window[2] = -math.inf, math.inf, 1.0
+        rows_own = [t for t in self.terms if t.row >= 0]
+        for t in rows_own:
+            alpha[t.row, 0, t.column], beta[t.row, 0, t.column], upper[t.row, 0, t.column] = t.coefficients
+            window[:, t.row, 0, t.column] = torch.tensor(t.move.when.window, dtype=torch.float64)
+            used[t.row, 0, t.column] = 1.0
+        self.alpha, self.beta = Table(alpha), Table(beta)
+        self.upper = Table(upper) if any(t.coefficients[2] < math.inf for t in self.terms) else None
+        timed = any(t.move.when.timed for t in self.terms)
+        self.window = (Table(window[0]), Table(window[1]), Table(window[2])) if timed else None
+        self.used = Table(used) if self.spread is not None else None
+        self.terms = rows_own
+        self._masks = {
+            gate.key: Table(torch.tensor([[[float(g is not None and g.key == gate.key) for g in self.gates]]]))
+            for gate in self.gates
+            if gate is not None
+        }
+
+    @property
+    def timed(self) -> bool:
+        """Whether it wants to know the reply token of every position."""
+        return self.window is not None
+
+    def deltas(self, x: Float[Tensor, "batch new d"], text: TextPass) -> Float[Tensor, "batch new columns"]:
+        """By how much each column's reading moves on each token."""
+        beta = self.beta.at(text, x, x.dtype)
+        if self.read is None and self.dictionary is None:
+            by = beta.expand(*x.shape[:2], -1)
+        else:
+            by = self.alpha.at(text, x, x.dtype) * self._reading(x) + beta
+        if self.upper is not None:
+            by = torch.minimum(by, self.upper.at(text, x, x.dtype))
+        share = self._share(x, text)
+        if share is not None:
+            by = by * share
+        if self.dictionary is not None and self.dictionary.norm is not None:
+            by = by.masked_fill(x.norm(dim=-1, keepdim=True) > OUTLIER * self.dictionary.norm, 0.0)
+        return by
+
+    def written(self, by: Float[Tensor, "batch new columns"], text: TextPass) -> Float[Tensor, "batch new d"]:
+        """What the columns add to the stream for these moves of their readings."""
+        if self.spread is not None:
+            # What a column that is not acting reads is free to change: only those that act are set together.
+            assert self.used is not None
+            share = self._share(by, text)
+            assert share is not None
+            acting = self.used.at(text, by, by.dtype) * (share > 0)
+            subset = sum(acting[..., j].long() << j for j in range(by.shape[-1]))
+            by = (self.spread.ready(by.device, by.dtype)[subset] @ by[..., None])[..., 0]
+        return by @ self.write.ready(by.device, by.dtype)[0]
+
+    def take(self, other: Columns) -> None:
+        """Hold the other's numbers from now on, in the same memory."""
+        self.terms, self.sites = other.terms, other.sites
+        for mine, new in zip(self._tables(), other._tables(), strict=True):
+            mine.take(new)
+
+    def layout(self) -> tuple[object, ...]:
+        """Equal for columns whose numbers alone differ."""
+        reads = None if self.read is None else tuple(self.read.data.shape)
+        kinds = (self.upper is None, self.window is None, self.spread is None)
+        return (id(self.dictionary), self.latents, reads, kinds, tuple(g.key if g else None for g in self.gates))
+
+    def _tables(self) -> list[Table]:
+        some = (self.write, self.read, self.spread, self.alpha, self.beta, self.upper, self.used, *(self.window or ()))
+        return [t for t in some if t is not None]
+
+    def _reading(self, x: Tensor) -> Tensor:
+        if self.read is not None:
+            return x @ self.read.ready(x.device, x.dtype)[0].T
+        assert self.dictionary is not None
+        return encoder_rows(self.dictionary, self.latents, x.device, x.dtype)(x)
+
+    def _share(self, x: Tensor, text: TextPass) -> Tensor | None:
+        """The share of each column that acts on each token; None where all of it does."""
+        share = None
+        if self.window is not None:
+            assert text.index is not None
+            i = text.index.to(x.device, x.dtype)[..., None]
+            start, end, ramp = (t.at(text, x, x.dtype) for t in self.window)
+            share = ((i - start + 1) / ramp).clamp(0, 1) * (i < end)
+        for key, table in self._masks.items():
+            mask = table.ready(x.device, x.dtype)
+            is_open = 1 - mask + mask * text.gates[key].to(x.device, x.dtype)
+            share = is_open if share is None else share * is_open
+        return share
+
+
+def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) -> Columns:
+    """Projections on several directions, set together whatever the angles between them.
+
+    With `R` the directions, `h += R^+ (wanted - R h)` is the smallest change after which every projection stands where
+    it was asked to, `R^+` the pseudoinverse; for ablation at full strength it is the orthogonal projection.
+    """
+    r = torch.stack([p.direction.vector.double() for p in order])
+    column = {p.key: j for j, p in enumerate(order)}
+    of_row: dict[int, list[Move]] = {}
+    for row, m in moves:
+        of_row.setdefault(row, []).append(m)
+    terms = [
+        Term(row, column[place.key], m, m.coefficients[0])
+        for row, own in of_row.items()
+        for m, place in zip(own, places(own), strict=True)
+    ]
+    spread = None
+    if len(order) > 1 and not all(t.move.when.always for t in terms):
+        left, sizes, basis = torch.linalg.svd(r, full_matrices=False)
+        write, spread = basis, Table(_pseudoinverses(left * sizes))
+    else:
+        write = torch.zeros_like(r)
+        taken = sorted({t.column for t in terms if t.row >= 0})
+        if taken:
+            write[taken] = torch.linalg.pinv(r[taken], rtol=PARALLEL).T
+    return Columns(
+        rows, terms, Table(write[None]), Table(r[None]), spread=spread,
+        sites=tuple(p.direction.site for p in order), gates=tuple(p.gate for p in order),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a column of directions that are set jointly is for."""
+
+    direction: Direction
+    gate: Gate | None
+    number: int
+    """Several moves of a row may have the same direction and gate, at different times."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for places that one column serves."""
+        return id(self.direction), self.gate and self.gate.key, self.number
+
+
+def places(moves: Sequence[Move]) -> list[Place]:
+    """The place of each of a row's moves."""
+    out: list[Place] = []
+    for m in moves:
+        assert isinstance(m.target, Direction)
+        place = Place(m.target, m.when.gate, 0)
+        out.append(replace(place, number=sum(replace(p, number=0).key == place.key for p in out)))
+    return out
+
+
+def _pseudoinverses(r: Float[Tensor, "n d"]) -> Float[Tensor, "subsets d n"]:
+    """Of every subset of the rows; bit `j` of the subset's number is set where row `j` is in it."""
+    numbers = torch.arange(2 ** len(r))
+    acting = (numbers[:, None] >> torch.arange(len(r))) & 1
+    return torch.linalg.pinv(r * acting[..., None], rtol=PARALLEL)
+
+
+def latents(moves: Sequence[tuple[int, Move]], rows: int, dictionary: Dictionary) -> Columns:
+    """Activations of one dictionary's latents, moved along their decoder rows; what it cannot reconstruct stays."""
+    order: dict[tuple[object, ...], tuple[int, Gate | None]] = {}
+    terms: list[Term] = []
+    times: Counter[tuple[object, ...]] = Counter()
+    for row, m in moves:
+        gate = m.when.gate
+        for latent, coefficients in zip(m.target.indices, m.coefficients, strict=True):  # type: ignore[union-attr]
+            key = (latent, gate and gate.key)
+            # A row's second move of one latent, at another time, has a column of its own.
+            times[row, *key] += 1
+            key = (*key, times[row, *key])
+            order.setdefault(key, (latent, gate))
+            terms.append(Term(row, list(order).index(key), m, coefficients))
+    taken = tuple(latent for latent, _ in order.values())
+    gates = tuple(gate for _, gate in order.values())
+    # Widened first: the rows may have yet to be scaled.
+    write = dictionary.part(taken).to("cpu", torch.float64).decoder_rows(range(len(taken)))
+    return Columns(rows, terms, Table(write[None]), None, dictionary, taken, gates=gates)
+
+
+def timed_adds(moves: Sequence[tuple[int, Move]], rows: int) -> Columns:
+    """Vectors that are added on some tokens only; nothing is read."""
+    terms, vectors, gates = [], [], []
+    for row, m in moves:
+        direction = m.target if isinstance(m.target, Direction) else m.target.direction
+        terms.append(Term(row, len(vectors), m, (0.0, m.amount * direction.gap, math.inf)))
+        vectors.append(direction.vector.double())
+        gates.append(m.when.gate)
+    return Columns(rows, terms, Table(torch.stack(vectors)[None]), gates=tuple(gates))
+
+
+@lru_cache(maxsize=16)
+def encoder_rows(
+    dictionary: Dictionary, taken: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> EncoderRows:
+    """The rows of a dictionary that are read, on a device and in a dtype, made once: sessions that take turns on a
+    model apply and withdraw their sliders at every token, which must not copy anything anew.
+
+    A topk dictionary goes there as a whole, since all latents compete.
+    """
+    if dictionary.architecture != "topk":
+        return dictionary.rows(taken).to(device, dtype)
+    return _whole(dictionary, device, dtype).rows(taken)
+
+
+@lru_cache(maxsize=2)
+def _whole(dictionary: Dictionary, device: torch.device, dtype: torch.dtype) -> Dictionary:
+    return dictionary.to(device, dtype)

@@ -1,0 +1,176 @@
+"""Sliders as hooks for other people's code: a plain transformers model, or a TransformerBridge of TransformerLens.
+
+Each list is worked out once, from amounts as they are then, and shares the arithmetic of `model.steered`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from steer.errors import MismatchError, UsageError
+from steer.live.fit_check import warn_of_poor_fits
+from steer.live.frame import TextPass
+from steer.live.profiles import edit_of
+from steer.live.program import SiteProgram, compiled
+from steer.live.sliders import as_edit, as_slider
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.values.feature import Feature
+from steer.values.profile import Profile
+from steer.values.slider import Slider
+from steer.weights.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from steer.live.model import SteeredModel
+
+Steers = Profile | str | Path | Edit | Mapping[Direction | Feature | Slider | str, float] | Mapping[str, float]
+"""What hooks are made of: a profile or its file, an Edit, or amounts as `model.steered` takes them."""
+ReplyStart = int | Sequence[int] | None
+"""The column at which the reply begins, one for all rows or one a row. None: the reply follows the prompt, which is
+the pass of several tokens."""
+ModuleHook = Callable[[nn.Module, Any, Any], Any]
+"""What `nn.Module.register_forward_hook` takes."""
+LensHook = Callable[[Tensor, Any], Tensor]
+"""What TransformerLens calls with an activation and the hook point."""
+_Act = Callable[[Float[Tensor, "batch new d"]], Float[Tensor, "batch new d"]]
+
+
+def plain_hooks(model: SteeredModel, what: Steers, reply_start: ReplyStart = None) -> list[tuple[str, ModuleHook]]:
+    """As `SteeredModel.hooks`."""
+    return [(name, _module_hook(act)) for name, act in _acts(model, what, reply_start)]
+
+
+def lens_hooks(
+    model: SteeredModel, what: Steers, bridge: Any = None, reply_start: ReplyStart = None
+) -> list[tuple[str, LensHook]]:
+    """As `SteeredModel.transformer_lens_hooks`."""
+    names = _lens_names(model.anatomy)
+    out = [(names[module], _lens_hook(act)) for module, act in _acts(model, what, reply_start)]
+    if bridge is not None:
+        _check_bridge(model, bridge, [name for name, _ in out])
+    return out
+
+
+class _Counter:
+    """Counts the tokens that the embedding sees, and so knows where in its text every pass stands.
+
+    A hook is told no positions. A pass of several tokens is taken for the beginning of a new text, a pass of one token
+    for the next of the same text.
+    """
+
+    def __init__(self, reply_start: ReplyStart) -> None:
+        self.text = TextPass()
+        self._start = None if reply_start is None else torch.as_tensor(reply_start).reshape(-1, 1)
+        self._seen, self._prompt = 0, 1
+
+    def __call__(self, h: Float[Tensor, "batch new d"]) -> Float[Tensor, "batch new d"]:
+        new = h.shape[1]
+        if new > 1:
+            self._seen, self._prompt = 0, new
+        columns = torch.arange(self._seen, self._seen + new, device=h.device)[None]
+        start = self._prompt if self._start is None else self._start.to(h.device)
+        # Reply token 0 is written by the last position of the prompt.
+        self.text.index = columns - start + 1
+        self._seen += new
+        return h
+
+
+def _acts(model: SteeredModel, what: Steers, reply_start: ReplyStart) -> list[tuple[str, _Act]]:
+    """(module path, what is done to its output). Empty when nothing moves; where positions matter, the first one
+    counts them and moves nothing."""
+    edit = _edit(model, what)
+    counter = _Counter(_checked_start(reply_start))
+    programs = compiled((edit,), model.anatomy)
+    out = [(name, _act(program, counter.text)) for name, program in programs.items()]
+    timed = any(program.timed for program in programs.values())
+    return [(model.anatomy.embedding_module, counter), *out] if timed else out
+
+
+def _act(program: SiteProgram, text: TextPass) -> _Act:
+    def act(h: Tensor) -> Tensor:
+        if program.timed and (text.index is None or text.index.shape[1] != h.shape[1]):
+            new, counted = h.shape[1], 0 if text.index is None else text.index.shape[1]
+            raise UsageError(
+                f"hooks: expected a pass over token ids, whose positions the embedding's hook counts, found {new} "
+                f"positions of which it saw {counted}; register every pair, and pass input_ids, not inputs_embeds"
+            )
+        return program.apply(h, text)
+
+    return act
+
+
+def _module_hook(act: _Act) -> ModuleHook:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return (act(output[0]), *output[1:]) if isinstance(output, tuple) else act(output)
+
+    return hook
+
+
+def _lens_hook(act: _Act) -> LensHook:
+    def on_activation(h: Tensor, hook: Any) -> Tensor:
+        # `run_with_hooks(remove_batch_dim=True)` hands over `[new, d]`.
+        return act(h) if h.ndim == 3 else act(h[None])[0]
+
+    return on_activation
+
+
+def _lens_names(anatomy: Anatomy) -> dict[str, str]:
+    """Module path -> the hook point that TransformerLens has at its output."""
+    out = {anatomy.embedding_module: "hook_embed"}
+    for block in range(anatomy.blocks):
+        attention, mlp = anatomy.writer_modules(block)
+        out[attention] = f"blocks.{block}.hook_attn_out"
+        out[mlp] = f"blocks.{block}.hook_mlp_out"
+        out[anatomy.block_module(block)] = f"blocks.{block}.hook_resid_post"
+    return out
+
+
+def _check_bridge(model: SteeredModel, bridge: Any, names: Sequence[str]) -> None:
+    """Raise MismatchError unless it has the model's residual stream and these hook points: `run_with_hooks` passes
+    over names that it does not know without a word."""
+    wanted = (model.anatomy.blocks, model.anatomy.width)
+    found = (bridge.cfg.n_layers, bridge.cfg.d_model)
+    if found != wanted:
+        raise MismatchError(
+            f"bridge: expected {wanted[0]} blocks of width {wanted[1]} as {model.name} has, "
+            f"found {found[0]} of width {found[1]}; boot it from the same checkpoint"
+        )
+    for name in names:
+        if name not in bridge.hook_dict:
+            raise MismatchError(
+                f"bridge: expected the hook point {name}, found none of that name in {type(bridge).__name__}; "
+                "boot a TransformerBridge with boot_transformers"
+            )
+
+
+def _edit(model: SteeredModel, what: Steers) -> Edit | None:
+    if isinstance(what, str | Path):
+        what = Profile.load(what)
+    if isinstance(what, Mapping):
+        return as_edit(model, [(as_slider(model, key), amount) for key, amount in what.items()])
+    if not isinstance(what, Profile | Edit):
+        raise UsageError(
+            f"hooks: expected a profile or its file, an Edit, or amounts by slider, found {type(what).__name__}; "
+            "give them as model.steered takes them, as in {'moralizing': -1}"
+        )
+    edit = edit_of(model, what) if isinstance(what, Profile) else what
+    if edit is not None:
+        model.steering.check(edit)
+        warn_of_poor_fits(model, edit)
+    return edit
+
+
+def _checked_start(reply_start: ReplyStart) -> ReplyStart:
+    starts = reply_start if isinstance(reply_start, Sequence) else [reply_start]
+    if reply_start is not None and (not starts or any(type(n) is not int or n < 1 for n in starts)):
+        raise UsageError(
+            f"reply_start: expected the number of tokens before the reply, from 1, or a list of one a row, "
+            f"found {reply_start!r}; count the prompt's tokens, padding on its left included"
+        )
+    return reply_start

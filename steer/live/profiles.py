@@ -1,0 +1,98 @@
+"""Profiles on a model: the names they give looked up, their sliders set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from steer.errors import SteerError
+from steer.live.library import find_slider
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.values.feature import Feature
+from steer.values.profile import PlannedWhen, Profile, ProfileSlider
+from steer.values.sampler import PRESETS, Sampler
+from steer.values.slider import Slider
+from steer.values.when import ALWAYS, When
+
+if TYPE_CHECKING:
+    from steer.live.model import SteeredModel
+    from steer.live.sliders import Sliders
+
+
+def sliders_in(model: SteeredModel, profile: Profile) -> list[tuple[Slider, ProfileSlider]]:
+    """The sliders of a profile, each under a name of its own, in its order.
+
+    Errors: UsageError for a name that means nothing on this checkpoint, SteerError for a file that is no direction.
+    """
+    out: list[tuple[Slider, ProfileSlider]] = []
+    names: set[str] = set()
+    for entry in profile.sliders:
+        try:
+            found = _slider(model, profile, entry.slider)
+            operation = entry.operation or found.operation
+            label = base = found.name if entry.operation in (None, found.operation) else f"{found.name}:{operation}"
+            number = 1
+            while label in names:
+                label = f"{base} ({(number := number + 1)})"
+            names.add(label)
+            slider = Slider(found.target, operation, _when(model, profile, entry), label)
+            slider.check(entry.amount)
+        except SteerError as e:
+            raise type(e)(f"profile {profile.name!r}: {e}") from e
+        out.append((slider, entry))
+    return out
+
+
+def edit_of(model: SteeredModel, profile: Profile) -> Edit | None:
+    """Everything a profile moves; None when it moves nothing. Errors: as `sliders_in`."""
+    moving = ((s, e.amount) for s, e in sliders_in(model, profile) if e.enabled)
+    return Edit.of([s.at(amount) for s, amount in moving])
+
+
+def use(sliders: Sliders, profile: Profile) -> None:
+    """Let the profile's sliders stand and no others; the next token feels it. Errors: as `sliders_in`."""
+    found = sliders_in(sliders.model, profile)
+    standing = {slider.name: entry.amount for slider, entry in found if entry.enabled}
+    sliders.replace(standing, [slider for slider, _ in found])
+    sliders.ranges |= {slider.name: entry.range for slider, entry in found if entry.range is not None}
+
+
+def _slider(model: SteeredModel, profile: Profile, text: str) -> Slider:
+    file = profile.file_of(text)
+    return find_slider(model, text) if file is None else Slider(Direction.load(file))
+
+
+def _when(model: SteeredModel, profile: Profile, entry: ProfileSlider) -> When:
+    if entry.when is None:
+        return ALWAYS
+    named = entry.when.while_slider
+    target: Direction | Feature | None = None if named is None else _slider(model, profile, named).target
+    return entry.when.on(target)
+
+
+def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -> Profile:
+    """Sliders as they stand, and a sampler, as a profile to save.
+
+    Errors: UsageError for a gate on something that has no name to be found by.
+    """
+    entries = []
+    for label, amount in sliders.items():
+        slider = sliders.slider(label)
+        when = None if slider.when is ALWAYS else _planned(slider.when)
+        own = find_slider(sliders.model, slider.target.name).operation
+        operation = None if slider.operation == own else slider.operation
+        entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
+    preset = next((n for n, p in PRESETS.items() if _alike(p, sampler)), None)
+    return Profile(name, notes, sampler, preset, tuple(entries))
+
+
+def _alike(preset: Sampler, sampler: Sampler) -> bool:
+    return replace(preset, seed=sampler.seed, max_new_tokens=sampler.max_new_tokens) == sampler
+
+
+def _planned(when: When) -> PlannedWhen:
+    gate = when.gate
+    if gate is None:
+        return PlannedWhen(when.part, when.first, when.after, when.ramp)
+    return PlannedWhen(when.part, when.first, when.after, when.ramp, gate.on.name, gate.above, gate.below)

@@ -1,0 +1,204 @@
+"""What the sliders did to a reply: on how many tokens, and how far they moved the residual stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.live.frame import TextPass
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.values.feature import Feature
+from steer.values.move import Move, Operation
+
+if TYPE_CHECKING:
+    from steer.live.columns import Columns, Term
+
+_PENDING = 256
+"""Noted passes that are held before they are summed up."""
+
+
+@dataclass(frozen=True)
+class SliderReceipt:
+    """What one slider did to one reply."""
+
+    name: str
+    operation: Operation
+    amount: float
+    """The last one it stood at."""
+    tokens: int
+    """On how many tokens it moved something, those of the prompt that were read included."""
+    mean_share: float
+    """Of those tokens: by how much of the site's median residual norm, on average; nan where that is not known.
+    What sets a projection counts by how far the projection moved; a direction's ablation is summed over the writers up
+    to its site."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the sliders did to one reply."""
+
+    tokens: int
+    """That went through the model: the part of the prompt that was read, and the reply."""
+    sliders: tuple[SliderReceipt, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for every slider that never fired."""
+        return [
+            f"slider {s.name!r} ({s.operation} {s.amount:g}) never fired in this reply"
+            for s in self.sliders
+            if not s.tokens
+        ]
+
+    def describe(self) -> dict[str, object]:
+        """A JSON-able account."""
+        sliders = [
+            {
+                "name": s.name,
+                "operation": s.operation,
+                "amount": s.amount,
+                "tokens": s.tokens,
+                "mean_share": None if math.isnan(s.mean_share) else round(s.mean_share, 4),
+            }
+            for s in self.sliders
+        ]
+        return {"tokens": self.tokens, "sliders": sliders, "warnings": self.warnings}
+
+
+@dataclass
+class _Sum:
+    name: str
+    operation: Operation
+    amount: float
+    tokens: int = 0
+    moved: float = 0.0
+
+
+@dataclass
+class _Text:
+    tokens: int = 0
+    sliders: dict[_Key, _Sum] = field(default_factory=dict)
+
+
+class Tally:
+    """Collects what moves do to the texts of one generation. Texts are numbered as its rows began.
+
+    Nothing is fetched from the device while a reply is being written, but once in many passes.
+    """
+
+    def __init__(self) -> None:
+        self._texts: dict[int, _Text] = {}
+        self._pending: list[_Note] = []
+        self._now: _Texts = []
+        self._written: dict[Columns, _Note] = {}
+
+    def begin(self, texts: Sequence[tuple[int, int, int | slice]], rows: Sequence[Edit | None]) -> None:
+        """A forward pass begins: for each text of the batch its number, the row it goes by, and how many tokens it
+        brings, or, packed, the slice that they are."""
+        self._end_pass()
+        self._now = []
+        for text, row, brings in texts:
+            part = brings if isinstance(brings, slice) else None
+            count = brings.stop - brings.start if isinstance(brings, slice) else brings
+            self._now.append((text, row, part))
+            account = self._texts.setdefault(text, _Text())
+            account.tokens += count
+            edit = rows[row]
+            for move in edit.as_moves() if edit is not None else ():
+                one = account.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
+                one.amount = move.amount
+                if move.constant and move.share():
+                    one.tokens += count
+                    one.moved += count * move.share()
+
+    def note(self, columns: Columns, by: Tensor, text: TextPass, writes_to: int | None) -> None:
+        """`columns` moved their readings by these, in the pass that began last. `writes_to`: the block they are a
+        writer of; what is ablated is summed over the writers up to its site."""
+        if writes_to is None:
+            self._pending.append(_Note(columns, columns.terms, by.detach(), self._now, text.valid))
+            return
+        if not all(d >= writes_to for d in columns.sites):
+            by = by * by.new_tensor([float(d >= writes_to) for d in columns.sites])
+        note = self._written.get(columns)
+        if note is None:
+            self._written[columns] = _Note(columns, columns.terms, by.detach(), self._now, text.valid)
+        else:
+            note.by = note.by + by.detach().to(note.by.device)
+
+    def _end_pass(self) -> None:
+        self._pending += self._written.values()
+        self._written.clear()
+        if len(self._pending) >= _PENDING:
+            self._settle()
+
+    def receipt(self, text: int = 0) -> Receipt:
+        """What was done to a text so far."""
+        self._end_pass()
+        self._settle()
+        account = self._texts.get(text, _Text())
+        return Receipt(
+            account.tokens,
+            tuple(
+                SliderReceipt(s.name, s.operation, s.amount, s.tokens, s.moved / s.tokens if s.tokens else 0.0)
+                for s in account.sliders.values()
+            ),
+        )
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, []
+        for note in pending:
+            for at, (text, row, part) in enumerate(note.texts):
+                here = note.by[0, part] if part is not None else note.by[at if note.by.shape[0] > 1 else 0]
+                if note.valid is not None:
+                    here = here * note.valid[at][:, None].to(here.device, here.dtype)
+                columns_of: dict[Move, list[int]] = {}
+                for term in note.terms:
+                    if term.row == row:
+                        columns_of.setdefault(term.move, []).append(term.column)
+                for move, columns in columns_of.items():
+                    moved = _length(note.columns, columns, here)
+                    one = self._texts[text].sliders[_key(move)]
+                    one.moved += float(moved.sum()) / _norm(move)
+                    one.tokens += int((moved > 0).sum())
+
+
+_Key = tuple[object, ...]
+_Texts = list[tuple[int, int, slice | None]]
+"""Of each text of a pass its number, its row, and, packed, where its tokens are."""
+
+
+@dataclass
+class _Note:
+    """What columns did in one pass."""
+
+    columns: Columns
+    terms: list[Term]
+    """Those of the columns at the time."""
+    by: Tensor
+    texts: _Texts
+    valid: Tensor | None
+
+
+def _key(move: Move) -> _Key:
+    """Equal for the moves of one slider, whatever its amounts."""
+    return move.name, move.operation, move.when.window, move.when.gate and move.when.gate.key
+
+
+def _length(columns: Columns, mine: list[int], by: Float[Tensor, "new columns"]) -> Float[Tensor, " new"]:
+    """How far some of the columns moved each token: of latents the residual stream, of a direction its projection."""
+    if columns.dictionary is None:
+        return by[:, mine].abs().sum(-1)
+    return (by[:, mine] @ columns.write.ready(by.device, by.dtype)[0, mine]).norm(dim=-1)
+
+
+def _norm(move: Move) -> float:
+    if isinstance(move.target, Feature):
+        return move.target.dictionary.norm or math.nan
+    assert isinstance(move.target, Direction)
+    return move.target.residual_norm
