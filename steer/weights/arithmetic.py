@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ELEMENTS = 1 << 23  # widened at a time: 32 MB in fp32
+_ELEMENTS = 1 << 19  # widened at a time: 2 MB in fp32, which stay in a core's cache
 
 
 def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
@@ -70,11 +70,13 @@ def share(weight: Float[Tensor, "*experts out in"], q: Float[Tensor, "d k"], axi
 def shadow(weight: Float[Tensor, "out in"], q: Float[Tensor, "d k"], axis: int) -> Float[Tensor, "k other"]:
     """What the writer puts into the subspace, `Q^T W`, in the dtype of the arithmetic."""
     q = q.to(_wide(weight))
-    if axis == 1:
-        return torch.cat([(weight[rows].to(q.dtype) @ q).T for rows in _slices(weight)], dim=1)
-    out = q.new_zeros(q.shape[1], weight.shape[1])
+    # Filled in place: small results kept in a list would stand between the slices' memory and grow the heap.
+    out = q.new_zeros(q.shape[1], weight.shape[1 - axis])
     for rows in _slices(weight):
-        out.addmm_(q[rows].T, weight[rows].to(q.dtype))
+        if axis == 1:
+            out[:, rows] = (weight[rows].to(q.dtype) @ q).T
+        else:
+            out.addmm_(q[rows].T, weight[rows].to(q.dtype))
     return out
 
 
@@ -101,9 +103,14 @@ def remove(
 
 def lengths(weight: Float[Tensor, "out in"], axis: int) -> Float[Tensor, " other"]:
     """The squared length of each vector that the weight writes, fp64."""
-    wide = _wide(weight)
-    squares = (weight[rows].to(wide).square().sum(axis, dtype=torch.float64) for rows in _slices(weight))
-    return sum(squares, torch.zeros((), dtype=torch.float64)) if axis == 0 else torch.cat(list(squares))
+    out = torch.zeros(weight.shape[1 - axis], dtype=torch.float64, device=weight.device)
+    for rows in _slices(weight):
+        squares = weight[rows].to(_wide(weight)).square().sum(axis, dtype=torch.float64)
+        if axis == 1:
+            out[rows] = squares
+        else:
+            out += squares
+    return out
 
 
 def norm(weight: Tensor) -> float:

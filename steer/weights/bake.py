@@ -6,8 +6,9 @@ import itertools
 import math
 import platform
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -34,9 +35,12 @@ from steer.weights.certify import (
     save_neutral,
     visible_files,
 )
+from steer.weights.journal import Journal, fingerprint
 from steer.weights.plan import Plan
+from steer.weights.quantised import dequantised
+from steer.weights.rewrite import Rewrite, rewrite_shards
 from steer.weights.staging import check_output, copy_file, hash_file, staged, write_json, write_text
-from steer.weights.stream import INDEX, CheckpointFiles, NewTensor, TensorInfo, rewrite_shard
+from steer.weights.stream import INDEX, CheckpointFiles, NewTensor, TensorInfo
 
 DIRECTIONS = "steer_directions"
 """The folder in the output that keeps the directions."""
@@ -55,7 +59,8 @@ def bake(
     """Write `source` with `edit` in its weights to `out`, and return what was measured on the result.
 
     Tensors the edit does not concern, and files that are no weights, are copied byte for byte. `out` is
-    complete or absent. `progress` is called with (bytes of weights written, bytes in all).
+    complete or absent; what a killed bake of the same source and edit had finished is not done again. Weights in fp8
+    with a scale a block are written as bf16. `progress` is called with (bytes of weights written, bytes in all).
 
     Features that add become biases, as directions do; the other operations on features are refused.
 
@@ -67,8 +72,8 @@ def bake(
     check_output(out)
     if out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: lies inside the source {source}; name an output outside it")
-    plan = Plan.of(CheckpointFiles.open(source), edit)
-    with staged(out) as work:
+    plan = Plan.of(dequantised(CheckpointFiles.open(source)), edit)
+    with staged(out, resume=True) as work:
         return _write(plan, work, command, progress)
 
 
@@ -121,8 +126,10 @@ class _Editor:
 def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int, int], None] | None) -> Certificate:
     files, anatomy, edit = plan.files, plan.anatomy, plan.edit
     editor = _Editor(plan.ablation, files.root)
-    sources, written = _write_weights(plan, editor, work, progress)
-    if plan.config:
+    journal = _journal(plan, work)
+    sources, written = _write_weights(plan, editor, work, journal, progress)
+    config = files.decoded | plan.config
+    if config:
         written["config.json"] = write_json(work / "config.json", files.config | plan.config)
     else:
         written["config.json"] = copy_file(files.root / "config.json", work / "config.json")
@@ -139,11 +146,11 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
         writers=tuple(sorted(editor.writers, key=lambda w: order[w.tensor])),
         biases=(*editor.biases, *_created_biases(plan)),
         directions=directions,
-        config=plan.config,
+        config=config,
         tensors={  # from the headers as they now stand on disk
             t.name: [t.file, t.dtype, list(t.shape)] for t in CheckpointFiles.open(work).tensors.values()
         },
-        source_files=sources,
+        source_files=dict(sorted(sources.items())),
         files=written,
         left_out=left_out,
         versions=_versions(),
@@ -152,11 +159,18 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
     written["README.md"] = write_text(work / "README.md", model_card(cert, files.root / "README.md"))
     cert = replace(cert, files=dict(sorted(written.items())))
     cert.save(work)
+    journal.close()
     return cert
 
 
+def _journal(plan: Plan, work: Path) -> Journal:
+    """What a killed bake of the same edit into the same place has finished."""
+    shards = [(s.name, s.size, s.mtime_ns, s.header) for s in plan.files.shards]
+    return Journal(work, fingerprint(_versions(), plan.files.config, shards, plan.edit))
+
+
 def _write_weights(
-    plan: Plan, editor: _Editor, work: Path, progress: Callable[[int, int], None] | None
+    plan: Plan, editor: _Editor, work: Path, journal: Journal, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Write shards and index; return the sha256 of what was read and of what was written."""
     files = plan.files
@@ -172,17 +186,42 @@ def _write_weights(
     sources = {"config.json": hash_file(files.root / "config.json")}
     written: dict[str, str] = {}
     for shard in files.shards:
-        sources[shard.name], written[shard.name] = rewrite_shard(
-            shard,
-            work / shard.name,
-            change={t.name: changes[t.name] for t in shard.tensors if t.name in changes},
-            new=plan.new.get(shard.name, ()),
-            advance=advance,
-        )
+        if past := journal.finished.get(shard.name):
+            sources[shard.name], written[shard.name] = past["read"], past["written"]
+            editor.writers += [WriterProof(**w) for w in past["writers"]]
+            editor.biases += [BiasProof(**b) for b in past["biases"]]
+            advance(sum(t.nbytes for t in (*shard.tensors, *plan.new.get(shard.name, ()))))
+    jobs = []
+    for shard in files.shards:
+        if shard.name not in written:
+            change = {t.name: changes[t.name] for t in shard.tensors if t.name in changes}
+            jobs.append(Rewrite(shard, work / shard.name, change, plan.new.get(shard.name, ())))
+    with _one_thread(), closing(rewrite_shards(jobs, advance)) as rewritten:
+        for one in rewritten:
+            name = one.shard.name
+            sources[name], written[name] = one.read, one.written
+            proofs = {
+                key: [asdict(p) for p in of if files.tensors[p.tensor].file == name]
+                for key, of in (("writers", editor.writers), ("biases", editor.biases))
+            }
+            journal.record(name, read=one.read, written=one.written, **proofs)
     if files.index is not None:
         sources[INDEX] = hash_file(files.root / INDEX)
         written[INDEX] = _write_index(plan, files.index, work)
+    order = {name: n for n, name in enumerate(files.tensors)}
+    editor.biases.sort(key=lambda proof: order[proof.tensor])
     return sources, written
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One core keeps up with the hashing, which needs the others; and sums come out the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _changes(plan: Plan, editor: _Editor) -> dict[str, Callable[[bytearray], None]]:
@@ -213,7 +252,7 @@ def _created_biases(plan: Plan) -> list[BiasProof]:
 
 
 def _write_index(plan: Plan, index: dict[str, Any], work: Path) -> str:
-    if not plan.new:
+    if not plan.new and not plan.files.decoded:
         return copy_file(plan.files.root / INDEX, work / INDEX)
     added = {t.name: shard for shard, tensors in plan.new.items() for t in tensors}
     weight_map = index["weight_map"] | added

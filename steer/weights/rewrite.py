@@ -1,0 +1,301 @@
+"""Shards rewritten in a stream: one thread reads ahead and hashes, the caller's edits, one writes and hashes.
+
+Hashing, reading and writing let go of the interpreter, so that the three go on at once. What is on its way is bounded
+in bytes: the largest tensor to be edited, and `ROOM` beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steer.errors import CheckpointError
+from steer.weights.staging import CHUNK, HashingFile
+from steer.weights.stream import BITS, DecodedTensor, NewTensor, Shard, TensorInfo, read_into
+
+ROOM = 256 << 20
+"""Bytes on their way beside the largest tensor."""
+_AHEAD = 64 << 20  # asked of the disk before they are read
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What is to become of one shard."""
+
+    shard: Shard
+    target: Path
+    change: Mapping[str, Callable[[bytearray], None]] = field(default_factory=dict)
+    """Tensor -> edits its bytes in place. Every other tensor passes through."""
+    new: Sequence[NewTensor] = ()
+    """Tensors it gains."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A shard that is written and synced."""
+
+    shard: Shard
+    read: str
+    """sha256 of the source."""
+    written: str
+    """sha256 of the output."""
+
+
+def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lambda n: None) -> Iterator[Rewritten]:
+    """Write each shard to its target, and say so once it is on the disk.
+
+    Tensors keep their order; the header passes through too where no tensor is new or decoded. `advance` is told the
+    bytes of tensors written, bit by bit.
+
+    Errors: CheckpointError when a source is shorter than its header said, cannot be read, or changes while it is.
+    """
+    passages = [_Passage(job) for job in jobs]
+    steps = ((p, piece) for p in passages for piece in (*p.pieces, None))
+    room = _Room(ROOM + max((piece.memory for p in passages for piece in p.pieces), default=0))
+    ahead: deque[tuple[_Passage, _Piece | None, bytearray, Future[None]]] = deque()
+    behind: deque[tuple[_Piece | None, bytearray, Future[Rewritten | None]]] = deque()
+    reading, writing = (ThreadPoolExecutor(1, f"bake-{name}") for name in ("read", "write"))
+
+    # Functions of their own, so that no name here keeps a buffer alive that the room has given up.
+    def fetch(passage: _Passage, piece: _Piece | None) -> bool:
+        if (buffer := room.take(piece)) is None:
+            return False
+        ahead.append((passage, piece, buffer, reading.submit(passage.read, piece, buffer)))
+        return True
+
+    def edit() -> int:
+        passage, piece, buffer, read = ahead.popleft()
+        read.result()
+        behind.append((piece, buffer, writing.submit(passage.write, piece, passage.edit(piece, buffer))))
+        return piece.written if piece else 0
+
+    def take_back() -> Rewritten | None:
+        piece, buffer, write = behind.popleft()
+        done = write.result()
+        room.give(piece, buffer)
+        return done
+
+    try:
+        step = next(steps, None)
+        while step or ahead or behind:
+            while step and fetch(*step):
+                step = next(steps, None)
+            if ahead:
+                advance(edit())
+            # Without anything ahead the next step waits for room, or for the end.
+            while behind and (behind[0][2].done() or not ahead):
+                if done := take_back():
+                    yield done
+    finally:
+        for pool in (reading, writing):
+            pool.shutdown(cancel_futures=True)
+        for passage in passages:
+            with suppress(OSError):  # of a disk that is full, say, which is known by now
+                passage.close()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A range of the source, or new bytes, on the way to the output."""
+
+    at: int = 0
+    """First byte in the source."""
+    size: int = 0
+    """Bytes read from there."""
+    hashed: bool = True
+    """Whether they count as read from the source; a second reading does not."""
+    edit: Callable[[bytearray], bytearray | bytes | None] | None = None
+    """Changes them in place, or gives others in their place; none at all for what is left out."""
+    written: int = 0
+    """Bytes of tensors in the output."""
+    whole: bool = False
+    """Whether the buffer must have its very size, for an edit."""
+    beside: int = 0
+    """Bytes that the edit takes beside it."""
+
+    @property
+    def memory(self) -> int:
+        return (self.size if self.whole else CHUNK) + self.beside
+
+
+class _Passage:
+    """One shard on its way through. `read` runs on one thread, `edit` on a second, `write` on a third."""
+
+    def __init__(self, job: Rewrite) -> None:
+        self.job, self.shard = job, job.shard
+        layout = _merged(self.shard.tensors, job.new)
+        as_it_was = not job.new and _covered(self.shard)
+        self.header = self.shard.header if as_it_was else _header(layout, self.shard.metadata)
+        self.pieces = tuple(_pieces(self.shard, layout, job.change))
+        self._sha = hashlib.sha256(self.shard.header)
+        self._source = -1
+        self._target: HashingFile | None = None
+
+    def read(self, piece: _Piece | None, buffer: bytearray) -> None:
+        """Fill the buffer; at the end see whether the source is still the one whose header was read."""
+        path = self.shard.path
+        if self._source < 0:
+            self._source = os.open(path, os.O_RDONLY)
+        if piece is None:
+            stat = os.fstat(self._source)
+            if (stat.st_size, stat.st_mtime_ns) != (self.shard.size, self.shard.mtime_ns):
+                raise CheckpointError(f"{path}: changed while it was read; wait until nothing writes to it, run again")
+        elif piece.size:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._source, piece.at + piece.size, _AHEAD, os.POSIX_FADV_WILLNEED)
+            view = memoryview(buffer)[: piece.size]
+            read_into(self._source, piece.at, view, path)
+            if piece.hashed:
+                self._sha.update(view)
+
+    def edit(self, piece: _Piece | None, buffer: bytearray) -> bytearray | memoryview | bytes:
+        """What goes into the output."""
+        if piece is None:
+            return b""
+        if piece.edit is None:
+            return memoryview(buffer)[: piece.size]
+        instead = piece.edit(buffer)
+        return buffer if instead is None else instead
+
+    def write(self, piece: _Piece | None, data: bytearray | memoryview | bytes) -> Rewritten | None:
+        """Write what goes into the output; at the end wait for the disk."""
+        if self._target is None:
+            self._target = HashingFile(self.job.target)
+            self._target.write(self.header)
+        if piece is not None:
+            self._target.write(data)
+            return None
+        self._target.sync()
+        self.close()
+        return Rewritten(self.shard, self._sha.hexdigest(), self._target.sha256)
+
+    def close(self) -> None:
+        """Close both files."""
+        if self._source >= 0:
+            os.close(self._source)
+            self._source = -1
+        if self._target is not None:
+            self._target.close()
+
+
+class _Room:
+    """The buffers on their way, within a bound. Freed ones are kept: fresh memory costs as much as hashing it."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._used, self._idle = capacity, 0, 0
+        self._free: dict[int, list[bytearray]] = {}
+
+    def take(self, piece: _Piece | None) -> bytearray | None:
+        """A buffer for a piece, or None while there is no room for it."""
+        if piece is None:
+            return bytearray()
+        if self._used and self._used + piece.memory > self._capacity:
+            return None
+        self._used += piece.memory
+        size = piece.memory - piece.beside
+        if kept := self._free.get(size):
+            self._idle -= size
+            return kept.pop()
+        if self._used + self._idle > self._capacity:
+            self._free.clear()
+            self._idle = 0
+        return bytearray(size)
+
+    def give(self, piece: _Piece | None, buffer: bytearray) -> None:
+        """Take a buffer back."""
+        if piece is not None:
+            self._used -= piece.memory
+            self._idle += len(buffer)
+            self._free.setdefault(len(buffer), []).append(buffer)
+
+
+def _pieces(
+    shard: Shard, layout: Sequence[TensorInfo | NewTensor], change: Mapping[str, Callable[[bytearray], None]]
+) -> Iterator[_Piece]:
+    start = at = len(shard.header)  # what lies between the two waits to pass through
+    for t in layout:
+        if isinstance(t, NewTensor):
+            yield from _passing(start, at)
+            yield from _added(t)
+            start = at
+            continue
+        if t.start > at:
+            yield from _passing(start, at)
+            yield from _left_out(at, t.start)
+            start = at = t.start
+        if isinstance(t, DecodedTensor) or t.name in change:
+            yield from _passing(start, at)
+            yield _edited(t, change.get(t.name))
+            start = t.end
+        at = t.end
+    yield from _passing(start, at)
+    yield from _left_out(at, shard.size)
+
+
+def _passing(start: int, end: int, *, hashed: bool = True) -> Iterator[_Piece]:
+    for at in range(start, end, CHUNK):
+        size = min(CHUNK, end - at)
+        yield _Piece(at, size, hashed, written=size)
+
+
+def _left_out(start: int, end: int) -> Iterator[_Piece]:
+    for at in range(start, end, CHUNK):
+        yield _Piece(at, min(CHUNK, end - at), edit=lambda data: b"")
+
+
+def _edited(t: TensorInfo, change: Callable[[bytearray], None] | None, *, hashed: bool = True) -> _Piece:
+    def decode_and_change(data: bytearray) -> bytearray:
+        assert isinstance(t, DecodedTensor)
+        decoded = t.decode(data)
+        if change:
+            change(decoded)
+        return decoded
+
+    if isinstance(t, DecodedTensor):
+        return _Piece(t.start, t.stored.nbytes, hashed, decode_and_change, t.nbytes, whole=True, beside=t.nbytes)
+    return _Piece(t.start, t.nbytes, hashed, change, t.nbytes, whole=True)
+
+
+def _added(t: NewTensor) -> Iterator[_Piece]:
+    if isinstance(t.data, bytes):
+        data = t.data
+        yield _Piece(edit=lambda empty: data, written=t.nbytes)
+    elif isinstance(t.data, DecodedTensor):
+        yield _edited(t.data, None, hashed=False)
+    else:
+        yield from _passing(t.data.start, t.data.end, hashed=False)
+
+
+def _covered(shard: Shard) -> bool:
+    """Whether its tensors are all that its file holds, and as the file holds them."""
+    plain = not any(isinstance(t, DecodedTensor) for t in shard.tensors)
+    return plain and len(shard.header) + sum(t.nbytes for t in shard.tensors) == shard.size
+
+
+def _merged(old: Sequence[TensorInfo], new: Sequence[NewTensor]) -> list[TensorInfo | NewTensor]:
+    """Each new tensor behind the last old one whose elements are as wide: files are written widest dtype
+    first, which aligns every tensor, and this keeps it so."""
+    out: list[TensorInfo | NewTensor] = list(old)
+    for t in new:
+        wide = [i for i, o in enumerate(out) if BITS[o.dtype] >= BITS[t.dtype]]
+        out.insert(wide[-1] + 1 if wide else 0, t)
+    return out
+
+
+def _header(tensors: Sequence[TensorInfo | NewTensor], metadata: dict[str, str] | None) -> bytes:
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    at = 0
+    for t in tensors:
+        entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the data starts aligned
+    return len(raw).to_bytes(8, "little") + raw
