@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import CheckpointError, UnsupportedError
-from steer.weights.stream import CheckpointFiles, DecodedTensor, TensorInfo
+from steer.weights.stream import Buffer, CheckpointFiles, DecodedTensor, TensorInfo
 
 if TYPE_CHECKING:
     from steer.weights.writers import Stored
@@ -115,14 +115,13 @@ def _decoded(files: CheckpointFiles, t: TensorInfo, block: tuple[int, int]) -> D
 
 
 def _decode(
-    files: CheckpointFiles, stored: TensorInfo, scale: TensorInfo, block: tuple[int, int], data: bytearray
-) -> bytearray:
-    """The bytes in bf16 of fp8 ones: each block times its scale in fp32, rounded once."""
+    files: CheckpointFiles, stored: TensorInfo, scale: TensorInfo, block: tuple[int, int], data: Buffer, out: Buffer
+) -> None:
+    """Write the bf16 of fp8 bytes to `out`: each block times its scale in fp32, rounded once."""
     import torch
 
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
     scales = torch.frombuffer(files.read(scale), dtype=dtypes[scale.dtype]).float()
-    out = bytearray(2 * len(data))
     narrow = torch.frombuffer(data, dtype=torch.float8_e4m3fn).view(-1, *stored.shape[-2:])
     wide = torch.frombuffer(out, dtype=torch.bfloat16).view(narrow.shape)
     rows, columns = block
@@ -130,7 +129,6 @@ def _decode(
         for n, row in enumerate(of_matrix.repeat_interleave(columns, dim=1)[:, : stored.shape[-1]]):
             at = slice(n * rows, (n + 1) * rows)
             result[at] = matrix[at].float().mul_(row)
-    return out
 
 
 def _index(index: Mapping[str, Any], plain: CheckpointFiles) -> dict[str, Any]:

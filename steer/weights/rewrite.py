@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from steer.errors import CheckpointError
 from steer.weights.staging import CHUNK, HashingFile
 from steer.weights.stream import BITS, DecodedTensor, NewTensor, Shard, TensorInfo, read_into
 
+Change = Callable[[memoryview], None]
+"""Edits the bytes of a tensor in place."""
 ROOM = 256 << 20
 """Bytes on their way beside the largest tensor."""
 _AHEAD = 64 << 20  # asked of the disk before they are read
@@ -32,7 +35,7 @@ class Rewrite:
 
     shard: Shard
     target: Path
-    change: Mapping[str, Callable[[bytearray], None]] = field(default_factory=dict)
+    change: Mapping[str, Change] = field(default_factory=dict)
     """Tensor -> edits its bytes in place. Every other tensor passes through."""
     new: Sequence[NewTensor] = ()
     """Tensors it gains."""
@@ -58,41 +61,28 @@ def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lam
     Errors: CheckpointError when a source is shorter than its header said, cannot be read, or changes while it is.
     """
     passages = [_Passage(job) for job in jobs]
-    steps = ((p, piece) for p in passages for piece in (*p.pieces, None))
-    room = _Room(ROOM + max((piece.memory for p in passages for piece in p.pieces), default=0))
-    ahead: deque[tuple[_Passage, _Piece | None, bytearray, Future[None]]] = deque()
-    behind: deque[tuple[_Piece | None, bytearray, Future[Rewritten | None]]] = deque()
+    steps = ((p, piece) for p in passages for piece in (*p.pieces, _END))
+    room = _Ring(ROOM + max((piece.memory for p in passages for piece in p.pieces), default=0))
+    ahead: deque[tuple[_Passage, _Piece, memoryview, Future[None]]] = deque()
+    behind: deque[Future[Rewritten | None]] = deque()
     reading, writing = (ThreadPoolExecutor(1, f"bake-{name}") for name in ("read", "write"))
-
-    # Functions of their own, so that no name here keeps a buffer alive that the room has given up.
-    def fetch(passage: _Passage, piece: _Piece | None) -> bool:
-        if (buffer := room.take(piece)) is None:
-            return False
-        ahead.append((passage, piece, buffer, reading.submit(passage.read, piece, buffer)))
-        return True
-
-    def edit() -> int:
-        passage, piece, buffer, read = ahead.popleft()
-        read.result()
-        behind.append((piece, buffer, writing.submit(passage.write, piece, passage.edit(piece, buffer))))
-        return piece.written if piece else 0
-
-    def take_back() -> Rewritten | None:
-        piece, buffer, write = behind.popleft()
-        done = write.result()
-        room.give(piece, buffer)
-        return done
 
     try:
         step = next(steps, None)
         while step or ahead or behind:
-            while step and fetch(*step):
+            while step and (buffer := room.take(step[1].memory)) is not None:
+                ahead.append((*step, buffer, reading.submit(step[0].read, step[1], buffer)))
                 step = next(steps, None)
             if ahead:
-                advance(edit())
+                passage, piece, buffer, read = ahead.popleft()
+                read.result()
+                behind.append(writing.submit(passage.write, piece, passage.edit(piece, buffer)))
+                advance(piece.written)
             # Without anything ahead the next step waits for room, or for the end.
-            while behind and (behind[0][2].done() or not ahead):
-                if done := take_back():
+            while behind and (behind[0].done() or not ahead):
+                done = behind.popleft().result()
+                room.give()
+                if done:
                     yield done
     finally:
         for pool in (reading, writing):
@@ -112,18 +102,20 @@ class _Piece:
     """Bytes read from there."""
     hashed: bool = True
     """Whether they count as read from the source; a second reading does not."""
-    edit: Callable[[bytearray], bytearray | bytes | None] | None = None
+    edit: Callable[[memoryview], memoryview | bytes | None] | None = None
     """Changes them in place, or gives others in their place; none at all for what is left out."""
     written: int = 0
     """Bytes of tensors in the output."""
-    whole: bool = False
-    """Whether the buffer must have its very size, for an edit."""
     beside: int = 0
-    """Bytes that the edit takes beside it."""
+    """Bytes of memory behind those read, for the edit to write to."""
 
     @property
     def memory(self) -> int:
-        return (self.size if self.whole else CHUNK) + self.beside
+        return (self.size + self.beside) // 64 * 64 + 64  # aligned for any dtype, and never nothing
+
+
+_END = _Piece()
+"""After the last piece of a shard."""
 
 
 class _Passage:
@@ -139,38 +131,34 @@ class _Passage:
         self._source = -1
         self._target: HashingFile | None = None
 
-    def read(self, piece: _Piece | None, buffer: bytearray) -> None:
-        """Fill the buffer; at the end see whether the source is still the one whose header was read."""
+    def read(self, piece: _Piece, buffer: memoryview) -> None:
+        """Fill the memory; at the end see whether the source is still the one whose header was read."""
         path = self.shard.path
         if self._source < 0:
             self._source = os.open(path, os.O_RDONLY)
-        if piece is None:
+        if piece is _END:
             stat = os.fstat(self._source)
             if (stat.st_size, stat.st_mtime_ns) != (self.shard.size, self.shard.mtime_ns):
                 raise CheckpointError(f"{path}: changed while it was read; wait until nothing writes to it, run again")
         elif piece.size:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._source, piece.at + piece.size, _AHEAD, os.POSIX_FADV_WILLNEED)
-            view = memoryview(buffer)[: piece.size]
+            view = buffer[: piece.size]
             read_into(self._source, piece.at, view, path)
             if piece.hashed:
                 self._sha.update(view)
 
-    def edit(self, piece: _Piece | None, buffer: bytearray) -> bytearray | memoryview | bytes:
+    def edit(self, piece: _Piece, buffer: memoryview) -> memoryview | bytes:
         """What goes into the output."""
-        if piece is None:
-            return b""
-        if piece.edit is None:
-            return memoryview(buffer)[: piece.size]
-        instead = piece.edit(buffer)
-        return buffer if instead is None else instead
+        instead = piece.edit(buffer[: piece.size + piece.beside]) if piece.edit else None
+        return buffer[: piece.size] if instead is None else instead
 
-    def write(self, piece: _Piece | None, data: bytearray | memoryview | bytes) -> Rewritten | None:
+    def write(self, piece: _Piece, data: memoryview | bytes) -> Rewritten | None:
         """Write what goes into the output; at the end wait for the disk."""
         if self._target is None:
             self._target = HashingFile(self.job.target)
             self._target.write(self.header)
-        if piece is not None:
+        if piece is not _END:
             self._target.write(data)
             return None
         self._target.sync()
@@ -186,40 +174,33 @@ class _Passage:
             self._target.close()
 
 
-class _Room:
-    """The buffers on their way, within a bound. Freed ones are kept: fresh memory costs as much as hashing it."""
+class _Ring:
+    """The memory of what is on its way, taken and given back in the same order: no page of it is fetched twice."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity, self._used, self._idle = capacity, 0, 0
-        self._free: dict[int, list[bytearray]] = {}
+        self._memory = memoryview(mmap.mmap(-1, max(capacity, 1)))
+        self._taken: deque[tuple[int, int]] = deque()
 
-    def take(self, piece: _Piece | None) -> bytearray | None:
-        """A buffer for a piece, or None while there is no room for it."""
-        if piece is None:
-            return bytearray()
-        if self._used and self._used + piece.memory > self._capacity:
+    def take(self, size: int) -> memoryview | None:
+        """So many bytes in one stretch, or None while there is no room for them."""
+        start, end = 0, len(self._memory)
+        if self._taken:
+            oldest, start = self._taken[0][0], self._taken[-1][1]
+            if self._taken[-1][0] < oldest:  # once around: what is free lies before the oldest
+                end = oldest
+            elif start + size > end:
+                start, end = 0, oldest
+        if start + size > end:
             return None
-        self._used += piece.memory
-        size = piece.memory - piece.beside
-        if kept := self._free.get(size):
-            self._idle -= size
-            return kept.pop()
-        if self._used + self._idle > self._capacity:
-            self._free.clear()
-            self._idle = 0
-        return bytearray(size)
+        self._taken.append((start, start + size))
+        return self._memory[start : start + size]
 
-    def give(self, piece: _Piece | None, buffer: bytearray) -> None:
-        """Take a buffer back."""
-        if piece is not None:
-            self._used -= piece.memory
-            self._idle += len(buffer)
-            self._free.setdefault(len(buffer), []).append(buffer)
+    def give(self) -> None:
+        """Take the oldest back."""
+        self._taken.popleft()
 
 
-def _pieces(
-    shard: Shard, layout: Sequence[TensorInfo | NewTensor], change: Mapping[str, Callable[[bytearray], None]]
-) -> Iterator[_Piece]:
+def _pieces(shard: Shard, layout: Sequence[TensorInfo | NewTensor], change: Mapping[str, Change]) -> Iterator[_Piece]:
     start = at = len(shard.header)  # what lies between the two waits to pass through
     for t in layout:
         if isinstance(t, NewTensor):
@@ -251,17 +232,18 @@ def _left_out(start: int, end: int) -> Iterator[_Piece]:
         yield _Piece(at, min(CHUNK, end - at), edit=lambda data: b"")
 
 
-def _edited(t: TensorInfo, change: Callable[[bytearray], None] | None, *, hashed: bool = True) -> _Piece:
-    def decode_and_change(data: bytearray) -> bytearray:
-        assert isinstance(t, DecodedTensor)
-        decoded = t.decode(data)
-        if change:
-            change(decoded)
-        return decoded
+def _edited(t: TensorInfo, change: Change | None, *, hashed: bool = True) -> _Piece:
+    if not isinstance(t, DecodedTensor):
+        return _Piece(t.start, t.nbytes, hashed, change, t.nbytes)
+    size = t.stored.nbytes
 
-    if isinstance(t, DecodedTensor):
-        return _Piece(t.start, t.stored.nbytes, hashed, decode_and_change, t.nbytes, whole=True, beside=t.nbytes)
-    return _Piece(t.start, t.nbytes, hashed, change, t.nbytes, whole=True)
+    def decode_and_change(data: memoryview) -> memoryview:
+        t.decode(data[:size], data[size:])
+        if change:
+            change(data[size:])
+        return data[size:]
+
+    return _Piece(t.start, size, hashed, decode_and_change, t.nbytes, beside=t.nbytes)
 
 
 def _added(t: NewTensor) -> Iterator[_Piece]:

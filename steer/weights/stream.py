@@ -31,6 +31,9 @@ BITS = {
 """Width of an element, by the format's own code of its dtype."""
 
 
+Buffer = bytearray | memoryview
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a header says of one tensor."""
@@ -61,8 +64,8 @@ class DecodedTensor(TensorInfo):
 
     stored: TensorInfo
     """As the header has it."""
-    decode: Callable[[bytearray], bytearray]
-    """From the stored bytes to those of `dtype`."""
+    decode: Callable[[Buffer, Buffer], None]
+    """From the stored bytes to those of `dtype`, which it writes to the second."""
 
     @property
     def end(self) -> int:
@@ -186,10 +189,14 @@ class CheckpointFiles:
         data = bytearray(stored.nbytes)
         with open(self.root / tensor.file, "rb", buffering=0) as f:
             read_into(f.fileno(), stored.start, data, self.root / tensor.file)
-        return tensor.decode(data) if isinstance(tensor, DecodedTensor) else data
+        if not isinstance(tensor, DecodedTensor):
+            return data
+        out = bytearray(tensor.nbytes)
+        tensor.decode(data, out)
+        return out
 
 
-def read_into(fd: int, at: int, buffer: bytearray | memoryview, path: Path) -> None:
+def read_into(fd: int, at: int, buffer: Buffer, path: Path) -> None:
     """Fill a buffer with the bytes of a file from `at` on.
 
     Errors: CheckpointError when the file ends before that, or the disk fails.
