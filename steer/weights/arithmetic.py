@@ -17,13 +17,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steer.weights.stream import Buffer
+
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ELEMENTS = 1 << 19  # widened at a time: 2 MB in fp32, which stay in a core's cache
 
 
-def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def as_tensor(data: Buffer, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor on top of the bytes: changing it changes them."""
     return torch.frombuffer(data, dtype=_DTYPES[dtype]).view(shape)
+
+
+def on_accelerator(weight: Tensor) -> Tensor:
+    """A copy on the GPU if there is one with room for it, else the weight itself."""
+    if not torch.cuda.is_available():
+        return weight
+    try:
+        return weight.cuda()
+    except torch.cuda.OutOfMemoryError:
+        return weight
 
 
 def as_bytes(tensor: Tensor, dtype: str) -> bytes:
@@ -69,7 +81,7 @@ def share(weight: Float[Tensor, "*experts out in"], q: Float[Tensor, "d k"], axi
 
 def shadow(weight: Float[Tensor, "out in"], q: Float[Tensor, "d k"], axis: int) -> Float[Tensor, "k other"]:
     """What the writer puts into the subspace, `Q^T W`, in the dtype of the arithmetic."""
-    q = q.to(_wide(weight))
+    q = q.to(weight.device, _wide(weight))
     # Filled in place: small results kept in a list would stand between the slices' memory and grow the heap.
     out = q.new_zeros(q.shape[1], weight.shape[1 - axis])
     for rows in _slices(weight):
@@ -89,7 +101,7 @@ def remove(
     growth: Float[Tensor, " other"] | None = None,
 ) -> None:
     """Take `strength` of its shadow `cast` out of the writer, in place, and let what is outside grow."""
-    q = q.to(cast.dtype)
+    q = q.to(cast)
     if growth is not None:
         # c w + ((1 - s) - c) q: the part inside the subspace is scaled by 1 - s, the part outside by c.
         cast, strength = cast * (growth - (1 - strength)), 1.0
@@ -98,7 +110,7 @@ def remove(
         wide = weight[rows].to(q.dtype)
         if growth is not None:
             wide = wide * (growth if axis == 0 else growth[rows, None])
-        weight[rows] = torch.addmm(wide, left, right, alpha=-strength).to(weight.dtype)
+        weight[rows] = wide.addmm_(left, right, alpha=-strength)
 
 
 def lengths(weight: Float[Tensor, "out in"], axis: int) -> Float[Tensor, " other"]:
@@ -115,7 +127,7 @@ def lengths(weight: Float[Tensor, "out in"], axis: int) -> Float[Tensor, " other
 
 def norm(weight: Tensor) -> float:
     """The Frobenius norm, over the whole tensor."""
-    return sum(float(weight[rows].to(_wide(weight)).square().sum()) for rows in _slices(weight)) ** 0.5
+    return sum(float(torch.linalg.vector_norm(weight[rows].to(_wide(weight)))) ** 2 for rows in _slices(weight)) ** 0.5
 
 
 def _growth(

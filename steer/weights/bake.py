@@ -23,7 +23,7 @@ from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Writer
-from steer.weights.arithmetic import ablate, as_tensor
+from steer.weights.arithmetic import ablate, as_tensor, on_accelerator
 from steer.weights.card import model_card
 from steer.weights.certify import (
     CERTIFICATE,
@@ -40,7 +40,7 @@ from steer.weights.plan import Plan
 from steer.weights.quantised import dequantised
 from steer.weights.rewrite import Rewrite, rewrite_shards
 from steer.weights.staging import check_output, copy_file, hash_file, staged, write_json, write_text
-from steer.weights.stream import INDEX, CheckpointFiles, NewTensor, TensorInfo
+from steer.weights.stream import INDEX, Buffer, CheckpointFiles, NewTensor, TensorInfo
 
 DIRECTIONS = "steer_directions"
 """The folder in the output that keeps the directions."""
@@ -92,11 +92,12 @@ class _Editor:
         writer: Writer | None,
         site: int | None,
         shift: Float[Tensor, " d"] | None,
-        data: bytearray,
+        data: Buffer,
     ) -> None:
         """Ablate if a `writer` is given, then add the shift if there is one; both change what `data` holds."""
-        weight = as_tensor(data, info.dtype, info.shape)
+        stored = as_tensor(data, info.dtype, info.shape)
         bias = writer is None or info.name == writer.bias
+        weight = stored if bias else on_accelerator(stored)
         q = None if writer is None else self.ablation.subspace(writer)
         strength = 0.0 if writer is None else self.ablation.strength(writer)
         keep = self.ablation.edit.method.norm_preserving
@@ -108,6 +109,8 @@ class _Editor:
             weight.copy_((wide if shift is None else wide + shift).view(weight.shape))
         elif writer is not None and q is not None:
             before = ablate(weight, q, writer.axis, strength, norm_preserving=keep)
+            if weight is not stored:
+                stored.copy_(weight)
         if shift is not None:
             self.biases.append(BiasProof(info.name, site, False, float(weight.double().norm())))
         if writer is None or q is None:
@@ -166,7 +169,8 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
 def _journal(plan: Plan, work: Path) -> Journal:
     """What a killed bake of the same edit into the same place has finished."""
     shards = [(s.name, s.size, s.mtime_ns, s.header) for s in plan.files.shards]
-    return Journal(work, fingerprint(_versions(), plan.files.config, shards, plan.edit))
+    where = torch.cuda.is_available()  # sums on a GPU round another way
+    return Journal(work, fingerprint(_versions(), where, plan.files.config, shards, plan.edit))
 
 
 def _write_weights(
@@ -224,7 +228,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _changes(plan: Plan, editor: _Editor) -> dict[str, Callable[[bytearray], None]]:
+def _changes(plan: Plan, editor: _Editor) -> dict[str, Callable[[Buffer], None]]:
     """Tensor -> what is done to its bytes."""
     shifts, tensors = plan.edit.biases(), plan.files.tensors
     jobs: dict[str, tuple[Writer | None, int | None]] = {}

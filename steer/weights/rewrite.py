@@ -20,9 +20,9 @@ from typing import Any
 
 from steer.errors import CheckpointError
 from steer.weights.staging import CHUNK, HashingFile
-from steer.weights.stream import BITS, DecodedTensor, NewTensor, Shard, TensorInfo, read_into
+from steer.weights.stream import BITS, Buffer, DecodedTensor, NewTensor, Shard, TensorInfo, read_into
 
-Change = Callable[[memoryview], None]
+Change = Callable[[Buffer], None]
 """Edits the bytes of a tensor in place."""
 ROOM = 256 << 20
 """Bytes on their way beside the largest tensor."""

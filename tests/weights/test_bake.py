@@ -246,3 +246,15 @@ def test_baking_and_verifying_import_no_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_edited_on_a_gpu_are_those_edited_here_to_rounding(
+    source: Path, baked: Path, ablation: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bake(source, tmp_path / "here", ablation)
+    here, there = load_file(tmp_path / "here" / SINGLE), load_file(baked / SINGLE)
+    for name, w in here.items():
+        assert torch.allclose(there[name].double(), w.double(), rtol=2 * torch.finfo(w.dtype).eps, atol=1e-7)
+    verify(baked)
