@@ -12,81 +12,28 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from steer.errors import CheckpointError
 from steer.values.direction import Direction
 from steer.values.edit import Edit
-from steer.values.method import Method
+from steer.values.method import Kernel, Method, Strengths
 from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Anatomy, Found
-from steer.weights.arithmetic import as_tensor, norm, rounding, share
+from steer.weights.arithmetic import as_tensor, rounding
+from steer.weights.bakeable import Form
+from steer.weights.proofs import BiasProof, SavedDirection, WriterProof, projection
 from steer.weights.staging import hash_file, write_json
-from steer.weights.stream import CheckpointFiles
+from steer.weights.stream import CheckpointFiles, Shard
+
+__all__ = ["CERTIFICATE", "BiasProof", "Certificate", "Check", "SavedDirection", "WriterProof", "load_neutral",
+           "projection", "save_neutral", "verify", "visible_files"]  # fmt: skip
 
 CERTIFICATE = "steer_certificate.json"
+ADAPTER = "adapter_model.safetensors"
+"""The weights of an adapter, as peft names them."""
 _FORMAT = 2
-
-
-@dataclass(frozen=True)
-class WriterProof:
-    """What one edited tensor puts into the ablated subspace, measured in the dtype it is stored in."""
-
-    tensor: str
-    kind: str
-    """embedding, attention or mlp."""
-    block: int | None
-    """None for the embedding."""
-    axis: int
-    """The axis that faces the residual stream."""
-    bias: bool
-    """Whether it is the bias of a writer, not its weight."""
-    dtype: str
-    strength: float
-    """Of its ablation: it should keep a share of `1 - strength`."""
-    before: float
-    """`||Q^T W||` in the source, `Q` a basis of what was to be removed from what this writer puts out."""
-    after: float
-    """`||Q^T W'||` in the output, without what `add` put there on purpose."""
-    norm: float
-    """`||W'||`, the scale that rounding is relative to."""
-
-    @property
-    def remaining(self) -> float:
-        """The share of the directions that is left. 0 where there was nothing to remove."""
-        return self.after / self.before if self.before else 0.0
-
-    @property
-    def holds(self) -> bool:
-        """Whether no more is left than the strength leaves, up to rounding."""
-        return self.after <= (1 - self.strength) * self.before + rounding(self.dtype) * self.norm
-
-
-@dataclass(frozen=True)
-class BiasProof:
-    """A bias that carries an add, or one of the zero biases that must come with it."""
-
-    tensor: str
-    site: int | None
-    """Where it adds. None for the zero biases."""
-    created: bool
-    """Whether the source lacked it."""
-    norm: float
-    """`||b'||`."""
-
-
-@dataclass(frozen=True)
-class SavedDirection:
-    """A direction that went into the weights, kept in the output so that the proof can be repeated."""
-
-    file: str
-    name: str
-    site: int
-    amount: float | None
-    """Of an add, in gaps. None for an ablated direction."""
-    provenance: dict[str, Any]
-    """Where it came from."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +68,8 @@ class Certificate:
     versions: dict[str, str]
     command: str | None
     """The exact command, None when called from Python."""
+    form: Form = "checkpoint"
+    """What the output is."""
 
     @property
     def writers_edited(self) -> int:
@@ -171,10 +120,13 @@ class Check:
     detail: str
 
 
-def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> list[Check]:
-    """Re-read a baked checkpoint and check everything its certificate says; the checks that passed, in order.
+def verify(
+    folder: Path, progress: Callable[[int, int], None] | None = None, *, source: Path | None = None
+) -> list[Check]:
+    """Re-read what a bake wrote and check everything its certificate says; the checks that passed, in order.
 
-    `progress` is called with (bytes hashed, bytes in all).
+    `progress` is called with (bytes hashed, bytes in all). An adapter is computed again from `source`, without it from
+    its base model where that is a directory of this machine.
 
     Errors: CheckpointError at the first thing that is not as certified.
     """
@@ -182,26 +134,41 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
         raise CheckpointError(f"{folder}: expected a baked checkpoint, found no directory; check the path")
     cert = Certificate.load(folder)
     checks = [Check("certificate", f"intact, {len(cert.files)} files and {len(cert.tensors)} tensors")]
-    _same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
-    files = CheckpointFiles.open(folder)
-    _same_set(folder, "tensor", set(files.tensors), set(cert.tensors))
-    for name, t in files.tensors.items():
-        if [t.file, t.dtype, list(t.shape)] != cert.tensors[name]:
-            raise CheckpointError(
-                f"{folder / t.file}: tensor {name} is {t.dtype} {list(t.shape)}, "
-                f"expected {cert.tensors[name]}; bake again"
-            )
+    same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
+    if cert.form == "gguf":
+        from steer.weights.control_vector import check_control_vector
+
+        _check_hashes(folder, cert.files, progress)
+        checks.append(Check("sha256", f"{len(cert.files)} files as written"))
+        return checks + check_control_vector(folder, cert, certified_edit(folder, cert))
+    files = CheckpointFiles.open(folder) if cert.form == "checkpoint" else None
+    shards = files.shards if files else [Shard.open(folder / ADAPTER)]
+    check_tensors(folder, cert, {t.name: (t.file, t.dtype, t.shape) for s in shards for t in s.tensors})
     checks.append(Check("contents", "no file or tensor missing, none unexpected"))
     _check_hashes(folder, cert.files, progress)
     checks.append(Check("sha256", f"{len(cert.files)} files as written"))
+    edit = certified_edit(folder, cert)
+    if files is None:
+        from steer.weights.adapter_check import check_adapter
+
+        return checks + check_adapter(folder, cert, edit, source)
     anatomy = Anatomy.of(files.config, str(folder))
     found = anatomy.find(files.config, files.tensors)
     checks.append(_check_config(folder, files, cert))
-    edit = _edit(folder, cert)
     checks.append(_check_shares(files, cert, edit, found, Ablation.of(edit, anatomy, files)))
     if cert.biases:
         checks.append(_check_biases(files, cert, edit))
     return checks
+
+
+def check_tensors(folder: Path, cert: Certificate, found: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> None:
+    """Raise CheckpointError unless the tensors, name -> (file, dtype, shape), are those certified."""
+    same_set(folder, "tensor", set(found), set(cert.tensors))
+    for name, (file, dtype, shape) in found.items():
+        if [file, dtype, list(shape)] != cert.tensors[name]:
+            raise CheckpointError(
+                f"{folder / file}: tensor {name} is {dtype} {list(shape)}, expected {cert.tensors[name]}; bake again"
+            )
 
 
 def visible_files(folder: Path) -> list[str]:
@@ -213,21 +180,12 @@ def visible_files(folder: Path) -> list[str]:
     return sorted(out)
 
 
-def projection(
-    tensor: Tensor, q: Float[Tensor, "d k"], axis: int, *, bias: bool, shift: Float[Tensor, " d"] | None = None
-) -> tuple[float, float]:
-    """(`||Q^T (W - shift)||`, `||W||`) of a weight, or of a bias, into which an add put a shift."""
-    if bias:
-        rows = tensor.double().reshape(-1, q.shape[0])
-        return float(((rows if shift is None else rows - shift) @ q).norm()), float(rows.norm())
-    return share(tensor, q, axis), norm(tensor)
-
-
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> None:
+def same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> None:
+    """Raise CheckpointError naming what is missing or was not expected."""
     for names, problem in ((expected - found, "is missing"), (found - expected, "was not expected")):
         if names:
             raise CheckpointError(f"{folder}: {what} {min(names)} {problem}; remove it all and bake again")
@@ -255,21 +213,26 @@ def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Ch
     return Check("config", ", ".join(f"{k} = {v}" for k, v in cert.config.items()) or "as in the source")
 
 
-def _edit(folder: Path, cert: Certificate) -> Edit:
+def certified_edit(folder: Path, cert: Certificate) -> Edit:
+    """The edit that a certificate tells, with the directions kept beside it."""
     loaded = [(Direction.load(folder / d.file), d.amount) for d in cert.directions]
+    blocks, strengths = cert.edit.get("blocks"), cert.edit.get("strengths")
+    kernels: dict[str, Any] = {k: Kernel(**v) if isinstance(v, dict) else v for k, v in (strengths or {}).items()}
     return Edit(
         ablate=tuple(d for d, amount in loaded if amount is None),
-        strength=cert.strength,
+        strength=cert.edit.get("strength") or 1.0,
+        blocks=(blocks[0], blocks[1]) if isinstance(blocks, list) else None,
         add=tuple((d, amount) for d, amount in loaded if amount is not None),
         method=Method(
             **cert.edit.get("method", {}), neutral=load_neutral(folder / cert.neutral) if cert.neutral else None
         ),
+        strengths=None if strengths is None else Strengths(**kernels),
     )
 
 
 def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: Found, ablation: Ablation) -> Check:
     if not edit.ablate:
-        return Check("ablation", "none asked for")
+        return ablation_check(cert)
     writers, shifts = {name: w for w in found.writers for name in (w.tensor, w.bias)}, edit.biases()
     for proof in cert.writers:
         shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
@@ -281,6 +244,13 @@ def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: 
                 f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
                 f"{proof.after:.3g} of {proof.before:.3g} at strength {proof.strength}; bake again"
             )
+    return ablation_check(cert)
+
+
+def ablation_check(cert: Certificate) -> Check:
+    """What a certificate says of the ablation, once that is found to be so."""
+    if not cert.writers:
+        return Check("ablation", "none asked for")
     return Check(
         "ablation",
         f"{cert.writers_edited} of {cert.writers_found} writers, at most {cert.worst_remaining:.2%} remains "
@@ -305,7 +275,7 @@ def _check_biases(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Chec
 def save_neutral(neutral: Float[Tensor, "blocks d"], path: Path) -> None:
     """Write neutral means where `load_neutral` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"neutral": neutral}, path)
+    path.write_bytes(save({"neutral": neutral}))
 
 
 def load_neutral(path: Path) -> Float[Tensor, "blocks d"]:
