@@ -1,6 +1,6 @@
-"""Shards rewritten in a stream: one thread reads ahead and hashes, the caller's edits, one writes and hashes.
+"""Shards rewritten in a stream: one thread reads ahead and hashes, the caller's edits, one writes and one hashes that.
 
-Hashing, reading and writing let go of the interpreter, so that the three go on at once. What is on its way is bounded
+Hashing, reading and writing let go of the interpreter, so that the four go on at once. What is on its way is bounded
 in bytes: the largest tensor to be edited, and `ROOM` beside it.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import CheckpointError
-from steer.weights.staging import CHUNK, HashingFile
+from steer.weights.staging import CHUNK, NewFile
 from steer.weights.stream import BITS, Buffer, DecodedTensor, NewTensor, Shard, TensorInfo, read_into
 
 Change = Callable[[Buffer], None]
@@ -64,8 +64,8 @@ def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lam
     steps = ((p, piece) for p in passages for piece in (*p.pieces, _END))
     room = _Ring(ROOM + max((piece.memory for p in passages for piece in p.pieces), default=0))
     ahead: deque[tuple[_Passage, _Piece, memoryview, Future[None]]] = deque()
-    behind: deque[Future[Rewritten | None]] = deque()
-    reading, writing = (ThreadPoolExecutor(1, f"bake-{name}") for name in ("read", "write"))
+    behind: deque[tuple[_Passage, _Piece, Future[None], Future[None]]] = deque()
+    reading, writing, hashing = (ThreadPoolExecutor(1, f"bake-{name}") for name in ("read", "write", "hash"))
 
     try:
         step = next(steps, None)
@@ -76,16 +76,21 @@ def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lam
             if ahead:
                 passage, piece, buffer, read = ahead.popleft()
                 read.result()
-                behind.append(writing.submit(passage.write, piece, passage.edit(piece, buffer)))
+                data = passage.edit(piece, buffer)
+                behind.append(
+                    (passage, piece, writing.submit(passage.write, piece, data), hashing.submit(passage.hash, data))
+                )
                 advance(piece.written)
             # Without anything ahead the next step waits for room, or for the end.
-            while behind and (behind[0].done() or not ahead):
-                done = behind.popleft().result()
+            while behind and (not ahead or all(f.done() for f in behind[0][2:])):
+                passage, piece, write, hashed = behind.popleft()
+                write.result()
+                hashed.result()
                 room.give()
-                if done:
-                    yield done
+                if piece is _END:
+                    yield passage.rewritten
     finally:
-        for pool in (reading, writing):
+        for pool in (reading, writing, hashing):
             pool.shutdown(cancel_futures=True)
         for passage in passages:
             with suppress(OSError):  # of a disk that is full, say, which is known by now
@@ -119,7 +124,7 @@ _END = _Piece()
 
 
 class _Passage:
-    """One shard on its way through. `read` runs on one thread, `edit` on a second, `write` on a third."""
+    """One shard on its way through. `read`, `edit`, `write` and `hash` each run on a thread of their own."""
 
     def __init__(self, job: Rewrite) -> None:
         self.job, self.shard = job, job.shard
@@ -127,9 +132,9 @@ class _Passage:
         as_it_was = not job.new and _covered(self.shard)
         self.header = self.shard.header if as_it_was else _header(layout, self.shard.metadata)
         self.pieces = tuple(_pieces(self.shard, layout, job.change))
-        self._sha = hashlib.sha256(self.shard.header)
+        self._read, self._written = hashlib.sha256(self.shard.header), hashlib.sha256(self.header)
         self._source = -1
-        self._target: HashingFile | None = None
+        self._target: NewFile | None = None
 
     def read(self, piece: _Piece, buffer: memoryview) -> None:
         """Fill the memory; at the end see whether the source is still the one whose header was read."""
@@ -146,24 +151,31 @@ class _Passage:
             view = buffer[: piece.size]
             read_into(self._source, piece.at, view, path)
             if piece.hashed:
-                self._sha.update(view)
+                self._read.update(view)
 
     def edit(self, piece: _Piece, buffer: memoryview) -> memoryview | bytes:
         """What goes into the output."""
         instead = piece.edit(buffer[: piece.size + piece.beside]) if piece.edit else None
         return buffer[: piece.size] if instead is None else instead
 
-    def write(self, piece: _Piece, data: memoryview | bytes) -> Rewritten | None:
+    def write(self, piece: _Piece, data: memoryview | bytes) -> None:
         """Write what goes into the output; at the end wait for the disk."""
         if self._target is None:
-            self._target = HashingFile(self.job.target)
+            self._target = NewFile(self.job.target)
             self._target.write(self.header)
-        if piece is not _END:
-            self._target.write(data)
-            return None
-        self._target.sync()
-        self.close()
-        return Rewritten(self.shard, self._sha.hexdigest(), self._target.sha256)
+        self._target.write(data)
+        if piece is _END:
+            self._target.sync()
+            self.close()
+
+    def hash(self, data: memoryview | bytes) -> None:
+        """Hash what goes into the output."""
+        self._written.update(data)
+
+    @property
+    def rewritten(self) -> Rewritten:
+        """What became of it, once it has passed."""
+        return Rewritten(self.shard, self._read.hexdigest(), self._written.hexdigest())
 
     def close(self) -> None:
         """Close both files."""

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from steer.errors import OutputExistsError, SteerError
 
@@ -94,28 +94,21 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
             path.unlink()
 
 
-class HashingFile:
-    """A new file that knows the sha256 of what was written to it."""
+class NewFile:
+    """A new file, which the disk starts on while it grows."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by __exit__
-        self._sha = hashlib.sha256()
         self._written = self._flushed = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._file.write(data)
-        self._sha.update(data)
         self._written += len(data)
         if self._written - self._flushed >= _FLUSH and hasattr(os, "posix_fadvise"):
             # The disk starts on what is new, and the pages it is done with can be used again: to find fresh ones for
             # gigabytes costs more than to hash them, and pushes out of memory what others read from there.
             os.posix_fadvise(self._file.fileno(), 0, self._written, os.POSIX_FADV_DONTNEED)
             self._flushed = self._written
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of what was written so far."""
-        return self._sha.hexdigest()
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""
@@ -125,11 +118,28 @@ class HashingFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> HashingFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class HashingFile(NewFile):
+    """A new file that knows the sha256 of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._sha = hashlib.sha256()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        super().write(data)
+        self._sha.update(data)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written so far."""
+        return self._sha.hexdigest()
 
 
 def write_text(path: Path, text: str) -> str:

@@ -11,6 +11,8 @@ transformers (load, edit, save_pretrained) does not.
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -22,12 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from safetensors.torch import save_file
 
-from steer.values.direction import Direction
-
+# torch is imported where the checkpoint is made, in a process of its own: what a process has in memory counts as the
+# memory of the programs it starts until they have started.
 STEER = str(Path(sys.executable).with_name("steer"))
 SHARD = 10**9
 SIZES = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
@@ -60,8 +60,10 @@ def main(
     """Print the ratios and the memory, each beside its bar."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
-        source, direction = checkpoint(place / "source", blocks), place / "direction.safetensors"
-        Direction("bench", blocks // 2, torch.randn(SIZES["hidden_size"])).save(direction)
+        source, direction = place / "source", place / "direction.safetensors"
+        made = multiprocessing.get_context("spawn").Process(target=checkpoint, args=(source, direction, blocks))
+        made.start()
+        made.join()
         largest = VOCABULARY * SIZES["hidden_size"] * 2
         runs: dict[str, Callable[[Path], int]] = {
             "copy": lambda out: copied(source, out),
@@ -128,8 +130,20 @@ def copied(source: Path, out: Path) -> int:
     return peak
 
 
-def checkpoint(place: Path, blocks: int) -> Path:
-    """A Llama with random weights, in shards and with an index, as save_pretrained lays it out."""
+def checkpoint(place: Path, direction: Path, blocks: int) -> None:
+    """A Llama with random weights, in shards and with an index, as save_pretrained lays it out, and a direction."""
+    import torch
+    from safetensors.torch import save_file
+
+    from steer.values.direction import Direction
+
+    def weights(shape: tuple[int, ...]) -> torch.Tensor:
+        # Random bits of sign and mantissa with the exponents of numbers near 0.01: far faster than normal ones.
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
+        return bits.bitwise_and_(~0x7F00).bitwise_or_(0x3C00).view(torch.bfloat16)
+
     width, inner = SIZES["hidden_size"], SIZES["intermediate_size"]
     keys = width * SIZES["num_key_value_heads"] // SIZES["num_attention_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, width)}
@@ -151,7 +165,7 @@ def checkpoint(place: Path, blocks: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     for n, shard in enumerate(shards, 1):
         file = f"model-{n:05}-of-{len(shards):05}.safetensors"
-        save_file({name: weights(s, generator) for name, s in shard.items()}, place / file, metadata={"format": "pt"})
+        save_file({name: weights(s) for name, s in shard.items()}, place / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(map(bytes_of, shapes.values()))}, "weight_map": weight_map}
     (place / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -160,20 +174,12 @@ def checkpoint(place: Path, blocks: int) -> Path:
         "num_hidden_layers": blocks, "tie_word_embeddings": False, "head_dim": width // SIZES["num_attention_heads"],
     }  # fmt: skip
     (place / "config.json").write_text(json.dumps(config))
-    return place
+    Direction("bench", blocks // 2, torch.randn(width, generator=generator)).save(direction)
 
 
 def bytes_of(shape: tuple[int, ...]) -> int:
     """In bf16."""
-    return 2 * torch.Size(shape).numel()
-
-
-def weights(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Random bits of sign and mantissa with the exponents of numbers near 0.01: far faster than normal ones."""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
-    return bits.bitwise_and_(~0x7F00).bitwise_or_(0x3C00).view(torch.bfloat16)
+    return 2 * math.prod(shape)
 
 
 if __name__ == "__main__":
