@@ -41,14 +41,15 @@ def bake(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Remove directions from the weights and write a new checkpoint, or an adapter, with a certificate."""
+    from steer.weights.staging import check_output
+
+    check_output(out)  # before torch is imported
     from steer.baking import HowToAblate, checkpoint_dir, searched_edit, write
     from steer.baking import bake as run
     from steer.progress import byte_bar
     from steer.values.slider import parse_amount
     from steer.weights.bakeable import FORMS
-    from steer.weights.staging import check_output
 
-    check_output(out)
     what: Form = _one_of("--as", form, FORMS)
     command, added = shlex.join(["steer", *sys.argv[1:]]), dict(parse_amount(a) for a in add)
     plan: list[str] = []

@@ -43,15 +43,6 @@ def as_bytes(tensor: Tensor, dtype: str) -> bytes:
     return tensor.to(_DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def rounding(dtype: str) -> float:
-    """Bound on what storing adds to a projection, as a share of the writer's norm: half a unit in the last
-    place of each element would do, and the arithmetic's own error is below as much again.
-
-    fp32 is summed in fp64, the narrower dtypes in fp32; directions are stored in fp32.
-    """
-    return max(torch.finfo(_DTYPES[dtype]).eps, 1e-6)
-
-
 def ablate(
     weight: Float[Tensor, "*experts out in"],
     q: Float[Tensor, "d k"],
@@ -77,6 +68,16 @@ def share(weight: Float[Tensor, "*experts out in"], q: Float[Tensor, "d k"], axi
     """`||Q^T W||`, over all experts."""
     casts = (shadow(matrix, q, facing) for matrix, facing in _matrices(weight, axis))
     return sum(float(cast.double().square().sum()) for cast in casts) ** 0.5
+
+
+def projection(
+    tensor: Tensor, q: Float[Tensor, "d k"], axis: int, *, bias: bool, shift: Float[Tensor, " d"] | None = None
+) -> tuple[float, float]:
+    """(`||Q^T (W - shift)||`, `||W||`) of a weight, or of a bias, into which an add put a shift."""
+    if bias:
+        rows = tensor.double().reshape(-1, q.shape[0])
+        return float(((rows if shift is None else rows - shift) @ q).norm()), float(rows.norm())
+    return share(tensor, q, axis), norm(tensor)
 
 
 def shadow(weight: Float[Tensor, "out in"], q: Float[Tensor, "d k"], axis: int) -> Float[Tensor, "k other"]:

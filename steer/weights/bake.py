@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.errors import CheckpointError, UsageError
-from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Writer
-from steer.weights.arithmetic import ablate, as_tensor, on_accelerator
-from steer.weights.card import model_card
-from steer.weights.certify import (
-    CERTIFICATE,
-    BiasProof,
-    Certificate,
-    SavedDirection,
-    WriterProof,
-    projection,
-    save_neutral,
-    visible_files,
-)
+from steer.weights.arithmetic import ablate, as_tensor, on_accelerator, projection
+from steer.weights.certify import CERTIFICATE, BiasProof, Certificate, WriterProof, visible_files
 from steer.weights.journal import Journal, fingerprint
+from steer.weights.kept import DIRECTIONS, finish, save_directions, save_means, source_name, versions
 from steer.weights.plan import Plan
 from steer.weights.quantised import dequantised
 from steer.weights.rewrite import Rewrite, rewrite_shards
-from steer.weights.staging import check_output, copy_file, hash_file, staged, write_json, write_text
+from steer.weights.staging import check_output, copy_file, hash_file, staged, write_json
 from steer.weights.stream import INDEX, Buffer, CheckpointFiles, NewTensor, TensorInfo
 
-DIRECTIONS = "steer_directions"
-"""The folder in the output that keeps the directions."""
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|index\.json)$")
 """Files of weights. Those beside the checkpoint's own hold the unedited model, so they are left out."""
 
@@ -137,14 +122,14 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
     else:
         written["config.json"] = copy_file(files.root / "config.json", work / "config.json")
     left_out = _copy_side_files(files.root, work, written)
-    directions = _save_directions(edit, work, written)
+    directions = save_directions(edit, work, written)
     order = {name: i for i, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
     cert = Certificate(
-        source=_source_name(files.root),
+        source=source_name(files.root),
         architecture=anatomy.architecture,
         edit=edit.describe(),
         strength=min((w.strength for w in editor.writers), default=edit.strength),
-        neutral=_save_neutral(edit, work, written),
+        neutral=save_means(edit, work, written),
         writers_found=len(plan.found.writers),
         writers=tuple(sorted(editor.writers, key=lambda w: order[w.tensor])),
         biases=(*editor.biases, *_created_biases(plan)),
@@ -156,12 +141,10 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
         source_files=dict(sorted(sources.items())),
         files=written,
         left_out=left_out,
-        versions=_versions(),
+        versions=versions(),
         command=command,
     )
-    written["README.md"] = write_text(work / "README.md", model_card(cert, files.root / "README.md"))
-    cert = replace(cert, files=dict(sorted(written.items())))
-    cert.save(work)
+    cert = finish(cert, work, files.root / "README.md", written)
     journal.close()
     return cert
 
@@ -170,7 +153,7 @@ def _journal(plan: Plan, work: Path) -> Journal:
     """What a killed bake of the same edit into the same place has finished."""
     shards = [(s.name, s.size, s.mtime_ns, s.header) for s in plan.files.shards]
     where = torch.cuda.is_available()  # sums on a GPU round another way
-    return Journal(work, fingerprint(_versions(), where, plan.files.config, shards, plan.edit))
+    return Journal(work, fingerprint(versions(), where, plan.files.config, shards, plan.edit))
 
 
 def _write_weights(
@@ -286,42 +269,3 @@ def _copy_side_files(root: Path, work: Path, written: dict[str, str]) -> tuple[s
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         written[name] = copy_file(root / path, work / path)
     return tuple(left_out)
-
-
-def _save_directions(edit: Edit, work: Path, written: dict[str, str]) -> tuple[SavedDirection, ...]:
-    saved: dict[Direction, str] = {}
-    out = []
-    for direction, amount in (*((d, None) for d in edit.ablate), *edit.add):
-        if direction not in saved:
-            stem = f"{DIRECTIONS}/{re.sub(r'[^A-Za-z0-9_-]+', '-', direction.name)}-{direction.site}"
-            names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-            saved[direction] = next(f for n in names if (f := f"{n}.safetensors") not in saved.values())
-            direction.save(work / saved[direction])
-            written[saved[direction]] = hash_file(work / saved[direction])
-        name, site = direction.name, direction.site
-        out.append(SavedDirection(saved[direction], name, site, amount, direction.provenance))
-    return tuple(out)
-
-
-def _save_neutral(edit: Edit, work: Path, written: dict[str, str]) -> str | None:
-    if edit.method.neutral is None:
-        return None
-    name = f"{DIRECTIONS}/neutral.means.safetensors"  # no direction's file has a dot in its stem
-    save_neutral(edit.method.neutral, work / name)
-    written[name] = hash_file(work / name)
-    return name
-
-
-def _source_name(root: Path) -> str:
-    for part in root.resolve().parts:
-        if part.startswith("models--"):  # a hub cache: models--org--name/snapshots/<commit>
-            return "/".join(part.split("--", 2)[1:])
-    return root.resolve().name
-
-
-def _versions() -> dict[str, str]:
-    try:
-        steer = metadata.version("steer")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        steer = "unknown"
-    return {"steer": steer, "torch": torch.__version__, "python": platform.python_version()}

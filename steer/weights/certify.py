@@ -1,4 +1,7 @@
-"""What was measured on the files that a bake wrote, and the check that they still are those files."""
+"""What was measured on the files that a bake wrote, and the check that they still are those files.
+
+Imports no torch: what is missing or was changed is found before that, which computing the proofs again needs.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,21 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from jaxtyping import Float
-from safetensors.torch import load_file, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from steer.errors import CheckpointError
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.values.method import Kernel, Method, Strengths
-from steer.weights.ablation import Ablation
-from steer.weights.anatomy import Anatomy, Found
-from steer.weights.arithmetic import as_tensor, rounding
-from steer.weights.bakeable import Form
-from steer.weights.proofs import BiasProof, SavedDirection, WriterProof, projection
+from steer.weights.proofs import BiasProof, SavedDirection, WriterProof
 from steer.weights.staging import hash_file, write_json
 from steer.weights.stream import CheckpointFiles, Shard
 
-__all__ = ["CERTIFICATE", "BiasProof", "Certificate", "Check", "SavedDirection", "WriterProof", "load_neutral",
-           "projection", "save_neutral", "verify", "visible_files"]  # fmt: skip
+if TYPE_CHECKING:
+    from steer.weights.bakeable import Form
+
+__all__ = ["CERTIFICATE", "BiasProof", "Certificate", "Check", "SavedDirection", "WriterProof", "verify",
+           "visible_files"]  # fmt: skip
 
 CERTIFICATE = "steer_certificate.json"
 ADAPTER = "adapter_model.safetensors"
@@ -135,30 +130,27 @@ def verify(
     cert = Certificate.load(folder)
     checks = [Check("certificate", f"intact, {len(cert.files)} files and {len(cert.tensors)} tensors")]
     same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
+    files = CheckpointFiles.open(folder) if cert.form == "checkpoint" else None
+    if cert.form != "gguf":
+        shards = files.shards if files else [Shard.open(folder / ADAPTER)]
+        check_tensors(folder, cert, {t.name: (t.file, t.dtype, t.shape) for s in shards for t in s.tensors})
+        checks.append(Check("contents", "no file or tensor missing, none unexpected"))
+    _check_hashes(folder, cert.files, progress)
+    checks.append(Check("sha256", f"{len(cert.files)} files as written"))
+    if files is not None:
+        checks.append(_check_config(folder, files, cert))
+    from steer.weights.recheck import certified_edit, check_weights
+
+    edit = certified_edit(folder, cert)
+    if files is not None:
+        return checks + check_weights(files, cert, edit)
     if cert.form == "gguf":
         from steer.weights.control_vector import check_control_vector
 
-        _check_hashes(folder, cert.files, progress)
-        checks.append(Check("sha256", f"{len(cert.files)} files as written"))
-        return checks + check_control_vector(folder, cert, certified_edit(folder, cert))
-    files = CheckpointFiles.open(folder) if cert.form == "checkpoint" else None
-    shards = files.shards if files else [Shard.open(folder / ADAPTER)]
-    check_tensors(folder, cert, {t.name: (t.file, t.dtype, t.shape) for s in shards for t in s.tensors})
-    checks.append(Check("contents", "no file or tensor missing, none unexpected"))
-    _check_hashes(folder, cert.files, progress)
-    checks.append(Check("sha256", f"{len(cert.files)} files as written"))
-    edit = certified_edit(folder, cert)
-    if files is None:
-        from steer.weights.adapter_check import check_adapter
+        return checks + check_control_vector(folder, cert, edit)
+    from steer.weights.adapter_check import check_adapter
 
-        return checks + check_adapter(folder, cert, edit, source)
-    anatomy = Anatomy.of(files.config, str(folder))
-    found = anatomy.find(files.config, files.tensors)
-    checks.append(_check_config(folder, files, cert))
-    checks.append(_check_shares(files, cert, edit, found, Ablation.of(edit, anatomy, files)))
-    if cert.biases:
-        checks.append(_check_biases(files, cert, edit))
-    return checks
+    return checks + check_adapter(folder, cert, edit, source)
 
 
 def check_tensors(folder: Path, cert: Certificate, found: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> None:
@@ -193,15 +185,19 @@ def same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> No
 
 def _check_hashes(folder: Path, files: Mapping[str, str], progress: Callable[[int, int], None] | None) -> None:
     total, done = sum((folder / name).stat().st_size for name in files), 0
-    for name, expected in files.items():
-        if hash_file(folder / name) != expected:
-            raise CheckpointError(
-                f"{folder / name}: sha256 is not the one certified, the file was changed; "
-                "remove the directory and bake again"
-            )
-        done += (folder / name).stat().st_size
-        if progress:
-            progress(done, total)
+    pool = ThreadPoolExecutor(2)
+    try:
+        for name, found in zip(files, pool.map(hash_file, [folder / name for name in files]), strict=True):
+            if found != files[name]:
+                raise CheckpointError(
+                    f"{folder / name}: sha256 is not the one certified, the file was changed; "
+                    "remove the directory and bake again"
+                )
+            done += (folder / name).stat().st_size
+            if progress:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Check:
@@ -213,40 +209,6 @@ def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Ch
     return Check("config", ", ".join(f"{k} = {v}" for k, v in cert.config.items()) or "as in the source")
 
 
-def certified_edit(folder: Path, cert: Certificate) -> Edit:
-    """The edit that a certificate tells, with the directions kept beside it."""
-    loaded = [(Direction.load(folder / d.file), d.amount) for d in cert.directions]
-    blocks, strengths = cert.edit.get("blocks"), cert.edit.get("strengths")
-    kernels: dict[str, Any] = {k: Kernel(**v) if isinstance(v, dict) else v for k, v in (strengths or {}).items()}
-    return Edit(
-        ablate=tuple(d for d, amount in loaded if amount is None),
-        strength=cert.edit.get("strength") or 1.0,
-        blocks=(blocks[0], blocks[1]) if isinstance(blocks, list) else None,
-        add=tuple((d, amount) for d, amount in loaded if amount is not None),
-        method=Method(
-            **cert.edit.get("method", {}), neutral=load_neutral(folder / cert.neutral) if cert.neutral else None
-        ),
-        strengths=None if strengths is None else Strengths(**kernels),
-    )
-
-
-def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: Found, ablation: Ablation) -> Check:
-    if not edit.ablate:
-        return ablation_check(cert)
-    writers, shifts = {name: w for w in found.writers for name in (w.tensor, w.bias)}, edit.biases()
-    for proof in cert.writers:
-        shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
-        q = ablation.subspace(writers[proof.tensor])
-        after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
-        # Both numbers come from the same bytes: only the order of summation and the stored direction differ.
-        if abs(after - proof.after) > 1e-3 * proof.after + 1e-6 * size or not proof.holds:
-            raise CheckpointError(
-                f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
-                f"{proof.after:.3g} of {proof.before:.3g} at strength {proof.strength}; bake again"
-            )
-    return ablation_check(cert)
-
-
 def ablation_check(cert: Certificate) -> Check:
     """What a certificate says of the ablation, once that is found to be so."""
     if not cert.writers:
@@ -256,33 +218,3 @@ def ablation_check(cert: Certificate) -> Check:
         f"{cert.writers_edited} of {cert.writers_found} writers, at most {cert.worst_remaining:.2%} remains "
         f"({1 - cert.strength:.0%} asked for)",
     )
-
-
-def _check_biases(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Check:
-    shifts = edit.biases()
-    for proof in cert.biases:
-        bias = _stored(files, proof.tensor).double()
-        wrong = abs(float(bias.norm()) - proof.norm) > 1e-6 * proof.norm
-        if proof.created:
-            expected = torch.zeros_like(bias) if proof.site is None else shifts[proof.site]
-            slack = rounding(files.tensors[proof.tensor].dtype) * float(expected.norm())
-            wrong = wrong or float((bias - expected).norm()) > slack
-        if wrong:
-            raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
-    return Check("add", f"biases at sites {', '.join(str(s) for s in sorted(shifts))}")
-
-
-def save_neutral(neutral: Float[Tensor, "blocks d"], path: Path) -> None:
-    """Write neutral means where `load_neutral` reads them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(save({"neutral": neutral}))
-
-
-def load_neutral(path: Path) -> Float[Tensor, "blocks d"]:
-    """The neutral means that a method spared."""
-    return load_file(path)["neutral"]
-
-
-def _stored(files: CheckpointFiles, name: str) -> Tensor:
-    info = files.tensors[name]
-    return as_tensor(files.read(info), info.dtype, info.shape)

@@ -9,10 +9,12 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+from safetensors.torch import save
+
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.weights.card import model_card
-from steer.weights.certify import Certificate, SavedDirection, save_neutral
+from steer.weights.certify import Certificate, SavedDirection
 from steer.weights.staging import hash_file, write_text
 
 DIRECTIONS = "steer_directions"
@@ -40,7 +42,8 @@ def save_means(edit: Edit, work: Path, written: dict[str, str]) -> str | None:
     if edit.method.neutral is None:
         return None
     name = f"{DIRECTIONS}/neutral.means.safetensors"  # no direction's file has a dot in its stem
-    save_neutral(edit.method.neutral, work / name)
+    (work / DIRECTIONS).mkdir(exist_ok=True)
+    (work / name).write_bytes(save({"neutral": edit.method.neutral}))
     written[name] = hash_file(work / name)
     return name
 

@@ -1,14 +1,20 @@
-"""What is measured on each tensor that a bake writes."""
+"""What is measured on each tensor that a bake writes. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
+_EPSILON = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 
-from steer.weights.arithmetic import norm, rounding, share
+
+def rounding(dtype: str) -> float:
+    """Bound on what storing adds to a projection, as a share of the writer's norm: half a unit in the last
+    place of each element would do, and the arithmetic's own error is below as much again.
+
+    fp32 is summed in fp64, the narrower dtypes in fp32; directions are stored in fp32.
+    """
+    return max(_EPSILON[dtype], 1e-6)
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,3 @@ class SavedDirection:
     """Of an add, in gaps. None for an ablated direction."""
     provenance: dict[str, Any]
     """Where it came from."""
-
-
-def projection(
-    tensor: Tensor, q: Float[Tensor, "d k"], axis: int, *, bias: bool, shift: Float[Tensor, " d"] | None = None
-) -> tuple[float, float]:
-    """(`||Q^T (W - shift)||`, `||W||`) of a weight, or of a bias, into which an add put a shift."""
-    if bias:
-        rows = tensor.double().reshape(-1, q.shape[0])
-        return float(((rows if shift is None else rows - shift) @ q).norm()), float(rows.norm())
-    return share(tensor, q, axis), norm(tensor)

@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ class Rewritten:
     """sha256 of the output."""
 
 
-def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lambda n: None) -> Iterator[Rewritten]:
+def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lambda n: None) -> Generator[Rewritten]:
     """Write each shard to its target, and say so once it is on the disk.
 
     Tensors keep their order; the header passes through too where no tensor is new or decoded. `advance` is told the

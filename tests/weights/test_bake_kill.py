@@ -132,10 +132,12 @@ def test_killed_at_random_times_and_killed_again_the_output_is_absent_or_whole(
 
     duration = min(run(tmp_path / f"undisturbed{n}", None) for n in range(3))
     rng = random.Random(0)
-    resumed = present = killed = 0
-    for n in range(15):
+    resumed = killed = n = 0
+    # Until enough kills fell between the first shard and the last, wherever a busy machine puts those in time.
+    while n < 60 and (n < 12 or killed < 10 or not resumed):
         out = tmp_path / str(n) / "out"
         out.parent.mkdir()
+        n += 1
         # Again and again, each time somewhere else: what is finished only grows.
         before = 0
         for _ in range(rng.randrange(1, 4)):
@@ -146,15 +148,13 @@ def test_killed_at_random_times_and_killed_again_the_output_is_absent_or_whole(
             if not out.exists():
                 assert _finished(out) >= before or not list(out.parent.glob(f".out.*/{JOURNAL}"))
                 before = _finished(out)
-        if out.exists():
-            present += 1
-        else:
+        if not out.exists():
             resumed += before > 0
             bake(sharded, out, ablation, command=COMMAND)
         verify(out)
         _same(out, whole)
-    assert killed > 8
-    assert resumed > 0
+    assert killed >= 10
+    assert resumed
 
 
 def test_killed_between_any_two_steps_the_output_is_absent_or_whole(

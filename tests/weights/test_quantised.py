@@ -16,6 +16,7 @@ from steer.values.edit import Edit
 from steer.weights.bake import bake
 from steer.weights.certify import Certificate, verify
 from steer.weights.quantised import dequantised, quantisation
+from steer.weights.sketch import sketch_files
 from steer.weights.stream import INDEX, SINGLE, CheckpointFiles
 
 BLOCK = (16, 8)
@@ -140,6 +141,11 @@ def test_transformers_reads_the_same_weights_from_the_fp8_checkpoint(
     with torch.no_grad():
         assert torch.isfinite(baked(TOKENS).logits).all()
         assert not torch.equal(baked(TOKENS).logits, theirs(TOKENS).logits)
+
+
+def test_a_direction_found_on_the_fp8_checkpoint_as_it_is_loaded_knows_its_files(fp8: tuple[Path, Path]) -> None:
+    ours, loaded = map(sketch_files, fp8)
+    assert ours.distance(loaded) == 0
 
 
 def _change(**tensors: Tensor | None) -> Callable[[Path], None]:

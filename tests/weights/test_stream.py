@@ -184,7 +184,7 @@ def test_one_file_wins_over_an_index_as_in_transformers(tmp_path: Path, tiny_lla
 
 def test_reading_needs_no_torch() -> None:
     code = (
-        "import sys, steer.weights.anatomy, steer.weights.stream, steer.weights.rewrite, steer.weights.quantised;"
+        "import sys, steer.weights.anatomy, steer.weights.rewrite, steer.weights.quantised, steer.weights.certify;"
         "sys.exit(', '.join(m for m in ('torch', 'transformers') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
