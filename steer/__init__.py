@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from steer.values.slider import Slider
     from steer.values.trait import Trait
     from steer.weights.certify import Certificate, verify
+    from steer.weights.control_vector import load_control_vector
     from steer.weights.fetch import fetch
     from steer.weights.merge import merge
 
@@ -55,6 +56,7 @@ _WHERE = {
     "find": "steer.finding",
     "find_features": "steer.feature_finding",
     "harvest": "steer.features.harvest",
+    "load_control_vector": "steer.weights.control_vector",
     "load_dictionary": "steer.values.dictionary_files",
     "train_dictionary": "steer.training",
     "load": "steer.live.model",
@@ -79,6 +81,7 @@ __all__ = [
     "find_features",
     "harvest",
     "load",
+    "load_control_vector",
     "load_dictionary",
     "merge",
     "train_dictionary",

@@ -151,8 +151,7 @@ def profile_edit(
     force: bool = False,
     say: Say = lambda line: None,
 ) -> Edit:
-    """What a profile's sliders do, as an edit of the checkpoint at `place`; `say` is told of each whether it can be
-    baked.
+    """What a profile's sliders do, as an edit of the checkpoint at `place`; `say` is told what becomes of each.
 
     Errors: UsageError for a name that means nothing there or a profile that moves nothing, MismatchError for a
     direction of another checkpoint unless `force`, UnsupportedError naming every slider that cannot be baked.
@@ -168,11 +167,11 @@ def profile_edit(
             sketch.check(target.name, target.provenance, str(place))
     moves = [slider.at(entry.amount) for slider, entry in found]
     verdicts = verdicts_on(moves, place, form)
-    say("\n".join([f"profile {profile.name}:", *(f"  {v}" for v in verdicts)]))
     check_bakeable(verdicts, f"profile {profile.name!r}")
     edit = Edit.of(moves)
     if edit is None:
         raise UsageError(f"profile {profile.name!r}: nothing to bake, expected a slider that moves, found none")
+    say("\n".join([f"profile {profile.name}:", *(f"  {v}" for v in verdicts)]))
     return edit
 
 

@@ -184,6 +184,17 @@ def test_in_bf16_it_is_the_baked_checkpoint_to_rounding_and_nearer_to_the_exact_
     assert (in_bf16 - logits(load(baked, torch.bfloat16)).float()).norm() < 0.1 * moved
 
 
+def test_in_fp32_it_is_the_baked_checkpoint_to_a_millionth(
+    tmp_path: Path, tiny_llama: TinyLlama, ablation: Edit
+) -> None:
+    source = tiny_llama(tmp_path / "source", dtype=torch.float32)
+    bake_adapter(source, tmp_path / "adapter", ablation)
+    bake(source, tmp_path / "baked", ablation)
+    expected = logits(load(tmp_path / "baked", torch.float32))
+    got = logits(_applied(load(source, torch.float32), tmp_path / "adapter"))
+    assert (got - expected).norm() < 1e-6 * expected.norm()
+
+
 def test_what_keeps_the_norms_of_columns_is_refused_with_the_reason(
     tmp_path: Path, source: Path, make_direction: MakeDirection
 ) -> None:
