@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from steer.values.trait import Trait
     from steer.values.when import Gate, When
     from steer.weights.certify import Certificate, verify
+    from steer.weights.control_vector import load_control_vector
     from steer.weights.fetch import fetch
     from steer.weights.merge import merge
 
@@ -68,6 +69,7 @@ _WHERE = {
     "find": "steer.finding",
     "find_features": "steer.feature_finding",
     "harvest": "steer.features.harvest",
+    "load_control_vector": "steer.weights.control_vector",
     "load_dictionary": "steer.values.dictionary_files",
     "train_dictionary": "steer.training",
     "load": "steer.live.model",
@@ -100,6 +102,7 @@ __all__ = [
     "harvest",
     "load",
     "load_card",
+    "load_control_vector",
     "load_dictionary",
     "merge",
     "train_dictionary",

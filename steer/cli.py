@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from steer import cli_dictionaries, cli_live
+from steer import cli_bake, cli_dictionaries, cli_live
 from steer.cli_common import Json, Model, emit
 from steer.errors import SteerError, UsageError
 
@@ -121,81 +120,7 @@ def find(
 cli_dictionaries.register(app)
 
 
-@app.command(
-    epilog="Examples: `steer bake merged calm --ablate moralizing` · "
-    "`steer bake merged calm --ablate moralizing --search`"
-)
-def bake(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
-    ablate: Annotated[list[str], typer.Option(help="A trait or a direction's file; may be repeated.")] = [],  # noqa: B006
-    add: Annotated[list[str], typer.Option(help="NAME=AMOUNT, written as a bias; may be repeated.")] = [],  # noqa: B006
-    strength: Annotated[float, typer.Option(help="Share of the direction that goes, up to 1.")] = 1.0,
-    blocks: Annotated[str | None, typer.Option(help="FIRST-LAST; every writer without it.")] = None,
-    search: Annotated[bool, typer.Option("--search", help="Let fit topics choose strength, blocks and bias.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Remove directions from the weights and write a new checkpoint with a certificate."""
-    from steer.baking import bake as run
-    from steer.baking import checkpoint_dir, searched_edit
-    from steer.progress import byte_bar
-    from steer.values.slider import parse_amount
-    from steer.weights.bake import bake as bake_edit
-    from steer.weights.staging import check_output
-
-    check_output(out)
-    command = shlex.join(["steer", *sys.argv[1:]])
-    added = dict(parse_amount(a) for a in add)
-    if search:
-        if len(ablate) != 1 or added or blocks or strength != 1.0:
-            raise UsageError("--search: expected one --ablate TRAIT and no --add, --blocks or --strength beside it")
-        edit = searched_edit(model, ablate[0])
-        with byte_bar("baking") as progress:
-            cert = bake_edit(checkpoint_dir(model), out, edit, command=command, progress=progress)
-    else:
-        with byte_bar("baking") as progress:
-            cert = run(
-                model, out, ablate=ablate, add=added, strength=strength, blocks=_blocks(blocks), force=force,
-                command=command, progress=progress,
-            )  # fmt: skip
-    summary = {
-        "checkpoint": str(out),
-        "edit": cert.edit,
-        "writers_found": cert.writers_found,
-        "writers_edited": cert.writers_edited,
-        "worst_remaining": cert.worst_remaining,
-    }
-    text = (
-        f"{out}: {cert.writers_edited} of {cert.writers_found} writers edited, {len(cert.biases)} biases; at most "
-        f"{cert.worst_remaining:.2%} of the direction remains (asked: {1 - cert.strength:.0%})\n"
-        f"Check it: steer verify {out}"
-    )
-    emit(summary, as_json, text)
-
-
-def _blocks(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, dash, last = text.partition("-")
-    if not dash or not first.isdigit() or not last.isdigit():
-        raise UsageError(f"blocks: expected FIRST-LAST, as in 8-20, found {text!r}")
-    return int(first), int(last)
-
-
-@app.command(epilog="Example: `steer verify calm`")
-def verify(
-    directory: Annotated[Path, typer.Argument(help="A baked checkpoint.")],
-    as_json: Json = False,
-) -> None:
-    """Re-read a baked checkpoint and check everything its certificate says."""
-    from steer.progress import byte_bar
-    from steer.weights.certify import verify as run
-
-    with byte_bar("verifying") as progress:
-        checks = run(directory, progress)
-    result = {"checkpoint": str(directory), "ok": True, "checks": {c.name: c.detail for c in checks}}
-    emit(result, as_json, "\n".join([f"ok  {c.name}: {c.detail}" for c in checks]))
+cli_bake.register(app)
 
 
 @app.command(epilog="Example: `steer demo --out demo`")

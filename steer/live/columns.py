@@ -72,6 +72,8 @@ class Columns:
     """Of the directions, one a column."""
     gates: tuple[Gate | None, ...] = ()
     """One a column."""
+    told: bool = True
+    """Whether receipts tell of it."""
     limits: Table | None = None
     """[1, 1, columns]: a token whose norm is beyond it stays as it is. The first token of a text, which attention
     rests on, is a hundred times the others; what is read off it is no trait, and setting it breaks the text."""
@@ -220,6 +222,14 @@ def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) 
         # Ablation acts on what writers write, which has no such tokens.
         limits=None if moves[0][1].operation == "ablate" else _limits([p.direction.residual_norm for p in order]),
     )  # fmt: skip
+
+
+def subspace(row: int, rows: int, basis: Float[Tensor, "d k"], strength: float) -> Columns:
+    """One row's ablation of a subspace with an orthonormal basis, which no slider stands for."""
+    q = basis.double()
+    out = Columns(rows, [], Table(q.T[None]), Table(q), told=False)
+    out.alpha.data[row] = -strength
+    return out
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -19,8 +19,14 @@ from steer.values.slider import Slider, parse_name
 from steer.weights.fetch import home
 from steer.weights.sketch import Sketch
 
-if TYPE_CHECKING:
-    from steer.live.model import SteeredModel
+
+class Checkpoint(Protocol):
+    """What names are looked up for: a live model, or a checkpoint on disk."""
+
+    @property
+    def name(self) -> str: ...
+    def sketch(self) -> Sketch: ...
+
 
 SHIPPED = Path(__file__).parents[2] / "dictionaries"
 _LATENT = re.compile(r"L(\d+)/(\d+)")
@@ -96,7 +102,7 @@ def sliders_of(sketch: Sketch) -> dict[str, Slider]:
     return directions | {name: s for name, s in features_of(sketch).items() if name not in directions}
 
 
-def find_slider(model: SteeredModel, name: str) -> Slider:
+def find_slider(model: Checkpoint, name: str) -> Slider:
     """The slider `name` of this checkpoint: a direction, a feature that comes with one of its dictionaries, or
     latent `L<site>/<index>` of one; `NAME:OPERATION` does something else to it.
 
@@ -107,7 +113,7 @@ def find_slider(model: SteeredModel, name: str) -> Slider:
     return found if operation is None else Slider(found.target, operation, found.when, name)
 
 
-def _find_slider(model: SteeredModel, name: str) -> Slider:
+def _find_slider(model: Checkpoint, name: str) -> Slider:
     sketch = model.sketch()
     known = directions_of(sketch)
     if name in known:
@@ -125,7 +131,7 @@ def _find_slider(model: SteeredModel, name: str) -> Slider:
     )
 
 
-def find_direction(model: SteeredModel, name: str) -> Direction:
+def find_direction(model: Checkpoint, name: str) -> Direction:
     """The direction `name` of this checkpoint. Errors: UsageError naming those that there are."""
     known = directions_of(model.sketch())
     if name not in known:
@@ -137,7 +143,7 @@ def find_direction(model: SteeredModel, name: str) -> Direction:
     return known[name]
 
 
-def _latent(model: SteeredModel, places: dict[str, Path], site: int, index: int) -> Slider:
+def _latent(model: Checkpoint, places: dict[str, Path], site: int, index: int) -> Slider:
     for place in places.values():
         if read_manifest(place).get("site") == site:
             return Slider(Feature.latent(dictionary_at(place), index))

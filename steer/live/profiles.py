@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from steer.errors import SteerError
-from steer.live.library import find_slider
+from steer.live.library import Checkpoint, find_slider
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
@@ -18,11 +18,10 @@ from steer.values.slider import Slider
 from steer.values.when import ALWAYS, When
 
 if TYPE_CHECKING:
-    from steer.live.model import SteeredModel
     from steer.live.sliders import Sliders
 
 
-def sliders_in(model: SteeredModel, profile: Profile) -> list[tuple[Slider, ProfileSlider]]:
+def sliders_in(model: Checkpoint, profile: Profile) -> list[tuple[Slider, ProfileSlider]]:
     """The sliders of a profile, each under a name of its own, in its order.
 
     Errors: UsageError for a name that means nothing on this checkpoint, SteerError for a file that is no direction.
@@ -44,7 +43,7 @@ def sliders_in(model: SteeredModel, profile: Profile) -> list[tuple[Slider, Prof
     return out
 
 
-def edit_of(model: SteeredModel, profile: Profile) -> Edit | None:
+def edit_of(model: Checkpoint, profile: Profile) -> Edit | None:
     """Everything a profile moves; None when it moves nothing. Errors: as `sliders_in`."""
     found = sliders_in(model, profile)
     with _named(profile):
@@ -73,12 +72,12 @@ def _named(profile: Profile) -> Iterator[None]:
         raise type(e)(f"profile {profile.name!r}: {e}") from e
 
 
-def _slider(model: SteeredModel, profile: Profile, text: str) -> Slider:
+def _slider(model: Checkpoint, profile: Profile, text: str) -> Slider:
     file = profile.file_of(text)
     return find_slider(model, text) if file is None else Slider(Direction.load(file))
 
 
-def _when(model: SteeredModel, profile: Profile, entry: ProfileSlider) -> When:
+def _when(model: Checkpoint, profile: Profile, entry: ProfileSlider) -> When:
     if entry.when is None:
         return ALWAYS
     named = entry.when.while_slider

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steer.live.columns import Columns, Place, encoder_rows, joint, latents, places, timed_adds
+from steer.live.columns import Columns, Place, encoder_rows, joint, latents, places, subspace, timed_adds
 from steer.live.frame import TextPass
 from steer.live.table import Table, Window
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
+from steer.values.method import Kind
 from steer.values.move import Move
 from steer.values.when import Gate
 from steer.weights.anatomy import Anatomy
 
 Rows = tuple[Edit | None, ...]
 """One entry: the same edit for every row of the batch. Several: one a row, None for an untouched row."""
+KINDS: tuple[Kind, Kind] = ("attention", "mlp")
+"""Of a block's writers, in the order of `Anatomy.writer_modules`."""
 _Moves = list[tuple[int, Move]]
 """(row, move)"""
 
@@ -77,7 +80,7 @@ class SiteProgram:
     def _moved(self, columns: Columns, x: Tensor, onto: Tensor, text: TextPass) -> Tensor:
         """`onto` moved as the columns want it that read `x`."""
         by = columns.deltas(x, text)
-        if text.tally is not None:
+        if text.tally is not None and columns.told:
             text.tally.note(columns, by, text, self.writes_to)
         return columns.written(onto, by, text)
 
@@ -105,6 +108,7 @@ def compiled(rows: Rows, anatomy: Anatomy, held: Sequence[Move] = ()) -> dict[st
         sets = [(r, m) for r, m in here if m.reads and isinstance(m.target, Direction)]
         program.set += _joined(sets, len(rows))
     _ablations(out, rows, moves, anatomy)
+    _uneven(out, rows, anatomy)
     for gate in {m.when.gate.key: m.when.gate for _, m in moves if m.when.gate is not None}.values():
         out.setdefault(anatomy.block_module(gate.site), SiteProgram()).gates.append(gate)
     if not held:  # whose numbers change, each window's by itself
@@ -182,6 +186,23 @@ def _ablations(out: dict[str, SiteProgram], rows: Rows, moves: _Moves, anatomy: 
         for module, block in _writers(anatomy):
             if blocks is None or (block is not None and blocks[0] <= block <= blocks[1]):
                 out.setdefault(module, SiteProgram(writes_to=-1 if block is None else block)).set += columns
+
+
+def _uneven(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy) -> None:
+    """Ablation by an edit's method, at strengths that differ from writer to writer."""
+    made: dict[tuple[int, float, int | None], Columns] = {}
+    for r, edit in enumerate(rows):
+        if edit is None or not edit.ablate or not edit.uneven:
+            continue
+        for module, block in _writers(anatomy):
+            kind = "embedding" if block is None else KINDS[anatomy.writer_modules(block).index(module)]
+            strength = edit.strength_at(block, kind)
+            if not strength:
+                continue
+            key = r, strength, block if edit.method.by_block else None
+            if key not in made:
+                made[key] = subspace(r, len(rows), edit.basis(block), strength)
+            out.setdefault(module, SiteProgram(writes_to=-1 if block is None else block)).set.append(made[key])
 
 
 def _writers(anatomy: Anatomy) -> Iterator[tuple[str, int | None]]:

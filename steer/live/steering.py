@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steer.errors import UnsupportedError
 from steer.live.frame import TextPass
 from steer.live.program import Rows, SiteProgram, compiled
 from steer.values.edit import Edit
@@ -99,8 +100,13 @@ class Steering:
             self._use(self.rows)
 
     def check(self, edit: Edit) -> None:
-        """Raise unless the edit fits this model."""
+        """Raise unless the edit fits this model, and hooks can do it."""
         self.anatomy.check_edit(edit)
+        if edit.method.norm_preserving:
+            raise UnsupportedError(
+                f"{self.anatomy.where}: a norm-preserving ablation scales every column of a weight, which no hook on "
+                "what is written can do; expected another method for the live model, or bake it"
+            )
 
     @property
     def timed(self) -> bool:

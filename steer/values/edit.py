@@ -15,6 +15,7 @@ from torch import Tensor
 from steer.errors import UsageError
 from steer.values.direction import Direction
 from steer.values.feature import Feature
+from steer.values.method import PLAIN, Kind, Method, Strengths
 from steer.values.move import Move
 from steer.values.when import PARALLEL, same_vector
 
@@ -40,6 +41,10 @@ class Edit:
     """What else sliders do. Weights can hold those that always add; the others read the activation, or wait."""
     labels: tuple[str | None, ...] = ()
     """What receipts call what is ablated and then what is added, where not by the directions' names."""
+    method: Method = PLAIN
+    """What is spared and kept when the directions are removed."""
+    strengths: Strengths | None = None
+    """Strengths that differ between kinds of writers, or from block to block, in place of `strength`."""
 
     def __post_init__(self) -> None:
         if not self.ablate and not self.add and not self.moves:
@@ -50,6 +55,8 @@ class Edit:
             raise UsageError(
                 f"blocks: expected FIRST-LAST with 0 <= FIRST <= LAST, found {self.blocks[0]}-{self.blocks[1]}"
             )
+        if self.strengths is not None and self.strength != 1.0:
+            raise UsageError(f"strength: expected one number or strengths by kind, found {self.strength} and both")
         _check_conflicts(self.moves)
         self._check_number()
 
@@ -76,17 +83,31 @@ class Edit:
     @property
     def embedding(self) -> bool:
         """Whether the embedding is edited."""
-        return bool(self.ablate) and self.blocks is None
+        return self.strength_at(None, "embedding") > 0
 
     def edits_block(self, block: int) -> bool:
-        """Whether the attention and MLP writers of `block` are ablated."""
-        return bool(self.ablate) and (self.blocks is None or self.blocks[0] <= block <= self.blocks[1])
+        """Whether the attention or MLP writers of `block` are ablated."""
+        return max(self.strength_at(block, "attention"), self.strength_at(block, "mlp")) > 0
 
-    def basis(self) -> Float[Tensor, "d k"]:
-        """Orthonormal basis Q of the ablated directions, fp64. Linearly dependent ones collapse."""
-        stack = torch.stack([d.vector.double() for d in self.ablate], dim=1)
-        u, s, _ = torch.linalg.svd(stack, full_matrices=False)
-        return u[:, s > PARALLEL * s[0]].contiguous()
+    @property
+    def uneven(self) -> bool:
+        """Whether what is ablated differs from writer to writer, or spares something: no slider does that."""
+        return self.strengths is not None or self.method is not PLAIN
+
+    def strength_at(self, block: int | None, kind: Kind) -> float:
+        """The strength at the writers of a kind in a block (None: the embedding); 0 where nothing is ablated."""
+        if not self.ablate or (self.blocks and (block is None or not self.blocks[0] <= block <= self.blocks[1])):
+            return 0.0
+        return self.strength if self.strengths is None else self.strengths.at(block, kind)
+
+    def basis(self, block: int | None = None) -> Float[Tensor, "d k"]:
+        """Orthonormal basis Q of what is removed from the writers of `block`, fp64; without a block, from the
+        embedding. Linearly dependent directions collapse.
+
+        Errors: UsageError when the method leaves nothing of a direction.
+        """
+        vectors = [self.method.project(d.vector, d.site, block) for d in self.ablate]
+        return orthonormal(torch.stack(vectors, dim=1))
 
     def biases(self) -> dict[int, Float[Tensor, " d"]]:
         """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Moves are not in it."""
@@ -104,13 +125,14 @@ class Edit:
         return replace(self, add=(*self.add, *adds), moves=rest) if adds else self
 
     def as_moves(self) -> tuple[Move, ...]:
-        """Everything that it moves, as moves; the same ones at every call."""
+        """Everything that it moves, as moves; the same ones at every call. An ablation that is uneven is none."""
         return self._as_moves
 
     @cached_property
     def _as_moves(self) -> tuple[Move, ...]:
         labels = chain(self.labels, repeat(None))
         gone = [Move(d, "ablate", self.strength, label=next(labels)) for d in self.ablate]
+        gone = [] if self.uneven else gone
         added = [Move(d, "add", a, label=next(labels)) for d, a in self.add]
         return tuple(m for m in (*gone, *added, *self.moves) if not m.neutral)
 
@@ -125,6 +147,10 @@ class Edit:
                 for d, a in self.add
             ],
         }
+        if self.method.describe() != PLAIN.describe():
+            out["method"] = self.method.describe()
+        if self.strengths is not None:
+            out |= {"strength": None, "strengths": self.strengths.describe()}
         return out | {"moves": [m.describe() for m in self.moves]} if self.moves else out
 
     def _check_number(self) -> None:
@@ -144,6 +170,12 @@ class Edit:
 def _direction(move: Move) -> Direction:
     assert isinstance(move.target, Direction)
     return move.target
+
+
+def orthonormal(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    """An orthonormal basis of what the columns span, with fewer columns where they are dependent or zero."""
+    u, s, _ = torch.linalg.svd(vectors, full_matrices=False)
+    return u[:, s > PARALLEL * s[0]].contiguous()
 
 
 def _share(direction: Direction, amount: float) -> float | None:

@@ -1,102 +1,46 @@
-"""What each architecture writes into the residual stream, declared and never guessed. Imports no torch."""
+"""The residual stream of one model: its blocks, its width, what writes into it. Declared, never guessed; no torch."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
-from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
+from steer.weights.layouts import LAYOUTS, Layout
+from steer.weights.writers import FLOATS, Found, Stored, Writer, find_writers
 
 if TYPE_CHECKING:
     from steer.values.direction import Direction
     from steer.values.edit import Edit
     from steer.values.feature import Feature
+    from steer.values.method import Kind
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Stored dtypes that can hold an edit."""
-
-
-class Stored(Protocol):
-    """What the checks need to know of a tensor; `stream.TensorInfo` is one."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+__all__ = ["FLOATS", "LAYOUTS", "Anatomy", "Found", "Layout", "LiveWriter", "Stored", "Writer"]
 
 
 @dataclass(frozen=True)
-class Writer:
-    """One module whose output is added to the residual stream."""
+class LiveWriter:
+    """One live module that writes into the residual stream; its output may be a tuple, the tensor first."""
 
-    kind: Literal["embedding", "attention", "mlp"]
+    kind: Kind
     block: int | None
     """None for the embedding."""
     module: str
-    """Its path in the live model."""
-    axis: int
-    """The axis of the weight that faces the residual stream: 0 for a Linear `[out, in]`, 1 for an embedding
-    `[vocab, d]`."""
-
-    @property
-    def tensor(self) -> str:
-        """Name of its weight."""
-        return f"{self.module}.weight"
-
-    @property
-    def bias(self) -> str:
-        """Name of its bias, which few checkpoints have."""
-        return f"{self.module}.bias"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The names that an architecture gives to its parts."""
-
-    model_type: str
-    block: str = "model.layers.{}"
-    embedding: str = "model.embed_tokens"
-    head: str = "lm_head"
-    attention: str = "self_attn.o_proj"
-    mlp: str = "mlp.down_proj"
-    readers: tuple[str, ...] = (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "input_layernorm",
-        "post_attention_layernorm",
-    )
-    """The modules of a block that write nothing into the residual stream. The two norms stand before the
-    attention and the MLP: none stands between a writer and the residual stream."""
-    bias_key: str | None = None
-    """The config key that gives every MLP of the model biases, if the architecture has one."""
-    bias_modules: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    """The modules of a block that `bias_key` gives a bias."""
-    blocks_key: str = "num_hidden_layers"
-    width_key: str = "hidden_size"
-
-
-LAYOUTS: dict[str, Layout] = {
-    "LlamaForCausalLM": Layout("llama", bias_key="mlp_bias"),
-    "MistralForCausalLM": Layout("mistral"),
-    "Qwen2ForCausalLM": Layout("qwen2"),
-    "Qwen3ForCausalLM": Layout("qwen3", readers=(*Layout.readers, "self_attn.q_norm", "self_attn.k_norm")),
-}
-"""By the name that config.json has under `architectures`."""
+    norm: str | None = None
+    """The weight of the norm between it and the residual stream."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The residual stream of one model: its blocks, its width, and everything that writes into it."""
+    """What a config declares. `find` looks the writers up in a checkpoint's files."""
 
     architecture: str
     layout: Layout
     blocks: int
     width: int
+    experts: int
+    """In each MLP that has any; 0 where none does."""
     biased: bool
     """Whether the MLPs have biases already."""
     tied: bool
@@ -117,62 +61,84 @@ class Anatomy:
                 "its writers would have to be guessed"
             )
         layout = LAYOUTS[architecture]
-        for key in (layout.blocks_key, layout.width_key):
-            if type(config.get(key)) is not int or config[key] < 1:
+
+        def size(*keys: str) -> int:
+            found = next((config[k] for k in keys if config.get(k) is not None), None)
+            if type(found) is not int or found < 1:
                 raise CheckpointError(
-                    f"{where}: config.json: expected a positive number under {key}, "
-                    f"found {config.get(key)!r}; fetch the model again"
+                    f"{where}: config.json: expected a positive number under {' or '.join(keys)}, "
+                    f"found {found!r}; fetch the model again"
                 )
+            return found
+
+        tied = config.get("tie_word_embeddings")
         return cls(
             architecture,
             layout,
-            blocks=config[layout.blocks_key],
-            width=config[layout.width_key],
-            biased=bool(layout.bias_key and config.get(layout.bias_key)),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            blocks=size(layout.blocks_key),
+            width=size(layout.width_key),
+            experts=size(*layout.experts_keys) if layout.experts_keys else 0,
+            biased=layout.mlp_bias == "always" or bool(layout.mlp_bias and config.get(layout.mlp_bias)),
+            tied=layout.tied if tied is None else bool(tied),
             where=where,
         )
 
     @property
     def embedding_module(self) -> str:
-        """Path of the embedding in the live model."""
-        return self.layout.embedding
-
-    @property
-    def head(self) -> str:
-        """Name of the LM head's weight. A tied checkpoint need not have it."""
-        return f"{self.layout.head}.weight"
+        """Path of the live module that puts out what the embedding writes, positions included where they are added."""
+        return self.layout.base + self.layout.embedding_output
 
     def block_module(self, block: int) -> str:
         """Path of a block in the live model; its output is the residual stream at site `block`."""
-        return self.layout.block.format(block)
+        return self.layout.base + self.layout.block.format(block)
 
     def writer_modules(self, block: int) -> tuple[str, str]:
-        """Paths of a block's attention writer and MLP writer in the live model."""
-        return (
-            f"{self.block_module(block)}.{self.layout.attention}",
-            f"{self.block_module(block)}.{self.layout.mlp}",
-        )
+        """Paths of the two live modules of a block whose outputs are added to the residual stream: attention and
+        MLP, or the norms after them. An output may be a tuple, the tensor first."""
+        path, layout = self.block_module(block), self.layout
+        attention, mlp = layout.attention_norm or layout.attention_module, layout.mlp_norm or layout.mlp_module
+        return f"{path}.{attention}", f"{path}.{mlp}"
 
     @property
-    def writers(self) -> tuple[Writer, ...]:
-        """Everything that writes into the residual stream: the embedding, then block by block."""
-        out = [Writer("embedding", None, self.embedding_module, axis=1)]
+    def live_writers(self) -> tuple[LiveWriter, ...]:
+        """The live modules where hooks do what a bake does to the weights; `ablation.Ablation` tells what to remove
+        from their outputs. They differ from `writer_modules` where a norm follows: what is removed before the norm
+        is brought to the norm's own length again, what is removed after it is not."""
+        layout = self.layout
+        kinds: tuple[tuple[Kind, str, str | None], ...] = (
+            ("attention", layout.attention_module, layout.attention_norm),
+            ("mlp", layout.mlp_module, layout.mlp_norm),
+        )
+        out = [LiveWriter("embedding", None, self.embedding_module)]
         for block in range(self.blocks):
-            attention, mlp = self.writer_modules(block)
-            out += [Writer("attention", block, attention, axis=0), Writer("mlp", block, mlp, axis=0)]
+            path = self.block_module(block)
+            out += [LiveWriter(k, block, f"{path}.{m}", norm and f"{path}.{norm}.weight") for k, m, norm in kinds]
         return tuple(out)
+
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Found:
+        """Every writer in a checkpoint's files, each checked to be there and to hold an edit.
+
+        Errors: UnsupportedError for quantised weights and for tensors this layout does not know,
+        CheckpointError for tensors that are missing or of another shape.
+        """
+        return find_writers(self, config, tensors)
 
     def bias_carriers(self) -> tuple[str, ...]:
         """Paths of every module that must have a bias once one MLP writer has one.
 
         Errors: UnsupportedError when the architecture has no such biases.
         """
-        if self.layout.bias_key is None:
-            raise UnsupportedError(
-                f"{self.where}: {self.architecture} has no biases in its MLPs, so a checkpoint cannot carry "
-                "an add; ablate instead, or add with a slider"
+        if self.layout.mlp_bias is None:
+            why = (
+                f"{self.architecture} has a norm between its MLPs and the residual stream, which no constant passes"
+                if self.layout.mlp_norm
+                else f"{self.architecture} has no biases in its MLPs"
             )
+            raise UnsupportedError(
+                f"{self.where}: {why}, so a checkpoint cannot carry an add; ablate instead, or add with a slider"
+            )
+        if self.layout.mlp_bias == "always":
+            return ()
         return tuple(f"{self.block_module(b)}.{m}" for b in range(self.blocks) for m in self.layout.bias_modules)
 
     def check_edit(self, edit: Edit) -> None:
@@ -193,63 +159,17 @@ class Anatomy:
                 f"blocks: expected FIRST-LAST within 0-{self.blocks - 1} for {self.where}, "
                 f"found {edit.blocks[0]}-{edit.blocks[1]}"
             )
-
-    def check_weights(self, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
-        """Raise unless every writer is there and can be edited, and no other tensor might be one.
-
-        Errors: UnsupportedError for quantised weights and for tensors this layout does not know,
-        CheckpointError for tensors that are missing or of another shape.
-        """
-        if config.get("quantization_config") or config.get("compression_config"):
-            raise self._quantised("config.json has a quantization_config")
-        for name, stored in tensors.items():
-            self._check_known(name, stored)
-        for writer in self.writers:
-            self._check_writer(writer, tensors)
-        if not self.tied and self.head not in tensors:
-            raise CheckpointError(
-                f"{self.where}: expected tensor {self.head}, as the embedding is not tied, found none; "
-                "fetch the model again"
+        neutral = edit.method.neutral
+        if neutral is not None and tuple(neutral.shape) != (self.blocks, self.width):
+            raise MismatchError(
+                f"method {edit.method.projection}: expected neutral means of {self.where}, {self.blocks} blocks of "
+                f"width {self.width}, found {list(neutral.shape)}; measure them on this checkpoint"
             )
-
-    def _check_writer(self, writer: Writer, tensors: Mapping[str, Stored]) -> None:
-        if writer.tensor not in tensors:
-            raise CheckpointError(f"{self.where}: expected tensor {writer.tensor}, found none; fetch the model again")
-        for name in (writer.tensor, writer.bias):
-            if name not in tensors:
-                continue
-            stored, axis = tensors[name], writer.axis if name == writer.tensor else 0
-            if stored.dtype not in FLOATS:
-                raise self._quantised(f"{name} is stored as {stored.dtype}")
-            if len(stored.shape) != 1 + (name == writer.tensor) or stored.shape[axis] != self.width:
-                raise CheckpointError(
-                    f"{self.where}: {name}: expected axis {axis} to be the residual width {self.width}, "
-                    f"found shape {list(stored.shape)}; fetch the model again"
-                )
-
-    def _check_known(self, name: str, stored: Stored) -> None:
-        module, _, parameter = name.rpartition(".")
-        layout = self.layout
-        inside = re.fullmatch(re.escape(layout.block).replace(r"\{\}", r"\d+") + r"\.(.+)", module)
-        if inside:
-            known = (*layout.readers, layout.attention, layout.mlp)
-            # Rotary frequencies are a constant that old checkpoints store.
-            if (parameter in ("weight", "bias") and inside[1] in known) or parameter == "inv_freq":
-                return
-        elif not name.startswith("model.") or module == layout.embedding or len(stored.shape) < 2:
-            return  # outside the decoder, or nothing that could write vectors: passes through
-        if name.endswith(("_scale", "_scale_inv", ".qweight", ".qzeros", ".scales", ".g_idx", ".absmax")):
-            raise self._quantised(f"it has a tensor {name}")
-        raise UnsupportedError(
-            f"{self.where}: tensor {name} {list(stored.shape)} is unknown in {self.architecture} and might "
-            "write into the residual stream; expected the tensors of the plain architecture"
-        )
-
-    def _quantised(self, found: str) -> UnsupportedError:
-        return UnsupportedError(
-            f"{self.where}: expected weights in bf16, fp16, fp32 or fp64, found quantised ones ({found}); "
-            "rounding would undo most of the edit, bake the original weights and quantise the result"
-        )
+        if edit.ablate and not edit.embedding and not any(edit.edits_block(b) for b in range(self.blocks)):
+            raise UsageError(
+                f"strengths: expected one above 0 in the {self.blocks} blocks of {self.where}, found 0 in all; "
+                "move the peak of the kernel"
+            )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import platform
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.errors import CheckpointError, UsageError
-from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Writer
-from steer.weights.arithmetic import as_tensor, remove, shadow
-from steer.weights.card import model_card
-from steer.weights.certify import (
-    CERTIFICATE,
-    BiasProof,
-    Certificate,
-    SavedDirection,
-    WriterProof,
-    projection,
-    visible_files,
-)
+from steer.weights.arithmetic import ablate, as_tensor, on_accelerator, projection
+from steer.weights.certify import CERTIFICATE, BiasProof, Certificate, WriterProof, visible_files
+from steer.weights.journal import Journal, fingerprint
+from steer.weights.kept import DIRECTIONS, finish, save_directions, save_means, source_name, versions
 from steer.weights.plan import Plan
-from steer.weights.staging import check_output, copy_file, hash_file, staged, write_json, write_text
-from steer.weights.stream import INDEX, CheckpointFiles, NewTensor, TensorInfo, rewrite_shard
+from steer.weights.quantised import dequantised
+from steer.weights.rewrite import Rewrite, rewrite_shards
+from steer.weights.staging import check_output, copy_file, hash_file, staged, write_json
+from steer.weights.stream import INDEX, Buffer, CheckpointFiles, NewTensor, TensorInfo
 
-DIRECTIONS = "steer_directions"
-"""The folder in the output that keeps the directions."""
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|index\.json)$")
 """Files of weights. Those beside the checkpoint's own hold the unedited model, so they are left out."""
 
@@ -53,7 +44,8 @@ def bake(
     """Write `source` with `edit` in its weights to `out`, and return what was measured on the result.
 
     Tensors the edit does not concern, and files that are no weights, are copied byte for byte. `out` is
-    complete or absent. `progress` is called with (bytes of weights written, bytes in all).
+    complete or absent; what a killed bake of the same source and edit had finished is not done again. Weights in fp8
+    with a scale a block are written as bf16. `progress` is called with (bytes of weights written, bytes in all).
 
     Features that add become biases, as directions do; the other operations on features are refused.
 
@@ -65,8 +57,8 @@ def bake(
     check_output(out)
     if out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: lies inside the source {source}; name an output outside it")
-    plan = Plan.of(CheckpointFiles.open(source), edit)
-    with staged(out) as work:
+    plan = Plan.of(dequantised(CheckpointFiles.open(source)), edit)
+    with staged(out, resume=True) as work:
         return _write(plan, work, command, progress)
 
 
@@ -74,8 +66,7 @@ def bake(
 class _Editor:
     """Changes tensors in place as they stream by, and keeps the proofs."""
 
-    edit: Edit
-    q: Float[Tensor, "d k"] | None
+    ablation: Ablation
     root: Path
     writers: list[WriterProof] = field(default_factory=list)
     biases: list[BiasProof] = field(default_factory=list)
@@ -86,29 +77,33 @@ class _Editor:
         writer: Writer | None,
         site: int | None,
         shift: Float[Tensor, " d"] | None,
-        data: bytearray,
+        data: Buffer,
     ) -> None:
-        """Ablate if a `writer` is given, then add the shift if there is one."""
-        weight = as_tensor(data, info.dtype, info.shape)
-        q = None if writer is None else self.q
+        """Ablate if a `writer` is given, then add the shift if there is one; both change what `data` holds."""
+        stored = as_tensor(data, info.dtype, info.shape)
+        bias = writer is None or info.name == writer.bias
+        weight = stored if bias else on_accelerator(stored)
+        q = None if writer is None else self.ablation.subspace(writer)
+        strength = 0.0 if writer is None else self.ablation.strength(writer)
+        keep = self.ablation.edit.method.norm_preserving
         before = 0.0
-        if weight.ndim == 1:
-            wide = weight.double()
+        if bias:  # `[d]` or `[experts, d]`: rows that face the residual stream, as an embedding's do
+            wide = weight.double().view(-1, info.shape[-1])
             if q is not None:
-                before = float((q.T @ wide).norm())
-                wide -= self.edit.strength * (q @ (q.T @ wide))
-            weight.copy_(wide if shift is None else wide + shift)
+                before = ablate(wide, q, 1, strength, norm_preserving=keep)
+            weight.copy_((wide if shift is None else wide + shift).view(weight.shape))
         elif writer is not None and q is not None:
-            cast = shadow(weight, q, writer.axis)
-            before = float(cast.norm())
-            remove(weight, q, writer.axis, self.edit.strength, cast)
+            before = ablate(weight, q, writer.axis, strength, norm_preserving=keep)
+            if weight is not stored:
+                stored.copy_(weight)
         if shift is not None:
             self.biases.append(BiasProof(info.name, site, False, float(weight.double().norm())))
         if writer is None or q is None:
             return
-        after, size = projection(weight, q, writer.axis, shift)
-        proof = WriterProof(info.name, writer.kind, writer.block, writer.axis, info.dtype, before, after, size)
-        if not math.isfinite(size) or not proof.holds(self.edit.strength):
+        after, size = projection(weight, q, writer.axis, bias=bias, shift=shift)
+        axis = weight.ndim - 1 if bias else writer.axis
+        proof = WriterProof(info.name, writer.kind, writer.block, axis, bias, info.dtype, strength, before, after, size)
+        if not math.isfinite(size) or not proof.holds:
             raise CheckpointError(
                 f"{self.root}: {info.name} puts {after:.3g} of {before:.3g} into the ablated directions "
                 "after the edit; expected finite weights, check the source"
@@ -118,42 +113,51 @@ class _Editor:
 
 def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int, int], None] | None) -> Certificate:
     files, anatomy, edit = plan.files, plan.anatomy, plan.edit
-    editor = _Editor(edit, edit.basis() if edit.ablate else None, files.root)
-    sources, written = _write_weights(plan, editor, work, progress)
-    if plan.config:
+    editor = _Editor(plan.ablation, files.root)
+    journal = _journal(plan, work)
+    sources, written = _write_weights(plan, editor, work, journal, progress)
+    config = files.decoded | plan.config
+    if config:
         written["config.json"] = write_json(work / "config.json", files.config | plan.config)
     else:
         written["config.json"] = copy_file(files.root / "config.json", work / "config.json")
     left_out = _copy_side_files(files.root, work, written)
-    directions = _save_directions(edit, work, written)
-    order = {name: i for i, w in enumerate(anatomy.writers) for name in (w.tensor, w.bias)}
+    directions = save_directions(edit, work, written)
+    order = {name: i for i, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
     cert = Certificate(
-        source=_source_name(files.root),
+        source=source_name(files.root),
         architecture=anatomy.architecture,
         edit=edit.describe(),
-        strength=edit.strength,
-        writers_found=len(anatomy.writers),
+        strength=min((w.strength for w in editor.writers), default=edit.strength),
+        neutral=save_means(edit, work, written),
+        writers_found=len(plan.found.writers),
         writers=tuple(sorted(editor.writers, key=lambda w: order[w.tensor])),
         biases=(*editor.biases, *_created_biases(plan)),
         directions=directions,
-        config=plan.config,
+        config=config,
         tensors={  # from the headers as they now stand on disk
             t.name: [t.file, t.dtype, list(t.shape)] for t in CheckpointFiles.open(work).tensors.values()
         },
-        source_files=sources,
+        source_files=dict(sorted(sources.items())),
         files=written,
         left_out=left_out,
-        versions=_versions(),
+        versions=versions(),
         command=command,
     )
-    written["README.md"] = write_text(work / "README.md", model_card(cert, files.root / "README.md"))
-    cert = replace(cert, files=dict(sorted(written.items())))
-    cert.save(work)
+    cert = finish(cert, work, files.root / "README.md", written)
+    journal.close()
     return cert
 
 
+def _journal(plan: Plan, work: Path) -> Journal:
+    """What a killed bake of the same edit into the same place has finished."""
+    shards = [(s.name, s.size, s.mtime_ns, s.header) for s in plan.files.shards]
+    where = torch.cuda.is_available()  # sums on a GPU round another way
+    return Journal(work, fingerprint(versions(), where, plan.files.config, shards, plan.edit))
+
+
 def _write_weights(
-    plan: Plan, editor: _Editor, work: Path, progress: Callable[[int, int], None] | None
+    plan: Plan, editor: _Editor, work: Path, journal: Journal, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Write shards and index; return the sha256 of what was read and of what was written."""
     files = plan.files
@@ -169,25 +173,50 @@ def _write_weights(
     sources = {"config.json": hash_file(files.root / "config.json")}
     written: dict[str, str] = {}
     for shard in files.shards:
-        sources[shard.name], written[shard.name] = rewrite_shard(
-            shard,
-            work / shard.name,
-            change={t.name: changes[t.name] for t in shard.tensors if t.name in changes},
-            new=plan.new.get(shard.name, ()),
-            advance=advance,
-        )
+        if past := journal.finished.get(shard.name):
+            sources[shard.name], written[shard.name] = past["read"], past["written"]
+            editor.writers += [WriterProof(**w) for w in past["writers"]]
+            editor.biases += [BiasProof(**b) for b in past["biases"]]
+            advance(sum(t.nbytes for t in (*shard.tensors, *plan.new.get(shard.name, ()))))
+    jobs = []
+    for shard in files.shards:
+        if shard.name not in written:
+            change = {t.name: changes[t.name] for t in shard.tensors if t.name in changes}
+            jobs.append(Rewrite(shard, work / shard.name, change, plan.new.get(shard.name, ())))
+    with _one_thread(), closing(rewrite_shards(jobs, advance)) as rewritten:
+        for one in rewritten:
+            name = one.shard.name
+            sources[name], written[name] = one.read, one.written
+            proofs = {
+                key: [asdict(p) for p in of if files.tensors[p.tensor].file == name]
+                for key, of in (("writers", editor.writers), ("biases", editor.biases))
+            }
+            journal.record(name, read=one.read, written=one.written, **proofs)
     if files.index is not None:
         sources[INDEX] = hash_file(files.root / INDEX)
         written[INDEX] = _write_index(plan, files.index, work)
+    order = {name: n for n, name in enumerate(files.tensors)}
+    editor.biases.sort(key=lambda proof: order[proof.tensor])
     return sources, written
 
 
-def _changes(plan: Plan, editor: _Editor) -> dict[str, Callable[[bytearray], None]]:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One core keeps up with the hashing, which needs the others; and sums come out the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _changes(plan: Plan, editor: _Editor) -> dict[str, Callable[[Buffer], None]]:
     """Tensor -> what is done to its bytes."""
     shifts, tensors = plan.edit.biases(), plan.files.tensors
     jobs: dict[str, tuple[Writer | None, int | None]] = {}
     for writer in plan.writers:
-        jobs |= {name: (writer, None) for name in (writer.tensor, writer.bias) if name in tensors}
+        jobs |= {name: (writer, None) for name in (writer.tensor, writer.bias) if name and name in tensors}
     for name, site in plan.shifted.items():
         jobs[name] = (jobs[name][0] if name in jobs else None, site)
     return {
@@ -210,7 +239,7 @@ def _created_biases(plan: Plan) -> list[BiasProof]:
 
 
 def _write_index(plan: Plan, index: dict[str, Any], work: Path) -> str:
-    if not plan.new:
+    if not plan.new and not plan.files.decoded:
         return copy_file(plan.files.root / INDEX, work / INDEX)
     added = {t.name: shard for shard, tensors in plan.new.items() for t in tensors}
     weight_map = index["weight_map"] | added
@@ -240,33 +269,3 @@ def _copy_side_files(root: Path, work: Path, written: dict[str, str]) -> tuple[s
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         written[name] = copy_file(root / path, work / path)
     return tuple(left_out)
-
-
-def _save_directions(edit: Edit, work: Path, written: dict[str, str]) -> tuple[SavedDirection, ...]:
-    saved: dict[Direction, str] = {}
-    out = []
-    for direction, amount in (*((d, None) for d in edit.ablate), *edit.add):
-        if direction not in saved:
-            stem = f"{DIRECTIONS}/{re.sub(r'[^A-Za-z0-9_-]+', '-', direction.name)}-{direction.site}"
-            names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-            saved[direction] = next(f for n in names if (f := f"{n}.safetensors") not in saved.values())
-            direction.save(work / saved[direction])
-            written[saved[direction]] = hash_file(work / saved[direction])
-        name, site = direction.name, direction.site
-        out.append(SavedDirection(saved[direction], name, site, amount, direction.provenance))
-    return tuple(out)
-
-
-def _source_name(root: Path) -> str:
-    for part in root.resolve().parts:
-        if part.startswith("models--"):  # a hub cache: models--org--name/snapshots/<commit>
-            return "/".join(part.split("--", 2)[1:])
-    return root.resolve().name
-
-
-def _versions() -> dict[str, str]:
-    try:
-        steer = metadata.version("steer")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        steer = "unknown"
-    return {"steer": steer, "torch": torch.__version__, "python": platform.python_version()}

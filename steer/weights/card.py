@@ -1,4 +1,4 @@
-"""The model card of a baked checkpoint, written from its certificate."""
+"""The model card of what a bake wrote, written from its certificate."""
 
 from __future__ import annotations
 
@@ -15,56 +15,108 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What a card's header says of any derivative as well."""
 
 
+_LIBRARY = {"checkpoint": "transformers", "adapter": "peft"}
+_TAGS = {"checkpoint": (), "adapter": ("lora",), "gguf": ("gguf", "control-vector", "llama.cpp")}
+_WHAT = {
+    "checkpoint": "The weights of `{source}` ({architecture}) with this edit in them.",
+    "adapter": "A LoRA for `{source}` ({architecture}) that does this edit. Its weights stay as they are: without the "
+    "adapter it is the source again.",
+    "gguf": "A control vector for `{source}` ({architecture}), as llama.cpp and what is built on it load it. The "
+    "amounts below are in it: use it at scale 1.",
+}
+
+
 def model_card(cert: Certificate, source_card: Path) -> str:
     """README.md for a hub: a YAML header, then what was done and what was measured.
 
     Licence and language come from the source's card, where it has one with a readable header.
     """
+    library = _LIBRARY.get(cert.form)
     header: dict[str, Any] = {
         "base_model": "/".join(re.sub(r"[^\w.-]+", "-", part) for part in cert.source.split("/")),
-        "library_name": "transformers",
-        "tags": ["steer", "feature-steering", *(["abliterated"] if cert.writers else [])],
+        "base_model_relation": "finetune" if cert.form == "checkpoint" else "adapter",
+        **({"library_name": library} if library else {}),
+        "tags": ["steer", "feature-steering", *(["abliterated"] if cert.writers else []), *_TAGS[cert.form]],
     } | {k: v for k, v in _front_matter(source_card).items() if k in _KEPT}
+    what = _WHAT[cert.form].format(source=cert.source, architecture=cert.architecture)
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {cert.source}, edited with steer",
+        f"# {cert.source}, {'edited' if cert.form == 'checkpoint' else 'steered'} with steer",
         "",
-        f"The weights of `{cert.source}` ({cert.architecture}) with this edit in them. "
-        "`steer_certificate.json` holds every number below; `steer verify` recomputes them from the files.",
+        f"{what} `steer_certificate.json` holds every number below; `steer verify` recomputes them from the files.",
         "",
         "| edit | direction | block | |",
         "|---|---|---|---|",
     ]
+    strengths = sorted({f"{w.strength:.3g}" for w in cert.writers}, key=float)
+    strength = f"strength {' to '.join(dict.fromkeys([*strengths[:1], *strengths[-1:]]))}"
     for d in cert.directions:
-        what = ("ablate", f"strength {cert.strength:g}") if d.amount is None else ("add", f"amount {d.amount:+g}")
-        lines.append(f"| {what[0]} | {d.name} | {d.site} | {what[1]} |")
-    lines += ["", "## Measured on these files", ""]
-    if cert.writers:
-        lines += [
-            f"- Writers of the residual stream edited: {cert.writers_edited} of {cert.writers_found} "
-            f"({_blocks(cert.edit.get('blocks'))}).",
-            f"- Share of the ablated directions that remains, worst writer: {cert.worst_remaining:.3%} "
-            f"(asked for {1 - cert.strength:.0%}; the rest is rounding to the stored dtype).",
-        ]
-    carried = sorted(b.site for b in cert.biases if b.site is not None)
-    if carried:
-        lines.append(f"- Constant added to the residual stream after blocks {', '.join(map(str, carried))}, as biases.")
-    changed = ", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items())
-    lines += [
-        f"- config.json: {changed or 'unchanged'}. All else is the source's, byte for byte.",
-        "",
-        f"Made with {', '.join(f'{k} {v}' for k, v in cert.versions.items())}.",
-    ]
+        did = ("ablate", strength) if d.amount is None else ("add", f"amount {d.amount:+g}")
+        lines.append(f"| {did[0]} | {d.name.replace('|', '/')} | {d.site} | {did[1]} |")
+    lines += [*_usage(cert), "", "## Measured on these files", "", *_measured(cert), ""]
+    lines.append(f"Made with {', '.join(f'{k} {v}' for k, v in cert.versions.items())}.")
     if cert.command:
         lines += ["", "```sh", cert.command, "```"]
     return "\n".join(lines) + "\n"
 
 
-def _blocks(blocks: object) -> str:
-    return f"blocks {blocks[0]}-{blocks[1]}" if isinstance(blocks, list) else str(blocks)
+def _usage(cert: Certificate) -> list[str]:
+    if cert.form == "adapter":
+        return [
+            "",
+            "```python",
+            "from peft import AutoPeftModelForCausalLM",
+            "",
+            'model = AutoPeftModelForCausalLM.from_pretrained("this directory")',
+            "model.disable_adapter()  # a context manager: inside it is the source",
+            "```",
+        ]
+    if cert.form == "gguf":
+        file = next(f for f in cert.files if f.endswith(".gguf"))
+        return ["", "```sh", f"llama-cli -m MODEL.gguf --control-vector {file}", "```"]
+    return []
+
+
+def _measured(cert: Certificate) -> list[str]:
+    lines = []
+    method = cert.edit.get("method")
+    if cert.writers and method:
+        kept = ", each column keeping its norm" if method["norm_preserving"] else ""
+        lines.append(f"- Method of the ablation: {method['projection']}{kept}.")
+    if cert.writers:
+        lines += [
+            f"- Writers of the residual stream edited: {cert.writers_edited} of {cert.writers_found} "
+            f"({_where(cert.edit)}).",
+            f"- Share of the ablated directions that remains, worst writer: {cert.worst_remaining:.3%} "
+            f"(asked for {1 - cert.strength:.0%}; the rest is rounding to the stored dtype).",
+        ]
+    if carried := sorted(b.site for b in cert.biases if b.site is not None):
+        where = {"checkpoint": "biases", "adapter": "biases of the adapter", "gguf": "the control vector"}[cert.form]
+        lines.append(
+            f"- Constant added to the residual stream after blocks {', '.join(map(str, carried))}, as {where}."
+        )
+    if cert.form == "checkpoint":
+        changed = ", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items())
+        lines.append(f"- config.json: {changed or 'unchanged'}. All else is the source's, byte for byte.")
+    return lines
+
+
+def _where(edit: dict[str, Any]) -> str:
+    blocks, strengths = edit.get("blocks"), edit.get("strengths")
+    where = f"blocks {blocks[0]}-{blocks[1]}" if isinstance(blocks, list) else str(blocks)
+    if strengths is None:
+        return where
+    told = [f"{kind} {_strength(strength)}" for kind, strength in strengths.items()]
+    return ", ".join([*([where] if isinstance(blocks, list) else []), *told])
+
+
+def _strength(strength: Any) -> str:
+    if not isinstance(strength, dict):
+        return f"{strength:g}"
+    return "{height:g} at block {peak:g}, down to {floor:g} in {width:g} blocks".format(**strength)
 
 
 def _front_matter(path: Path) -> dict[str, Any]:

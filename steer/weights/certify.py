@@ -1,4 +1,7 @@
-"""What was measured on the files that a bake wrote, and the check that they still are those files."""
+"""What was measured on the files that a bake wrote, and the check that they still are those files.
+
+Imports no torch: what is missing or was changed is found before that, which computing the proofs again needs.
+"""
 
 from __future__ import annotations
 
@@ -6,79 +9,26 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from steer.errors import CheckpointError
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.weights.anatomy import Anatomy
-from steer.weights.arithmetic import as_tensor, norm, rounding, shadow
+from steer.weights.proofs import BiasProof, SavedDirection, WriterProof
 from steer.weights.staging import hash_file, write_json
-from steer.weights.stream import CheckpointFiles
+from steer.weights.stream import CheckpointFiles, Shard
+
+if TYPE_CHECKING:
+    from steer.weights.bakeable import Form
+
+__all__ = ["CERTIFICATE", "BiasProof", "Certificate", "Check", "SavedDirection", "WriterProof", "verify",
+           "visible_files"]  # fmt: skip
 
 CERTIFICATE = "steer_certificate.json"
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class WriterProof:
-    """What one edited tensor puts into the ablated subspace, measured in the dtype it is stored in."""
-
-    tensor: str
-    kind: str
-    """embedding, attention or mlp."""
-    block: int | None
-    """None for the embedding."""
-    axis: int
-    """The axis that faces the residual stream."""
-    dtype: str
-    before: float
-    """`||Q^T W||` in the source."""
-    after: float
-    """`||Q^T W'||` in the output, without what `add` put there on purpose."""
-    norm: float
-    """`||W'||`, the scale that rounding is relative to."""
-
-    @property
-    def remaining(self) -> float:
-        """The share of the directions that is left. 0 where there was nothing to remove."""
-        return self.after / self.before if self.before else 0.0
-
-    def holds(self, strength: float) -> bool:
-        """Whether no more is left than the strength leaves, up to rounding."""
-        return self.after <= (1 - strength) * self.before + rounding(self.dtype) * self.norm
-
-
-@dataclass(frozen=True)
-class BiasProof:
-    """A bias that carries an add, or one of the zero biases that must come with it."""
-
-    tensor: str
-    site: int | None
-    """Where it adds. None for the zero biases."""
-    created: bool
-    """Whether the source lacked it."""
-    norm: float
-    """`||b'||`."""
-
-
-@dataclass(frozen=True)
-class SavedDirection:
-    """A direction that went into the weights, kept in the output so that the proof can be repeated."""
-
-    file: str
-    name: str
-    site: int
-    amount: float | None
-    """Of an add, in gaps. None for an ablated direction."""
-    provenance: dict[str, Any]
-    """Where it came from."""
+ADAPTER = "adapter_model.safetensors"
+"""The weights of an adapter, as peft names them."""
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -91,7 +41,9 @@ class Certificate:
     edit: dict[str, Any]
     """`Edit.describe()`."""
     strength: float
-    """Of the ablation: each writer should keep a share of `1 - strength`."""
+    """The least strength of the ablation at any writer: none should keep more than a share of `1 - strength`."""
+    neutral: str | None
+    """The file in the output that holds the neutral means which the method spared, if it spared any."""
     writers_found: int
     """Weights that write into the residual stream, edited or not."""
     writers: tuple[WriterProof, ...]
@@ -111,11 +63,13 @@ class Certificate:
     versions: dict[str, str]
     command: str | None
     """The exact command, None when called from Python."""
+    form: Form = "checkpoint"
+    """What the output is."""
 
     @property
     def writers_edited(self) -> int:
         """Weights that were ablated, their biases not counted."""
-        return sum(not w.tensor.endswith(".bias") for w in self.writers)
+        return sum(not w.bias for w in self.writers)
 
     @property
     def worst_remaining(self) -> float:
@@ -161,10 +115,13 @@ class Check:
     detail: str
 
 
-def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> list[Check]:
-    """Re-read a baked checkpoint and check everything its certificate says; the checks that passed, in order.
+def verify(
+    folder: Path, progress: Callable[[int, int], None] | None = None, *, source: Path | None = None
+) -> list[Check]:
+    """Re-read what a bake wrote and check everything its certificate says; the checks that passed, in order.
 
-    `progress` is called with (bytes hashed, bytes in all).
+    `progress` is called with (bytes hashed, bytes in all). An adapter is computed again from `source`, without it from
+    its base model where that is a directory of this machine.
 
     Errors: CheckpointError at the first thing that is not as certified.
     """
@@ -172,24 +129,38 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
         raise CheckpointError(f"{folder}: expected a baked checkpoint, found no directory; check the path")
     cert = Certificate.load(folder)
     checks = [Check("certificate", f"intact, {len(cert.files)} files and {len(cert.tensors)} tensors")]
-    _same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
-    files = CheckpointFiles.open(folder)
-    _same_set(folder, "tensor", set(files.tensors), set(cert.tensors))
-    for name, t in files.tensors.items():
-        if [t.file, t.dtype, list(t.shape)] != cert.tensors[name]:
-            raise CheckpointError(
-                f"{folder / t.file}: tensor {name} is {t.dtype} {list(t.shape)}, "
-                f"expected {cert.tensors[name]}; bake again"
-            )
-    checks.append(Check("contents", "no file or tensor missing, none unexpected"))
+    same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
+    files = CheckpointFiles.open(folder) if cert.form == "checkpoint" else None
+    if cert.form != "gguf":
+        shards = files.shards if files else [Shard.open(folder / ADAPTER)]
+        check_tensors(folder, cert, {t.name: (t.file, t.dtype, t.shape) for s in shards for t in s.tensors})
+        checks.append(Check("contents", "no file or tensor missing, none unexpected"))
     _check_hashes(folder, cert.files, progress)
     checks.append(Check("sha256", f"{len(cert.files)} files as written"))
-    checks.append(_check_config(folder, files, cert))
-    edit = _edit(folder, cert)
-    checks.append(_check_shares(files, cert, edit))
-    if cert.biases:
-        checks.append(_check_biases(files, cert, edit))
-    return checks
+    if files is not None:
+        checks.append(_check_config(folder, files, cert))
+    from steer.weights.recheck import certified_edit, check_weights
+
+    edit = certified_edit(folder, cert)
+    if files is not None:
+        return checks + check_weights(files, cert, edit)
+    if cert.form == "gguf":
+        from steer.weights.control_vector import check_control_vector
+
+        return checks + check_control_vector(folder, cert, edit)
+    from steer.weights.adapter_check import check_adapter
+
+    return checks + check_adapter(folder, cert, edit, source)
+
+
+def check_tensors(folder: Path, cert: Certificate, found: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> None:
+    """Raise CheckpointError unless the tensors, name -> (file, dtype, shape), are those certified."""
+    same_set(folder, "tensor", set(found), set(cert.tensors))
+    for name, (file, dtype, shape) in found.items():
+        if [file, dtype, list(shape)] != cert.tensors[name]:
+            raise CheckpointError(
+                f"{folder / file}: tensor {name} is {dtype} {list(shape)}, expected {cert.tensors[name]}; bake again"
+            )
 
 
 def visible_files(folder: Path) -> list[str]:
@@ -201,21 +172,12 @@ def visible_files(folder: Path) -> list[str]:
     return sorted(out)
 
 
-def projection(
-    weight: Tensor, q: Float[Tensor, "d k"], axis: int, shift: Float[Tensor, " d"] | None = None
-) -> tuple[float, float]:
-    """(`||Q^T (W - shift)||`, `||W||`) of a weight or a bias; the shift is what an add put into a bias."""
-    if weight.ndim == 1:
-        bias = weight.double() - (0 if shift is None else shift)
-        return float((q.T @ bias).norm()), float(weight.double().norm())
-    return float(shadow(weight, q, axis).norm()), norm(weight)
-
-
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> None:
+def same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> None:
+    """Raise CheckpointError naming what is missing or was not expected."""
     for names, problem in ((expected - found, "is missing"), (found - expected, "was not expected")):
         if names:
             raise CheckpointError(f"{folder}: {what} {min(names)} {problem}; remove it all and bake again")
@@ -223,15 +185,19 @@ def _same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> N
 
 def _check_hashes(folder: Path, files: Mapping[str, str], progress: Callable[[int, int], None] | None) -> None:
     total, done = sum((folder / name).stat().st_size for name in files), 0
-    for name, expected in files.items():
-        if hash_file(folder / name) != expected:
-            raise CheckpointError(
-                f"{folder / name}: sha256 is not the one certified, the file was changed; "
-                "remove the directory and bake again"
-            )
-        done += (folder / name).stat().st_size
-        if progress:
-            progress(done, total)
+    pool = ThreadPoolExecutor(2)
+    try:
+        for name, found in zip(files, pool.map(hash_file, [folder / name for name in files]), strict=True):
+            if found != files[name]:
+                raise CheckpointError(
+                    f"{folder / name}: sha256 is not the one certified, the file was changed; "
+                    "remove the directory and bake again"
+                )
+            done += (folder / name).stat().st_size
+            if progress:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Check:
@@ -240,53 +206,15 @@ def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Ch
             raise CheckpointError(
                 f"{folder / 'config.json'}: expected {key} to be {value}, found {files.config.get(key)}; bake again"
             )
-    Anatomy.of(files.config, str(folder)).check_weights(files.config, files.tensors)
     return Check("config", ", ".join(f"{k} = {v}" for k, v in cert.config.items()) or "as in the source")
 
 
-def _edit(folder: Path, cert: Certificate) -> Edit:
-    loaded = [(Direction.load(folder / d.file), d.amount) for d in cert.directions]
-    return Edit(
-        ablate=tuple(d for d, amount in loaded if amount is None),
-        strength=cert.strength,
-        add=tuple((d, amount) for d, amount in loaded if amount is not None),
-    )
-
-
-def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Check:
-    if not edit.ablate:
+def ablation_check(cert: Certificate) -> Check:
+    """What a certificate says of the ablation, once that is found to be so."""
+    if not cert.writers:
         return Check("ablation", "none asked for")
-    q, shifts = edit.basis(), edit.biases()
-    for proof in cert.writers:
-        shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
-        after, size = projection(_stored(files, proof.tensor), q, proof.axis, shift)
-        # Both numbers come from the same bytes: only the order of summation and the stored direction differ.
-        if abs(after - proof.after) > 1e-3 * proof.after + 1e-6 * size or not proof.holds(cert.strength):
-            raise CheckpointError(
-                f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
-                f"{proof.after:.3g} of {proof.before:.3g} at strength {cert.strength}; bake again"
-            )
     return Check(
         "ablation",
         f"{cert.writers_edited} of {cert.writers_found} writers, at most {cert.worst_remaining:.2%} remains "
         f"({1 - cert.strength:.0%} asked for)",
     )
-
-
-def _check_biases(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Check:
-    shifts = edit.biases()
-    for proof in cert.biases:
-        bias = _stored(files, proof.tensor).double()
-        wrong = abs(float(bias.norm()) - proof.norm) > 1e-6 * proof.norm
-        if proof.created:
-            expected = torch.zeros_like(bias) if proof.site is None else shifts[proof.site]
-            slack = rounding(files.tensors[proof.tensor].dtype) * float(expected.norm())
-            wrong = wrong or float((bias - expected).norm()) > slack
-        if wrong:
-            raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
-    return Check("add", f"biases at sites {', '.join(str(s) for s in sorted(shifts))}")
-
-
-def _stored(files: CheckpointFiles, name: str) -> Tensor:
-    info = files.tensors[name]
-    return as_tensor(files.read(info), info.dtype, info.shape)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.values.edit import Edit
-from steer.weights.anatomy import Anatomy, Writer
+from steer.values.method import Kind
+from steer.weights.ablation import Ablation
+from steer.weights.anatomy import Anatomy, Found, Writer
 from steer.weights.arithmetic import as_bytes
 from steer.weights.stream import CheckpointFiles, NewTensor
 
@@ -22,8 +26,11 @@ class Plan:
     anatomy: Anatomy
     edit: Edit
     """Features that add are directions in it."""
+    found: Found
+    """Everything that writes into the residual stream."""
     writers: tuple[Writer, ...]
     """Those whose weight, and bias if they have one, is ablated."""
+    ablation: Ablation
     shifted: dict[str, int]
     """Biases of the source that an add changes -> its site."""
     new: dict[str, tuple[NewTensor, ...]]
@@ -39,38 +46,73 @@ class Plan:
         anatomy = Anatomy.of(files.config, str(files.root))
         anatomy.check_edit(edit)
         edit = _constant(edit)
-        anatomy.check_weights(files.config, files.tensors)
-        writers = tuple(
-            w for w in anatomy.writers if (edit.embedding if w.block is None else edit.edits_block(w.block))
-        )
+        found = anatomy.find(files.config, files.tensors)
+        ablation = Ablation.of(edit, anatomy, files)
+        writers = tuple(w for w in found.writers if ablation.strength(w) > 0)
+        for writer in writers:
+            ablation.subspace(writer)  # a method that leaves nothing of a direction says so now
         config: dict[str, Any] = {}
         new: dict[str, list[NewTensor]] = {}
         if edit.embedding and anatomy.tied:
             config["tie_word_embeddings"] = False
-            if head := _untied_head(files, anatomy):
-                new.setdefault(files.tensors[f"{anatomy.embedding_module}.weight"].file, []).append(head)
+            if head := _untied_head(files, found):
+                new.setdefault(files.tensors[found.embedding].file, []).append(head)
         shifts = edit.biases()
-        shifted = {anatomy.writer_modules(site)[1] + ".bias": site for site in shifts}
+        carriers = anatomy.bias_carriers() if shifts else ()
+        shifted = {w.bias: w.block for w in found.writers if w.kind == "mlp" and w.bias and w.block in shifts}
         created: dict[str, int | None] = {}
-        if shifts and not anatomy.biased:
-            for module in anatomy.bias_carriers():
+        if not anatomy.biased:
+            for module in carriers:
                 weight, name = files.tensors[f"{module}.weight"], f"{module}.bias"
                 if name in files.tensors:
                     raise CheckpointError(
                         f"{files.root}: holds {name}, which its config.json turns off "
-                        f"({anatomy.layout.bias_key}); expected none, mend the config"
+                        f"({anatomy.layout.mlp_bias}); expected none, mend the config"
                     )
                 created[name] = shifted.pop(name, None)
                 site = created[name]
                 value = torch.zeros(weight.shape[0]) if site is None else shifts[site]
                 bias = NewTensor(name, weight.dtype, weight.shape[:1], as_bytes(value, weight.dtype))
                 new.setdefault(weight.file, []).append(bias)
-            config[str(anatomy.layout.bias_key)] = True
+            if carriers:
+                config[str(anatomy.layout.mlp_bias)] = True
         for name in shifted:
             if name not in files.tensors:
                 raise CheckpointError(f"{files.root}: expected tensor {name}, found none; fetch the model again")
         frozen = {shard: tuple(tensors) for shard, tensors in new.items()}
-        return cls(files, anatomy, edit, writers, shifted, frozen, created, config)
+        return cls(files, anatomy, edit, found, writers, ablation, shifted, frozen, created, config)
+
+    def summary(self) -> str:
+        """The writers found, what will be done to them, and coverage, for people to read before anything is
+        written."""
+        a, edited = self.anatomy, len(self.writers)
+        lines = [f"{self.files.root}: {a.architecture}, {a.blocks} blocks, residual width {a.width}"]
+        lines += [self._line(kind) for kind in get_args(Kind)]
+        lines.append(f"  coverage: {edited} of {len(self.found.writers)} writers edited")
+        adds = self.shifted | {name: site for name, site in self.created.items() if site is not None}
+        lines += [f"  add after block {site}: {name}" for name, site in sorted(adds.items(), key=lambda kv: kv[1])]
+        lines += [f"  config.json: {key} becomes {value}" for key, value in self.config.items()]
+        return "\n".join(lines)
+
+    def _line(self, kind: Kind) -> str:
+        writers = [w for w in self.found.writers if w.kind == kind]
+        strengths = sorted(self.ablation.strength(w) for w in self.writers if w.kind == kind)
+        facts = [
+            f"  {kind}: {len(strengths)} of {len(writers)} edited: {', '.join(_shorter(w.tensor for w in writers))}"
+        ]
+        if any(w.bias in self.files.tensors for w in writers):
+            facts.append("with biases")
+        if norms := [w.norm for w in writers if w.norm]:
+            facts.append(f"through the gain of {', '.join(_shorter(norms))}")
+        if strengths:
+            low, high = f"{strengths[0]:.3g}", f"{strengths[-1]:.3g}"
+            facts.append(f"strength {low}" if low == high else f"strength {low} to {high}")
+        return "; ".join(facts)
+
+
+def _shorter(names: Iterable[str]) -> list[str]:
+    """Names with `*` for their numbers, each once."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
 
 
 def _constant(edit: Edit) -> Edit:
@@ -89,15 +131,15 @@ def _constant(edit: Edit) -> Edit:
     return replace(edit, moves=())
 
 
-def _untied_head(files: CheckpointFiles, anatomy: Anatomy) -> NewTensor | None:
+def _untied_head(files: CheckpointFiles, found: Found) -> NewTensor | None:
     """The LM head that goes on reading with the unedited embedding, None when the source has it already."""
-    embedding = files.tensors[f"{anatomy.embedding_module}.weight"]
-    head = files.tensors.get(anatomy.head)
+    embedding = files.tensors[found.embedding]
+    head = files.tensors.get(found.head)
     if head is None:
-        return NewTensor(anatomy.head, embedding.dtype, embedding.shape, embedding)
+        return NewTensor(found.head, embedding.dtype, embedding.shape, embedding)
     if head.shape != embedding.shape or files.read(head) != files.read(embedding):
         raise CheckpointError(
-            f"{files.root}: config.json says that {anatomy.head} is tied to the embedding, but they differ; "
+            f"{files.root}: config.json says that {found.head} is tied to the embedding, but they differ; "
             "set tie_word_embeddings to false there if they are meant to"
         )
     return None

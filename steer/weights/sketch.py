@@ -19,7 +19,8 @@ from jaxtyping import Float
 from safetensors import safe_open
 
 from steer.errors import MismatchError
-from steer.weights.stream import CheckpointFiles
+from steer.weights.quantised import dequantised, quantisation
+from steer.weights.stream import CheckpointFiles, DecodedTensor
 
 _TENSORS, _VALUES = 48, 32
 TOLERANCE = 0.0015
@@ -97,9 +98,15 @@ def sketch_files(checkpoint: Path) -> Sketch:
     Errors: CheckpointError when the files are not a readable checkpoint.
     """
     files = CheckpointFiles.open(checkpoint)
+    kind = quantisation(files.config, files.tensors)
+    if kind is not None and kind.block is not None:
+        files = dequantised(files)  # as it is loaded: a direction found on it knows these weights
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(str(checkpoint / files.tensors[name].file), framework="pt") as f:
+        info = files.tensors[name]
+        if isinstance(info, DecodedTensor):
+            return torch.frombuffer(files.read(info), dtype=torch.bfloat16)
+        with safe_open(str(checkpoint / info.file), framework="pt") as f:
             return f.get_tensor(name)
 
     return Sketch.of(list(files.tensors), read)

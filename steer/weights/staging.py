@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from steer.errors import OutputExistsError, SteerError
 
 CHUNK = 8 << 20
 """Bytes moved at a time."""
+_FLUSH = 32 << 20  # written between two calls that set the disk to work
 
 
 def check_output(out: Path) -> None:
@@ -38,66 +40,106 @@ def check_output(out: Path) -> None:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *, resume: bool = False) -> Iterator[Path]:
     """A temporary directory beside `out`, which takes its place when the block ends without an exception.
 
     Everything is synced before the rename, so that `out` is complete or absent after a crash too. On any
-    exception, Ctrl-C included, the temporary directory goes. What a killed process left is removed by the
-    next run on the same machine.
+    exception, Ctrl-C included, the temporary directory goes. A killed process leaves it: the next run into `out` on
+    the same machine finds it empty, or with `resume` as it was left. A lock that dies with its process tells what
+    was left from what is in use.
 
-    Errors: OutputExistsError when `out` holds something, SteerError when the disk is full or read-only.
+    Errors: OutputExistsError when `out` holds something or is being written, SteerError when the disk is full or
+    read-only.
     """
     check_output(out)
     place = Path(os.path.realpath(out))  # a rename follows no symlink to an empty directory
-    work = place.parent / f"{_prefix(place)}{os.getpid()}"
+    work = _staging(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(place)
-        work.mkdir()
+        lock = _locked(work)
+    except BlockingIOError as e:
+        raise OutputExistsError(f"{out}: is being written; wait, or name another output") from e
     except FileExistsError as e:
-        if work.exists():
-            raise OutputExistsError(f"{out}: is being written; wait, or name another output") from e
         raise SteerError(f"{out}: could not be written, {_REASONS[errno.ENOTDIR]}") from e
     except OSError as e:
         _explain(e, out)
         raise
-    _ACTIVE.add(work)
+    finished = False
     try:
+        check_output(out)  # another process may have finished before this one had the lock
+        if not resume:
+            empty(work)
         yield work
         _sync_tree(work)
         os.rename(work, place)
-        _sync(place.parent)
+        finished = True
+        sync(place.parent)
     except OSError as e:
-        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was first
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process, on another machine, was first
             check_output(out)
         _explain(e, out)
         raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-        _ACTIVE.discard(work)
+        if not finished:
+            shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
 
 
-class HashingFile:
-    """A new file that knows the sha256 of what was written to it."""
+def empty(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove what a directory holds, but for the files of these names."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
+
+
+class NewFile:
+    """A new file, which the disk starts on while it grows."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by __exit__
-        self._sha = hashlib.sha256()
+        self._written = self._flushed = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._file.write(data)
+        self._written += len(data)
+        if self._written - self._flushed >= _FLUSH and hasattr(os, "posix_fadvise"):
+            # The disk starts on what is new, and the pages it is done with can be used again: to find fresh ones for
+            # gigabytes costs more than to hash them, and pushes out of memory what others read from there.
+            os.posix_fadvise(self._file.fileno(), 0, self._written, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class HashingFile(NewFile):
+    """A new file that knows the sha256 of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._sha = hashlib.sha256()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        super().write(data)
         self._sha.update(data)
 
     @property
     def sha256(self) -> str:
         """Hex digest of what was written so far."""
         return self._sha.hexdigest()
-
-    def __enter__(self) -> HashingFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def write_text(path: Path, text: str) -> str:
@@ -126,49 +168,45 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-_ACTIVE: set[Path] = set()
-"""What this process is writing, to tell it from what a dead process of the same pid left."""
-
-
-def _prefix(place: Path) -> str:
-    # The host, because a directory may be shared between machines and containers whose pids overlap.
-    return f".{place.name}.steer-{socket.gethostname()}-"
-
-
-def _remove_stale(place: Path) -> None:
-    prefix = _prefix(place)
-    for path in place.parent.iterdir():
-        pid = path.name.removeprefix(prefix)
-        if path.name.startswith(prefix) and pid.isdigit() and path not in _ACTIVE and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    """Whether another process has this pid."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _staging(place: Path) -> Path:
+    # The host, because a directory may be shared between machines, whose locks need not see each other.
+    return place.parent / f".{place.name}.steer-{socket.gethostname()}"
+
+
+def _locked(work: Path) -> int:
+    """Make a directory, or take over what a dead process left; a descriptor that holds the lock on it.
+
+    Errors: BlockingIOError when a live process holds it.
+    """
+    while True:
+        work.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # who had it has just renamed or removed it
+            fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                same = os.path.samestat(os.fstat(fd), os.stat(work))
+            except BaseException:
+                os.close(fd)
+                raise
+            if same:
+                return fd
+            os.close(fd)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(Path(folder))
 
 
 _REASONS = {
@@ -181,6 +219,7 @@ _REASONS = {
     errno.EBUSY: "the directory is in use as a mount point; name a directory below it",
     errno.EIO: "the disk reports an error; name an output on another disk",
     errno.ENAMETOOLONG: "the name is too long; name another output",
+    errno.ENOLCK: "the file system has no locks; name an output on another disk",
     errno.ENOTDIR: "a part of the path is a file; name another output",
 }
 
@@ -191,6 +230,6 @@ def _explain(e: OSError, out: Path) -> None:
         return
     where = Path(os.path.realpath(os.fsdecode(e.filename))) if e.filename is not None else None
     place = Path(os.path.realpath(out))
-    if where is None or place.is_relative_to(where) or _prefix(place) in str(where):
+    if where is None or place.is_relative_to(where) or where.is_relative_to(_staging(place)):
         raise SteerError(f"{out}: could not be written, {_REASONS[e.errno]}") from e
     raise SteerError(f"{where}: could not be used, {e.strerror}; check its permissions and its disk") from e

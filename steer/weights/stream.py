@@ -1,4 +1,4 @@
-"""Checkpoints on disk, one tensor at a time: safetensors headers read, shards rewritten in a stream.
+"""Checkpoints on disk: safetensors headers read and checked, one tensor at a time when it is asked for.
 
 A safetensors file is `u64 length, JSON header, data`; the header gives each tensor's dtype, shape and byte
 range in the data, which the ranges cover without holes
@@ -7,22 +7,20 @@ range in the data, which the ranges cover without holes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from steer.errors import CheckpointError
-from steer.weights.staging import CHUNK, HashingFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
-_BITS = {
+BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
@@ -30,6 +28,10 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+"""Width of an element, by the format's own code of its dtype."""
+
+
+Buffer = bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,27 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size of the data in bytes."""
-        return _nbytes(self.dtype, self.shape)
+        return data_bytes(self.dtype, self.shape)
 
     @property
     def end(self) -> int:
-        """The byte behind its last."""
+        """The byte behind its last in the file."""
         return self.start + self.nbytes
+
+
+@dataclass(frozen=True)
+class DecodedTensor(TensorInfo):
+    """A tensor that is stored in another form than the one it is read in, which `dtype` and `nbytes` tell."""
+
+    stored: TensorInfo
+    """As the header has it."""
+    decode: Callable[[Buffer, Buffer], None]
+    """From the stored bytes to those of `dtype`, which it writes to the second."""
+
+    @property
+    def end(self) -> int:
+        """The byte behind its last in the file."""
+        return self.stored.end
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class NewTensor:
     @property
     def nbytes(self) -> int:
         """Size of the data in bytes."""
-        return _nbytes(self.dtype, self.shape)
+        return data_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,8 @@ class CheckpointFiles:
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None
     """model.safetensors.index.json, None for a checkpoint in a single file."""
+    decoded: dict[str, Any] = field(default_factory=dict)
+    """Entries of config.json that differ from the file's because the weights are read decoded; None where one goes."""
 
     @classmethod
     def open(cls, root: Path) -> CheckpointFiles:
@@ -166,95 +185,36 @@ class CheckpointFiles:
 
     def read(self, tensor: TensorInfo) -> bytearray:
         """The bytes of one tensor."""
-        with open(self.root / tensor.file, "rb") as f:
-            return _read_exactly(f, tensor)
+        stored = tensor.stored if isinstance(tensor, DecodedTensor) else tensor
+        data = bytearray(stored.nbytes)
+        with open(self.root / tensor.file, "rb", buffering=0) as f:
+            read_into(f.fileno(), stored.start, data, self.root / tensor.file)
+        if not isinstance(tensor, DecodedTensor):
+            return data
+        out = bytearray(tensor.nbytes)
+        tensor.decode(data, out)
+        return out
 
 
-def rewrite_shard(
-    shard: Shard,
-    target: Path,
-    *,
-    change: Mapping[str, Callable[[bytearray], None]],
-    new: Sequence[NewTensor] = (),
-    advance: Callable[[int], None] = lambda n: None,
-) -> tuple[str, str]:
-    """Write `shard` to `target`, holding one changed tensor at a time; return the sha256 of both files.
+def read_into(fd: int, at: int, buffer: Buffer, path: Path) -> None:
+    """Fill a buffer with the bytes of a file from `at` on.
 
-    `change` edits a tensor's bytes in place; every other tensor passes through. Tensors keep their order;
-    with nothing new the header passes through too. `advance` is told the bytes written, bit by bit.
-
-    Errors: CheckpointError when the source is shorter than its header said, or changes while being read.
+    Errors: CheckpointError when the file ends before that, or the disk fails.
     """
-    layout = _merged(shard.tensors, new)
-    header = _header(layout, shard.metadata) if new else shard.header
-    read = hashlib.sha256(shard.header)
-    with open(shard.path, "rb") as src, HashingFile(target) as dst:
-        dst.write(header)
-        for t in layout:
-            if isinstance(t, NewTensor):
-                chunks = [t.data] if isinstance(t.data, bytes) else _chunks(src, t.data)
-                for chunk in chunks:
-                    dst.write(chunk)
-                    advance(len(chunk))
-            elif t.name in change:
-                data = _read_exactly(src, t)
-                read.update(data)
-                change[t.name](data)
-                dst.write(data)
-                advance(len(data))
-            else:
-                for chunk in _chunks(src, t):
-                    read.update(chunk)
-                    dst.write(chunk)
-                    advance(len(chunk))
-        stat = os.fstat(src.fileno())
-    if (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
-        raise CheckpointError(f"{shard.path}: changed while it was read; wait until nothing writes to it, run again")
-    return read.hexdigest(), dst.sha256
+    view = memoryview(buffer)
+    try:
+        while view:
+            n = os.preadv(fd, [view], at)
+            if not n:
+                raise _broken(path, f"its end at byte {at}, though its header describes more")
+            view, at = view[n:], at + n
+    except OSError as e:
+        raise CheckpointError(f"{path}: could not be read ({e.strerror}); check its disk") from e
 
 
-def _nbytes(dtype: str, shape: Sequence[int]) -> int:
-    return math.prod(shape) * _BITS[dtype] // 8
-
-
-def _merged(old: Sequence[TensorInfo], new: Sequence[NewTensor]) -> list[TensorInfo | NewTensor]:
-    """Each new tensor behind the last old one whose elements are as wide: files are written widest dtype
-    first, which aligns every tensor, and this keeps it so."""
-    out: list[TensorInfo | NewTensor] = list(old)
-    for t in new:
-        wide = [i for i, o in enumerate(out) if _BITS[o.dtype] >= _BITS[t.dtype]]
-        out.insert(wide[-1] + 1 if wide else 0, t)
-    return out
-
-
-def _header(tensors: Sequence[TensorInfo | NewTensor], metadata: dict[str, str] | None) -> bytes:
-    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    at = 0
-    for t in tensors:
-        entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
-        at += t.nbytes
-    raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the data starts aligned
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def _chunks(f: BinaryIO, tensor: TensorInfo) -> Iterator[bytes]:
-    f.seek(tensor.start)
-    left = tensor.nbytes
-    while left:
-        chunk = f.read(min(left, CHUNK))
-        if not chunk:
-            raise _broken(Path(f.name), f"its end within tensor {tensor.name}")
-        left -= len(chunk)
-        yield chunk
-
-
-def _read_exactly(f: BinaryIO, tensor: TensorInfo) -> bytearray:
-    data = bytearray(tensor.nbytes)
-    f.seek(tensor.start)
-    if f.readinto(data) != len(data):  # type: ignore[attr-defined]
-        raise _broken(Path(f.name), f"its end within tensor {tensor.name}")
-    return data
+def data_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Size of a tensor's data in bytes."""
+    return math.prod(shape) * BITS[dtype] // 8
 
 
 def _broken(path: Path, found: str) -> CheckpointError:
@@ -274,7 +234,7 @@ def _parse(path: Path, raw: bytes, size: int) -> tuple[dict[str, str] | None, tu
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             counts = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-            sound = counts and end - start == _nbytes(dtype, shape)
+            sound = counts and end - start == data_bytes(dtype, shape)
         except (KeyError, TypeError, ValueError) as e:
             raise _broken(path, f"a header entry for {name} that cannot be read") from e
         if not sound:

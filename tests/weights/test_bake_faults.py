@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import multiprocessing
 import os
-import random
+import resource
 import shutil
-import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,6 @@ from steer.errors import (
 )
 from steer.values.direction import Direction
 from steer.values.edit import Edit
-from steer.weights import staging
 from steer.weights.bake import bake
 from steer.weights.certify import verify
 from steer.weights.stream import INDEX, SINGLE
@@ -37,87 +37,118 @@ TinyLlama = Callable[..., Path]
 MakeDirection = Callable[..., Direction]
 
 
-def _bake_and_die(source: Path, out: Path, edit: Edit, at: int, events: multiprocessing.Queue[int]) -> None:
-    """Bake in a child that kills itself at its `at`-th step; report the number of steps if it lives."""
+# Real disks, limits and rivals: each in processes of their own
+
+
+DISKS = """
+import json, os, subprocess, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from steer.errors import SteerError
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.weights.bake import bake
+from steer.weights.certify import verify
+source, direction, disk = map(Path, sys.argv[1:4])
+for options in sys.argv[4:]:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "steer-test", str(disk)], check=True)
+    try:
+        bake(source, disk / "out", Edit((Direction.load(direction),)))
+        print(json.dumps([options, "", "", os.listdir(disk)]))
+    except SteerError as e:
+        print(json.dumps([options, type(e).__name__, str(e), os.listdir(disk)]))
+    subprocess.run(["umount", str(disk)], check=True)
+"""
+
+
+@pytest.fixture
+def bake_on_disks(source: Path, ablation: Edit, tmp_path: Path) -> Callable[..., list[tuple[str, str, str, list[str]]]]:
+    """Bakes on a new tmpfs a set of mount options; (options, kind of error, message, what it holds then) of each."""
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("needs user namespaces")
+    ablation.ablate[0].save(tmp_path / "direction.safetensors")
+    (tmp_path / "disk").mkdir()
+
+    def run(*options: str) -> list[tuple[str, str, str, list[str]]]:
+        code = [sys.executable, "-c", DISKS, str(source), str(tmp_path / "direction.safetensors")]
+        done = subprocess.run([*namespace, *code, str(tmp_path / "disk"), *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+    return run
+
+
+def test_a_disk_that_fills_up_anywhere_is_one_line_and_leaves_nothing(
+    bake_on_disks: Callable[..., list[tuple[str, str, str, list[str]]]], baked: Path
+) -> None:
+    size = sum(-(-(baked / f).stat().st_size // 4096) * 4096 for f in files_in(baked))
+    assert size > 100_000
+    *full, enough = bake_on_disks(*(f"size={kb}k" for kb in (4, 32, 64, 96, size // 1024 - 4, size // 1024 + 64)))
+    for options, kind, message, left in full:
+        assert (kind, left) == ("SteerError", []), options
+        assert "/disk/out: could not be written, the disk is full; free some space" in message
+        assert "\n" not in message
+    assert enough[1:] == ("", "", ["out"])
+
+
+def test_a_read_only_disk_is_one_line(bake_on_disks: Callable[..., list[tuple[str, str, str, list[str]]]]) -> None:
+    ((_, kind, message, left),) = bake_on_disks("ro")
+    assert (kind, left) == ("SteerError", [])
+    assert "/disk/out: could not be written, the file system is read-only" in message
+
+
+def _bake_limited(source: Path, out: Path, edit: Edit, limit: int, answers: multiprocessing.Queue[str]) -> None:
     torch.set_num_threads(1)
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        if count == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-
-    def stepping(real: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            step()
-            result = real(*args, **kwargs)
-            step()
-            return result
-
-        return call
-
-    os.fsync, os.rename = stepping(os.fsync), stepping(os.rename)  # type: ignore[assignment]
-    staging.HashingFile.write = stepping(staging.HashingFile.write)  # type: ignore[method-assign]
-    bake(source, out, edit, command="c")
-    events.put(count)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        bake(source, out, edit)
+    except SteerError as e:
+        answers.put(str(e))
 
 
-def test_killed_at_any_moment_the_output_is_absent_or_whole_and_a_rerun_succeeds(
+def test_a_file_larger_than_the_limit_is_one_line_and_leaves_nothing(
     source: Path, tmp_path: Path, ablation: Edit
 ) -> None:
-    context = multiprocessing.get_context("forkserver")  # imports torch once, forks a child a kill
-    context.set_forkserver_preload(["steer.weights.bake", "tests.weights.test_bake_faults", "test_bake_faults"])
-    events = context.Queue()
-
-    def run(out: Path, at: int) -> int | None:
-        child = context.Process(target=_bake_and_die, args=(source, out, ablation, at, events))
-        child.start()
-        child.join(60)
-        return child.exitcode
-
-    assert run(tmp_path / "whole", -1) == 0
-    steps = events.get(timeout=10)
-    assert steps > 50
-    rename = range(steps - 6, steps)  # the last syncs, the rename, the sync of the parent
-    moments = {0, 1, *random.Random(1).sample(range(steps), 8), *rename}
-    present = 0
-    for at in sorted(moments):
-        out = tmp_path / "killed" / "out"
-        out.parent.mkdir()
-        assert run(out, at) == -signal.SIGKILL
-        if out.exists():
-            present += 1
-            verify(out)
-        else:
-            bake(source, out, ablation, command="c")
-        for name in files_in(tmp_path / "whole"):
-            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-        assert [p.name for p in out.parent.iterdir()] == ["out"]
-        shutil.rmtree(out.parent)
-    assert 0 < present < len(moments)
-
-
-@pytest.mark.parametrize("after", [0, 3, 20, 35])
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    source: Path, tmp_path: Path, ablation: Edit, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    real, written = staging.HashingFile.write, 0
-
-    def write(self: staging.HashingFile, data: bytes) -> None:
-        nonlocal written
-        written += 1
-        if written > after:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, data)
-
-    monkeypatch.setattr(staging.HashingFile, "write", write)
-    out = tmp_path / "out"
-    with pytest.raises(SteerError, match="the disk is full") as caught:
-        bake(source, out, ablation)
-    assert str(out) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    child = context.Process(target=_bake_limited, args=(source, tmp_path / "out", ablation, 30_000, answers))
+    child.start()
+    message = answers.get(timeout=120)
+    child.join(60)
+    assert "allows no file this large" in message
+    assert "\n" not in message
     assert list(tmp_path.iterdir()) == []
+
+
+def _bake_at_once(source: Path, out: Path, edit: Edit, gate: Barrier, answers: multiprocessing.Queue[str]) -> None:
+    torch.set_num_threads(1)
+    gate.wait(120)
+    try:
+        bake(source, out, edit)
+        answers.put("")
+    except OutputExistsError as e:
+        answers.put(str(e))
+
+
+def test_of_several_bakes_into_one_output_at_once_one_wins_and_the_others_are_told(
+    source: Path, baked: Path, tmp_path: Path, ablation: Edit
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    gate, answers = context.Barrier(3), context.Queue()
+    arguments = (source, tmp_path / "out", ablation, gate, answers)
+    children = [context.Process(target=_bake_at_once, args=arguments) for _ in range(3)]
+    for child in children:
+        child.start()
+    won, *told = sorted(answers.get(timeout=120) for _ in children)
+    for child in children:
+        child.join(60)
+    assert won == ""
+    assert all("is being written; wait" in line or "expected a new or empty directory" in line for line in told)
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (baked / SINGLE).read_bytes()
+    verify(tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
 def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path, ablation: Edit) -> None:

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_anatomies import BLOCKS, TINY, config_of
 
-from steer.errors import (
-    CheckpointError,
-)
+from steer.errors import CheckpointError
 from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.values.method import Kernel, Method, Strengths
 from steer.weights import staging
 from steer.weights.bake import bake
 from steer.weights.certify import CERTIFICATE, Certificate, verify
-from steer.weights.stream import SINGLE
+from steer.weights.recheck import certified_edit
+from steer.weights.stream import SINGLE, CheckpointFiles
 
 TinyLlama = Callable[..., Path]
 MakeDirection = Callable[..., Direction]
@@ -116,11 +117,7 @@ def test_weights_that_still_hold_the_direction_fail_even_when_their_hashes_are_f
 ) -> None:
     out = Path(shutil.copytree(baked, tmp_path / "out"))
     name = "model.layers.1.mlp.down_proj.weight"
-    tensors = load_file(out / SINGLE) | {name: load_file(source / SINGLE)[name]}
-    save_file(tensors, out / SINGLE, metadata={"format": "pt"})
-    cert = Certificate.load(out)
-    (out / CERTIFICATE).unlink()
-    replace(cert, files=cert.files | {SINGLE: staging.hash_file(out / SINGLE)}).save(out)
+    _forge(out, {name: load_file(source / SINGLE)[name]})
     with pytest.raises(CheckpointError, match=rf"{name} puts .* into the ablated directions"):
         verify(out)
 
@@ -131,13 +128,80 @@ def test_a_bias_of_another_size_fails_even_when_its_hash_is_forged(
     out = tmp_path / "out"
     bake(source, out, Edit(add=((make_direction(), 1.0),)))
     name = "model.layers.1.mlp.down_proj.bias"
-    tensors = load_file(out / SINGLE)
-    save_file(tensors | {name: tensors[name] * -1}, out / SINGLE, metadata={"format": "pt"})
+    _forge(out, {name: -load_file(out / SINGLE)[name]})
+    with pytest.raises(CheckpointError, match=rf"{name} is not the bias certified"):
+        verify(out)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_layout_keeps_its_names_and_its_config_and_a_writer_put_back_is_found(
+    tmp_path: Path, make_direction: MakeDirection, name: str
+) -> None:
+    source, out = TINY[name].save(tmp_path / "source", torch.bfloat16), tmp_path / "out"
+    (source / "chat_template.jinja").write_bytes(b"{{ messages }}\r\n")
+    cert = bake(source, out, Edit(ablate=(make_direction(),)))
+    verify(out)
+    before, after = (CheckpointFiles.open(p) for p in (source, out))
+    heads = set(after.tensors) - set(before.tensors)
+    assert set(before.tensors) <= set(after.tensors)
+    assert heads == set() or (len(heads) == 1 and cert.config == {"tie_word_embeddings": False})
+    assert config_of(out) == config_of(source) | cert.config
+    assert (out / "chat_template.jinja").read_bytes() == (source / "chat_template.jinja").read_bytes()
+    edited = {w.tensor for w in cert.writers}
+    for t in before.tensors.values():
+        assert (before.read(t) == after.read(after.tensors[t.name])) == (t.name not in edited), t.name
+
+    last = max(cert.writers, key=lambda w: (w.block or 0, not w.bias))
+    _forge(out, {last.tensor: load_file(source / SINGLE)[last.tensor]})
+    with pytest.raises(CheckpointError, match=r"puts .* into the ablated directions"):
+        verify(out)
+
+
+def _forge(out: Path, change: dict[str, torch.Tensor]) -> None:
+    """Change tensors and make the certificate say that the file is as it was written."""
+    save_file(load_file(out / SINGLE) | change, out / SINGLE, metadata={"format": "pt"})
     cert = Certificate.load(out)
     (out / CERTIFICATE).unlink()
     replace(cert, files=cert.files | {SINGLE: staging.hash_file(out / SINGLE)}).save(out)
-    with pytest.raises(CheckpointError, match=rf"{name} is not the bias certified"):
-        verify(out)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: Edit(ablate=(d,), strength=0.25, blocks=(1, 2), add=((d, 0.1),)),
+        lambda d: Edit(ablate=(d,), strengths=Strengths(Kernel(1, 2, 0.1, 0.7), 0.5, 0.3)),
+        lambda d: Edit(ablate=(d,), method=Method("biprojected", True, torch.randn(BLOCKS, 32))),
+        lambda d: Edit(add=((d, -1.0),)),
+    ],
+)
+def test_the_edit_can_be_read_from_the_output_again(
+    source: Path, tmp_path: Path, make_direction: MakeDirection, edit: Callable[[Direction], Edit]
+) -> None:
+    wanted = edit(make_direction())
+    found = certified_edit(tmp_path / "out", bake(source, tmp_path / "out", wanted))
+    assert found.describe() == wanted.describe()
+    for block in (None, *range(BLOCKS)):
+        for kind in ("embedding", "attention", "mlp"):
+            if (block is None) == (kind == "embedding"):
+                assert found.strength_at(block, kind) == wanted.strength_at(block, kind)
+        if wanted.ablate:
+            assert torch.allclose(found.basis(block).abs(), wanted.basis(block).abs(), atol=1e-6)
+
+
+def test_a_shard_that_is_missing_and_one_that_was_not_there_are_named(
+    tmp_path: Path, tiny_llama: TinyLlama, ablation: Edit
+) -> None:
+    source = tiny_llama(tmp_path / "source", shards=True)
+    bake(source, tmp_path / "out", ablation)
+    shard = CheckpointFiles.open(source).shards[1].name
+    data = (tmp_path / "out" / shard).read_bytes()
+    (tmp_path / "out" / shard).unlink()
+    with pytest.raises(CheckpointError, match=f"file {shard} is missing"):
+        verify(tmp_path / "out")
+    (tmp_path / "out" / shard).write_bytes(data)
+    (tmp_path / "out" / "model-00009-of-00009.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"file model-00009-of-00009\.safetensors was not expected"):
+        verify(tmp_path / "out")
 
 
 def files_in(root: Path) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,16 +92,55 @@ def test_of_two_runs_into_one_output_one_is_told(tmp_path: Path) -> None:
     assert _leftovers(tmp_path) == ["late", "out"]
 
 
-def test_what_a_killed_process_left_is_removed_and_a_live_one_s_kept(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    prefix = staging._prefix(tmp_path / "out")
-    for pid in (dead.pid, os.getppid()):
-        (tmp_path / f"{prefix}{pid}").mkdir()
-        (tmp_path / f"{prefix}{pid}" / "half").write_text("half")
-    with staged(tmp_path / "out") as work:
-        (work / "a").write_text("a")
-    assert _leftovers(tmp_path) == sorted(["out", f"{prefix}{os.getppid()}"])
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from steer.weights.staging import staged
+with staged(Path(sys.argv[1])) as work:
+    (work / "half").write_text("half")
+    (work / "deep").mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_process_left_is_found_only_by_who_asks_for_it(tmp_path: Path, resume: bool) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert len(_leftovers(tmp_path)) == 1
+    with staged(out, resume=resume) as work:
+        assert _leftovers(work) == (["deep", "half"] if resume else [])
+        (work / "whole").write_text("whole")
+    assert _leftovers(out) == (["deep", "half", "whole"] if resume else ["whole"])
+    assert _leftovers(tmp_path) == ["out"]
+
+
+def test_a_live_process_s_directory_is_kept_and_the_second_is_told(tmp_path: Path) -> None:
+    code = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "print('here', flush=True); sys.stdin.read()")
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "here\n"
+    with pytest.raises(OutputExistsError, match="is being written"), staged(tmp_path / "out", resume=True):
+        pytest.fail("must not start")
+    first.communicate("")
+    assert first.returncode == 0
+    assert _leftovers(tmp_path) == ["out"]
+    assert _leftovers(tmp_path / "out") == ["deep", "half"]
+
+
+def test_files_larger_than_a_flush_are_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_FLUSH", 100_000)
+    data = random.Random(0).randbytes(1_000_003)
+    with HashingFile(tmp_path / "a") as f:
+        for at in range(0, len(data), 70_001):
+            f.write(data[at : at + 70_001])
+        f.sync()
+        assert (tmp_path / "a").read_bytes() == data
+    assert f.sha256 == hash_file(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

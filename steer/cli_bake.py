@@ -1,0 +1,158 @@
+"""The verbs that write edited weights and check them: bake, verify."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steer.cli_common import Json, Model, emit
+from steer.errors import UsageError
+
+if TYPE_CHECKING:
+    from steer.values.method import Strengths
+    from steer.weights.bakeable import Form
+    from steer.weights.certify import Certificate
+
+
+def bake(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
+    ablate: Annotated[list[str], typer.Option(help="A trait or a direction's file; may be repeated.")] = [],  # noqa: B006
+    add: Annotated[list[str], typer.Option(help="NAME=AMOUNT, written as a bias; may be repeated.")] = [],  # noqa: B006
+    profile: Annotated[Path | None, typer.Option(help="A profile's sliders, in place of --ablate and --add.")] = None,
+    form: Annotated[str, typer.Option("--as", help="checkpoint, adapter (a PEFT LoRA), or gguf (a control vector).")]
+    = "checkpoint",
+    strength: Annotated[float, typer.Option(help="Share of the direction that goes, up to 1.")] = 1.0,
+    blocks: Annotated[str | None, typer.Option(help="FIRST-LAST; every writer without it.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Strength of attention: a number, or PEAK,WIDTH,FLOOR[,HEIGHT]; no embedding.")
+    ] = None,
+    mlp: Annotated[str | None, typer.Option(help="Strength of MLPs, as --attention; 1 beside that alone.")] = None,
+    method: Annotated[str, typer.Option(help="plain, projected or biprojected: what is spared.")] = "plain",
+    norm_preserving: Annotated[bool, typer.Option("--norm-preserving", help="Columns keep their norms.")] = False,
+    neutral: Annotated[Path | None, typer.Option(help="Neutral means to spare; measured into it if missing.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Let fit topics choose strength, blocks and bias.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Remove directions from the weights and write a new checkpoint, or an adapter, with a certificate."""
+    from steer.weights.staging import check_output
+
+    check_output(out)  # before torch is imported
+    from steer.baking import HowToAblate, checkpoint_dir, searched_edit, write
+    from steer.baking import bake as run
+    from steer.progress import byte_bar
+    from steer.values.slider import parse_amount
+    from steer.weights.bakeable import FORMS
+
+    what: Form = _one_of("--as", form, FORMS)
+    command, added = shlex.join(["steer", *sys.argv[1:]]), dict(parse_amount(a) for a in add)
+    plan: list[str] = []
+    say: Callable[[str], None] = plan.append if as_json else typer.echo
+    how = {
+        "strength": strength,
+        "blocks": _blocks(blocks),
+        "strengths": _strengths(attention, mlp),
+        "method": _method(method),
+        "norm_preserving": norm_preserving,
+        "neutral": neutral,
+    }
+    if search:
+        if len(ablate) != 1 or added or profile or HowToAblate(**how) != HowToAblate():
+            raise UsageError("--search: expected one --ablate TRAIT beside it and nothing else that it would choose")
+        edit = searched_edit(model, ablate[0])
+        with byte_bar("baking") as progress:
+            cert = write(checkpoint_dir(model), out, edit, what, command, say, progress)
+    else:
+        with byte_bar("baking") as progress:
+            cert = run(
+                model, out, ablate=ablate, add=added, profile=profile, form=what, force=force, command=command,
+                say=say, progress=progress, **how,
+            )  # fmt: skip
+    summary = {
+        what: str(out),
+        "as": what,
+        "plan": [line for text in plan for line in text.split("\n")],
+        "edit": cert.edit,
+        "writers_found": cert.writers_found,
+        "writers_edited": cert.writers_edited,
+        "worst_remaining": cert.worst_remaining,
+    }
+    emit(summary, as_json, _told(cert, out))
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="What a bake wrote.")],
+    source: Annotated[
+        Path | None, typer.Option(help="The checkpoint that an adapter was made from; without it, its base model.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Re-read what a bake wrote and check everything its certificate says."""
+    from steer.progress import byte_bar
+    from steer.weights.certify import verify as run
+
+    with byte_bar("verifying") as progress:
+        checks = run(directory, progress, source=source)
+    result = {"checkpoint": str(directory), "ok": True, "checks": {c.name: c.detail for c in checks}}
+    emit(result, as_json, "\n".join([f"ok  {c.name}: {c.detail}" for c in checks]))
+
+
+def _told(cert: Certificate, out: Path) -> str:
+    facts = []
+    if cert.writers:
+        facts.append(
+            f"{cert.writers_edited} of {cert.writers_found} writers edited; at most {cert.worst_remaining:.2%} of the "
+            f"direction remains (asked: {1 - cert.strength:.0%})"
+        )
+    if sites := sorted({b.site for b in cert.biases if b.site is not None}):
+        facts.append(f"adds after blocks {', '.join(map(str, sites))}")
+    return f"{out}: {'; '.join(facts)}\nCheck it: steer verify {out}"
+
+
+def _one_of(option: str, text: str, names: tuple[Any, ...]) -> Any:
+    if text not in names:
+        raise UsageError(f"{option}: expected one of {', '.join(names)}, found {text!r}")
+    return text
+
+
+def _method(text: str) -> Any:
+    from steer.values.method import PROJECTIONS
+
+    return _one_of("--method", text, PROJECTIONS)
+
+
+def _strengths(attention: str | None, mlp: str | None) -> Strengths | None:
+    if attention is None and mlp is None:
+        return None
+    from steer.baking import parse_strength
+    from steer.values.method import Strengths
+
+    return Strengths(
+        attention=1.0 if attention is None else parse_strength(attention, "--attention"),
+        mlp=1.0 if mlp is None else parse_strength(mlp, "--mlp"),
+    )
+
+
+def _blocks(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    if not dash or not first.isdigit() or not last.isdigit():
+        raise UsageError(f"blocks: expected FIRST-LAST, as in 8-20, found {text!r}")
+    return int(first), int(last)
+
+
+def register(app: typer.Typer) -> None:
+    """Put the verbs on the command line."""
+    app.command(
+        epilog="Examples: `steer bake merged calm --ablate moralizing` · "
+        "`steer bake merged calm --ablate moralizing --as adapter --blocks 8-20` · "
+        "`steer bake merged calm --ablate moralizing --search`"
+    )(bake)
+    app.command(epilog="Example: `steer verify calm`")(verify)

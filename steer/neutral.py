@@ -1,0 +1,80 @@
+"""Neutral means: where the residual stream of ordinary replies lies after each block, measured once and kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steer.errors import MismatchError, SteerError
+from steer.weights.fetch import home
+from steer.weights.sketch import Sketch
+
+if TYPE_CHECKING:
+    from steer.live.model import SteeredModel
+
+
+def neutral_means(
+    model: SteeredModel, *, seed: int = 0, on_tokens: Callable[[int], None] | None = None
+) -> Float[Tensor, "blocks d"]:
+    """The mean residual stream after each block over the model's own replies to the neutral prompts of the fit split,
+    every reply counting alike, fp32: the means that `steer find` makes its directions orthogonal to."""
+    from dataclasses import replace
+
+    from steer.features.contrast import SAMPLER, Reply
+    from steer.features.residuals import reply_means
+    from steer.values.trait import NeutralPrompts
+
+    chats = [({"role": "user", "content": prompt},) for prompt in NeutralPrompts.load().fit]
+    made = model.replies([list(c) for c in chats], replace(SAMPLER, seed=seed), on_tokens=on_tokens)
+    replies = [Reply(c, tuple(ids), model.text(ids)) for c, ids in zip(chats, made, strict=True) if ids]
+    return reply_means(model, replies).double().mean(0).float()
+
+
+def neutral_for(place: Path, sketch: Sketch, file: Path | None = None, *, force: bool = False) -> Tensor:
+    """The neutral means of the checkpoint at `place`, `[blocks, d]`: those in `file`, by default those kept beside its
+    directions. Where there is none yet they are measured, which loads the model, and kept there.
+
+    Errors: SteerError for a file without neutral means, MismatchError for those of another checkpoint, unless `force`.
+    """
+    at = file or home() / "directions" / sketch.id / "neutral" / "means.safetensors"
+    if at.is_file():
+        means, theirs = _read(at)
+        if not force and theirs.values.size and not sketch.same_as(theirs):
+            raise MismatchError(
+                f"{at}: expected neutral means of {place}, found those of a checkpoint whose weights differ by "
+                f"{sketch.distance(theirs):.1%}; name another file, which is then measured, or pass --force"
+            )
+        return means
+    from steer.live.model import load
+    from steer.progress import bar
+
+    with bar("neutral replies", None, "tokens") as advance:
+        means = neutral_means(load(place), on_tokens=advance)
+    at.parent.mkdir(parents=True, exist_ok=True)
+    part = at.with_name(f".{at.name}.part")
+    try:
+        save_file({"neutral": means}, part, metadata={"sketch": sketch.to_header()})
+        os.replace(part, at)
+    finally:
+        part.unlink(missing_ok=True)
+    return means
+
+
+def _read(path: Path) -> tuple[Float[Tensor, "blocks d"], Sketch]:
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            means: torch.Tensor | None = f.get_tensor("neutral") if "neutral" in f.keys() else None  # noqa: SIM118
+            header = f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise SteerError(f"{path}: expected neutral means, found something unreadable ({e}); remove it") from e
+    if means is None or means.ndim != 2:
+        raise SteerError(f"{path}: expected neutral means [blocks, d], found none; remove it, or name another file")
+    return means.float(), Sketch.from_header(header)

@@ -1,0 +1,91 @@
+"""The proofs of a certificate, computed again from the weights that were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from steer.errors import CheckpointError
+from steer.values.direction import Direction
+from steer.values.edit import Edit
+from steer.values.method import Kernel, Method, Strengths
+from steer.weights.ablation import Ablation
+from steer.weights.anatomy import Anatomy, Found
+from steer.weights.arithmetic import as_tensor, projection
+from steer.weights.certify import Certificate, Check, ablation_check
+from steer.weights.proofs import rounding
+from steer.weights.stream import CheckpointFiles
+
+
+def certified_edit(folder: Path, cert: Certificate) -> Edit:
+    """The edit that a certificate tells, with the directions kept beside it."""
+    loaded = [(Direction.load(folder / d.file), d.amount) for d in cert.directions]
+    blocks, strengths = cert.edit.get("blocks"), cert.edit.get("strengths")
+    kernels: dict[str, Any] = {k: Kernel(**v) if isinstance(v, dict) else v for k, v in (strengths or {}).items()}
+    return Edit(
+        ablate=tuple(d for d, amount in loaded if amount is None),
+        strength=cert.edit.get("strength") or 1.0,
+        blocks=(blocks[0], blocks[1]) if isinstance(blocks, list) else None,
+        add=tuple((d, amount) for d, amount in loaded if amount is not None),
+        method=Method(
+            **cert.edit.get("method", {}), neutral=_load_neutral(folder / cert.neutral) if cert.neutral else None
+        ),
+        strengths=None if strengths is None else Strengths(**kernels),
+    )
+
+
+def check_weights(files: CheckpointFiles, cert: Certificate, edit: Edit) -> list[Check]:
+    """What the writers of a baked checkpoint still put into the directions, and what its biases add.
+
+    Errors: CheckpointError at the first tensor that is not as certified.
+    """
+    anatomy = Anatomy.of(files.config, str(files.root))
+    found = anatomy.find(files.config, files.tensors)
+    checks = [_check_shares(files, cert, edit, found, Ablation.of(edit, anatomy, files))]
+    return [*checks, _check_biases(files, cert, edit)] if cert.biases else checks
+
+
+def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: Found, ablation: Ablation) -> Check:
+    if not edit.ablate:
+        return ablation_check(cert)
+    writers, shifts = {name: w for w in found.writers for name in (w.tensor, w.bias)}, edit.biases()
+    for proof in cert.writers:
+        shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
+        q = ablation.subspace(writers[proof.tensor])
+        after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
+        # Both numbers come from the same bytes: only the order of summation and the stored direction differ.
+        if abs(after - proof.after) > 1e-3 * proof.after + 1e-6 * size or not proof.holds:
+            raise CheckpointError(
+                f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
+                f"{proof.after:.3g} of {proof.before:.3g} at strength {proof.strength}; bake again"
+            )
+    return ablation_check(cert)
+
+
+def _check_biases(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Check:
+    shifts = edit.biases()
+    for proof in cert.biases:
+        bias = _stored(files, proof.tensor).double()
+        wrong = abs(float(bias.norm()) - proof.norm) > 1e-6 * proof.norm
+        if proof.created:
+            expected = torch.zeros_like(bias) if proof.site is None else shifts[proof.site]
+            slack = rounding(files.tensors[proof.tensor].dtype) * float(expected.norm())
+            wrong = wrong or float((bias - expected).norm()) > slack
+        if wrong:
+            raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
+    return Check("add", f"biases at sites {', '.join(str(s) for s in sorted(shifts))}")
+
+
+def _load_neutral(path: Path) -> Float[Tensor, "blocks d"]:
+    """The neutral means that a method spared."""
+    return load_file(path)["neutral"]
+
+
+def _stored(files: CheckpointFiles, name: str) -> Tensor:
+    info = files.tensors[name]
+    return as_tensor(files.read(info), info.dtype, info.shape)
