@@ -1,7 +1,8 @@
-"""The Streamlit page on a tiny checkpoint: what people see and move."""
+"""The page's logic on a tiny checkpoint, without a browser: what is drawn, and what its widgets change."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 from tiny_chat import keep_direction, save_tiny_chat
 
+from steer.chat.chat import Chat
+from steer.chat.stored import saved_chats
 from steer.values.direction import Direction
 
 APP = Path(__file__).parents[1] / "app.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A STEER_HOME of its own, and no model cached from the test before."""
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.argv", ["app.py"])
     st.cache_resource.clear()
     yield tmp_path
     st.cache_resource.clear()
@@ -43,67 +48,164 @@ def moral(checkpoint: Path, make_direction: Callable[..., Direction]) -> Directi
 def page() -> AppTest:
     at = AppTest.from_file(str(APP), default_timeout=60).run()
     assert not at.exception
+    if "chat" in at.session_state:
+        chat = chat_of(at)
+        chat.sampler = type(chat.sampler)(max_new_tokens=12)
     return at
 
 
-def say(at: AppTest, text: str) -> str:
-    """Send a message; the reply on the page."""
-    at.chat_input[0].set_value(text).run()
+def chat_of(at: AppTest) -> Chat:
+    return at.session_state["chat"]
+
+
+def written(at: AppTest) -> str:
+    """Wait for the reply; its text on the page."""
+    assert chat_of(at).writer.wait(60)
+    at.run()
     assert not at.exception
     return at.chat_message[-1].markdown[0].value
 
 
-def test_a_chat_streams_and_stays_on_the_page(moral):
+def say(at: AppTest, text: str) -> str:
+    at.chat_input[0].set_value(text).run()
+    assert not at.exception
+    return written(at)
+
+
+def click(at: AppTest, label: str) -> None:
+    next(b for b in at.button if b.label == label and not b.disabled).click().run()
+    assert not at.exception
+
+
+def moral_slider(at: AppTest):
+    return next(s for s in at.sidebar.slider if s.label == "moral")
+
+
+def test_a_chat_stays_on_the_page_and_a_new_one_keeps_it_among_the_old(moral):
     at = page()
-    first = say(at, "hello")
-    assert first
-    second = say(at, "well")
+    first, second = say(at, "hello"), say(at, "well")
     shown = [(m.name, m.markdown[0].value) for m in at.chat_message]
     assert shown == [("user", "hello"), ("assistant", first), ("user", "well"), ("assistant", second)]
-    next(b for b in at.button if b.label == "New chat").click().run()
+    click(at, "New chat")
     assert len(at.chat_message) == 0
+    assert [c.title for c in saved_chats()] == ["hello"]
     assert say(at, "hello") == first
+    other = page()
+    # The two are as old as each other: whichever is listed first, `hello` is what it began with.
+    click(other, "Open")
+    assert other.chat_message[0].markdown[0].value == "hello"
 
 
-def test_a_slider_moved_between_messages_changes_the_reply_and_reset_puts_it_back(moral):
+def test_a_slider_changes_the_reply_and_undo_reset_and_the_switch_put_it_back(moral):
     at = page()
-    (slider,) = at.sidebar.slider
-    assert (slider.label, slider.min, slider.max, slider.step, slider.value) == (
-        "moral",
-        -2.0,
-        2.0,
-        0.25,
-        0.0,
-    )
     plain = say(at, "hello")
-    at.button[1].click().run()
-    at.sidebar.slider[0].set_value(-2.0).run()
-    assert at.sidebar.caption[0].value == "4.00 of the residual norm after block 1"
-    assert "fall apart" in at.sidebar.warning[0].value
+    slider = moral_slider(at)
+    assert slider.min < 0 < slider.max
+    slider.set_value(slider.max).run()
+    assert chat_of(at).sliders["moral"] == slider.max
+    assert any("beyond the safe" in m.value for m in at.sidebar.markdown)
+    click(at, "New chat")
     assert say(at, "hello") != plain
-    at.button[1].click().run()
-    at.button[0].click().run()
-    assert at.sidebar.slider[0].value == 0.0
-    assert len(at.sidebar.warning) == 0
+    click(at, "Undo")
+    assert moral_slider(at).value == 0.0
+    click(at, "Redo")
+    assert moral_slider(at).value == slider.max
+    at.sidebar.toggle[0].set_value(False).run()
+    click(at, "New chat")
+    assert say(at, "hello") == plain
+    at.sidebar.toggle[0].set_value(True).run()
+    click(at, "Reset all")
+    click(at, "New chat")
     assert say(at, "hello") == plain
 
 
-def test_the_system_prompt_is_heard(moral):
+def test_the_operation_and_the_tokens_a_slider_acts_on_are_set_in_its_popover(moral):
+    at = page()
+    next(s for s in at.selectbox if s.label == "Operation").set_value("cap")
+    next(n for n in at.number_input if n.label.startswith("Only the first")).set_value(5)
+    click(at, "Apply")
+    row = chat_of(at).board.row("moral")
+    assert (row.operation, row.when.first) == ("cap", 5)
+    assert any("moral (cap)" in m.value and "off" in m.value for m in at.sidebar.markdown)
+
+
+def test_what_can_be_done_with_a_message(moral):
+    at = page()
+    first = say(at, "hello")
+    click(at, "Regenerate")
+    second = written(at)
+    assert second != first
+    click(at, "Previous")
+    assert at.chat_message[-1].markdown[0].value == first
+    click(at, "Continue")
+    assert written(at).startswith(first)
+    next(b for b in at.button if b.label == "Edit").click().run()
+    next(t for t in at.text_area if t.label == "Message").set_value("truth")
+    click(at, "Save")
+    written(at)
+    assert at.chat_message[0].markdown[0].value == "truth"
+    next(b for b in at.button if b.label == "Delete").click().run()
+    assert at.chat_message[0].markdown[0].value == "hello"
+
+
+def test_the_system_prompt_and_the_sampler_are_heard(moral):
     at = page()
     plain = say(at, "hello")
     other = page()
-    other.sidebar.text_area[0].set_value("truth").run()
+    next(t for t in other.sidebar.text_area if t.label == "System prompt").set_value("truth").run()
     assert say(other, "hello") != plain
+    preset = next(s for s in other.sidebar.selectbox if s.label == "Preset")
+    preset.set_value("near-greedy").run()
+    assert chat_of(other).sampler.temperature == 3.0
+    next(n for n in other.number_input if n.label == "Top-k (0: all)").set_value(7)
+    next(b for b in other.button if b.key and "apply sampler" in b.key).click().run()
+    assert (chat_of(other).sampler.top_k, chat_of(other).sampler.temperature) == (7, 3.0)
 
 
-def test_two_browsers_have_sliders_of_their_own(moral):
+def test_a_dropped_card_is_played_and_a_broken_one_is_told_of(moral, home):
+    at = page()
+    upload = next(f for f in at.get("file_uploader") if f.label.startswith("Character card"))
+    card = {"spec": "chara_card_v2", "spec_version": "2.0", "data": {"name": "Duke", "first_mes": "well friend"}}
+    upload.set_value(("duke.json", json.dumps(card).encode(), "application/json")).run()
+    click(at, "Play Duke")
+    assert [(m.name, m.markdown[0].value) for m in at.chat_message] == [("assistant", "well friend")]
+    upload = next(f for f in at.get("file_uploader") if f.label.startswith("Character card"))
+    upload.set_value(("duke.png", b"no picture", "image/png")).run()
+    assert not at.exception
+    assert len(at.sidebar.error) == 1
+
+
+def test_a_profile_is_kept_and_loaded(moral):
+    at = page()
+    amount = moral_slider(at).min
+    moral_slider(at).set_value(amount).run()
+    click(at, "Save")
+    assert [t.value for t in at.toast] == ["kept: my character"]
+    click(at, "Reset all")
+    assert moral_slider(at).value == 0.0
+    click(at, "Load")
+    assert moral_slider(at).value == amount
+
+
+def test_two_tabs_share_the_model_and_not_the_sliders(moral):
     one, two = page(), page()
+    assert chat_of(one).voice.model is chat_of(two).voice.model
     plain = say(one, "hello")
-    one.button[1].click().run()
-    two.sidebar.slider[0].set_value(2.0).run()
+    moral_slider(two).set_value(moral_slider(two).max).run()
+    click(one, "New chat")
     assert say(one, "hello") == plain
     assert say(two, "hello") != plain
-    assert one.run().sidebar.slider[0].value == 0.0
+    assert moral_slider(one.run()).value == 0.0
+
+
+def test_inside_a_reply_there_is_a_heat_map_with_a_legend(moral):
+    at = page()
+    say(at, "hello")
+    at.session_state["part"] = "Inside"
+    at.run()
+    assert not at.exception
+    assert not at.error
+    assert any("st-heat" in h.proto.body for h in at.get("html"))
 
 
 def test_a_model_without_a_direction_chats_and_names_the_command_that_finds_one(checkpoint):
@@ -125,7 +227,18 @@ def test_a_model_that_is_not_there_is_told_of_without_a_traceback(home, monkeypa
     assert len(at.chat_input) == 0
 
 
-def test_a_page_without_a_model_says_how_to_start_it(home, monkeypatch):
+def test_a_part_that_breaks_is_one_line_and_the_rest_of_the_page_stays(moral, monkeypatch):
+    at = page()
+    monkeypatch.setattr(Chat, "shelf", lambda self: 1 / 0)
+    at.session_state["part"] = "Features"
+    at.run()
+    assert not at.exception
+    assert [e.value for e in at.error] == ["that did not work: ZeroDivisionError: division by zero"]
+    assert moral_slider(at)
+
+
+def test_a_page_without_a_model_offers_the_default_merge(home, monkeypatch):
     monkeypatch.delenv("STEER_MODEL", raising=False)
-    monkeypatch.setattr("sys.argv", ["app.py"])
-    assert "steer ui MODEL" in page().info[0].value
+    at = page()
+    assert "steer ui MODEL" in at.markdown[0].value
+    assert [b.label for b in at.button] == ["Get the default merge"]

@@ -7,33 +7,19 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from steer.chat.job import Job
 from steer.errors import UnsupportedError
 from steer.live.profiles import sliders_in
 from steer.values.profile import Profile
+from steer.weights.bakeable import Form, Verdict, bakeable
+from steer.weights.certify import CERTIFICATE
 from steer.weights.fetch import resolve
 from steer.weights.staging import check_output
 
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
-
-Form = Literal["checkpoint", "adapter"]
-CERTIFICATE = "steer_certificate.json"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether one slider can be baked."""
-
-    slider: str
-    operation: str
-    ok: bool
-    reason: str
-    """What it becomes, or why it cannot."""
-    place: int = -1
-    """In the profile's list."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +31,8 @@ class BakePlan:
     form: Form
     verdicts: tuple[Verdict, ...]
     """One for each slider that moves something."""
+    places: tuple[int, ...]
+    """Where each of them stands in the profile."""
 
     @property
     def why(self) -> str | None:
@@ -63,13 +51,12 @@ class BakePlan:
 
     def without_refused(self) -> BakePlan:
         """The same without the sliders that cannot be baked."""
-        refused = {v.place for v in self.verdicts if not v.ok}
+        refused = {place for place, v in zip(self.places, self.verdicts, strict=True) if not v.ok}
         sliders = tuple(s for i, s in enumerate(self.profile.sliders) if i not in refused)
-        return replace(
-            self,
-            profile=replace(self.profile, sliders=sliders),
-            verdicts=tuple(v for v in self.verdicts if v.ok),
-        )
+        kept = tuple(v for v in self.verdicts if v.ok)
+        standing = [i for i in range(len(self.profile.sliders)) if i not in refused]
+        places = tuple(standing.index(p) for p in self.places if p not in refused)
+        return replace(self, profile=replace(self.profile, sliders=sliders), verdicts=kept, places=places)
 
     def start(self, out: str | Path) -> BakingJob:
         """Begin. Errors: UnsupportedError for what cannot be baked, OutputExistsError for a place that is taken."""
@@ -114,13 +101,10 @@ class BakingJob(Job):
 
 def plan(model: SteeredModel, profile: Profile, form: Form = "checkpoint") -> BakePlan:
     """What a bake of a profile would do to the checkpoint of a model that runs. Errors: SteerError."""
-    from steer.weights.bakeable import bakeable  # pyright: ignore[reportMissingImports]
-
     moves = {
         place: slider.at(entry.amount)
         for place, (slider, entry) in enumerate(sliders_in(model, profile))
         if entry.enabled and not slider.is_neutral(entry.amount)
     }
-    told = zip(moves, bakeable(moves.values(), form, model.anatomy), strict=True)
-    verdicts = tuple(Verdict(v.slider, v.operation, v.ok, v.reason, place) for place, v in told)
-    return BakePlan(model.name, profile, form, verdicts)
+    verdicts = tuple(bakeable(moves.values(), form, model.anatomy))
+    return BakePlan(model.name, profile, form, verdicts, tuple(moves))

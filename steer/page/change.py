@@ -21,9 +21,14 @@ def safely(change: Callable[[], object]) -> bool:
     try:
         change()
     except Exception as e:
-        st.toast(_line(e), icon=":material/error:", duration="long")
+        tell(_line(e), "error")
         return False
     return True
+
+
+def tell(text: str, icon: str = "check") -> None:
+    """A line to be shown in passing. Not at once: what a callback draws would stand in place of something else."""
+    st.session_state.setdefault("told", []).append((text, icon))
 
 
 def guarded(draw: Callable[_P, None]) -> Callable[_P, None]:
@@ -31,6 +36,8 @@ def guarded(draw: Callable[_P, None]) -> Callable[_P, None]:
 
     @wraps(draw)
     def drawn(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        for text, icon in st.session_state.pop("told", []):
+            st.toast(text, icon=f":material/{icon}:", duration="long" if icon == "error" else "short")
         try:
             draw(*args, **kwargs)
         except Exception as e:

@@ -13,7 +13,7 @@ _STYLE = """
   .stMainBlockContainer { padding: 4.2rem 2rem 1rem; max-width: 64rem; }
   [data-testid="stBottomBlockContainer"] { padding: 1rem 2rem 1.5rem; max-width: 64rem; }
   @media (max-width: 640px) {
-    .stMainBlockContainer { padding: 3.6rem .8rem 1rem; }
+    .stMainBlockContainer { padding: 4.2rem .8rem 1rem; }
     [data-testid="stBottomBlockContainer"] { padding: .5rem .8rem .8rem; }
   }
   [data-testid="stSidebarUserContent"] { padding: 0 1.1rem 2rem; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -99,7 +100,13 @@ def _voice(model: str | None, server: str | None) -> Voice | None:
 @st.cache_resource(show_spinner="Loading the model")
 def _shared(model: str) -> SteeredModel:
     """One copy of a checkpoint for all tabs; what is a tab's own, its sliders first of all, is in its voice."""
-    return load(model)
+    loaded = load(model)
+    loaded.sketch()  # what the sliders' names are looked up by
+    # Streamlit collects garbage after every look at a reply, which takes the interpreter for as long as there are
+    # objects to go through: a second or more with these libraries, or nothing once they are known to stay.
+    gc.collect()
+    gc.freeze()
+    return loaded
 
 
 def _arguments() -> argparse.Namespace:

@@ -73,7 +73,7 @@ def main(
     figures = health(reader, load) | speed(reader, load, clients) | rounding(reader, load, once, twice, float32)
     figures |= whose(reader, first_of_each(load.replies, clients, others), clients)
     if as_json:
-        rows = {name: {"value": value, "bar": bar, "kept": kept} for name, (value, bar, kept) in figures.items()}
+        rows = {name.strip(): {"value": v, "bar": bar, "kept": kept} for name, (v, bar, kept) in figures.items()}
         print(json.dumps({"seconds": seconds, "clients": clients, **rows, "problems": load.problems}, indent=2))
     else:
         for name, (value, bar, kept) in figures.items():
@@ -113,32 +113,35 @@ def health(reader: Reader, load: Load) -> dict[str, Figure]:
 
 def speed(reader: Reader, load: Load, clients: int) -> dict[str, Figure]:
     """Tokens a second, and how long clients wait for the first."""
-    loop = loop_rate(reader, first_of_each(load.replies, clients, 1))
+    loop, cpu = decode_loop(reader, first_of_each(load.replies, clients, 1))
     streamed = [r for r in load.replies if r.first is not None]
     waited = [r.first for r in streamed if r.asked >= load.begun]
     return {
         "tokens/s of all together": (load.rate, "", None),
         f"tokens/s of the decode loop, {clients} texts at once": (loop, "", None),
-        "share of the decode loop": (load.rate / loop, "", None),
+        "  share of the decode loop": (load.rate / loop, "", None),
+        "CPU ms a token": (1000 * load.cpu, "", None),
+        "  over those of the decode loop": (load.cpu / cpu, "", None),
         "seconds to the first token, median": (float(np.quantile(waited or np.nan, 0.5)), "", None),
         "  95 %": (float(np.quantile(waited or np.nan, 0.95)), "", None),
         "  the longest, as the first requests look up their sliders": (max(r.first for r in streamed), "", None),
     }
 
 
-def loop_rate(reader: Reader, replies: Sequence[Reply]) -> float:
-    """Tokens a second of this process's own decode loop: all texts begin together, their prompts are read, each goes by
-    its client's sliders, none ends early."""
+def decode_loop(reader: Reader, replies: Sequence[Reply]) -> tuple[float, float]:
+    """This process's own: tokens a second, CPU seconds a token. All texts begin together, their prompts are read, each
+    goes by its client's sliders, none ends early."""
     live = reader.live
     prompts, edits = [live.prompt_ids(r.ask.chat) for r in replies], [reader.edits[r.ask.client] for r in replies]
     sampler = replace(CHAT, max_new_tokens=LOOP, logit_bias=tuple((end, -100.0) for end in live.end_token_ids))
-    rates = []
+    rounds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         with live.steering.applied(edits):
             made = sum(len(step.tokens) for step in decode(live, prompts, sampler))
-        rates.append(made / (time.perf_counter() - begun))
-    return statistics.median(rates)
+        rounds.append((made / (time.perf_counter() - begun), (time.process_time() - worked) / made))
+    rates, cpu = zip(*rounds, strict=True)
+    return statistics.median(rates), statistics.median(cpu)
 
 
 def rounding(

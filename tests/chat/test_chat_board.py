@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning
 def board(chat, model, checkpoint, make_direction):
     keep_dictionary(model)
     weak = make_direction("moralizing", seed=9)
-    keep_direction(checkpoint, Direction("moralizing", 2, weak.vector, with_mean=0.1, without_mean=0.0))
+    keep_direction(checkpoint, Direction("moralizing", 2, weak.vector, with_mean=0.1, residual_norm=1.0))
     return chat.board
 
 
@@ -100,10 +100,14 @@ def test_ranges_are_those_that_were_measured_else_half_of_what_is_too_much(board
 
 def test_a_weak_direction_has_a_range_that_is_not_nothing(board, checkpoint, make_direction, chat):
     strong = make_direction("strong")
-    chat.sliders.put(Direction("strong", 1, strong.vector, with_mean=50.0, without_mean=0.0))
+    chat.sliders.put(Direction("strong", 1, strong.vector, with_mean=50.0, residual_norm=1.0))
     row = board.row("strong")
     assert 0 < row.safe[1] < 0.01
     assert row.low < row.safe[0] < 0 < row.safe[1] < row.high
+    chat.sliders.put(Direction("unknown", 1, strong.vector), 0.5)
+    row = board.row("unknown")
+    assert (row.safe, math.isnan(row.share)) == ((-2.0, 2.0), True)
+    assert [b.share for b in board.budgets()] == [0.0]
 
 
 def test_operations_and_times_can_be_changed(board, chat):

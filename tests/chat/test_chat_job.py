@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,7 @@ import pytest
 from steer.chat.default_merge import RECIPE, get_default, ready
 from steer.chat.job import Job
 from steer.errors import OutputExistsError, SteerError
-
-OPTIONS = subprocess.run(
-    [sys.executable, "-m", "steer.cli", "bake", "--help"], capture_output=True, text=True, check=False
-).stdout
+from steer.values.slider import Slider
 
 
 @pytest.fixture
@@ -72,12 +67,6 @@ def test_the_default_merge_is_made_with_its_progress_shown(tmp_path, monkeypatch
     assert 0 <= seen[0] < 1
 
 
-# What follows wants `steer bake --profile`, and what is said before it starts.
-
-bakes_profiles = pytest.mark.skipif("--profile" not in OPTIONS, reason="steer bake takes no profile here")
-
-
-@bakes_profiles
 def test_what_can_be_baked_is_said_before_and_done_after(chat, tmp_path):
     chat.board.set("moral", -0.25)
     plan = chat.plan_bake()
@@ -91,12 +80,9 @@ def test_what_can_be_baked_is_said_before_and_done_after(chat, tmp_path):
         plan.start(tmp_path / "out")
 
 
-@bakes_profiles
 def test_what_cannot_be_baked_is_named_and_can_be_left_out(chat, tmp_path):
     assert "move one first" in chat.plan_bake().why
     target = chat.sliders.slider("moral").target
-    from steer.values.slider import Slider
-
     chat.sliders.put(Slider(target, "clamp", label="moral:clamp"), 0.5)
     chat.board.set("moral", -0.25)
     plan = chat.plan_bake()
@@ -109,7 +95,6 @@ def test_what_cannot_be_baked_is_named_and_can_be_left_out(chat, tmp_path):
     assert [s.amount for s in rest.profile.sliders] == [-0.25]
 
 
-@pytest.mark.skipif("--as" not in OPTIONS or "--profile" not in OPTIONS, reason="steer bake writes no adapters here")
 def test_an_adapter_is_baked_as_well(chat, tmp_path):
     chat.board.reshape("moral", "ablate")
     chat.board.set("moral", 1.0)

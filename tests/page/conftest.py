@@ -27,6 +27,8 @@ from steer.values.direction import Direction
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WIDTH, LATENTS = 32, 80
+DEPTH = 40
+"""Blocks: enough that somebody can move a slider while a reply of 256 tokens is being written."""
 
 
 def keep_dictionary(checkpoint: Path) -> None:
@@ -61,12 +63,14 @@ def tiny_page_home(
     make_direction: Callable[..., Direction],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Path]:
-    """A folder with a checkpoint `chat` that can chat and never ends a reply, and a STEER_HOME `home` that knows a
-    direction and a dictionary of it."""
+    """A folder with a checkpoint `chat` that can chat and never ends a reply itself, and a STEER_HOME `home` that knows
+    a direction and a dictionary of it."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEER_HOME", str(folder / "home"))
-        checkpoint = save_tiny_chat(tiny_llama, folder / "chat", eos_token_id=None, max_position_embeddings=4096)
+        checkpoint = save_tiny_chat(
+            tiny_llama, folder / "chat", eos_token_id=10_000, max_position_embeddings=4096, num_hidden_layers=DEPTH
+        )
         keep_direction(checkpoint, make_direction("moral"))
         keep_dictionary(checkpoint)
         yield folder

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-PATIENCE = 60
+PATIENCE = 30
 MESSAGE = "hello friend"
 
 
@@ -47,10 +47,10 @@ class Page:
         self.until(lambda: self.all("[data-testid=stApp][data-test-script-state=notRunning]"))
 
     def click(self, label: str) -> None:
-        """A button by the name that a screen reader tells."""
+        """A button, or what opens an expander, by the name that a screen reader tells."""
 
         def found() -> bool:
-            for button in self.all("button"):
+            for button in self.all("button, summary"):
                 told = button.get_attribute("textContent") or ""
                 if label in told and button.is_displayed() and button.is_enabled():
                     self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
@@ -63,8 +63,7 @@ class Page:
     def fill(self, label: str, text: str) -> None:
         def typed() -> bool:
             field = self.all(f"[aria-label={json.dumps(label)}]")[0]
-            field.clear()
-            field.send_keys(text + "\ue007")
+            field.send_keys("\ue009a\ue000" + text + "\ue007")  # in place of all there is
             return True
 
         self.until(typed)
@@ -88,8 +87,9 @@ class Page:
         return self.until(lambda: (t := self.texts()[-1]).count(" ") >= at_least and t)
 
     def stop(self) -> str:
-        """Stop the reply; what it is then."""
-        self.click("Stop")
+        """Stop the reply, where it is not whole yet; what it is then."""
+        if self.growing():
+            self.until(lambda: not self.growing() or self.all(".st-key-stop button")[0].click() is None)
         self.until(lambda: not self.growing() and self.all("[class*=st-key-Regenerate]"))
         self.settled()
         return self.texts()[-1]
@@ -167,8 +167,9 @@ def test_side_by_side_marks_words_that_differ_and_a_blind_vote_tells_which_was_w
     page.settled()
     page.part("Compare")
     page.fill("Message", MESSAGE)
-    page.until(lambda: page.all("[data-testid=stCheckbox] label")[0].click() is None)
-    page.all("[data-testid=stFormSubmitButton] button")[0].click()
+    page.until(lambda: page.all(".stMain [data-testid=stCheckbox] label")[0].click() is None)
+    page.all(".stMain [data-testid=stFormSubmitButton] button")[0].click()
+    time.sleep(1)
     page.click("Stop")
     page.until(lambda: page.all("mark.st-differs"))
     assert "with these sliders" not in page.all(".stMain [data-testid=stColumn] p")[2].text

@@ -50,11 +50,11 @@ def _firing(chat: Chat, shelf: Shelf) -> None:
         found = shelf.fires_on(text)
     for firing in found:
         with st.container(border=True):
+            _card(chat, firing.card)
             strongest = max((s for _, s in firing.marks), default=0.0) or 1.0
-            st.caption(f"up to {firing.strength:.2f} units")
             pieces, strengths = [p for p, _ in firing.marks], [s for _, s in firing.marks]
             st.html(heat(pieces, [s / strongest for s in strengths], [f"{s:.2f}" for s in strengths]))
-            _card(chat, firing.card)
+            st.caption(f"up to {firing.strength:.2f} units")
 
 
 def _cards(chat: Chat, cards: list[FeatureCard]) -> None:

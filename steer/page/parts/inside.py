@@ -22,9 +22,9 @@ def draw(chat: Chat) -> None:
         return
     texts = {m.id: " ".join(m.text.split())[:70] for m in replies}
     message = st.selectbox("Reply", list(texts), len(texts) - 1, format_func=texts.__getitem__, key="inside reply")
-    names = st.multiselect(
-        "Read by", list(readable), list(readable)[:2], format_func=readable.__getitem__, key="inside names"
-    )
+    moved = {r.name for r in chat.board.rows() if r.moves}
+    first = sorted(readable, key=lambda name: name not in moved)[:2]
+    names = st.multiselect("Read by", list(readable), first, format_func=readable.__getitem__, key="inside names")
     if not names:
         st.caption("Choose what to read it by.")
         return
@@ -47,25 +47,31 @@ def _heat(look: Look, name: str) -> None:
 
 def _charts(look: Look) -> None:
     rows = pd.DataFrame(look.chart())
+    along = alt.Scale(domain=[-1, len(look.pieces)], nice=False)
     tip = ["token", "text", "title", "under", alt.Tooltip("amount", format=".2f")]
     strip = (
-        alt.Chart(rows, height=150)
+        alt.Chart(rows, height=280)
         .mark_line(interpolate="step-after")
         .encode(
-            x=alt.X("token:Q", title="token of the reply"),
+            x=alt.X("token:Q", title="token of the reply", scale=along),
             y=alt.Y("amount:Q", title="amount"),
             color=alt.Color("title:N", title=None, legend=alt.Legend(orient="top")),
-            strokeDash=alt.StrokeDash("under:N", title=None, sort=["sliders", "no sliders"]),
+            strokeDash=alt.StrokeDash(
+                "under:N", title=None, sort=["sliders", "no sliders"], legend=alt.Legend(orient="top")
+            ),
             tooltip=tip,
         )
     )
     st.altair_chart(strip)
+    if not any(look.kl):
+        st.caption("No slider moved this reply: it is the unsteered model's.")
+        return
     kl = pd.DataFrame({"token": range(len(look.kl)), "text": look.pieces, "KL": look.kl})
     bars = (
-        alt.Chart(kl, height=110)
+        alt.Chart(kl, height=200)
         .mark_bar()
         .encode(
-            x=alt.X("token:Q", title="token of the reply"),
+            x=alt.X("token:Q", title="token of the reply", scale=along),
             y=alt.Y("KL:Q", title="KL to unsteered, nats"),
             tooltip=["token", "text", alt.Tooltip("KL", format=".3f")],
         )

@@ -19,7 +19,7 @@ from steer.chat.profile_store import (
     uploaded_profile,
 )
 from steer.errors import SteerError
-from steer.page.change import redraw, safely
+from steer.page.change import redraw, safely, tell
 from steer.values.cards import load_card
 from steer.values.profile import Profile
 from steer.values.sampler import PRESETS, Sampler, preset
@@ -54,10 +54,10 @@ def draw(chat: Chat) -> None:
 def _profiles(chat: Chat) -> None:
     kept = saved_profiles()
     if kept:
-        name = st.selectbox("Saved", list(kept), key="saved profile")
+        saved = st.selectbox("Saved", list(kept), key="saved profile")
         with st.container(horizontal=True):
-            st.button("Load", on_click=safely, args=(lambda: _use(chat, load_profile(name)),))
-            st.button("Delete", key="delete profile", on_click=safely, args=(lambda: forget_profile(name),))
+            st.button("Load", on_click=safely, args=(lambda: _use(chat, load_profile(saved)),))
+            st.button("Delete", key="delete profile", on_click=safely, args=(lambda: forget_profile(saved),))
     name = st.text_input("Save as", "my character", key="profile name", max_chars=80).strip()
     with st.container(horizontal=True):
         st.button("Save", on_click=safely, args=(lambda: _keep(chat, name),), disabled=not name)
@@ -67,7 +67,7 @@ def _profiles(chat: Chat) -> None:
             st.caption(str(e))
         else:
             st.download_button("Download", data, f"{file_name(name)}.yaml", "application/yaml", on_click="ignore")
-    file = st.file_uploader("Upload a profile", ["yaml", "yml"], key="profile upload")
+    file = st.file_uploader("Upload a profile", ["yaml", "yml"], key="profile upload", max_upload_size=1)
     if file is not None:
         st.button(
             "Use it", type="primary", key="use upload", on_click=safely,
@@ -77,16 +77,16 @@ def _profiles(chat: Chat) -> None:
 
 def _use(chat: Chat, profile: Profile) -> None:
     chat.use(profile)
-    st.toast(f"{profile.name}: {len(profile.sliders)} sliders and a sampler", icon=":material/check:")
+    tell(f"{profile.name}: {len(profile.sliders)} sliders and a sampler")
 
 
 def _keep(chat: Chat, name: str) -> None:
     keep_profile(chat.profile(name))
-    st.toast(f"kept: {name}", icon=":material/check:")
+    tell(f"kept: {name}")
 
 
 def _character(chat: Chat) -> None:
-    file = st.file_uploader("Character card (PNG or JSON)", ["png", "json"], key="card")
+    file = st.file_uploader("Character card (PNG or JSON)", ["png", "json"], key="card", max_upload_size=20)
     if file is not None:
         try:
             card = load_card(file.getvalue())

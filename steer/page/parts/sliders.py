@@ -17,31 +17,44 @@ from steer.values.when import When
 def draw(chat: Chat) -> None:
     """All of it."""
     board = chat.board
-    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+    with st.container(
+        horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"
+    ):  # fmt: skip
         key = f"on@{tag(chat)}"
         st.toggle("Sliders act", board.on, key=key, on_change=lambda: setattr(board, "on", st.session_state[key]))
         _buttons(chat)
-    rows = board.rows()
+    # Each in a place of its own: what is open below is not to close because a slider came or a warning went.
+    with st.container():
+        _rows(chat)
+    with st.container():
+        _budgets(chat)
+    st.caption(chat.voice.felt)
+    setup.draw(chat)
+    redraw_if_asked()
+
+
+def _rows(chat: Chat) -> None:
+    rows = chat.board.rows()
     if not rows:
         st.info(f"No trait is known for this model yet. Find one: `steer find {chat.voice.name} moralizing`")
     for number, row in enumerate(rows):
         with st.container(key=f"slider{number}"):
             _row(chat, row)
     rails(rail(f"slider{number}", row.low, row.high, row.safe) for number, row in enumerate(rows))
-    for budget in board.budgets():
+
+
+def _budgets(chat: Chat) -> None:
+    for budget in chat.board.budgets():
         if budget.share > 0:
             st.caption(budget.words, help="; ".join(f"{markdown(t)}: {s:.2f}" for t, s in budget.parts) or None)
             st.html(budget_bar(budget.share, budget.limit, budget.level))
     for warning in chat.warnings():
         st.warning(markdown(warning))
-    st.caption(chat.voice.felt)
-    setup.draw(chat)
-    redraw_if_asked()
 
 
 def _buttons(chat: Chat) -> None:
     board = chat.board
-    with st.container(horizontal=True, width="content", key="icons of the sliders"):
+    with st.container(horizontal=True, wrap=False, width="content", key="icons of the sliders"):
         _icon("Undo", "undo", board.undo, "Undo the last move of a slider")
         _icon("Redo", "redo", board.redo, "Redo it")
         _icon("Reset all", "restart_alt", board.reset_all, "Reset: no slider moves anything")

@@ -63,6 +63,8 @@ class Load:
     """When the time began, by `time.monotonic`: every client has had one reply by then."""
     rate: float
     """Tokens a second of the time, those of clients that hang up among them."""
+    cpu: float
+    """Seconds of CPU that a token took the server, whatever else the machine did."""
     memory: tuple[float, float]
     """The server's, in bytes: in the first third of the time, and in the last."""
     left: float
@@ -113,10 +115,11 @@ def under_load(server: Served, live: SteeredModel, seconds: float, clients: int)
     for thread in everybody:
         thread.start()
     office.warm.wait()
-    seen: list[tuple[float, float, float]] = []
+    seen: list[tuple[float, float, float, int]] = []
     while not office.over:
         written = server.metrics()["steer_completion_tokens_total"]
-        seen.append((time.monotonic(), written, server.process.memory_info().rss))
+        cpu = sum(server.process.cpu_times()[:2])
+        seen.append((time.monotonic(), written, cpu, server.process.memory_info().rss))
         time.sleep(0.5)
     patient_until = time.monotonic() + PATIENCE
     for thread in everybody:
@@ -129,13 +132,14 @@ def under_load(server: Served, live: SteeredModel, seconds: float, clients: int)
     office.problems += [
         f"log: {line}" for line in server.log.read_text().splitlines() if not any(x in line for x in LOGGED)
     ]
-    (first, written, _), (last, written_last, _) = seen[0], seen[-1]
-    part, rss = max(1, len(seen) // 3), [row[2] for row in seen]
+    lasted, wrote, worked = (b - a for a, b in zip(seen[0][:3], seen[-1][:3], strict=True))
+    part, rss = max(1, len(seen) // 3), [row[3] for row in seen]
     return Load(
         office.replies,
         office.problems,
         office.begun,
-        rate=(written_last - written) / (last - first),
+        rate=wrote / lasted,
+        cpu=worked / wrote,
         memory=(statistics.median(rss[:part]), statistics.median(rss[-part:])),
         left=left,
         hung_up=(office.hung_up, told.get("steer_hung_up_total", 0.0)),
