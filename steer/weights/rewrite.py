@@ -1,6 +1,6 @@
-"""Shards rewritten in a stream: one thread reads ahead and hashes, the caller's edits, one writes and one hashes that.
+"""Shards rewritten in a stream: read ahead, hashed, edited, written and hashed again, each on a thread of its own.
 
-Hashing, reading and writing let go of the interpreter, so that the four go on at once. What is on its way is bounded
+Reading, hashing and writing let go of the interpreter, so that all of it goes on at once. What is on its way is bounded
 in bytes: the largest tensor to be edited, and `ROOM` beside it.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import CheckpointError
-from steer.weights.staging import CHUNK, NewFile
+from steer.weights.staging import CHUNK, DirectFile
 from steer.weights.stream import BITS, Buffer, DecodedTensor, NewTensor, Shard, TensorInfo, read_into
 
 Change = Callable[[Buffer], None]
@@ -65,21 +65,20 @@ def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lam
     room = _Ring(ROOM + max((piece.memory for p in passages for piece in p.pieces), default=0))
     ahead: deque[tuple[_Passage, _Piece, memoryview, Future[None]]] = deque()
     behind: deque[tuple[_Passage, _Piece, Future[None], Future[None]]] = deque()
-    reading, writing, hashing = (ThreadPoolExecutor(1, f"bake-{name}") for name in ("read", "write", "hash"))
-
+    reading, hashing_in, writing, hashing_out = pools = tuple(ThreadPoolExecutor(1, "bake") for _ in range(4))
     try:
         step = next(steps, None)
         while step or ahead or behind:
             while step and (buffer := room.take(step[1].memory)) is not None:
-                ahead.append((*step, buffer, reading.submit(step[0].read, step[1], buffer)))
+                read = reading.submit(step[0].read, step[1], buffer)
+                ahead.append((*step, buffer, hashing_in.submit(step[0].hash_in, step[1], buffer, read)))
                 step = next(steps, None)
             if ahead:
-                passage, piece, buffer, read = ahead.popleft()
-                read.result()
+                passage, piece, buffer, hashed = ahead.popleft()
+                hashed.result()  # an edit in place has to wait for that
                 data = passage.edit(piece, buffer)
-                behind.append(
-                    (passage, piece, writing.submit(passage.write, piece, data), hashing.submit(passage.hash, data))
-                )
+                write = writing.submit(passage.write, piece, data)
+                behind.append((passage, piece, write, hashing_out.submit(passage.hash_out, data)))
                 advance(piece.written)
             # Without anything ahead the next step waits for room, or for the end.
             while behind and (not ahead or all(f.done() for f in behind[0][2:])):
@@ -90,7 +89,7 @@ def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lam
                 if piece is _END:
                     yield passage.rewritten
     finally:
-        for pool in (reading, writing, hashing):
+        for pool in pools:
             pool.shutdown(cancel_futures=True)
         for passage in passages:
             with suppress(OSError):  # of a disk that is full, say, which is known by now
@@ -124,7 +123,7 @@ _END = _Piece()
 
 
 class _Passage:
-    """One shard on its way through. `read`, `edit`, `write` and `hash` each run on a thread of their own."""
+    """One shard on its way through; each of its methods runs on a thread of its own."""
 
     def __init__(self, job: Rewrite) -> None:
         self.job, self.shard = job, job.shard
@@ -134,7 +133,7 @@ class _Passage:
         self.pieces = tuple(_pieces(self.shard, layout, job.change))
         self._read, self._written = hashlib.sha256(self.shard.header), hashlib.sha256(self.header)
         self._source = -1
-        self._target: NewFile | None = None
+        self._target: DirectFile | None = None
 
     def read(self, piece: _Piece, buffer: memoryview) -> None:
         """Fill the memory; at the end see whether the source is still the one whose header was read."""
@@ -148,10 +147,13 @@ class _Passage:
         elif piece.size:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._source, piece.at + piece.size, _AHEAD, os.POSIX_FADV_WILLNEED)
-            view = buffer[: piece.size]
-            read_into(self._source, piece.at, view, path)
-            if piece.hashed:
-                self._read.update(view)
+            read_into(self._source, piece.at, buffer[: piece.size], path)
+
+    def hash_in(self, piece: _Piece, buffer: memoryview, read: Future[None]) -> None:
+        """Hash what was read."""
+        read.result()
+        if piece.hashed:
+            self._read.update(buffer[: piece.size])
 
     def edit(self, piece: _Piece, buffer: memoryview) -> memoryview | bytes:
         """What goes into the output."""
@@ -161,14 +163,14 @@ class _Passage:
     def write(self, piece: _Piece, data: memoryview | bytes) -> None:
         """Write what goes into the output; at the end wait for the disk."""
         if self._target is None:
-            self._target = NewFile(self.job.target)
+            self._target = DirectFile(self.job.target)
             self._target.write(self.header)
         self._target.write(data)
         if piece is _END:
             self._target.sync()
             self.close()
 
-    def hash(self, data: memoryview | bytes) -> None:
+    def hash_out(self, data: memoryview | bytes) -> None:
         """Hash what goes into the output."""
         self._written.update(data)
 
@@ -184,6 +186,7 @@ class _Passage:
             self._source = -1
         if self._target is not None:
             self._target.close()
+            self._target = None  # and the memory that it wrote from
 
 
 class _Ring:

@@ -6,19 +6,19 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from steer.errors import OutputExistsError, SteerError
 
 CHUNK = 8 << 20
 """Bytes moved at a time."""
-_FLUSH = 32 << 20  # written between two calls that set the disk to work
 
 
 def check_output(out: Path) -> None:
@@ -94,52 +94,79 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
             path.unlink()
 
 
-class NewFile:
-    """A new file, which the disk starts on while it grows."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by __exit__
-        self._written = self._flushed = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._file.write(data)
-        self._written += len(data)
-        if self._written - self._flushed >= _FLUSH and hasattr(os, "posix_fadvise"):
-            # The disk starts on what is new, and the pages it is done with can be used again: to find fresh ones for
-            # gigabytes costs more than to hash them, and pushes out of memory what others read from there.
-            os.posix_fadvise(self._file.fileno(), 0, self._written, os.POSIX_FADV_DONTNEED)
-            self._flushed = self._written
-
-    def sync(self) -> None:
-        """Wait until all that was written is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class HashingFile(NewFile):
+class HashingFile:
     """A new file that knows the sha256 of what was written to it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by __exit__
         self._sha = hashlib.sha256()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        super().write(data)
+        self._file.write(data)
         self._sha.update(data)
 
     @property
     def sha256(self) -> str:
         """Hex digest of what was written so far."""
         return self._sha.hexdigest()
+
+    def __enter__(self) -> HashingFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class DirectFile:
+    """A new file of gigabytes, which goes to the disk past the page cache where the file system can do that.
+
+    To find pages for so much costs more than to hash it, and pushes out of memory what others read from there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._block = memoryview(mmap.mmap(-1, CHUNK))  # at a page's start, as direct writing wants it
+        self._filled = self._size = 0
+        self._direct = self._switch(hasattr(os, "O_DIRECT"))
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data)
+        self._size += len(view)
+        while view:
+            part = view[: CHUNK - self._filled]
+            self._block[self._filled : self._filled + len(part)] = part
+            self._filled, view = self._filled + len(part), view[len(part) :]
+            if self._filled == CHUNK:
+                self._flush(CHUNK)
+                self._filled = 0
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk. Nothing may be written after that."""
+        self._flush(-(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE)
+        os.ftruncate(self._fd, self._size)  # what the last page has behind the end
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _flush(self, size: int) -> None:
+        at = 0
+        while at < size:
+            try:
+                at += os.write(self._fd, self._block[at:size])
+            except OSError as e:
+                if e.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._direct = self._switch(False)  # larger blocks than a page, or a limit that ends within one
+
+    def _switch(self, on: bool) -> bool:
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        direct = getattr(os, "O_DIRECT", 0)
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
+        except OSError:
+            return False
+        return on
 
 
 def write_text(path: Path, text: str) -> str:

@@ -79,7 +79,7 @@ def _bake_and_die(source: Path, out: Path, edit: Edit, at: int, steps: multiproc
 
     torch.set_num_threads(1)
     os.fsync, os.rename = stepping(os.fsync), stepping(os.rename)  # type: ignore[assignment]
-    staging.NewFile.write = stepping(staging.NewFile.write)  # type: ignore[method-assign]
+    staging.DirectFile.write = stepping(staging.DirectFile.write)  # type: ignore[method-assign]
     bake(source, out, edit, command=COMMAND)
     steps.put(count)
 

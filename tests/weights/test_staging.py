@@ -14,7 +14,7 @@ import pytest
 
 from steer.errors import OutputExistsError, SteerError
 from steer.weights import staging
-from steer.weights.staging import HashingFile, check_output, copy_file, hash_file, staged, write_json
+from steer.weights.staging import DirectFile, HashingFile, check_output, copy_file, hash_file, staged, write_json
 
 
 def _interrupted(out: Path, error: BaseException) -> None:
@@ -132,15 +132,25 @@ def test_a_live_process_s_directory_is_kept_and_the_second_is_told(tmp_path: Pat
     assert _leftovers(tmp_path / "out") == ["deep", "half"]
 
 
-def test_files_larger_than_a_flush_are_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_FLUSH", 100_000)
-    data = random.Random(0).randbytes(1_000_003)
-    with HashingFile(tmp_path / "a") as f:
-        for at in range(0, len(data), 70_001):
-            f.write(data[at : at + 70_001])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 65536, 1_000_003])
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_direct_file_holds_what_was_written_whatever_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, direct: bool
+) -> None:
+    monkeypatch.setattr(staging, "CHUNK", 65536)
+    if not direct:
+        monkeypatch.delattr(os, "O_DIRECT")
+    data = random.Random(0).randbytes(size)
+    f = DirectFile(tmp_path / "a")
+    try:
+        for at in range(0, size, 70_001):
+            f.write(memoryview(data)[at : at + 70_001])
         f.sync()
         assert (tmp_path / "a").read_bytes() == data
-    assert f.sha256 == hash_file(tmp_path / "a")
+    finally:
+        f.close()
+    with pytest.raises(FileExistsError):
+        DirectFile(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
