@@ -48,6 +48,7 @@ class _Numbers(NamedTuple):
     alpha: Tensor
     beta: Tensor
     upper: Tensor | None
+    limits: Tensor | None
     read: Tensor | None
     write: Tensor
 
@@ -128,8 +129,9 @@ class Columns:
         share = self._share(x, text)
         if share is not None:
             by = by * share
-        if self.limits is not None:
-            by = by.masked_fill(x.norm(dim=-1, keepdim=True) > self.limits.ready(x.device, x.dtype), 0.0)
+        if n.limits is not None:
+            # Half the time of `x.norm`, which goes through Python.
+            by = by.masked_fill(torch.linalg.vector_norm(x, dim=-1, keepdim=True) > n.limits, 0.0)
         return by
 
     def written(
@@ -175,6 +177,7 @@ class Columns:
         out = _Numbers(
             text.row, dtype, device, self.alpha.at(text, like, dtype), self.beta.at(text, like, dtype),
             None if self.upper is None else self.upper.at(text, like, dtype),
+            None if self.limits is None else self.limits.ready(device, dtype),
             None if self.read is None else self.read.ready(device, dtype), self.write.ready(device, dtype),
         )  # fmt: skip
         if not torch.compiler.is_compiling():

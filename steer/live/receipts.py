@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from steer.values.move import Move, Operation
 if TYPE_CHECKING:
     from steer.live.columns import Columns, Term
 
-_PENDING = 256
-"""Noted passes that are held before they are summed up."""
+_PENDING = 4096
+"""Notes that are held before they are summed up."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,25 @@ class _Sum:
 class _Text:
     tokens: int = 0
     sliders: dict[_Key, _Sum] = field(default_factory=dict)
+    _under: tuple[Edit | None, int] = (None, 0)
+    """The edit of the last passes, and how many tokens they brought."""
+
+    def stood(self, edit: Edit | None, tokens: int) -> None:
+        """So many tokens were read under this edit."""
+        if edit is not self._under[0]:
+            self.settle()
+        self._under = (edit, self._under[1] + tokens)
+
+    def settle(self) -> None:
+        """Account for the sliders of the last passes, those that add to every token summed up."""
+        edit, tokens = self._under
+        self._under = (None, 0)
+        for move in edit.as_moves() if edit is not None else ():
+            one = self.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
+            one.amount = move.amount
+            if move.constant and move.share():
+                one.tokens += tokens
+                one.moved += tokens * move.share()
 
 
 class Tally:
@@ -95,33 +115,30 @@ class Tally:
     def __init__(self) -> None:
         self._texts: dict[int, _Text] = {}
         self._pending: list[_Note] = []
-        self._now: _Texts = []
+        self._now: _Texts = ()
         self._written: dict[Columns, _Note] = {}
 
     def begin(self, texts: Sequence[tuple[int, int, int | slice]], rows: Sequence[Edit | None]) -> None:
         """A forward pass begins: for each text of the batch its number, the row it goes by, and how many tokens it
         brings, or, packed, the slice that they are."""
         self._end_pass()
-        self._now = []
+        now = []
         for text, row, brings in texts:
-            part = brings if isinstance(brings, slice) else None
+            part = (brings.start, brings.stop) if isinstance(brings, slice) else None
             count = brings.stop - brings.start if isinstance(brings, slice) else brings
-            self._now.append((text, row, part))
+            now.append((text, row, part))
             account = self._texts.setdefault(text, _Text())
             account.tokens += count
-            edit = rows[row]
-            for move in edit.as_moves() if edit is not None else ():
-                one = account.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
-                one.amount = move.amount
-                if move.constant and move.share():
-                    one.tokens += count
-                    one.moved += count * move.share()
+            account.stood(rows[row], count)
+        self._now = tuple(now)
 
     def note(self, columns: Columns, by: Tensor, text: TextPass, writes_to: int | None) -> None:
         """`columns` moved their readings by these, in the pass that began last. `writes_to`: the block they are a
         writer of; what is ablated is summed over the writers up to its site."""
         if writes_to is None:
             self._pending.append(_Note(columns, columns.terms, by.detach(), self._now, text.valid))
+            return
+        if not any(d >= writes_to for d in columns.sites):
             return
         if not all(d >= writes_to for d in columns.sites):
             by = by * by.new_tensor([float(d >= writes_to) for d in columns.sites])
@@ -151,27 +168,34 @@ class Tally:
         )
 
     def _settle(self) -> None:
-        pending, self._pending = self._pending, []
-        for note in pending:
-            for at, (text, row, part) in enumerate(note.texts):
-                mine = (0, part) if part is not None else (at if note.by.shape[0] > 1 else 0,)
-                here = note.by[mine]
-                if note.valid is not None:
-                    here = here * note.valid[mine][:, None].to(here.device, here.dtype)
+        for account in self._texts.values():
+            account.settle()
+        # Passes of one make, as those that write a token each, are summed up as one.
+        alike: dict[tuple[object, ...], list[_Note]] = {}
+        for note in self._pending:
+            key = (note.columns, id(note.terms), note.texts, note.by.shape[0], note.by.device)
+            alike.setdefault(key, []).append(note)
+        self._pending = []
+        for notes in alike.values():
+            columns, terms, texts = notes[0].columns, notes[0].terms, notes[0].texts
+            packed = texts[0][2] is not None
+            by = torch.cat([note.of_text() for note in notes], dim=0 if packed else 1)
+            for at, (text, row, part) in enumerate(texts):
+                here = by[:, slice(*part)].flatten(0, 1) if part is not None else by[at if by.shape[0] > 1 else 0]
                 columns_of: dict[Move, list[int]] = {}
-                for term in note.terms:
+                for term in terms:
                     if term.row == row:
                         columns_of.setdefault(term.move, []).append(term.column)
-                for move, columns in columns_of.items():
-                    moved = _length(note.columns, columns, here)
+                for move, mine in columns_of.items():
+                    moved = _length(columns, mine, here)
                     one = self._texts[text].sliders[_key(move)]
                     one.moved += float(moved.sum()) / _norm(move)
                     one.tokens += int((moved > 0).sum())
 
 
 _Key = tuple[object, ...]
-_Texts = list[tuple[int, int, slice | None]]
-"""Of each text of a pass its number, its row, and, packed, where its tokens are."""
+_Texts = tuple[tuple[int, int, tuple[int, int] | None], ...]
+"""Of each text of a pass its number, its row, and, packed, where its tokens begin and end."""
 
 
 @dataclass
@@ -184,6 +208,10 @@ class _Note:
     by: Tensor
     texts: _Texts
     valid: Tensor | None
+
+    def of_text(self) -> Float[Tensor, "batch new columns"]:
+        """What they did on tokens of texts; 0 on padding."""
+        return self.by if self.valid is None else self.by * self.valid[..., None].to(self.by.device, self.by.dtype)
 
 
 def _key(move: Move) -> _Key:

@@ -16,14 +16,12 @@ _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 
 
-def safely(change: Callable[[], object]) -> bool:
-    """Make a change, or say in one line why not. Whether it was made."""
+def safely(change: Callable[[], object]) -> None:
+    """Make a change, or say in one line why not."""
     try:
         change()
     except Exception as e:
         tell(_line(e), "error")
-        return False
-    return True
 
 
 def tell(text: str, icon: str = "check") -> None:

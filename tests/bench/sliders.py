@@ -118,7 +118,7 @@ def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[
     site, sites = live.anatomy.blocks // 2 - 1, range(live.anatomy.blocks)
     vector = torch.randn(live.anatomy.width, generator=torch.Generator().manual_seed(0))
     # So small a gap that the model still writes under it at every site.
-    r = Direction("random", site, vector, with_mean=2.0)
+    r = Direction("random", site, vector, with_mean=2.0, residual_norm=150.0)
     here, everywhere = [r], [r.at(s) for s in sites]
 
     def edit(operation: Operation, amount: float, of: Iterable[Direction], when: When = ALWAYS) -> Edit | None:

@@ -175,7 +175,7 @@ def test_the_terminal_chat_has_the_same_session(server, model):
     said = next(pieces)
     pieces.close()
     assert session.messages[-1]["content"] == said
-    assert session.warnings() == []
+    assert "after block 1 by up to 6.00 of its norm" in session.warnings()[0]
     session.reread()
     session.use(Profile("p", sampler=SAMPLER, preset=None, sliders=(ProfileSlider("moral", 0.5),)))
     assert dict(session.sliders) == {"moral": 0.5}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-PATIENCE = 30
+PATIENCE = 60
 MESSAGE = "hello friend"
 
 

@@ -132,6 +132,7 @@ class Board:
                     "neutral": slider.neutral,
                     "range": sliders.ranges.get(name),
                     "share": None if amount is None else _number(slider.share(amount)),
+                    "unit_share": _number(slider.share(1.0)) if slider.operation == "add" else None,
                     "site": slider.site,
                 }
             )

@@ -23,7 +23,7 @@ def draw(chat: Chat) -> None:
         if job.running:
             return
     form = st.segmented_control("Form", ["checkpoint", "adapter"], default="checkpoint", required=True, key="form")
-    plan = chat.plan_bake(form or "checkpoint")
+    plan = chat.plan_bake("adapter" if form == "adapter" else "checkpoint")
     for verdict in plan.verdicts:
         icon = ":material/check_circle:" if verdict.ok else ":material/cancel:"
         st.markdown(f"{icon} **{markdown(verdict.slider)}** {verdict.operation}: {markdown(verdict.reason)}")

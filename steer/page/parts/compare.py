@@ -62,7 +62,9 @@ def _pair(chat: Chat, duel: Duel) -> None:
     if duel.error:
         st.error(markdown(duel.error))
     if running:
-        st.button("Stop", icon=":material/stop:", on_click=duel.stop, key="stop compare", shortcut="Esc")
+        st.button(
+            "Stop", icon=":material/stop:", on_click=safely, args=(duel.stop,), key="stop compare", shortcut="Esc"
+        )
         st.session_state["comparing"] = True
         return
     if st.session_state.pop("comparing", False):

@@ -93,4 +93,5 @@ def _card(chat: Chat, card: FeatureCard) -> None:
 
 
 def _plain(text: str) -> str:
-    return text.replace("`", "'").replace("\n", "↵") or " "
+    """A token as code: white space would break the line, or not be seen."""
+    return "".join("↵" if c in "\n\r\u2028" else "␣" if c.isspace() else c for c in text).replace("`", "'") or "␣"

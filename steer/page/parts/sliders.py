@@ -71,7 +71,9 @@ def _icon(label: str, icon: str, change, hint: str) -> None:  # type: ignore[no-
 
 def _row(chat: Chat, row: SliderRow) -> None:
     label = row.title if row.operation == "add" else f"{row.title} ({row.operation})"
-    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+    with st.container(
+        horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"
+    ):  # fmt: skip
         st.markdown(f"**{markdown(label)}** :small[{_words(row)}]")
         with (
             st.container(width="content", key=f"icons of {row.name}"),

@@ -114,8 +114,9 @@ def _receipt(message: Message) -> None:
     assert written is not None
     first = "" if written.first_token is None else f", the first after {written.first_token:.1f} s"
     rate = f", {written.rate:.0f} a second" if written.rate else ""
-    st.caption(f"seed {written.seed}, {len(written.ids)} tokens{first}{rate}; {_ENDINGS[written.ending]}")
     receipt = written.receipt or {}
+    tokens = len(written.ids) or receipt.get("tokens") or "unknown"
+    st.caption(f"seed {written.seed}, tokens {tokens}{first}{rate}; {_ENDINGS[written.ending]}")
     for slider in receipt.get("sliders") or []:
         share = slider.get("mean_share")
         far = "" if share is None else f", by {share:.2f} of the residual norm"

@@ -159,6 +159,7 @@ def test_the_sliders_are_told_with_what_there_is_to_know(fresh):
         "neutral": 0.0,
         "range": [-1.0, 1.0],
         "share": pytest.approx(slider.share(-0.5), abs=1e-4),
+        "unit_share": slider.share(1.0),
         "site": 1,
     }
     clamp = row(fresh, "other:clamp")
