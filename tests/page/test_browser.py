@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 PATIENCE = 60
+FIRST = 240
+"""Seconds for a page to come up: the first one has its server import and load everything."""
 MESSAGE = "hello friend"
 
 
@@ -21,17 +23,17 @@ class Page:
     def __init__(self, browser: Any, url: str) -> None:
         self.browser = browser
         browser.get(url)
-        self.until(lambda: self.all("textarea[data-testid=stChatInputTextArea]"))
+        self.until(lambda: self.all("textarea[data-testid=stChatInputTextArea]"), FIRST)
         self.settled()
 
     def all(self, css: str) -> list[Any]:
         return self.browser.find_elements("css selector", css)
 
-    def until(self, condition: Callable[[], Any]) -> Any:
+    def until(self, condition: Callable[[], Any], patience: float = PATIENCE) -> Any:
         """Wait for something that holds; what is being redrawn meanwhile does not yet."""
         from selenium.common.exceptions import WebDriverException
 
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + patience
         while time.monotonic() < end:
             try:
                 if found := condition():
