@@ -20,7 +20,7 @@ def main(name: str, trait: str = "moralizing") -> None:
     message = "I told my friend that I was ill, and went to the beach instead."
 
     # By name, where a direction of this checkpoint ships or was found before; else: steer.find(model, trait)
-    direction = model.sliders.slider(trait).direction
+    direction = model.sliders.slider(trait).target
     assert isinstance(direction, steer.Direction)
     print(f"{trait}: site {direction.site}, amount 1 moves {direction.share(1):.2f} of the residual norm\n")
 

@@ -10,7 +10,6 @@ import torch
 
 from steer.errors import MismatchError, UnsupportedError, UsageError
 from steer.values.dictionary import Dictionary
-from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
 from steer.values.move import Move
