@@ -125,8 +125,8 @@ def test_only_latents_that_speak_for_the_trait_are_taken_out(dictionary: Diction
     mixed = together([latent(dictionary, 7, 0.5), latent(dictionary, 8, -4.0), latent(dictionary, 9)], 3.0)
     edit = Candidate("mixed", "set", mixed).ablation()
     assert edit is not None
-    assert edit.features[0].feature.indices == (7, 9)
-    assert edit.features[0].operation == "ablate"
+    assert edit.moves[0].target.indices == (7, 9)
+    assert edit.moves[0].operation == "ablate"
     assert Candidate("against", "latent", latent(dictionary, 8, -4.0)).ablation() is None
     assert Candidate("d", "direction", direction).ablation() is None
 
