@@ -150,7 +150,7 @@ def test_a_plain_bake_of_the_merge_equals_ablate_hooks_at_every_writer(
     certificate = steer.bake(demo["merged"], out, ablate=["moralizing"])
     assert certificate.writers_edited == certificate.writers_found == 61
     source, baked = steer.load(demo["merged"], dtype=torch.float32), steer.load(out, dtype=torch.float32)
-    moral = source.sliders.slider("moralizing").direction
+    moral = source.sliders.slider("moralizing").target
     ids = torch.tensor([source.prompt_ids([{"role": "user", "content": "Describe a harbour at dawn."}])])
     with torch.inference_mode(), source.steered({steer.Slider(moral, "ablate"): 1.0}):
         hooked = source.hf(ids).logits.log_softmax(-1)

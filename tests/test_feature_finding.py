@@ -115,7 +115,7 @@ def test_amount_1_of_a_written_slider_displaces_as_far_as_the_direction(
     assert found.dictionary.place is not None
     copied(found.dictionary.place, own_dictionary_place(model.sketch(), "tiny"))
     for name in ("lying-latent", "lying-set"):
-        feature = find_slider(model, name).direction
+        feature = find_slider(model, name).target
         assert isinstance(feature, Feature)
         assert feature.direction.gap == pytest.approx(found.direction.gap, rel=1e-4)
         for index, unit in zip(feature.indices, feature.units, strict=True):
