@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
 
 from steer.live.frame import TextPass
 from steer.live.table import Table, Window
@@ -50,6 +51,8 @@ class _Numbers(NamedTuple):
     upper: Tensor | None
     limits: Tensor | None
     read: Tensor | None
+    linear: tuple[Tensor, Tensor] | None
+    """`alpha` times what is read, `[columns, d]`, and `beta`, where all tokens share them: one call in place of two."""
     write: Tensor
 
 
@@ -116,38 +119,45 @@ class Columns:
         """Whether it wants to know the reply token of every position."""
         return self.window is not None
 
-    def deltas(self, x: Float[Tensor, "batch new d"], text: TextPass) -> Float[Tensor, "batch new columns"]:
-        """By how much each column's reading moves on each token."""
-        n = self._numbers(text, x)
-        by = n.beta
-        if n.read is not None:
-            by = torch.addcmul(by, n.alpha, x @ n.read)
+    def moved(
+        self, x: Float[Tensor, "batch new d"], onto: Float[Tensor, "batch new d"], text: TextPass, writes_to: int | None
+    ) -> Float[Tensor, "batch new d"]:
+        """`onto` and what the columns add to the stream, having read `x`. `writes_to`: as in `Tally.note`.
+
+        One call without others of ours: weights push code out of the caches between two blocks, and finding it again
+        takes longer than running it.
+        """
+        n = self._last
+        if n is None or n.row is not text.row or n.dtype != x.dtype or n.device != x.device:
+            n = self._numbers(text, x)
+        if n.linear is not None:
+            by = linear(x, *n.linear)
+        elif n.read is not None:
+            by = torch.addcmul(n.beta, n.alpha, x @ n.read)
         elif self.dictionary is not None:
-            by = torch.addcmul(by, n.alpha, encoder_rows(self.dictionary, self.latents, x.device, x.dtype)(x))
+            rows = encoder_rows(self.dictionary, self.latents, x.device, x.dtype)
+            by = torch.addcmul(n.beta, n.alpha, rows(x))
+        else:
+            by = n.beta
         if n.upper is not None:
             by = torch.minimum(by, n.upper)
-        share = self._share(x, text)
-        if share is not None:
+        share = None
+        if self.window is not None or self._masks:
+            share = self._share(x, text)
             by = by * share
         if n.limits is not None:
-            # Half the time of `x.norm`, which goes through Python.
-            by = by.masked_fill(torch.linalg.vector_norm(x, dim=-1, keepdim=True) > n.limits, 0.0)
-        return by
-
-    def written(
-        self, onto: Float[Tensor, "batch new d"], by: Float[Tensor, "batch new columns"], text: TextPass
-    ) -> Float[Tensor, "batch new d"]:
-        """`onto` and what the columns add to the stream for these moves of their readings."""
+            # Half the time of `x.norm`, which goes through Python. What has limits reads, so `by` is its own.
+            by.masked_fill_(torch.linalg.vector_norm(x, dim=-1, keepdim=True) > n.limits, 0.0)
+        if text.tally is not None and self.told:
+            text.tally.note(self, by, text, writes_to)
         if self.spread is not None:
             # What a column that is not acting reads is free to change: only those that act are set together.
             assert self.used is not None
-            share = self._share(by, text)
             assert share is not None
             acting = self.used.at(text, by, by.dtype) * (share > 0)
             subset = sum(acting[..., j].long() << j for j in range(by.shape[-1]))
             by = (self.spread.ready(by.device, by.dtype)[subset] @ by[..., None])[..., 0]
-        write = self._numbers(text, onto).write
-        return torch.addcmul(onto, by, write) if len(self.gates) == 1 else onto + by @ write[0]
+        return torch.addcmul(onto, by, n.write) if len(self.gates) == 1 else onto + by @ n.write[0]
 
     def take(self, other: Columns) -> None:
         """Hold the other's numbers from now on, in the same memory."""
@@ -169,28 +179,30 @@ class Columns:
         return [t for t in some if t is not None]
 
     def _numbers(self, text: TextPass, like: Tensor) -> _Numbers:
-        """The tables as a pass wants them, in the dtype and on the device of `like`; looked up once for many passes."""
-        last = self._last
-        if last is not None and last.row is text.row and last.dtype == like.dtype and last.device == like.device:
-            return last
-        dtype, device = like.dtype, like.device
+        """The tables as a pass wants them, in the dtype and on the device of `like`, kept for the passes after it."""
+        dtype, device, kept = like.dtype, like.device, not torch.compiler.is_compiling()
+        alpha, beta = self.alpha.at(text, like, dtype), self.beta.at(text, like, dtype)
+        read = None if self.read is None else self.read.ready(device, dtype)
+        # Compiled code reads the tables anew at every pass, and fuses this by itself.
+        shared = (alpha[0].T * read.T, beta[0, 0]) if kept and read is not None and self.rows == 1 else None
         out = _Numbers(
-            text.row, dtype, device, self.alpha.at(text, like, dtype), self.beta.at(text, like, dtype),
+            text.row, dtype, device, alpha, beta,
             None if self.upper is None else self.upper.at(text, like, dtype),
             None if self.limits is None else self.limits.ready(device, dtype),
-            None if self.read is None else self.read.ready(device, dtype), self.write.ready(device, dtype),
+            read, shared, self.write.ready(device, dtype),
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
+        if kept:
             self._last = out
         return out
 
-    def _share(self, x: Tensor, text: TextPass) -> Tensor | None:
-        """The share of each column that acts on each token; None where all of it does."""
+    def _share(self, x: Tensor, text: TextPass) -> Tensor:
+        """The share of each column that acts on each token, where there are windows or gates."""
         share = None if self.window is None else self.window.share(text, x)
         for key, table in self._masks.items():
             mask = table.ready(x.device, x.dtype)
             is_open = 1 - mask + mask * text.gates[key].to(x.device, x.dtype)
             share = is_open if share is None else share * is_open
+        assert share is not None
         return share
 
 

@@ -51,13 +51,13 @@ class SiteProgram:
             text.gates[gate.key] = gate.open(_gate_amount(gate, h))
         if not self.added and not self.set:
             return h if self.shift is None else h + self.shift.at(text, h, h.dtype)
-        x = h.to(torch.promote_types(h.dtype, torch.float32))
+        x = h if h.dtype == torch.float64 else h.float()
         out = x if self.shift is None else x + self.shift.at(text, x, x.dtype)
         for columns in self.added:
-            out = self._moved(columns, x, out, text)
+            out = columns.moved(x, out, text, self.writes_to)
         x = out
         for columns in self.set:
-            out = self._moved(columns, x, out, text)
+            out = columns.moved(x, out, text, self.writes_to)
         return out.to(h.dtype)
 
     @property
@@ -76,13 +76,6 @@ class SiteProgram:
             self.shift.take(other.shift)
         for mine, new in zip((*self.added, *self.set), (*other.added, *other.set), strict=True):
             mine.take(new)
-
-    def _moved(self, columns: Columns, x: Tensor, onto: Tensor, text: TextPass) -> Tensor:
-        """`onto` moved as the columns want it that read `x`."""
-        by = columns.deltas(x, text)
-        if text.tally is not None and columns.told:
-            text.tally.note(columns, by, text, self.writes_to)
-        return columns.written(onto, by, text)
 
 
 def compiled(rows: Rows, anatomy: Anatomy, held: Sequence[Move] = ()) -> dict[str, SiteProgram]:

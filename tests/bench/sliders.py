@@ -5,11 +5,13 @@
 Beside them a bare forward hook, and repeng, steering-vectors and nnsight where they are installed. What pins older
 versions goes beside this project, not into it: `pip install --no-deps --target DIR PACKAGE...`, DIR on PYTHONPATH.
 
-A round gives each a turn, in an order drawn anew: it is put on, one step is not counted, two are. A figure is the
-median over the rounds of the turn's time over the plain model's in the same round, with a 95 % bootstrap interval;
+A round gives each a turn, in an order drawn anew. A turn is two steps of the plain model, three of what is timed, one
+of the plain model: the first of each kind is not counted, and a turn's figure is its two over the plain two around
+them, which a busy machine slows alike. What is printed is the median over the rounds with a 95 % bootstrap interval;
 "plain again" shows what of that is noise. `step` is the forward pass over one token of every text after some 200, as
 the decode loop makes it; `loop` is the decode loop with the receipts that a chat keeps, all of them writing side by
-side. `alone` is what one call of what sliders do at a site takes in microseconds, with warm caches.
+side, each beside a plain one that is as far. `hooks` is the time inside of ours alone, in percent of the steps it was
+taken in: what a hook's call costs is not in it, and next to no noise is.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import json
 import random
 import statistics
 import time
-import timeit
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +39,7 @@ from steer.live.cache import growing_cache
 from steer.live.decode import decode
 from steer.live.frame import TextPass
 from steer.live.model import SteeredModel
-from steer.live.program import compiled
+from steer.live.program import SiteProgram
 from steer.live.receipts import Tally
 from steer.values.dictionary_files import load_dictionary
 from steer.values.direction import Direction
@@ -54,7 +56,7 @@ LATENT = 3494
 ONE, ALL = 2.0, 4.0
 """The bars in percent: sliders on one site, sliders on every site."""
 COUNTED = 2
-"""Steps of a turn that are counted."""
+"""Steps of a turn that are counted; as many of the plain model's."""
 
 
 @dataclass
@@ -88,21 +90,21 @@ def main(
         # Shorter, since every one of them reads its own.
         prompts = texts(live, size, context // 4)
         out[f"batch {size}"] = {
-            "step": compared(field, {name: steps.of(c.model) for name, c in field.items()}, rounds),
-            "loop": compared(field, {name: loop(c.model, prompts) for name, c in field.items()}, rounds),
-            "alone": {name: alone(live, c.edits, size) for name, c in field.items() if any(c.edits)},
+            "step": compared(field, steps.of, rounds),
+            "loop": compared(field, partial(loop, prompts=prompts), rounds),
+            "hooks": {name: hooks(c, steps.of(live), rounds) for name, c in field.items() if any(c.edits)},
         }
     if as_json:
         print(json.dumps({**out, "left out": left_out}, indent=2))
         return
     for size, of in out.items():
-        step, wrote = (of[kind].pop("plain")["ms"] for kind in ("step", "loop"))
+        step, wrote = (of[kind]["plain again"]["ms"] for kind in ("step", "loop"))
         print(f"{size}: a plain step takes {step:.1f} ms, one of the decode loop {wrote:.1f} ms")
-        print(f"{'longer by, in percent':36}{'step':>22}{'loop':>22}{'bar':>5}{'alone, us':>11}")
+        print(f"{'longer by, in percent':36}{'step':>22}{'loop':>22}{'bar':>5}{'hooks':>8}")
         for name, row in of["step"].items():
             bar = "" if row["bar"] is None else f"{row['bar']:g}"
-            by_itself = f"{of['alone'][name]:.1f}" if name in of["alone"] else ""
-            print(f"{name:36}{shown(row):>22}{shown(of['loop'][name]):>22}{bar:>5}{by_itself:>11}")
+            inside = f"{of['hooks'][name]:.2f}" if name in of["hooks"] else ""
+            print(f"{name:36}{shown(row):>22}{shown(of['loop'][name]):>22}{bar:>5}{inside:>8}")
     print(*left_out, sep="\n")
 
 
@@ -114,7 +116,7 @@ def texts(live: SteeredModel, batch: int, context: int) -> list[list[int]]:
 
 
 def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[str, Contestant]:
-    """Everything that is timed, by name; the plain model first."""
+    """Everything that is timed, by name."""
     site, sites = live.anatomy.blocks // 2 - 1, range(live.anatomy.blocks)
     vector = torch.randn(live.anatomy.width, generator=torch.Generator().manual_seed(0))
     # So small a gap that the model still writes under it at every site.
@@ -136,7 +138,7 @@ def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[
     }
     if (dictionary := load_dictionary(DICTIONARY)).width == live.anatomy.width:
         ours["clamp of a feature, one site"] = Edit.of([Move(Feature.latent(dictionary, LATENT), "clamp", 0.5)]), ONE
-    out = {"plain": Contestant(live, lambda run: run()), "plain again": Contestant(live, lambda run: run())}
+    out = {"plain again": Contestant(live, lambda run: run())}
     out |= {name: applying(live, (e,), bar) for name, (e, bar) in ours.items()}
     if batch > 1:
         for operation in ("add", "clamp"):
@@ -221,43 +223,69 @@ def loop(model: SteeredModel, prompts: Sequence[Sequence[int]]) -> Callable[[], 
 
 
 def compared(
-    field: dict[str, Contestant], steps: dict[str, Callable[[], float]], rounds: int
+    field: dict[str, Contestant], stepping: Callable[[SteeredModel], Callable[[], float]], rounds: int
 ) -> dict[str, dict[str, float | None]]:
     """How much longer a step takes than the plain one, in percent, with the ends of its interval."""
-    seconds: dict[str, list[float]] = {name: [] for name in field}
+    plain = field["plain again"].model
+    steps = {name: (stepping(plain), stepping(c.model)) for name, c in field.items()}
+    longer: dict[str, list[float]] = {name: [] for name in field}
+    milliseconds: dict[str, list[float]] = {name: [] for name in field}
     order = list(field)
     for n in range(rounds + 1):
         random.Random(n).shuffle(order)
         for name in order:
+            bare, under = steps[name]
             turn: list[float] = []
-            field[name].around(lambda step=steps[name], turn=turn: turn.extend(step() for _ in range(1 + COUNTED)))
+            bare()
+            around = bare()
+            field[name].around(lambda under=under, turn=turn: turn.extend(under() for _ in range(1 + COUNTED)))
+            around += bare()
             if n:  # the first round warms up
-                seconds[name].append(sum(turn[1:]))
+                longer[name].append(100 * (sum(turn[1:]) / around - 1))
+                milliseconds[name].append(1000 * sum(turn[1:]) / COUNTED)
     out: dict[str, dict[str, float | None]] = {}
     for name, contestant in field.items():
-        longer = 100 * (np.array(seconds[name]) / np.array(seconds["plain"]) - 1)
-        sure = rounds > 2 and name != "plain"
-        ends = bootstrap((longer,), np.median, method="percentile", rng=0).confidence_interval if sure else (None, None)
+        sample = (np.array(longer[name]),)
+        ends = (
+            bootstrap(sample, np.median, method="percentile", rng=0).confidence_interval if rounds > 2 else (None, None)
+        )
         out[name] = {
-            "percent": float(np.median(longer)), "low": ends[0], "high": ends[1], "bar": contestant.bar,
-            "ms": 1000 * statistics.median(seconds[name]) / COUNTED,
+            "percent": float(np.median(longer[name])), "low": ends[0], "high": ends[1], "bar": contestant.bar,
+            "ms": statistics.median(milliseconds[name]),
         }  # fmt: skip
     return out
 
 
-def alone(live: SteeredModel, edits: tuple[Edit | None, ...], batch: int) -> float:
-    """Microseconds that one module's share of it takes, the model left out."""
-    program = next(iter(compiled(edits, live.anatomy).values()))
-    h = torch.randn(batch, 1, live.anatomy.width, device=live.device).to(live.hf.dtype)
-    text = TextPass(index=torch.ones(batch, 1, dtype=torch.long, device=live.device))
-    with torch.inference_mode():
-        return 1e6 * statistics.median(timeit.repeat(lambda: program.apply(h, text), number=100, repeat=30)) / 100
+def hooks(contestant: Contestant, step: Callable[[], float], steps: int) -> float:
+    """The share of a step that passes inside of our hooks, in percent: a median over steps."""
+    apply, inside, shares = SiteProgram.apply, 0.0, []
+
+    def timed(program: SiteProgram, h: Tensor, text: TextPass) -> Tensor:
+        nonlocal inside
+        start = time.perf_counter()
+        out = apply(program, h, text)
+        inside += time.perf_counter() - start
+        return out
+
+    def run() -> None:
+        nonlocal inside
+        for _ in range(1 + steps):
+            inside = 0.0
+            seconds = step()
+            shares.append(100 * inside / seconds)
+
+    SiteProgram.apply = timed  # type: ignore[method-assign]
+    try:
+        contestant.around(run)
+    finally:
+        SiteProgram.apply = apply  # type: ignore[method-assign]
+    return statistics.median(shares[1:])
 
 
 def check_that_vectors_arrive(field: dict[str, Contestant], steps: Steps) -> None:
     """Nobody is timed doing nothing: a peer's logits are the bare hook's."""
     for name, contestant in field.items():
-        if contestant.model is not field["plain"].model:
+        if contestant.model is not field["plain again"].model:
             wanted = steps.logits(field[f"bare hook, {name.split(', ')[1]}"])
             torch.testing.assert_close(steps.logits(contestant), wanted, rtol=0.02, atol=0.05, msg=f"{name}: no effect")
 
