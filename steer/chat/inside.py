@@ -18,9 +18,9 @@ from steer.chat.turns import turns_of
 from steer.chat.voice import Task
 from steer.chat.words import title_of
 from steer.errors import SteerError, UsageError
-from steer.live.columns import encoder_rows
 from steer.live.frame import TextPass
 from steer.live.profiles import edit_of
+from steer.live.program import amounts
 from steer.live.record import reading
 from steer.live.serve.engine import Token
 from steer.live.serve.texts import ReplyText
@@ -114,16 +114,6 @@ def pieces_of(model: SteeredModel, reply: Sequence[int]) -> list[str]:
     out = [text.add(Token(token, None, (), False)).text for token in reply]
     out[-1] += text.end().text
     return out
-
-
-def amounts(target: Direction | Feature, h: Float[Tensor, "new d"]) -> Float[Tensor, " new"]:
-    """What a direction or a feature reads off residual streams, in amounts; of several latents the mean, those that
-    count the other way with a minus."""
-    x = h.to(torch.promote_types(h.dtype, torch.float32))
-    if isinstance(target, Direction):
-        return (x @ target.vector.to(x.device, x.dtype) - target.without_mean) / target.gap
-    acts = encoder_rows(target.dictionary, target.indices, x.device, x.dtype)(x)
-    return (acts / torch.tensor(target.units, device=x.device, dtype=x.dtype)).mean(-1)
 
 
 @torch.inference_mode()

@@ -21,7 +21,6 @@ from steer.live.sliders import Sliders
 from steer.values.edit import Edit
 from steer.values.profile import PlannedWhen, Profile, ProfileSlider
 from steer.values.sampler import Sampler
-from steer.values.when import When
 
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
@@ -174,14 +173,5 @@ class LocalDraft:
 def named(edit: Edit | None, sampler: Sampler) -> Profile:
     """What an edit does, by the names of what it moves: cheap enough to be told between two tokens."""
     moves = edit.as_moves() if edit is not None else ()
-    sliders = (ProfileSlider(m.target.name, m.amount, m.operation, _planned(m.when)) for m in moves)
+    sliders = (ProfileSlider(m.target.name, m.amount, m.operation, PlannedWhen.of(m.when)) for m in moves)
     return Profile("then", sampler=sampler, preset=None, sliders=tuple(sliders))
-
-
-def _planned(when: When) -> PlannedWhen | None:
-    if when.always:
-        return None
-    gate = when.gate
-    if gate is None:
-        return PlannedWhen(when.part, when.first, when.after, when.ramp)
-    return PlannedWhen(when.part, when.first, when.after, when.ramp, gate.on.name, gate.above, gate.below)

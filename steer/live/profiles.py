@@ -93,7 +93,7 @@ def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -
     entries = []
     for label, amount in sliders.items():
         slider = sliders.slider(label)
-        when = None if slider.when is ALWAYS else _planned(slider.when)
+        when = PlannedWhen.of(slider.when)
         own = find_slider(sliders.model, slider.target.name).operation
         operation = None if slider.operation == own else slider.operation
         entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
@@ -103,10 +103,3 @@ def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -
 
 def _alike(preset: Sampler, sampler: Sampler) -> bool:
     return replace(preset, seed=sampler.seed, max_new_tokens=sampler.max_new_tokens) == sampler
-
-
-def _planned(when: When) -> PlannedWhen:
-    gate = when.gate
-    if gate is None:
-        return PlannedWhen(when.part, when.first, when.after, when.ramp)
-    return PlannedWhen(when.part, when.first, when.after, when.ramp, gate.on.name, gate.above, gate.below)

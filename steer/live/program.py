@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from steer.live.columns import Columns, Place, encoder_rows, joint, latents, places, subspace, timed_adds
@@ -48,7 +49,7 @@ class SiteProgram:
     def apply(self, h: Tensor, text: TextPass) -> Tensor:
         """The output as it goes on: `[batch, new, d]`, arithmetic in fp32 or wider but for plain shifts."""
         for gate in self.gates:
-            text.gates[gate.key] = gate.open(_gate_amount(gate, h))
+            text.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
         if not self.added and not self.set:
             return h if self.shift is None else h + self.shift.at(text, h, h.dtype)
         x = h if h.dtype == torch.float64 else h.float()
@@ -205,12 +206,11 @@ def _writers(anatomy: Anatomy) -> Iterator[tuple[str, int | None]]:
             yield module, block
 
 
-def _gate_amount(gate: Gate, h: Tensor) -> Tensor:
-    """What a gate reads, in amounts: `[batch, new, 1]`."""
+def amounts(target: Direction | Feature, h: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens"]:
+    """What a direction or a feature reads off residual streams, in amounts; of several latents the mean, those that
+    count the other way with a minus."""
     x = h.to(torch.promote_types(h.dtype, torch.float32))
-    if isinstance(gate.on, Direction):
-        r = gate.on.vector.to(x.device, x.dtype)
-        return ((x @ r - gate.on.without_mean) / gate.on.gap)[..., None]
-    f = gate.on
-    acts = encoder_rows(f.dictionary, f.indices, x.device, x.dtype)(x)
-    return (acts / torch.tensor(f.units, device=x.device, dtype=x.dtype)).mean(-1, keepdim=True)
+    if isinstance(target, Direction):
+        return (x @ target.vector.to(x.device, x.dtype) - target.without_mean) / target.gap
+    acts = encoder_rows(target.dictionary, target.indices, x.device, x.dtype)(x)
+    return (acts / torch.tensor(target.units, device=x.device, dtype=x.dtype)).mean(-1)

@@ -60,6 +60,15 @@ class PlannedWhen:
         if self.above is not None and self.below is not None and not self.above < self.below:
             raise UsageError(f"when: while: expected above < below, found {self.above} and {self.below}")
 
+    @classmethod
+    def of(cls, when: When) -> PlannedWhen | None:
+        """The plan of a `When`, its gate by name; None where it acts on every token alike."""
+        if when.always:
+            return None
+        gate = when.gate
+        read = () if gate is None else (gate.on.name, gate.above, gate.below)
+        return cls(when.part, when.first, when.after, when.ramp, *read)
+
     def on(self, target: Direction | Feature | None) -> When:
         """The `When`, with what `while_slider` names in place of its name."""
         gate = None if target is None else Gate(target, self.above, self.below)

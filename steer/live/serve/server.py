@@ -15,6 +15,7 @@ from steer.errors import SteerError
 from steer.live.serve.app import Options, create_app
 from steer.live.serve.batching import BatchingEngine
 from steer.live.serve.engine import Engine
+from steer.live.sliders import as_edit
 from steer.values.profile import Profile
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def serve(
         engine = BatchingEngine(model, max_running, max_waiting, context)
         try:
             server = Server(model, engine, options)
+            # What requests may name is looked up now: reading a dictionary and measuring its fit takes seconds.
+            for slider in model.sliders.known().values():
+                as_edit(model, [(slider, 1.0)])
             ready(address(listening))
             with suppress(KeyboardInterrupt):  # uvicorn raises it once it has stopped
                 server.run(sockets=[listening])
