@@ -19,8 +19,8 @@ from steer.chat.words import description, records_at, title
 from steer.errors import UsageError
 from steer.features.pooling import check_fits, encoded, kept
 from steer.features.records import Context, FeatureRecord, Tokens, search
-from steer.live.columns import encoder_rows
 from steer.live.library import dictionaries_of, dictionary_at
+from steer.live.readings import encoder_rows
 from steer.live.record import reading
 from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import read_manifest

@@ -20,7 +20,7 @@ from steer.chat.words import title_of
 from steer.errors import SteerError, UsageError
 from steer.live.frame import TextPass
 from steer.live.profiles import edit_of
-from steer.live.program import amounts
+from steer.live.readings import amounts
 from steer.live.record import reading
 from steer.live.serve.engine import Token
 from steer.live.serve.texts import ReplyText

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from steer.live.columns import Columns, Place, encoder_rows, joint, latents, places, subspace, timed_adds
+from steer.live.columns import Columns, Place, joint, latents, places, subspace, timed_adds
 from steer.live.frame import TextPass
+from steer.live.readings import amounts
 from steer.live.table import Table, Window
 from steer.values.direction import Direction
 from steer.values.edit import Edit
@@ -47,11 +47,14 @@ class SiteProgram:
     """The block whose residual stream this module is a writer of, -1 for the embedding. None: it is a block."""
 
     def apply(self, h: Tensor, text: TextPass) -> Tensor:
-        """The output as it goes on: `[batch, new, d]`, arithmetic in fp32 or wider but for plain shifts."""
+        """The output as it goes on: `[batch, new, d]`. Arithmetic is in fp32 or wider, but for plain shifts and for one
+        direction that is set alone."""
         for gate in self.gates:
             text.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
         if not self.added and not self.set:
             return h if self.shift is None else h + self.shift.at(text, h, h.dtype)
+        if self.shift is None and not self.added and len(self.set) == 1 and self.set[0].short:
+            return self.set[0].moved(h, h, text, self.writes_to)
         x = h if h.dtype == torch.float64 else h.float()
         out = x if self.shift is None else x + self.shift.at(text, x, x.dtype)
         for columns in self.added:
@@ -204,13 +207,3 @@ def _writers(anatomy: Anatomy) -> Iterator[tuple[str, int | None]]:
     for block in range(anatomy.blocks):
         for module in anatomy.writer_modules(block):
             yield module, block
-
-
-def amounts(target: Direction | Feature, h: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens"]:
-    """What a direction or a feature reads off residual streams, in amounts; of several latents the mean, those that
-    count the other way with a minus."""
-    x = h.to(torch.promote_types(h.dtype, torch.float32))
-    if isinstance(target, Direction):
-        return (x @ target.vector.to(x.device, x.dtype) - target.without_mean) / target.gap
-    acts = encoder_rows(target.dictionary, target.indices, x.device, x.dtype)(x)
-    return (acts / torch.tensor(target.units, device=x.device, dtype=x.dtype)).mean(-1)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from steer.errors import CheckpointError, MismatchError, SteerError, UsageError
 from steer.live import library
-from steer.live.columns import encoder_rows
 from steer.live.decode import decode, generate
 from steer.live.fit_check import FitWarning, check_fit
 from steer.live.library import dictionaries_of, own_dictionary_place
 from steer.live.model import SteeredModel, load
+from steer.live.readings import encoder_rows
 from steer.live.session import Session
 from steer.live.sliders import BUDGET
 from steer.values.dictionary import Architecture, Dictionary

@@ -25,6 +25,7 @@ from tiny_chat import hooks_on
 from steer.errors import UsageError
 from steer.live.frame import TextPass
 from steer.live.model import SteeredModel, load
+from steer.live.program import compiled
 from steer.values.direction import Direction
 from steer.values.edit import SET_TOGETHER, Edit
 from steer.values.feature import Feature
@@ -343,3 +344,21 @@ def test_a_token_far_beyond_the_sites_norm_is_left_alone(model64, ids, make_dire
     with model64.steered({unknown: -3.0}), torch.inference_mode(), model64.record([1]) as after:
         model64.hf(ids)
     assert bool(((after[1] - before[1]).norm(dim=-1) > 1e-9).all())
+
+
+@pytest.mark.parametrize("operation", ["ablate", "clamp", "cap", "scale"])
+def test_half_precision_is_off_by_no_more_than_a_few_roundings_of_the_stream(chat_checkpoint, operation):
+    model = load(chat_checkpoint, dtype=torch.bfloat16)
+    r = replace(DIRECTIONS[0], residual_norm=1e6)
+    edit = Edit.of([Move(r, operation, AMOUNTS[operation])])
+    alpha, beta, upper = Move(r, operation, AMOUNTS[operation]).coefficients[0]
+    h = 3 * torch.randn(64, 1, 32, generator=torch.Generator().manual_seed(7)).bfloat16()
+    wide = h.double()
+    a = wide @ r.vector.double()
+    wanted = wide + (alpha * a + beta).clamp(max=upper)[..., None] * r.vector.double()
+    program = next(iter(compiled((edit,), model.anatomy).values()))
+    moved = (wanted - wide).norm(dim=-1)
+    off = (program.apply(h, TextPass()).double() - wanted).norm(dim=-1) / (wide.norm(dim=-1) + moved)
+    # bf16 keeps eight bits: rounding the result alone puts it off by up to 2^-9 of its norm.
+    assert off.max() < 2**-8
+    assert moved.max() > 2**-4 * wide.norm(dim=-1).max()
