@@ -116,7 +116,9 @@ class Tally:
         self._texts: dict[int, _Text] = {}
         self._pending: list[_Note] = []
         self._now: _Texts = ()
-        self._written: dict[Columns, _Note] = {}
+        self._written: dict[Columns, list[Tensor]] = {}
+        """What was ablated in the pass that began last, writer by writer."""
+        self._valid: Tensor | None = None
 
     def begin(self, texts: Sequence[tuple[int, int, int | slice]], rows: Sequence[Edit | None]) -> None:
         """A forward pass begins: for each text of the batch its number, the row it goes by, and how many tokens it
@@ -135,21 +137,25 @@ class Tally:
     def note(self, columns: Columns, by: Tensor, text: TextPass, writes_to: int | None) -> None:
         """`columns` moved their readings by these, in the pass that began last. `writes_to`: the block they are a
         writer of; what is ablated is summed over the writers up to its site."""
+        if by.requires_grad:
+            by = by.detach()
         if writes_to is None:
-            self._pending.append(_Note(columns, columns.terms, by.detach(), self._now, text.valid))
+            self._pending.append(_Note(columns, columns.terms, by, self._now, text.valid))
             return
-        if not any(d >= writes_to for d in columns.sites):
+        if writes_to > max(columns.sites):
             return
-        if not all(d >= writes_to for d in columns.sites):
+        if writes_to > min(columns.sites):
             by = by * by.new_tensor([float(d >= writes_to) for d in columns.sites])
-        note = self._written.get(columns)
-        if note is None:
-            self._written[columns] = _Note(columns, columns.terms, by.detach(), self._now, text.valid)
-        else:
-            note.by = note.by + by.detach().to(note.by.device)
+        self._written.setdefault(columns, []).append(by)
+        self._valid = text.valid
 
     def _end_pass(self) -> None:
-        self._pending += self._written.values()
+        for columns, by in self._written.items():
+            # At least fp32: of many writers each may do little.
+            total = torch.stack([part.to(by[0].device) for part in by]).sum(
+                0, dtype=torch.promote_types(by[0].dtype, torch.float32)
+            )
+            self._pending.append(_Note(columns, columns.terms, total, self._now, self._valid))
         self._written.clear()
         if len(self._pending) >= _PENDING:
             self._settle()
