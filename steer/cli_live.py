@@ -128,6 +128,10 @@ def serve(
     from steer.live.serve.server import load_profiles
     from steer.live.serve.server import serve as run
 
+    # Read at their first use: how many shapes oneDNN, and what torch has above it, keep compiled code for. Of a
+    # thousand, as is their default, each takes 0.1 MB, and a batch of chats has another shape at every step.
+    for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(kept, "16")
     limits = Limits(max_body, max_messages, tokens=max_tokens)
     options = Options(host, api_key, load_profiles(profile), limits)
     from steer.live.model import load
