@@ -239,7 +239,7 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
     certificate = _baked(search, out, choice.trial.edit, command, say)
 
     with bar("measuring", None, "tokens") as advance:
-        held_out = HeldOut(model, scorer, kept, on_tokens=advance)
+        held_out = HeldOut(model, scorer, kept, tokens=search.scope.tokens, on_tokens=advance)
         samples = [held_out.measure(model)]
         del model, bench  # one checkpoint at a time
         plain = space.edit(space.unsearched)
