@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ class _Search:
         kept = "".join(f", keeping {t.name}" for t in self.keep)
         return f"{self.trait.name} on {self.place}{kept}, seed {self.seed}, as {self.form}"
 
+    @cached_property
+    def files(self) -> CheckpointFiles:
+        """Of the checkpoint, as they are edited."""
+        return dequantised(CheckpointFiles.open(self.place))
+
     def contrast(self, model: SteeredModel, trait: Trait, like: Contrast | None = None) -> Contrast:
         """The replies that a scorer is trained on, written once."""
         file = self.folder / f"replies-{trait.name}.json"
@@ -124,7 +130,7 @@ class _Search:
 
                 AdapterPlan.of(self.place, edit)
             else:
-                Plan.of(dequantised(CheckpointFiles.open(self.place)), edit)
+                Plan.of(self.files, edit)
         except SteerError:
             return False
         return True
@@ -158,8 +164,8 @@ def search_bake(
     search = _begin(source, out, trait, keep, form, folder, seed, scope or Scope())
     if trials < 1:
         raise UsageError(f"--trials: expected at least 1, found {trials}")
-    if not (search.folder / STUDY).is_file():
-        check_output(out)
+    if not ((search.folder / STUDY).is_file() and (out / CERTIFICATE).is_file()):
+        check_output(out)  # a search that was stopped while it measured what it had written goes on
     with locked(search.folder):
         study = Study(search.folder / STUDY, search.about, search.name)
         try:

@@ -77,7 +77,8 @@ class Study:
             from steer import __version__
 
             optuna = _optuna()
-            self._study.set_metric_names(["mean probability", "log10 KL"])
+            with _quiet():
+                self._study.set_metric_names(["mean probability", "log10 KL"])
             self._study.set_user_attr("name", name)
             self._study.set_user_attr("versions", {"steer": __version__, "optuna": optuna.__version__})
             self._study.set_user_attr("about", dict(about))
@@ -171,8 +172,7 @@ class Study:
         optuna = _optuna()
         before = self._study.get_trials(deepcopy=False)[: batch * BATCH]
         seeds = np.random.SeedSequence([seed, batch]).generate_state(2).tolist()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with _quiet():
             sampler = optuna.samplers.TPESampler(
                 n_startup_trials=STARTUP, multivariate=True, group=True, constant_liar=True, seed=seeds[0]
             )
@@ -261,6 +261,14 @@ def _same(what: str, ours: Any, theirs: Any) -> bool:
     if what == "checkpoint" and ours != theirs and isinstance(ours, str) and isinstance(theirs, str):
         return Sketch.from_header({"sketch": ours}).same_as(Sketch.from_header({"sketch": theirs}))
     return ours == theirs
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's word on what it calls experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", _optuna().exceptions.ExperimentalWarning)
+        yield
 
 
 def _optuna() -> Any:
