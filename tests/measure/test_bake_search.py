@@ -94,9 +94,9 @@ def space(direction: Direction) -> Space:
     return Space(direction, 3, ("plain", "projected", "biprojected"), neutral)
 
 
-def searched(made: Path, folder: Path, *, trials: int = BATCH, scope: Scope = SMALL, **options: Any) -> Searched:
+def searched(made: Path, at: Path, *, trials: int = BATCH, scope: Scope = SMALL, **options: Any) -> Searched:
     """A search with its output in a folder of its own."""
-    return search_bake(made / "model", folder / "out", str(made / "moral.yaml"), trials=trials, scope=scope, **options)
+    return search_bake(made / "model", at / "out", str(made / "moral.yaml"), trials=trials, scope=scope, **options)
 
 
 def rows(found: Searched) -> list[dict[str, Any]]:
@@ -160,9 +160,9 @@ def test_a_batch_of_edits_does_what_each_does_alone(bench: Bench, space: Space) 
     together = bench.outcomes(edits)
     for edit, outcome in zip(edits, together, strict=True):
         alone = bench.outcomes([edit])[0]
-        assert outcome.as_json() == pytest.approx(alone.as_json(), rel=1e-9) or (
-            (outcome.rate, outcome.kept) == (alone.rate, alone.kept) and outcome.kl == pytest.approx(alone.kl, rel=1e-9)
-        )
+        assert (outcome.rate, outcome.kept, outcome.replies) == (alone.rate, alone.kept, SMALL.topics)
+        for figure in ("probability", "kl", "perplexity", "repetition"):
+            assert getattr(outcome, figure) == pytest.approx(getattr(alone, figure), rel=1e-5)
     assert together[0].kl == 0.0
     assert hooks_on(bench.model) == 0
 
@@ -504,13 +504,11 @@ def test_ctrl_c_keeps_the_study_and_says_how_to_go_on(
 
 @pytest.mark.parametrize(
     ("change", "of"),
-    [({"form": "adapter"}, "form"), ({"seed": 3}, "seed"), ({"keep": ["calm.yaml"]}, "traits that are to stay")],
+    [({"form": "adapter"}, "form"), ({"seed": 3}, "seed"), ({"keep": []}, "traits that are to stay")],
 )
 def test_a_search_for_something_else_is_refused(
     result: tuple[Searched, Path], made: Path, tmp_path: Path, change: dict[str, Any], of: str
 ) -> None:
-    if "keep" in change:
-        change = {"keep": []}
     options = {"keep": [str(made / "calm.yaml")]} | change
     with pytest.raises(MismatchError, match=f"of another {of}; remove it, or name another --search-dir"):
         searched(made, tmp_path, folder=result[0].folder, **options)

@@ -71,9 +71,14 @@ class Space:
         strengths, or by a kernel for attention and one for MLPs."""
         return ("nowhere", "everywhere", "range", "kernel") if self.can_add else ("everywhere", "range", "kernel")
 
+    @property
+    def _last(self) -> int:
+        """The last block on the grid."""
+        return self.step * ((self.blocks - 1) // self.step)
+
     def suggest(self, trial: BaseTrial) -> Params:
         """A point by a trial's sampler. It may be the same edit as another, or none: see `edit` and `key`."""
-        last = self.step * ((self.blocks - 1) // self.step)
+        last = self._last
         where = trial.suggest_categorical("where", self.places)
         if self.can_add:
             trial.suggest_float("bias", -STRONGEST, 0.0, step=0.1)
@@ -140,9 +145,8 @@ class Space:
         A direction that is orthogonal to the neutral mean goes to its neutral value when it is ablated, not below: on
         a checkpoint that shows the trait everywhere it is the bias that moves the neutral value itself.
         """
-        site = self.step * round(min(self.direction.site, self.blocks - 1) / self.step)
-        centre = min(site, self.step * ((self.blocks - 1) // self.step))
-        near = {"centre": centre, "reach": self.step * max(1, round(self.blocks / 5 / self.step))}
+        centre = min(self.step * round(self.direction.site / self.step), self._last)
+        near = {"centre": centre, "reach": min(self.step * max(1, round(self.blocks / 5 / self.step)), self._last)}
         yield self.unsearched
         if self.can_add:
             yield from (self._point("nowhere", bias) for bias in (-0.6, -0.4, -0.8))
