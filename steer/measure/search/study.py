@@ -243,7 +243,7 @@ def locked(folder: Path) -> Iterator[None]:
     Errors: OutputExistsError when another search is at work in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
