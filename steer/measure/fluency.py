@@ -83,11 +83,10 @@ def row_costs(
             ids = torch.tensor([[*before, *text]], device=model.device).repeat(len(sums), 1)
             hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, len(before) - 1 : -1]
             said = ids[0, len(before) :, None]
-            base: Tensor | None = None
+            base = hf.lm_head(hidden[0]).float().log_softmax(-1)
             # A row at a time: the logits of all would be far larger than the model's activations.
-            for row, total in zip(hidden, sums, strict=True):
-                logprobs = hf.lm_head(row).float().log_softmax(-1)
-                base = logprobs if base is None else base
+            for i, total in enumerate(sums):
+                logprobs = hf.lm_head(hidden[i]).float().log_softmax(-1) if i else base
                 total[0] += float((base.exp() * (base - logprobs)).sum())
                 total[1] -= float(logprobs.gather(1, said).sum())
             if on_tokens is not None:

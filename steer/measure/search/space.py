@@ -122,10 +122,10 @@ class Space:
                     return Edit(ablate, attention, blocks, add, method=method)
                 return Edit(add=add) if add else None
             return Edit(ablate, 1.0, blocks, add, method=method, strengths=Strengths(attention, mlp))
-        kernels = [self._kernel(params, kind) for kind in ("attention", "mlp")]
-        if not any(kernels):
+        attention, mlp = (self._kernel(params, kind) for kind in ("attention", "mlp"))
+        if not attention and not mlp:
             return Edit(add=add) if add else None
-        return Edit(ablate, 1.0, None, add, method=method, strengths=Strengths(*kernels))
+        return Edit(ablate, 1.0, None, add, method=method, strengths=Strengths(attention, mlp))
 
     @staticmethod
     def _kernel(params: Params, kind: str) -> float | Kernel:
@@ -146,7 +146,10 @@ class Space:
         a checkpoint that shows the trait everywhere it is the bias that moves the neutral value itself.
         """
         centre = min(self.step * round(self.direction.site / self.step), self._last)
-        near = {"centre": centre, "reach": min(self.step * max(1, round(self.blocks / 5 / self.step)), self._last)}
+        near: Params = {
+            "centre": centre,
+            "reach": min(self.step * max(1, round(self.blocks / 5 / self.step)), self._last),
+        }
         yield self.unsearched
         if self.can_add:
             yield from (self._point("nowhere", bias) for bias in (-0.6, -0.4, -0.8))
@@ -162,7 +165,7 @@ class Space:
             fewer = near["reach"] // self.step // 2 * self.step
             yield self._point("range", centre=centre, reach=fewer, attention=1.0, mlp=1.0)
 
-    def _point(self, where: str, bias: float = 0.0, *, method: str = "plain", **others: float) -> Params:
+    def _point(self, where: str, bias: float = 0.0, *, method: str = "plain", **others: Any) -> Params:
         out: Params = {"where": where} | ({"bias": bias} if self.can_add else {})
         return out if where == "nowhere" else out | {"method": method} | others
 

@@ -50,8 +50,8 @@ class Study:
         `about` tells what it is a study of, and must be the same each time; `name` names it in messages.
         Errors: MismatchError when the file is a study of something else, SteerError when it is none.
         """
-        import sqlalchemy
         from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
 
         optuna = _optuna()
         self.where = str(path) if path else "study"
@@ -64,7 +64,7 @@ class Study:
             )
             self._expect(about, name)
             self._finish_writing()
-        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as e:
+        except (SQLAlchemyError, StorageInternalError, RuntimeError) as e:
             why = " ".join(str(e).split())[:160]
             raise SteerError(
                 f"{self.where}: expected the study of a search, found something unreadable ({why}); remove it, or name "

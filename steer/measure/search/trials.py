@@ -62,13 +62,13 @@ class Outcome:
         def mean(mine: float, theirs: float) -> float:
             return (1 - share) * mine + share * theirs
 
-        return Outcome(
-            *(mean(getattr(self, k), getattr(other, k)) for k in ("rate", "probability")),
-            self.kl,
-            self.perplexity,
-            mean(self.repetition, other.repetition),
-            {name: mean(rate, other.kept[name]) for name, rate in self.kept.items()},
-            self.replies + other.replies,
+        return replace(
+            self,
+            rate=mean(self.rate, other.rate),
+            probability=mean(self.probability, other.probability),
+            repetition=mean(self.repetition, other.repetition),
+            kept={name: mean(rate, other.kept[name]) for name, rate in self.kept.items()},
+            replies=self.replies + other.replies,
         )
 
 
