@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,6 +160,9 @@ def load_exported(place: Path, source: Path) -> SteeredModel:
     from peft import PeftModel
 
     model = load(source)
-    # peft changes the modules in place: the model that runs is the same one.
-    PeftModel.from_pretrained(model.hf, str(place)).eval()
+    with warnings.catch_warnings():
+        # That such an adapter cannot be merged, and what merging would do to a tied head: it is not merged.
+        warnings.simplefilter("ignore", UserWarning)
+        # peft changes the modules in place: the model that runs is the same one.
+        PeftModel.from_pretrained(model.hf, str(place)).eval()
     return model

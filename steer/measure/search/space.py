@@ -146,10 +146,8 @@ class Space:
         a checkpoint that shows the trait everywhere it is the bias that moves the neutral value itself.
         """
         centre = min(self.step * round(self.direction.site / self.step), self._last)
-        near: Params = {
-            "centre": centre,
-            "reach": min(self.step * max(1, round(self.blocks / 5 / self.step)), self._last),
-        }
+        reach = min(self.step * max(1, round(self.blocks / 5 / self.step)), self._last)
+        near: Params = {"centre": centre, "reach": reach}
         yield self.unsearched
         if self.can_add:
             yield from (self._point("nowhere", bias) for bias in (-0.6, -0.4, -0.8))
@@ -161,8 +159,9 @@ class Space:
             yield self._point("everywhere", strength=0.5)
             yield self._point("range", **near, attention=0.5, mlp=0.5)
             for kind, other in (("attention", "mlp"), ("mlp", "attention")):
-                yield self._point("range", **near, **{kind: 1.0, other: 0.0})
-            fewer = near["reach"] // self.step // 2 * self.step
+                one: Params = {kind: 1.0, other: 0.0}
+                yield self._point("range", **near, **one)
+            fewer = reach // self.step // 2 * self.step
             yield self._point("range", centre=centre, reach=fewer, attention=1.0, mlp=1.0)
 
     def _point(self, where: str, bias: float = 0.0, *, method: str = "plain", **others: Any) -> Params:

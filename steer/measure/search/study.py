@@ -74,13 +74,12 @@ class Study:
     def _expect(self, about: Mapping[str, Any], name: str) -> None:
         attributes = self._study.user_attrs
         if "about" not in attributes:
-            from steer import __version__
+            from steer.weights.kept import versions
 
-            optuna = _optuna()
             with _quiet():
                 self._study.set_metric_names(["mean probability", "log10 KL"])
             self._study.set_user_attr("name", name)
-            self._study.set_user_attr("versions", {"steer": __version__, "optuna": optuna.__version__})
+            self._study.set_user_attr("versions", {**versions(), "optuna": _optuna().__version__})
             self._study.set_user_attr("about", dict(about))
             return
         ours, theirs = json.loads(json.dumps(about)), attributes["about"]
