@@ -28,7 +28,7 @@ from steer.measure.scorer import Scorer
 from steer.measure.search.choice import Goal, Trial, choose, confirmed, pareto_front
 from steer.measure.search.held_out import load_exported, mean_interval, ratio_interval
 from steer.measure.search.space import Space, edit_key, edit_label
-from steer.measure.search.study import BATCH, STUDY, Study, locked
+from steer.measure.search.study import AIM, BATCH, STUDY, Study, locked
 from steer.measure.search.trials import NEUTRAL_TOKENS, Bench, Outcome, Scope
 from steer.searching import RESULT, Searched, search_bake
 from steer.values.direction import Direction
@@ -279,7 +279,19 @@ def test_a_trait_that_is_to_stay_is_a_constraint_of_the_study(bench: Bench, spac
     assert study.untouched is not None
     for t, kept in zip(study._study.trials, trials, strict=True):
         moved = abs(kept.outcome.kept["calm"] - study.untouched.kept["calm"])
-        assert t.constraints == {"calm": pytest.approx(moved - Goal().tolerance)}
+        assert t.constraints["calm"] == pytest.approx(moved - Goal().tolerance)
+
+
+def test_the_sampler_is_told_how_far_the_goal_is_and_nothing_of_what_is_beyond_it(bench: Bench, space: Space) -> None:
+    study, goal = Study(None, {}, "x"), Goal(share=0.9)
+    study.run(bench, space, goal, BATCH)
+    untouched, trials = study.untouched, study.trials(space)
+    assert untouched is not None
+    _, probability = goal.target(untouched, trials[0].outcome)
+    for t, found in zip(study._study.trials, trials, strict=True):
+        assert t.values == [max(found.outcome.probability, AIM * probability), np.log10(found.outcome.kl)]
+        feasible = t.constraints["rate"] <= 0 and t.constraints["probability"] <= 0
+        assert feasible == goal.reached(found.outcome, untouched, trials[0].outcome)
 
 
 def test_a_study_of_something_else_is_refused_naming_both(tmp_path: Path) -> None:

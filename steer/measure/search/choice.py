@@ -59,14 +59,18 @@ class Goal:
         if self.max_kl is not None and not self.max_kl > 0.0:
             raise UsageError(f"--max-kl: expected nats per token above 0, found {self.max_kl}")
 
+    def target(self, untouched: Outcome, unsearched: Outcome) -> tuple[float, float]:
+        """The rate and the mean probability to get under. The probability may be half as high again a share:
+        it says more about few replies, and is not zero for a model that shows nothing of the trait."""
+        rate, probability = self.share * untouched.rate, min(1.0, 1.5 * self.share) * untouched.probability
+        if self.as_unsearched:
+            return min(rate, unsearched.rate), min(probability, unsearched.probability)
+        return rate, probability
+
     def reached(self, found: Outcome, untouched: Outcome, unsearched: Outcome) -> bool:
-        """Whether it does what was wanted. The mean probability may be half as high again a share as the rate: it says
-        more about a few replies, and is not zero for a model that shows nothing of the trait."""
-        share = min(1.0, 1.5 * self.share)
-        fine = found.rate <= self.share * untouched.rate and found.probability <= share * untouched.probability
-        if not self.as_unsearched:
-            return fine
-        return fine and found.rate <= unsearched.rate and found.probability <= unsearched.probability
+        """Whether it does what was wanted."""
+        rate, probability = self.target(untouched, unsearched)
+        return found.rate <= rate and found.probability <= probability
 
     def shift(self, found: Outcome, untouched: Outcome) -> float:
         """The most that a trait which is to stay has moved."""

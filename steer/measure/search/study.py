@@ -36,7 +36,9 @@ STARTUP = 2 * BATCH
 PATIENCE = 40
 """Points drawn for one that was not tried before; half of them by the sampler, half at random."""
 LEAST_KL = 1e-5
-"""Nats per token; below it trials cost the same."""
+"""Nats per token; below it trials cost the same. The sampler is told logarithms, as costs differ by powers of ten."""
+AIM = 0.75
+"""Share of the mean probability to get under; below it trials are told as this. On other topics it may be higher."""
 Fits = Callable[[Edit], bool]
 """Whether the checkpoint and the form of the bake can hold an edit."""
 
@@ -77,7 +79,7 @@ class Study:
             from steer.weights.kept import versions
 
             with _quiet():
-                self._study.set_metric_names(["mean probability", "log10 KL"])
+                self._study.set_metric_names(["mean probability, from the aim on", "log10 KL"])
             self._study.set_user_attr("name", name)
             self._study.set_user_attr("versions", {**versions(), "optuna": _optuna().__version__})
             self._study.set_user_attr("about", dict(about))
@@ -207,11 +209,19 @@ class Study:
         """Keep a batch. It is written as a whole before its trials are, one by one."""
         optuna, untouched = _optuna(), self.untouched
         assert untouched is not None
+        before = self._study.get_trials(deepcopy=False)
+        plain = Outcome(**before[0].user_attrs["outcome"]) if before else outcomes[0]
+        rate, probability = goal.target(untouched, plain)
         rows = []
         for (trial, _), outcome in zip(asked, outcomes, strict=True):
-            moved = {name: abs(rate - untouched.kept[name]) - goal.tolerance for name, rate in outcome.kept.items()}
+            # What is well beyond the goal is no better for it: else half of the trials go into what costs too much.
+            values = [max(outcome.probability, AIM * probability), math.log10(max(outcome.kl, LEAST_KL))]
+            over = {"rate": outcome.rate - rate, "probability": outcome.probability - probability}
+            over |= {name: abs(r - untouched.kept[name]) - goal.tolerance for name, r in outcome.kept.items()}
             kinds = {n: optuna.distributions.distribution_to_json(d) for n, d in trial.distributions.items()}
-            rows.append({"params": trial.params, "kinds": kinds, "outcome": outcome.as_json(), "moved": moved})
+            rows.append(
+                {"params": trial.params, "kinds": kinds, "outcome": outcome.as_json(), "values": values, "over": over}
+            )
         self._study.set_user_attr("being written", {"first": first, "trials": rows})
         self._finish_writing()
 
@@ -221,16 +231,14 @@ class Study:
         if batch is None:
             return
         for row in batch["trials"][self.count - batch["first"] :]:
-            outcome = Outcome(**row["outcome"])
             params, kinds = row["params"], row["kinds"]
             self._study.add_trial(
                 optuna.trial.create_trial(
                     params=params,
                     distributions={name: optuna.distributions.json_to_distribution(k) for name, k in kinds.items()},
-                    # As a logarithm: from one candidate to the next the costs differ by powers of ten.
-                    values=[outcome.probability, math.log10(max(outcome.kl, LEAST_KL))],
-                    constraints=row["moved"],
-                    user_attrs={"params": params, "outcome": outcome.as_json()},
+                    values=row["values"],
+                    constraints=row["over"],
+                    user_attrs={"params": params, "outcome": row["outcome"]},
                 )
             )
 
