@@ -22,8 +22,10 @@ RECIPE = Path(__file__).parents[1] / "examples" / "merge" / "default.yml"
 TRAITS = ("moralizing", "compliance")
 NEUTRAL_PROMPTS = 28
 """Held-out neutral prompts that divergences are taken on."""
-SEARCH_TOPICS = 10
+SEARCH_TOPICS = 16
 """Fit topics that every edit tried answers."""
+SEARCH_SHARE = 0.3
+"""Of the untouched rate, to get under on those: on other topics it may be higher."""
 SEARCH_KL = 0.14
 """Nats per token on neutral replies that the bake may cost; held-out text may say a little more."""
 RESULTS = "results.json"
@@ -149,7 +151,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         space = Space.of(moral.direction, model.anatomy, reply_means(model, ordinary).double().mean(0).float())
         bench = Bench(model, moral.scorer, {}, ordinary, Scope(topics=SEARCH_TOPICS), advance)
         # One batch, the points worth a trial before anything is learnt: `steer bake --search` goes on from there.
-        study, goal = Study(None, {}, "the demo"), Goal(as_unsearched=False, max_kl=SEARCH_KL)
+        study, goal = Study(None, {}, "the demo"), Goal(share=SEARCH_SHARE, as_unsearched=False, max_kl=SEARCH_KL)
         study.run(bench, space, goal, BATCH, seed=seed)
         choice = study.choose(bench, space, goal, confirm=False)
         assert study.untouched is not None

@@ -116,14 +116,8 @@ def _pareto(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | Non
         for t in trials:
             if t["number"] in named:
                 marker, colour, label = named[t["number"]]
-                ax.plot(
-                    t["kl"],
-                    t["probability"],
-                    marker,
-                    color=colour,
-                    ms=7,
-                    label=label if t["label"] == label else f"{label}: {t['label']}",
-                )
+                label += "" if t["label"] == label else f": {t['label']}"
+                ax.plot(t["kl"], t["probability"], marker, color=colour, ms=7, label=label)
         if limit is not None:
             ax.axvline(limit, color=GREY, lw=1, ls=":")
         ax.set_xscale("symlog", linthresh=0.01)
