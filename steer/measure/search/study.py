@@ -177,6 +177,7 @@ class Study:
             sampler = optuna.samplers.TPESampler(
                 n_startup_trials=STARTUP, multivariate=True, group=True, constant_liar=True, seed=seeds[0]
             )
+        anything = optuna.samplers.RandomSampler(seed=seeds[1])
         copy = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
         copy.add_trials(before)
         tried = {edit_key(t.edit) for t in self.trials(space)[: len(before)]}
@@ -186,13 +187,11 @@ class Study:
         out: list[tuple[optuna.trial.FrozenTrial, Edit]] = []
         failures = 0
         while len(out) < BATCH and failures < PATIENCE:
-            if failures == PATIENCE // 2:
-                copy.sampler = optuna.samplers.RandomSampler(seed=seeds[1])
+            copy.sampler = sampler if failures < PATIENCE // 2 else anything
             trial = copy.ask()
             edit = space.edit(space.suggest(trial))
             if edit is None or edit_key(edit) in tried or not fits(edit):
-                copy.tell(trial, state=optuna.trial.TrialState.FAIL)
-                failures += 1
+                failures += 1  # left as running, which keeps the sampler away from it
                 continue
             failures = 0
             tried.add(edit_key(edit))
