@@ -250,29 +250,6 @@ def find_and_keep(place: Path, trait: str, sketch: Sketch) -> Direction:
     return direction
 
 
-def searched_edit(source: str | Path, trait: str) -> Edit:
-    """The edit that a search on the trait's fit topics chooses; loads the model.
-
-    Errors: as `locate`; UsageError when `trait` is a direction's file, which has no topics.
-    """
-    if trait.endswith((".safetensors", ".gguf")):
-        raise UsageError(f"--search: expected a trait, which has topics to search on, found the file {trait}")
-    from steer.finding import find_trait
-    from steer.live.model import load
-    from steer.measure.search import search_edit
-    from steer.progress import bar
-
-    described = Trait.load(trait)
-    model = load(checkpoint_dir(source))
-    found = find_trait(model, described)
-    with bar("searching", None, "tokens") as advance:
-        search = search_edit(
-            model, found.direction, found.scorer, found.candidates.contrast.neutral[:24], on_tokens=advance
-        )
-    assert search.chosen.edit is not None
-    return search.chosen.edit
-
-
 def parse_strength(text: str, what: str) -> float | Kernel:
     """`0.8`, or `PEAK,WIDTH,FLOOR[,HEIGHT]` for a kernel over blocks. Errors: UsageError."""
     try:

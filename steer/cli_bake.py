@@ -14,6 +14,7 @@ from steer.cli_common import Json, Model, emit
 from steer.errors import UsageError
 
 if TYPE_CHECKING:
+    from steer.searching import Searched
     from steer.values.method import Strengths
     from steer.weights.bakeable import Form
     from steer.weights.certify import Certificate
@@ -36,15 +37,35 @@ def bake(
     method: Annotated[str, typer.Option(help="plain, projected or biprojected: what is spared.")] = "plain",
     norm_preserving: Annotated[bool, typer.Option("--norm-preserving", help="Columns keep their norms.")] = False,
     neutral: Annotated[Path | None, typer.Option(help="Neutral means to spare; measured into it if missing.")] = None,
-    search: Annotated[bool, typer.Option("--search", help="Let fit topics choose strength, blocks and bias.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for the gentlest edit that works.")
+    ] = False,
+    trials: Annotated[int | None, typer.Option(help="Edits that --search tries, 48 without it; more go on.")] = None,
+    keep: Annotated[list[str], typer.Option(help="A trait whose rate --search leaves alone; may be repeated.")] = [],  # noqa: B006
+    tolerance: Annotated[float | None, typer.Option(help="How far a rate of --keep may move, 0.1 without it.")] = None,
+    goal: Annotated[
+        float | None, typer.Option(help="Share of the untouched rate to get under, 0.4 without it; see README.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", help="Nats per token it may cost; what the plain bake costs without it.")
+    ] = None,
+    search_dir: Annotated[Path | None, typer.Option(help="Study, plot and figures of --search; by default OUT-search.")]
+    = None,
+    seed: Annotated[int | None, typer.Option(help="Of --search's replies and trials.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Remove directions from the weights and write a new checkpoint, or an adapter, with a certificate."""
+    """Remove directions from the weights and write a new checkpoint, or an adapter, with a certificate.
+
+    --search tries edits on the live model, on fit topics: plain and biprojected ablation, ranges of blocks, kernels for
+    attention and MLPs, and a bias. Norm-preserving bakes are not among them, as no hook can try one. It goes on from
+    where it was stopped, and measures what it wrote on held-out topics beside the plain bake.
+    """
     from steer.weights.staging import check_output
 
-    check_output(out)  # before torch is imported
-    from steer.baking import HowToAblate, checkpoint_dir, searched_edit, write
+    if not search:
+        check_output(out)  # before torch is imported
+    from steer.baking import HowToAblate
     from steer.baking import bake as run
     from steer.progress import byte_bar
     from steer.values.slider import parse_amount
@@ -62,13 +83,25 @@ def bake(
         "norm_preserving": norm_preserving,
         "neutral": neutral,
     }
+    searched = None
+    wishes = {
+        "trials": trials,
+        "tolerance": tolerance,
+        "goal": goal,
+        "max_kl": max_kl,
+        "folder": search_dir,
+        "seed": seed,
+    }
+    wishes = {name: value for name, value in wishes.items() if value is not None} | ({"keep": keep} if keep else {})
     if search:
-        if len(ablate) != 1 or added or profile or HowToAblate(**how) != HowToAblate():
+        if len(ablate) != 1 or added or profile or force or HowToAblate(**how) != HowToAblate():
             raise UsageError("--search: expected one --ablate TRAIT beside it and nothing else that it would choose")
-        edit = searched_edit(model, ablate[0])
-        with byte_bar("baking") as progress:
-            cert = write(checkpoint_dir(model), out, edit, what, command, say, progress)
+        searched = _searched(model, out, ablate[0], form=what, command=command, say=say, **wishes)
+        cert = searched.certificate
     else:
+        if wishes:
+            names = ", ".join({"max_kl": "--max-kl", "folder": "--search-dir"}.get(n, f"--{n}") for n in wishes)
+            raise UsageError(f"{names}: expected --search beside it, found none")
         with byte_bar("baking") as progress:
             cert = run(
                 model, out, ablate=ablate, add=added, profile=profile, form=what, force=force, command=command,
@@ -83,7 +116,13 @@ def bake(
         "writers_edited": cert.writers_edited,
         "worst_remaining": cert.worst_remaining,
     }
-    emit(summary, as_json, _told(cert, out))
+    text = _told(cert, out)
+    if searched is not None:
+        from steer.tables import search_table
+
+        summary["search"] = {"folder": str(searched.folder), **searched.result}
+        text = f"{search_table(searched.result)}\nEverything tried: {searched.folder / 'pareto.html'}\n{text}"
+    emit(summary, as_json, text)
 
 
 def verify(
@@ -113,6 +152,15 @@ def _told(cert: Certificate, out: Path) -> str:
     if sites := sorted({b.site for b in cert.biases if b.site is not None}):
         facts.append(f"adds after blocks {', '.join(map(str, sites))}")
     return f"{out}: {'; '.join(facts)}\nCheck it: steer verify {out}"
+
+
+def _searched(model: str, out: Path, trait: str, **wishes: Any) -> Searched:
+    from steer.measure.search.choice import Goal
+    from steer.searching import search_bake
+
+    names = {"goal": "share", "max_kl": "max_kl", "tolerance": "tolerance"}
+    goal = Goal(**{field: wishes.pop(name) for name, field in names.items() if name in wishes})
+    return search_bake(model, out, trait, goal=goal, **wishes)
 
 
 def _one_of(option: str, text: str, names: tuple[Any, ...]) -> Any:
@@ -153,6 +201,6 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Examples: `steer bake merged calm --ablate moralizing` · "
         "`steer bake merged calm --ablate moralizing --as adapter --blocks 8-20` · "
-        "`steer bake merged calm --ablate moralizing --search`"
+        "`steer bake merged calm --ablate moralizing --search --keep compliance`"
     )(bake)
     app.command(epilog="Example: `steer verify calm`")(verify)

@@ -22,6 +22,12 @@ RECIPE = Path(__file__).parents[1] / "examples" / "merge" / "default.yml"
 TRAITS = ("moralizing", "compliance")
 NEUTRAL_PROMPTS = 28
 """Held-out neutral prompts that divergences are taken on."""
+SEARCH_TOPICS = 16
+"""Fit topics that every edit tried answers."""
+SEARCH_SHARE = 0.3
+"""Of the untouched rate, to get under on those: on other topics it may be higher."""
+SEARCH_KL = 0.14
+"""Nats per token on neutral replies that the bake may cost; held-out text may say a little more."""
 RESULTS = "results.json"
 
 
@@ -86,14 +92,18 @@ def _clear(directory: Path, ours: str) -> None:
 def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     clock = _Clock()
     with clock.step("import"):
+        from steer.features.residuals import reply_means
         from steer.finding import find_trait
         from steer.live.library import own_place
         from steer.live.model import load
         from steer.measure.baked import measure_baked
         from steer.measure.dose import control_settings, dose_settings, measure_settings, neutral_replies
-        from steer.measure.fluency import Reference
+        from steer.measure.fluency import Reference, plain_paragraphs
         from steer.measure.report import write_report
-        from steer.measure.search import plain_paragraphs, search_edit
+        from steer.measure.search.choice import Goal, told
+        from steer.measure.search.space import Space
+        from steer.measure.search.study import BATCH, Study
+        from steer.measure.search.trials import Bench, Scope
         from steer.weights.bake import bake
         from steer.weights.certify import CERTIFICATE, verify
         from steer.weights.merge import MANIFEST as MERGE_MANIFEST
@@ -137,14 +147,19 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
     moral = found["moralizing"]
     say("searching what to bake, on fit topics")
     with clock.step("search"), bar("searching", None, "tokens") as advance:
-        search = search_edit(
-            model, moral.direction, moral.scorer, moral.candidates.contrast.neutral[:20], on_tokens=advance
-        )
+        ordinary = moral.candidates.contrast.neutral
+        space = Space.of(moral.direction, model.anatomy, reply_means(model, ordinary).double().mean(0).float())
+        bench = Bench(model, moral.scorer, {}, ordinary, Scope(topics=SEARCH_TOPICS), advance)
+        # One batch, the points worth a trial before anything is learnt: `steer bake --search` goes on from there.
+        study, goal = Study(None, {}, "the demo"), Goal(share=SEARCH_SHARE, as_unsearched=False, max_kl=SEARCH_KL)
+        study.run(bench, space, goal, BATCH, seed=seed)
+        choice = study.choose(bench, space, goal, confirm=False)
+        assert study.untouched is not None
+        search = told(study.trials(space), study.untouched, choice, goal)
     say("baking and verifying")
-    assert search.chosen.edit is not None
     _clear(baked_dir, CERTIFICATE)
     with clock.step("bake"), byte_bar("baking") as progress:
-        certificate = bake(merged_dir, baked_dir, search.chosen.edit, command="steer demo", progress=progress)
+        certificate = bake(merged_dir, baked_dir, choice.trial.edit, command="steer demo", progress=progress)
     with clock.step("verify"), byte_bar("verifying") as progress:
         checks = verify(baked_dir, progress)
     say("measuring the baked checkpoint")
@@ -163,10 +178,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         "found": {name: f.as_json() for name, f in found.items()},
         "scorer_words": {name: f.scorer.words() for name, f in found.items()},
         "dose": {name: [p.as_json() for p in points] for name, points in doses.items()},
-        "search": {
-            "chosen": search.chosen.as_json(),
-            "trials": [t.as_json() for t in search.trials],
-        },
+        "search": search,
         "bake": {
             "edit": certificate.edit,
             "writers_edited": certificate.writers_edited,

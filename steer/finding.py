@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from steer.errors import UsageError
-from steer.features.contrast import FIT_SAMPLES, SAMPLER, Reply, contrast_replies
+from steer.features.contrast import FIT_SAMPLES, SAMPLER, Contrast, Reply, contrast_replies
 from steer.features.find import Candidates, candidates, finished_direction
 from steer.live.model import SteeredModel
 from steer.measure.scorer import Scorer, clear_replies
@@ -63,6 +63,7 @@ def find_trait(
     site: int | None = None,
     seed: int = 0,
     neutral: Sequence[Reply] | None = None,
+    contrast: Contrast | None = None,
     progress: Bar = bar,
 ) -> Found:
     """Difference of means at every site, the site chosen by held-out AUROC and then by what it does.
@@ -71,15 +72,13 @@ def find_trait(
     with a judge model; here classifiers on words that did not see the reply's topic judge).
     Sites that read the held-out replies within 0.06 AUROC of the best are tried on fit topics: the one whose
     amounts -1 and 1 part the replies most, less what that costs in KL and repetition, is taken.
+    `contrast` takes replies that were written before, and `neutral` those to neutral prompts.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)
     if site is not None and not 0 <= site < model.anatomy.blocks:
         raise UsageError(f"site: expected 0 to {model.anatomy.blocks - 1} for {model.name}, found {site}")
-    sampler = replace(SAMPLER, seed=seed)
-    shared = NeutralPrompts.load().fit if neutral is None else ()
-    replies = 2 * (FIT_SAMPLES * len(trait.fit) + len(trait.held_out)) + len(shared)
-    with progress(f"{trait.name}: replies", replies * sampler.max_new_tokens, "tokens") as advance:
-        contrast = contrast_replies(model, trait, sampler=sampler, neutral=neutral, on_tokens=advance)
+    if contrast is None:
+        contrast = contrast_for(model, trait, seed=seed, neutral=neutral, progress=progress)
     with progress(f"{trait.name}: residual streams", None, "replies") as advance:
         found = candidates(model, clear_replies(contrast), on_rows=advance)
     scorer = Scorer.train(contrast)
@@ -94,3 +93,19 @@ def find_trait(
         "site_checks": [asdict(c) for c in checks],
     }
     return Found(finished_direction(model, found, site, provenance), scorer, found, tuple(checks))
+
+
+def contrast_for(
+    model: SteeredModel,
+    trait: Trait,
+    *,
+    seed: int = 0,
+    neutral: Sequence[Reply] | None = None,
+    progress: Bar = bar,
+) -> Contrast:
+    """The replies that directions and scorers are made from, while a bar tells how far they are."""
+    sampler = replace(SAMPLER, seed=seed)
+    shared = NeutralPrompts.load().fit if neutral is None else ()
+    replies = 2 * (FIT_SAMPLES * len(trait.fit) + len(trait.held_out)) + len(shared)
+    with progress(f"{trait.name}: replies", replies * sampler.max_new_tokens, "tokens") as advance:
+        return contrast_replies(model, trait, sampler=sampler, neutral=neutral, on_tokens=advance)

@@ -38,9 +38,16 @@ def neutral_means(
     return reply_means(model, replies).double().mean(0).float()
 
 
-def neutral_for(place: Path, sketch: Sketch, file: Path | None = None, *, force: bool = False) -> Tensor:
+def neutral_for(
+    place: Path,
+    sketch: Sketch,
+    file: Path | None = None,
+    *,
+    force: bool = False,
+    model: SteeredModel | None = None,
+) -> Tensor:
     """The neutral means of the checkpoint at `place`, `[blocks, d]`: those in `file`, by default those kept beside its
-    directions. Where there is none yet they are measured, which loads the model, and kept there.
+    directions. Where there is none yet they are measured, which loads the model if it is not given, and kept there.
 
     Errors: SteerError for a file without neutral means, MismatchError for those of another checkpoint, unless `force`.
     """
@@ -57,7 +64,7 @@ def neutral_for(place: Path, sketch: Sketch, file: Path | None = None, *, force:
     from steer.progress import bar
 
     with bar("neutral replies", None, "tokens") as advance:
-        means = neutral_means(load(place), on_tokens=advance)
+        means = neutral_means(model or load(place), on_tokens=advance)
     at.parent.mkdir(parents=True, exist_ok=True)
     part = at.with_name(f".{at.name}.part")
     try:

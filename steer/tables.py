@@ -166,6 +166,23 @@ def _tested_cells(t: TriedAmount) -> list[str]:
     return [share, f"{t.kl_chat:.3f}", f"{t.kl_prose:.3f}", again]
 
 
+def search_table(result: Mapping[str, Any]) -> str:
+    """A searched bake beside the unsearched one and the source, on held-out topics, with 95 % intervals."""
+    found, keep = result["held_out"], result["keep"]
+    table = _table("held-out topics", "rate", "KL", "perplexity", "repetition", *(f"rate of {k}" for k in keep))
+    for name in ("untouched", "unsearched", "searched"):
+        m = found[name]
+        cells = [_interval(m["rate"], 2), _interval(m["kl"], 3), _interval(m["perplexity"], 1)]
+        again = f"{m['repetition']['value']:.3f}"
+        table.add_row(name, *cells, again, *(_interval(m["kept"][k], 2) for k in keep))
+    share = _interval(found["kl_of_unsearched"], 2)
+    return _text(table) + f"KL of the searched bake, as a share of the unsearched one's: {share}"
+
+
+def _interval(x: Mapping[str, float], digits: int) -> str:
+    return f"{x['value']:.{digits}f} ({x['low']:.{digits}f}-{x['high']:.{digits}f})"
+
+
 def demo_table(result: Mapping[str, Any]) -> str:
     """Everything the demo measured, in one table, and the time of each step."""
     table = _table("held-out topics", "rate", "probability", "KL", "repetition", "perplexity")

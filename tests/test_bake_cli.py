@@ -174,7 +174,7 @@ def test_no_form_imports_transformers_or_peft_to_bake_or_to_verify(folder: Path,
         "import sys, steer; from pathlib import Path;"
         f"steer.bake('model', 'out', add={{'moral': 1.0}}, form={form!r});"
         "steer.verify(Path('out'));"
-        "print([m for m in ('transformers', 'peft', 'gguf', 'sklearn') if m in sys.modules])"
+        "print([m for m in ('transformers', 'peft', 'gguf', 'sklearn', 'optuna') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.stdout.strip() == str(["gguf"] if form == "gguf" else []), done.stderr
@@ -347,6 +347,12 @@ def test_neutral_means_of_another_checkpoint_are_refused(folder: Path, tiny_llam
         (["--add", "moral=1", "--profile", "noir.yaml"], ["profile", "no ablate or add beside it"]),
         (["--ablate", "moral", "--search", "--method", "projected"], ["--search"]),
         (["--ablate", "moral", "--search", "--profile", "noir.yaml"], ["--search"]),
+        (["--ablate", "moral", "--trials", "9", "--search-dir", "x"], ["--trials, --search-dir", "--search beside"]),
+        (["--ablate", "moralizing", "--search", "--as", "gguf"], ["--search", "found gguf", "--add moralizing=AMOUNT"]),
+        (["--ablate", "moralizing", "--search", "--keep", "moralizing"], ["--keep", "moralizing again"]),
+        (["--ablate", "moralizing", "--search", "--goal", "2"], ["--goal", "2.0"]),
+        (["--ablate", "moralizing", "--search", "--trials", "0"], ["--trials", "found 0"]),
+        (["--ablate", "d.safetensors", "--search"], ["--search", "a trait", "d.safetensors"]),
         (["--profile", "empty.yaml"], ["'empty'", "nothing to bake"]),
     ],
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from steer.live.model import Message, SteeredModel
 from steer.values.sampler import Sampler
@@ -12,6 +13,7 @@ from steer.values.trait import NeutralPrompts, Trait
 FIT_SAMPLES = 2
 """Replies to each fit topic under each instruction."""
 SAMPLER = Sampler(max_new_tokens=64, temperature=0.7, top_k=40, repetition_penalty=1.05)
+_PARTS = ("fit_with", "fit_without", "held_out_with", "held_out_without", "neutral")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ class Contrast:
     held_out_without: tuple[Reply, ...]
     neutral: tuple[Reply, ...]
     """Ordinary system prompt, neutral prompts of the fit split."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file; the trait is told by its name alone."""
+        parts = {name: [asdict(r) for r in getattr(self, name)] for name in _PARTS}
+        return {"trait": self.trait.name, **parts}
+
+    @classmethod
+    def from_json(cls, trait: Trait, told: Mapping[str, Any]) -> Contrast:
+        """The contrast of a trait that `as_json` told."""
+        parts = {n: tuple(Reply(tuple(r["chat"]), tuple(r["ids"]), r["text"]) for r in told[n]) for n in _PARTS}
+        return cls(trait, **parts)
 
 
 def contrast_replies(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -250,11 +250,16 @@ def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) 
     )  # fmt: skip
 
 
-def subspace(row: int, rows: int, basis: Float[Tensor, "d k"], strength: float) -> Columns:
-    """One row's ablation of a subspace with an orthonormal basis, which no slider stands for."""
-    q = basis.double()
+def subspaces(parts: Sequence[tuple[Float[Tensor, "d k"], Mapping[int, float]]], rows: int) -> Columns:
+    """Ablations of subspaces, which no slider stands for: an orthonormal basis of each, and the strength by row. A row
+    has one of them at most."""
+    q = torch.cat([basis.double() for basis, _ in parts], dim=1)
     out = Columns(rows, [], Table(q.T[None]), Table(q), told=False)
-    out.alpha.data[row] = -strength
+    first = 0
+    for basis, strengths in parts:
+        for row, strength in strengths.items():
+            out.alpha.data[row, 0, first : first + basis.shape[1]] = -strength
+        first += basis.shape[1]
     return out
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steer.live.columns import Columns, Place, joint, latents, places, subspace, timed_adds
+from steer.live.columns import Columns, Place, joint, latents, places, subspaces, timed_adds
 from steer.live.frame import TextPass
 from steer.live.readings import amounts
 from steer.live.table import Table, Window
@@ -186,20 +186,31 @@ def _ablations(out: dict[str, SiteProgram], rows: Rows, moves: _Moves, anatomy: 
 
 
 def _uneven(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy) -> None:
-    """Ablation by an edit's method, at strengths that differ from writer to writer."""
-    made: dict[tuple[int, float, int | None], Columns] = {}
-    for r, edit in enumerate(rows):
-        if edit is None or not edit.ablate or not edit.uneven:
+    """Ablation by an edit's method, at strengths that differ from writer to writer.
+
+    All rows of a writer go through one product with a column a direction, so that a batch of many candidates costs what
+    one of them does; writers where the same is done share their columns.
+    """
+    uneven = [(r, e) for r, e in enumerate(rows) if e is not None and e.ablate and e.uneven]
+    bases: dict[tuple[object, ...], Tensor] = {}
+    made: dict[object, Columns] = {}
+    for module, block in _writers(anatomy) if uneven else ():
+        kind = "embedding" if block is None else KINDS[anatomy.writer_modules(block).index(module)]
+        strengths: dict[tuple[object, ...], dict[int, float]] = {}
+        for r, edit in uneven:
+            if strength := edit.strength_at(block, kind):
+                method = edit.method
+                place = block if method.by_block else None
+                key = (edit.ablate, method.projection, None if method.neutral is None else id(method.neutral), place)
+                if key not in bases:
+                    bases[key] = edit.basis(block)
+                strengths.setdefault(key, {})[r] = strength
+        if not strengths:
             continue
-        for module, block in _writers(anatomy):
-            kind = "embedding" if block is None else KINDS[anatomy.writer_modules(block).index(module)]
-            strength = edit.strength_at(block, kind)
-            if not strength:
-                continue
-            key = r, strength, block if edit.method.by_block else None
-            if key not in made:
-                made[key] = subspace(r, len(rows), edit.basis(block), strength)
-            out.setdefault(module, SiteProgram(writes_to=-1 if block is None else block)).set.append(made[key])
+        same = tuple((key, tuple(by_row.items())) for key, by_row in strengths.items())
+        if same not in made:
+            made[same] = subspaces([(bases[key], by_row) for key, by_row in strengths.items()], len(rows))
+        out.setdefault(module, SiteProgram(writes_to=-1 if block is None else block)).set.append(made[same])
 
 
 def _writers(anatomy: Anatomy) -> Iterator[tuple[str, int | None]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
 import torch
@@ -42,11 +44,56 @@ class Reference:
         """KL(untouched || `model` under `edit`), nats per reply token. `model` may be another checkpoint."""
         return kl(self.logprobs, token_logprobs(model, self.replies, edit))
 
+    def kl_sums(self, model: SteeredModel) -> Float[np.ndarray, " replies"]:
+        """KL(untouched || `model`) summed over each reply's tokens, nats."""
+        return np.array(_kl_sums(self.logprobs, token_logprobs(model, self.replies, None)))
+
+    @property
+    def lengths(self) -> Float[np.ndarray, " replies"]:
+        """Tokens of each reply."""
+        return np.array([float(len(p)) for p in self.logprobs])
+
 
 def kl(base: Sequence[Float[Tensor, "tokens vocab"]], other: Sequence[Float[Tensor, "tokens vocab"]]) -> float:
     """Mean KL(base || other) over tokens, nats."""
-    total = sum(float((p.float().exp() * (p.float() - q.float())).sum()) for p, q in zip(base, other, strict=True))
-    return total / sum(len(p) for p in base)
+    return sum(_kl_sums(base, other)) / sum(len(p) for p in base)
+
+
+def _kl_sums(base: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+    return [float((p.float().exp() * (p.float() - q.float())).sum()) for p, q in zip(base, other, strict=True)]
+
+
+Text = tuple[list[int], list[int]]
+"""What stands before a text, and the text, as token ids."""
+
+
+@torch.inference_mode()
+def row_costs(
+    model: SteeredModel,
+    texts: Sequence[Text],
+    edits: Sequence[Edit],
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[tuple[float, float]]:
+    """(KL(untouched || edited), cross-entropy), nats per token of the texts, of the untouched model and then under each
+    edit; inf where a logit is none. One pass a text, its rows the untouched model and every edit."""
+    hf = model.hf
+    sums = [[0.0, 0.0] for _ in range(1 + len(edits))]
+    with model.steering.applied([None, *edits]):
+        for before, text in texts:
+            ids = torch.tensor([[*before, *text]], device=model.device).repeat(len(sums), 1)
+            hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, len(before) - 1 : -1]
+            said = ids[0, len(before) :, None]
+            base = hf.lm_head(hidden[0]).float().log_softmax(-1)
+            # A row at a time: the logits of all would be far larger than the model's activations.
+            for i, total in enumerate(sums):
+                logprobs = hf.lm_head(hidden[i]).float().log_softmax(-1) if i else base
+                total[0] += float((base.exp() * (base - logprobs)).sum())
+                total[1] -= float(logprobs.gather(1, said).sum())
+            if on_tokens is not None:
+                on_tokens(ids.numel())
+    count = max(1, sum(len(text) for _, text in texts))
+    means = [[math.inf if math.isnan(s) else s / count for s in total] for total in sums]
+    return [(divergence, entropy) for divergence, entropy in means]
 
 
 @torch.inference_mode()
@@ -92,27 +139,46 @@ def reply_perplexity(
     return _perplexity(model, rows, None, batch)
 
 
-@torch.inference_mode()
 def text_perplexity(
     model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, batch: int = 8, limit: int = 256
 ) -> float:
     """Perplexity per token of plain texts; the first token of each is context."""
-    rows = []
-    for text in texts:
-        ids = model.tokenizer(text, add_special_tokens=False).input_ids[:limit]
-        rows.append((ids[:1], ids[1:]))
-    return _perplexity(model, [r for r in rows if r[1]], edit, batch)
+    sums, counts = text_entropies(model, texts, edit, batch=batch, limit=limit)
+    return float(np.exp(sums.sum() / max(counts.sum(), 1)))
+
+
+def text_entropies(
+    model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, batch: int = 8, limit: int = 256
+) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
+    """The cross-entropy of each text in nats, summed over its tokens, and how many there are; the first is context."""
+    ids = [model.tokenizer(text, add_special_tokens=False).input_ids[:limit] for text in texts]
+    rows = [(i[:1], i[1:]) for i in ids if len(i) > 1]
+    return _entropies(model, rows, edit, batch), np.array([float(len(rest)) for _, rest in rows])
 
 
 def _perplexity(
     model: SteeredModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], edit: Edit | None, batch: int
 ) -> float:
-    total, count = 0.0, 0
-    ordered = sorted(rows, key=lambda r: len(r[0]) + len(r[1]))
+    return float(np.exp(_entropies(model, rows, edit, batch).sum() / max(sum(len(rest) for _, rest in rows), 1)))
+
+
+@torch.inference_mode()
+def _entropies(
+    model: SteeredModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], edit: Edit | None, batch: int
+) -> Float[np.ndarray, " rows"]:
+    out = np.zeros(len(rows))
+    ordered = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     with model.steering.applied([edit]):
         for start in range(0, len(ordered), batch):
             group = ordered[start : start + batch]
-            for (_, rest), logprobs in zip(group, forward_logprobs(model, group), strict=True):
-                picked = logprobs.gather(1, torch.tensor(rest, device=logprobs.device)[:, None])
-                total, count = total - float(picked.sum()), count + len(rest)
-    return float(np.exp(total / max(count, 1)))
+            for i, logprobs in zip(group, forward_logprobs(model, [rows[i] for i in group]), strict=True):
+                said = torch.tensor(rows[i][1], device=logprobs.device)[:, None]
+                out[i] = -float(logprobs.gather(1, said).sum())
+    return out
+
+
+def plain_paragraphs() -> tuple[list[str], list[str]]:
+    """Plain prose written for this project, in two halves: one to search with, one to measure with."""
+    text = (resources.files("steer") / "measure" / "texts" / "plain.txt").read_text(encoding="utf-8")
+    paragraphs = [p.replace("\n", " ") for p in text.strip().split("\n\n")]
+    return paragraphs[0::2], paragraphs[1::2]

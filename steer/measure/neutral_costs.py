@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-
 from steer.live.model import Message, SteeredModel
-from steer.measure.fluency import mean_repetition
-from steer.measure.search import plain_paragraphs
+from steer.measure.fluency import Text, mean_repetition, plain_paragraphs, row_costs
 from steer.values.edit import Edit
 from steer.values.sampler import Sampler
 from steer.values.trait import NeutralPrompts
@@ -63,22 +59,8 @@ class NeutralCosts:
         told = {id(e): both for e, both in zip(moving, costs, strict=True)}
         return [(0.0, 0.0) if e is None else told[id(e)] for e in edits]
 
-    @torch.inference_mode()
-    def _kl(self, texts: Sequence[tuple[list[int], list[int]]], edits: Sequence[Edit]) -> list[float]:
-        """One pass a text, its rows the untouched model and every edit."""
-        hf, sums = self.model.hf, [0.0] * len(edits)
-        with self.model.steering.applied([None, *edits]):
-            for before, text in texts:
-                ids = torch.tensor([[*before, *text]], device=self.model.device).repeat(1 + len(edits), 1)
-                hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, len(before) - 1 : -1]
-                # A row at a time: the logits of all would be far larger than the model's activations.
-                base = hf.lm_head(hidden[0]).float().log_softmax(-1)
-                for i in range(len(edits)):
-                    other = hf.lm_head(hidden[1 + i]).float().log_softmax(-1)
-                    sums[i] += float((base.exp() * (base - other)).sum())
-                self._count(ids.numel())
-        count = max(1, sum(len(text) for _, text in texts))
-        return [math.inf if math.isnan(s) else s / count for s in sums]
+    def _kl(self, texts: Sequence[Text], edits: Sequence[Edit]) -> list[float]:
+        return [divergence for divergence, _ in row_costs(self.model, texts, edits, self._count)[1:]]
 
     def _replies(self, edits: Sequence[Edit | None]) -> list[list[int]]:
         """Replies to every prompt under each edit; a prompt draws the same random numbers under all of them."""

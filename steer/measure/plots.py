@@ -85,18 +85,45 @@ def site_plot(trait: str, auroc: Sequence[float], site: int) -> str:
     return figure(draw)
 
 
-def search_plot(trials: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], limit: float) -> str:
-    """What each bake tried costs and does, on fit topics."""
+def pareto_plot(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | None = None) -> str:
+    """What each bake tried costs and does on fit topics, as SVG; `chosen` is the number of a trial, `limit` a KL."""
+    return figure(_pareto(trials, chosen, limit), (6.4, 4.0))
+
+
+def pareto_png(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | None = None) -> bytes:
+    """The same as PNG."""
+    with matplotlib.rc_context(_STYLE):
+        fig = Figure(figsize=(6.4, 4.0), layout="constrained", dpi=160)
+        _pareto(trials, chosen, limit)(fig.subplots())
+        out = io.BytesIO()
+        fig.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _pareto(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | None) -> Callable[[Axes], None]:
+    """Trials have the keys number, label, kl, probability, front and keeps; number -1 is the untouched model."""
 
     def draw(ax: Axes) -> None:
+        front = sorted((t["kl"], t["probability"]) for t in trials if t["front"])
+        ax.step([x for x, _ in front], [y for _, y in front], where="post", color=GREY, lw=1, label="Pareto front")
+        tried = [t for t in trials if t["number"] > 0]
+        for keeps, how, label in ((True, BLUE, "tried"), (False, "none", "tried, moves a trait that is to stay")):
+            these = [t for t in tried if t["keeps"] is keeps and t["number"] != chosen]
+            if these:
+                ax.scatter([t["kl"] for t in these], [t["probability"] for t in these], s=18, facecolors=how,
+                           edgecolors=BLUE, linewidths=0.8, label=label)  # fmt: skip
+        named = {-1: ("s", GREEN, "untouched"), 0: ("D", GREY, "unsearched bake"), chosen: ("o", RED, "chosen")}
         for t in trials:
-            here = t["label"] == chosen["label"]
-            ax.plot(t["kl"], t["probability"], "o", color=RED if here else BLUE, ms=7 if here else 4)
-            if here or t["label"] == "untouched":
-                ax.annotate(t["label"], (t["kl"], t["probability"]), xytext=(6, 4), textcoords="offset points",
-                            fontsize=7.5)  # fmt: skip
-        ax.axvline(limit, color=GREY, lw=1, ls=":")
-        ax.set(xlabel="KL on neutral prompts, nats per token", ylabel="trait probability, fit topics")
+            if t["number"] in named:
+                marker, colour, label = named[t["number"]]
+                label += "" if t["label"] == label else f": {t['label']}"
+                ax.plot(t["kl"], t["probability"], marker, color=colour, ms=7, label=label)
+        if limit is not None:
+            ax.axvline(limit, color=GREY, lw=1, ls=":")
+        ax.set_xscale("symlog", linthresh=0.01)
+        ax.set(xlabel="KL on neutral prompts, nats per token", ylabel="trait's mean probability, fit topics")
+        ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
+        ax.legend(frameon=False, fontsize=7, loc="best")
 
-    return figure(draw)
+    return draw

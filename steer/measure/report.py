@@ -8,8 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from steer.measure.plots import cost_plot, dose_plot, search_plot, site_plot
-from steer.measure.search import MAX_KL, MAX_PERPLEXITY
+from steer.measure.plots import cost_plot, dose_plot, pareto_plot, site_plot
 
 
 def write_report(result: Mapping[str, Any], path: Path) -> Path:
@@ -38,12 +37,10 @@ def write_report(result: Mapping[str, Any], path: Path) -> Path:
             traits=traits,
             bake=result["bake"],
             search=search,
-            search_plot=search_plot(search["trials"], search["chosen"], MAX_KL),
+            search_plot=pareto_plot(search["trials"], search["chosen"]["number"], search["goal"]["max_kl"]),
             seconds=result["seconds"],
             total=sum(result["seconds"].values()),
             model=result["model"],
-            max_kl=MAX_KL,
-            max_perplexity=MAX_PERPLEXITY,
         )
     )
     part = path.with_name(f".{path.name}.part")

@@ -44,6 +44,32 @@ def test_hooks_do_what_the_bake_writes(tiny_llama, chat_checkpoint, tmp_path, ma
     assert source.steering.hook_count == 0
 
 
+def test_every_row_of_a_batch_has_its_own(chat_checkpoint, make_direction, ids):
+    one, two = make_direction("one"), make_direction("two", seed=4)
+    edits = [
+        None,
+        *(Edit((one, two), **way) for way in WAYS.values()),
+        Edit((one,), strengths=Strengths(0.5, 0.0)),
+        Edit((two,), strengths=Strengths(1.0, Kernel(0, 1)), add=((one, 0.5),)),
+        Edit((one,), 0.5, (0, 1)),
+    ]
+    model = load(chat_checkpoint, dtype=torch.float64)
+    with torch.inference_mode():
+        with model.steering.applied(edits):
+            together = model.hf(ids[:1].expand(len(edits), -1)).logits
+        for edit, row in zip(edits, together, strict=True):
+            with model.steering.applied([edit]):
+                torch.testing.assert_close(model.hf(ids[:1]).logits[0], row, rtol=0, atol=1e-10)
+
+
+def test_candidates_that_share_a_direction_share_a_product(model, make_direction):
+    one = make_direction("one")
+    edits = [Edit((one,), strengths=Strengths(s, 0.5)) for s in (0.25, 0.5, 0.75)] * 8
+    with model.steering.applied(edits):
+        sets = [p.set for p in model.steering._programs.values()]
+    assert all(len(columns) == 1 and columns[0].write.data.shape[1] == 1 for columns in sets)
+
+
 def test_a_norm_preserving_ablation_is_no_hook(model, make_direction):
     with (
         pytest.raises(UnsupportedError, match="norm-preserving"),

@@ -10,7 +10,6 @@ import torch
 from steer.features.contrast import Contrast, Reply
 from steer.measure.fluency import kl, repetition
 from steer.measure.scorer import Scorer, marker_rate
-from steer.measure.search import Trial, choose
 from steer.values.trait import Trait
 
 
@@ -68,19 +67,3 @@ def test_kl_is_that_of_the_formula_and_zero_for_equals() -> None:
     q = torch.tensor([[0.25, 0.5, 0.25]]).log()
     assert kl([p], [p]) == 0
     assert kl([p], [q]) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
-
-
-def trial(label: str, rate: float, cost: float, perplexity: float = 10.0) -> Trial:
-    return Trial(None, label, rate, rate, cost, perplexity, 0.0)
-
-
-def test_search_takes_the_cheapest_trial_that_reaches_the_goal() -> None:
-    base = trial("untouched", 0.8, 0.0)
-    strong, gentle, weak = trial("strong", 0.05, 0.13), trial("gentle", 0.3, 0.05), trial("weak", 0.7, 0.01)
-    assert choose([base, strong, gentle, weak]) is gentle
-
-
-def test_search_keeps_to_its_limits_even_when_the_goal_is_missed() -> None:
-    base = trial("untouched", 0.8, 0.0)
-    dear, garbled, weak = trial("dear", 0.0, 3.0), trial("garbled", 0.0, 0.1, 33.0), trial("weak", 0.6, 0.05)
-    assert choose([base, dear, garbled, weak]) is weak

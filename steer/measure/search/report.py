@@ -1,0 +1,30 @@
+"""A search's Pareto plot, as a page and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from steer.measure.plots import pareto_plot, pareto_png
+
+PAGE, PICTURE = "pareto.html", "pareto.png"
+
+
+def write_search_report(result: Mapping[str, Any], folder: Path) -> None:
+    """Write pareto.html, which needs no other file, and pareto.png into a directory.
+
+    `result` is what `search.json` holds; what was measured on held-out topics may come later.
+    """
+    plotted = (result["trials"], result["chosen"]["number"], result["goal"]["max_kl"])
+    page = (
+        Environment(loader=PackageLoader("steer", "measure"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .get_template("pareto.html.j2")
+        .render(result=result, plot=pareto_plot(*plotted))
+    )
+    for name, data in ((PAGE, page.encode()), (PICTURE, pareto_png(*plotted))):
+        part = folder / f".{name}.part"
+        part.write_bytes(data)
+        part.replace(folder / name)

@@ -1,0 +1,284 @@
+"""The study of a search on disk: every trial in SQLite, the next ones a function of those that are finished.
+
+Nothing but finished trials is kept, and the sampler of a batch of trials is made anew from them and seeded by the
+batch's number: a search that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from steer.errors import MismatchError, OutputExistsError, SteerError
+from steer.measure.search.choice import Choice, Goal, Trial, choose, confirmed
+from steer.measure.search.space import Space, edit_key
+from steer.measure.search.trials import Bench, Outcome
+from steer.values.edit import Edit
+from steer.weights.sketch import Sketch
+
+if TYPE_CHECKING:
+    import optuna
+
+STUDY = "study.sqlite3"
+BATCH = 8
+"""Edits asked for, and tried, together."""
+STARTUP = 2 * BATCH
+"""Trials before the sampler makes use of what it learnt: the known points, and a batch drawn at random."""
+PATIENCE = 40
+"""Points drawn for one that was not tried before; half of them by the sampler, half at random."""
+LEAST_KL = 1e-5
+"""Nats per token; below it trials cost the same. The sampler is told logarithms, as costs differ by powers of ten."""
+AIM = 0.75
+"""Share of the mean probability to get under; below it trials are told as this. On other topics it may be higher."""
+Fits = Callable[[Edit], bool]
+"""Whether the checkpoint and the form of the bake can hold an edit."""
+
+
+class Study:
+    """The trials of one search. `path` is an SQLite file, or None for a study in memory."""
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any], name: str) -> None:
+        """Open the study at `path`, or begin it.
+
+        `about` tells what it is a study of, and must be the same each time; `name` names it in messages.
+        Errors: MismatchError when the file is a study of something else, SteerError when it is none.
+        """
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        optuna = _optuna()
+        self.where = str(path) if path else "study"
+        try:
+            self._study: optuna.Study = optuna.create_study(
+                storage=f"sqlite:///{path}" if path else None,
+                study_name="steer bake --search",
+                directions=["minimize", "minimize"],
+                load_if_exists=True,
+            )
+            self._expect(about, name)
+            self._finish_writing()
+        except (SQLAlchemyError, StorageInternalError, RuntimeError) as e:
+            why = " ".join(str(e).split())[:160]
+            raise SteerError(
+                f"{self.where}: expected the study of a search, found something unreadable ({why}); remove it, or name "
+                "another --search-dir"
+            ) from e
+
+    def _expect(self, about: Mapping[str, Any], name: str) -> None:
+        attributes = self._study.user_attrs
+        if "about" not in attributes:
+            from steer.weights.kept import versions
+
+            with _quiet():
+                self._study.set_metric_names(["mean probability, from the aim on", "log10 KL"])
+            self._study.set_user_attr("name", name)
+            self._study.set_user_attr("versions", {**versions(), "optuna": _optuna().__version__})
+            self._study.set_user_attr("about", dict(about))
+            return
+        ours, theirs = json.loads(json.dumps(about)), attributes["about"]
+        wrong = sorted(k for k in {*ours, *theirs} if not _same(k, ours.get(k), theirs.get(k)))
+        if wrong:
+            raise MismatchError(
+                f"{self.where}: expected a study of {name}, found one of {attributes['name']}, of another "
+                f"{', '.join(wrong)}; remove it, or name another --search-dir"
+            )
+
+    # What was tried
+
+    @property
+    def count(self) -> int:
+        """Finished trials."""
+        return len(self._study.get_trials(deepcopy=False))
+
+    def trials(self, space: Space) -> list[Trial]:
+        """Finished trials, in order."""
+        out = []
+        for t in self._study.get_trials(deepcopy=False):
+            edit = space.edit(t.user_attrs["params"])
+            assert edit is not None
+            out.append(Trial(t.number, t.user_attrs["params"], edit, Outcome(**t.user_attrs["outcome"])))
+        return out
+
+    @property
+    def untouched(self) -> Outcome | None:
+        """What the untouched model does, once it was measured."""
+        found = self._study.user_attrs.get("untouched")
+        return Outcome(**found) if found else None
+
+    # Trying more
+
+    def run(
+        self,
+        bench: Bench,
+        space: Space,
+        goal: Goal,
+        trials: int,
+        *,
+        seed: int = 0,
+        fits: Fits = lambda edit: True,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Try edits until there are `trials` of them, or none is left to try. `on_batch` is told how many more are
+        done."""
+        while (count := self.count) < trials:
+            batch, begun = divmod(count, BATCH)
+            # What a batch consists of depends on the batches before it alone: a part of one is completed.
+            asked = self._ask(space, batch, seed, fits)[begun : begun + trials - count]
+            if not asked:
+                return
+            first = self.untouched is None
+            outcomes = bench.outcomes([None, *(e for _, e in asked)] if first else [e for _, e in asked])
+            if first:
+                self._study.set_user_attr("untouched", outcomes.pop(0).as_json())
+            self._record(asked, outcomes, goal, count)
+            on_batch(len(asked))
+
+    def choose(self, bench: Bench, space: Space, goal: Goal, *, confirm: bool = True) -> Choice:
+        """The trial to take; with `confirm` after the best were tried on the rest of the fit topics, each once.
+
+        Errors: as `choose`.
+        """
+        untouched, trials = self.untouched, self.trials(space)
+        assert untouched is not None
+        if not confirm:
+            return choose(trials, untouched, trials[0].outcome, goal)
+
+        def again(group: Sequence[Trial | None]) -> list[Outcome]:
+            keys = ["rest of untouched" if t is None else f"rest of {t.number}" for t in group]
+            known = self._study.user_attrs
+            new = [i for i, key in enumerate(keys) if key not in known]
+            edits = [None if (t := group[i]) is None else t.edit for i in new]
+            for i, outcome in zip(new, bench.outcomes(edits, rest=True) if new else (), strict=True):
+                self._study.set_user_attr(keys[i], outcome.as_json())
+            known = self._study.user_attrs
+            return [Outcome(**known[key]) for key in keys]
+
+        return confirmed(trials, untouched, goal, again)
+
+    def _ask(self, space: Space, batch: int, seed: int, fits: Fits) -> list[tuple[optuna.trial.FrozenTrial, Edit]]:
+        """The points of a batch and their edits, none tried before; fewer where the space has no more.
+
+        Asked of a copy in memory that knows the batches before it, so that the study on disk has no trial that is not
+        finished.
+        """
+        optuna = _optuna()
+        before = self._study.get_trials(deepcopy=False)[: batch * BATCH]
+        seeds = np.random.SeedSequence([seed, batch]).generate_state(2).tolist()
+        with _quiet():
+            sampler = optuna.samplers.TPESampler(
+                n_startup_trials=STARTUP, multivariate=True, group=True, constant_liar=True, seed=seeds[0]
+            )
+        anything = optuna.samplers.RandomSampler(seed=seeds[1])
+        copy = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+        copy.add_trials(before)
+        tried = {edit_key(t.edit) for t in self.trials(space)[: len(before)]}
+        if batch == 0:
+            for params in space.known():
+                copy.enqueue_trial(params)
+        out: list[tuple[optuna.trial.FrozenTrial, Edit]] = []
+        failures = 0
+        while len(out) < BATCH and failures < PATIENCE:
+            copy.sampler = sampler if failures < PATIENCE // 2 else anything
+            trial = copy.ask()
+            edit = space.edit(space.suggest(trial))
+            if edit is None or edit_key(edit) in tried or not fits(edit):
+                failures += 1  # left as running, which keeps the sampler away from it
+                continue
+            failures = 0
+            tried.add(edit_key(edit))
+            out.append((copy.trials[trial.number], edit))
+        return out
+
+    def _record(
+        self,
+        asked: Sequence[tuple[optuna.trial.FrozenTrial, Edit]],
+        outcomes: Sequence[Outcome],
+        goal: Goal,
+        first: int,
+    ) -> None:
+        """Keep a batch. It is written as a whole before its trials are, one by one."""
+        optuna, untouched = _optuna(), self.untouched
+        assert untouched is not None
+        before = self._study.get_trials(deepcopy=False)
+        plain = Outcome(**before[0].user_attrs["outcome"]) if before else outcomes[0]
+        rate, probability = goal.target(untouched, plain)
+        rows = []
+        for (trial, _), outcome in zip(asked, outcomes, strict=True):
+            # What is well beyond the goal is no better for it: else half of the trials go into what costs too much.
+            values = [max(outcome.probability, AIM * probability), math.log10(max(outcome.kl, LEAST_KL))]
+            over = {"rate": outcome.rate - rate, "probability": outcome.probability - probability}
+            over |= {name: abs(r - untouched.kept[name]) - goal.tolerance for name, r in outcome.kept.items()}
+            kinds = {n: optuna.distributions.distribution_to_json(d) for n, d in trial.distributions.items()}
+            rows.append(
+                {"params": trial.params, "kinds": kinds, "outcome": outcome.as_json(), "values": values, "over": over}
+            )
+        self._study.set_user_attr("being written", {"first": first, "trials": rows})
+        self._finish_writing()
+
+    def _finish_writing(self) -> None:
+        optuna = _optuna()
+        batch = self._study.user_attrs.get("being written")
+        if batch is None:
+            return
+        for row in batch["trials"][self.count - batch["first"] :]:
+            params, kinds = row["params"], row["kinds"]
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params=params,
+                    distributions={name: optuna.distributions.json_to_distribution(k) for name, k in kinds.items()},
+                    values=row["values"],
+                    constraints=row["over"],
+                    user_attrs={"params": params, "outcome": row["outcome"]},
+                )
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a search's directory, made where there is none, against other processes.
+
+    Errors: OutputExistsError when another search is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise OutputExistsError(
+                f"{folder}: another search is at work in it; wait, or name another --search-dir"
+            ) from e
+        yield
+    finally:
+        os.close(lock)
+
+
+def _same(what: str, ours: Any, theirs: Any) -> bool:
+    """Whether two descriptions agree. Machines that run one merge differ in its weights' last bits."""
+    if what == "checkpoint" and ours != theirs and isinstance(ours, str) and isinstance(theirs, str):
+        return Sketch.from_header({"sketch": ours}).same_as(Sketch.from_header({"sketch": theirs}))
+    return ours == theirs
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's word on what it calls experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", _optuna().exceptions.ExperimentalWarning)
+        yield
+
+
+def _optuna() -> Any:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
