@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,7 +115,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._texts: dict[int, _Text] = {}
-        self._pending: list[_Note] = []
+        self._pending: list[_Noted] = []
         self._now: _Texts = ()
         self._written: dict[Columns, list[Tensor]] = {}
         """What was ablated in the pass that began last, writer by writer."""
@@ -140,7 +141,7 @@ class Tally:
         if by.requires_grad:
             by = by.detach()
         if writes_to is None:
-            self._pending.append(_Note(columns, columns.terms, by, self._now, text.valid))
+            self._pending.append((columns, columns.terms, by, self._now, text.valid))
             return
         if writes_to > max(columns.sites):
             return
@@ -155,7 +156,7 @@ class Tally:
             total = torch.stack([part.to(by[0].device) for part in by]).sum(
                 0, dtype=torch.promote_types(by[0].dtype, torch.float32)
             )
-            self._pending.append(_Note(columns, columns.terms, total, self._now, self._valid))
+            self._pending.append((columns, columns.terms, total, self._now, self._valid))
         self._written.clear()
         if len(self._pending) >= _PENDING:
             self._settle()
@@ -178,7 +179,7 @@ class Tally:
             account.settle()
         # Passes of one make, as those that write a token each, are summed up as one.
         alike: dict[tuple[object, ...], list[_Note]] = {}
-        for note in self._pending:
+        for note in starmap(_Note, self._pending):
             key = (note.columns, id(note.terms), note.texts, note.by.shape[0], note.by.device)
             alike.setdefault(key, []).append(note)
         self._pending = []
@@ -202,6 +203,8 @@ class Tally:
 _Key = tuple[object, ...]
 _Texts = tuple[tuple[int, int, tuple[int, int] | None], ...]
 """Of each text of a pass its number, its row, and, packed, where its tokens begin and end."""
+_Noted = tuple["Columns", "list[Term]", Tensor, _Texts, "Tensor | None"]
+"""A `_Note` to be: made between two blocks, where a tuple costs least."""
 
 
 @dataclass
