@@ -87,13 +87,13 @@ def site_plot(trait: str, auroc: Sequence[float], site: int) -> str:
 
 def pareto_plot(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | None = None) -> str:
     """What each bake tried costs and does on fit topics, as SVG; `chosen` is the number of a trial, `limit` a KL."""
-    return figure(_pareto(trials, chosen, limit), (6.4, 4.0))
+    return figure(_pareto(trials, chosen, limit), (6.4, 4.6))
 
 
 def pareto_png(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | None = None) -> bytes:
     """The same as PNG."""
     with matplotlib.rc_context(_STYLE):
-        fig = Figure(figsize=(6.4, 4.0), layout="constrained", dpi=160)
+        fig = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=160)
         _pareto(trials, chosen, limit)(fig.subplots())
         out = io.BytesIO()
         fig.savefig(out, format="png", metadata={"Software": None})
@@ -124,6 +124,7 @@ def _pareto(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | Non
         ax.set(xlabel="KL on neutral prompts, nats per token", ylabel="trait's mean probability, fit topics")
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
-        ax.legend(frameon=False, fontsize=7, loc="best")
+        # Below, as what was chosen may have a long name and points may lie anywhere.
+        ax.figure.legend(frameon=False, fontsize=7, loc="outside lower left")
 
     return draw
