@@ -65,9 +65,8 @@ class PlannedWhen:
         """The plan of a `When`, its gate by name; None where it acts on every token alike."""
         if when.always:
             return None
-        gate = when.gate
-        read = () if gate is None else (gate.on.name, gate.above, gate.below)
-        return cls(when.part, when.first, when.after, when.ramp, *read)
+        gate, times = when.gate, (when.part, when.first, when.after, when.ramp)
+        return cls(*times) if gate is None else cls(*times, gate.on.name, gate.above, gate.below)
 
     def on(self, target: Direction | Feature | None) -> When:
         """The `When`, with what `while_slider` names in place of its name."""
