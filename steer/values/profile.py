@@ -65,8 +65,9 @@ class PlannedWhen:
         """The plan of a `When`, its gate by name; None where it acts on every token alike."""
         if when.always:
             return None
-        gate, times = when.gate, (when.part, when.first, when.after, when.ramp)
-        return cls(*times) if gate is None else cls(*times, gate.on.name, gate.above, gate.below)
+        plan = cls(when.part, when.first, when.after, when.ramp)
+        gate = when.gate
+        return plan if gate is None else replace(plan, while_slider=gate.on.name, above=gate.above, below=gate.below)
 
     def on(self, target: Direction | Feature | None) -> When:
         """The `When`, with what `while_slider` names in place of its name."""
