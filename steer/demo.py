@@ -92,7 +92,6 @@ def _clear(directory: Path, ours: str) -> None:
 def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     clock = _Clock()
     with clock.step("import"):
-        from steer.features.residuals import reply_means
         from steer.finding import find_trait
         from steer.live.library import own_place
         from steer.live.model import load
@@ -104,6 +103,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         from steer.measure.search.space import Space
         from steer.measure.search.study import BATCH, Study
         from steer.measure.search.trials import Bench, Scope
+        from steer.neutral import means_of
         from steer.weights.bake import bake
         from steer.weights.certify import CERTIFICATE, verify
         from steer.weights.merge import MANIFEST as MERGE_MANIFEST
@@ -148,7 +148,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
     say("searching what to bake, on fit topics")
     with clock.step("search"), bar("searching", None, "tokens") as advance:
         ordinary = moral.candidates.contrast.neutral
-        space = Space.of(moral.direction, model.anatomy, reply_means(model, ordinary).double().mean(0).float())
+        space = Space.of(moral.direction, model.anatomy, means_of(model, ordinary))
         bench = Bench(model, moral.scorer, {}, ordinary, Scope(topics=SEARCH_TOPICS), advance)
         # One batch, the points worth a trial before anything is learnt: `steer bake --search` goes on from there.
         study, goal = Study(None, {}, "the demo"), Goal(share=SEARCH_SHARE, as_unsearched=False, max_kl=SEARCH_KL)

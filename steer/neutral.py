@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from steer.weights.fetch import home
 from steer.weights.sketch import Sketch
 
 if TYPE_CHECKING:
+    from steer.features.contrast import Reply
     from steer.live.model import SteeredModel
 
 
@@ -29,12 +30,18 @@ def neutral_means(
     from dataclasses import replace
 
     from steer.features.contrast import SAMPLER, Reply
-    from steer.features.residuals import reply_means
     from steer.values.trait import NeutralPrompts
 
     chats = [({"role": "user", "content": prompt},) for prompt in NeutralPrompts.load().fit]
     made = model.replies([list(c) for c in chats], replace(SAMPLER, seed=seed), on_tokens=on_tokens)
     replies = [Reply(c, tuple(ids), model.text(ids)) for c, ids in zip(chats, made, strict=True) if ids]
+    return means_of(model, replies)
+
+
+def means_of(model: SteeredModel, replies: Sequence[Reply]) -> Float[Tensor, "blocks d"]:
+    """The mean residual stream after each block over replies, every reply counting alike, fp32."""
+    from steer.features.residuals import reply_means
+
     return reply_means(model, replies).double().mean(0).float()
 
 

@@ -29,6 +29,7 @@ from steer.neutral import neutral_for
 from steer.progress import bar, byte_bar
 from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.values.small_files import write_whole
 from steer.values.trait import Trait
 from steer.weights.bakeable import Form
 from steer.weights.certify import CERTIFICATE, Certificate
@@ -296,6 +297,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    write_whole(file, (json.dumps(value, indent=1) + "\n").encode())

@@ -172,14 +172,15 @@ def search_table(result: Mapping[str, Any]) -> str:
     table = _table("held-out topics", "rate", "KL", "perplexity", "repetition", *(f"rate of {k}" for k in keep))
     for name in ("untouched", "unsearched", "searched"):
         m = found[name]
-        cells = [_interval(m["rate"], 2), _interval(m["kl"], 3), _interval(m["perplexity"], 1)]
+        cells = [interval(m["rate"], 2), interval(m["kl"], 3), interval(m["perplexity"], 1)]
         again = f"{m['repetition']['value']:.3f}"
-        table.add_row(name, *cells, again, *(_interval(m["kept"][k], 2) for k in keep))
-    share = _interval(found["kl_of_unsearched"], 2)
+        table.add_row(name, *cells, again, *(interval(m["kept"][k], 2) for k in keep))
+    share = interval(found["kl_of_unsearched"], 2)
     return _text(table) + f"KL of the searched bake, as a share of the unsearched one's: {share}"
 
 
-def _interval(x: Mapping[str, float], digits: int) -> str:
+def interval(x: Mapping[str, float], digits: int) -> str:
+    """A value with the ends of its interval."""
     return f"{x['value']:.{digits}f} ({x['low']:.{digits}f}-{x['high']:.{digits}f})"
 
 

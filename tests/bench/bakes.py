@@ -24,6 +24,7 @@ from steer.finding import contrast_for
 from steer.measure.scorer import Scorer
 from steer.measure.search.held_out import HeldOut, load_exported
 from steer.progress import bar
+from steer.tables import interval
 from steer.values.trait import Trait
 
 STEER = str(Path(sys.executable).with_name("steer"))
@@ -58,18 +59,13 @@ def main(
         return
     print(f"{trait:22}{'rate':>20}{'KL':>24}{'perplexity':>24}")
     for name, m in figures.items():
-        cells = [shown(m[key], digits) for key, digits in (("rate", 2), ("kl", 3), ("perplexity", 1))]
+        cells = [interval(m[key], digits) for key, digits in (("rate", 2), ("kl", 3), ("perplexity", 1))]
         print(f"{name:22}{cells[0]:>20}{cells[1]:>24}{cells[2]:>24}")
 
 
 def run(*command: str) -> None:
     """A command of steer's. Errors: CalledProcessError, after its own word on stderr."""
     subprocess.run([STEER, *command], check=True, stdout=subprocess.DEVNULL)
-
-
-def shown(figure: dict[str, float], digits: int) -> str:
-    """With its interval."""
-    return f"{figure['value']:.{digits}f} ({figure['low']:.{digits}f}-{figure['high']:.{digits}f})"
 
 
 if __name__ == "__main__":
