@@ -51,7 +51,8 @@ class _Numbers(NamedTuple):
     limits: Tensor | None
     read: Tensor | None
     single: tuple[Tensor, Tensor | None] | None
-    """`alpha` times the one direction that is read, and `beta` unless it is nothing, where all tokens share them."""
+    """`alpha` times the one direction that is read, `[batch, 1, d]` with `batch` 1 where all share it, and `beta` unless
+    it is nothing."""
     write: Tensor
 
 
@@ -193,9 +194,10 @@ class Columns:
         alpha, beta = self.alpha.at(text, like, dtype), self.beta.at(text, like, dtype)
         read = None if self.read is None else self.read.ready(device, dtype)
         single = None
-        # Compiled code reads the tables anew at every pass, and fuses this by itself.
-        if kept and read is not None and self.rows == 1 and len(self.gates) == 1:
-            single = alpha[0, 0] * read[:, 0], beta if bool(self.beta.data.any()) else None
+        # Compiled code reads the tables anew at every pass, and fuses this by itself. Packed texts have a row a token,
+        # for which these products would be as long as the texts, and others at every pass.
+        if kept and read is not None and alpha.shape[1] == 1 and len(self.gates) == 1:
+            single = alpha * read[:, 0], beta if bool(self.beta.data.any()) else None
         out = _Numbers(
             text.row, dtype, device, alpha, beta,
             None if self.upper is None else self.upper.at(text, like, dtype),
