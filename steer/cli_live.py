@@ -128,10 +128,7 @@ def serve(
     from steer.live.serve.server import load_profiles
     from steer.live.serve.server import serve as run
 
-    # Read at their first use: how many shapes oneDNN, and what torch has above it, keep compiled code for. Of a
-    # thousand, as is their default, each takes 0.1 MB, and a batch of chats has another shape at every step.
-    for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(kept, "16")
+    _keep_few_shapes()
     limits = Limits(max_body, max_messages, tokens=max_tokens)
     options = Options(host, api_key, load_profiles(profile), limits)
     from steer.live.model import load
@@ -170,8 +167,19 @@ def ui(
         # The default is the red that means "too far" on a slider.
         "--theme.light.primaryColor", "#3d63c9", "--theme.dark.primaryColor", "#86a3f5", "--", *named,
     ]  # fmt: skip
+    _keep_few_shapes()
     # In this process's place: whoever stops `steer ui` stops the page, not only its parent.
     os.execv(sys.executable, command)
+
+
+def _keep_few_shapes() -> None:
+    """Bound for how many shapes oneDNN, and what torch has above it, keep compiled code; they look at their first use.
+
+    Of a thousand, as is their default, each takes 0.1 MB, and a chat has another shape at every reply, a batch of them
+    at every step.
+    """
+    for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(kept, "16")
 
 
 def _sampler(name: str | None, settings: dict[str, Any]) -> Sampler:

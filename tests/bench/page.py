@@ -46,13 +46,14 @@ WATCH = """
     const mine = arguments[0];
     window.waited = null;
     document.addEventListener('keydown', () => { window.pressed = performance.now(); }, {capture: true, once: true});
-    const look = () => {
-        const text = m => m.querySelector('[data-testid=stMarkdownContainer]')?.innerText.replace('▍', '').trim();
+    const text = m => m.querySelector('[data-testid=stMarkdownContainer]')?.innerText.replace('▍', '').trim();
+    const observer = new MutationObserver(() => {
         const [asked, reply] = [...document.querySelectorAll('[data-testid=stChatMessage]')].slice(-2).map(text);
-        if (asked === mine && reply) window.waited = performance.now() - window.pressed;
-        else setTimeout(look, 5);
-    };
-    look();"""
+        if (asked !== mine || !reply) return;
+        window.waited = performance.now() - window.pressed;
+        observer.disconnect();
+    });
+    observer.observe(document.body, {childList: true, subtree: true, characterData: true});"""
 """Has the page note the milliseconds from the next key to the first word of a reply. By what was asked, as a long chat
 shows its last messages alone."""
 
@@ -144,7 +145,7 @@ def until(condition: Callable[[], object], patience: float = 120) -> None:
     while not condition():
         if time.monotonic() > end:
             raise RuntimeError(f"waited {patience} s in vain")
-        time.sleep(0.05)
+        time.sleep(0.25)  # looking at a page takes its time from the model
 
 
 def boxes(browser: Any) -> list[Any]:
