@@ -5,8 +5,9 @@
 `steer ui` runs as a process of its own, and a headless Chromium types messages into it, half of the number: the other
 half are the replies. What is timed is from the Enter key to the first word on the screen, beside the same model's first
 token of the same chat in this process, while nobody else writes. Memory is the server's, once a fifth of the messages
-is there and at the end; what a chat must keep, the keys and values of its tokens, is told beside it. Ends with 1 when a
-bar is missed.
+is there and at the end; what a chat must keep, the keys and values of its tokens, is told beside it. A slider is moved
+by a key while a reply streams, and what is timed is from that key until the page shows what the move comes to, which it
+does after the sliders have it: the next token goes by it. Ends with 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ WAIT = 1.0
 """Seconds by which the page's first word may be later than the model's first token."""
 GROWTH = 100e6
 """Bytes that the server may grow by in four fifths of the messages, besides the chat's own keys and values."""
+FELT = 2.0
+"""Tokens written until a slider is felt."""
 LONGEST = 40
 """Tokens of a reply at most, so that all the messages fit the model's context."""
-SELECT_ALL, TAB, ENTER = "\ue009a\ue000", "\ue004", "\ue007"
+SELECT_ALL, TAB, ENTER, PAGE_DOWN = "\ue009a\ue000", "\ue004", "\ue007", "\ue00f"
+SLIDER, MOVES = "[data-testid=stSidebar] input[type=range]", 4
 WORDS = ["stone", "river", "lamp", "winter", "bread", "garden", "letter", "island", "clock", "window"]
 WATCH = """
     const mine = arguments[0];
@@ -58,6 +62,21 @@ WATCH = """
 shows its last messages alone."""
 
 
+MOVED = """
+    const place = document.querySelector('[class*=st-key-slider]');
+    const told = () => place.querySelector('[data-testid=stMarkdown]').innerText;
+    const before = told();
+    window.moved = null;
+    place.addEventListener('keydown', () => { window.pressed = performance.now(); }, {capture: true, once: true});
+    const observer = new MutationObserver(() => {
+        if (told() === before) return;
+        window.moved = performance.now() - window.pressed;
+        observer.disconnect();
+    });
+    observer.observe(place, {childList: true, subtree: true, characterData: true});"""
+"""Has the page note the milliseconds from the next key on the first slider until what is told of it has changed."""
+
+
 def main(
     model: Annotated[str, typer.Option(help="A checkpoint.")] = "demo/merged",
     messages: Annotated[int, typer.Option(min=20, help="Yours and the model's.")] = 100,
@@ -73,6 +92,7 @@ def main(
         for n in range(messages // 2):
             waits.append(say(browser, f"Tell me something about a {WORDS[n % 10]} and the number {n}."))
             sizes.append(server.memory_info().rss)
+        moves, rate = move(browser)
     live = steer.load(model)
     alone = statistics.median(first_token(live, n) for n in range(5))
     early = len(sizes) // 5
@@ -84,6 +104,8 @@ def main(
         "first word on the page, median of the last ten, s": (statistics.median(waits[-10:]) / 1000, None),
         "the model's first token, s": (alone, None),
         "the page later by, s": (later, WAIT),
+        "a slider's key to its answer while a reply streams, s": (statistics.median(moves) / 1000, None),
+        "  in which the reply goes on by tokens": (statistics.median(moves) / 1000 * rate, FELT),
         "memory after a fifth of the messages, MB": (sizes[early] / 1e6, None),
         "grown by the end, MB": (grown / 1e6, None),
         "  of it the chat's keys and values, MB, at most": (kept / 1e6, None),
@@ -170,13 +192,48 @@ def shorten(browser: Any) -> None:
 
 def say(browser: Any, text: str) -> float:
     """Milliseconds from the Enter key to the first word of the reply, once the reply is whole."""
+    waited = begin(browser, text)
+    whole(browser)
+    return waited
+
+
+def begin(browser: Any, text: str) -> float:
+    """The same, once the first word is there."""
     boxes(browser)[0].send_keys(text)
     browser.execute_script(WATCH, text)
     boxes(browser)[0].send_keys(ENTER)
     until(lambda: browser.execute_script("return window.waited"))
-    until(lambda: not browser.find_elements("css selector", ".st-key-growing"))
-    time.sleep(0.5)
     return browser.execute_script("return window.waited")
+
+
+def whole(browser: Any) -> None:
+    """Wait for the end of the reply."""
+    until(lambda: not growing(browser))
+    time.sleep(0.5)
+
+
+def growing(browser: Any) -> list[Any]:
+    """What stands below a reply that is being written."""
+    return browser.find_elements("css selector", ".st-key-growing")
+
+
+def move(browser: Any) -> tuple[list[float], float]:
+    """Milliseconds from a key on the first slider to its answer, while a reply is being written, and the tokens a second
+    of that reply."""
+    moves: list[float] = []
+    rate = 0.0
+    for n in range(MOVES):
+        begin(browser, f"And what of the {WORDS[n]} in the end?")
+        time.sleep(0.7)
+        browser.execute_script(MOVED)
+        browser.find_element("css selector", SLIDER).send_keys(PAGE_DOWN)
+        until(lambda: browser.execute_script("return window.moved"))
+        shown = growing(browser)
+        if shown:  # it was felt by what follows
+            moves.append(browser.execute_script("return window.moved"))
+            rate = max(rate, float(shown[0].text.split(", ")[-1].split()[0]))
+        whole(browser)
+    return moves, rate
 
 
 def first_token(live: SteeredModel, n: int) -> float:
