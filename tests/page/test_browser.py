@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from steer.weights.certify import CERTIFICATE
 
 PATIENCE = 60
 FIRST = 240
@@ -101,6 +105,13 @@ class Page:
 
     def move(self, label: str, keys: str) -> None:
         self.until(lambda: self.slider(label).send_keys(keys) is None)
+
+    def bake(self) -> None:
+        self.until(lambda: self.all(".stMain [data-testid=stBaseButton-primary]")[0].click() is None)
+
+    def upload(self, profile: Path) -> None:
+        self.until(lambda: self.all("[data-testid=stSidebar] input[type=file]")[0].send_keys(str(profile)) is None)
+        self.click("Use it")
 
     def part(self, name: str) -> None:
         self.click(name)
@@ -205,8 +216,7 @@ def test_a_profile_goes_out_as_a_file_and_comes_back(page, tmp_path, chromium):
     assert yaml.safe_load(file.read_text())["sliders"] == [{"slider": "moral", "amount": amount}]
     page.click("Reset all")
     page.until(lambda: float(page.slider("moral").get_attribute("value")) == 0)
-    page.until(lambda: page.all("[data-testid=stSidebar] input[type=file]")[0].send_keys(str(file)) is None)
-    page.click("Use it")
+    page.upload(file)
     page.until(lambda: float(page.slider("moral").get_attribute("value")) == amount)
 
 
@@ -233,11 +243,44 @@ def test_two_tabs_do_not_touch_each_other(page, chromium, page_url):
         chromium.switch_to.window(one)
 
 
-def test_a_bake_says_what_cannot_be_written_and_writes_the_rest(page, tmp_path):
+FILES = {"checkpoint": "model.safetensors", "adapter": "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("form", list(FILES))
+def test_a_bake_shows_its_certificate_and_verifies(page, tmp_path, form):
     page.move("moral", LEFT * 4)
     page.settled()
     page.part("Bake")
-    page.fill("Folder to write", str(tmp_path / "out"))
-    page.until(lambda: page.all(".stMain [data-testid=stBaseButton-primary]")[0].click() is None)
+    page.part(form)
+    out = tmp_path / "out"
+    page.fill("Folder to write", str(out))
+    page.bake()
     page.until(lambda: "Written:" in page.all(".stMain")[0].text)
-    assert (tmp_path / "out" / "steer_certificate.json").is_file()
+    assert (out / FILES[form]).is_file()
+    page.click("Certificate")
+    page.until(lambda: "writers_found" in page.all(".stMain [data-testid=stJson]")[0].text)
+    verify(out)
+
+
+def test_a_bake_says_what_cannot_be_written_and_writes_the_rest(page, tmp_path):
+    profile = tmp_path / "two.yaml"
+    sliders = [{"slider": "moral", "amount": -0.4}, {"slider": "L1/8", "amount": 0.5, "operation": "clamp"}]
+    profile.write_text(yaml.safe_dump({"name": "two", "sliders": sliders}))
+    page.click("Profiles")
+    page.upload(profile)
+    page.part("Bake")
+    page.until(lambda: "clamp: " in page.all(".stMain")[0].text)
+    assert not page.all(".stMain [data-testid=stBaseButton-primary]:enabled")
+    out = tmp_path / "out"
+    page.fill("Folder to write", str(out))
+    page.click("Bake what can be")
+    page.until(lambda: "Written:" in page.all(".stMain")[0].text)
+    edit = json.loads((out / CERTIFICATE).read_text())["edit"]
+    assert ([add["name"] for add in edit["add"]], "moves" in edit) == (["moral"], False)
+    verify(out)
+
+
+def verify(out: Path) -> None:
+    """As a user does, or the test fails."""
+    command = [sys.executable, "-c", "from steer.cli import main; main()", "verify", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
