@@ -69,12 +69,13 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="A mergekit recipe.")],
     out: Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
     device: Annotated[str | None, typer.Option(help="Where mergekit computes, e.g. cuda.")] = None,
+    steps: Annotated[bool, typer.Option("--steps", help="Tell on stderr which step begins.")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge checkpoints by a mergekit recipe."""
     from steer.weights.merge import merge as run
 
-    place = run(recipe, out, device=device)
+    place = run(recipe, out, device=device, say=lambda line: typer.echo(line, err=True) if steps else None)
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 

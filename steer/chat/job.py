@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 _LINES = 200
+_STEP = re.compile(r"(\d+) of (\d+): ")
 _RUN = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,7 +35,8 @@ class Job:
 
     def __init__(self, arguments: Sequence[str], *, out: Path | None = None, expected: int | None = None) -> None:
         """`out`: the directory that it writes, beside which it works until it is whole, and `expected` how many bytes
-        it will come to: together they tell how far it is. The command is to have `--json`."""
+        it will come to: together they tell how far it is. Without them the steps do that it says it begins, as in
+        `2 of 3: merging`. The command is to have `--json`."""
         self.arguments = tuple(arguments)
         self.out, self.expected = out, expected
         self.began = time.monotonic()
@@ -80,7 +83,8 @@ class Job:
         if self.done:
             return 1.0
         if self.out is None or not self.expected:
-            return None
+            steps = [m for line in self.lines if (m := _STEP.match(line))]
+            return (int(steps[-1][1]) - 1) / int(steps[-1][2]) if steps else None
         written = min(self._bytes() / self.expected, 0.99)
         # What is renamed or put together at the end is not to look like a step back.
         self._progress = max(self._progress or 0.0, written)

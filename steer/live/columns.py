@@ -51,8 +51,8 @@ class _Numbers(NamedTuple):
     limits: Tensor | None
     read: Tensor | None
     single: tuple[Tensor, Tensor | None] | None
-    """`alpha` times the one direction that is read, `[batch, 1, d]` with `batch` 1 where all share it, and `beta` unless
-    it is nothing."""
+    """`alpha` times the one direction that is read, `[batch, 1, d]` with `batch` 1 where all share it, and `beta`
+    unless it is nothing."""
     write: Tensor
 
 

@@ -50,8 +50,10 @@ def recipe_models(raw: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def merge(recipe: Path, out: Path, *, device: str | None = None) -> Path:
-    """Run `recipe` and write the merged checkpoint to `out`.
+def merge(
+    recipe: Path, out: Path, *, device: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Run `recipe` and write the merged checkpoint to `out`. `say` is told which step begins.
 
     Relative paths in a recipe are looked up beside the recipe, then from the working directory; the default
     model is fetched when it is named; `model+adapter` merges a PEFT adapter first, in the recipe's `dtype`.
@@ -59,6 +61,7 @@ def merge(recipe: Path, out: Path, *, device: str | None = None) -> Path:
     """
     check_output(out)
     raw = read_recipe(recipe)
+    say("1 of 3: getting the models that the recipe names")
     located = {name: _locate(name, recipe) for name in recipe_models(raw)}
     for name, parts in located.items():
         _check_hub(name, parts, recipe)
@@ -75,12 +78,14 @@ def merge(recipe: Path, out: Path, *, device: str | None = None) -> Path:
                 lora_merge_cache=cache, lora_merge_dtype=raw.get("dtype"), device=device,
                 quiet=not sys.stderr.isatty(), lazy_unpickle=True,
             )  # fmt: skip
+            say(f"2 of 3: merging {len(located)} models by {config.merge_method or 'slices'}")
             with _mergekit_errors(recipe):
                 run_merge(config, str(work), options, config_source=text)
         if not (work / "config.json").is_file() or not any(work.glob("*.safetensors")):
             raise SteerError(f"{recipe}: mergekit wrote no checkpoint; run mergekit-yaml on it to see why")
         _carry_chat_template(raw, located, work)
         _mend_card(work / "README.md", Path(os.path.realpath(out)).name, located)
+        say("3 of 3: hashing what went in and what came out")
         manifest = {
             "recipe": raw,
             "inputs": {name: _weight_hashes(parts) for name, parts in located.items()},

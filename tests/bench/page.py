@@ -177,7 +177,8 @@ def boxes(browser: Any) -> list[Any]:
 
 def shorten(browser: Any) -> None:
     """Ask for short replies, in the field of the page that is for it."""
-    press = """const found = [...document.querySelectorAll(arguments[0])].find(e => e.textContent.includes(arguments[1]));
+    press = """const [css, title] = arguments;
+        const found = [...document.querySelectorAll(css)].find(e => e.textContent.includes(title));
         if (found) found.click();
         return Boolean(found);"""
     for title in ("Sampler", "Fields"):
@@ -218,8 +219,8 @@ def growing(browser: Any) -> list[Any]:
 
 
 def move(browser: Any) -> tuple[list[float], float]:
-    """Milliseconds from a key on the first slider to its answer, while a reply is being written, and the tokens a second
-    of that reply."""
+    """Milliseconds from a key on the first slider to its answer, while a reply is being written, and the tokens a
+    second of that reply."""
     moves: list[float] = []
     rate = 0.0
     for n in range(MOVES):

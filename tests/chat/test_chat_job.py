@@ -59,12 +59,13 @@ def test_the_default_merge_is_made_with_its_progress_shown(tmp_path, monkeypatch
     place = tmp_path / "merged"
     job, seen = get_default(place), []
     while job.running:
-        seen.append(job.progress)
+        seen.append(job.progress or 0.0)
         job.wait(0.2)
     assert job.error is None
     assert ready(place)
     assert [*seen, job.progress] == sorted([*seen, 1.0])
-    assert 0 <= seen[0] < 1
+    assert {0.0, 1 / 3, 2 / 3} == set(seen)
+    assert job.lines[-1].startswith("3 of 3: ")
 
 
 def test_what_can_be_baked_is_said_before_and_done_after(chat, tmp_path):

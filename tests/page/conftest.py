@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,16 @@ def tiny_page_home(
         yield folder
 
 
-@pytest.fixture(scope="session")
-def page_url(tiny_page_home: Path) -> Iterator[str]:
-    """The page on that checkpoint, started as a user starts it."""
+@contextmanager
+def served(folder: Path, *model: str) -> Iterator[str]:
+    """The page, started as a user starts it, with `folder`/home for its STEER_HOME."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    quiet = {"OMP_NUM_THREADS": "1", "STEER_HOME": str(tiny_page_home / "home"), "HF_HUB_OFFLINE": "1"}
+    quiet = {"OMP_NUM_THREADS": "1", "STEER_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     server = subprocess.Popen(
-        [sys.executable, "-c", "from steer.cli import main; main()", "ui", str(tiny_page_home / "chat"),
-         "--headless", "--port", str(port)],
-        cwd=tiny_page_home, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", "from steer.cli import main; main()", "ui", *model, "--headless", "--port", str(port)],
+        cwd=folder, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
@@ -103,6 +103,20 @@ def page_url(tiny_page_home: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+@pytest.fixture(scope="session")
+def page_url(tiny_page_home: Path) -> Iterator[str]:
+    """The page on that checkpoint."""
+    with served(tiny_page_home, str(tiny_page_home / "chat")) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_page_url(tmp_path: Path) -> Iterator[str]:
+    """The page of somebody who has no model yet."""
+    with served(tmp_path) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,10 @@ MESSAGE = "hello friend"
 class Page:
     """What a person sees and does in one tab."""
 
-    def __init__(self, browser: Any, url: str) -> None:
+    def __init__(self, browser: Any, url: str, shows: str = "textarea[data-testid=stChatInputTextArea]") -> None:
         self.browser = browser
         browser.get(url)
-        self.until(lambda: self.all("textarea[data-testid=stChatInputTextArea]"), FIRST)
+        self.until(lambda: self.all(shows), FIRST)
         self.settled()
 
     def all(self, css: str) -> list[Any]:
@@ -241,6 +241,18 @@ def test_two_tabs_do_not_touch_each_other(page, chromium, page_url):
         chromium.close()
     finally:
         chromium.switch_to.window(one)
+
+
+def test_getting_the_default_merge_is_stopped_and_begun_again(chromium, empty_page_url, tmp_path):
+    page = Page(chromium, empty_page_url, ".stMain button")
+    page.click("Get the default merge")
+    for again in (True, False):
+        page.until(lambda: "1 of 3: getting" in page.all(".stMain")[0].text)
+        page.click("Cancel")
+        page.until(lambda: "stopped; nothing was written" in page.all(".stMain")[0].text)
+        if again:
+            page.click("Try again")
+    assert not [file for file in (tmp_path / "home").rglob("*") if file.is_file()]
 
 
 FILES = {"checkpoint": "model.safetensors", "adapter": "adapter_model.safetensors"}

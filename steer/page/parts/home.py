@@ -8,7 +8,7 @@ import streamlit as st
 
 from steer.chat.default_merge import default_place, get_default, ready
 from steer.chat.job import Job
-from steer.page.change import safely, watch
+from steer.page.change import redraw, redraw_if_asked, safely, watch
 
 POLL = 0.5
 
@@ -33,6 +33,7 @@ def draw() -> None:
 
 def _get() -> None:
     st.session_state["getting"] = get_default()
+    redraw()
 
 
 def _open(place: Path) -> None:
@@ -41,12 +42,13 @@ def _open(place: Path) -> None:
 
 def _progress(job: Job) -> None:
     if job.running:
-        st.progress(job.progress or 0.0, "Getting the default merge")
+        st.progress(job.progress or 0.0, f"Getting the default merge, {job.seconds:.0f} s: about a minute, once")
         st.code("\n".join(job.lines[-4:]) or "starting", language=None)
         st.button("Cancel", on_click=safely, args=(job.cancel,))
         return
     if job.error:
         st.error(job.error)
         st.button("Try again", on_click=safely, args=(_get,))
+        redraw_if_asked()
         return
     st.rerun()
