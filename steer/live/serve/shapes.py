@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def usage(prompts: Sequence[Prompt], written: int) -> Json:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-class Shape:
+class Shape(ABC):
     """One reply's envelope; what a choice holds is told by the kinds below."""
 
     whole_object: str
@@ -61,14 +62,14 @@ class Shape:
             if first
         ]
 
-    def _whole(self, index: int, piece: Piece) -> Json:
-        raise NotImplementedError
+    @abstractmethod
+    def _whole(self, index: int, piece: Piece) -> Json: ...
 
-    def _delta(self, index: int, piece: Piece) -> Json:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, index: int, piece: Piece) -> Json: ...
 
-    def _opening(self, index: int) -> Json:
-        raise NotImplementedError
+    @abstractmethod
+    def _opening(self, index: int) -> Json: ...
 
     def _spelt(self, token: int) -> tuple[str, bytes]:
         raw = token_bytes(self._tokenizer, token)
