@@ -57,7 +57,11 @@ def _charts(look: Look) -> None:
             y=alt.Y("amount:Q", title="amount"),
             color=alt.Color("title:N", title=None, legend=alt.Legend(orient="top")),
             strokeDash=alt.StrokeDash(
-                "under:N", title=None, sort=["sliders", "no sliders"], legend=alt.Legend(orient="top")
+                # Below, as two legends in a row are wider than a phone.
+                "under:N",
+                title=None,
+                sort=["sliders", "no sliders"],
+                legend=alt.Legend(orient="bottom"),
             ),
             tooltip=tip,
         )
