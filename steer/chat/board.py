@@ -92,11 +92,14 @@ class Board:
         return list(self._pinned)
 
     def rows(self) -> list[SliderRow]:
-        """Traits first, then features that were pinned or stand somewhere. One that is known no more is passed over."""
+        """Traits first, then features that were pinned or stand somewhere, and a server's. One that is known no more is
+        passed over."""
         sliders = self._voice.sliders
         known = sliders.known()
         traits = [n for n, s in known.items() if _kind(s) == "trait" and _own(s, n)]
-        names = dict.fromkeys([*traits, *self._pinned, *sliders])
+        # A server's features cannot be looked for, so those that it names are at hand.
+        told = [n for n, s in known.items() if not isinstance(s, Slider)]
+        names = dict.fromkeys([*traits, *told, *self._pinned, *sliders])
         rows = []
         for name in names:
             try:
@@ -287,7 +290,8 @@ def described(slider: Any) -> str:
 
 
 def _kind(slider: Any) -> Kind:
-    return "feature" if isinstance(getattr(slider, "target", None), Feature) else "trait"
+    moves_latents = isinstance(slider.target, Feature) if isinstance(slider, Slider) else slider.feature
+    return "feature" if moves_latents else "trait"
 
 
 def _own(slider: Any, name: str) -> bool:

@@ -39,6 +39,8 @@ class RemoteSlider:
     site: int | None
     unit_share: float = math.nan
     """What amount 1 moves the residual stream by, as a share of its median norm; nan where the server does not say."""
+    feature: bool = False
+    """Whether it moves latents of a dictionary."""
 
     @property
     def neutral(self) -> float | None:
@@ -81,7 +83,8 @@ class RemoteSliders(MutableMapping[str, float]):
             unit = row.get("unit_share")
             if unit is None and share and amount:
                 unit = share / abs(amount)
-            out[name] = RemoteSlider(name, row["operation"], row.get("site"), math.nan if unit is None else float(unit))
+            unit = math.nan if unit is None else float(unit)
+            out[name] = RemoteSlider(name, row["operation"], row.get("site"), unit, row.get("kind") == "feature")
             if row.get("range") and name not in self.ranges:
                 low, high = row["range"]
                 self.ranges[name] = (float(low), float(high))
@@ -95,7 +98,7 @@ class RemoteSliders(MutableMapping[str, float]):
             return known[name]
         base, operation = parse_name(name)
         if match := _LATENT.fullmatch(base):
-            return RemoteSlider(name, operation or "add", int(match[1]))
+            return RemoteSlider(name, operation or "add", int(match[1]), feature=True)
         if base in known:
             return replace(known[base], name=name, operation=operation or known[base].operation)
         there = ", ".join(known) or "none"

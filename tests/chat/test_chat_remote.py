@@ -10,6 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "live" / "serve"))
 from serving import NO_END, Served, served
+from shelves import keep_dictionary
 
 from steer.chat.chat import Chat
 from steer.chat.remote import RemoteVoice
@@ -33,6 +34,11 @@ SAMPLER = Sampler(
 def server(model, moral):
     with served(model, Options(api_key="secret")) as running:
         yield running
+
+
+@pytest.fixture
+def dictionary(model, moral):
+    return keep_dictionary(model)
 
 
 @pytest.fixture
@@ -133,6 +139,14 @@ def test_rows_tell_what_the_server_offers_and_what_it_does_not_is_refused(chat):
         chat.board.reshape("moral", "clamp")
     with pytest.raises(UsageError, match="expected one that"):
         chat.board.set("kindness", 1.0)
+
+
+@pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning")
+def test_features_that_the_server_names_come_after_the_traits(dictionary, chat):
+    assert [(r.name, r.kind) for r in chat.board.rows()] == [
+        ("moral", "trait"), ("preach", "feature"), ("against", "feature"),
+    ]  # fmt: skip
+    assert chat.board.pin("L1/5").kind == "feature"
 
 
 def test_profiles_go_as_far_as_a_request_can_say(chat, model):

@@ -14,6 +14,7 @@ from steer.live.serve.errors import ApiError
 from steer.live.serve.schemas import Steering, SteeringUpdate
 from steer.live.sliders import Sliders
 from steer.values.edit import Edit
+from steer.values.feature import Feature
 from steer.values.profile import Profile
 from steer.values.sampler import PRESETS, Sampler
 
@@ -127,6 +128,7 @@ class Board:
             rows.append(
                 {
                     "name": name,
+                    "kind": "feature" if isinstance(slider.target, Feature) else "direction",
                     "operation": slider.operation,
                     "amount": amount,
                     "neutral": slider.neutral,

@@ -154,6 +154,7 @@ def test_the_sliders_are_told_with_what_there_is_to_know(fresh):
     slider = fresh.model.sliders.slider("moral")
     assert row(fresh, "moral") == {
         "name": "moral",
+        "kind": "direction",
         "operation": "add",
         "amount": -0.5,
         "neutral": 0.0,
