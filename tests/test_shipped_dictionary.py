@@ -10,6 +10,7 @@ import yaml
 
 from steer.features.records import read_records
 from steer.values.dictionary_files import load_dictionary
+from steer.values.direction import Direction
 from steer.values.feature import Feature
 
 PLACE = Path(__file__).parents[1] / "dictionaries" / "smollm2-135m-default-merge" / "14"
@@ -23,6 +24,13 @@ def test_it_is_whole_and_small_enough():
     assert d.latents >= 4608
     assert (d.site, d.width) == (14, 576)
     assert len(read_records(PLACE / "features.jsonl")) > 0.95 * d.latents
+
+
+def test_no_direction_tells_where_a_checkpoint_lay_on_the_machine_that_made_it():
+    files = list((PLACE.parent / "directions").glob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        assert not Path(Direction.load(file).provenance["checkpoint"]).is_absolute()
 
 
 def test_sae_lens_computes_the_same_from_its_files():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from steer.features.contrast import Contrast
 from steer.features.residuals import reply_means, reply_tokens
 from steer.live.model import SteeredModel
 from steer.values.direction import Direction
+from steer.weights.kept import source_name
 
 NEAR_BEST = 0.06
 """Sites whose held-out AUROC is within this of the best read the trait as well: twice the standard error of an
@@ -114,7 +116,8 @@ def finished_direction(model: SteeredModel, found: Candidates, site: int, proven
         without_mean=float(found.without_mean[site]),
         residual_norm=float(norms[kept].median()),
         provenance={
-            "checkpoint": model.name,
+            # Its name alone: directions are passed on, and where it lies on this machine is nobody's business.
+            "checkpoint": source_name(Path(model.name)) if Path(model.name).is_dir() else model.name,
             "sketch": model.sketch().to_header(),
             "trait": trait.name,
             "method": "difference of means over response tokens, orthogonal to the neutral mean",

@@ -83,6 +83,7 @@ def test_statistics_are_those_of_neutral_response_tokens(model: SteeredModel, co
     assert direction.std == pytest.approx(float(projection.std()), rel=1e-4)
     assert direction.residual_norm == pytest.approx(float(tokens.norm(dim=-1).median()), rel=1e-5)
     assert direction.provenance["neutral_tokens"] == len(tokens)
+    assert direction.provenance["checkpoint"] == Path(model.name).name  # and not where it lies on this machine
 
 
 def test_orthogonal_leaves_nothing_along_the_other_vector() -> None:
