@@ -60,8 +60,6 @@ WATCH = """
     observer.observe(document.body, {childList: true, subtree: true, characterData: true});"""
 """Has the page note the milliseconds from the next key to the first word of a reply. By what was asked, as a long chat
 shows its last messages alone."""
-
-
 MOVED = """
     const place = document.querySelector('[class*=st-key-slider]');
     const told = () => place.querySelector('[data-testid=stMarkdown]').innerText;
@@ -234,6 +232,8 @@ def move(browser: Any) -> tuple[list[float], float]:
             moves.append(browser.execute_script("return window.moved"))
             rate = max(rate, float(shown[0].text.split(", ")[-1].split()[0]))
         whole(browser)
+    if not moves:
+        raise RuntimeError("every reply had ended before the page told of the slider's move")
     return moves, rate
 
 
