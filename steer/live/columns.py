@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,8 @@ class _Numbers(NamedTuple):
     single: tuple[Tensor, Tensor | None] | None
     """`alpha` times the one direction that is read, `[batch, 1, d]` with `batch` 1 where all share it, and `beta`
     unless it is nothing."""
+    token: tuple[Tensor, Tensor | None, float] | None
+    """`single` as one token of one text wants it, on a CPU: `[d]`, and the square of its limit."""
     write: Tensor
 
 
@@ -119,7 +122,7 @@ class Columns:
         """Whether it wants to know the reply token of every position."""
         return self.window is not None
 
-    @property
+    @cached_property
     def short(self) -> bool:
         """Whether half precision is enough: the one direction of it rounds a move no coarser than the stream itself is
         rounded. Reply tokens are beyond what bf16 can count, and directions that are set jointly may be near each
@@ -137,6 +140,8 @@ class Columns:
         n = self._last
         if n is None or n.row is not text.row or n.dtype != x.dtype or n.device != x.device:
             n = self._numbers(text, x)
+        if n.token is not None and x.shape[0] == x.shape[1] == 1:
+            return self._token(n, n.token, x, onto, text, writes_to)
         if n.single is not None:
             # A product and a sum take half the time of a matrix product this thin, in half precision a fifth.
             read, beta = n.single
@@ -169,6 +174,24 @@ class Columns:
             by = (self.spread.ready(by.device, by.dtype)[subset] @ by[..., None])[..., 0]
         return torch.addcmul(onto, by, n.write) if len(self.gates) == 1 else onto + by @ n.write[0]
 
+    def _token(
+        self, n: _Numbers, token: tuple[Tensor, Tensor | None, float], x: Tensor, onto: Tensor, text: TextPass,
+        writes_to: int | None,
+    ) -> Tensor:  # fmt: skip
+        """As `moved`, for the one token of a reply that is being written: a call that costs 30 times more to find in
+        memory than to work out. Two inner products, and the limit is compared in Python, which costs nothing where no
+        device has to be waited for."""
+        read, beta, limit = token
+        flat = x.reshape(-1)
+        by = torch.dot(flat, read).reshape(1, 1, 1) if beta is None else torch.dot(flat, read) + beta
+        if n.upper is not None:
+            by = torch.minimum(by, n.upper)
+        if limit < math.inf and torch.dot(flat, flat).item() > limit:
+            by = torch.zeros_like(by)
+        if text.tally is not None and self.told:
+            text.tally.note(self, by, text, writes_to)
+        return torch.addcmul(onto, by, n.write)
+
     def take(self, other: Columns) -> None:
         """Hold the other's numbers from now on, in the same memory."""
         self.terms, self.sites = other.terms, other.sites
@@ -198,11 +221,16 @@ class Columns:
         # for which these products would be as long as the texts, and others at every pass.
         if kept and read is not None and alpha.shape[1] == 1 and len(self.gates) == 1:
             single = alpha * read[:, 0], beta if bool(self.beta.data.any()) else None
+        token = None
+        # In fp16 the square of a norm of 256 is infinite.
+        if single is not None and self.short and len(alpha) == 1 and device.type == "cpu" and dtype != torch.float16:
+            limit = math.inf if self.limits is None else float(self.limits.data) ** 2
+            token = single[0].reshape(-1).contiguous(), single[1], limit
         out = _Numbers(
             text.row, dtype, device, alpha, beta,
             None if self.upper is None else self.upper.at(text, like, dtype),
             None if self.limits is None else self.limits.ready(device, dtype),
-            read, single, self.write.ready(device, dtype),
+            read, single, token, self.write.ready(device, dtype),
         )  # fmt: skip
         if kept:
             self._last = out

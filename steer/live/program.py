@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,12 +50,12 @@ class SiteProgram:
     def apply(self, h: Tensor, text: TextPass) -> Tensor:
         """The output as it goes on: `[batch, new, d]`. Arithmetic is in fp32 or wider, but for plain shifts and for one
         direction that is set alone."""
+        if self.alone is not None:
+            return self.alone.moved(h, h, text, self.writes_to)
         for gate in self.gates:
             text.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
         if not self.added and not self.set:
             return h if self.shift is None else h + self.shift.at(text, h, h.dtype)
-        if self.shift is None and not self.added and len(self.set) == 1 and self.set[0].short:
-            return self.set[0].moved(h, h, text, self.writes_to)
         x = h if h.dtype == torch.float64 else h.float()
         out = x if self.shift is None else x + self.shift.at(text, x, x.dtype)
         for columns in self.added:
@@ -63,6 +64,12 @@ class SiteProgram:
         for columns in self.set:
             out = columns.moved(x, out, text, self.writes_to)
         return out.to(h.dtype)
+
+    @cached_property
+    def alone(self) -> Columns | None:
+        """The one direction that is set, where nothing else is done."""
+        others = self.gates or self.shift is not None or self.added
+        return self.set[0] if len(self.set) == 1 and self.set[0].short and not others else None
 
     @property
     def timed(self) -> bool:
