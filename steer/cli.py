@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from steer import cli_bake, cli_dictionaries, cli_live
-from steer.cli_common import Json, Model, emit
+from steer.cli_common import DeviceMap, FourBit, Json, Model, emit
 from steer.errors import SteerError, UsageError
 
 app = typer.Typer(
@@ -27,6 +28,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         # No library's bars either. Read when the libraries are imported, which is later.
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    # Where it is installed and there is no GPU, it regrets at import that it lacks a faster kernel.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = sys.argv[1:]
     try:
         code = app(arguments or ["--help"], standalone_mode=False)
@@ -87,6 +90,8 @@ def find(
     out: Annotated[Path | None, typer.Option(help="Where the direction goes; kept by name without it.")] = None,
     seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
     dictionary: Annotated[Path | None, typer.Option(help="Rank this dictionary's latents instead.")] = None,
+    device_map: DeviceMap = None,
+    four_bit: FourBit = False,
     as_json: Json = False,
 ) -> None:
     """Find the direction of a trait, with held-out scores; with --dictionary its features."""
@@ -100,7 +105,8 @@ def find(
         from steer.live.model import load
         from steer.tables import latent_table
 
-        features = find_features(load(model), described, dictionary, seed=seed)
+        live = load(model, device_map=device_map, four_bit=four_bit)
+        features = find_features(live, described, dictionary, seed=seed)
         emit(features.as_json(), as_json, latent_table(features))
         return
     from steer.finding import find_trait
@@ -108,7 +114,7 @@ def find(
     from steer.live.model import load
     from steer.tables import finding_table
 
-    live = load(model)
+    live = load(model, device_map=device_map, four_bit=four_bit)
     found = find_trait(live, described, site=site, seed=seed)
     place = found.direction.save(out or own_place(live.sketch(), found.direction.name))
     emit(

@@ -8,6 +8,15 @@ from typing import Annotated, Any
 import typer
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or smollm2-135m-instruct.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", help="auto: over every GPU, then memory; a device as cuda:1. The first GPU, or the CPU."
+    ),
+]
+FourBit = Annotated[
+    bool, typer.Option("--four-bit", help="Quantise the weights to 4 bits as they load (bitsandbytes).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout, all else on stderr.")]
 
 

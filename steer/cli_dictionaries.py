@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from steer.cli_common import Json, Model, emit
+from steer.cli_common import DeviceMap, Json, Model, emit
 from steer.errors import UsageError
 
 Text = Annotated[list[str], typer.Option(help="A .txt, .md, .jsonl[.gz] file or a datasets id; may be repeated.")]
@@ -24,7 +24,7 @@ def harvest(
     tokens: Annotated[int | None, typer.Option(help="Tokens to keep; the whole text without it.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a document at most.")] = 512,
     dtype: Annotated[str | None, typer.Option(help="As transformers takes it, e.g. bfloat16.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="As transformers takes it, e.g. auto.")] = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Write a model's residual streams on a text to disk, to train dictionaries on."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli_common import Json, Model, emit
+from steer.cli_common import DeviceMap, FourBit, Json, Model, emit
 from steer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="Of the sampling; 0 is greedy.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Reply length at most.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device_map: DeviceMap = None,
+    four_bit: FourBit = False,
 ) -> None:
     """Talk to a model with its sliders at hand: /moralizing 0.5, /sliders, /undo, /receipt, /help, /quit."""
     from steer.values.cards import load_card
@@ -47,7 +49,7 @@ def chat(
     chosen = _sampler(sampler, settings | ({} if temperature is None else {"temperature": temperature}))
     played = None if card is None else load_card(card)
     gone_by = None if profile is None else Profile.load(profile)
-    session = _session(model, server, chosen)
+    session = _session(model, server, chosen, device_map, four_bit)
     if played is not None:
         session.play(played)
     if gone_by is not None:
@@ -63,7 +65,9 @@ def chat(
     run_chat(session)
 
 
-def _session(model: str | None, server: str | None, sampler: Sampler) -> Session:
+def _session(
+    model: str | None, server: str | None, sampler: Sampler, device_map: str | None, four_bit: bool
+) -> Session:
     """A chat with a model here, or with one behind a server."""
     if server is not None:
         from steer.live.remote import RemoteModel, RemoteSession
@@ -74,7 +78,7 @@ def _session(model: str | None, server: str | None, sampler: Sampler) -> Session
     from steer.live.model import load
     from steer.live.session import Session
 
-    live = load(model)
+    live = load(model, device_map=device_map, four_bit=four_bit)
     return Session(live, sampler=sampler, sliders=live.sliders)
 
 
@@ -84,6 +88,8 @@ def calibrate(
     max_kl: Annotated[float | None, typer.Option(help="Nats a token on neutral text, at most.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the profile here instead.")] = None,
     seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
+    device_map: DeviceMap = None,
+    four_bit: FourBit = False,
     as_json: Json = False,
 ) -> None:
     """Find how far each slider of a profile can be moved before replies come apart, and write it into the profile."""
@@ -97,7 +103,7 @@ def calibrate(
     from steer.progress import bar
     from steer.tables import calibration_table
 
-    live = load(model)
+    live = load(model, device_map=device_map, four_bit=four_bit)
     limits = Limits() if max_kl is None else Limits(kl=max_kl)
     with bar("calibrating", expected_tokens(len(given.sliders)), "tokens") as advance:
         found = run(live, given, limits=limits, seed=seed, on_tokens=advance)
@@ -121,6 +127,8 @@ def serve(
     max_tokens: Annotated[int | None, typer.Option(help="Of one reply; what the context leaves.")] = None,
     max_body: Annotated[int, typer.Option(help="Bytes of one request.")] = 4 * 2**20,
     max_messages: Annotated[int, typer.Option(help="Of one chat.")] = 1000,
+    device_map: DeviceMap = None,
+    four_bit: FourBit = False,
 ) -> None:
     """Answer OpenAI's API with sliders in every request: SillyTavern, the openai client, curl."""
     from steer.live.serve.app import Options
@@ -133,8 +141,9 @@ def serve(
     options = Options(host, api_key, load_profiles(profile), limits)
     from steer.live.model import load
 
+    live = load(model, device_map=device_map, four_bit=four_bit)
     run(
-        load(model), port=port, options=options, max_running=max_running, max_waiting=max_queue, context=context,
+        live, port=port, options=options, max_running=max_running, max_waiting=max_queue, context=context,
         ready=lambda url: typer.echo(f"{url}  (Ctrl-C stops)", err=True),
     )  # fmt: skip
 
@@ -150,6 +159,8 @@ def ui(
     ] = None,
     port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 8501,
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
+    device_map: DeviceMap = None,
+    four_bit: FourBit = False,
 ) -> None:
     """Open the slider chat in the browser."""
     if model is not None and server is not None:
@@ -158,6 +169,10 @@ def ui(
     from steer.weights.fetch import resolve
 
     named = [resolve(model)] if model is not None else [] if server is None else ["--server", server]
+    if device_map is not None:
+        named += ["--device-map", device_map]
+    if four_bit:
+        named += ["--four-bit"]
     command = [
         sys.executable, "-m", "streamlit", "run", str(page), "--server.address", "127.0.0.1",
         "--server.port", str(port), "--server.headless", str(headless).lower(),

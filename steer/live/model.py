@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import CheckpointError, UsageError
-from steer.live import attention
 from steer.live.compiled import CompiledStep
 from steer.live.decode import decode, generate
 from steer.live.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
+from steer.live.loading import files_of, read_model
 from steer.live.memory import Memory
 from steer.live.receipts import Tally
 from steer.live.record import Recording, reading
@@ -30,40 +30,34 @@ from steer.values.sampler import CHAT, Sampler
 from steer.values.slider import Slider
 from steer.weights.anatomy import Anatomy
 from steer.weights.fetch import resolve
-from steer.weights.sketch import Sketch
+from steer.weights.sketch import Sketch, sketch_files
 
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
 
 
-def load(model: str | Path, *, dtype: Any = None, device_map: Any = None, **kwargs: Any) -> SteeredModel:
+def load(
+    model: str | Path, *, dtype: Any = None, device_map: Any = None, four_bit: bool = False, **kwargs: Any
+) -> SteeredModel:
     """Load a checkpoint (directory, hub id, or the default model's name) and make it steerable.
 
     `dtype`, `device_map`, `quantization_config` and the rest go to transformers as they are. Without a
-    `device_map` the model goes to the GPU where there is one; without a `dtype` it keeps the stored one.
-    Errors: CheckpointError when there is no such model, UnsupportedError for an unknown architecture.
+    `device_map` the model goes to the GPU where there is one; without a `dtype` it keeps the stored one. `four_bit`
+    quantises the weights as they are loaded, to bitsandbytes' NF4.
+    Errors: CheckpointError when there is no such model, or no room for it, UnsupportedError for an unknown
+    architecture, UsageError for 4 bits without bitsandbytes and for a GPU that is not there.
     """
     place = resolve(model)
-    if device_map is None and torch.cuda.is_available():
-        device_map = "cuda"
-    if not torch.cuda.is_available():
-        kwargs.setdefault("attn_implementation", attention.NAME)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        hf = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or "auto", device_map=device_map, use_safetensors=True, **kwargs
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise CheckpointError(
-            f"{model}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
-        ) from e
-    return SteeredModel(hf, tokenizer, name=str(model))
+    hf, tokenizer = read_model(place, str(model), dtype, device_map, four_bit, kwargs)
+    return SteeredModel(hf, tokenizer, name=str(model), files=files_of(place))
 
 
 class SteeredModel:
     """A transformers model with sliders. `hf` stays an ordinary model; neutral sliders leave it no hook."""
 
-    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+    def __init__(
+        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", files: Path | None = None
+    ) -> None:
         self.hf: Any = hf.eval()
         self.tokenizer: Any = tokenizer
         self.name = name
@@ -72,11 +66,15 @@ class SteeredModel:
         self.sliders = Sliders(self)
         self.compiled: CompiledStep | None = None
         """What single texts are decoded with, after `compile`."""
+        self._files = files
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.hf.get_input_embeddings().weight.device
+        embedding = self.hf.get_input_embeddings()
+        if embedding.weight.device.type != "meta":
+            return embedding.weight.device
+        return torch.device(embedding._hf_hook.execution_device)  # offloaded: where accelerate brings it
 
     @property
     def end_token_ids(self) -> frozenset[int]:
@@ -93,7 +91,14 @@ class SteeredModel:
         return pad if pad is not None else next(iter(self.end_token_ids), 0)
 
     def sketch(self) -> Sketch:
-        """A small sample of the weights, by which directions know their checkpoint."""
+        """A small sample of the weights, by which directions know their checkpoint. Of its files where it has any: what
+        runs may be quantised, offloaded, or have its experts in one tensor."""
+        return self._sketch
+
+    @cached_property
+    def _sketch(self) -> Sketch:
+        if self._files is not None:
+            return sketch_files(self._files)
         tensors = dict(self.hf.named_parameters())
         return Sketch.of(list(tensors), lambda name: tensors[name].detach())
 

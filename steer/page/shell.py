@@ -46,7 +46,7 @@ def main() -> None:
 
 def _page() -> None:
     named = _arguments()
-    chat = _chat(named.model, named.server)
+    chat = _chat(named)
     if chat is None:
         home.draw()
         return
@@ -73,12 +73,12 @@ def _part(chat: Chat) -> str:
     return chosen or offered[0]
 
 
-def _chat(model: str | None, server: str | None) -> Chat | None:
+def _chat(named: argparse.Namespace) -> Chat | None:
     """The chat of this browser tab; None where no model is known yet."""
     chat: Chat | None = st.session_state.get("chat")
     opened: Path | None = st.session_state.pop("open", None)
     if chat is None or opened is not None:
-        voice = _voice(model or st.session_state.get("model"), server)
+        voice = _voice(named)
         if voice is None:
             return None
         new = Chat(voice, place=opened)
@@ -89,18 +89,19 @@ def _chat(model: str | None, server: str | None) -> Chat | None:
     return chat
 
 
-def _voice(model: str | None, server: str | None) -> Voice | None:
-    if server is not None:
+def _voice(named: argparse.Namespace) -> Voice | None:
+    if named.server is not None:
         from steer.chat.remote import RemoteVoice
 
-        return RemoteVoice(server, os.environ.get("STEER_API_KEY"))
-    return None if model is None else LocalVoice(_shared(model))
+        return RemoteVoice(named.server, os.environ.get("STEER_API_KEY"))
+    model = named.model or st.session_state.get("model")
+    return None if model is None else LocalVoice(_shared(model, named.device_map, named.four_bit))
 
 
 @st.cache_resource(show_spinner="Loading the model")
-def _shared(model: str) -> SteeredModel:
+def _shared(model: str, device_map: str | None, four_bit: bool) -> SteeredModel:
     """One copy of a checkpoint for all tabs; what is a tab's own, its sliders first of all, is in its voice."""
-    loaded = load(model)
+    loaded = load(model, device_map=device_map, four_bit=four_bit)
     loaded.sketch()  # what the sliders' names are looked up by
     # Streamlit collects garbage after every look at a reply, which takes the interpreter for as long as there are
     # objects to go through: a second or more with these libraries, or nothing once they are known to stay.
@@ -114,4 +115,6 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="app.py", add_help=False)
     parser.add_argument("model", nargs="?", default=os.environ.get("STEER_MODEL"))
     parser.add_argument("--server")
+    parser.add_argument("--device-map")
+    parser.add_argument("--four-bit", action="store_true")
     return parser.parse_known_args(sys.argv[1:])[0]

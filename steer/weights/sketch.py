@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from steer.errors import MismatchError
 from steer.weights.quantised import dequantised, quantisation
 from steer.weights.stream import CheckpointFiles, DecodedTensor
 
+_Readable = torch.Tensor | Any
+"""A tensor, or a slice as safetensors reads it: it tells its shape, and reads a row."""
 _TENSORS, _VALUES = 48, 32
 TOLERANCE = 0.0015
 """Relative distance up to which two sketches are of one checkpoint. Where one weight in a hundred rounds the other
@@ -37,16 +41,14 @@ class Sketch:
     """Weights rounded to bf16, so that a checkpoint has one sketch whatever dtype it is loaded in; held in fp32."""
 
     @classmethod
-    def of(cls, names: Sequence[str], read: Callable[[str], torch.Tensor]) -> Sketch:
-        """Sample a checkpoint. `read` gives the tensor of a name."""
+    def of(cls, names: Sequence[str], read: Callable[[str], _Readable]) -> Sketch:
+        """Sample a checkpoint. `read` gives the tensor of a name, or what reads a row of it."""
         # A tied head may or may not be listed, a bake may add biases: only what every form has is sampled.
         names = sorted(n for n in names if n.endswith("_proj.weight") or n.endswith("embed_tokens.weight"))
         picks = [names[i] for i in np.linspace(0, len(names) - 1, min(_TENSORS, len(names))).astype(int)]
         rows = []
         for name in picks:
-            flat = read(name).reshape(-1)
-            at = torch.linspace(0, flat.shape[0] - 1, _VALUES, dtype=torch.float64).long().to(flat.device)
-            rows.append(flat[at].to(torch.bfloat16).float().cpu())
+            rows.append(_sample(read(name)))
         return cls(torch.stack(rows).numpy() if rows else np.zeros((0, _VALUES), np.float32))
 
     @classmethod
@@ -92,8 +94,16 @@ class Sketch:
             )
 
 
+def _sample(tensor: _Readable) -> Float[torch.Tensor, " values"]:
+    """Values from evenly spaced places, whatever the shape: of files no more than their rows is read."""
+    shape = [int(n) for n in (tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())]
+    at = torch.linspace(0, math.prod(shape) - 1, _VALUES, dtype=torch.float64).long().tolist()
+    width = math.prod(shape[1:])
+    return torch.stack([tensor[n // width].reshape(-1)[n % width].to(torch.bfloat16).float().cpu() for n in at])
+
+
 def sketch_files(checkpoint: Path) -> Sketch:
-    """The sketch of a checkpoint on disk, reading one tensor at a time.
+    """The sketch of a checkpoint on disk, reading a few rows of some tensors.
 
     Errors: CheckpointError when the files are not a readable checkpoint.
     """
@@ -102,11 +112,15 @@ def sketch_files(checkpoint: Path) -> Sketch:
     if kind is not None and kind.block is not None:
         files = dequantised(files)  # as it is loaded: a direction found on it knows these weights
 
-    def read(name: str) -> torch.Tensor:
-        info = files.tensors[name]
-        if isinstance(info, DecodedTensor):
-            return torch.frombuffer(files.read(info), dtype=torch.bfloat16)
-        with safe_open(str(checkpoint / info.file), framework="pt") as f:
-            return f.get_tensor(name)
+    with ExitStack() as opened:
+        shards: dict[str, Any] = {}
 
-    return Sketch.of(list(files.tensors), read)
+        def read(name: str) -> _Readable:
+            info = files.tensors[name]
+            if isinstance(info, DecodedTensor):
+                return torch.frombuffer(files.read(info), dtype=torch.bfloat16).reshape(info.shape)
+            if info.file not in shards:
+                shards[info.file] = opened.enter_context(safe_open(str(checkpoint / info.file), framework="pt"))
+            return shards[info.file].get_slice(name)
+
+        return Sketch.of(list(files.tensors), read)

@@ -1,0 +1,65 @@
+"""A checkpoint's weights and tokenizer, brought to where they run by transformers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from steer.errors import CheckpointError, UsageError
+from steer.live import attention
+
+
+def read_model(
+    place: str, name: str, dtype: Any, device_map: Any, four_bit: bool, more: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `model.load`: the checkpoint at `place`, called `name` in messages; `more` goes to transformers."""
+    if four_bit:
+        more = more | {"quantization_config": _four_bit()}
+    if isinstance(device_map, str) and device_map.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device map {device_map}: expected a GPU that torch can use, found none; leave it out")
+    if device_map is None and torch.cuda.is_available():
+        device_map = "cuda"
+    if not torch.cuda.is_available():
+        more = {"attn_implementation": attention.NAME} | more
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        hf = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", device_map=device_map, use_safetensors=True, **more
+        )
+    except torch.OutOfMemoryError as e:
+        raise CheckpointError(
+            f"{name}: expected room for it on {device_map}, found too little; spread it with --device-map auto, or "
+            "load it in 4 bits with --four-bit"
+        ) from e
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise CheckpointError(
+            f"{name}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
+        ) from e
+    return hf, tokenizer
+
+
+def files_of(place: str) -> Path:
+    """The directory of a checkpoint that was loaded, in the hub's cache for one that came from there."""
+    if Path(place).is_dir():
+        return Path(place)
+    config = cached_file(place, "config.json")
+    assert config is not None  # it was read
+    return Path(config).parent
+
+
+def _four_bit() -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise UsageError("4 bits: expected the package bitsandbytes, found none; pip install bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
