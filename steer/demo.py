@@ -148,7 +148,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
     say("searching what to bake, on fit topics")
     with clock.step("search"), bar("searching", None, "tokens") as advance:
         ordinary = moral.candidates.contrast.neutral
-        space = Space.of(moral.direction, model.anatomy, means_of(model, ordinary))
+        space = Space.of(moral.direction, model, means_of(model, ordinary))
         bench = Bench(model, moral.scorer, {}, ordinary, Scope(topics=SEARCH_TOPICS), advance)
         # One batch, the points worth a trial before anything is learnt: `steer bake --search` goes on from there.
         study, goal = Study(None, {}, "the demo"), Goal(share=SEARCH_SHARE, as_unsearched=False, max_kl=SEARCH_KL)

@@ -211,7 +211,7 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
     direction = search.direction(model, contrast)
     scorer = Scorer.train(contrast)
     kept = {t.name: Scorer.train(search.contrast(model, t, contrast)) for t in search.keep}
-    space = Space.of(direction, model.anatomy, neutral_for(search.place, search.sketch, model=model), search.form)
+    space = Space.of(direction, model, neutral_for(search.place, search.sketch, model=model), search.form)
     bench = Bench(model, scorer, kept, contrast.neutral, search.scope)
 
     with bar("trials", bench.tokens(max(0, trials - study.count)), "tokens") as advance:

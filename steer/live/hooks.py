@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steer.errors import MismatchError, UsageError
+from steer.errors import MismatchError, UnsupportedError, UsageError
 from steer.live.fit_check import warn_of_poor_fits
 from steer.live.frame import TextPass
 from steer.live.profiles import edit_of
@@ -158,6 +158,11 @@ def _edit(model: SteeredModel, what: Steers) -> Edit | None:
         )
     edit = edit_of(model, what) if isinstance(what, Profile) else what
     if edit is not None:
+        if edit.ablate and edit.method.norm_preserving:
+            raise UnsupportedError(
+                "hooks: a norm-preserving ablation changes what writers are given, which no hook on what they put out "
+                "can do; expected another method, or model.edited"
+            )
         model.steering.check(edit)
         warn_of_poor_fits(model, edit)
     return edit

@@ -193,12 +193,14 @@ def _ablations(out: dict[str, SiteProgram], rows: Rows, moves: _Moves, anatomy: 
 
 
 def _uneven(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy) -> None:
-    """Ablation by an edit's method, at strengths that differ from writer to writer.
+    """Ablation by an edit's method, at strengths that differ from writer to writer; what keeps norms is in `KeptNorms`.
 
     All rows of a writer go through one product with a column a direction, so that a batch of many candidates costs what
     one of them does; writers where the same is done share their columns.
     """
-    uneven = [(r, e) for r, e in enumerate(rows) if e is not None and e.ablate and e.uneven]
+    uneven = [
+        (r, e) for r, e in enumerate(rows) if e is not None and e.ablate and e.uneven and not e.method.norm_preserving
+    ]
     bases: dict[tuple[object, ...], Tensor] = {}
     made: dict[object, Columns] = {}
     for module, block in _writers(anatomy) if uneven else ():

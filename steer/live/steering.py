@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.errors import UnsupportedError
 from steer.live.frame import TextPass
+from steer.live.kept_norms import KeptNorms
 from steer.live.program import Rows, SiteProgram, compiled
 from steer.values.edit import Edit
 from steer.values.move import Move
@@ -45,6 +46,7 @@ class Steering:
         self._known: dict[Rows, dict[str, SiteProgram]] = {}
         self._handles: dict[str, RemovableHandle] = {}
         self._clock = Clock(model)
+        self._kept = KeptNorms(model, anatomy, lambda: self.text)
 
     def set(self, rows: Sequence[Edit | None]) -> None:
         """Replace what is applied, felt by the next forward pass, or by the first one after `applied` ends.
@@ -102,11 +104,13 @@ class Steering:
     def check(self, edit: Edit) -> None:
         """Raise unless the edit fits this model, and hooks can do it."""
         self.anatomy.check_edit(edit)
-        if edit.method.norm_preserving:
-            raise UnsupportedError(
-                f"{self.anatomy.where}: a norm-preserving ablation scales every column of a weight, which no hook on "
-                "what is written can do; expected another method for the live model, or bake it"
-            )
+        if edit.ablate and edit.method.norm_preserving and (why := self.cannot_keep_norms):
+            raise UnsupportedError(why)
+
+    @property
+    def cannot_keep_norms(self) -> str | None:
+        """Why a norm-preserving ablation cannot run on this model; None where it can."""
+        return self._kept.cannot
 
     @property
     def timed(self) -> bool:
@@ -116,7 +120,7 @@ class Steering:
     @property
     def hook_count(self) -> int:
         """How many hooks are on the model."""
-        return len(self._handles) + self._clock.running
+        return len(self._handles) + self._clock.running + self._kept.running
 
     def _checked(self, rows: Sequence[Edit | None]) -> Rows:
         for edit in rows:
@@ -151,6 +155,7 @@ class Steering:
             # First in line, so that a hook that reads the module sees it steered, whichever came earlier.
             self._handles[name] = module.register_forward_hook(self._hook(name), prepend=True)
         self._clock.run(self if self.timed else None)
+        self._kept.run(self.rows)
 
     def _hook(self, name: str) -> Callable[..., Any]:
         def apply(module: nn.Module, args: Any, output: Any) -> Any:

@@ -59,8 +59,8 @@ def ablate(
     for matrix, facing in _matrices(weight, axis):
         cast = shadow(matrix, q, facing)
         squares += float(cast.double().square().sum())
-        growth = _growth(matrix, cast, facing, strength) if norm_preserving else None
-        remove(matrix, q, facing, strength, cast, growth)
+        grown = growth(matrix, cast, facing, strength) if norm_preserving else None
+        remove(matrix, q, facing, strength, cast, grown)
     return squares**0.5
 
 
@@ -126,12 +126,7 @@ def lengths(weight: Float[Tensor, "out in"], axis: int) -> Float[Tensor, " other
     return out
 
 
-def norm(weight: Tensor) -> float:
-    """The Frobenius norm, over the whole tensor."""
-    return sum(float(torch.linalg.vector_norm(weight[rows].to(_wide(weight)))) ** 2 for rows in _slices(weight)) ** 0.5
-
-
-def _growth(
+def growth(
     weight: Float[Tensor, "out in"], cast: Float[Tensor, "k other"], axis: int, strength: float
 ) -> Float[Tensor, " other"]:
     """The factor on what is outside the subspace that keeps each vector's length.
@@ -143,6 +138,11 @@ def _growth(
     enough = outside > torch.finfo(cast.dtype).eps ** (2 / 3) * whole
     grown = (whole - (1 - strength) ** 2 * inside) / outside.where(enough, 1.0)
     return grown.where(enough, 1.0).sqrt().to(cast.dtype)
+
+
+def norm(weight: Tensor) -> float:
+    """The Frobenius norm, over the whole tensor."""
+    return sum(float(torch.linalg.vector_norm(weight[rows].to(_wide(weight)))) ** 2 for rows in _slices(weight)) ** 0.5
 
 
 def _matrices(weight: Tensor, axis: int) -> Iterator[tuple[Tensor, int]]:

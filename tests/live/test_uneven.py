@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steer.errors import UnsupportedError
 from steer.live.model import load
 from steer.values.edit import Edit
 from steer.values.method import Kernel, Method, Strengths
@@ -18,6 +17,12 @@ WAYS = {
     "biprojected, by a kernel": {
         "method": Method("biprojected", neutral=NEUTRAL),
         "strengths": Strengths(0.5, Kernel(1, 3)),
+    },
+    "norms kept": {"method": Method(norm_preserving=True)},
+    "norms kept, a share left": {"method": Method(norm_preserving=True), "strength": 0.6},
+    "norms kept, biprojected, by a kernel": {
+        "method": Method("biprojected", True, NEUTRAL),
+        "strengths": Strengths(0.5, Kernel(1, 3), 0.3),
     },
 }
 
@@ -68,11 +73,3 @@ def test_candidates_that_share_a_direction_share_a_product(model, make_direction
     with model.steering.applied(edits):
         sets = [p.set for p in model.steering._programs.values()]
     assert all(len(columns) == 1 and columns[0].write.data.shape[1] == 1 for columns in sets)
-
-
-def test_a_norm_preserving_ablation_is_no_hook(model, make_direction):
-    with (
-        pytest.raises(UnsupportedError, match="norm-preserving"),
-        model.edited(Edit((make_direction("one"),), method=Method(norm_preserving=True))),
-    ):
-        pass

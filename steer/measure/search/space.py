@@ -13,13 +13,14 @@ from torch import Tensor
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.method import PLAIN, Kernel, Method, Projection, Strengths
-from steer.weights.anatomy import Anatomy
 from steer.weights.bakeable import Form, no_constant
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-VERSION = 1
+    from steer.live.model import SteeredModel
+
+VERSION = 2
 """Of the parameters below. A study of another version is another study."""
 STRONGEST = 1.6
 """The bias furthest from 0, as an amount."""
@@ -34,10 +35,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """The edits that a search may choose from. All of them can run as hooks on the live model.
-
-    A norm-preserving ablation cannot: it scales every column of a weight, which is no change of what is written.
-    """
+    """The edits that a search may choose from. All of them can run as hooks on the live model."""
 
     direction: Direction
     blocks: int
@@ -46,10 +44,13 @@ class Space:
     """Neutral means, where a method spares them."""
     can_add: bool = True
     """Whether what is baked can hold a bias after the direction's block."""
+    can_keep: bool = True
+    """Whether norms can be kept: on the live model, and in what is baked, which an adapter's low rank is too little
+    for."""
 
     @classmethod
     def of(
-        cls, direction: Direction, anatomy: Anatomy, neutral: Float[Tensor, "blocks d"], form: Form = "checkpoint"
+        cls, direction: Direction, model: SteeredModel, neutral: Float[Tensor, "blocks d"], form: Form = "checkpoint"
     ) -> Space:
         """For a direction of a checkpoint. `projected` is left out where it changes next to nothing, as it does for
         directions that were found orthogonal to the neutral mean."""
@@ -58,7 +59,9 @@ class Space:
         methods: tuple[Projection, ...] = ("plain", "biprojected")
         if cosine >= NEARLY:
             methods = ("plain", "projected", "biprojected")
-        return cls(direction, anatomy.blocks, methods, neutral, no_constant(anatomy, form) is None)
+        can_keep = form == "checkpoint" and model.steering.cannot_keep_norms is None
+        anatomy = model.anatomy
+        return cls(direction, anatomy.blocks, methods, neutral, no_constant(anatomy, form) is None, can_keep)
 
     @property
     def step(self) -> int:
@@ -85,6 +88,8 @@ class Space:
         if where == "nowhere":
             return trial.params
         trial.suggest_categorical("method", self.methods)
+        if self.can_keep:
+            trial.suggest_categorical("norms", ("free", "kept"))
         if where == "everywhere":
             trial.suggest_float("strength", 0.1, 1.0, step=0.1)
             return trial.params
@@ -108,8 +113,7 @@ class Space:
         where = params["where"]
         if where == "nowhere":
             return Edit(add=add) if add else None
-        name = params["method"]
-        method = PLAIN if name == "plain" else Method(name, neutral=self.neutral)
+        method = self._method(params["method"], params.get("norms") == "kept")
         ablate = (self.direction,)
         if where == "everywhere":
             return Edit(ablate, round(params["strength"], 3), None, add, method=method)
@@ -126,6 +130,11 @@ class Space:
         if not attention and not mlp:
             return Edit(add=add) if add else None
         return Edit(ablate, 1.0, None, add, method=method, strengths=Strengths(attention, mlp))
+
+    def _method(self, projection: Projection, keep: bool) -> Method:
+        if projection == "plain":
+            return Method(norm_preserving=True) if keep else PLAIN
+        return Method(projection, keep, self.neutral)
 
     @staticmethod
     def _kernel(params: Params, kind: str) -> float | Kernel:
@@ -154,7 +163,7 @@ class Space:
             yield self._point("range", -0.4, **near, attention=0.5, mlp=0.5)
             yield self._point("range", -0.2, **near, attention=1.0, mlp=1.0)
         yield self._point("range", **near, attention=1.0, mlp=1.0)
-        yield self._point("range", **near, attention=1.0, mlp=1.0, method="biprojected")
+        yield self._point("range", **near, attention=1.0, mlp=1.0, method="biprojected", norms="kept")
         if not self.can_add:
             yield self._point("everywhere", strength=0.5)
             yield self._point("range", **near, attention=0.5, mlp=0.5)
@@ -164,9 +173,13 @@ class Space:
             fewer = reach // self.step // 2 * self.step
             yield self._point("range", centre=centre, reach=fewer, attention=1.0, mlp=1.0)
 
-    def _point(self, where: str, bias: float = 0.0, *, method: str = "plain", **others: Any) -> Params:
+    def _point(
+        self, where: str, bias: float = 0.0, *, method: str = "plain", norms: str = "free", **others: Any
+    ) -> Params:
         out: Params = {"where": where} | ({"bias": bias} if self.can_add else {})
-        return out if where == "nowhere" else out | {"method": method} | others
+        if where == "nowhere":
+            return out
+        return out | {"method": method} | ({"norms": norms} if self.can_keep else {}) | others
 
 
 def edit_key(edit: Edit) -> str:
@@ -179,6 +192,7 @@ def edit_label(edit: Edit) -> str:
     parts = []
     if edit.ablate:
         method = "" if edit.method.projection == "plain" else f"{edit.method.projection}, "
+        method += "norms kept, " if edit.method.norm_preserving else ""
         place = "everywhere" if edit.blocks is None else f"in blocks {edit.blocks[0]}-{edit.blocks[1]}"
         if edit.strengths is None:
             how = f"{edit.strength:g} {place}"

@@ -36,21 +36,21 @@ def test_the_first_point_is_the_plain_bake_and_no_known_point_is_another_again(s
     assert len({edit_key(e) for e in edits}) == len(edits) == BATCH
 
 
-@pytest.mark.parametrize("can_add", [True, False])
+@pytest.mark.parametrize(("can_add", "can_keep"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("blocks", [1, 3, 30, 80])
 def test_every_point_of_every_size_is_an_edit_or_none(
-    space: Space, blocks: int, can_add: bool, model: SteeredModel, recwarn: pytest.WarningsRecorder
+    space: Space, blocks: int, can_add: bool, can_keep: bool, model: SteeredModel, recwarn: pytest.WarningsRecorder
 ) -> None:
     import optuna
 
-    sized = replace(space, blocks=blocks, neutral=torch.randn(blocks, 32), can_add=can_add)
+    sized = replace(space, blocks=blocks, neutral=torch.randn(blocks, 32), can_add=can_add, can_keep=can_keep)
     sized = replace(sized, direction=space.direction.at(blocks // 2))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     known = list(sized.known())
     for params in known:
         study.enqueue_trial(params)
     anatomy = replace(model.anatomy, blocks=blocks)
-    seen = set()
+    seen, kept = set(), set()
     for i in range(120):
         trial = study.ask()
         params = sized.suggest(trial)
@@ -60,10 +60,12 @@ def test_every_point_of_every_size_is_an_edit_or_none(
         if edit is not None:
             anatomy.check_edit(edit)
             seen.add((params["where"], params.get("method")))
+            kept |= {edit.method.norm_preserving} if edit.ablate else set()
             assert edit_label(edit)
             assert bool(edit.add) <= can_add
     assert {m for _, m in seen} >= set(sized.methods)
     assert {w for w, _ in seen} == set(sized.places)
+    assert kept == ({False, True} if can_keep else {False})
     assert not [w for w in recwarn if "Fixed parameter" in str(w.message)]
 
 
@@ -71,8 +73,14 @@ def test_projected_is_left_out_where_it_changes_nothing(model: SteeredModel, dir
     along = direction.vector.repeat(3, 1) + 0.1
     across = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     across -= (across @ direction.vector)[:, None] * direction.vector
-    assert "projected" in Space.of(direction, model.anatomy, along).methods
-    assert Space.of(direction, model.anatomy, across).methods == ("plain", "biprojected")
+    assert "projected" in Space.of(direction, model, along).methods
+    assert Space.of(direction, model, across).methods == ("plain", "biprojected")
+
+
+def test_norms_are_kept_where_the_bake_can_hold_it(model: SteeredModel, direction: Direction) -> None:
+    neutral = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    assert Space.of(direction, model, neutral).can_keep
+    assert not Space.of(direction, model, neutral, "adapter").can_keep
 
 
 # Trials
