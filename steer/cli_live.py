@@ -77,7 +77,9 @@ def _session(
         raise UsageError("chat: expected a model, or --server, found neither; name a checkpoint")
     from steer.live.model import load
     from steer.live.session import Session
+    from steer.live.shapes import keep_few_shapes
 
+    keep_few_shapes()
     live = load(model, device_map=device_map, four_bit=four_bit)
     return Session(live, sampler=sampler, sliders=live.sliders)
 
@@ -135,8 +137,9 @@ def serve(
     from steer.live.serve.limits import Limits
     from steer.live.serve.server import load_profiles
     from steer.live.serve.server import serve as run
+    from steer.live.shapes import keep_few_shapes
 
-    _keep_few_shapes()
+    keep_few_shapes()
     limits = Limits(max_body, max_messages, tokens=max_tokens)
     options = Options(host, api_key, load_profiles(profile), limits)
     from steer.live.model import load
@@ -182,19 +185,8 @@ def ui(
         # The default is the red that means "too far" on a slider.
         "--theme.light.primaryColor", "#3d63c9", "--theme.dark.primaryColor", "#86a3f5", "--", *named,
     ]  # fmt: skip
-    _keep_few_shapes()
     # In this process's place: whoever stops `steer ui` stops the page, not only its parent.
     os.execv(sys.executable, command)
-
-
-def _keep_few_shapes() -> None:
-    """Bound for how many shapes oneDNN, and what torch has above it, keep compiled code; they look at their first use.
-
-    Of a thousand, as is their default, each takes 0.1 MB, and a chat has another shape at every reply, a batch of them
-    at every step.
-    """
-    for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(kept, "16")
 
 
 def _sampler(name: str | None, settings: dict[str, Any]) -> Sampler:

@@ -15,6 +15,7 @@ from steer.chat.chat import Chat
 from steer.chat.local import LocalVoice
 from steer.chat.voice import Voice
 from steer.live.model import SteeredModel, load
+from steer.live.shapes import keep_few_shapes
 from steer.page.change import guarded, watch
 from steer.page.look import style
 from steer.page.parts import bake, chats, compare, features, home, inside, sliders, talk
@@ -101,6 +102,7 @@ def _voice(named: argparse.Namespace) -> Voice | None:
 @st.cache_resource(show_spinner="Loading the model")
 def _shared(model: str, device_map: str | None, four_bit: bool) -> SteeredModel:
     """One copy of a checkpoint for all tabs; what is a tab's own, its sliders first of all, is in its voice."""
+    keep_few_shapes()
     loaded = load(model, device_map=device_map, four_bit=four_bit)
     loaded.sketch()  # what the sliders' names are looked up by
     # Streamlit collects garbage after every look at a reply, which takes the interpreter for as long as there are
