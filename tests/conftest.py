@@ -62,6 +62,12 @@ def save_tiny_llama(
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The demo last: for minutes after it the disk is busy with what it wrote, and bakes that are killed while they
+    write wait for that disk."""
+    items.sort(key=lambda item: item.path.name == "test_demo.py")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Path]:
     """Writes a tiny random checkpoint; see `save_tiny_llama`."""
