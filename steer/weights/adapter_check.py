@@ -13,7 +13,8 @@ from torch import Tensor
 
 from steer.errors import CheckpointError
 from steer.values.edit import Edit
-from steer.weights.adapter import CONFIG, AdapterPlan, Proofs, adapter_tensors, hash_sources
+from steer.weights.adapter import CONFIG, AdapterPlan, hash_sources
+from steer.weights.adapter_factors import Proofs, adapter_tensors
 from steer.weights.anatomy import LAYOUTS
 from steer.weights.certify import ADAPTER, Certificate, Check, ablation_check, same_set
 from steer.weights.proofs import WriterProof
@@ -89,7 +90,7 @@ def _check_source(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[s
             raise CheckpointError(
                 f"{source / name}: is not the file that {folder} was made from; give that checkpoint with --source"
             )
-    again = dict(adapter_tensors(plan, Proofs([], [])))
+    again = dict(adapter_tensors(plan, plan.parts, Proofs()))
     same_set(folder, "tensor", set(stored), set(again))
     for part in plan.parts:
         names = sorted(n for n in again if n.startswith(f"{part.key}.lora_"))  # A, B, and the bias of B if it has one

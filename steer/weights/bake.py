@@ -21,7 +21,7 @@ from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Writer
 from steer.weights.arithmetic import ablate, as_tensor, on_accelerator, projection
 from steer.weights.certify import CERTIFICATE, BiasProof, Certificate, WriterProof, visible_files
-from steer.weights.journal import Journal, fingerprint
+from steer.weights.journal import Journal
 from steer.weights.kept import DIRECTIONS, finish, save_directions, save_means, source_name, versions
 from steer.weights.plan import Plan
 from steer.weights.quantised import dequantised
@@ -114,7 +114,7 @@ class _Editor:
 def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int, int], None] | None) -> Certificate:
     files, anatomy, edit = plan.files, plan.anatomy, plan.edit
     editor = _Editor(plan.ablation, files.root)
-    journal = _journal(plan, work)
+    journal = Journal.of(work, plan.files, plan.edit, "checkpoint")
     sources, written = _write_weights(plan, editor, work, journal, progress)
     config = files.decoded | plan.config
     if config:
@@ -147,13 +147,6 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
     cert = finish(cert, work, files.root / "README.md", written)
     journal.close()
     return cert
-
-
-def _journal(plan: Plan, work: Path) -> Journal:
-    """What a killed bake of the same edit into the same place has finished."""
-    shards = [(s.name, s.size, s.mtime_ns, s.header) for s in plan.files.shards]
-    where = torch.cuda.is_available()  # sums on a GPU round another way
-    return Journal(work, fingerprint(versions(), where, plan.files.config, shards, plan.edit))
 
 
 def _write_weights(

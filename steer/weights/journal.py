@@ -10,14 +10,20 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from steer.values.edit import Edit
+from steer.weights.bakeable import Form
+from steer.weights.kept import versions
 from steer.weights.staging import empty, hash_file, sync
+from steer.weights.stream import CheckpointFiles
 
 JOURNAL = ".steer-journal"
 """Its name in the staging directory."""
 
 
 class Journal:
-    """One line of JSON a finished file, each written once the file is on the disk."""
+    """One line of JSON a finished file, each written once the file is on the disk, and a line a fact that has none."""
 
     def __init__(self, work: Path, key: str) -> None:
         """Read what a killed run with the same key had finished; remove whatever else the directory holds.
@@ -26,24 +32,42 @@ class Journal:
         """
         self._work, self._path = work, work / JOURNAL
         head, *past = _lines(self._path) or [{}]
-        whole = [line for line in past if head == {"key": key} and _whole(work, line)]
+        past = past if head == {"key": key} else []
+        whole = [line for line in past if _whole(work, line)]
+        facts = [line for line in past if isinstance(line, dict) and {"of", "read"} <= set(line)]
+        self.facts: dict[str, dict[str, Any]] = {line["of"]: line for line in facts}
+        """What was noted, by name."""
         self.finished: dict[str, dict[str, Any]] = {line["file"]: line for line in whole}
         """File -> what was recorded of it."""
         # Exchanged at once: killed here, the next run still knows what is finished.
         part = work / f"{JOURNAL}.part"
-        part.write_bytes(b"".join(map(_line, ({"key": key}, *whole))))
+        part.write_bytes(b"".join(map(_line, ({"key": key}, *whole, *facts))))
         sync(part)
         part.replace(self._path)
         empty(work, keep={*self.finished, JOURNAL})
         sync(work)
 
+    @classmethod
+    def of(cls, work: Path, files: CheckpointFiles, edit: Edit, form: Form) -> Journal:
+        """What a killed bake of the same edit, in the same form, into the same place has finished."""
+        shards = [(s.name, s.size, s.mtime_ns, s.header) for s in files.shards]
+        where = torch.cuda.is_available()  # sums on a GPU round another way
+        return cls(work, fingerprint(versions(), where, form, files.config, shards, edit))
+
     def record(self, file: str, *, written: str, **facts: Any) -> None:
         """Note that a file of the directory is finished and on the disk, with its sha256."""
+        self._append({"file": file, "written": written, **facts})
+        sync(self._work)
+
+    def note(self, of: str, *, read: str) -> None:
+        """Note the sha256 of a file of the source, for the next run of the same key."""
+        self._append({"of": of, "read": read})
+
+    def _append(self, facts: Mapping[str, Any]) -> None:
         with open(self._path, "ab") as f:
-            f.write(_line({"file": file, "written": written, **facts}))
+            f.write(_line(facts))
             f.flush()
             os.fsync(f.fileno())
-        sync(self._work)
 
     def close(self) -> None:
         """Remove it: nothing is left to go on with."""
@@ -73,8 +97,6 @@ def _feed(sha: Any, value: Any) -> None:
         text = repr(value).encode()
         sha.update(b"%d:" % len(text) + text)
     else:
-        import torch
-
         tensor = torch.as_tensor(value)
         _feed(sha, (str(tensor.dtype), list(tensor.shape)))
         sha.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())

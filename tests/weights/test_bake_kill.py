@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from steer.values.edit import Edit
-from steer.weights import staging
+from steer.weights import adapter, staging
 from steer.weights.bake import bake
 from steer.weights.certify import verify
 from steer.weights.journal import JOURNAL, Journal, fingerprint
@@ -52,13 +52,23 @@ def whole(sharded: Path, ablation: Edit, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+def _write(form: str, source: Path, out: Path, edit: Edit) -> None:
+    if form == "checkpoint":
+        bake(source, out, edit, command=COMMAND)
+    else:
+        adapter._GROUP = 1  # a file for every part, where one would hold all of so small a model
+        adapter.bake_adapter(source, out, edit, command=COMMAND)
+
+
 def _bake(source: Path, out: Path, edit: Edit, started: multiprocessing.Queue[float]) -> None:
     torch.set_num_threads(1)
     started.put(time.monotonic())
     bake(source, out, edit, command=COMMAND)
 
 
-def _bake_and_die(source: Path, out: Path, edit: Edit, at: int, steps: multiprocessing.Queue[int]) -> None:
+def _bake_and_die(
+    source: Path, out: Path, edit: Edit, at: int, steps: multiprocessing.Queue[int], form: str = "checkpoint"
+) -> None:
     """Kills itself at its `at`-th step, on whichever thread that is; reports the number of steps if it lives."""
     count = 0
 
@@ -80,7 +90,7 @@ def _bake_and_die(source: Path, out: Path, edit: Edit, at: int, steps: multiproc
     torch.set_num_threads(1)
     os.fsync, os.rename = stepping(os.fsync), stepping(os.rename)  # type: ignore[assignment]
     staging.DirectFile.write = stepping(staging.DirectFile.write)  # type: ignore[method-assign]
-    bake(source, out, edit, command=COMMAND)
+    _write(form, source, out, edit)
     steps.put(count)
 
 
@@ -157,13 +167,16 @@ def test_killed_at_random_times_and_killed_again_the_output_is_absent_or_whole(
     assert resumed
 
 
+@pytest.mark.parametrize("form", ["checkpoint", "adapter"])
 def test_killed_between_any_two_steps_the_output_is_absent_or_whole(
-    sharded: Path, whole: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext
+    sharded: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext, form: str
 ) -> None:
     steps = context.Queue()
+    whole = tmp_path / "whole" / "out"
+    _write(form, sharded, whole, ablation)
 
     def run(out: Path, at: int) -> int | None:
-        child = context.Process(target=_bake_and_die, args=(sharded, out, ablation, at, steps))
+        child = context.Process(target=_bake_and_die, args=(sharded, out, ablation, at, steps, form))
         child.start()
         child.join(60)
         return child.exitcode
@@ -181,12 +194,49 @@ def test_killed_between_any_two_steps_the_output_is_absent_or_whole(
             present += 1
         else:
             resumed += _finished(out) > 0
-            bake(sharded, out, ablation, command=COMMAND)
+            _write(form, sharded, out, ablation)
         verify(out)
         _same(out, whole)
         shutil.rmtree(out.parent)
     assert present > 0
     assert resumed > 0
+
+
+def test_what_a_killed_adapter_had_read_is_not_read_again(
+    sharded: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = context.Queue()
+    whole, out = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    out.parent.mkdir()
+    _write("adapter", sharded, whole, ablation)
+    child = context.Process(
+        target=_bake_and_die, args=(sharded, tmp_path / "steps" / "out", ablation, -1, steps, "adapter")
+    )
+    child.start()
+    count = steps.get(timeout=60)
+    # The last steps are the hashes' notes, the sync of what is written, and the rename.
+    child = context.Process(target=_bake_and_die, args=(sharded, out, ablation, count - 30, steps, "adapter"))
+    child.start()
+    child.join(60)
+    (work,) = out.parent.iterdir()
+    lines = [json.loads(line) for line in (work / JOURNAL).read_text().splitlines()[1:]]
+    parts, hashes = {line["file"] for line in lines if "file" in line}, {line["of"] for line in lines if "of" in line}
+    assert len(parts) == 25
+    assert hashes
+    made, read = [], []
+    real_make, real_hash = adapter.adapter_tensors, adapter.hash_file
+    monkeypatch.setattr(adapter, "adapter_tensors", lambda *a: made.append(a) or real_make(*a))
+    monkeypatch.setattr(adapter, "hash_file", lambda path: read.append(path.name) or real_hash(path))
+    _write("adapter", sharded, out, ablation)
+    assert not made
+    assert not hashes & set(read)
+    _same(out, whole)
+
+
+def test_what_a_killed_checkpoint_left_is_not_in_an_adapter(left: Left, sharded: Path, ablation: Edit) -> None:
+    _write("adapter", sharded, left[0], ablation)
+    verify(left[0])
+    assert not set(left[2]) & set(_contents(left[0]))
 
 
 @pytest.fixture
