@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from steer.live.columns import Columns, Place, joint, latents, places, subspaces, timed_adds
+from steer.live.columns import Columns
 from steer.live.frame import TextPass
+from steer.live.moved_columns import Place, joint, latents, places, subspaces, timed_adds
 from steer.live.readings import amounts
 from steer.live.table import Table, Window
 from steer.values.direction import Direction
