@@ -123,7 +123,7 @@ class Steering:
         return len(self._handles) + self._clock.running + self._kept.running
 
     def _checked(self, rows: Sequence[Edit | None]) -> Rows:
-        for edit in rows:
+        for edit in dict.fromkeys(rows):  # many rows of a batch may have one edit
             if edit is not None:
                 self.check(edit)
         return tuple(rows) or NEUTRAL

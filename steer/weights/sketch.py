@@ -46,9 +46,7 @@ class Sketch:
         # A tied head may or may not be listed, a bake may add biases: only what every form has is sampled.
         names = sorted(n for n in names if n.endswith("_proj.weight") or n.endswith("embed_tokens.weight"))
         picks = [names[i] for i in np.linspace(0, len(names) - 1, min(_TENSORS, len(names))).astype(int)]
-        rows = []
-        for name in picks:
-            rows.append(_sample(read(name)))
+        rows = [_sample(read(name)) for name in picks]
         return cls(torch.stack(rows).numpy() if rows else np.zeros((0, _VALUES), np.float32))
 
     @classmethod

@@ -56,8 +56,10 @@ def _write(form: str, source: Path, out: Path, edit: Edit) -> None:
     if form == "checkpoint":
         bake(source, out, edit, command=COMMAND)
     else:
-        adapter._GROUP = 1  # a file for every part, where one would hold all of so small a model
-        adapter.bake_adapter(source, out, edit, command=COMMAND)
+        # A file for every part, where one would hold all of so small a model.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adapter, "_GROUP", 1)
+            adapter.bake_adapter(source, out, edit, command=COMMAND)
 
 
 def _bake(source: Path, out: Path, edit: Edit, started: multiprocessing.Queue[float]) -> None:
