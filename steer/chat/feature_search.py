@@ -19,9 +19,9 @@ from steer.chat.words import description, records_at, title
 from steer.errors import UsageError
 from steer.features.pooling import check_fits, encoded, kept
 from steer.features.records import Context, FeatureRecord, Tokens, search
+from steer.live.forward import read_residuals
 from steer.live.library import dictionaries_of, dictionary_at
 from steer.live.readings import encoder_rows
-from steer.live.record import reading
 from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import read_manifest
 from steer.values.feature import Feature
@@ -164,9 +164,9 @@ class Shelf:
             turns_of(self.model).turn(),
             steering.lock,
             steering.applied([None]),
-            reading(self.model.hf, self.model.anatomy, [site], lambda _, h: found.append(h[0].clone())),
         ):
-            self.model.hf.base_model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False)
+            row = torch.tensor([ids], device=self.model.device)
+            read_residuals(self.model, row, [site], lambda _, h: found.append(h[0].clone()))
         return found[0]
 
     def _message(self, text: str, before: Sequence[Mapping[str, str]], role: str) -> tuple[list[int], list[str], int]:

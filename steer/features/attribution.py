@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,14 +12,13 @@ from torch import Tensor, nn
 from steer.features.contrast import Reply
 from steer.features.logit_lens import lens_topk
 from steer.features.pooling import check_fits, kept
+from steer.live.forward import changed_output, chunks, hidden_states, logits, padded
 from steer.live.model import Message, SteeredModel, as_messages
 from steer.values.dictionary import Dictionary
 from steer.values.edit import Edit
 from steer.values.feature import Feature
 from steer.values.move import Move
 
-AT_ONCE = 1 << 25
-"""Logits held in memory at a time: 128 MB in fp32."""
 OWN_TOKENS = 8
 """How many of the tokens that a feature speaks for its output score looks at."""
 
@@ -70,13 +68,19 @@ def _reply_attributions(
 ) -> Float[Tensor, "replies latents"]:
     prompts = [model.prompt_ids(r.chat) for r in replies]
     full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
-    width = max(map(len, full))
-    ids = torch.tensor([s + [model.pad_token_id] * (width - len(s)) for s in full], device=model.device)
-    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in full], device=model.device)
+    ids, mask = padded(full, model.pad_token_id, model.device)
+    width = ids.shape[1]
     response = torch.tensor([[len(p) <= t < len(s) for t in range(width)] for p, s in zip(prompts, full, strict=True)])
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model.hf):
-        with _leaf(model, site) as leaf:
-            hidden = model.hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        leaf: list[Tensor] = []
+
+        def cut(h: Tensor) -> Tensor:
+            """Make the residual stream at the site a leaf that gradients flow back to."""
+            leaf.append(h.detach().requires_grad_())
+            return leaf[0]
+
+        with changed_output(model.hf.get_submodule(model.anatomy.block_module(site)), cut):
+            hidden = hidden_states(model, ids, mask)
         h = leaf[0]
         # The sum over a reply's tokens here, the mean further down: half precision keeps more of it.
         (gradient,) = torch.autograd.grad(hidden, h, _logprob_gradient(model, hidden, ids, response))
@@ -100,13 +104,10 @@ def _logprob_gradient(model: SteeredModel, hidden: Tensor, ids: Tensor, response
     """
     rows, at = (i.to(hidden.device) for i in response.nonzero(as_tuple=True))
     out = torch.zeros_like(hidden)
-    head = model.hf.get_output_embeddings()
-    step = max(1, AT_ONCE // head.weight.shape[0])
-    for start in range(0, len(rows), step):
-        r, t = rows[start : start + step], at[start : start + step]
+    for chunk in chunks(len(rows), model.anatomy.vocab):
+        r, t = rows[chunk], at[chunk]
         part = hidden.detach()[r, t - 1].requires_grad_()
-        wide = torch.promote_types(part.dtype, torch.float32)
-        logprobs = head(part).to(wide).log_softmax(-1)
+        logprobs = logits(model, part).log_softmax(-1)
         picked = logprobs.gather(1, ids[r, t].to(logprobs.device)[:, None]).sum()
         (gradient,) = torch.autograd.grad(picked, part)
         out[r, t - 1] = gradient
@@ -124,23 +125,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for p in asking:
             p.requires_grad_(True)
-
-
-@contextmanager
-def _leaf(model: SteeredModel, site: int) -> Iterator[list[Tensor]]:
-    """Make the residual stream at the site a leaf that gradients flow back to; it is the list's only entry."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        h = (output[0] if isinstance(output, tuple) else output).detach().requires_grad_()
-        found.append(h)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
-
-    handle = model.hf.get_submodule(model.anatomy.block_module(site)).register_forward_hook(hook)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 @torch.inference_mode()

@@ -7,17 +7,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steer.features.records import Tokens
+from steer.live.forward import direct_logits
 from steer.live.model import SteeredModel
-
-AT_ONCE = 1 << 25
-"""Logits held in memory at a time: 128 MB in fp32."""
 
 
 def logit_lens(model: SteeredModel, rows: Float[Tensor, "n d"], top: int = 8) -> tuple[list[Tokens], list[Tokens]]:
     """The tokens whose logits each row raises most, and those it lowers most (nostalgebraist 2020).
 
-    logit = W_U (g * row), g the gain of the final RMSNorm. The norm's scale depends on the rest of the residual
-    stream and is the same for every token, so it is left out.
+    logit = W_U (g * row), g the gain of the final RMSNorm; a LayerNorm takes the row's mean away first. The norm's
+    scale depends on the rest of the residual stream and is the same for every token, so it is left out, and with it
+    the bound that a softcap sets to the sum.
     """
     (high, high_ids), (low, low_ids) = lens_topk(model, rows, top)
     texts = {i: model.tokenizer.decode([i]) for i in set(high_ids.flatten().tolist()) | set(low_ids.flatten().tolist())}
@@ -36,14 +35,9 @@ def lens_topk(
     model: SteeredModel, rows: Float[Tensor, "n d"], top: int
 ) -> tuple[tuple[Float[Tensor, "n top"], Int[Tensor, "n top"]], tuple[Float[Tensor, "n top"], Int[Tensor, "n top"]]]:
     """(logits, token ids) of the `top` highest and of the `top` lowest logits of each row, on the CPU."""
-    unembedding = model.hf.get_output_embeddings().weight.float()
-    gain = model.hf.base_model.norm.weight.float()
-    top = min(top, len(unembedding))
+    top = min(top, model.anatomy.vocab)
     high, low = [], []
-    step = max(1, AT_ONCE // len(unembedding))
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step].to(gain.device, torch.float32) * gain
-        logits = part.to(unembedding.device) @ unembedding.T
+    for logits in direct_logits(model, rows):
         high.append(tuple(t.cpu() for t in logits.topk(top)))
         low.append(tuple(t.cpu() for t in logits.topk(top, largest=False)))
     return _joined(high, top), _joined(low, top)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from steer.errors import UsageError
 from steer.features.documents import Document
 from steer.live import attention
+from steer.live.forward import padded, read_residuals
 from steer.live.model import SteeredModel
-from steer.live.record import reading
 from steer.values.fit import OUTLIER
 
 WINDOW = 1 << 17
@@ -101,7 +101,7 @@ def passes(
     batches = enumerate(batches_by_length(numbered, batch_tokens))
     number, batch = next(((n, b) for n, b in batches if n >= skip), (0, None))
     while batch is not None:
-        ids = padded(batch, model.pad_token_id)
+        ids, _ = padded([d.ids for _, d in batch], model.pad_token_id)  # no mask: see `forward.padded`
         found = cut_forward(model, ids.to(model.device), sites)
         lengths = torch.tensor([len(d.ids) for _, d in batch])
         real = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -134,39 +134,14 @@ def batches_by_length(numbered: Iterable[Numbered], batch_tokens: int) -> Iterat
     yield from _cut(window, batch_tokens)
 
 
-def padded(batch: Sequence[Numbered], pad: int) -> Int[Tensor, "rows seq"]:
-    """Token ids, shorter rows filled up at their end, where causal attention never looks: no mask is needed."""
-    ids = torch.full((len(batch), max(len(d.ids) for _, d in batch)), pad)
-    for row, (_, document) in zip(ids, batch, strict=True):
-        row[: len(document.ids)] = torch.tensor(document.ids)
-    return ids
-
-
 def cut_forward(
     model: SteeredModel, ids: Int[Tensor, "rows seq"], sites: Sequence[int]
 ) -> dict[int, Float[Tensor, "rows seq d"]]:
     """The residual stream after each of `sites`, steering included; no block after the last of them runs."""
     found: dict[int, Tensor] = {}
-    last = max(sites)
-
-    def take(site: int, h: Tensor) -> None:
-        found[site] = h
-        if site == last:
-            raise _Enough
-
-    with (
-        torch.no_grad(),
-        model.steering.lock,
-        _fused_attention(model),
-        reading(model.hf, model.anatomy, sites, take),
-        suppress(_Enough),
-    ):
-        model.hf.base_model(input_ids=ids, use_cache=False)
+    with torch.no_grad(), model.steering.lock, _fused_attention(model):
+        read_residuals(model, ids, sites, found.__setitem__)
     return found
-
-
-class _Enough(Exception):
-    """Leaves a forward pass after the last site wanted."""
 
 
 @contextmanager

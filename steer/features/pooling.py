@@ -12,12 +12,10 @@ from torch import Tensor
 from steer.errors import MismatchError, UsageError
 from steer.features.contrast import Reply
 from steer.features.residuals import read_replies
+from steer.live.forward import chunks
 from steer.live.model import SteeredModel
 from steer.values.dictionary import Dictionary
 from steer.values.fit import OUTLIER
-
-AT_ONCE = 1 << 24
-"""Activations held in memory at a time: 64 MB in fp32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +65,8 @@ def encoded(
     dictionary: Dictionary, x: Float[Tensor, "tokens d"]
 ) -> Iterator[tuple[int, Float[Tensor, "chunk latents"]]]:
     """(first token, activations on the CPU), a bounded chunk of tokens at a time."""
-    step = max(1, AT_ONCE // dictionary.latents)
-    for start in range(0, len(x), step):
-        yield start, dictionary.encode(x[start : start + step].to(dictionary.W_enc.device)).float().cpu()
+    for part in chunks(len(x), dictionary.latents):
+        yield part.start, dictionary.encode(x[part].to(dictionary.W_enc.device)).float().cpu()
 
 
 def kept(dictionary: Dictionary, h: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch"]:

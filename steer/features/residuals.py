@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steer.features.contrast import Reply
+from steer.live.forward import padded, read_residuals
 from steer.live.model import SteeredModel
-from steer.live.record import reading
 
 Take = Callable[[list[int], Bool[Tensor, "rows seq"], int, Float[Tensor, "rows seq d"]], None]
 """Given which replies a batch holds, the mask of their response tokens, the site, and the residual stream."""
@@ -56,18 +56,11 @@ def read_replies(
     order = sorted(range(len(full)), key=lambda i: len(full[i]))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        width = max(len(full[i]) for i in rows)
-        ids = torch.full((len(rows), width), model.pad_token_id)
-        attention = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        ids, attention = padded([full[i] for i in rows], model.pad_token_id, model.device)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
         for j, i in enumerate(rows):
-            ids[j, : len(full[i])] = torch.tensor(full[i])
-            attention[j, : len(full[i])] = 1
             mask[j, len(prompts[i]) : len(full[i])] = True
-        with reading(model.hf, model.anatomy, sites, lambda site, h, r=rows, m=mask: take(r, m, site, h)):
-            # The decoder alone: no logits are wanted.
-            model.hf.base_model(
-                input_ids=ids.to(model.device), attention_mask=attention.to(model.device), use_cache=False
-            )
+        # The decoder alone, and no block after the last site: no logits are wanted.
+        read_residuals(model, ids, sites, lambda site, h, r=rows, m=mask: take(r, m, site, h), attention)
         if on_rows is not None:
             on_rows(len(rows))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.errors import MismatchError, UsageError
-from steer.live.record import reading
+from steer.live.forward import read_residuals
 from steer.values.dictionary import Dictionary
 from steer.values.edit import Edit
 from steer.values.feature import Feature
@@ -104,10 +103,6 @@ def _reference(dictionary: Dictionary) -> float | None:
     return None
 
 
-class _Enough(Exception):
-    """The blocks above the site are not wanted."""
-
-
 @torch.inference_mode()
 def _residuals(model: SteeredModel, site: int) -> Iterator[Float[Tensor, "n d"]]:
     """The unsteered residual stream of the prose, a batch of passages at a time, BOS left out."""
@@ -120,16 +115,7 @@ def _residuals(model: SteeredModel, site: int) -> Iterator[Float[Tensor, "n d"]]
     for start in range(0, len(passages), _ROWS):
         read: list[Tensor] = []
 
-        def take(_: int, h: Tensor, read: list[Tensor] = read) -> None:
-            read.append(h)
-            raise _Enough
-
         rows = torch.tensor(passages[start : start + _ROWS], device=model.device)
-        with (
-            model.steering.lock,
-            model.steering.applied([None]),
-            suppress(_Enough),
-            reading(model.hf, model.anatomy, [site], take),
-        ):
-            model.hf.base_model(input_ids=rows, use_cache=False)
+        with model.steering.lock, model.steering.applied([None]):
+            read_residuals(model, rows, [site], lambda _, h, read=read: read.append(h))
         yield read[0][:, len(first) :].reshape(-1, model.anatomy.width)

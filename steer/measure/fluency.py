@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.features.contrast import Reply
+from steer.live.forward import hidden_states, logits, padded
 from steer.live.model import Message, SteeredModel
 from steer.values.edit import Edit
 
@@ -76,17 +77,16 @@ def row_costs(
 ) -> list[tuple[float, float]]:
     """(KL(untouched || edited), cross-entropy), nats per token of the texts, of the untouched model and then under each
     edit; inf where a logit is none. One pass a text, its rows the untouched model and every edit."""
-    hf = model.hf
     sums = [[0.0, 0.0] for _ in range(1 + len(edits))]
     with model.steering.applied([None, *edits]):
         for before, text in texts:
             ids = torch.tensor([[*before, *text]], device=model.device).repeat(len(sums), 1)
-            hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, len(before) - 1 : -1]
+            hidden = hidden_states(model, ids)[:, len(before) - 1 : -1]
             said = ids[0, len(before) :, None]
-            base = hf.lm_head(hidden[0]).float().log_softmax(-1)
+            base = logits(model, hidden[0]).log_softmax(-1)
             # A row at a time: the logits of all would be far larger than the model's activations.
             for i, total in enumerate(sums):
-                logprobs = hf.lm_head(hidden[i]).float().log_softmax(-1) if i else base
+                logprobs = logits(model, hidden[i]).log_softmax(-1) if i else base
                 total[0] += float((base.exp() * (base - logprobs)).sum())
                 total[1] -= float(logprobs.gather(1, said).sum())
             if on_tokens is not None:
@@ -113,16 +113,13 @@ def forward_logprobs(
     model: SteeredModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[Float[Tensor, "tokens vocab"]]:
     """Log-probabilities over the second part of each (context, continuation) row, in one pass."""
-    full = [[*context, *rest] for context, rest in rows]
-    width = max(map(len, full))
-    ids = torch.tensor([s + [model.pad_token_id] * (width - len(s)) for s in full], device=model.device)
-    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in full], device=model.device)
-    hidden = model.hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    ids, mask = padded([[*context, *rest] for context, rest in rows], model.pad_token_id, model.device)
+    hidden = hidden_states(model, ids, mask)
     out = []
     for row, (context, rest) in enumerate(rows):
         at = hidden[row, len(context) - 1 : len(context) + len(rest) - 1]
         # The LM head only where it is wanted: it is a fifth of a small model's work.
-        out.append(model.hf.lm_head(at).float().log_softmax(-1))
+        out.append(logits(model, at).log_softmax(-1))
     return out
 
 

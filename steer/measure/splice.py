@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from steer.errors import UsageError
 from steer.features.pooling import check_fits, kept
+from steer.live.forward import changed_output, chunks, hidden_states, logits_in_chunks, padded
 from steer.live.model import SteeredModel
 from steer.live.record import reading
 from steer.values.dictionary import Dictionary
 
-AT_ONCE = 1 << 25
-"""Logits, or activations of latents, held in memory at a time: 128 MB in fp32."""
+Replacement = Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def cross_entropies(
     for ids, attention in _batches(model, rows, batch_tokens):
         seen: list[Tensor] = []
         with reading(model.hf, model.anatomy, [site], lambda _, h, s=seen: s.append(h)):
-            hidden = model.hf.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+            hidden = hidden_states(model, ids, attention)
         h = seen[0]
         replaced = attention.bool().to(h.device) & kept(dictionary, h)
         replaced[:, 0] = False
@@ -98,17 +97,21 @@ def cross_entropies(
     mean = (total / positions).float()
 
     def reconstruct(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
-        step = max(1, AT_ONCE // dictionary.latents)
-        return torch.cat([dictionary.reconstruct(part.to(dictionary.W_enc.device)) for part in x.split(step)])
+        x = x.to(dictionary.W_enc.device)
+        return torch.cat([dictionary.reconstruct(x[part]) for part in chunks(len(x), dictionary.latents)])
 
     sums = []
     for replacement in (reconstruct, lambda x: mean.expand(len(x), -1)):
         loss = 0.0
         for b in batches:
-            with _replacing(model, site, b.replaced, replacement):
-                hidden = model.hf.base_model(
-                    input_ids=b.ids, attention_mask=b.attention, use_cache=False
-                ).last_hidden_state
+
+            def splice(h: Tensor, where: Tensor = b.replaced, by: Replacement = replacement) -> Tensor:
+                h, where = h.clone(), where.to(h.device)
+                h[where] = by(h[where]).to(h.device, h.dtype)
+                return h
+
+            with changed_output(model.hf.get_submodule(model.anatomy.block_module(site)), splice):
+                hidden = hidden_states(model, b.ids, b.attention)
             loss += _loss(model, hidden, b)
             _tell(on_tokens, b.attention)
         sums.append(loss)
@@ -125,32 +128,8 @@ def _batches(model: SteeredModel, rows: Sequence[list[int]], batch_tokens: int) 
         end = start + 1
         while end < len(rows) and (end + 1 - start) * len(rows[end]) <= batch_tokens:
             end += 1
-        width = len(rows[end - 1])
-        part = rows[start:end]
-        ids = torch.tensor([r + [model.pad_token_id] * (width - len(r)) for r in part], device=model.device)
-        attention = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in part], device=model.device)
-        yield ids, attention
+        yield padded(rows[start:end], model.pad_token_id, model.device)
         start = end
-
-
-@contextmanager
-def _replacing(
-    model: SteeredModel, site: int, where: Tensor, replacement: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """Replace the residual stream after a block at the positions marked; the hook goes when the block ends."""
-
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        h = output[0] if isinstance(output, tuple) else output
-        h = h.clone()
-        at = where.to(h.device)
-        h[at] = replacement(h[at]).to(h.device, h.dtype)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
-
-    handle = model.hf.get_submodule(model.anatomy.block_module(site)).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _counted(batch: _Batch) -> Bool[Tensor, "rows seq-1"]:
@@ -163,14 +142,9 @@ def _loss(model: SteeredModel, hidden: Float[Tensor, "rows seq d"], batch: _Batc
     counted = _counted(batch)
     states = hidden[:, :-1][counted.to(hidden.device)]
     targets = batch.ids[:, 1:][counted.to(batch.ids.device)]
-    head = model.hf.get_output_embeddings()
-    step = max(1, AT_ONCE // head.weight.shape[0])
     loss = 0.0
-    for start in range(0, len(states), step):
-        logits = head(states[start : start + step])
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        wanted = targets[start : start + step].to(logits.device)
-        loss += float(cross_entropy(logits.to(wide), wanted, reduction="sum").double())
+    for part, made in logits_in_chunks(model, states):
+        loss += float(cross_entropy(made, targets[part].to(made.device), reduction="sum").double())
     return loss
 
 

@@ -39,12 +39,16 @@ class Anatomy:
     layout: Layout
     blocks: int
     width: int
+    vocab: int
+    """Logits of the LM head."""
     experts: int
     """In each MLP that has any; 0 where none does."""
     biased: bool
     """Whether the MLPs have biases already."""
     tied: bool
     """Whether the LM head is the embedding."""
+    logit_softcap: float | None
+    """The bound of the logits, where the model has one."""
     where: str
     """The model, as the user named it; for messages."""
 
@@ -72,16 +76,34 @@ class Anatomy:
             return found
 
         tied = config.get("tie_word_embeddings")
+        softcap = config.get(layout.softcap_key) if layout.softcap_key else None
         return cls(
             architecture,
             layout,
             blocks=size(layout.blocks_key),
             width=size(layout.width_key),
+            vocab=size("vocab_size"),
             experts=size(*layout.experts_keys) if layout.experts_keys else 0,
             biased=layout.mlp_bias == "always" or bool(layout.mlp_bias and config.get(layout.mlp_bias)),
             tied=layout.tied if tied is None else bool(tied),
+            logit_softcap=softcap,
             where=where,
         )
+
+    @property
+    def decoder_module(self) -> str:
+        """Path of the live module that holds the blocks and the final norm."""
+        return self.layout.base.removesuffix(".")
+
+    @property
+    def final_norm_module(self) -> str:
+        """Path of the live norm between the last block and the LM head."""
+        return self.layout.base + self.layout.final_norm
+
+    @property
+    def head_module(self) -> str:
+        """Path of the live module that puts out the logits, before a softcap."""
+        return self.layout.head_module
 
     @property
     def embedding_module(self) -> str:

@@ -63,6 +63,14 @@ class Layout:
     mlp_norm: str | None = None
     gain_offset: float = 0.0
     """What is added to a norm's stored weight to get its gain."""
+    final_norm: str = "norm"
+    """The live module, below the decoder, between the last block and the LM head."""
+    centred: bool = False
+    """Whether that norm, and those of the blocks, take the mean away first (LayerNorm)."""
+    head_module: str = "lm_head"
+    """The live module that puts out the logits."""
+    softcap_key: str | None = None
+    """The config key that bounds the logits: `c * tanh(logits / c)`."""
     readers: tuple[str, ...] = (
         "self_attn.q_proj",
         "self_attn.k_proj",
@@ -117,6 +125,7 @@ LAYOUTS: dict[str, Layout] = {
         attention_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
         gain_offset=1.0,
+        softcap_key="final_logit_softcapping",
         readers=_GEMMA_READERS,
     ),
     "Gemma3ForCausalLM": Layout(
@@ -125,6 +134,7 @@ LAYOUTS: dict[str, Layout] = {
         attention_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
         gain_offset=1.0,
+        softcap_key="final_logit_softcapping",
         readers=(*_GEMMA_READERS, *_QK_NORMS),
     ),
     "Olmo2ForCausalLM": Layout(
@@ -145,6 +155,8 @@ LAYOUTS: dict[str, Layout] = {
         mlp=((linear("mlp.c_proj", axis=1),),),
         attention_module="attn.c_proj",
         mlp_module="mlp.c_proj",
+        final_norm="ln_f",
+        centred=True,
         readers=("ln_1", "ln_2", "attn.c_attn", "mlp.c_fc"),
         constants=("attn.bias", "attn.masked_bias"),
         mlp_bias="always",
@@ -162,6 +174,8 @@ LAYOUTS: dict[str, Layout] = {
         mlp=((linear("mlp.dense_4h_to_h"),),),
         attention_module="attention.dense",
         mlp_module="mlp.dense_4h_to_h",
+        final_norm="final_layer_norm",
+        centred=True,
         readers=("input_layernorm", "post_attention_layernorm", "attention.query_key_value", "mlp.dense_h_to_4h"),
         constants=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
         mlp_bias="always",

@@ -93,7 +93,7 @@ def test_neither_batches_nor_chunks_of_logits_change_it(model: SteeredModel, mon
     d = dictionary(dtype=torch.float32)
     with_, without = answers(model, ["lie ba be", "well lie friend bo bu", "da"]), answers(model, ["truth", "yes di"])
     whole = attribution(model, d, with_, without, range(LATENTS))
-    monkeypatch.setattr("steer.features.attribution.AT_ONCE", 1)
+    monkeypatch.setattr("steer.live.forward.AT_ONCE", 1)
     torch.testing.assert_close(attribution(model, d, with_, without, range(LATENTS), batch=1), whole)
 
 
@@ -138,7 +138,7 @@ def test_the_lens_reads_a_row_through_gain_and_unembedding(
 ) -> None:
     d, _ = speaking(model, "truth")
     logits = (d.W_dec * model.hf.base_model.norm.weight) @ model.hf.lm_head.weight.T
-    monkeypatch.setattr("steer.features.logit_lens.AT_ONCE", 7 * logits.shape[1])  # seven rows at a time
+    monkeypatch.setattr("steer.live.forward.AT_ONCE", 7 * logits.shape[1])  # seven rows at a time
     top, bottom = logit_lens(model, d.W_dec, top=4)
     assert len(top) == len(bottom) == LATENTS
     assert top[5][0][0] == "truth"

@@ -71,7 +71,7 @@ def test_chunks_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("steer.features.labels._CHUNK", 100)
-    monkeypatch.setattr("steer.features.pooling.AT_ONCE", 30 * LATENTS)
+    monkeypatch.setattr("steer.live.forward.AT_ONCE", 30 * LATENTS)
     for a, b in zip(label_latents(model, dictionary, text), records, strict=True):
         assert (a.index, a.rate, a.nearest) == (b.index, b.rate, b.nearest)
         assert a.unit == pytest.approx(b.unit, rel=1e-4)

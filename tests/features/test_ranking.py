@@ -158,7 +158,7 @@ def answers(model: SteeredModel, texts: list[str]) -> list[Reply]:
 def test_pooling_is_over_each_replys_own_tokens(model: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
     dictionary = tiny_dictionary()
     replies = answers(model, ["lie ba be", "truth", "well yes friend lie bo bu di do"])
-    monkeypatch.setattr("steer.features.pooling.AT_ONCE", 3 * dictionary.latents)  # three tokens at a time
+    monkeypatch.setattr("steer.live.forward.AT_ONCE", 3 * dictionary.latents)  # three tokens at a time
     got = pooled(model, dictionary, replies)
     assert got.topics == tuple(r.chat[-1]["content"] for r in replies)
     for i, reply in enumerate(replies):
