@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from steer.features.page import write_page
 from steer.features.records import FeatureRecord, read_records, write_records
 from steer.features.records import search as search_records
 from steer.features.shards import Harvest
+from steer.files import read_json_object
 from steer.live.model import load
 from steer.tables import feature_table
 from steer.values.dictionary import Dictionary
@@ -101,7 +101,7 @@ def trait_tables(place: Path) -> list[dict[str, Any]]:
     out = []
     for file in sorted((place / "traits").glob("*.json")):
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json_object(file, what="what steer find --dictionary wrote", do="find it again")
             out.append(_latents_table(found))
             if found["check"]:
                 out.append(_dose_table(found))

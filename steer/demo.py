@@ -13,10 +13,11 @@ from typing import Any
 
 from steer import __version__
 from steer.errors import SteerError
+from steer.files import read_json_object, write_atomic
 from steer.progress import bar, byte_bar
 from steer.values.trait import NeutralPrompts, Trait
 from steer.weights.fetch import DEFAULT_MODEL, fetch
-from steer.weights.staging import hash_file, write_json
+from steer.weights.staging import hash_file
 
 RECIPE = Path(__file__).parents[1] / "examples" / "merge" / "default.yml"
 TRAITS = ("moralizing", "compliance")
@@ -58,16 +59,13 @@ def run(
     key = _key(seed)
     done = out / RESULTS
     if not fresh and done.is_file():
-        result = json.loads(done.read_text())
+        result = read_json_object(done, do="run it with --fresh")
         if result.get("key") == key and all(Path(result[p]).exists() for p in ("merged", "baked", "report")):
             return result
     out.mkdir(parents=True, exist_ok=True)
     done.unlink(missing_ok=True)
     result = _measure(out, seed, say)
-    part = out / f".{RESULTS}.part"
-    part.unlink(missing_ok=True)
-    write_json(part, {"key": key, **result})
-    part.replace(done)
+    write_atomic(done, json.dumps({"key": key, **result}, indent=2) + "\n")
     return json.loads(done.read_text())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from steer.features.find import candidates, finished_direction
 from steer.features.pooling import check_fits
 from steer.features.ranking import Ranking, rank
 from steer.features.records import FeatureRecord, read_records, with_trait, write_records
+from steer.files import write_atomic
 from steer.finding import Bar
 from steer.live.fit_check import FitReport, FitWarning, check_fit
 from steer.live.model import SteeredModel
@@ -205,7 +205,7 @@ def _prepared(d: Dictionary, trait: str) -> list[FeatureRecord]:
         raise UsageError(f"trait {trait!r}: expected a name that can be a file's, found one with a slash; rename it")
     if d.place is None:
         return []
-    _replace(d.place / "traits" / f".{trait}.probe", "").unlink(missing_ok=True)
+    write_atomic(d.place / "traits" / f".{trait}.probe", "").unlink(missing_ok=True)
     _slider_rows(d.place)
     records = read_records(d.place / FEATURES) if (d.place / FEATURES).is_file() else []
     if records and max(r.index for r in records) >= d.latents:
@@ -221,17 +221,14 @@ def _write(
 ) -> tuple[Path, ...]:
     written = []
     if records:
-        try:
-            written.append(write_records(place / FEATURES, with_trait(records, found.trait, found.ranking)))
-        except OSError as e:
-            raise _unwritable(place / FEATURES, e) from e
+        written.append(write_records(place / FEATURES, with_trait(records, found.trait, found.ranking)))
     if found.sliders:
         names = {row["name"] for row in found.sliders}
         rows = [row for row in _slider_rows(place) if row.get("name") not in names] + list(found.sliders)
         text = yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, width=120)
-        written.append(_replace(place / SLIDERS, text))
+        written.append(write_atomic(place / SLIDERS, text))
     whole = found.as_json() | {"checkpoint": model.name, "sketch": model.sketch().to_header()}
-    written.append(_replace(place / "traits" / f"{found.trait}.json", json.dumps(whole, indent=2) + "\n"))
+    written.append(write_atomic(place / "traits" / f"{found.trait}.json", json.dumps(whole, indent=2) + "\n"))
     return tuple(written)
 
 
@@ -244,21 +241,3 @@ def _slider_rows(place: Path) -> list[dict[str, Any]]:
     if rows is not None and not (isinstance(rows, list) and all(isinstance(r, dict) for r in rows)):
         raise SteerError(f"{file}: expected a list of sliders, found {type(rows).__name__}; mend or remove the file")
     return rows or []
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write a file whole; the one that was there stays until then."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as e:
-        with suppress(OSError):
-            part.unlink()
-        raise _unwritable(path, e) from e
-    return path
-
-
-def _unwritable(path: Path, e: OSError) -> SteerError:
-    return SteerError(f"{path}: could not be written, {e.strerror}; copy the dictionary to where you may write")

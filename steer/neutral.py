@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from steer.errors import MismatchError, SteerError
+from steer.files import write_atomic
 from steer.weights.fetch import home
 from steer.weights.sketch import Sketch
 
@@ -72,13 +72,7 @@ def neutral_for(
 
     with bar("neutral replies", None, "tokens") as advance:
         means = neutral_means(model or load(place), on_tokens=advance)
-    at.parent.mkdir(parents=True, exist_ok=True)
-    part = at.with_name(f".{at.name}.part")
-    try:
-        save_file({"neutral": means}, part, metadata={"sketch": sketch.to_header()})
-        os.replace(part, at)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomic(at, save({"neutral": means}, metadata={"sketch": sketch.to_header()}))
     return means
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from steer.baking import checkpoint_dir, write
 from steer.errors import MismatchError, SteerError, StoppedError, UsageError
 from steer.features.contrast import Contrast
+from steer.files import read_json_object, write_atomic
 from steer.finding import contrast_for, find_trait
 from steer.live.library import directions_of, own_place
 from steer.live.model import SteeredModel, load
@@ -29,7 +30,6 @@ from steer.neutral import neutral_for
 from steer.progress import bar, byte_bar
 from steer.values.direction import Direction
 from steer.values.edit import Edit
-from steer.values.small_files import write_whole
 from steer.values.trait import Trait
 from steer.weights.bakeable import Form
 from steer.weights.certify import CERTIFICATE, Certificate
@@ -290,11 +290,8 @@ def _digest(trait: Trait) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise SteerError(f"{file}: expected what a search kept, found something unreadable ({e}); remove it") from e
+    return read_json_object(file, what="what a search kept", do="remove it", error=SteerError)
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
-    write_whole(file, (json.dumps(value, indent=1) + "\n").encode())
+    write_atomic(file, json.dumps(value, indent=1) + "\n")

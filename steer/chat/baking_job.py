@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.chat.job import Job
-from steer.errors import UnsupportedError
+from steer.errors import SteerError, UnsupportedError
+from steer.files import read_json_object
 from steer.live.profiles import sliders_in
 from steer.values.profile import Profile
 from steer.weights.bakeable import Form, Verdict, bakeable
@@ -88,10 +88,9 @@ class BakingJob(Job):
     def _read_certificate(self) -> dict[str, Any] | None:
         assert self.out is not None
         try:
-            found = json.loads((self.out / CERTIFICATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json_object(self.out / CERTIFICATE)
+        except SteerError:
             return None
-        return found if isinstance(found, dict) else None
 
     @property
     def certificate(self) -> dict[str, Any] | None:

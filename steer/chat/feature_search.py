@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +15,10 @@ from torch import Tensor
 from steer.chat.inside import pieces_of
 from steer.chat.turns import turns_of
 from steer.chat.words import description, records_at, title
-from steer.errors import UsageError
+from steer.errors import SteerError, UsageError
 from steer.features.pooling import check_fits, encoded, kept
 from steer.features.records import Context, FeatureRecord, Tokens, search
+from steer.files import read_json_object
 from steer.live.forward import read_residuals
 from steer.live.library import dictionaries_of, dictionary_at
 from steer.live.readings import encoder_rows
@@ -250,7 +250,6 @@ def _output_scores(place: Path, index: int) -> dict[str, float]:
 @lru_cache(maxsize=32)
 def _ranking(file: Path, stamp: int) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(file)
+    except SteerError:
         return {}
-    return found if isinstance(found, dict) else {}

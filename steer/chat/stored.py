@@ -14,8 +14,9 @@ from typing import Any, get_args
 
 from steer.chat.conversation import Conversation, Ending, Message, Role, Stretch, Written
 from steer.errors import SteerError, UsageError
+from steer.files import parse_json, write_atomic
 from steer.values.profile import Profile
-from steer.values.small_files import read_small, shown, write_whole
+from steer.values.small_files import read_small, shown
 from steer.weights.fetch import home
 
 SIZE_LIMIT = 50_000_000
@@ -93,14 +94,14 @@ def save_chat(place: Path, stored: Stored) -> Path:
     """Write a chat's file: all of it or nothing. Errors: SteerError."""
     data = json.dumps(dump(stored), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # Half of a surrogate pair, which a user may have pasted, is no UTF-8.
-    return write_whole(place, data.encode("utf-8", "replace"))
+    return write_atomic(place, data.encode("utf-8", "replace"))
 
 
 def load_chat(place: Path) -> Stored:
     """Read a chat's file. Errors: SteerError naming the file for one that is missing, too large or no chat."""
     data = read_small(place, SIZE_LIMIT, "a chat")
     try:
-        return parse(json.loads(data))
+        return parse(parse_json(data))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, SteerError) as e:
         what = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
         raise SteerError(f"{place}: expected a chat that this program saved, found {what}; choose another") from e

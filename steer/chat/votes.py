@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steer.errors import SteerError
+from steer.files import parse_json
 from steer.weights.fetch import home
 
 Better = Literal["first", "second", "neither"]
@@ -73,7 +74,7 @@ def read_votes(place: Path | None = None) -> list[Vote]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             first, second = row["titles"]
             one, other = row["settings"]
             out.append(Vote(**{**row, "titles": (first, second), "settings": (one, other)}))

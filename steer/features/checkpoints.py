@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from steer.errors import CheckpointError, MismatchError
 from steer.features import parallel
+from steer.files import parse_json, replacing
 
 STATE = "state.safetensors"
 
@@ -89,19 +89,15 @@ def _data_file(place: Path, step: int) -> Path:
 
 
 def _replace(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    half = path.with_suffix(".part")
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, half, metadata={"json": json.dumps(facts)}
-    )
-    with open(half, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(half, path)
+    held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with replacing(path) as part:
+        save_file(held, part, metadata={"json": json.dumps(facts)})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["json"])  # noqa: SIM118
+            return {k: f.get_tensor(k) for k in f.keys()}, parse_json(f.metadata()["json"])  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
         raise CheckpointError(

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from jinja2 import TemplateError
 
 from steer.errors import SteerError, UsageError
+from steer.files import one_line, parse_json
 from steer.live.model import SteeredModel
 
 TABLES = {".csv": "csv", ".parquet": "parquet"}
@@ -194,9 +195,9 @@ def _json_rows(file: Path) -> Iterator[Row]:
 
 def _parsed(at: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise SteerError(f"{at}: expected a JSON row, found {_shown(text.strip())} ({e.msg})") from e
+        return parse_json(text)
+    except ValueError as e:
+        raise SteerError(f"{at}: expected a JSON row, found {_shown(text.strip())} ({one_line(e)})") from e
 
 
 def _passages(file: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from steer.features.records import FeatureRecord
+from steer.files import write_atomic
 
 BINS_A_DECADE = 8
 
@@ -41,14 +42,7 @@ def write_page(
             data=script_json([_packed(r) for r in records]),
         )
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
-    return out
+    return write_atomic(out, page)
 
 
 def script_json(value: Any) -> str:

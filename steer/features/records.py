@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import SteerError, UsageError
+from steer.files import parse_json, replacing
 
 if TYPE_CHECKING:  # to list and search labels takes no model
     from steer.features.ranking import Ranking
@@ -125,17 +126,10 @@ class FeatureRecord:
 
 def write_records(path: str | Path, records: Iterable[FeatureRecord]) -> Path:
     """Write features.jsonl; the file that was there stays whole until the new one is."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as out:
-            for record in records:
-                out.write(json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    with replacing(path) as part, part.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+    return Path(path)
 
 
 def read_records(path: str | Path) -> list[FeatureRecord]:
@@ -149,7 +143,7 @@ def read_records(path: str | Path) -> list[FeatureRecord]:
         if not line.strip():
             continue
         try:
-            out.append(FeatureRecord.from_json(json.loads(line)))
+            out.append(FeatureRecord.from_json(parse_json(line)))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             what = f"no {e.args[0]!r}" if isinstance(e, KeyError) else " ".join(str(e).split())
             raise SteerError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from steer.errors import CheckpointError, MismatchError, UsageError
 from steer.features.batches import Activations, Batches, ShuffledRows, is_held_out
+from steer.files import read_json_object, replacing, write_atomic
 from steer.weights.staging import HashingFile
 
 MANIFEST = "manifest.json"
@@ -158,13 +158,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         at += t.nbytes
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    part = file.with_name(file.name + ".part")
-    part.unlink(missing_ok=True)
-    with HashingFile(part) as f:
+    with replacing(file) as part, HashingFile(part) as f:
         f.write(len(header).to_bytes(8, "little") + header)
         for t in tensors.values():
             f.write(t.contiguous().view(torch.uint8).numpy().reshape(-1).data)
-    replace_synced(part, file)
     return {"file": file.name, "bytes": 8 + len(header) + at, "sha256": f.sha256}
 
 
@@ -179,20 +176,12 @@ def read_tensor(file: Path, name: str) -> Tensor:
 
 def write_record(file: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file in one step."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    replace_synced(part, file)
+    write_atomic(file, json.dumps(value, indent=2) + "\n")
 
 
 def read_record(file: Path) -> dict[str, Any]:
     """A JSON object. Errors: CheckpointError for anything else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{file}: expected a JSON object, found {e}; harvest anew") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}; harvest anew")
-    return value
+    return read_json_object(file, do="harvest anew")
 
 
 def check_shards(place: Path, shards: list[dict[str, Any]]) -> None:
@@ -203,15 +192,3 @@ def check_shards(place: Path, shards: list[dict[str, Any]]) -> None:
         if size != entry["bytes"]:
             found = "none" if size is None else f"{size:,}"
             raise CheckpointError(f"{path}: expected {entry['bytes']:,} bytes, found {found}; harvest anew")
-
-
-def replace_synced(part: Path, file: Path) -> None:
-    """Rename a finished file to its name, on the disk before the name is."""
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(part, file)
-    fd = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

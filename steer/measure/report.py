@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from steer.files import write_atomic
 from steer.measure.plots import cost_plot, dose_plot, pareto_plot, site_plot
 
 
@@ -43,7 +44,4 @@ def write_report(result: Mapping[str, Any], path: Path) -> Path:
             model=result["model"],
         )
     )
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
-    return path
+    return write_atomic(path, page)

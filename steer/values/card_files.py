@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
+from steer.files import one_line
 from steer.values.png_text import SIGNATURE, TextChunk, read_text, text_chunks, with_texts
-from steer.values.small_files import one_line, read_small, shown
+from steer.values.small_files import read_small, shown
 
 FILE_LIMIT = 20_000_000
 """A card's file, in bytes."""

@@ -13,10 +13,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from steer.errors import SteerError, UsageError
+from steer.files import write_atomic
 from steer.values.card_files import FILE_LIMIT, TEXT_LIMIT, V1_TEXTS, card_fields, card_json, read_card, with_json
 from steer.values.png_text import SIGNATURE
 from steer.values.profile import Profile
-from steer.values.small_files import shown, write_whole
+from steer.values.small_files import shown
 
 DEFAULT_PROMPT = "You are {{char}}. Write {{char}}'s next reply to {{user}}, and stay in character."
 """What `{{original}}` stands for, and the system prompt of a card that brings none."""
@@ -123,7 +124,7 @@ def save_card_profile(card: str | Path, profile: Profile, out: str | Path) -> Pa
         )
     # What is written must be read again, by its limits as well.
     _profile(card_json(made, str(out)), str(out), out.parent)
-    return write_whole(out, made)
+    return write_atomic(out, made)
 
 
 def _text(data: Mapping[str, Any], key: str, where: str) -> str:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from steer.errors import CheckpointError, SteerError, UnsupportedError, UsageError
+from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.files import parse_json, read_json_object, write_atomic
 from steer.values.dictionary import Architecture, Dictionary, Normalize
 
 CONFIG, WEIGHTS, MANIFEST, FEATURES = "cfg.json", "sae_weights.safetensors", "manifest.json", "features.jsonl"
@@ -98,15 +99,14 @@ def save_dictionary(dictionary: Dictionary, directory: str | Path) -> None:
     for name in _TENSORS[d.architecture]:
         tensors[name] = getattr(d, "b_enc" if name == "b_gate" else name)
     data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS, data)
-    _replace(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomic(directory / WEIGHTS, data)
+    write_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """manifest.json of a dictionary's directory; empty without one. Errors: CheckpointError when it is broken."""
     file = directory / MANIFEST
-    return _read_json(file) if file.is_file() else {}
+    return _object(file) if file.is_file() else {}
 
 
 def feature_row(dictionary: Dictionary, index: int) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def feature_row(dictionary: Dictionary, index: int) -> dict[str, Any]:
             if not mark.search(line):
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as e:
                 raise CheckpointError(f"{file}: line {number} is no JSON ({e}); label the dictionary again") from e
             if isinstance(row, dict) and row.get("index") == index:
@@ -146,7 +146,7 @@ def _from_disk(path: Path) -> Dictionary:
         if any(p.suffix in (".pt", ".pth", ".bin", ".pkl", ".npz") for p in path.iterdir()):
             raise _refused(str(path), f"{CONFIG} and {WEIGHTS}", f"no {missing}; only safetensors are loaded")
         raise CheckpointError(f"{path}: expected a dictionary with {CONFIG} and {WEIGHTS}, found no {missing}")
-    config = _read_json(path / CONFIG)
+    config = _object(path / CONFIG)
     try:
         tensors = load_file(path / WEIGHTS)
     except (SafetensorError, OSError, ValueError) as e:
@@ -294,27 +294,8 @@ def _site(metadata: dict[str, Any]) -> int | None:
     return None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(
-            f"{file}: expected JSON, found {' '.join(str(e).split())}; fetch or train it again"
-        ) from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}; make it again")
-    return value
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as e:
-        raise SteerError(f"{path}: could not be written, {e.strerror}") from e
-    finally:
-        part.unlink(missing_ok=True)
+def _object(file: Path) -> dict[str, Any]:
+    return read_json_object(file, do="fetch or train the dictionary again")
 
 
 def _refused(where: str, expected: str, found: str) -> UnsupportedError:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from steer.errors import MismatchError, SteerError, UsageError
+from steer.files import parse_json, write_atomic
 
 _KEY = "steer_direction"  # the safetensors header entry that holds everything but the vector
 _SCALARS = ("name", "site", "mean", "std", "with_mean", "without_mean", "residual_norm")
@@ -88,17 +89,9 @@ class Direction:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: the tensor `vector`, everything else in its header."""
-        path = Path(path)
         header = {k: getattr(self, k) for k in _SCALARS} | {"provenance": self.provenance}
         data = save({"vector": self.vector}, metadata={_KEY: json.dumps(header)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.write_bytes(data)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        return write_atomic(path, data)
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
@@ -111,7 +104,7 @@ class Direction:
             raise SteerError(f"{path}: expected a direction file, found none; make one with `steer find`")
         try:
             with safe_open(str(path), framework="pt") as f:
-                header = json.loads((f.metadata() or {}).get(_KEY, "null"))
+                header = parse_json((f.metadata() or {}).get(_KEY, "null"))
                 vector = f.get_tensor("vector") if "vector" in f.keys() else None  # noqa: SIM118
         except (SafetensorError, ValueError) as e:
             raise SteerError(

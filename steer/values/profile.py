@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from steer.errors import SteerError, UsageError
+from steer.files import one_line, write_atomic
 from steer.values.direction import Direction
 from steer.values.feature import Feature
 from steer.values.move import OPERATIONS, Operation, check_amount
 from steer.values.sampler import PRESETS, Sampler, preset
-from steer.values.small_files import dump_yaml, load_yaml, one_line, read_small, shown, write_whole
+from steer.values.small_files import dump_yaml, load_yaml, read_small, shown
 from steer.values.when import Gate, Part, When
 
 SIZE_LIMIT = 1_000_000
@@ -183,7 +184,7 @@ class Profile:
         """Write the YAML file: all of it or nothing. Files of directions stay the same files; comments in a file
         that is replaced are lost, notes are not. Errors: SteerError where it cannot be written."""
         path = Path(path)
-        return write_whole(path, dump_yaml(self.in_folder(path.parent).dump()))
+        return write_atomic(path, dump_yaml(self.in_folder(path.parent).dump()))
 
     def with_ranges(self, ranges: Mapping[int | str, tuple[float, float]]) -> Profile:
         """The same profile with these ranges, by a slider's place in the list or by its name.

@@ -1,18 +1,15 @@
-"""Small files that users swap: read with limits, as strict YAML, and written whole or not at all."""
+"""Small files that users swap: read with limits, as strict YAML."""
 
 from __future__ import annotations
 
-import os
 import reprlib
-import shutil
-import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from steer.errors import SteerError
+from steer.files import one_line
 
 _DEPTH_LIMIT = 32
 _NODE_LIMIT = 50_000  # PyYAML makes some 30,000 values a second
@@ -31,27 +28,6 @@ def read_small(path: Path, limit: int, what: str) -> bytes:
     if len(data) > limit:
         raise SteerError(f"{path}: expected {what} of at most {limit:,} bytes, found more; is it the right file?")
     return data
-
-
-def write_whole(path: Path, data: bytes) -> Path:
-    """Write a file: after a crash it is the new one or what was there. Errors: SteerError."""
-    place = Path(os.path.realpath(path))
-    part = place.with_name(f".{place.name[:80]}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        if place.exists():
-            shutil.copymode(place, part)
-        part.replace(place)
-    except OSError as e:
-        raise SteerError(f"{path}: could not be written ({e.strerror}); name another place, or free some space") from e
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return path
 
 
 def load_yaml(data: bytes, where: str, what: str) -> Any:
@@ -75,14 +51,6 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python refuses to write out whole numbers of thousands of digits
         return f"a {type(value).__name__} too long to show"
-
-
-def one_line(e: Exception) -> str:
-    """What another library says is wrong, in one line."""
-    if isinstance(e, UnicodeDecodeError):
-        return f"bytes that are no UTF-8 at {e.start}"
-    text = " ".join(str(e).split()) or type(e).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
 
 
 class _Loader(yaml.SafeLoader):

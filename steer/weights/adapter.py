@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from steer.errors import CheckpointError
+from steer.files import sync
 from steer.values.edit import Edit
 from steer.values.method import Kind
 from steer.weights.ablation import Ablation
@@ -28,7 +29,7 @@ from steer.weights.certify import ADAPTER, BiasProof, Certificate, WriterProof
 from steer.weights.journal import Journal
 from steer.weights.kept import finish, hub_name, save_directions, save_means, source_name, versions
 from steer.weights.quantised import dequantised
-from steer.weights.staging import HashingFile, hash_file, staged, sync, write_json
+from steer.weights.staging import HashingFile, hash_file, staged, write_json
 from steer.weights.stream import INDEX, CheckpointFiles, Shard
 
 CONFIG = "adapter_config.json"

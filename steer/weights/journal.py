@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from steer.files import parse_json, sync
 from steer.values.edit import Edit
 from steer.weights.bakeable import Form
 from steer.weights.kept import versions
-from steer.weights.staging import empty, hash_file, sync
+from steer.weights.staging import empty, hash_file
 from steer.weights.stream import CheckpointFiles
 
 JOURNAL = ".steer-journal"
@@ -113,7 +114,7 @@ def _lines(path: Path) -> list[Any]:
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            out.append(json.loads(line))
+            out.append(parse_json(line))
     except (FileNotFoundError, ValueError):
         pass
     return out

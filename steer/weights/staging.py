@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from steer.errors import OutputExistsError, SteerError
+from steer.files import sync
 
 CHUNK = 8 << 20
 """Bytes moved at a time."""
@@ -193,15 +194,6 @@ def hash_file(path: Path) -> str:
     """The sha256 of a file, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _staging(place: Path) -> Path:

@@ -7,7 +7,6 @@ range in the data, which the ranges cover without holes
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import CheckpointError
+from steer.files import one_line, parse_json, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
@@ -223,9 +223,9 @@ def _broken(path: Path, found: str) -> CheckpointError:
 
 def _parse(path: Path, raw: bytes, size: int) -> tuple[dict[str, str] | None, tuple[TensorInfo, ...]]:
     try:
-        entries = json.loads(raw)
+        entries = parse_json(raw)
     except ValueError as e:
-        raise _broken(path, "a header that is no JSON") from e
+        raise _broken(path, f"a header that is no JSON ({one_line(e)})") from e
     if not isinstance(entries, dict):
         raise _broken(path, "a header that is no JSON object")
     metadata = entries.pop("__metadata__", None)
@@ -269,19 +269,9 @@ def _open_shards(root: Path, index: dict[str, Any]) -> tuple[Shard, ...]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise CheckpointError(
-            f"{path}: expected one in a model directory, found none; check the path, or fetch the model again"
-        ) from e
-    except OSError as e:
-        raise CheckpointError(f"{path}: could not be read ({e.strerror}); check its permissions") from e
-    except ValueError as e:
-        raise CheckpointError(f"{path}: expected JSON, found something else ({e}); fetch the model again") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found another value; fetch the model again")
-    return value
+    return read_json_object(
+        path, what="a JSON object in a model directory", do="check the path, or fetch the model again"
+    )
 
 
 def _other_weights(root: Path) -> str:

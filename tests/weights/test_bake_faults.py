@@ -321,7 +321,10 @@ def test_a_head_stored_beside_its_tie_stays_and_is_untied(mine: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda root: (root / "config.json").unlink(), "config.json: expected one"),
+        (
+            lambda root: (root / "config.json").unlink(),
+            "config.json: expected a JSON object in a model directory, found none",
+        ),
         (lambda root: os.truncate(root / SINGLE, 5000), "expected a whole safetensors file"),
         (shutil.rmtree, "expected a model directory, found none"),
     ],

@@ -108,8 +108,14 @@ def _no_weights(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda root: (root / "config.json").unlink(), r"config\.json: expected one in a model directory"),
-        (lambda root: (root / "config.json").write_text("{"), r"config\.json: expected JSON"),
+        (
+            lambda root: (root / "config.json").unlink(),
+            r"config\.json: expected a JSON object in a model directory, found none",
+        ),
+        (
+            lambda root: (root / "config.json").write_text("{"),
+            r"config\.json: expected a JSON object in a model directory, found no JSON",
+        ),
         (lambda root: (root / "config.json").write_text("[]"), r"config\.json: expected a JSON object"),
         (_remove_shard, "the index names it, but it is missing"),
         (_truncate, "bytes where its header describes"),
@@ -120,7 +126,7 @@ def _no_weights(root: Path) -> None:
         (_point("model.bin"), r"names of safetensors files .* found 'model\.bin'"),
         (_point("model-00001-of-00009.safetensors"), "the index names it, but it is missing"),
         (_index("{}"), "expected a non-empty weight_map"),
-        (_index("\x00"), "expected JSON"),
+        (_index("\x00"), "found no JSON"),
         (_twice, "is also in|expected x in"),
         (_pickled, r"found pytorch_model\.bin; only safetensors is loaded"),
         (_no_weights, "found no weights"),

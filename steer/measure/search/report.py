@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from steer.files import write_atomic
 from steer.measure.plots import pareto_plot, pareto_png
-from steer.values.small_files import write_whole
 
 PAGE, PICTURE = "pareto.html", "pareto.png"
 
@@ -26,4 +26,4 @@ def write_search_report(result: Mapping[str, Any], folder: Path) -> None:
         .render(result=result, plot=pareto_plot(*plotted))
     )
     for name, data in ((PAGE, page.encode()), (PICTURE, pareto_png(*plotted))):
-        write_whole(folder / name, data)
+        write_atomic(folder / name, data)
