@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ def main() -> None:
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     # Where it is installed and there is no GPU, it regrets at import that it lacks a faster kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.showwarning = _warn
     arguments = sys.argv[1:]
     try:
         code = app(arguments or ["--help"], standalone_mode=False)
@@ -44,6 +46,12 @@ def main() -> None:
     except OSError as e:
         code = _fail(f"{e.filename or 'steer'}: {e.strerror or e}; check the path, its permissions and the disk", 1)
     sys.exit((code or 0) if arguments else 2)
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: object) -> None:
+    """A warning of ours in one line; those of libraries are for who writes code."""
+    if category.__module__.startswith("steer"):
+        _fail(str(message), 0)
 
 
 _STOPPED = 130  # what typer makes of Ctrl-C, as shells do

@@ -6,6 +6,9 @@ The command line prints it without a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 
 class SteerError(Exception):
     """Something went wrong that the user can mend. Exit code 1."""
@@ -41,3 +44,19 @@ class StoppedError(SteerError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class SkippedWarning(UserWarning):
+    """A file among many cannot be read and was passed over; the message names it."""
+
+
+_skipped: set[str] = set()
+
+
+def skip(file: Path, error: Exception) -> None:
+    """Warn, once in the life of the process, that one file among many is passed over because of `error`."""
+    found = " ".join(str(error).split()) or type(error).__name__
+    text = found if isinstance(error, SteerError) and str(file) in found else f"{file}: {found[:300]}"
+    if text not in _skipped:
+        _skipped.add(text)
+        warnings.warn(f"{text}; it is passed over", SkippedWarning, stacklevel=2)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from steer.errors import SteerError, UsageError
+from steer.errors import SteerError
 from steer.features.choosing import PooledContrast, Q, RankedLatent, choose_latents
 from steer.features.contrast import FIT_SAMPLES, SAMPLER, Contrast, contrast_replies
 from steer.features.find import candidates, finished_direction
@@ -32,6 +32,8 @@ from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import FEATURES, SLIDERS, load_dictionary
 from steer.values.direction import Direction
 from steer.values.feature import Feature
+from steer.values.names import check_name
+from steer.values.slider_rows import slider_rows
 from steer.values.trait import NeutralPrompts, Trait
 
 NEUTRAL_PROMPTS = 16
@@ -201,12 +203,11 @@ def _sliders(trait: str, check: SteeringCheck, told: PooledContrast) -> tuple[di
 
 def _prepared(d: Dictionary, trait: str) -> list[FeatureRecord]:
     """The labels the dictionary has. Whatever would stop `_write` stops here, before the work of minutes."""
-    if Path(trait).name != trait:
-        raise UsageError(f"trait {trait!r}: expected a name that can be a file's, found one with a slash; rename it")
+    check_name(trait, "trait")
     if d.place is None:
         return []
     write_atomic(d.place / "traits" / f".{trait}.probe", "").unlink(missing_ok=True)
-    _slider_rows(d.place)
+    slider_rows(d.place)
     records = read_records(d.place / FEATURES) if (d.place / FEATURES).is_file() else []
     if records and max(r.index for r in records) >= d.latents:
         raise SteerError(
@@ -224,20 +225,9 @@ def _write(
         written.append(write_records(place / FEATURES, with_trait(records, found.trait, found.ranking)))
     if found.sliders:
         names = {row["name"] for row in found.sliders}
-        rows = [row for row in _slider_rows(place) if row.get("name") not in names] + list(found.sliders)
+        rows = [row for row in slider_rows(place) if row["name"] not in names] + list(found.sliders)
         text = yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, width=120)
         written.append(write_atomic(place / SLIDERS, text))
     whole = found.as_json() | {"checkpoint": model.name, "sketch": model.sketch().to_header()}
     written.append(write_atomic(place / "traits" / f"{found.trait}.json", json.dumps(whole, indent=2) + "\n"))
     return tuple(written)
-
-
-def _slider_rows(place: Path) -> list[dict[str, Any]]:
-    file = place / SLIDERS
-    try:
-        rows = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        raise SteerError(f"{file}: expected sliders in YAML, found {' '.join(str(e).split())}; mend the file") from e
-    if rows is not None and not (isinstance(rows, list) and all(isinstance(r, dict) for r in rows)):
-        raise SteerError(f"{file}: expected a list of sliders, found {type(rows).__name__}; mend or remove the file")
-    return rows or []

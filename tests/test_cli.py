@@ -224,7 +224,7 @@ def test_a_checkpoint_cut_short_is_named(folder: Path, refused: Callable[..., st
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("a: [1\n", "expected YAML"),
+        ("a: [1\n", "expected a mergekit recipe in YAML"),
         ("", "does not accept"),
         ("just words\n", "does not accept"),
         (RECIPE.format("a", "b").replace("models", "modles"), "does not accept"),

@@ -9,14 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from steer.errors import SteerError
 from steer.features.records import FeatureRecord, read_records
-from steer.values.dictionary_files import FEATURES, SLIDERS
+from steer.values.dictionary_files import FEATURES
 from steer.values.direction import Direction
 from steer.values.feature import Feature
 from steer.values.slider import Slider
+from steer.values.slider_rows import slider_rows
 from steer.values.trait import Trait, shipped_traits
 
 if TYPE_CHECKING:
@@ -115,19 +114,13 @@ def _records(file: Path, stamp: int, size: int) -> dict[int, FeatureRecord]:
     return {r.index: r for r in read_records(file)}
 
 
-def named_at(place: Path) -> list[dict[str, Any]]:
-    """The rows of a dictionary's sliders.yaml; none without one, or where it is broken, which the library tells."""
-    file = place / SLIDERS
-    try:
-        rows = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    return [r for r in rows if isinstance(r, dict) and isinstance(r.get("name"), str)] if isinstance(rows, list) else []
-
-
 def _slider_row(feature: Feature) -> dict[str, Any] | None:
     place = feature.dictionary.place
-    return None if place is None else next((r for r in named_at(Path(place)) if r["name"] == feature.name), None)
+    try:
+        rows = [] if place is None else slider_rows(Path(place))
+    except SteerError:  # the library warns of it
+        return None
+    return next((r for r in rows if r["name"] == feature.name), None)
 
 
 def _trait_summary(direction: Direction) -> str:

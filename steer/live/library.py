@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-import yaml
-
-from steer.errors import SteerError, UsageError
+from steer.errors import UsageError, skip
 from steer.values.dictionary import Dictionary
-from steer.values.dictionary_files import MANIFEST, SLIDERS, WEIGHTS, load_dictionary, read_manifest
+from steer.values.dictionary_files import CONFIG, MANIFEST, WEIGHTS, load_dictionary, read_manifest
 from steer.values.direction import Direction
 from steer.values.feature import Feature
+from steer.values.names import LATENT
 from steer.values.slider import Slider, parse_name
+from steer.values.slider_rows import slider_rows
+from steer.values.small_files import shown, stamp
 from steer.weights.fetch import home
 from steer.weights.sketch import Sketch
 
@@ -29,7 +29,7 @@ class Checkpoint(Protocol):
 
 
 SHIPPED = Path(__file__).parents[2] / "dictionaries"
-_LATENT = re.compile(r"L(\d+)/(\d+)")
+_T = TypeVar("_T")
 
 
 def direction_files() -> Iterator[Path]:
@@ -54,13 +54,84 @@ def own_dictionary_place(sketch: Sketch, name: str) -> Path:
     return home() / "dictionaries" / sketch.id / name
 
 
+class Library:
+    """What is at hand for one checkpoint, each file read once: to look up many names, make one and ask it for all.
+
+    A file that cannot be read is passed over with a warning that names it: it may be of another checkpoint.
+    """
+
+    def __init__(self, model: Checkpoint) -> None:
+        self.model = model
+
+    @cached_property
+    def directions(self) -> dict[str, Direction]:
+        """The directions that were found on this checkpoint, by name."""
+        return directions_of(self.model.sketch())
+
+    @cached_property
+    def dictionaries(self) -> dict[str, Path]:
+        """The dictionaries that were trained on this checkpoint, by name."""
+        return dictionaries_of(self.model.sketch())
+
+    @cached_property
+    def rows(self) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """The named sliders that come with those dictionaries: (the dictionary's directory, the row)."""
+        out: dict[str, tuple[Path, dict[str, Any]]] = {}
+        for place in self.dictionaries.values():
+            for row in _passed_over(place, slider_rows) or ():
+                out.setdefault(row["name"], (place, row))
+        return out
+
+    def sliders(self) -> dict[str, Slider]:
+        """Everything that moves this checkpoint by name: directions first, then features."""
+        out = {name: Slider(d) for name, d in self.directions.items()}
+        for name, (place, row) in self.rows.items():
+            if name not in out and (slider := _passed_over(place, lambda place, row=row: _slider(place, row))):
+                out[name] = slider
+        return out
+
+    def slider(self, name: str) -> Slider:
+        """The slider `name`: a direction, a feature that comes with a dictionary, or latent `L<site>/<index>` of one;
+        `NAME:OPERATION` does something else to it.
+
+        Errors: UsageError naming those that are known.
+        """
+        base, operation = parse_name(name)
+        found = self._slider(base)
+        return found if operation is None else Slider(found.target, operation, found.when, name)
+
+    def _slider(self, name: str) -> Slider:
+        if name in self.directions:
+            return Slider(self.directions[name])
+        if name in self.rows:
+            return _slider(*self.rows[name])
+        if match := LATENT.fullmatch(name):
+            return self._latent(int(match[1]), int(match[2]))
+        there = [*self.directions, *(n for n in self.rows if n not in self.directions)]
+        raise UsageError(
+            f"slider {shown(name)}: expected a direction or a feature of that name for {self.model.name}, "
+            f"found {', '.join(there) or 'none'}; make it with: steer find {self.model.name} {name[:60]}"
+        )
+
+    def _latent(self, site: int, index: int) -> Slider:
+        sites = {name: read_manifest(place).get("site") for name, place in self.dictionaries.items()}
+        for name, place in self.dictionaries.items():
+            if sites[name] == site:
+                return Slider(Feature.latent(dictionary_at(place), index))
+        there = ", ".join(f"{name} at site {at}" for name, at in sites.items()) or "none"
+        raise UsageError(
+            f"slider 'L{site}/{index}': expected a dictionary for {self.model.name} at site {site}, found {there}; "
+            "train one with steer train"
+        )
+
+
 def directions_of(sketch: Sketch) -> dict[str, Direction]:
     """The directions at hand that were found on this checkpoint, by name."""
     out: dict[str, Direction] = {}
     for file in direction_files():
-        direction = Direction.load(file)
-        if direction.name not in out and Sketch.from_header(direction.provenance).same_as(sketch):
-            out[direction.name] = direction
+        found = _passed_over(file, lambda file: _direction(file, stamp(file)))
+        if found is not None and found[0].name not in out and found[1].same_as(sketch):
+            out[found[0].name] = found[0]
     return out
 
 
@@ -68,67 +139,20 @@ def dictionaries_of(sketch: Sketch) -> dict[str, Path]:
     """The dictionaries at hand that were trained on this checkpoint, by name. Reads their manifests alone."""
     out: dict[str, Path] = {}
     for place in dictionary_places():
-        manifest = read_manifest(place)
-        name = str(manifest.get("name") or place.name)
-        if name not in out and Sketch.from_header(manifest).same_as(sketch):
-            out[name] = place
+        found = _passed_over(place / MANIFEST, lambda file: _manifest(file, stamp(file)))
+        if found is not None and found[0] not in out and found[1].same_as(sketch):
+            out[found[0]] = place
     return out
 
 
 def dictionary_at(place: Path) -> Dictionary:
     """The dictionary in a directory, read once as long as its files stay the same."""
-    stamps = tuple((place / f).stat().st_mtime_ns for f in (WEIGHTS, MANIFEST) if (place / f).is_file())
-    return _load(place, stamps)
-
-
-@lru_cache(maxsize=8)
-def _load(place: Path, stamps: tuple[int, ...]) -> Dictionary:
-    return load_dictionary(place)
-
-
-def features_of(sketch: Sketch) -> dict[str, Slider]:
-    """The sliders that come with this checkpoint's dictionaries, by name."""
-    out: dict[str, Slider] = {}
-    for place in dictionaries_of(sketch).values():
-        for row in _slider_rows(place):
-            if row["name"] not in out:
-                out[row["name"]] = _slider(place, row)
-    return out
-
-
-def sliders_of(sketch: Sketch) -> dict[str, Slider]:
-    """Everything at hand that moves this checkpoint by name: directions first, then features."""
-    directions = {name: Slider(d) for name, d in directions_of(sketch).items()}
-    return directions | {name: s for name, s in features_of(sketch).items() if name not in directions}
+    return _load(place, tuple(stamp(place / f) for f in (WEIGHTS, CONFIG, MANIFEST)))
 
 
 def find_slider(model: Checkpoint, name: str) -> Slider:
-    """The slider `name` of this checkpoint: a direction, a feature that comes with one of its dictionaries, or
-    latent `L<site>/<index>` of one; `NAME:OPERATION` does something else to it.
-
-    Errors: UsageError naming those that there are.
-    """
-    base, operation = parse_name(name)
-    found = _find_slider(model, base)
-    return found if operation is None else Slider(found.target, operation, found.when, name)
-
-
-def _find_slider(model: Checkpoint, name: str) -> Slider:
-    sketch = model.sketch()
-    known = directions_of(sketch)
-    if name in known:
-        return Slider(known[name])
-    places = dictionaries_of(sketch)
-    rows = {row["name"]: (place, row) for place in reversed(places.values()) for row in _slider_rows(place)}
-    if name in rows:
-        return _slider(*rows[name])
-    if match := _LATENT.fullmatch(name):
-        return _latent(model, places, int(match[1]), int(match[2]))
-    there = [*known, *(n for n in rows if n not in known)]
-    raise UsageError(
-        f"slider {name!r}: expected a direction or a feature of that name for {model.name}, "
-        f"found {', '.join(there) or 'none'}; make it with: steer find {model.name} {name}"
-    )
+    """The slider `name` of this checkpoint, as `Library.slider`."""
+    return Library(model).slider(name)
 
 
 def find_direction(model: Checkpoint, name: str) -> Direction:
@@ -137,46 +161,36 @@ def find_direction(model: Checkpoint, name: str) -> Direction:
     if name not in known:
         there = f"found {', '.join(known)}" if known else "found none"
         raise UsageError(
-            f"slider {name!r}: expected a direction of that name for {model.name}, {there}; "
-            f"make it with: steer find {model.name} {name}"
+            f"slider {shown(name)}: expected a direction of that name for {model.name}, {there}; "
+            f"make it with: steer find {model.name} {name[:60]}"
         )
     return known[name]
 
 
-def _latent(model: Checkpoint, places: dict[str, Path], site: int, index: int) -> Slider:
-    for place in places.values():
-        if read_manifest(place).get("site") == site:
-            return Slider(Feature.latent(dictionary_at(place), index))
-    there = ", ".join(f"{n} at site {read_manifest(p).get('site')}" for n, p in places.items()) or "none"
-    raise UsageError(
-        f"slider 'L{site}/{index}': expected a dictionary for {model.name} at site {site}, found {there}; "
-        "train one with steer train"
-    )
-
-
-def _slider_rows(place: Path) -> list[dict[str, Any]]:
-    """What sliders.yaml says; nothing without one. Errors: SteerError for a file that is no list of sliders."""
-    file = place / SLIDERS
-    if not file.is_file():
-        return []
+def _passed_over(place: Path, read: Callable[[Path], _T]) -> _T | None:
+    """What `read` makes of a file, or None and a warning: strangers' files raise what their libraries raise."""
     try:
-        rows = yaml.safe_load(file.read_text(encoding="utf-8")) or []
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise SteerError(f"{file}: expected sliders in YAML, found {' '.join(str(e).split())}; mend the file") from e
-    for row in rows if isinstance(rows, list) else [rows]:
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not _matched(row):
-            raise SteerError(
-                f"{file}: expected a list of sliders with name, latents and a unit each, found {str(row)[:80]!r}; "
-                "mend the file, or make it again with steer find"
-            )
-    return rows
+        return read(place)
+    except Exception as e:
+        skip(place, e)
+        return None
 
 
-def _matched(row: dict[str, Any]) -> bool:
-    latents, units = row.get("latents"), row.get("units")
-    if not isinstance(latents, list) or not isinstance(units, list) or len(latents) != len(units):
-        return False
-    return all(type(i) is int for i in latents) and all(isinstance(u, int | float) for u in units)
+@lru_cache(maxsize=1024)
+def _direction(file: Path, stamp: tuple[int, ...]) -> tuple[Direction, Sketch]:
+    direction = Direction.load(file)
+    return direction, Sketch.from_header(direction.provenance)
+
+
+@lru_cache(maxsize=256)
+def _manifest(file: Path, stamp: tuple[int, ...]) -> tuple[str, Sketch]:
+    manifest = read_manifest(file.parent)
+    return str(manifest.get("name") or file.parent.name), Sketch.from_header(manifest)
+
+
+@lru_cache(maxsize=8)
+def _load(place: Path, stamps: tuple[tuple[int, ...], ...]) -> Dictionary:
+    return load_dictionary(place)
 
 
 def _slider(place: Path, row: dict[str, Any]) -> Slider:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from steer.errors import SteerError
-from steer.live.library import Checkpoint, find_slider
+from steer.live.library import Checkpoint, Library, find_slider
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
@@ -28,16 +28,17 @@ def sliders_in(model: Checkpoint, profile: Profile) -> list[tuple[Slider, Profil
     """
     out: list[tuple[Slider, ProfileSlider]] = []
     names: set[str] = set()
+    library = Library(model)
     for entry in profile.sliders:
         with _named(profile):
-            found = _slider(model, profile, entry.slider)
+            found = _slider(library, profile, entry.slider)
             operation = entry.operation or found.operation
             label = base = found.name if entry.operation in (None, found.operation) else f"{found.name}:{operation}"
             number = 1
             while label in names:
                 label = f"{base} ({(number := number + 1)})"
             names.add(label)
-            slider = Slider(found.target, operation, _when(model, profile, entry), label)
+            slider = Slider(found.target, operation, _when(library, profile, entry), label)
             slider.check(entry.amount)
         out.append((slider, entry))
     return out
@@ -72,16 +73,16 @@ def _named(profile: Profile) -> Iterator[None]:
         raise type(e)(f"profile {profile.name!r}: {e}") from e
 
 
-def _slider(model: Checkpoint, profile: Profile, text: str) -> Slider:
+def _slider(library: Library, profile: Profile, text: str) -> Slider:
     file = profile.file_of(text)
-    return find_slider(model, text) if file is None else Slider(Direction.load(file))
+    return library.slider(text) if file is None else Slider(Direction.load(file))
 
 
-def _when(model: Checkpoint, profile: Profile, entry: ProfileSlider) -> When:
+def _when(library: Library, profile: Profile, entry: ProfileSlider) -> When:
     if entry.when is None:
         return ALWAYS
     named = entry.when.while_slider
-    target: Direction | Feature | None = None if named is None else _slider(model, profile, named).target
+    target: Direction | Feature | None = None if named is None else _slider(library, profile, named).target
     return entry.when.on(target)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from steer.live.fit_check import warn_of_poor_fits
-from steer.live.library import find_slider, sliders_of
+from steer.live.library import Library
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
@@ -64,13 +64,19 @@ class Sliders(MutableMapping[str, float]):
 
     def slider(self, name: str) -> Slider:
         """The slider of that name. Errors: UsageError when no direction or feature of that name is known."""
-        if name not in self._known:
-            self._known[name] = find_slider(self._model, name)
-        return self._known[name]
+        return self.find([name])[0]
+
+    def find(self, names: Collection[str]) -> list[Slider]:
+        """The sliders of these names; what is on disk is read once for all of them. Errors: as `slider`."""
+        library = Library(self._model)
+        for name in names:
+            if name not in self._known:
+                self._known[name] = library.slider(name)
+        return [self._known[name] for name in names]
 
     def known(self) -> dict[str, Slider]:
         """Every slider that can be moved by name: those used so far, and the library's for the checkpoint."""
-        for name, slider in sliders_of(self._model.sketch()).items():
+        for name, slider in Library(self._model).sliders().items():
             self._known.setdefault(name, slider)
         return dict(self._known)
 
@@ -113,7 +119,8 @@ class Sliders(MutableMapping[str, float]):
     def replace(self, amounts: Mapping[str, float], known: Sequence[Slider] = ()) -> None:
         """Let these stand and no others, in one step. `known`: sliders that the names mean from now on."""
         meant = {slider.name: slider for slider in known}
-        self._change({n: (meant.get(n) or self.slider(n)).check(a) for n, a in amounts.items()}, known)
+        self.find([n for n in amounts if n not in meant])
+        self._change({n: (meant.get(n) or self._known[n]).check(a) for n, a in amounts.items()}, known)
 
     def undo(self) -> bool:
         """Go back one change. False when there is none."""

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from steer.errors import SteerError, UsageError
 from steer.live.session import Session
+from steer.values.names import COMMANDS
 from steer.values.profile import Profile
 from steer.values.slider import parse_amount
 
@@ -63,6 +64,7 @@ class _Terminal:
             "clear": self.clear,
             "quit": self.quit,
         }
+        assert {*self.commands, "profile", "save"} == COMMANDS
 
     def run(self) -> None:
         if self.interactive:

@@ -29,6 +29,7 @@ _WHEN_KEYS = ("part", "first", "after", "ramp", "while")
 _WHILE_KEYS = ("slider", "above", "below")
 _SAMPLER_KEYS = tuple(f.name for f in fields(Sampler))
 _FILES = ".safetensors"
+_NAME_LIMIT = 80
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,11 @@ class Profile:
 
     def __post_init__(self) -> None:
         _check_text("name", self.name)
+        if len(self.name) > _NAME_LIMIT or any(c in self.name for c in "/\\@"):
+            raise UsageError(
+                f"name: expected at most {_NAME_LIMIT} characters without /, \\ and @, found {shown(self.name)}; "
+                "rename it"
+            )
         _check_text("notes", self.notes, lines=True)
         if self.preset is not None:
             preset(self.preset)

@@ -11,6 +11,8 @@ import yaml
 from steer.errors import SteerError
 from steer.files import one_line
 
+_YAML_LIMIT = 1_000_000
+"""Bytes of a YAML file."""
 _DEPTH_LIMIT = 32
 _NODE_LIMIT = 50_000  # PyYAML makes some 30,000 values a second
 
@@ -30,14 +32,31 @@ def read_small(path: Path, limit: int, what: str) -> bytes:
     return data
 
 
-def load_yaml(data: bytes, where: str, what: str) -> Any:
-    """Plain data. Keys that come twice are refused, and so are anchors and aliases: a few lines of them can stand
-    for gigabytes. Errors: SteerError."""
+def stamp(path: Path) -> tuple[int, ...]:
+    """What differs once a file was written anew; empty for one that is not there."""
     try:
-        return yaml.load(data.decode("utf-8-sig"), _Loader)
-    # Dates, numbers and escapes that are out of range raise ValueError and OverflowError in PyYAML.
-    except (yaml.YAMLError, ValueError, OverflowError) as e:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def load_yaml(data: bytes, where: str, what: str, *, aliases: bool = False) -> Any:
+    """Plain data from YAML, 50,000 values in 32 levels at most.
+
+    Keys that come twice are refused, and so are anchors and aliases: a few lines of them can stand for gigabytes. With
+    `aliases` they are read, and each counts as all that it stands for. Errors: SteerError, one line.
+    """
+    try:
+        return yaml.load(data.decode("utf-8-sig"), _WithAliases if aliases else _Loader)
+    # PyYAML raises ValueError for a date that is none, AttributeError for `!!timestamp x`, IndexError for `!!int ''`.
+    except Exception as e:
         raise SteerError(f"{where}: expected {what} in YAML, found {one_line(e)}; mend the file") from e
+
+
+def read_yaml(path: Path, what: str, *, aliases: bool = False) -> Any:
+    """Plain data from a YAML file of at most a megabyte. Errors: SteerError, as `read_small` and `load_yaml`."""
+    return load_yaml(read_small(path, _YAML_LIMIT, what), str(path), what, aliases=aliases)
 
 
 def dump_yaml(data: Any) -> bytes:
@@ -54,31 +73,57 @@ def shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    _depth = _nodes = 0
+    _aliases = False
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, tuple[int, int]] = {}
+        """id of a finished node -> its values and its levels, aliases written out."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.YAMLError(f"an anchor or alias (&, *) in line {event.start_mark.line + 1}, not in quotes")
-        self._nodes += 1
-        if self._nodes > _NODE_LIMIT:
-            raise yaml.YAMLError(f"more than {_NODE_LIMIT:,} values")
-        self._depth += 1
-        # PyYAML calls itself for every level.
-        if self._depth > _DEPTH_LIMIT:
-            raise yaml.YAMLError(f"more than {_DEPTH_LIMIT} levels in line {event.start_mark.line + 1}")
-        node = super().compose_node(parent, index)
+        alias = isinstance(event, yaml.AliasEvent)
+        line = event.start_mark.line + 1
+        if not self._aliases and (alias or getattr(event, "anchor", None) is not None):
+            raise yaml.YAMLError(f"an anchor or alias (&, *) in line {line}, not in quotes")
+        before, self._depth = self._nodes, self._depth + 1
+        if alias:
+            node: Any = super().compose_node(parent, index)
+            if id(node) not in self._sizes:
+                raise yaml.YAMLError(f"an alias in line {line} to what it is a part of")
+            size, levels = self._sizes[id(node)]
+            self._count(size, levels, line)
+        else:
+            self._count(1, 1, line)  # before the node, as PyYAML calls itself for every level
+            node = super().compose_node(parent, index)
+            children = getattr(node, "value", ()) if not isinstance(node, yaml.ScalarNode) else ()
+            flat = [n for c in children for n in (c if isinstance(c, tuple) else (c,))]
+            levels = 1 + max((self._sizes[id(n)][1] for n in flat), default=0)
+            self._sizes[id(node)] = self._nodes - before, levels
         self._depth -= 1
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.YAMLError(f"the key {shown(key.value)} a second time in line {key.start_mark.line + 1}")
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
+
+    def _count(self, values: int, levels: int, line: int) -> None:
+        self._nodes += values
+        if self._nodes > _NODE_LIMIT:
+            raise yaml.YAMLError(f"more than {_NODE_LIMIT:,} values")
+        if self._depth + levels - 1 > _DEPTH_LIMIT:
+            raise yaml.YAMLError(f"more than {_DEPTH_LIMIT} levels in line {line}")
+
+
+class _WithAliases(_Loader):
+    _aliases = True
 
 
 class _Dumper(yaml.SafeDumper):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
 from steer.errors import SteerError, UsageError
+from steer.values.names import check_name
+from steer.values.small_files import read_yaml, shown
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,21 @@ class Trait:
 
     @classmethod
     def _read(cls, path: Path) -> Trait:
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            first = str(e).replace("\n", " ")
-            raise SteerError(f"{path}: expected a trait in YAML, found {first}; mend the file") from e
+        raw = read_yaml(path, "a trait", aliases=True)
         wanted = {"name": str, "summary": str, "with": str, "without": str}
         lists = ("markers", "fit", "held_out")
         if not isinstance(raw, dict):
             raise SteerError(f"{path}: expected a mapping with {', '.join([*wanted, *lists])}, found no mapping")
-        unknown = sorted(set(raw) - set(wanted) - set(lists))
+        unknown = [key for key in raw if key not in (*wanted, *lists)]
         if unknown:
-            raise SteerError(f"{path}: unknown key {unknown[0]!r}; expected {', '.join([*wanted, *lists])}")
+            raise SteerError(f"{path}: unknown key {shown(unknown[0])}; expected {', '.join([*wanted, *lists])}")
         for key in wanted:
             if not isinstance(raw.get(key), str) or not raw[key].strip():
-                raise SteerError(f"{path}: expected text under {key!r}, found {raw.get(key)!r}; fill it in")
+                raise SteerError(f"{path}: expected text under {key!r}, found {shown(raw.get(key))}; fill it in")
+        try:
+            check_name(raw["name"], f"{path}: name")
+        except UsageError as e:
+            raise SteerError(str(e)) from e
         for key in lists:
             value = raw.get(key)
             if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
@@ -73,7 +73,7 @@ class Trait:
         shared = set(raw["fit"]) & set(raw["held_out"])
         if shared:
             raise SteerError(
-                f"{path}: topic {min(shared)!r} is in both 'fit' and 'held_out'; held-out topics must be unseen"
+                f"{path}: topic {shown(min(shared))} is in both 'fit' and 'held_out'; held-out topics must be unseen"
             )
         return cls(
             name=raw["name"],
@@ -103,5 +103,5 @@ class NeutralPrompts:
     @classmethod
     def load(cls) -> NeutralPrompts:
         """The prompts that ship."""
-        raw = yaml.safe_load((resources.files("steer") / "traits" / "neutral.yaml").read_text(encoding="utf-8"))
+        raw = read_yaml(Path(str(resources.files("steer") / "traits" / "neutral.yaml")), "prompts")
         return cls(tuple(raw["fit"]), tuple(raw["held_out"]))

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from steer.errors import SteerError
+from steer.values.small_files import load_yaml
+
 if TYPE_CHECKING:
     from steer.weights.certify import Certificate
 
@@ -125,7 +128,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
         return {}
     match = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        header = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        header = load_yaml(match[1].encode(), str(path), "a header", aliases=True) if match else None
+    except SteerError:
         return {}
     return header if isinstance(header, dict) else {}

@@ -16,9 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from steer.errors import CheckpointError, SteerError
+from steer.values.small_files import read_yaml
 from steer.weights.fetch import PACKAGED, disk_errors, hub_errors, resolve
 from steer.weights.staging import check_output, hash_file, staged, write_json
 
@@ -33,12 +32,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     Errors: SteerError when the file is missing or mergekit does not accept it.
     """
-    if not path.is_file():
-        raise SteerError(f"{path}: expected a mergekit recipe, found no file; check the path")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise SteerError(f"{path}: expected YAML, found {' '.join(str(e).split())}; mend the recipe") from e
+    raw = read_yaml(path, "a mergekit recipe", aliases=True)
     _validated(raw, path)
     return raw
 

@@ -16,7 +16,7 @@ import yaml
 from tiny_chat import hooks_on, keep_direction, save_tiny_chat
 from torch import Tensor
 
-from steer.errors import CheckpointError, MismatchError, SteerError, UsageError
+from steer.errors import CheckpointError, MismatchError, SkippedWarning, UsageError
 from steer.live import library
 from steer.live.decode import decode, generate
 from steer.live.fit_check import FitWarning, check_fit
@@ -395,13 +395,59 @@ def test_what_there_is_can_be_told_from_the_manifests_alone(model, keep):
         model.sliders["preach"] = 1.0
 
 
-@pytest.mark.parametrize("text", ["{", "- name: x", "- {name: x, latents: [1], units: []}", "name: x", "- 3"])
-def test_a_broken_list_of_sliders_is_one_line_that_names_it(model, keep, text):
+BROKEN = ["{", "- name: x", "- {name: x, latents: [1], units: []}", "name: x", "- 3", "a: &a [*a]", "[" * 10**5]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_list_of_sliders_is_passed_over_with_one_warning_that_names_it(model, keep, text):
     place = keep(make())
     (place / "sliders.yaml").write_text(text)
-    with pytest.raises(SteerError, match=r"sliders\.yaml") as caught:
-        model.sliders.known()
-    assert "\n" not in str(caught.value)
+    with pytest.warns(SkippedWarning, match=r"sliders\.yaml: expected") as caught:
+        assert model.sliders.known() == {}
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    model.sliders["L1/8"] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(model.sliders.known()) == ["L1/8"]
+
+
+def test_one_broken_file_among_many_stops_nobody(model, keep, chat_checkpoint, make_direction):
+    place = keep(make())
+    good = keep_direction(chat_checkpoint, make_direction("good"))
+    folder, cases = good.parent, {}
+    for number, data in enumerate((b"", b"{}", b"\xff" * 99, good.read_bytes()[:-9], b"\x01" + bytes(7) + b"[")):
+        (file := folder / f"a{number}.safetensors").write_bytes(data)
+        cases[file] = str(file)
+    for number, provenance in enumerate(({"sketch": "A"}, {"sketch": "QUJD"}, {"sketch": 3})):
+        file = replace(make_direction("bad"), provenance=provenance).save(folder / f"b{number}.safetensors")
+        cases[file] = str(file)
+    for number, text in enumerate(('{"name": "x"', "[]", "[" * 10**5, '{"sketch": {}}', "\xff")):
+        (other := place.parent / f"torn{number}").mkdir()
+        (other / "manifest.json").write_text(text, encoding="latin-1")
+        cases[other] = str(other)
+    with pytest.warns(SkippedWarning) as caught:
+        assert list(model.sliders.known()) == ["good", "preach", "sum"]
+    told = [str(w.message) for w in caught]
+    assert len(told) == len(cases)
+    for name in cases.values():
+        assert sum(name in text for text in told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sliders["good"] = 1.0
+
+
+def test_many_names_are_looked_up_by_reading_the_library_once(
+    model, keep, chat_checkpoint, make_direction, monkeypatch
+):
+    keep(make())
+    for number in range(5):
+        keep_direction(chat_checkpoint, make_direction(f"d{number}", seed=number + 1))
+    reads = []
+    listed = library.direction_files
+    monkeypatch.setattr(library, "direction_files", lambda: reads.append(1) or listed())
+    model.sliders.replace({"d0": 1.0, "d1": 1.0, "d2:ablate": 1.0, "preach": 1.0, "L1/8": 1.0})
+    assert reads == [1]
 
 
 # Fit

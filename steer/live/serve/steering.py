@@ -164,7 +164,7 @@ class Board:
             return start
         try:
             # A name means what it means in the profile, else what the library knows by it.
-            known = [start.sliders.slider(name) for name in {**start.sliders, **changes}]
+            known = start.sliders.find({**start.sliders, **changes})
             amounts = {name: a for name, a in {**start.sliders, **changes}.items() if a is not None}
             sliders = Sliders(self._model, live=False)
             sliders.replace(amounts, known)
