@@ -211,7 +211,7 @@ def test_a_path_that_leads_nowhere_is_named(refused: Callable[..., str], argumen
 
 def test_a_directory_that_is_no_checkpoint_is_named(folder: Path, refused: Callable[..., str]) -> None:
     (folder / "empty").mkdir()
-    assert "empty: expected a Hugging Face checkpoint" in refused("chat", "empty", code=1)
+    assert "empty: expected a directory with a Hugging Face checkpoint" in refused("chat", "empty", code=1)
     assert "expected a certificate" in refused("verify", "a", code=1)
 
 

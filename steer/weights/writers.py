@@ -89,10 +89,12 @@ class _Search:
                 raise self._quantised(f"it has a tensor {name}")
         embeddings = [f"{self.base}{e}.weight" for e in self.layout.embeddings]
         writers = [Writer("embedding", None, name, axis=1) for name in embeddings]
-        for block in range(self.anatomy.blocks):
-            writers += self._block(block)
         for writer in writers:
             self._check_writer(writer)
+        for block in range(self.anatomy.blocks):
+            for writer in self._block(block):  # checked one by one: a config may claim any number of blocks
+                self._check_writer(writer)
+                writers.append(writer)
         self._check_rest({name for w in writers for name in (w.tensor, w.bias)})
         heads = [f"{head}.weight" for head in self.layout.heads]
         head = next((h for h in heads if h in self.tensors), heads[0])
@@ -120,10 +122,9 @@ class _Search:
         for name in self._names(path, part):
             yield Writer(kind, block, name, part.axis, bias, part.stacked, between)
 
-    def _names(self, path: str, part: Part) -> list[str]:
-        if "{}" not in part.weight:
-            return [path + part.weight]
-        return [path + part.weight.format(e) for e in range(self.anatomy.experts)]
+    def _names(self, path: str, part: Part) -> Iterator[str]:
+        for expert in range(self.anatomy.experts if "{}" in part.weight else 1):
+            yield path + part.weight.format(expert)
 
     def _check_writer(self, writer: Writer) -> None:
         rank = 2 + writer.stacked
