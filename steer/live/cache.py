@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from collections.abc import Sequence
+
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 STEP = 64
 """Tokens of room made at a time."""
+Piece = tuple[list[int], int, slice]
+"""(rows of a new cache, the row of an old one that they begin with, its columns)"""
 
 
 class GrowingLayer(DynamicLayer):
@@ -32,19 +36,42 @@ class GrowingLayer(DynamicLayer):
         self.values = self._appended("values", self.values, value_states)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
+        """Keep these rows, in this order. Rows that leave are overwritten by others where that moves few of them."""
+        rows = indices.tolist()
+        moved = {to: row for to, row in enumerate(rows) if to != row}
+        if not self.get_seq_length() or any(row < len(rows) for row in moved.values()):
+            super().batch_select_indices(indices)
+            return
+        for to, row in moved.items():
+            self.keys[to], self.values[to] = self.keys[row], self.values[row]
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+
+    def begin(self, other: GrowingLayer, pieces: Sequence[Piece], rows: int, columns: int) -> None:
+        """Begin with `columns` tokens that another cache holds, each row's at its right end; zeros before them."""
+        self.lazy_initialization(other.keys, other.values)
+        for name, held in (("keys", other.keys), ("values", other.values)):
+            room = held.new_empty(rows, held.shape[1], columns + STEP, held.shape[-1])
+            # Masked columns have no weight, but nothing times zero is not always zero.
+            room[:, :, :columns] = 0
+            for to, row, taken in pieces:
+                room[to, :, columns - (taken.stop - taken.start) : columns] = held[row, :, taken]
+            self._rooms[name] = room
+        self.keys, self.values = (self._rooms[name][:, :, :columns] for name in ("keys", "values"))
+
     def _appended(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
         seq = held.shape[-2] if held is not None and held.numel() else 0
-        total = seq + new.shape[-2]
+        rows, total = new.shape[0], seq + new.shape[-2]
         room = self._rooms.get(name)
         # Rows may have been selected, or the cache cropped: then `held` is no longer the start of the buffer.
         ours = room is not None and held is not None and room.data_ptr() == held.data_ptr()
-        if not ours or room is None or room.shape[0] != new.shape[0] or room.shape[-2] < total:
+        if not ours or room is None or room.shape[0] < rows or room.shape[-2] < total:
             room = new.new_empty(*new.shape[:2], total + STEP, new.shape[-1])
             if held is not None and seq:
                 room[:, :, :seq] = held
             self._rooms[name] = room
-        room[:, :, seq:total] = new
-        return room[:, :, :total]
+        room[:rows, :, seq:total] = new
+        return room[:rows, :, :total]
 
 
 def growing_cache(config: PretrainedConfig) -> Cache:
@@ -52,3 +79,15 @@ def growing_cache(config: PretrainedConfig) -> Cache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def branched(cache: Cache, pieces: Sequence[Piece], rows: int, columns: int) -> Cache:
+    """A cache of `rows` texts that begin with what some rows of another one hold; see `GrowingLayer.begin`."""
+    new = DynamicCache()
+    new.layers = []
+    for layer in cache.layers:
+        assert isinstance(layer, GrowingLayer)
+        mine = GrowingLayer()
+        mine.begin(layer, pieces, rows, columns)
+        new.layers.append(mine)
+    return new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -116,21 +116,3 @@ def decode(
             cache.batch_select_indices(keep)
             alive = [alive[j] for j in going]
             row = torch.tensor(alive, device=device)
-
-
-def generate(
-    model: SteeredModel,
-    prompts: Sequence[Sequence[int]],
-    sampler: Sampler,
-    keys: Sequence[int] | None = None,
-    on_tokens: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """The replies' token ids, end tokens left out. `on_tokens` is told how many were made each step."""
-    out: list[list[int]] = [[] for _ in prompts]
-    for step in decode(model, prompts, sampler, keys):
-        for row, token in zip(step.rows, step.tokens, strict=True):
-            if token not in model.end_token_ids:
-                out[row].append(token)
-        if on_tokens is not None:
-            on_tokens(len(step.rows))
-    return out

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import CheckpointError, UsageError
+from steer.live.batch import generate
 from steer.live.compiled import CompiledStep
-from steer.live.decode import decode, generate
+from steer.live.decode import decode
 from steer.live.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
 from steer.live.loading import files_of, read_model
 from steer.live.memory import Memory
@@ -168,11 +171,13 @@ class SteeredModel:
         keys: Sequence[int] | None = None,
         batch: int = 64,
         on_tokens: Callable[[int], None] | None = None,
+        sums: Float[Tensor, "sites chats d"] | None = None,
     ) -> list[list[int]]:
-        """Replies to many chats, as token ids, each row under an edit of its own (None: untouched).
+        """Replies to many chats, as token ids, each row under its own edit (None: untouched).
 
         Chats of like length are batched together. `keys` seed the rows' random streams: rows with one key
-        draw the same numbers, which pairs an edited reply with the unedited one.
+        draw the same numbers, which pairs an edited reply with the unedited one. `sums` is set to the residual stream
+        after each block, summed over the tokens of each reply.
         """
         prompts = [self.prompt_ids(c) for c in chats]
         keys = list(keys) if keys is not None else list(range(len(prompts)))
@@ -180,8 +185,22 @@ class SteeredModel:
         out: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            with self.steering.applied([edits[i] for i in rows]) if edits is not None else _as_is():
-                made = generate(self, [prompts[i] for i in rows], sampler, [keys[i] for i in rows], on_tokens)
+            part = None if sums is None else sums.new_zeros(len(sums), len(rows), sums.shape[-1])
+            # Each different edit is applied once, however many rows are under it.
+            each = list(dict.fromkeys(edits[i] for i in rows)) if edits is not None else []
+            which = [each.index(edits[i]) for i in rows] if edits is not None else None
+            with self.steering.applied(each) if each else _as_is():
+                made = generate(
+                    self,
+                    [prompts[i] for i in rows],
+                    sampler,
+                    [keys[i] for i in rows],
+                    on_tokens,
+                    which=which,
+                    sums=part,
+                )
+            if sums is not None and part is not None:
+                sums[:, rows] = part
             for i, reply in zip(rows, made, strict=True):
                 out[i] = reply
         return out

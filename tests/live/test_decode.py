@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_chat import hooks_on, save_tiny_chat
 
-from steer.live.decode import decode, generate
+from steer.live.batch import generate
+from steer.live.decode import decode
 from steer.live.model import SteeredModel, load
 from steer.values.edit import Edit
 from steer.values.sampler import Sampler

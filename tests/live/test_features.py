@@ -18,7 +18,8 @@ from torch import Tensor
 
 from steer.errors import CheckpointError, MismatchError, SkippedWarning, UsageError
 from steer.live import library
-from steer.live.decode import decode, generate
+from steer.live.batch import generate
+from steer.live.decode import decode
 from steer.live.fit_check import FitWarning, check_fit
 from steer.live.library import dictionaries_of, own_dictionary_place
 from steer.live.model import SteeredModel, load

@@ -21,8 +21,9 @@ from tiny_chat import hooks_on
 from torch import Tensor
 
 from steer.errors import MismatchError
+from steer.live.batch import generate
 from steer.live.cache import growing_cache
-from steer.live.decode import decode, generate
+from steer.live.decode import decode
 from steer.live.frame import TextPass
 from steer.live.model import SteeredModel, load
 from steer.values.direction import Direction

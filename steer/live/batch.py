@@ -1,0 +1,97 @@
+"""Replies to many prompts at once, each under its own edit and from its own random stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.live.forward import logits
+from steer.live.prefill import decoder_pass, prefill
+from steer.live.record import reading
+from steer.live.sampling import Draw, choose
+from steer.values.sampler import Sampler
+
+if TYPE_CHECKING:
+    from steer.live.model import SteeredModel
+
+
+@torch.inference_mode()
+def generate(
+    model: SteeredModel,
+    prompts: Sequence[Sequence[int]],
+    sampler: Sampler,
+    keys: Sequence[int] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+    *,
+    which: Sequence[int] | None = None,
+    sums: Float[Tensor, "sites rows d"] | None = None,
+) -> list[list[int]]:
+    """The replies' token ids, end tokens left out.
+
+    Rows with one prompt under one edit are read once; a row that ends leaves the batch. Each row draws from its own
+    random stream, seeded by (sampler.seed, keys[row]), so a row alone gives the same text as in a batch, up to
+    rounding. `which`: for each row, which of the applied edits it is under; by default its own, or the only one.
+    `sums` is added to: the residual stream of every reply token, by site. `on_tokens` is given the number of tokens
+    made by each step.
+    """
+    several, device, ends = len(model.steering.rows) > 1, model.device, model.end_token_ids
+    which = (which or range(len(prompts))) if several else None
+    of = [(which[i] if which is not None else 0, tuple(p)) for i, p in enumerate(prompts)]
+    distinct = {key: i for i, key in enumerate(dict.fromkeys(of))}
+    read = prefill(
+        model,
+        [p for _, p in distinct],
+        prompts=[len(p) for _, p in distinct],
+        which=[w for w, _ in distinct] if several else None,
+    )
+    expand = torch.tensor([distinct[key] for key in of], device=device)
+    scores, mask, cache = logits(model, read.hidden[:, -1:])[:, -1], read.mask[expand], read.cache
+    if len(distinct) < len(of):
+        scores = scores[expand]
+        cache.batch_select_indices(expand)
+    seeds = keys if keys is not None else range(len(prompts))
+    draws = [Draw(sampler, p, k, model.tokenizer) for p, k in zip(prompts, seeds, strict=True)]
+    row = torch.tensor(list(which), device=device) if which is not None else None
+    starts = torch.tensor([[len(p)] for p in prompts], device=device)
+    out: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    with ExitStack() as hooks:
+        if sums is not None:
+
+            def add(site: int, h: Tensor) -> None:
+                sums[site].index_add_(0, torch.tensor(alive, device=sums.device), h[:, 0].to(sums))
+
+            hooks.enter_context(reading(model.hf, model.anatomy, range(model.anatomy.blocks), add))
+        for step in range(sampler.max_new_tokens):
+            tokens = choose(scores, [draws[i] for i in alive])
+            if on_tokens is not None:
+                on_tokens(len(alive))
+            for i, token in zip(alive, tokens, strict=True):
+                if token not in ends:
+                    out[i].append(token)
+            last = step + 1 == sampler.max_new_tokens
+            stay = _order([token not in ends for token in tokens])
+            if not stay or (last and sums is None):
+                break
+            if len(stay) < len(alive):
+                keep = torch.tensor(stay, device=device)
+                mask, starts, row = mask[keep], starts[keep], None if row is None else row[keep]
+                cache.batch_select_indices(keep)
+                alive, tokens = [alive[j] for j in stay], [tokens[j] for j in stay]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            hidden = decoder_pass(model, torch.tensor(tokens, device=device)[:, None], mask, cache, row, starts)
+            if not last:
+                scores = logits(model, hidden[:, -1:])[:, -1]
+    return out
+
+
+def _order(stays: Sequence[bool]) -> list[int]:
+    """The rows that stay, the last of them in the places of those that leave: few are moved in the cache."""
+    count = sum(stays)
+    last = iter(j for j in range(count, len(stays)) if stays[j])
+    return [j if stays[j] else next(last) for j in range(count)]
