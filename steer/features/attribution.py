@@ -118,9 +118,9 @@ def _logprob_gradient(model: SteeredModel, hidden: Tensor, ids: Tensor, response
 def _frozen(module: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside: the blocks below the site then keep nothing for a backward pass."""
     asking = [p for p in module.parameters() if p.requires_grad]
-    for p in asking:
-        p.requires_grad_(False)
     try:
+        for p in asking:
+            p.requires_grad_(False)
         yield
     finally:
         for p in asking:

@@ -8,6 +8,8 @@ tokens loses `multiplier * base ** (n - allowed_length)` of its logit, n being t
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -80,18 +82,34 @@ def common_prefixes(text: Sequence[int]) -> list[int]:
     return lengths
 
 
-_breaker_ids: WeakKeyDictionary[Any, dict[tuple[str, ...], frozenset[int]]] = WeakKeyDictionary()
+_SETS = 16
+"""Sets of breakers that are kept for a tokenizer; one may hold most of the vocabulary."""
+
+
+class _Known:
+    def __init__(self, tokenizer: Any) -> None:
+        self.texts: list[str] = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        self.sets: OrderedDict[tuple[str, ...], frozenset[int]] = OrderedDict()
+
+
+_known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def breaker_ids(tokenizer: Any, breakers: tuple[str, ...]) -> frozenset[int]:
-    """The tokens that break a match, kept for each tokenizer.
+    """The tokens that break a match. It takes part of a second; the last few sets are kept for each tokenizer.
 
     Of every breaker the last token of "a" + breaker, which is what DRY's definition takes (the letter keeps a
     tokenizer from treating it as the beginning of a text); and every token that has the breaker in it, because a
     tokenizer writes it together with its neighbours: a full stop and a quote, two line ends.
     """
-    known = _breaker_ids.setdefault(tokenizer, {})
-    if breakers not in known:
+    with _lock:
+        if tokenizer not in _known:
+            _known[tokenizer] = _Known(tokenizer)
+        known = _known[tokenizer]
+        if breakers in known.sets:
+            known.sets.move_to_end(breakers)
+            return known.sets[breakers]
         ids: set[int] = set()
         letter = tokenizer("a", add_special_tokens=False).input_ids
         for breaker in breakers:
@@ -99,7 +117,8 @@ def breaker_ids(tokenizer: Any, breakers: tuple[str, ...]) -> frozenset[int]:
             # A tokenizer that splits at spaces has no token for one.
             if after_letter != letter:
                 ids.add(after_letter[-1])
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if breakers else []
-        ids |= {i for i, text in enumerate(texts) if any(b in text for b in breakers)}
-        known[breakers] = frozenset(ids - {tokenizer.unk_token_id})
-    return known[breakers]
+        ids |= {i for i, text in enumerate(known.texts) if any(b in text for b in breakers)}
+        known.sets[breakers] = frozenset(ids - {tokenizer.unk_token_id})
+        while len(known.sets) > _SETS:
+            known.sets.popitem(last=False)
+        return known.sets[breakers]

@@ -29,18 +29,27 @@ from steer.weights.anatomy import Anatomy, LiveWriter
 from steer.weights.arithmetic import ablate, growth, shadow
 
 
+@dataclass(frozen=True, eq=False)
+class WriterHook:
+    """One hook of one writer, not on the model until it is registered."""
+
+    module: nn.Module
+    hook: Callable[..., Any]
+    before: bool
+    """Whether it is given the module's input, not its output."""
+
+    def register(self) -> RemovableHandle:
+        """Put it on the model."""
+        if self.before:
+            return self.module.register_forward_pre_hook(self.hook)
+        return self.module.register_forward_hook(self.hook, prepend=True)
+
+
 class KeptNorms:
-    """Owns the hooks of the rows whose edits keep norms; other rows of a batch pass through them as they are."""
+    """Makes the hooks of the rows whose edits keep norms; other rows of a batch pass through them as they are."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, text: Callable[[], TextPass]) -> None:
         self.model, self.anatomy, self._text = model, anatomy, text
-        self._handles: list[RemovableHandle] = []
-        self._rows: Rows = ()
-
-    @property
-    def running(self) -> int:
-        """How many hooks are on the model."""
-        return len(self._handles)
 
     @property
     def cannot(self) -> str | None:
@@ -56,25 +65,20 @@ class KeptNorms:
                 )
         return None
 
-    def run(self, rows: Rows) -> None:
-        """Put the hooks of these rows on the model in place of those that are there."""
-        rows = tuple(e if e is not None and e.ablate and e.method.norm_preserving else None for e in rows)
-        if rows == self._rows:
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._rows = [], rows
+    def hooks(self, rows: Rows) -> tuple[WriterHook, ...]:
+        """Those of rows out of `keeping`."""
         edits = list(dict.fromkeys(e for e in rows if e is not None))
-        if not edits:
-            return
         # 0 stands for the rows that are left alone.
         of_row = torch.tensor([0 if e is None else 1 + edits.index(e) for e in rows]) if len(rows) > 1 else None
         each = [Ablation(e, self._gain) for e in edits]
-        for writer, module in _writers(self.model, self.anatomy):
+        made: list[WriterHook] = []
+        for writer, module in _writers(self.model, self.anatomy) if edits else ():
             if any(a.strength(writer) for a in each):
-                self._hook(_Writer.of(writer, module, each, _axis(self.anatomy, writer)), module, of_row)
+                what = _Writer.of(writer, module, each, _axis(self.anatomy, writer))
+                made += self._hooks(what, module, of_row)
+        return tuple(made)
 
-    def _hook(self, what: _Writer, module: nn.Module, of_row: Int[Tensor, " rows"] | None) -> None:
+    def _hooks(self, what: _Writer, module: nn.Module, of_row: Int[Tensor, " rows"] | None) -> list[WriterHook]:
         inside: list[Tensor] = []
 
         def before(_: nn.Module, args: Any) -> Any:
@@ -86,13 +90,17 @@ class KeptNorms:
             rows = _rows(self._text(), of_row, output.device)
             return what.written(output, inside.pop(), rows) if what.cast is not None else what.row(output, rows)
 
-        if what.cast is not None:
-            self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(behind, prepend=True))
+        after = WriterHook(module, behind, before=False)
+        return [after] if what.cast is None else [WriterHook(module, before, before=True), after]
 
     def _gain(self, name: str) -> Tensor:
         gain = self.model.get_parameter(name).detach()
         return gain.to("cpu", torch.float64) + self.anatomy.layout.gain_offset
+
+
+def keeping(rows: Rows) -> Rows:
+    """The edits that keep norms, None in place of the others."""
+    return tuple(e if e is not None and e.ablate and e.method.norm_preserving else None for e in rows)
 
 
 _Picked = tuple[Int[Tensor, " texts"] | None, bool]

@@ -12,7 +12,7 @@ from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import CONFIG, MANIFEST, WEIGHTS, load_dictionary, read_manifest
 from steer.values.direction import Direction
 from steer.values.feature import Feature
-from steer.values.names import LATENT
+from steer.values.names import LATENT, is_name
 from steer.values.slider import Slider, parse_name
 from steer.values.slider_rows import slider_rows
 from steer.values.small_files import shown, stamp
@@ -108,9 +108,10 @@ class Library:
         if match := LATENT.fullmatch(name):
             return self._latent(int(match[1]), int(match[2]))
         there = [*self.directions, *(n for n in self.rows if n not in self.directions)]
+        trait = name if is_name(name) else "TRAIT"
         raise UsageError(
             f"slider {shown(name)}: expected a direction or a feature of that name for {self.model.name}, "
-            f"found {', '.join(there) or 'none'}; make it with: steer find {self.model.name} {name[:60]}"
+            f"found {', '.join(there) or 'none'}; make it with: steer find {self.model.name} {trait}"
         )
 
     def _latent(self, site: int, index: int) -> Slider:
@@ -162,7 +163,7 @@ def find_direction(model: Checkpoint, name: str) -> Direction:
         there = f"found {', '.join(known)}" if known else "found none"
         raise UsageError(
             f"slider {shown(name)}: expected a direction of that name for {model.name}, {there}; "
-            f"make it with: steer find {model.name} {name[:60]}"
+            f"make it with: steer find {model.name} {name if is_name(name) else 'TRAIT'}"
         )
     return known[name]
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steer.weights.anatomy import Anatomy
 
@@ -20,10 +21,10 @@ def reading(model: nn.Module, anatomy: Anatomy, sites: Sequence[int], reader: Re
 
     Hooks are removed when the block ends, exceptions included.
     """
-    handles = []
+    handles: list[RemovableHandle] = []
+    modules = {site: model.get_submodule(anatomy.block_module(site)) for site in sites}
     try:
-        for site in sites:
-            module = model.get_submodule(anatomy.block_module(site))
+        for site, module in modules.items():
 
             def hook(module, args, output, site=site):  # type: ignore[no-untyped-def]
                 reader(site, output[0] if isinstance(output, tuple) else output)
@@ -31,8 +32,17 @@ def reading(model: nn.Module, anatomy: Anatomy, sites: Sequence[int], reader: Re
             handles.append(module.register_forward_hook(hook))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        try:
+            _take_off(handles)
+        except BaseException:  # Ctrl-C between two of them
+            _take_off(handles)
+            raise
+
+
+def _take_off(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles[-1].remove()
+        handles.pop()
 
 
 class Recording:

@@ -64,8 +64,9 @@ class Draw:
 
 
 @torch.inference_mode()
-def choose(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> list[int]:
-    """The next token of each text, which is appended to it. The logits stay as they are.
+def choose(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> list[int | None]:
+    """The next token of each text, which is appended to it; None where no token can be drawn, as all of them are banned
+    or the logits are not finite. The logits stay as they are.
 
     Rows whose samplers differ in no more than seed and length are drawn together; a row gets the same token in any
     company.
@@ -73,13 +74,22 @@ def choose(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> list[in
     alike: dict[Sampler, list[int]] = {}
     for i, row in enumerate(rows):
         alike.setdefault(row.kind, []).append(i)
-    out = [0] * len(rows)
+    out: list[int | None] = [None] * len(rows)
     for sampler, members in alike.items():
         scores = logits if len(members) == len(rows) else logits[torch.tensor(members, device=logits.device)]
         for i, token in zip(members, _drawn(scores, sampler, [rows[i] for i in members]), strict=True):
             out[i] = token
-            rows[i].append(token)
+            if token is not None:
+                rows[i].append(token)
     return out
+
+
+def nothing_to_draw() -> UsageError:
+    """What to raise where `choose` gives None."""
+    return UsageError(
+        "sampler: expected a token that can be drawn, found every one banned or a logit that is no number; take back "
+        "some of logit_bias, or bring the sliders nearer to 0"
+    )
 
 
 def logprobs(logits: Float[Tensor, " vocab"], token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
@@ -92,11 +102,15 @@ def logprobs(logits: Float[Tensor, " vocab"], token: int, top: int) -> tuple[flo
     return float(own[token]), list(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
-def _drawn(logits: Float[Tensor, "rows vocab"], sampler: Sampler, rows: Sequence[Draw]) -> list[int]:
+def _drawn(logits: Float[Tensor, "rows vocab"], sampler: Sampler, rows: Sequence[Draw]) -> list[int | None]:
     """A token a row, under one sampler."""
     scores, tokens = process(logits, sampler, rows)
     drawn = scores.argmax(-1) if sampler.temperature == 0 else invert(scores, rows)
-    return (drawn if tokens is None else tokens.gather(1, drawn[:, None]).squeeze(1)).tolist()
+    place = drawn.clamp(min=0)[:, None]
+    # Written so that NaN is none.
+    fine = (drawn >= 0) & (scores.gather(1, place).squeeze(1) > -torch.inf)
+    found = (place if tokens is None else tokens.gather(1, place)).squeeze(1)
+    return [token if token >= 0 else None for token in torch.where(fine, found, -1).tolist()]
 
 
 def process(
@@ -147,11 +161,13 @@ def _quickest(stages: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def invert(scores: Float[Tensor, "rows kept"], rows: Sequence[Draw]) -> Int[Tensor, " rows"]:
-    """One column a row, by inverting the cumulative distribution at one uniform number of the row's stream."""
+    """One column a row, by inverting the cumulative distribution at one uniform number of the row's stream; -1 where it
+    is none, as every score is -inf or one is no number."""
     total = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     u = _uniform(rows).to(total.device)
     drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)
-    return drawn.clamp(max=scores.shape[-1] - 1).squeeze(1)
+    drawn = drawn.clamp(max=scores.shape[-1] - 1).squeeze(1)
+    return torch.where(total[:, -1] > 0, drawn, -1)
 
 
 def _uniform(rows: Sequence[Draw]) -> Float[Tensor, " rows"]:

@@ -23,6 +23,8 @@ BUDGET = 0.8
 """Share of the residual norm, summed over the sliders of a site, from which replies tend to fall apart."""
 _STEPS = 200
 """Changes that can be undone."""
+_KNOWN = 1000
+"""Sliders that a copy takes along, beside those that stand: every name that a client asks for is one."""
 _State = dict[str, tuple[Slider, float]]
 
 
@@ -61,6 +63,14 @@ class Sliders(MutableMapping[str, float]):
         amount = slider.neutral if amount is None else slider.check(amount)
         amounts = {n: a for n, a in self._amounts.items() if n != slider.name}
         self._change(amounts if amount is None else amounts | {slider.name: amount}, [slider])
+
+    def copy(self) -> Sliders:
+        """Sliders that begin where these stand, and are not live. What they learn, these do not."""
+        out = Sliders(self._model, live=False)
+        known = self._known if len(self._known) <= _KNOWN else {n: self._known[n] for n in self._amounts}
+        out._known, out._amounts, out._current = dict(known), dict(self._amounts), self._current
+        out.ranges = dict(self.ranges)
+        return out
 
     def slider(self, name: str) -> Slider:
         """The slider of that name. Errors: UsageError when no direction or feature of that name is known."""
@@ -189,9 +199,14 @@ class Sliders(MutableMapping[str, float]):
         if edit is not None:
             self._model.steering.check(edit)
             warn_of_poor_fits(self._model, edit)
-        if self._live:
-            self._model.steering.set([edit])
-        self._amounts, self._current = amounts, edit
+        before = self._amounts, self._current
+        try:
+            self._amounts, self._current = amounts, edit
+            if self._live:
+                self._model.steering.set([edit])
+        except BaseException:
+            self._amounts, self._current = before
+            raise
 
 
 def as_slider(model: SteeredModel, key: Direction | Feature | Slider | str) -> Slider:

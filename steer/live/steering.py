@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.errors import UnsupportedError
 from steer.live.frame import TextPass
-from steer.live.kept_norms import KeptNorms
+from steer.live.kept_norms import KeptNorms, WriterHook, keeping
 from steer.live.program import Rows, SiteProgram, compiled
 from steer.values.edit import Edit
 from steer.values.move import Move
@@ -21,11 +23,28 @@ from steer.weights.anatomy import Anatomy
 
 NEUTRAL: Rows = (None,)
 _KEPT = 8
-"""Worked-out rows that are kept: sessions that take turns on a model apply and withdraw theirs at every token."""
+"""Rows that are kept worked out: sessions that take turns on a model apply and withdraw theirs at every token."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Applied:
+    """Rows, worked out. Nothing of it is on the model before `Steering._bring`."""
+
+    rows: Rows
+    held: tuple[Move, ...]
+    programs: dict[str, SiteProgram]
+    modules: dict[str, nn.Module]
+    """Of the programs, by path."""
+    writers: tuple[WriterHook, ...]
+    """Of norm-preserving ablations."""
 
 
 class Steering:
     """Owns every hook on one model. With neutral rows there is none.
+
+    Whatever may fail is worked out first. Then hooks are registered, one assignment says what they do, and hooks that
+    are not needed go; if that is interrupted, what was applied before is put back. A hook without a program does
+    nothing.
 
     Hooks read what to do from `SiteProgram`s at every call, so a changed amount registers nothing; with places held
     for moves (`hold`) it changes numbers in place and nothing else, which compiled code needs.
@@ -35,29 +54,39 @@ class Steering:
         self.model, self.anatomy = model, anatomy
         self.lock = threading.RLock()
         """Held by the decode loop during a forward: a change waits for the token being made."""
-        self.rows: Rows = NEUTRAL
-        """What is applied now: the rows of the innermost `applied`, else those of `set`."""
         self.text = TextPass()
         """The forward pass being made."""
-        self._base: Rows = NEUTRAL
-        self._over: Rows | None = None
+        self._base = self._now = _Applied(NEUTRAL, (), {}, {}, ())
+        self._over: _Applied | None = None
         self._held: tuple[Move, ...] = ()
         self._programs: dict[str, SiteProgram] = {}
-        self._known: dict[Rows, dict[str, SiteProgram]] = {}
-        self._handles: dict[str, RemovableHandle] = {}
-        self._clock = Clock(model)
+        """What the hooks read: those of `_now`, or, with places held, copies whose numbers change."""
+        self._known: dict[Rows, _Applied] = {}
+        self._handles: dict[object, RemovableHandle] = {}
+        self._clock = Clock(model, self)
         self._kept = KeptNorms(model, anatomy, lambda: self.text)
+
+    @property
+    def rows(self) -> Rows:
+        """What is applied now: the rows of the innermost `applied`, else those of `set`."""
+        return self._now.rows
 
     def set(self, rows: Sequence[Edit | None]) -> None:
         """Replace what is applied, felt by the next forward pass, or by the first one after `applied` ends.
 
-        Errors: MismatchError for a direction of another width, UsageError for a site the model lacks.
+        Errors: MismatchError for a direction of another width, UsageError for a site the model lacks. After an error,
+        whichever, what was applied before still is.
         """
         rows = self._checked(rows)
         with self.lock:
-            self._base = rows
-            if self._over is None:
-                self._use(rows)
+            before, new = self._base, self._worked_out(rows)
+            try:
+                self._base = new
+                self._go_on()
+            except BaseException:
+                self._base = before
+                self._go_on()
+                raise
 
     @contextmanager
     def applied(self, rows: Sequence[Edit | None]) -> Iterator[None]:
@@ -67,14 +96,18 @@ class Steering:
         """
         rows = self._checked(rows)
         with self.lock:
-            before, self._over = self._over, rows
-            self._use(rows)
+            before, new = self._over, self._worked_out(rows)
         try:
+            with self.lock:
+                self._over = new
+                self._go_on()
             yield
         finally:
-            with self.lock:
-                self._over = before
-                self._use(self._base if before is None else before)
+            try:
+                self._leave(before)
+            except BaseException:  # a second Ctrl-C; the work was done before, so the second try costs nothing
+                self._leave(before)
+                raise
 
     @contextmanager
     def passing(self, text: TextPass) -> Iterator[None]:
@@ -83,13 +116,12 @@ class Steering:
         Without it every text of a batch is taken to go by the row of its own place, and the first pass over a text
         (that with an empty cache) to be its prompt.
         """
-        before, self.text = self.text, text
-        self._clock.told = True
+        before = self.text
         try:
+            self.text, self._clock.told = text, True
             yield
         finally:
-            self.text = before
-            self._clock.told = False
+            self.text, self._clock.told = before, False
 
     def hold(self, moves: Sequence[Move]) -> None:
         """From now on hooks stay where `moves` act, at any amount and at none, and their numbers change in place:
@@ -97,9 +129,18 @@ class Steering:
         for move in moves:
             self.check(Edit(moves=(move,)))
         with self.lock:
-            self._held, self._programs = tuple(moves), {}
-            self._known.clear()
-            self._use(self.rows)
+            before = self._held
+            try:
+                self._hold(tuple(moves))
+            except BaseException:
+                self._hold(before)
+                raise
+
+    def work_out(self, edit: Edit) -> None:
+        """Find out now whether `edit` can be applied. Errors: as `set`, and whatever else applying it would raise."""
+        self.check(edit)
+        with self.lock:
+            self._worked_out((edit,))
 
     def check(self, edit: Edit) -> None:
         """Raise unless the edit fits this model, and hooks can do it."""
@@ -120,7 +161,7 @@ class Steering:
     @property
     def hook_count(self) -> int:
         """How many hooks are on the model."""
-        return len(self._handles) + self._clock.running + self._kept.running
+        return len(self._handles)
 
     def _checked(self, rows: Sequence[Edit | None]) -> Rows:
         for edit in dict.fromkeys(rows):  # many rows of a batch may have one edit
@@ -128,39 +169,71 @@ class Steering:
                 self.check(edit)
         return tuple(rows) or NEUTRAL
 
-    def _use(self, rows: Rows) -> None:
-        if rows == self.rows and not self._held and (self._programs or not any(rows)):
-            self._sync_hooks()
-            return
-        self.rows = rows
-        programs = self._known.get(rows)
-        if programs is None:
+    def _worked_out(self, rows: Rows) -> _Applied:
+        for known in (self._now, self._base, self._known.get(rows)):
+            if known is not None and known.rows == rows and known.held == self._held:
+                return known
+        programs = compiled(rows, self.anatomy, self._held)
+        modules = {name: self.model.get_submodule(name) for name in programs}
+        keep = keeping(rows)
+        there = next((a.writers for a in (self._now, self._base) if keeping(a.rows) == keep), None)
+        new = _Applied(rows, self._held, programs, modules, self._kept.hooks(keep) if there is None else there)
+        if not new.writers:  # whose tables are as wide as the writers' inputs, for every edit of a batch
             while len(self._known) >= _KEPT:
                 self._known.pop(next(iter(self._known)))
-            programs = compiled(rows, self.anatomy, self._held)
-            if not self._held:
-                self._known[rows] = programs
-        if self._held and _layout(programs) == _layout(self._programs):
-            for name, program in programs.items():
-                self._programs[name].take(program)
-        else:
-            self._programs = programs
-        self._sync_hooks()
+            self._known[rows] = new
+        return new
 
-    def _sync_hooks(self) -> None:
-        for name in set(self._handles) - set(self._programs):
-            self._handles.pop(name).remove()
-        for name in set(self._programs) - set(self._handles):
-            module = self.model.get_submodule(name)
-            # First in line, so that a hook that reads the module sees it steered, whichever came earlier.
-            self._handles[name] = module.register_forward_hook(self._hook(name), prepend=True)
-        self._clock.run(self if self.timed else None)
-        self._kept.run(self.rows)
+    def _go_on(self) -> None:
+        """Bring what is to be applied now, with places for what is held now."""
+        wanted = self._base if self._over is None else self._over
+        self._bring(wanted if wanted.held == self._held else self._worked_out(wanted.rows))
+
+    def _leave(self, before: _Applied | None) -> None:
+        with self.lock:
+            self._over = before
+            self._go_on()
+
+    def _hold(self, moves: tuple[Move, ...]) -> None:
+        self._held, self._programs = moves, {}
+        self._known.clear()
+        self._go_on()
+
+    def _bring(self, to: _Applied) -> None:
+        """Have the model go by `to`. The lock is held: no forward pass is being made."""
+        if self._held and _layout(to.programs) != _layout(self._programs):
+            # Copies, whose numbers change in place.
+            live = compiled(to.rows, self.anatomy, self._held)
+        else:
+            live = self._programs if self._held else to.programs
+        wanted: dict[object, Callable[[], RemovableHandle]] = {
+            name: partial(self._register, name, module) for name, module in to.modules.items()
+        }
+        wanted |= {hook: hook.register for hook in to.writers}
+        if any(p.timed for p in live.values()):
+            wanted[self._clock] = self._clock.register
+        for key, register in wanted.items():
+            if key not in self._handles:
+                self._handles[key] = register()
+        if live is self._programs and self._held:
+            for name, program in to.programs.items():
+                live[name].take(program)
+        self._programs, self._now = live, to
+        for key in [k for k in self._handles if k not in wanted]:
+            self._handles[key].remove()
+            del self._handles[key]
+
+    def _register(self, name: str, module: nn.Module) -> RemovableHandle:
+        # First in line, so that a hook that reads the module sees it steered, whichever came earlier.
+        return module.register_forward_hook(self._hook(name), prepend=True)
 
     def _hook(self, name: str) -> Callable[..., Any]:
         def apply(module: nn.Module, args: Any, output: Any) -> Any:
+            program = self._programs.get(name)
+            if program is None:
+                return output
             h = output[0] if isinstance(output, tuple) else output
-            h = self._programs[name].apply(h, self.text)
+            h = program.apply(h, self.text)
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         return apply
@@ -172,31 +245,21 @@ class Clock:
     A pass with an empty cache reads the prompt, and what follows it is the reply.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, steering: Steering) -> None:
+        self.model, self.steering = model, steering
         self.told = False
         """Whether the pass being made is told of by its maker."""
-        self._handle: RemovableHandle | None = None
         self._prompt: Tensor | int = 0
 
-    @property
-    def running(self) -> bool:
-        """Whether it is on the model."""
-        return self._handle is not None
+    def register(self) -> RemovableHandle:
+        """Put it on the model."""
+        base: Any = getattr(self.model, "base_model", self.model)
 
-    def run(self, steering: Steering | None) -> None:
-        """Put it on the model for `steering`, or take it off."""
-        if steering is None and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        elif steering is not None and self._handle is None:
-            base: Any = getattr(self.model, "base_model", self.model)
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self.told:
+                self.steering.text.index = self._index(args, kwargs)
 
-            def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-                if not self.told:
-                    steering.text.index = self._index(args, kwargs)
-
-            self._handle = base.register_forward_pre_hook(before, with_kwargs=True)
+        return base.register_forward_pre_hook(before, with_kwargs=True)
 
     def _index(self, args: Any, kwargs: Any) -> Tensor:
         ids = kwargs.get("input_ids", args[0] if args else None)

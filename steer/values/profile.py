@@ -141,6 +141,8 @@ class Profile:
     sliders: tuple[ProfileSlider, ...] = ()
     folder: Path | None = field(default=None, compare=False, repr=False)
     """Where its file lies, to which files of directions are relative. None: it came from no file."""
+    among: Path | None = field(default=None, compare=False, repr=False)
+    """Its file, where that was one among those of a folder: it may be passed over with a warning."""
 
     def __post_init__(self) -> None:
         _check_text("name", self.name)

@@ -10,11 +10,14 @@ from numbers import Integral, Real
 from typing import Any
 
 from steer.errors import UsageError
+from steer.values.small_files import shown
 
 ORDER = ("penalties", "dry", "temperature", "top_k", "top_p", "min_p", "typical_p", "xtc")
 """Every stage, in transformers' order."""
 TEMPERATURE_LAST = (*(s for s in ORDER if s != "temperature"), "temperature")
 """Unlikely tokens are dropped as the model saw them, and only what is left is flattened."""
+MAX_BREAKERS = 64
+"""DRY's breakers at most, and characters of each."""
 SHAPING = frozenset(ORDER) - {"penalties", "dry"}
 """Stages that shape what is drawn from; a greedy choice passes them by."""
 
@@ -75,7 +78,7 @@ class Sampler:
         for name, (kind, fine, expected) in _NUMBERS.items():
             value = getattr(self, name)
             if not _is_number(value, kind) or not fine(value):
-                raise UsageError(f"{name}: expected {expected}, found {value!r}")
+                raise UsageError(f"{name}: expected {expected}, found {shown(value)}")
         object.__setattr__(self, "dry_sequence_breakers", _breakers(self.dry_sequence_breakers))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "order", _order(self.order))
@@ -117,12 +120,12 @@ _ADDITIVE: _Check = (Real, lambda v: -2 <= v <= 2, "a number from -2 to 2")
 _COUNT: _Check = (Integral, lambda v: v >= 0, "a whole number of at least 0")
 _NUMBERS: dict[str, _Check] = {
     "max_new_tokens": (Integral, lambda v: v >= 1, "a whole number of at least 1"),
-    "temperature": (Real, lambda v: v == 0 or v >= 1e-6, "0 (greedy) or a number of at least 1e-6"),
+    "temperature": (Real, lambda v: v == 0 or 1e-6 <= v <= 1e6, "0 (greedy) or a number from 1e-6 to 1e6"),
     "top_k": (Integral, lambda v: v >= 0, "a whole number of at least 0 (0 keeps all tokens)"),
     "top_p": _POSITIVE_SHARE,
     "min_p": _SHARE,
     "typical_p": _POSITIVE_SHARE,
-    "repetition_penalty": (Real, lambda v: v > 0, "a number above 0 (1 is off)"),
+    "repetition_penalty": (Real, lambda v: 1e-6 <= v <= 1e6, "a number from 1e-6 to 1e6 (1 is off)"),
     "frequency_penalty": _ADDITIVE,
     "presence_penalty": _ADDITIVE,
     "dry_multiplier": _NOT_NEGATIVE,
@@ -136,38 +139,52 @@ _NUMBERS: dict[str, _Check] = {
 
 
 def _is_number(value: Any, kind: type = Real) -> bool:
-    """Whether it is a finite number of a kind; True and False are none."""
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number of a kind, whole ones of 64 bits; True and False are none."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    # No float holds a whole number of hundreds of digits.
+    return abs(int(value)) < 2**63 if isinstance(value, Integral) else math.isfinite(value)
 
 
 def _breakers(given: Any) -> tuple[str, ...]:
     if not isinstance(given, list | tuple) or not all(isinstance(b, str) and b for b in given):
-        raise UsageError(f"dry_sequence_breakers: expected a list of texts, none of them empty, found {given!r}")
+        raise UsageError(f"dry_sequence_breakers: expected a list of texts, none of them empty, found {shown(given)}")
+    # Each is looked for in every token of the vocabulary.
+    if len(given) > MAX_BREAKERS or any(len(b) > MAX_BREAKERS for b in given):
+        found = f"{len(given)}, the longest of {max(map(len, given))}"
+        raise UsageError(
+            f"dry_sequence_breakers: expected at most {MAX_BREAKERS} texts of {MAX_BREAKERS} characters, found {found}"
+        )
+    for text in given:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise UsageError(f"dry_sequence_breakers: expected whole characters, found {shown(text)}")
     return tuple(given)
 
 
 def _biases(given: Any) -> tuple[tuple[int, float], ...]:
     pairs = list(given.items()) if isinstance(given, Mapping) else given
     if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise UsageError(f"logit_bias: expected token ids with a number each, found {given!r}")
+        raise UsageError(f"logit_bias: expected token ids with a number each, found {shown(given)}")
     biases: dict[int, float] = {}
     for key, bias in pairs:
         # The keys of a JSON object are text.
-        token: Any = int(key) if isinstance(key, str) and key.isdecimal() else key
+        token: Any = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
         if not _is_number(token, Integral) or token < 0 or token in biases:
-            raise UsageError(f"logit_bias: expected different token ids, whole numbers of at least 0, found {token!r}")
+            raise UsageError(
+                f"logit_bias: expected different token ids, whole numbers of at least 0, found {shown(token)}"
+            )
         if not _is_number(bias) or not -100 <= bias <= 100:
-            raise UsageError(f"logit_bias: expected a number from -100 to 100 for token {token}, found {bias!r}")
+            raise UsageError(f"logit_bias: expected a number from -100 to 100 for token {token}, found {shown(bias)}")
         biases[int(token)] = float(bias)
     return tuple(biases.items())
 
 
 def _order(given: Any) -> tuple[str, ...]:
     if not isinstance(given, list | tuple):
-        raise UsageError(f"order: expected a list of stages, found {given!r}; the stages are {', '.join(ORDER)}")
+        raise UsageError(f"order: expected a list of stages, found {shown(given)}; the stages are {', '.join(ORDER)}")
     for stage in given:
         if stage not in ORDER:
-            raise UsageError(f"order: expected stages out of {', '.join(ORDER)}, found {stage!r}")
+            raise UsageError(f"order: expected stages out of {', '.join(ORDER)}, found {shown(stage)}")
         if (times := list(given).count(stage)) > 1:
             raise UsageError(f"order: expected every stage at most once, found {stage} {times} times")
     return tuple(given)
@@ -190,6 +207,6 @@ def preset(name: str) -> Sampler:
     """The preset of a name. Errors: UsageError, naming those there are."""
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(str(name), PRESETS, n=1)
+    near = difflib.get_close_matches(str(name)[:60], PRESETS, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(f"sampler preset: expected one of {', '.join(PRESETS)}, found {name!r}{meant}")
+    raise UsageError(f"sampler preset: expected one of {', '.join(PRESETS)}, found {shown(name)}{meant}")

@@ -29,7 +29,7 @@ from steer.values.sampler import CHAT, MEASURE, ORDER, PRESETS, TEMPERATURE_LAST
         ("min_p", -0.1, "from 0 to 1"),
         ("min_p", 1.1, "from 0 to 1"),
         ("typical_p", 0, "above 0"),
-        ("repetition_penalty", 0, "above 0"),
+        ("repetition_penalty", 0, "from 1e-6"),
         ("frequency_penalty", 2.1, "from -2 to 2"),
         ("presence_penalty", -2.1, "from -2 to 2"),
         ("dry_multiplier", -1, "at least 0"),

@@ -13,11 +13,10 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from steer.live.serve.engine import Engine
-from steer.live.serve.errors import handle_errors
-from steer.live.serve.limits import BodyLimit, KeyRequired, Limits, check_exposure, is_loopback
+from steer.live.serve.errors import ApiError, handle_errors
+from steer.live.serve.limits import BodyLimit, KeyRequired, KnownHost, Limits, check_exposure, is_loopback
 from steer.live.serve.metrics import Counted, Metrics
 from steer.live.serve.replies import Replies
 from steer.live.serve.schemas import ChatRequest, CompletionRequest, SteeringUpdate
@@ -94,6 +93,8 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if engine.problem is not None:
+            raise ApiError(503, engine.problem, code="engine_error")
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -106,8 +107,7 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
         app.add_middleware(KeyRequired, key=options.api_key)
     if is_loopback(options.host):
         # A page of another site cannot reach it under a name that it makes point here.
-        hosts = ["localhost", "127.0.0.1", "[::1]", "::1", options.host]
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+        app.add_middleware(KnownHost, hosts=("localhost", "127.0.0.1", "::1", options.host))
     app.add_middleware(Counted, metrics=metrics)
     return app
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from steer.errors import SteerError, UsageError
 from steer.live.frame import TextPass
 from steer.live.receipts import Receipt
-from steer.live.sampling import Draw, choose, logprobs
+from steer.live.sampling import Draw, choose, logprobs, nothing_to_draw
 from steer.live.serve.engine import Busy, Event, Finished, Job, Token
 from steer.live.serve.packed import Batcher, Part
 from steer.live.serve.taken import Accounts, Places, Taken
@@ -84,6 +84,11 @@ class BatchingEngine:
         self._thread.start()
 
     @property
+    def problem(self) -> str | None:
+        """Why no job can be taken any more; None while they can."""
+        return (self._broken or "the engine is closed; start another") if self._closing else None
+
+    @property
     def running(self) -> int:
         """Jobs being written."""
         return len(self._running)
@@ -104,7 +109,7 @@ class BatchingEngine:
         text = Taken(next(self._numbers), job, on_event, draw, self.model.end_token_ids, needs, self._wake)
         with self._lock:
             if self._closing:
-                raise SteerError(self._broken or "the engine is closed; start another")
+                raise SteerError(self.problem or "")
             self._waiting.append(text)
             self._begin()
             if len(self._waiting) > self.max_waiting:
@@ -179,9 +184,11 @@ class BatchingEngine:
             for text in texts:
                 self._fail(text, e)
             return True
-        self._batcher.take(tokens)
+        self._batcher.take([0 if token is None else token for token in tokens])
         for text, token, row in zip(writing, tokens, logits, strict=True):
-            if not text.over:
+            if token is None:
+                self._fail(text, nothing_to_draw())
+            elif not text.over:
                 self._tell_token(text, token, row)
         return True
 
@@ -189,7 +196,8 @@ class BatchingEngine:
         try:
             edit = text.job.edit()
             if edit is not None and edit is not text.edit:
-                self.model.steering.check(edit)
+                # What is wrong with it is wrong for this text alone.
+                self.model.steering.work_out(edit)
             text.edit = edit
         except Exception as e:
             self._fail(text, e)

@@ -90,6 +90,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def problem(self) -> str | None:
+        """Why no job can be taken any more, in one line; None while they can."""
+        ...
+
+    @property
     def running(self) -> int:
         """Jobs being written."""
         ...

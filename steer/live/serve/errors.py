@@ -13,13 +13,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from steer.errors import SteerError
+from steer.errors import SteerError, UsageError
 from steer.live.serve.engine import Busy
 from steer.values.small_files import shown
 
 log = logging.getLogger("steer.serve")
 
 _TYPES = {401: "authentication_error", 413: "request_too_large", 429: "rate_limit_error"}
+_LONGEST = 600
+"""Characters of a message: it may name what a client sent."""
 
 
 class ApiError(Exception):
@@ -41,9 +43,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """As JSON."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = " ".join(str(self).split())
-        told = {"message": message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": {key: text and _encodable(text) for key, text in told.items()}}
+        told = {"message": " ".join(str(self).split()), "type": kind, "param": self.param, "code": self.code}
+        return {"error": {key: text and _short(text) for key, text in told.items()}}
 
     def response(self) -> JSONResponse:
         """As an answer."""
@@ -59,6 +60,8 @@ def failed(error: Exception) -> ApiError:
     """What a client hears when a reply could not be finished. What nobody foresaw is told to the log alone."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, UsageError):
+        return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, SteerError):
         return ApiError(500, str(error), code="engine_error")
     log.error("a request failed", exc_info=error)
@@ -119,9 +122,12 @@ def _invalid(e: RequestValidationError) -> ApiError:
     return ApiError(400, f"{field}: {expected}{found}", param=field, code="invalid_value")
 
 
-def _encodable(text: str) -> str:
-    """What a client sent may hold halves of characters, which UTF-8 does not have."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def _short(text: str) -> str:
+    """What a client sent may be long, hold halves of characters, which UTF-8 does not have, and what moves a terminal's
+    cursor."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _field(loc: tuple[int | str, ...]) -> str:

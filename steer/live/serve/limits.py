@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -11,7 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.errors import UsageError
 from steer.live.serve.errors import ApiError
+from steer.values.small_files import shown
 
+MAX_MESSAGES = 10_000
+"""What `Limits.messages` can be: more are not even read."""
 OPEN_PATHS = frozenset({"/health"})
 """What is answered without a key: it tells nothing but that the server is there."""
 
@@ -33,6 +37,8 @@ class Limits:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"max {name}: expected a whole number of at least 1, found {value!r}")
+        if self.messages > MAX_MESSAGES:
+            raise UsageError(f"max messages: expected at most {MAX_MESSAGES}, found {self.messages}")
 
 
 def is_loopback(host: str) -> bool:
@@ -51,6 +57,24 @@ def check_exposure(host: str, api_key: str | None) -> None:
         raise UsageError("--api-key: expected printable ASCII without spaces around it, found something else")
     if api_key is None and not is_loopback(host):
         raise UsageError(f"--host {host}: expected --api-key beside it, as others can reach it, found none; give a key")
+
+
+class KnownHost:
+    """Middleware that answers 400 for a request to a host by another name: a page of another site can have a name of
+    its own point to this machine."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app, self._hosts = app, {h.lower() for h in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            host = Headers(scope=scope).get("host", "").lower()
+            name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+            if name not in self._hosts:
+                error = ApiError(400, f"host {shown(name)}: expected this machine's, as localhost", code="invalid_host")
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class KeyRequired:

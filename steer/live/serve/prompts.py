@@ -12,6 +12,7 @@ from steer.live.serve.errors import ApiError, invalid
 from steer.live.serve.limits import Limits
 from steer.live.serve.schemas import ChatRequest, CompletionRequest, Message, Request
 from steer.values.sampler import ORDER, TEMPERATURE_LAST, Sampler
+from steer.values.small_files import shown
 
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
@@ -32,14 +33,35 @@ class Prompt:
     """What is told of it at the start of the reply."""
 
 
-def chat_prompt(model: SteeredModel, request: ChatRequest, limits: Limits) -> Prompt:
+def check_size(request: ChatRequest | CompletionRequest, limits: Limits, context: int, longest: int) -> None:
+    """Refuse what can be refused by counting, before a token is made. `longest`: characters of the vocabulary's longest
+    token. Errors: ApiError."""
+    if isinstance(request, ChatRequest):
+        if len(request.messages) > limits.messages:
+            found = f"{len(request.messages)}; leave out the oldest"
+            raise invalid("messages", f"at most {limits.messages}", found, "too_many_messages")
+        param, texts, sizes = "messages", 1, [sum(map(_length, request.messages))]
+    else:
+        given = request.prompt
+        several = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
+        param, texts = "prompt", len(several)
+        sizes = [len(p) for p in several if isinstance(p, str)]
+        ids = max((len(p) for p in several if isinstance(p, list)), default=0)
+        if ids > context:
+            raise invalid(param, f"at most {context} tokens", f"{ids}; shorten it", "context_length_exceeded")
+    n = request.n or 1
+    if n * texts > limits.choices:
+        raise invalid("n", f"at most {limits.choices} texts a request", f"{n} for each of {texts} prompts")
+    if max(sizes, default=0) > context * longest:
+        expected = f"at most {context} tokens, which is {context * longest:,} characters of the longest"
+        raise invalid(param, expected, f"{max(sizes):,} characters; shorten it", "context_length_exceeded")
+
+
+def chat_prompt(model: SteeredModel, request: ChatRequest) -> Prompt:
     """A chat up to where the reply begins. A last message of the assistant's is a reply to be continued.
 
     Errors: ApiError for a chat that the template refuses.
     """
-    if len(request.messages) > limits.messages:
-        found = f"{len(request.messages)}; leave out the oldest"
-        raise invalid("messages", f"at most {limits.messages}", found, "too_many_messages")
     chat = [{"role": _role(m), "content": _content(m, i)} for i, m in enumerate(request.messages)]
     last = chat.pop() if chat[-1]["role"] == "assistant" else None
     if not chat:
@@ -52,7 +74,7 @@ def chat_prompt(model: SteeredModel, request: ChatRequest, limits: Limits) -> Pr
     return Prompt((*ids, *begun), len(begun))
 
 
-def completion_prompts(model: SteeredModel, request: CompletionRequest, limits: Limits) -> list[Prompt]:
+def completion_prompts(model: SteeredModel, request: CompletionRequest) -> list[Prompt]:
     """The texts to complete, each with one BOS at most.
 
     Errors: ApiError for none, too many, and for token ids that the model does not have.
@@ -77,7 +99,7 @@ def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int)
     """
     unknown = [token for token, _ in request.logit_bias or () if token >= vocabulary]
     if unknown:
-        raise invalid("logit_bias", f"token ids below {vocabulary}, the size of the vocabulary", str(unknown[0]))
+        raise invalid("logit_bias", f"token ids below {vocabulary}, the size of the vocabulary", shown(unknown[0]))
     given = {name: value for name in _FIELDS if (value := getattr(request, name)) is not None}
     given |= {name: off for name, off in _OFF.items() if given.get(name) == -1}
     if request.temperature_last is not None and request.temperature_last != base.temperature_last:
@@ -87,7 +109,7 @@ def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int)
         given["seed"] = secrets.randbelow(2**31)
     wanted = given.get("max_new_tokens")
     if wanted is not None and limits.tokens is not None and wanted > limits.tokens:
-        raise invalid("max_tokens", f"at most {limits.tokens}", str(wanted))
+        raise invalid("max_tokens", f"at most {limits.tokens}", shown(wanted))
     try:
         sampler = replace(base, **given)
     except SteerError as e:
@@ -106,6 +128,11 @@ def room_for(prompt: Prompt, context: int, param: str) -> int:
     return room
 
 
+def _length(message: Message) -> int:
+    content = message.content or ""
+    return len(content) if isinstance(content, str) else sum(len(p.text or "") for p in content)
+
+
 def _role(message: Message) -> str:
     return "system" if message.role == "developer" else message.role
 
@@ -118,7 +145,7 @@ def _content(message: Message, place: int) -> str:
     other = [p.type for p in message.content if p.type != "text" or p.text is None]
     if other:
         field = f"messages[{place}].content"
-        raise invalid(field, "text", f"a part of type {other[0]!r}")
+        raise invalid(field, "text", f"a part of type {shown(other[0])}")
     return "".join(p.text or "" for p in message.content)
 
 
@@ -133,7 +160,7 @@ def _completion_prompt(model: SteeredModel, text: str | list[int], echo: bool) -
         size = model.hf.get_input_embeddings().weight.shape[0]
         unknown = [i for i in ids if not 0 <= i < size]
         if unknown:
-            raise invalid("prompt", f"token ids from 0, below {size}", str(unknown[0]))
+            raise invalid("prompt", f"token ids from 0, below {size}", shown(unknown[0]))
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from steer.errors import SteerError
+from steer.live.dry import breaker_ids
 from steer.live.serve.engine import Engine, Job
 from steer.live.serve.errors import ApiError, failed, invalid
 from steer.live.serve.limits import Limits
 from steer.live.serve.metrics import Metrics
-from steer.live.serve.prompts import Prompt, chat_prompt, completion_prompts, room_for, sampler_of
+from steer.live.serve.prompts import Prompt, chat_prompt, check_size, completion_prompts, room_for, sampler_of
 from steer.live.serve.schemas import ChatRequest, CompletionRequest
 from steer.live.serve.shapes import ChatShape, CompletionShape, Shape, usage
 from steer.live.serve.steering import Board, Steered
 from steer.live.serve.writing import Update, Writing
+from steer.values.small_files import shown
 
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
@@ -56,10 +59,13 @@ class Replies:
         self._limits = limits
         # Templates, tokenisation and the library of directions, for one request at a time, beside the event loop.
         self._one = anyio.CapacityLimiter(1)
+        self._longest = max(map(len, model.tokenizer.get_vocab()), default=1)
 
     async def answer(self, http: HttpRequest, request: ChatRequest | CompletionRequest) -> Response:
         """The reply. Errors: ApiError."""
-        plan = await anyio.to_thread.run_sync(self._plan, request, limiter=self._one)
+        plan = await self._planned(http, request)
+        if plan is None:
+            return self._left()
         writing = Writing(self._engine, plan.jobs, self._model.tokenizer, plan.stop, self._metrics)
         self._metrics.prompt_tokens.inc(sum(len(p.ids) for p in plan.prompts))
         if plan.stream:
@@ -68,6 +74,24 @@ class Replies:
             return await self._whole(http, plan, writing)
         finally:
             writing.cancel()
+
+    async def _planned(self, http: HttpRequest, request: ChatRequest | CompletionRequest) -> Plan | None:
+        """The plan; None where the client hung up before its turn came, which then costs nothing. Errors: ApiError."""
+        plan: Plan | None = None
+        problem: ApiError | None = None
+        async with _until_hung_up(http) as scope:
+            try:
+                plan = await anyio.to_thread.run_sync(self._plan, request, limiter=self._one)
+            except ApiError as e:
+                problem = e
+            scope.cancel()
+        if problem is not None:
+            raise problem
+        return plan
+
+    def _left(self) -> Response:
+        self._metrics.hung_up.inc()
+        return Response(status_code=499)  # nginx's number for it; nobody reads this, but metrics count it
 
     def profile_of(self, model: str | None) -> str | None:
         """The profile in the name of a model, as in `merged@noir`. Errors: ApiError for a model that is not here."""
@@ -78,17 +102,21 @@ class Replies:
             return profile
         there = ", ".join([self.name, *(f"{self.name}@{p}" for p in self._board.profiles)])
         raise ApiError(
-            404, f"model {model!r}: expected one of {there}; see GET /v1/models", param="model", code="model_not_found"
+            404,
+            f"model {shown(model)}: expected one of {there}; see GET /v1/models",
+            param="model",
+            code="model_not_found",
         )
 
     def _plan(self, request: ChatRequest | CompletionRequest) -> Plan:
         model, limits = self._model, self._limits
+        check_size(request, limits, self._engine.context, self._longest)
         steered = self._board.steered(self.profile_of(request.model), request.steering)
         sampler = sampler_of(request, steered.setting.sampler, limits, len(model.tokenizer))
         top, prompts, kind = self._read(request)
+        if sampler.dry_multiplier:
+            breaker_ids(model.tokenizer, sampler.dry_sequence_breakers)  # here, beside the event loop
         n = request.n or 1
-        if n * len(prompts) > limits.choices:
-            raise invalid("n", f"at most {limits.choices} texts a request", f"{n} for each of {len(prompts)} prompts")
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         jobs = [
             Job(
@@ -122,37 +150,29 @@ class Replies:
             if request.top_logprobs and not request.logprobs:
                 raise invalid("top_logprobs", "logprobs true beside it", "none")
             top = (request.top_logprobs or 0) if request.logprobs else None
-            return top, [chat_prompt(self._model, request, self._limits)], ChatShape
+            return top, [chat_prompt(self._model, request)], ChatShape
         if request.suffix:
             raise invalid("suffix", "none, as gaps are not filled", "a text", "unsupported_value")
         if request.echo and request.logprobs is not None:
             raise invalid("echo", "no logprobs beside it, as a prompt's are not told", "both", "unsupported_value")
-        return request.logprobs, completion_prompts(self._model, request, self._limits), CompletionShape
+        return request.logprobs, completion_prompts(self._model, request), CompletionShape
 
     async def _whole(self, http: HttpRequest, plan: Plan, writing: Writing) -> Response:
         """The reply in one, unless its client hangs up first."""
         choices: list[list[Update]] = [[] for _ in plan.jobs]
-        async with anyio.create_task_group() as tasks:
-
-            async def watch() -> None:
-                while (await http.receive())["type"] != "http.disconnect":
-                    pass
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            problem = None
+        problem = None
+        async with _until_hung_up(http) as scope:
             try:
                 async for update in writing.updates():
                     if update is not None:
                         choices[update.choice].append(update)
             except (SteerError, ApiError) as e:
                 problem = e
-            tasks.cancel_scope.cancel()
+            scope.cancel()
         if problem is not None:
             raise failed(problem)
         if not writing.finished:
-            self._metrics.hung_up.inc()
-            return Response(status_code=499)  # nginx's number for it; nobody reads this, but metrics count it
+            return self._left()
         told = {"usage": usage(plan.prompts, writing.tokens), "steering": self._steering(plan, writing)}
         return JSONResponse(plan.shape.whole(choices, told))
 
@@ -191,6 +211,20 @@ class Replies:
             "receipt": told[0] if len(told) == 1 else told,
             "warnings": list(dict.fromkeys([*setting.warnings(), *warnings])),
         }
+
+
+@asynccontextmanager
+async def _until_hung_up(http: HttpRequest) -> AsyncIterator[anyio.CancelScope]:
+    """Ends the block when the client hangs up. Cancel what it gives at the end of the block."""
+    async with anyio.create_task_group() as tasks:
+
+        async def watch() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(watch)
+        yield tasks.cancel_scope
 
 
 class _Stream(StreamingResponse):

@@ -5,12 +5,32 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from steer.live.serve.limits import MAX_MESSAGES
+from steer.values.sampler import MAX_BREAKERS
 
 MAX_CHOICES = 8
 """Of one prompt."""
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
+MAX_PROMPTS = 1000
+MAX_TOKENS = 2**21
+"""Of a prompt that is given as token ids."""
+MAX_BIASES = 2**19
+"""No vocabulary is larger."""
+MAX_SLIDERS = 64
+MAX_NAME = 200
+"""Characters."""
 MAX_AMOUNT = 10_000.0
 """Of a slider, either way: 1 is as strong as the model shows the trait itself, and numbers overflow far above."""
 
@@ -22,7 +42,7 @@ def _also(*names: str) -> Any:
 
 def _number(token: Any) -> Any:
     """A token id that is written as text, as the keys of JSON objects are."""
-    return int(token) if isinstance(token, str) and token.isascii() and token.isdecimal() else token
+    return int(token) if isinstance(token, str) and len(token) < 20 and token.isascii() and token.isdecimal() else token
 
 
 def _whole(text: str) -> str:
@@ -30,10 +50,23 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _few(sliders: Any) -> Any:
+    """Counted before any is looked at."""
+    if isinstance(sliders, dict) and len(sliders) > MAX_SLIDERS:
+        raise ValueError(f"expected at most {MAX_SLIDERS} sliders, found {len(sliders)}")
+    return sliders
+
+
+def _at_most(length: int, least: int = 0) -> Any:
+    """Limits of a list. It is read no further than to its first mistake: each is told by an object of its own."""
+    return Field(min_length=least, max_length=length, fail_fast=True)
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 
 
 Amount = Annotated[float, Field(ge=-MAX_AMOUNT, le=MAX_AMOUNT, allow_inf_nan=False)]
+Sliders = Annotated[dict[Annotated[str, Field(max_length=MAX_NAME)], Amount | None], BeforeValidator(_few)]
 
 
 class _Strict(BaseModel):
@@ -55,7 +88,7 @@ class Steering(_Strict):
 
     profile: str | None = None
     """One of the server's; None for none."""
-    sliders: dict[str, Amount | None] | None = None
+    sliders: Sliders | None = None
     """Amounts by name, on top of the profile's; null takes one of the profile's away."""
 
 
@@ -66,7 +99,7 @@ class Request(_Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = _also("stop", "stop_sequence", "stopping_strings")
+    stop: Annotated[list[Text], _at_most(MAX_STOPS)] | None = _also("stop", "stop_sequence", "stopping_strings")
     steering: Steering | None = None
 
     # The sampler, by its own field names
@@ -83,10 +116,10 @@ class Request(_Strict):
     dry_base: float | None = None
     dry_allowed_length: int | None = None
     dry_range: int | None = _also("dry_range", "dry_penalty_last_n")
-    dry_sequence_breakers: list[str] | None = None
+    dry_sequence_breakers: Annotated[list[Text], _at_most(MAX_BREAKERS)] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
-    logit_bias: list[tuple[int, float]] | None = None
+    logit_bias: Annotated[list[tuple[int, float]], _at_most(MAX_BIASES)] | None = None
     temperature_last: bool | None = None
     seed: int | None = None
 
@@ -135,13 +168,13 @@ class Message(_Strict):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], _at_most(MAX_PROMPTS)] | None = None
 
 
 class ChatRequest(Request):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], _at_most(MAX_MESSAGES, 1)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -149,7 +182,12 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """The body of /v1/completions."""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: (
+        Text
+        | Annotated[list[Text], _at_most(MAX_PROMPTS)]
+        | Annotated[list[int], _at_most(MAX_TOKENS)]
+        | Annotated[list[Annotated[list[int], _at_most(MAX_TOKENS)]], _at_most(MAX_PROMPTS)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -162,5 +200,5 @@ class SteeringUpdate(_Strict):
 
     profile: str | None = None
     """Replaces all amounts by this profile's; null by none."""
-    sliders: dict[str, Amount | None] = {}
+    sliders: Sliders = {}
     """Amounts by name, beside those there are; null takes one away."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 import uvicorn
 
-from steer.errors import SteerError
+from steer.errors import SteerError, skip
 from steer.live.serve.app import Options, create_app
 from steer.live.serve.batching import BatchingEngine
 from steer.live.serve.engine import Engine
@@ -93,12 +94,19 @@ def address(listening: socket.socket) -> str:
 def load_profiles(places: Iterable[Path]) -> list[Profile]:
     """Profiles from files, and from all `.yaml` and `.yml` files of directories.
 
-    Errors: SteerError for a place with none, and for files that are no profiles.
+    A file of a directory that is no profile is passed over with a warning.
+    Errors: SteerError for a place with none, and for a file that is named and no profile.
     """
     out: list[Profile] = []
     for place in places:
         files = sorted(f for f in place.iterdir() if f.suffix in (".yaml", ".yml")) if place.is_dir() else [place]
         if not files:
             raise SteerError(f"{place}: expected profiles in .yaml files, found none; name another place")
-        out += map(Profile.load, files)
+        for file in files:
+            try:
+                out.append(replace(Profile.load(file), among=file if place.is_dir() else None))
+            except SteerError as e:
+                if not place.is_dir():
+                    raise
+                skip(file, e)
     return out

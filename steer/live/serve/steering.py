@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from steer.errors import SteerError, UsageError
+from steer.errors import SteerError, UsageError, skip
 from steer.live.profiles import use
 from steer.live.serve.errors import ApiError
 from steer.live.serve.schemas import Steering, SteeringUpdate
@@ -17,6 +17,7 @@ from steer.values.edit import Edit
 from steer.values.feature import Feature
 from steer.values.profile import Profile
 from steer.values.sampler import PRESETS, Sampler
+from steer.values.small_files import shown
 
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
@@ -73,7 +74,10 @@ class Board:
     """
 
     def __init__(self, model: SteeredModel, profiles: Sequence[Profile] = ()) -> None:
-        """Errors: SteerError for profiles of one name, and for one that does not fit the model."""
+        """A profile out of a folder that does not fit the model is passed over with a warning.
+
+        Errors: SteerError for profiles of one name, and for another that does not fit.
+        """
         self._model = model
         self._lock = threading.Lock()
         self._none = Setting(None, Sliders(model, live=False))
@@ -82,7 +86,13 @@ class Board:
             if profile.name in self._profiles:
                 raise UsageError(f"profile {profile.name!r}: expected one of that name, found several; rename one")
             sliders = Sliders(model, live=False)
-            use(sliders, profile)
+            try:
+                use(sliders, profile)
+            except SteerError as e:
+                if profile.among is None:
+                    raise
+                skip(profile.among, e)
+                continue
             self._profiles[profile.name] = Setting(profile.name, sliders, profile.sampler)
         self.live = self._none
 
@@ -101,7 +111,7 @@ class Board:
             if profile not in (None, asked.profile):
                 raise ApiError(
                     400,
-                    f"steering.profile: expected {profile!r}, as in the name of the model, found {asked.profile!r}",
+                    f"steering.profile: expected {profile!r}, as the model's name has it, found {shown(asked.profile)}",
                     param="steering.profile",
                     code="invalid_value",
                 )
@@ -152,7 +162,7 @@ class Board:
             there = f"one of {', '.join(self._profiles)}" if self._profiles else "none, as the server has none"
             raise ApiError(
                 404,
-                f"profile {profile!r}: expected {there}; GET /v1/models lists them",
+                f"profile {shown(profile)}: expected {there}; GET /v1/models lists them",
                 param="profile",
                 code="profile_not_found",
             )
@@ -164,11 +174,10 @@ class Board:
             return start
         try:
             # A name means what it means in the profile, else what the library knows by it.
-            known = start.sliders.find({**start.sliders, **changes})
             amounts = {name: a for name, a in {**start.sliders, **changes}.items() if a is not None}
-            sliders = Sliders(self._model, live=False)
-            sliders.replace(amounts, known)
-            sliders.ranges |= start.sliders.ranges
+            sliders = start.sliders.copy()
+            sliders.find(changes)
+            sliders.replace(amounts)
         except SteerError as e:
             raise ApiError(400, str(e), param=param, code="invalid_slider") from e
         return Setting(start.profile, sliders, start.sampler)

@@ -59,7 +59,7 @@ def error(reply: httpx.Response, status: int) -> dict[str, str]:
         ({"messages": HELLO * 21}, "messages", "at most 20, found 21"),
         ({"temperature": "hot"}, "temperature", "valid number, found 'hot'"),
         ({"temperature": True}, "temperature", "valid number, found True"),
-        ({"temperature": -1}, "temperature", "at least"),
+        ({"temperature": -1}, "temperature", "from 1e-6 to 1e6"),
         ({"top_p": 2}, "top_p", "up to 1"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": 401}, "max_tokens", "at most 400, found 401"),
