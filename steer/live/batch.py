@@ -13,7 +13,7 @@ from torch import Tensor
 from steer.live.forward import logits
 from steer.live.prefill import decoder_pass, prefill
 from steer.live.record import reading
-from steer.live.sampling import Draw, choose
+from steer.live.sampling import Draw, choose_each
 from steer.values.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def generate(
 
             hooks.enter_context(reading(model.hf, model.anatomy, range(model.anatomy.blocks), add))
         for step in range(sampler.max_new_tokens):
-            tokens = choose(scores, [draws[i] for i in alive])
+            tokens = choose_each(scores, [draws[i] for i in alive])
             if on_tokens is not None:
                 on_tokens(len(alive))
             for i, token in zip(alive, tokens, strict=True):

@@ -13,7 +13,7 @@ from steer.live.cache import growing_cache
 from steer.live.frame import TextPass
 from steer.live.memory import Memory
 from steer.live.receipts import Tally
-from steer.live.sampling import Draw, choose, nothing_to_draw
+from steer.live.sampling import Draw, choose_each
 from steer.values.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def decode(
                     ).logits[:, -1]
         if memory is not None and memory.holds(cache):
             memory.add(fed[0].tolist())
-        tokens = [t for t in choose(logits, [draws[i] for i in alive]) if t is not None]
-        if len(tokens) < len(alive):
-            raise nothing_to_draw()
+        tokens = choose_each(logits, [draws[i] for i in alive])
         text.append(tokens[0])
         yield Step(tuple(alive), tuple(tokens))
         going = [j for j, t in enumerate(tokens) if t not in ends]

@@ -84,6 +84,14 @@ def choose(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> list[in
     return out
 
 
+def choose_each(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> list[int]:
+    """As `choose`. Errors: UsageError where a text has no token that can be drawn."""
+    tokens = [token for token in choose(logits, rows) if token is not None]
+    if len(tokens) < len(rows):
+        raise nothing_to_draw()
+    return tokens
+
+
 def nothing_to_draw() -> UsageError:
     """What to raise where `choose` gives None."""
     return UsageError(
