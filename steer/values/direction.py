@@ -16,8 +16,11 @@ from torch import Tensor
 
 from steer.errors import MismatchError, SteerError, UsageError
 from steer.files import parse_json, write_atomic
+from steer.values.small_files import shown
 
 _KEY = "steer_direction"  # the safetensors header entry that holds everything but the vector
+_LARGEST = 1e30
+"""What a statistic stays below: products of it with an amount are finite in fp32."""
 _SCALARS = ("name", "site", "mean", "std", "with_mean", "without_mean", "residual_norm")
 
 
@@ -50,15 +53,31 @@ class Direction:
     """Where it came from: checkpoint fingerprint, trait, method, held-out AUROC per site, versions, seed."""
 
     def __post_init__(self) -> None:
+        self._check_statistics()
         vector = self.vector.detach().to("cpu", torch.float32).contiguous()
-        norm = float(vector.norm())
-        if vector.ndim != 1 or not norm > 0 or not torch.isfinite(vector).all():
+        norm = float(vector.double().norm())  # in fp32 the square of 1e20 is infinite, and that of 1e-25 nothing
+        if vector.ndim != 1 or not 0 < norm < math.inf:
             raise UsageError(
                 f"direction {self.name!r}: expected a finite non-zero vector, found shape "
                 f"{tuple(vector.shape)} with norm {norm}; find it again with `steer find`"
             )
         # A unit vector stays as it is, or each save and load would move its last bits.
-        object.__setattr__(self, "vector", vector if abs(norm - 1) < 1e-6 else vector / norm)
+        object.__setattr__(self, "vector", vector if abs(norm - 1) < 1e-6 else (vector.double() / norm).float())
+
+    def _check_statistics(self) -> None:
+        """Raise UsageError unless every value is of its kind: headers are written by strangers too."""
+        if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
+            raise UsageError(f"direction: expected a name, found {shown(self.name)}; find it again with `steer find`")
+        site, norm, where = self.site, self.residual_norm, f"direction {shown(self.name)}"
+        if type(site) is not int or site < 0:
+            raise UsageError(f"{where}: expected a site that is a whole number from 0, found {shown(site)}")
+        for key in ("mean", "std", "with_mean", "without_mean"):
+            if not (_number(value := getattr(self, key)) and abs(value) < _LARGEST):
+                raise UsageError(f"{where}: expected a finite number under {key}, found {shown(value)}")
+        if not _number(norm) or not (0 < norm < _LARGEST or math.isnan(norm)):
+            raise UsageError(f"{where}: expected a residual norm above 0, or nan, found {shown(norm)}")
+        if not isinstance(self.provenance, dict):
+            raise UsageError(f"{where}: expected a mapping as provenance, found {shown(self.provenance)}")
 
     @property
     def width(self) -> int:
@@ -119,4 +138,11 @@ class Direction:
                 f"{path}: expected a direction written by `steer find`, found a safetensors file without "
                 "one; pass the file that `steer find --out` wrote"
             )
-        return cls(vector=vector, provenance=header.pop("provenance", {}), **header)
+        try:
+            return cls(vector=vector, provenance=header.pop("provenance", {}), **header)
+        except UsageError as e:
+            raise SteerError(f"{path}: {e}") from e
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -110,11 +110,17 @@ class Edit:
         return orthonormal(torch.stack(vectors, dim=1))
 
     def biases(self) -> dict[int, Float[Tensor, " d"]]:
-        """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Moves are not in it."""
+        """Site -> the vector that `add` adds there, fp64; adds at one site are summed. Moves are not in it.
+
+        Errors: UsageError for what is not finite in fp32.
+        """
         out: dict[int, Tensor] = {}
         for d, amount in self.add:
             shift = amount * d.gap * d.vector.double()
             out[d.site] = out[d.site] + shift if d.site in out else shift
+        for site, shift in out.items():
+            if not torch.isfinite(shift.float()).all():
+                raise UsageError(f"add at site {site}: expected a finite vector, found one beyond fp32; add less")
         return out
 
     def with_adds_as_directions(self) -> Edit:

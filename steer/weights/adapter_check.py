@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -58,8 +59,8 @@ def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[
         outside = 0.0 if q is None else float((b - q @ (q.T @ b)).norm()) / b.shape[1]
         for part, proof in zip(a.chunk(len(of)), of, strict=True):
             before = float(part.norm())
-            off = max(abs(before - proof.before), abs((1 - proof.strength) * before - proof.after))
-            if float(gram) > _SLACK or outside > _SLACK or off > _SLACK * proof.norm or not proof.holds:
+            off = float(np.max([abs(before - proof.before), abs((1 - proof.strength) * before - proof.after)]))
+            if not (float(gram) <= _SLACK and outside <= _SLACK and off <= _SLACK * proof.norm and proof.holds):
                 raise CheckpointError(
                     f"{folder / ADAPTER}: {key} does not take {proof.strength} of the directions out of "
                     f"{proof.tensor}, which is certified; bake again"
@@ -78,7 +79,8 @@ def _check_adds(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str
         if any(w.key == proof.tensor and w.bias for w in cert.writers) and whole.ndim == 1:
             q = edit.basis(proof.site)
             rest = rest - q @ (q.T @ rest)
-        if abs(float(whole.norm()) - proof.norm) > _SLACK * proof.norm or float(rest.norm()) > _SLACK * proof.norm:
+        slack = _SLACK * proof.norm
+        if not (abs(float(whole.norm()) - proof.norm) <= slack and float(rest.norm()) <= slack):
             raise CheckpointError(f"{folder / ADAPTER}: {proof.tensor} is not the bias certified; bake again")
 
 
@@ -96,8 +98,8 @@ def _check_source(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[s
         names = sorted(n for n in again if n.startswith(f"{part.key}.lora_"))  # A, B, and the bias of B if it has one
         a, *bias, b = names
         off, size = _distance([(t[a].double(), t[b].double()) for t in (stored, again)], part.rank)
-        wrong = [a] if off > _SLACK * size else []
-        wrong += [n for n in bias if float((stored[n] - again[n]).norm()) > _SLACK * float(again[n].norm())]
+        wrong = [] if off <= _SLACK * size else [a]
+        wrong += [n for n in bias if not float((stored[n] - again[n]).norm()) <= _SLACK * float(again[n].norm())]
         if wrong:
             raise CheckpointError(f"{folder / ADAPTER}: {wrong[0]} is not what {source} gives; bake again")
     return Check("source", f"all {len(again)} tensors come out of {source} again, whose files are those certified")
@@ -115,7 +117,8 @@ def _distance(pairs: list[tuple[Tensor, Tensor]], rank: int) -> tuple[float, flo
 
     got, wanted = stacks
     size = inner(wanted, wanted)
-    return max(inner(got, got) - 2 * inner(got, wanted) + size, 0.0) ** 0.5, size**0.5
+    square = inner(got, got) - 2 * inner(got, wanted) + size
+    return 0.0 if square < 0 else square**0.5, size**0.5
 
 
 def _normed(cert: Certificate, proof: WriterProof) -> bool:

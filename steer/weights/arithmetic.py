@@ -19,13 +19,13 @@ from torch import Tensor
 
 from steer.weights.stream import Buffer
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ELEMENTS = 1 << 19  # widened at a time: 2 MB in fp32, which stay in a core's cache
 
 
 def as_tensor(data: Buffer, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor on top of the bytes: changing it changes them."""
-    return torch.frombuffer(data, dtype=_DTYPES[dtype]).view(shape)
+    return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
 
 
 def on_accelerator(weight: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def on_accelerator(weight: Tensor) -> Tensor:
 
 def as_bytes(tensor: Tensor, dtype: str) -> bytes:
     """The bytes of a tensor, rounded once to a stored dtype."""
-    return tensor.to(_DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def ablate(

@@ -92,6 +92,8 @@ class _Editor:
             if q is not None:
                 before = ablate(wide, q, 1, strength, norm_preserving=keep)
             weight.copy_((wide if shift is None else wide + shift).view(weight.shape))
+            if shift is not None and not torch.isfinite(weight).all():
+                raise CheckpointError(f"{self.root}: {info.name} is not finite in {info.dtype} after the add; add less")
         elif writer is not None and q is not None:
             before = ablate(weight, q, writer.axis, strength, norm_preserving=keep)
             if weight is not stored:

@@ -165,7 +165,7 @@ def check_control_vector(folder: Path, cert: Certificate, edit: Edit) -> list[Ch
     shifts = edit.biases()
     for site, vector in vectors.items():
         shift = shifts.get(site, torch.zeros(len(vector)))
-        if float((vector - shift).norm()) > 1e-6 * float(shift.norm()):
+        if not float((vector - shift).norm()) <= 1e-6 * float(shift.norm()):
             raise CheckpointError(
                 f"{folder / FILE}: direction.{site} is not what the directions beside it add up to; bake again"
             )

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.values.edit import Edit
 from steer.values.method import Kind
 from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Anatomy, Found, Writer
-from steer.weights.arithmetic import as_bytes
+from steer.weights.arithmetic import DTYPES, as_bytes
 from steer.weights.stream import CheckpointFiles, NewTensor
 
 
@@ -72,6 +73,7 @@ class Plan:
                 created[name] = shifted.pop(name, None)
                 site = created[name]
                 value = torch.zeros(weight.shape[0]) if site is None else shifts[site]
+                _check_held(value, weight.dtype, f"{files.root}: {name}")
                 bias = NewTensor(name, weight.dtype, weight.shape[:1], as_bytes(value, weight.dtype))
                 new.setdefault(weight.file, []).append(bias)
             if carriers:
@@ -108,6 +110,12 @@ class Plan:
             low, high = f"{strengths[0]:.3g}", f"{strengths[-1]:.3g}"
             facts.append(f"strength {low}" if low == high else f"strength {low} to {high}")
         return "; ".join(facts)
+
+
+def _check_held(value: Tensor, dtype: str, what: str) -> None:
+    """Raise UsageError for a value that is not finite in a stored dtype."""
+    if not torch.isfinite(value.to(DTYPES[dtype])).all():
+        raise UsageError(f"{what}: expected finite numbers in {dtype}, found some that it cannot hold; add less")
 
 
 def _shorter(names: Iterable[str]) -> list[str]:

@@ -59,7 +59,7 @@ def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: 
         q = ablation.subspace(writers[proof.tensor])
         after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
         # Both numbers come from the same bytes: only the order of summation and the stored direction differ.
-        if abs(after - proof.after) > 1e-3 * proof.after + 1e-6 * size or not proof.holds:
+        if not (abs(after - proof.after) <= 1e-3 * proof.after + 1e-6 * size and proof.holds):
             raise CheckpointError(
                 f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
                 f"{proof.after:.3g} of {proof.before:.3g} at strength {proof.strength}; bake again"
@@ -71,12 +71,12 @@ def _check_biases(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Chec
     shifts = edit.biases()
     for proof in cert.biases:
         bias = _stored(files, proof.tensor).double()
-        wrong = abs(float(bias.norm()) - proof.norm) > 1e-6 * proof.norm
+        right = abs(float(bias.norm()) - proof.norm) <= 1e-6 * proof.norm
         if proof.created:
             expected = torch.zeros_like(bias) if proof.site is None else shifts[proof.site]
             slack = rounding(files.tensors[proof.tensor].dtype) * float(expected.norm())
-            wrong = wrong or float((bias - expected).norm()) > slack
-        if wrong:
+            right = right and float((bias - expected).norm()) <= slack
+        if not right:
             raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
     return Check("add", f"biases at sites {', '.join(str(s) for s in sorted(shifts))}")
 

@@ -52,7 +52,12 @@ class Sketch:
     @classmethod
     def from_header(cls, provenance: Mapping[str, Any]) -> Sketch:
         """The sketch in a direction's provenance; an empty one where there is none."""
-        raw = bytearray(base64.b64decode(provenance.get("sketch", "")))
+        try:
+            raw = bytearray(base64.b64decode(provenance.get("sketch", ""), validate=True))
+        except (TypeError, ValueError):
+            raw = bytearray()
+        if len(raw) % (2 * _VALUES):  # of no sketch: it is of no checkpoint
+            raw = bytearray()
         values = torch.frombuffer(raw, dtype=torch.bfloat16).float().numpy() if raw else np.zeros(0, np.float32)
         return cls(values.reshape(-1, _VALUES))
 
