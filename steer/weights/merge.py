@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import CheckpointError, SteerError
+from steer.files import read_json_object
 from steer.values.small_files import read_yaml
 from steer.weights.fetch import PACKAGED, disk_errors, hub_errors, resolve
+from steer.weights.merged_config import add_older_rope_keys, lists_follow_slices
 from steer.weights.staging import check_output, hash_file, staged, write_json
 
 MANIFEST = "steer_merge.json"
 """In the output: the recipe, the hashes of what went in, versions. Written last."""
+_GENERATION = "generation_config.json"
+_READ = {".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt", ".tiktoken"}
+"""Endings of the files that a merge depends on."""
 _MODEL_KEYS = ("model", "base_model")
 _TOKENIZER_KEYS = ("source", "tokenizer_source")
 
@@ -40,7 +44,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def recipe_models(raw: Any) -> list[str]:
     """Every model a recipe names, as written, in order of first mention."""
     found: list[str] = []
-    _walk(raw, lambda name: found.append(name) or name)
+    _walk(deepcopy(raw), lambda name: found.append(name) or name)
     return list(dict.fromkeys(found))
 
 
@@ -73,16 +77,18 @@ def merge(
                 quiet=not sys.stderr.isatty(), lazy_unpickle=True,
             )  # fmt: skip
             say(f"2 of 3: merging {len(located)} models by {config.merge_method or 'slices'}")
-            with _mergekit_errors(recipe):
+            with _mergekit_errors(recipe), lists_follow_slices():
                 run_merge(config, str(work), options, config_source=text)
         if not (work / "config.json").is_file() or not any(work.glob("*.safetensors")):
             raise SteerError(f"{recipe}: mergekit wrote no checkpoint; run mergekit-yaml on it to see why")
-        _carry_chat_template(raw, located, work)
+        _check_finite(work, recipe)
+        _carry_side_files(raw, located, work)
+        add_older_rope_keys(work / "config.json")
         _mend_card(work / "README.md", Path(os.path.realpath(out)).name, located)
         say("3 of 3: hashing what went in and what came out")
         manifest = {
             "recipe": raw,
-            "inputs": {name: _weight_hashes(parts) for name, parts in located.items()},
+            "inputs": {name: _input_hashes(parts) for name, parts in located.items()},
             "weights": _weight_hashes((str(work),)),
             "versions": {p: version(p) for p in ("mergekit", "torch", "transformers")},
         }
@@ -95,10 +101,10 @@ def is_merge_of(out: Path, recipe: Path) -> bool:
     file = out / MANIFEST
     if not file.is_file():
         return False
-    manifest, raw = json.loads(file.read_text()), read_recipe(recipe)
-    if manifest["recipe"] != raw or manifest["weights"] != _weight_hashes((str(out),)):
+    manifest, raw = read_json_object(file, do="merge again"), read_recipe(recipe)
+    if manifest.get("recipe") != raw or manifest.get("weights") != _weight_hashes((str(out),)):
         return False
-    return manifest["inputs"] == {n: _weight_hashes(_locate(n, recipe)) for n in recipe_models(raw)}
+    return manifest.get("inputs") == {n: _input_hashes(_locate(n, recipe)) for n in recipe_models(raw)}
 
 
 def _validated(raw: Any, path: Path) -> Any:
@@ -116,13 +122,29 @@ def _walk(node: Any, change: Callable[[str], Any]) -> Any:
     """Pass every model reference of a recipe through `change`, in place."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in list(items):
-        if isinstance(value, str) and (
-            key in _MODEL_KEYS or (key in _TOKENIZER_KEYS and value not in ("union", "base"))
-        ):
-            node[key] = change(value)
+        name = _model_name(value)
+        if name and (key in _MODEL_KEYS or (key in _TOKENIZER_KEYS and name not in ("union", "base"))):
+            node[key] = change(name)
         else:
             _walk(value, change)
     return node
+
+
+def _model_name(value: Any) -> str | None:
+    """A model reference in mergekit's short form, `model@revision+adapter`, also for one in its form of mappings,
+    `{model: {path, revision}, lora: {path, revision}}`; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict) or "model" not in value or not set(value) <= {"model", "lora"}:
+        return None
+    parts = []
+    for part in (value["model"], value.get("lora")):
+        if isinstance(part, dict):
+            path, revision = part.get("path"), part.get("revision")
+            part = f"{path}@{revision}" if path and revision else path
+        if part is not None:
+            parts.append(str(part))
+    return "+".join(parts) or None
 
 
 def _locate(name: str, recipe: Path) -> tuple[str, ...]:
@@ -178,6 +200,34 @@ def _weight_hashes(parts: tuple[str, ...]) -> dict[str, str]:
     return {f"{i}/{f.name}": hash_file(f) for i, d in enumerate(folders) for f in sorted(d.glob("*.safetensors"))}
 
 
+def _input_hashes(parts: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of every file of local directories that a merge may read: weights, configs, tokenizers, templates."""
+    folders = [Path(p) for p in parts if Path(p).is_dir()]
+    return {
+        f"{i}/{f.name}": hash_file(f)
+        for i, d in enumerate(folders)
+        for f in sorted(d.iterdir())
+        if f.suffix in _READ and not f.name.startswith(".") and f.is_file()
+    }
+
+
+def _check_finite(work: Path, recipe: Path) -> None:
+    """Raise SteerError for a weight that is not finite: it ends in replies of one token, or in NaN."""
+    import torch
+    from safetensors import safe_open
+
+    for file in sorted(work.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118
+                tensor = f.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    raise SteerError(
+                        f"{recipe}: expected finite weights, found {name} with some that {dtype} cannot hold or that "
+                        "are not finite in a source; set out_dtype to bfloat16 or float32"
+                    )
+
+
 @contextmanager
 def _mergekit_errors(recipe: Path) -> Iterator[None]:
     """mergekit's failures as ours, those too that it only logs; its chatter goes nowhere."""
@@ -223,12 +273,16 @@ def _line(e: Exception) -> str:
     return textwrap.shorten(str(e), 300, placeholder=" ...") or type(e).__name__
 
 
-def _carry_chat_template(raw: dict[str, Any], located: dict[str, tuple[str, ...]], work: Path) -> None:
-    """mergekit copies the tokenizer; a chat template in a file of its own can be left behind."""
-    base = Path(located[raw.get("base_model") or recipe_models(raw)[0]][0])
-    source, target = base / "chat_template.jinja", work / "chat_template.jinja"
-    if source.is_file() and not target.exists() and not raw.get("chat_template"):
-        target.write_bytes(source.read_bytes())
+def _carry_side_files(raw: dict[str, Any], located: dict[str, tuple[str, ...]], work: Path) -> None:
+    """mergekit leaves behind generation_config.json, which holds the ids that end a reply, and can leave the chat
+    template, in a file of its own."""
+    base = Path(located[_model_name(raw.get("base_model")) or recipe_models(raw)[0]][0])
+    tokenizer = raw.get("tokenizer_source") or (raw.get("tokenizer") or {}).get("source")
+    renumbered = tokenizer not in (None, "base")
+    for name, wanted in (("chat_template.jinja", not raw.get("chat_template")), (_GENERATION, not renumbered)):
+        source, target = base / name, work / name
+        if wanted and source.is_file() and not target.exists():
+            target.write_bytes(source.read_bytes())
 
 
 def _mend_card(card: Path, title: str, located: dict[str, tuple[str, ...]]) -> None:
