@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from steer.live.model import Message, SteeredModel
 from steer.values.sampler import Sampler
@@ -24,6 +28,8 @@ class Reply:
     ids: tuple[int, ...]
     """The reply's tokens, end token left out."""
     text: str
+    mean: Float[Tensor, "sites d"] | None = field(default=None, compare=False, repr=False)
+    """The mean residual stream over its tokens after each block, where it was taken while the reply was written."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Contrast:
 
     def as_json(self) -> dict[str, Any]:
         """For a file; the trait is told by its name alone."""
-        parts = {name: [asdict(r) for r in getattr(self, name)] for name in _PARTS}
+        parts = {name: [{"chat": r.chat, "ids": r.ids, "text": r.text} for r in getattr(self, name)] for name in _PARTS}
         return {"trait": self.trait.name, **parts}
 
     @classmethod
@@ -74,8 +80,12 @@ def contrast_replies(
         )
     ]
     chats = [chat for part in parts for chat in part]
-    made = model.replies(chats, sampler, batch=batch, on_tokens=on_tokens)
-    replies = [Reply(tuple(c), tuple(ids), model.text(ids)) for c, ids in zip(chats, made, strict=True)]
+    sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
+    made = model.replies(chats, sampler, batch=batch, on_tokens=on_tokens, sums=sums)
+    replies = [
+        Reply(tuple(c), tuple(ids), model.text(ids), (sums[:, i] / max(1, len(ids))).cpu())
+        for i, (c, ids) in enumerate(zip(chats, made, strict=True))
+    ]
     split: list[tuple[Reply, ...]] = []
     for part in parts:
         # A reply that ended at once has no response token to measure.

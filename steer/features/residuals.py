@@ -19,14 +19,18 @@ Take = Callable[[list[int], Bool[Tensor, "rows seq"], int, Float[Tensor, "rows s
 def reply_means(
     model: SteeredModel, replies: Sequence[Reply], *, on_rows: Callable[[int], None] | None = None
 ) -> Float[Tensor, "replies sites d"]:
-    """The mean residual stream over each reply's tokens, at every site, fp32."""
+    """The mean residual stream over each reply's tokens, at every site, fp32; a reply that has its mean is not read."""
     out = torch.zeros(len(replies), model.anatomy.blocks, model.anatomy.width)
 
     def take(rows: list[int], mask: Tensor, site: int, h: Tensor) -> None:
         weights = (mask / mask.sum(1, keepdim=True)).to(h.device)
-        out[rows, site] = torch.einsum("btd,bt->bd", h.float(), weights).cpu()
+        out[[unread[i] for i in rows], site] = torch.einsum("btd,bt->bd", h.float(), weights).cpu()
 
-    read_replies(model, replies, range(model.anatomy.blocks), take, on_rows=on_rows)
+    for i, reply in enumerate(replies):
+        if reply.mean is not None:
+            out[i] = reply.mean
+    unread = [i for i, reply in enumerate(replies) if reply.mean is None]
+    read_replies(model, [replies[i] for i in unread], range(model.anatomy.blocks), take, on_rows=on_rows)
     return out
 
 

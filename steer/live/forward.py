@@ -73,13 +73,26 @@ class _Enough(Exception):
     """Leaves a forward pass after the last block wanted."""
 
 
+Head = Callable[[Tensor], Tensor]
+"""Hidden states after the final norm `[*batch, d]` -> logits `[*batch, vocab]`, fp32 at least."""
+
+
+def head_of(model: SteeredModel) -> Head:
+    """The model's LM head with its final softcap. Holding it keeps no other weights of the model in memory."""
+    head, softcap = model.hf.get_submodule(model.anatomy.head_module), model.anatomy.logit_softcap
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = head(hidden)
+        if softcap is not None:  # in the model's dtype, as the model itself does
+            out = (out / softcap).tanh() * softcap
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    return logits
+
+
 def logits(model: SteeredModel, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
     """The model's logits for hidden states after the final norm, its final softcap applied; fp32 at least."""
-    head, softcap = model.hf.get_submodule(model.anatomy.head_module), model.anatomy.logit_softcap
-    out = head(hidden)
-    if softcap is not None:  # in the model's dtype, as the model itself does
-        out = (out / softcap).tanh() * softcap
-    return out.to(torch.promote_types(out.dtype, torch.float32))
+    return head_of(model)(hidden)
 
 
 def logits_in_chunks(

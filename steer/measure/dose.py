@@ -10,7 +10,7 @@ import torch
 
 from steer.features.contrast import Reply
 from steer.live.model import Message, SteeredModel, as_messages
-from steer.measure.fluency import Reference, mean_repetition, reply_perplexity
+from steer.measure.fluency import Reference, mean_repetition, reply_perplexities
 from steer.measure.scorer import Scorer, marker_rates
 from steer.values.direction import Direction
 from steer.values.edit import Edit
@@ -90,18 +90,20 @@ def measure_settings(
         batch=batch,
         on_tokens=on_tokens,
     )
+    groups = [rows[i * per : (i + 1) * per] for i in range(len(settings))]
     plain = [as_messages(topic, None) for topic in topics]
+    perplexities = reply_perplexities(judge or model, plain, [ids[::samples] for ids in groups])
+    costs: dict[int, float] = {}
+    if reference is not None:
+        # A system prompt has no cost; neither has the untouched model, unless it is a baked one that is measured.
+        costs = {i: 0.0 for i, s in enumerate(settings) if not s.system}
+        moved = [i for i in costs if settings[i].edit is not None or judge is not None]
+        costs |= zip(moved, reference.kls(model, [settings[i].edit for i in moved]) if moved else (), strict=True)
     out = []
     for i, setting in enumerate(settings):
-        ids = rows[i * per : (i + 1) * per]
+        ids = groups[i]
         texts = [model.text(r) for r in ids]
         probabilities = scorer.probabilities(texts)
-        if setting.system or reference is None:
-            cost = None
-        elif judge is None and setting.edit is None:
-            cost = 0.0
-        else:
-            cost = reference.kl(model, setting.edit)
         out.append(
             Point(
                 label=setting.label,
@@ -109,9 +111,9 @@ def measure_settings(
                 rate=float((probabilities > 0.5).mean()),
                 probability=float(np.mean(probabilities)),
                 markers=marker_rates(texts, scorer.trait),
-                kl=cost,
+                kl=costs.get(i),
                 repetition=mean_repetition(ids),
-                perplexity=reply_perplexity(judge or model, plain, ids[::samples]),
+                perplexity=perplexities[i],
                 share=setting.share,
                 examples=tuple(texts[: 3 * samples : samples]),
             )

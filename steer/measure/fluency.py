@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from steer.features.contrast import Reply
-from steer.live.forward import hidden_states, logits, padded
+from steer.live.forward import Head, head_of
 from steer.live.model import Message, SteeredModel
+from steer.live.prefill import prefill
 from steer.values.edit import Edit
+
+ROWS = 64
+"""Texts that are read at a time."""
+TOKENS = 64
+"""Of each text, how many tokens' logits are in memory at a time."""
 
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:
@@ -29,43 +37,53 @@ def mean_repetition(replies: Sequence[Sequence[int]]) -> float:
     return float(np.mean([repetition(r) for r in replies])) if replies else 0.0
 
 
+Text = tuple[Sequence[int], Sequence[int]]
+"""The context of a text, and the text, as token ids."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The untouched model's replies to neutral prompts and its predictions there: what divergences are taken from."""
+    """The untouched model's replies to neutral prompts and its predictions there: what divergences are taken from.
 
-    replies: tuple[Reply, ...]
-    logprobs: list[Float[Tensor, "tokens vocab"]]
+    The predictions are kept as hidden states: the vocabularies' probabilities would take a hundred times the memory.
+    """
+
+    texts: tuple[Text, ...]
+    """Each reply after its prompt."""
+    hidden: tuple[Float[Tensor, "tokens d"], ...]
+    """What the LM head was given at each position that predicts a reply token."""
+    head: Head
 
     @classmethod
     def of(cls, model: SteeredModel, replies: Sequence[Reply]) -> Reference:
         """Run the untouched model over its replies once."""
-        return cls(tuple(replies), token_logprobs(model, replies, None))
+        texts = tuple((model.prompt_ids(r.chat), r.ids) for r in replies)
+        hidden: dict[int, Tensor] = {i: rows[0].clone() for i, rows in _hidden(model, texts, [None])}
+        return cls(texts, tuple(hidden[i] for i in range(len(texts))), head_of(model))
 
     def kl(self, model: SteeredModel, edit: Edit | None) -> float:
         """KL(untouched || `model` under `edit`), nats per reply token. `model` may be another checkpoint."""
-        return kl(self.logprobs, token_logprobs(model, self.replies, edit))
+        return self.kls(model, [edit])[0]
+
+    def kls(self, model: SteeredModel, edits: Sequence[Edit | None]) -> list[float]:
+        """KL(untouched || `model`) under each edit, nats per reply token."""
+        return (self._sums(model, edits).sum(1) / self.lengths.sum()).tolist()
 
     def kl_sums(self, model: SteeredModel) -> Float[np.ndarray, " replies"]:
         """KL(untouched || `model`) summed over each reply's tokens, nats."""
-        return np.array(_kl_sums(self.logprobs, token_logprobs(model, self.replies, None)))
+        return self._sums(model, [None])[0]
 
     @property
     def lengths(self) -> Float[np.ndarray, " replies"]:
         """Tokens of each reply."""
-        return np.array([float(len(p)) for p in self.logprobs])
+        return np.array([float(len(text)) for _, text in self.texts])
 
-
-def kl(base: Sequence[Float[Tensor, "tokens vocab"]], other: Sequence[Float[Tensor, "tokens vocab"]]) -> float:
-    """Mean KL(base || other) over tokens, nats."""
-    return sum(_kl_sums(base, other)) / sum(len(p) for p in base)
-
-
-def _kl_sums(base: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
-    return [float((p.float().exp() * (p.float() - q.float())).sum()) for p, q in zip(base, other, strict=True)]
-
-
-Text = tuple[list[int], list[int]]
-"""What stands before a text, and the text, as token ids."""
+    @torch.inference_mode()
+    def _sums(self, model: SteeredModel, edits: Sequence[Edit | None]) -> Float[np.ndarray, "edits replies"]:
+        out, head = np.zeros((len(edits), len(self.texts))), head_of(model)
+        for i, rows in _hidden(model, self.texts, edits):
+            out[:, i] = [kl for kl, _ in _compared(self.head, self.hidden[i], head, rows, self.texts[i][1])]
+        return out
 
 
 @torch.inference_mode()
@@ -76,101 +94,96 @@ def row_costs(
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[tuple[float, float]]:
     """(KL(untouched || edited), cross-entropy), nats per token of the texts, of the untouched model and then under each
-    edit; inf where a logit is none. One pass a text, its rows the untouched model and every edit."""
-    sums = [[0.0, 0.0] for _ in range(1 + len(edits))]
-    with model.steering.applied([None, *edits]):
-        for before, text in texts:
-            ids = torch.tensor([[*before, *text]], device=model.device).repeat(len(sums), 1)
-            hidden = hidden_states(model, ids)[:, len(before) - 1 : -1]
-            said = ids[0, len(before) :, None]
-            base = logits(model, hidden[0]).log_softmax(-1)
-            # A row at a time: the logits of all would be far larger than the model's activations.
-            for i, total in enumerate(sums):
-                logprobs = logits(model, hidden[i]).log_softmax(-1) if i else base
-                total[0] += float((base.exp() * (base - logprobs)).sum())
-                total[1] -= float(logprobs.gather(1, said).sum())
-            if on_tokens is not None:
-                on_tokens(ids.numel())
-    count = max(1, sum(len(text) for _, text in texts))
-    means = [[math.inf if math.isnan(s) else s / count for s in total] for total in sums]
-    return [(divergence, entropy) for divergence, entropy in means]
+    edit; inf where a logit is none. `on_tokens` is given the tokens of each text and its context, under every edit."""
+    head = head_of(model)
+    sums = np.zeros((1 + len(edits), 2))
+    for i, rows in _hidden(model, texts, [None, *edits]):
+        before, text = texts[i]
+        sums += _compared(head, rows[0], head, rows, text)
+        if on_tokens is not None:
+            on_tokens(len(sums) * (len(before) + len(text)))
+    means = sums / max(1, sum(len(text) for _, text in texts))
+    return [(divergence, entropy) for divergence, entropy in np.where(np.isnan(means), math.inf, means).tolist()]
 
 
 @torch.inference_mode()
-def token_logprobs(
-    model: SteeredModel, replies: Sequence[Reply], edit: Edit | None, *, batch: int = 16
-) -> list[Float[Tensor, "tokens vocab"]]:
-    """Log-probabilities at every position that predicts a reply token, one tensor a reply."""
-    out: list[Tensor] = []
-    with model.steering.applied([edit]):
-        for start in range(0, len(replies), batch):
-            group = replies[start : start + batch]
-            out += forward_logprobs(model, [(model.prompt_ids(r.chat), r.ids) for r in group])
-    return out
+def _hidden(
+    model: SteeredModel, texts: Sequence[Text], edits: Sequence[Edit | None]
+) -> Iterator[tuple[int, list[Float[Tensor, "tokens d"]]]]:
+    """(a text's place, under each edit what the LM head is given where it predicts the text's tokens).
+
+    In another order than that of `texts`: those of like context are read together, which reads it once.
+    """
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i][0]), tuple(texts[i][0]), len(texts[i][1])))
+    together = max(1, ROWS // len(edits))
+    which = list(range(len(edits))) if len(edits) > 1 else None
+    for start in range(0, len(order), together):
+        rows = [texts[i] for i in order[start : start + together] for _ in edits]
+        with model.steering.applied(edits):
+            # The last token predicts nothing that is asked for.
+            read = prefill(
+                model,
+                [[*before, *text[:-1]] for before, text in rows],
+                prompts=[len(before) for before, _ in rows],
+                which=None if which is None else which * (len(rows) // len(which)),
+            ).hidden
+        for j, i in enumerate(order[start : start + together]):
+            yield i, [h[-len(texts[i][1]) :] for h in read[j * len(edits) : (j + 1) * len(edits)]]
 
 
-def forward_logprobs(
-    model: SteeredModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[Float[Tensor, "tokens vocab"]]:
-    """Log-probabilities over the second part of each (context, continuation) row, in one pass."""
-    ids, mask = padded([[*context, *rest] for context, rest in rows], model.pad_token_id, model.device)
-    hidden = hidden_states(model, ids, mask)
-    out = []
-    for row, (context, rest) in enumerate(rows):
-        at = hidden[row, len(context) - 1 : len(context) + len(rest) - 1]
-        # The LM head only where it is wanted: it is a fifth of a small model's work.
-        out.append(logits(model, at).log_softmax(-1))
-    return out
+def _compared(
+    base_head: Head, base: Float[Tensor, "tokens d"], head: Head, rows: Sequence[Float[Tensor, "tokens d"]], text: Any
+) -> list[tuple[float, float]]:
+    """(KL(base || row), the row's cross-entropy) for each row of hidden states, summed over a text's tokens, nats.
+
+    A few tokens at a time: the probabilities of a vocabulary at every token would be far larger than all else."""
+    sums = [[0.0, 0.0] for _ in rows]
+    said, step = torch.tensor(text, device=base.device)[:, None], 0
+    while step < len(said):
+        expected = base_head(base[step : step + TOKENS]).log_softmax(-1)
+        weights = expected.exp()
+        for total, hidden in zip(sums, rows, strict=True):
+            here = expected if hidden is base else head(hidden[step : step + TOKENS]).log_softmax(-1)
+            total[0] += float((weights * (expected - here)).sum())
+            total[1] -= float(here.gather(1, said[step : step + TOKENS]).sum())
+        step += TOKENS
+    return [(divergence, entropy) for divergence, entropy in sums]
 
 
-@torch.inference_mode()
-def reply_perplexity(
-    model: SteeredModel,
-    chats: Sequence[Sequence[Message]],
-    replies: Sequence[Sequence[int]],
-    *,
-    batch: int = 16,
-) -> float:
-    """Perplexity of replies under the untouched model: how surprised it is by what the steered one wrote."""
-    rows = [(model.prompt_ids(c), r) for c, r in zip(chats, replies, strict=True) if r]
-    return _perplexity(model, rows, None, batch)
+def reply_perplexities(
+    model: SteeredModel, chats: Sequence[Sequence[Message]], groups: Sequence[Sequence[Sequence[int]]]
+) -> list[float]:
+    """Perplexity of groups of replies to the same chats under the untouched model: how surprised it is by what a
+    steered one wrote. Each chat is read once for all groups."""
+    prompts = [model.prompt_ids(c) for c in chats]
+    rows = [[(p, r) for p, r in zip(prompts, replies, strict=True) if r] for replies in groups]
+    sums = iter(_entropies(model, [row for group in rows for row in group], None))
+    return [float(np.exp(sum(next(sums) for _ in group) / max(sum(len(r) for _, r in group), 1))) for group in rows]
 
 
-def text_perplexity(
-    model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, batch: int = 8, limit: int = 256
-) -> float:
+def text_perplexity(model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, limit: int = 256) -> float:
     """Perplexity per token of plain texts; the first token of each is context."""
-    sums, counts = text_entropies(model, texts, edit, batch=batch, limit=limit)
+    sums, counts = text_entropies(model, texts, edit, limit=limit)
     return float(np.exp(sums.sum() / max(counts.sum(), 1)))
 
 
 def text_entropies(
-    model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, batch: int = 8, limit: int = 256
+    model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, limit: int = 256
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
     """The cross-entropy of each text in nats, summed over its tokens, and how many there are; the first is context."""
     ids = [model.tokenizer(text, add_special_tokens=False).input_ids[:limit] for text in texts]
     rows = [(i[:1], i[1:]) for i in ids if len(i) > 1]
-    return _entropies(model, rows, edit, batch), np.array([float(len(rest)) for _, rest in rows])
-
-
-def _perplexity(
-    model: SteeredModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], edit: Edit | None, batch: int
-) -> float:
-    return float(np.exp(_entropies(model, rows, edit, batch).sum() / max(sum(len(rest) for _, rest in rows), 1)))
+    return _entropies(model, rows, edit), np.array([float(len(rest)) for _, rest in rows])
 
 
 @torch.inference_mode()
-def _entropies(
-    model: SteeredModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], edit: Edit | None, batch: int
-) -> Float[np.ndarray, " rows"]:
-    out = np.zeros(len(rows))
-    ordered = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    with model.steering.applied([edit]):
-        for start in range(0, len(ordered), batch):
-            group = ordered[start : start + batch]
-            for i, logprobs in zip(group, forward_logprobs(model, [rows[i] for i in group]), strict=True):
-                said = torch.tensor(rows[i][1], device=logprobs.device)[:, None]
-                out[i] = -float(logprobs.gather(1, said).sum())
+def _entropies(model: SteeredModel, rows: Sequence[Text], edit: Edit | None) -> Float[np.ndarray, " rows"]:
+    out, head = np.zeros(len(rows)), head_of(model)
+    for i, (hidden,) in _hidden(model, rows, [edit]):
+        said = torch.tensor(rows[i][1], device=hidden.device)
+        for step in range(0, len(said), TOKENS):
+            part = slice(step, step + TOKENS)
+            out[i] += float(cross_entropy(head(hidden[part]), said[part], reduction="sum"))
     return out
 
 

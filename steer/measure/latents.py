@@ -308,6 +308,9 @@ class _Trial:
             batch=96,
             on_tokens=self.on_tokens,
         )
+        moving = list(dict.fromkeys(e for e in edits if e is not None))
+        costs: dict[Edit | None, float] = {None: 0.0}
+        costs |= zip(moving, self.reference.kls(self.model, moving) if moving else (), strict=True)
         out = []
         for i, (edit, amount) in enumerate(zip(edits, amounts, strict=True)):
             ids = replies[i * len(chats) : (i + 1) * len(chats)]
@@ -317,7 +320,7 @@ class _Trial:
                     amount=amount,
                     rate=float((probabilities > 0.5).mean()),
                     probability=float(probabilities.mean()),
-                    kl=self.reference.kl(self.model, edit) if edit else 0.0,
+                    kl=costs[edit],
                     repetition=mean_repetition(ids),
                 )
             )

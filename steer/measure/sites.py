@@ -70,7 +70,7 @@ def check_sites(
         batch=96,
         on_tokens=on_tokens,
     )
-    reference = Reference.of(model, found.contrast.neutral[:NEUTRAL])
+    costs = Reference.of(model, found.contrast.neutral[:NEUTRAL]).kls(model, edits[::2])
     out = []
     for i, site in enumerate(tried):
         below, above = (rows[(2 * i + j) * len(chats) : (2 * i + j + 1) * len(chats)] for j in range(len(AMOUNTS)))
@@ -81,7 +81,7 @@ def check_sites(
                 below=float(scorer.probabilities([model.text(r) for r in below]).mean()),
                 above=float(scorer.probabilities([model.text(r) for r in above]).mean()),
                 repetition=mean_repetition([*below, *above]),
-                kl=reference.kl(model, edits[2 * i]),
+                kl=costs[i],
             )
         )
     return out

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_chat import hooks_on, save_tiny_chat
+from whole_vocabulary import kl
 
 from steer.errors import MismatchError, UsageError
 from steer.live.model import SteeredModel, load
 from steer.live.sliders import BUDGET, as_edit
 from steer.measure.calibrate import LADDER, LONGEST, Trial, calibrate
 from steer.measure.calibration import Limits, SliderCalibration, TriedAmount
-from steer.measure.fluency import kl, mean_repetition
+from steer.measure.fluency import mean_repetition
 from steer.measure.neutral_costs import NeutralCosts
 from steer.tables import calibration_table
 from steer.values.direction import Direction

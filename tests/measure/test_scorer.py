@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steer.features.contrast import Contrast, Reply
-from steer.measure.fluency import kl, repetition
+from steer.measure.fluency import TOKENS, _compared, repetition
 from steer.measure.scorer import Scorer, marker_rate
 from steer.values.trait import Trait
 
@@ -62,8 +62,16 @@ def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
     assert repetition([1, 2]) == 0
 
 
-def test_kl_is_that_of_the_formula_and_zero_for_equals() -> None:
+def test_kl_a_few_tokens_at_a_time_is_that_of_the_formula_and_zero_for_equals() -> None:
+    def compared(base: torch.Tensor, rows: list[torch.Tensor], said: list[int]) -> list[tuple[float, float]]:
+        return _compared(torch.nn.Identity(), base, torch.nn.Identity(), rows, said)
+
     p = torch.tensor([[0.5, 0.25, 0.25]]).log()
     q = torch.tensor([[0.25, 0.5, 0.25]]).log()
-    assert kl([p], [p]) == 0
-    assert kl([p], [q]) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
+    formula = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert compared(p, [q, p, p.clone()], [1]) == [
+        pytest.approx((formula, math.log(2))), (0, pytest.approx(math.log(4))), (0, pytest.approx(math.log(4)))
+    ]  # fmt: skip
+    a, b = torch.randn(2, 2 * TOKENS + 9, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    whole = float((a.exp() * (a - b)).sum()), -float(b[:, 7].sum())
+    assert compared(a, [b], [7] * len(a)) == [pytest.approx(whole, rel=1e-6)]

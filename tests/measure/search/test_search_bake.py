@@ -16,10 +16,10 @@ import pytest
 import torch
 from tiny_chat import save_tiny_chat
 from tiny_search import SMALL
+from whole_vocabulary import kl, token_logprobs
 
 from steer.errors import MismatchError, OutputExistsError, StoppedError
 from steer.live.model import load
-from steer.measure.fluency import kl, token_logprobs
 from steer.measure.search.choice import Goal
 from steer.measure.search.held_out import load_exported
 from steer.measure.search.study import BATCH, STUDY

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny_chat import hooks_on
 from tiny_search import SMALL, MakeDirection
+from whole_vocabulary import kl
 
 from steer.errors import MismatchError, OutputExistsError, SteerError
 from steer.live.model import SteeredModel
-from steer.measure.fluency import kl
 from steer.measure.search.choice import Goal, Trial
 from steer.measure.search.space import Space, edit_key, edit_label
 from steer.measure.search.study import AIM, BATCH, STUDY, Study, locked
