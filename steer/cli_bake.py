@@ -151,6 +151,8 @@ def _told(cert: Certificate, out: Path) -> str:
         )
     if sites := sorted({b.site for b in cert.biases if b.site is not None}):
         facts.append(f"adds after blocks {', '.join(map(str, sites))}")
+    if weights := [f for f in cert.left_out if f.endswith(".safetensors")]:
+        facts.append(f"left out, as the index does not name them: {', '.join(weights)}")
     return f"{out}: {'; '.join(facts)}\nCheck it: steer verify {out}"
 
 

@@ -251,16 +251,23 @@ def _write_index(plan: Plan, index: dict[str, Any], work: Path) -> str:
 
 
 def _copy_side_files(root: Path, work: Path, written: dict[str, str]) -> tuple[str, ...]:
-    """Copy what is no weights; return what was left out."""
+    """Copy what is no weights; return what was left out, links that lead out of the checkpoint included."""
     left_out = []
     for name in visible_files(root):
         path = Path(name)
         ours = name in ("README.md", CERTIFICATE) or path.parts[0] == DIRECTIONS
         if name in written:
             continue
-        if ours or _WEIGHTS.search(name) or not (root / path).is_file():
+        if ours or _WEIGHTS.search(name) or not (root / path).is_file() or not _inside(root / path, root):
             left_out.append(name)
             continue
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         written[name] = copy_file(root / path, work / path)
     return tuple(left_out)
+
+
+def _inside(path: Path, root: Path) -> bool:
+    """Whether a file lies in the checkpoint, or in the blobs of the hub cache that the checkpoint is a snapshot of."""
+    place, whole = path.resolve(), root.resolve()
+    blobs = whole.parent.parent / "blobs" if whole.parent.name == "snapshots" else whole
+    return place.is_relative_to(whole) or place.is_relative_to(blobs)

@@ -93,6 +93,9 @@ class Plan:
         lines.append(f"  coverage: {edited} of {len(self.found.writers)} writers edited")
         adds = self.shifted | {name: site for name, site in self.created.items() if site is not None}
         lines += [f"  add after block {site}: {name}" for name, site in sorted(adds.items(), key=lambda kv: kv[1])]
+        if others := self.found.unloaded:
+            names = ", ".join(_shorter(others)[:8])
+            lines.append(f"  not loaded by transformers, kept byte for byte: {len(others)} tensors ({names})")
         lines += [f"  config.json: {key} becomes {value}" for key, value in self.config.items()]
         return "\n".join(lines)
 

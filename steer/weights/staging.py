@@ -44,13 +44,13 @@ def check_output(out: Path) -> None:
 def staged(out: Path, *, resume: bool = False) -> Iterator[Path]:
     """A temporary directory beside `out`, which takes its place when the block ends without an exception.
 
-    Everything is synced before the rename, so that `out` is complete or absent after a crash too. On any
-    exception, Ctrl-C included, the temporary directory goes. A killed process leaves it: the next run into `out` on
+    Everything is synced before the rename, so that `out` is complete or absent after a crash too. On an exception the
+    temporary directory goes. A killed process leaves it, and with `resume` so does Ctrl-C: the next run into `out` on
     the same machine finds it empty, or with `resume` as it was left. A lock that dies with its process tells what
     was left from what is in use.
 
     Errors: OutputExistsError when `out` holds something or is being written, SteerError when the disk is full or
-    read-only.
+    read-only, or when the temporary directory is a link or somebody else's.
     """
     check_output(out)
     place = Path(os.path.realpath(out))  # a rename follows no symlink to an empty directory
@@ -65,7 +65,7 @@ def staged(out: Path, *, resume: bool = False) -> Iterator[Path]:
     except OSError as e:
         _explain(e, out)
         raise
-    finished = False
+    keep = False
     try:
         check_output(out)  # another process may have finished before this one had the lock
         if not resume:
@@ -73,15 +73,19 @@ def staged(out: Path, *, resume: bool = False) -> Iterator[Path]:
         yield work
         _sync_tree(work)
         os.rename(work, place)
-        finished = True
+        keep = True
+        os.chmod(place, 0o777 & ~_umask())
         sync(place.parent)
+    except KeyboardInterrupt:
+        keep = resume
+        raise
     except OSError as e:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process, on another machine, was first
             check_output(out)
         _explain(e, out)
         raise
     finally:
-        if not finished:
+        if not keep:
             shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
 
@@ -207,18 +211,33 @@ def _locked(work: Path) -> int:
     Errors: BlockingIOError when a live process holds it.
     """
     while True:
-        work.mkdir(exist_ok=True)
+        work.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileNotFoundError):  # who had it has just renamed or removed it
-            fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+            if work.is_symlink():
+                raise SteerError(f"{work}: expected a directory of this program, found a link; remove it")
+            fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
+                # Its name can be guessed: what others put there would go into the output.
+                stat = os.fstat(fd)
+                if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+                    raise SteerError(
+                        f"{work}: expected a directory that only you can write, found one that others can; remove it, "
+                        "or name an output elsewhere"
+                    )
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                same = os.path.samestat(os.fstat(fd), os.stat(work))
+                same = os.path.samestat(stat, os.lstat(work))
             except BaseException:
                 os.close(fd)
                 raise
             if same:
                 return fd
             os.close(fd)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _sync_tree(root: Path) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored dtypes that can hold an edit."""
+_MTP = re.compile(r"(?:model\.)?mtp(?:_\w+)?\..+")
+"""Blocks for predicting several tokens, where they are stored beside the decoder's own."""
 _QUANTISED = re.compile(
     r".*(_scale|_scale_inv|_scales|_blocks|\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..+))"
 )
@@ -61,6 +63,9 @@ class Found:
     """The weight of the LM head; a tied checkpoint need not have it."""
     base: str
     """What the names of the decoder begin with in these files."""
+    unloaded: tuple[str, ...] = ()
+    """Tensors of other models in the same files, as blocks that predict several tokens: transformers does not load
+    them into this architecture, so they write nothing here and pass through."""
 
 
 def find_writers(anatomy: Anatomy, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Found:
@@ -95,14 +100,14 @@ class _Search:
             for writer in self._block(block):  # checked one by one: a config may claim any number of blocks
                 self._check_writer(writer)
                 writers.append(writer)
-        self._check_rest({name for w in writers for name in (w.tensor, w.bias)})
+        unloaded = self._check_rest({name for w in writers for name in (w.tensor, w.bias)})
         heads = [f"{head}.weight" for head in self.layout.heads]
         head = next((h for h in heads if h in self.tensors), heads[0])
         if not self.anatomy.tied and head not in self.tensors:
             raise CheckpointError(
                 f"{self.where}: expected tensor {head}, as the embedding is not tied, found none; fetch the model again"
             )
-        return Found(tuple(writers), embeddings[0], head, self.base)
+        return Found(tuple(writers), embeddings[0], head, self.base, unloaded)
 
     def _block(self, block: int) -> Iterator[Writer]:
         layout, path = self.layout, f"{self.base}{self.layout.block.format(block)}."
@@ -151,20 +156,21 @@ class _Search:
                 "fetch the model again"
             )
 
-    def _check_rest(self, writers: set[str | None]) -> None:
-        """Raise for a tensor that is no writer found, and not known to be none."""
+    def _check_rest(self, writers: set[str | None]) -> tuple[str, ...]:
+        """Raise for a tensor that is no writer found, and not known to be none; return those that are not loaded."""
         layout = self.layout
         norms = [n for n in (layout.attention_norm, layout.mlp_norm) if n]
         readers = _any_of([r + p for r in (*layout.readers, *norms) for p in ("", ".weight", ".bias")])
-        parts = [layout.attention, *(part for form in layout.mlp for part in form)]
-        written = _any_of([n for p in parts for n in (p.weight, p.bias) if n])
         outer = {f"{self.base}{e}.weight" for e in layout.embeddings}
+        unloaded = []
         for name, stored in self.tensors.items():
             inside = self._inside(name)
+            if (inside and int(inside[1]) >= self.anatomy.blocks) or _MTP.fullmatch(name):
+                unloaded.append(name)
+                continue
             if inside:
-                block, rest = int(inside[1]), inside[2]
-                surplus = block >= self.anatomy.blocks and written.fullmatch(rest)  # transformers leaves it out too
-                if name in writers or rest in layout.constants or readers.fullmatch(rest) or surplus:
+                rest = inside[2]
+                if name in writers or rest in layout.constants or readers.fullmatch(rest):
                     continue
             elif not name.startswith(self.base) or name in outer or len(stored.shape) < 2:
                 continue  # outside the decoder, or nothing that could write vectors: passes through
@@ -174,6 +180,7 @@ class _Search:
                 f"{self.where}: tensor {name} {list(stored.shape)} is unknown in {self.anatomy.architecture} and might "
                 "write into the residual stream; expected the tensors of the plain architecture"
             )
+        return tuple(unloaded)
 
     def _inside(self, name: str) -> re.Match[str] | None:
         """(block, name below it) of a tensor in a block."""

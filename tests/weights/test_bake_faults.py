@@ -151,14 +151,46 @@ def test_of_several_bakes_into_one_output_at_once_one_wins_and_the_others_are_to
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
-def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path, ablation: Edit) -> None:
+def test_ctrl_c_throws_no_finished_shard_away(tmp_path: Path, tiny_llama: Callable[..., Path], ablation: Edit) -> None:
+    source = tiny_llama(tmp_path / "source", shards=True)
+
     def interrupt(done: int, total: int) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         bake(source, tmp_path / "out", ablation, progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
+    first = min(tmp_path.glob(".out.*/model-*.safetensors"))
+    inode = first.stat().st_ino
+    bake(source, tmp_path / "out", ablation)
+    assert (tmp_path / "out" / first.name).stat().st_ino == inode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+    verify(tmp_path / "out")
+
+
+def test_a_link_among_the_side_files_that_leaves_the_checkpoint_is_left_out(
+    mine: Path, tmp_path: Path, ablation: Edit
+) -> None:
+    (tmp_path / "secret").write_text("key")
+    (mine / "notes.txt").symlink_to(tmp_path / "secret")
+    (mine / "same.jinja").symlink_to("chat_template.jinja")
+    cert = bake(mine, tmp_path / "out", ablation)
+    assert "notes.txt" in cert.left_out
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    assert (tmp_path / "out" / "same.jinja").read_bytes() == (mine / "chat_template.jinja").read_bytes()
+
+
+def test_side_files_of_a_hub_cache_are_links_into_its_blobs_and_are_kept(
+    mine: Path, tmp_path: Path, ablation: Edit
+) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c"
+    shutil.copytree(mine, snapshot)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (snapshot / "chat_template.jinja").rename(tmp_path / "models--a--b" / "blobs" / "f00")
+    (snapshot / "chat_template.jinja").symlink_to("../../blobs/f00")
+    bake(snapshot, tmp_path / "out", ablation)
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == (mine / "chat_template.jinja").read_bytes()
 
 
 # Refusals: before anything is written

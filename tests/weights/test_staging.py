@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,43 @@ def test_hashes_are_those_of_the_bytes_on_disk(tmp_path: Path) -> None:
     assert f.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(FileExistsError):
         HashingFile(tmp_path / "a")
+
+
+def _staging_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.steer-{socket.gethostname()}"
+
+
+def test_a_link_in_place_of_the_temporary_directory_is_never_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years")
+    _staging_of(tmp_path / "out").symlink_to(victim)
+    with pytest.raises(SteerError, match="found a link"), staged(tmp_path / "out"):
+        pass
+    assert (victim / "thesis.tex").read_text() == "years"
+
+
+def test_a_temporary_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    place = _staging_of(tmp_path / "out")
+    place.mkdir()
+    place.chmod(0o777)
+    with pytest.raises(SteerError, match="only you can write"), staged(tmp_path / "out", resume=True):
+        pass
+    place.chmod(0o700)
+    with staged(tmp_path / "out", resume=True) as work:
+        assert work.stat().st_mode & 0o777 == 0o700
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_ctrl_c_keeps_what_a_next_run_can_go_on_with(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with staged(tmp_path / "out", resume=True) as work:
+            (work / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with staged(tmp_path / "out", resume=True) as work:
+        assert (work / "half").read_text() == "half"

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_anatomies import EXPERTS, FILE, TINY, WIDTH, config_of
+from tiny_anatomies import EXPERTS, FILE, TINY, WIDTH, config_of, load, logits
 from torch import Tensor
 
 from steer.errors import CheckpointError, SteerError, UnsupportedError
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.weights.bake import bake
+from steer.weights.certify import verify
 from steer.weights.plan import Plan
 from steer.weights.stream import CheckpointFiles
 
@@ -176,3 +177,20 @@ def test_the_plan_names_writers_norms_strengths_and_what_else_changes(
         "model.layers.*.post_attention_layernorm.weight; strength 0.75"
     )
     assert lines[-1] == "  config.json: tie_word_embeddings becomes False"
+
+
+def test_tensors_of_another_model_in_the_files_pass_through_and_are_named(
+    tmp_path: Path, make_direction: MakeDirection
+) -> None:
+    source = TINY["llama"].save(tmp_path / "source", torch.bfloat16)
+    names = ("model.mtp.layers.0.mlp.down_proj.weight", "model.layers.3.eh_proj.weight", "mtp.fc.weight")
+    extra = {name: torch.randn(32, 32) for name in names}
+    save_file(load_file(source / FILE) | extra, source / FILE, metadata={"format": "pt"})
+    plan = Plan.of(CheckpointFiles.open(source), Edit(ablate=(make_direction(),)))
+    assert set(plan.found.unloaded) == set(names)
+    assert "not loaded by transformers, kept byte for byte: 3 tensors" in plan.summary()
+    bake(source, tmp_path / "out", plan.edit)
+    after = load_file(tmp_path / "out" / FILE)
+    assert all(torch.equal(after[name], tensor) for name, tensor in extra.items())
+    verify(tmp_path / "out")
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()  # without a missing weight
