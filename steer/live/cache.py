@@ -59,18 +59,34 @@ class GrowingLayer(DynamicLayer):
             self._rooms[name] = room
         self.keys, self.values = (self._rooms[name][:, :, :columns] for name in ("keys", "values"))
 
+    def extend(self) -> tuple[Float[Tensor, "batch groups room d"], Float[Tensor, "batch groups room d"]]:
+        """Count one more token, whose keys and values the caller writes into the buffers that are returned."""
+        self.keys, self.values = (self._room(name, held, held, 1) for name, held in self._held())
+        return self._rooms["keys"][: len(self.keys)], self._rooms["values"][: len(self.values)]
+
+    def _held(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        assert isinstance(self.keys, Tensor)
+        assert isinstance(self.values, Tensor)
+        return ("keys", self.keys), ("values", self.values)
+
     def _appended(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
+        out = self._room(name, held, new, new.shape[-2])
+        out[:, :, out.shape[-2] - new.shape[-2] :] = new
+        return out
+
+    def _room(self, name: str, held: Tensor | None, like: Tensor, more: int) -> Tensor:
+        """`held` with `more` tokens after it that are yet to be written."""
         seq = held.shape[-2] if held is not None and held.numel() else 0
-        rows, total = new.shape[0], seq + new.shape[-2]
+        rows, total = like.shape[0], seq + more
         room = self._rooms.get(name)
-        # Rows may have been selected, or the cache cropped: then `held` is no longer the start of the buffer.
+        # Rows may have been selected, or the cache cropped: then `held` is no longer the start of the buffer. A buffer
+        # is never quite full, which compiled code would take for another case.
         ours = room is not None and held is not None and room.data_ptr() == held.data_ptr()
-        if not ours or room is None or room.shape[0] < rows or room.shape[-2] < total:
-            room = new.new_empty(*new.shape[:2], total + STEP, new.shape[-1])
+        if not ours or room is None or room.shape[0] < rows or room.shape[-2] <= total:
+            room = like.new_empty(*like.shape[:2], total + STEP, like.shape[-1])
             if held is not None and seq:
                 room[:, :, :seq] = held
             self._rooms[name] = room
-        room[:rows, :, seq:total] = new
         return room[:rows, :, :total]
 
 

@@ -29,7 +29,6 @@ class Term:
     """One entry of the table: a row's move in one column."""
 
     row: int
-    """-1 for a move that no row has: it keeps its place in the layout, so that it can come and go."""
     column: int
     move: Move
     coefficients: tuple[float, float, float]
@@ -95,8 +94,7 @@ class Columns:
         upper = torch.full((self.rows, 1, n), math.inf, dtype=torch.float64)
         window = torch.zeros(3, self.rows, 1, n, dtype=torch.float64)
         window[0], window[1], window[2] = -math.inf, math.inf, 1.0
-        rows_own = [t for t in self.terms if t.row >= 0]
-        for t in rows_own:
+        for t in self.terms:
             alpha[t.row, 0, t.column], beta[t.row, 0, t.column], upper[t.row, 0, t.column] = t.coefficients
             window[:, t.row, 0, t.column] = torch.tensor(t.move.when.window, dtype=torch.float64)
             used[t.row, 0, t.column] = 1.0
@@ -105,7 +103,6 @@ class Columns:
         timed = any(t.move.when.timed for t in self.terms)
         self.window = Window(window) if timed else None
         self.used = Table(used) if self.spread is not None else None
-        self.terms = rows_own
         self._last: _Numbers | None = None
         self._masks = {
             gate.key: Table(torch.tensor([[[float(g is not None and g.key == gate.key) for g in self.gates]]]))
@@ -188,49 +185,28 @@ class Columns:
             text.tally.note(self, by, text, writes_to)
         return torch.addcmul(onto, by, n.write)
 
-    def take(self, other: Columns) -> None:
-        """Hold the other's numbers from now on, in the same memory."""
-        self.terms, self.sites = other.terms, other.sites
-        for mine, new in zip(self._tables(), other._tables(), strict=True):
-            mine.take(new)
-        if self.window is not None and other.window is not None:
-            self.window.take(other.window)
-        self._last = None
-
-    def layout(self) -> tuple[object, ...]:
-        """Equal for columns whose numbers alone differ."""
-        reads = None if self.read is None else tuple(self.read.data.shape)
-        kinds = (self.limits is None, self.upper is None, self.window is None, self.spread is None)
-        return (id(self.dictionary), self.latents, reads, kinds, tuple(g.key if g else None for g in self.gates))
-
-    def _tables(self) -> list[Table]:
-        some = (self.write, self.read, self.spread, self.alpha, self.beta, self.upper, self.used)
-        return [t for t in some if t is not None]
-
     def _numbers(self, text: TextPass, like: Tensor) -> _Numbers:
         """The tables as a pass wants them, in the dtype and on the device of `like`, kept for the passes after it."""
-        dtype, device, kept = like.dtype, like.device, not torch.compiler.is_compiling()
+        dtype, device = like.dtype, like.device
         alpha, beta = self.alpha.at(text, like, dtype), self.beta.at(text, like, dtype)
         read = None if self.read is None else self.read.ready(device, dtype)
         single = None
-        # Compiled code reads the tables anew at every pass, and fuses this by itself. Packed texts have a row a token,
-        # for which these products would be as long as the texts, and others at every pass.
-        if kept and read is not None and alpha.shape[1] == 1 and len(self.gates) == 1:
+        # Packed texts have a row a token, for which these products would be as long as the texts, and others at every
+        # pass.
+        if read is not None and alpha.shape[1] == 1 and len(self.gates) == 1:
             single = alpha * read[:, 0], beta if bool(self.beta.data.any()) else None
         token = None
         # In fp16 the square of a norm of 256 is infinite.
         if single is not None and self.short and len(alpha) == 1 and device.type == "cpu" and dtype != torch.float16:
             limit = math.inf if self.limits is None else float(self.limits.data) ** 2
             token = single[0].reshape(-1).contiguous(), single[1], limit
-        out = _Numbers(
+        self._last = _Numbers(
             text.row, dtype, device, alpha, beta,
             None if self.upper is None else self.upper.at(text, like, dtype),
             None if self.limits is None else self.limits.ready(device, dtype),
             read, single, token, self.write.ready(device, dtype),
         )  # fmt: skip
-        if kept:
-            self._last = out
-        return out
+        return self._last
 
     def _share(self, x: Tensor, text: TextPass) -> Tensor:
         """The share of each column that acts on each token, where there are windows or gates."""

@@ -1,57 +1,231 @@
-"""Decoding through torch.compile: one token a step over a cache of fixed size, with hooks that were there before.
+"""Decoding through torch.compile, one block at a time: blocks of one make share one compilation.
 
-What compiled code reads it reads in place: sliders that move change numbers and compile nothing anew, and those that
-had a place when the code was made can come and go.
+What is compiled has no hooks in it. A block is called as the model calls it, so that hooks on blocks run as they always
+do, and its `forward` alone is compiled code; a module inside of a block that carries hooks is called as it is, and the
+rest of the block is compiled around it. So any slider can be moved, come and go without a compilation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import StaticCache
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from steer.errors import UsageError
-from steer.values.move import Move
+from steer.live.cache import GrowingLayer, growing_cache
 
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
 
 
 class CompiledStep:
-    """The forward pass over one new token, compiled. Prompts are read by the plain model."""
+    """The forward pass over one new token of one text, compiled. Prompts are read by the plain model."""
 
-    def __init__(self, model: SteeredModel, moves: Sequence[Move], context: int, **options: Any) -> None:
-        """`moves`: what may be moved without another compilation, at any amounts. `context`: tokens of a text at
-        most. `options` go to torch.compile."""
-        self.model, self.context = model, context
-        model.steering.hold(moves)
-        self._step = torch.compile(model.hf.forward, dynamic=False, **options)
-
-    def cache(self) -> Cache:
-        """A cache for one text."""
-        return StaticCache(config=self.model.hf.config, max_cache_len=self.context)
+    def __init__(self, model: SteeredModel, **options: Any) -> None:
+        """`options` go to torch.compile."""
+        self.hf, self.device = model.hf, model.device
+        compiled: Any = torch.compile(_forward, **options)
+        blocks = [self.hf.get_submodule(model.anatomy.block_module(b)) for b in range(model.anatomy.blocks)]
+        self._blocks = [_Block(block, index, compiled) for index, block in enumerate(blocks)]
+        head = self.hf.get_output_embeddings()
+        # A head that carries hooks or is no plain matrix runs as it is.
+        self._head: tuple[Any, nn.Module] | None = (
+            (head, _Product(head)) if type(head) is nn.Linear and head.weight.device.type == "cpu" else None
+        )
+        self._compiled = compiled
 
     def __call__(
         self, fed: Int[Tensor, "1 new"], positions: Int[Tensor, "1 new"], cache: Cache
     ) -> Float[Tensor, "1 vocab"]:
-        """Logits after the last of the new tokens. A prompt goes through the plain model.
-
-        Errors: UsageError where the context is full.
-        """
-        if int(positions[0, -1]) >= self.context:
-            raise UsageError(
-                f"{self.model.name}: expected a text of at most {self.context} tokens, found one more; "
-                "compile it with a longer context"
+        """Logits after the last of the new tokens. A prompt goes through the plain model."""
+        step = fed.shape[1] == 1 and cache.get_seq_length() > 0
+        if step:
+            # In memory of its own: strides of a part of the text's positions would differ from step to step.
+            positions = torch.full_like(fed, int(positions))
+        with self._in_place(cache) if step else _as_it_is():
+            out = self.hf(
+                input_ids=fed, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-        forward = self._step if fed.shape[1] == 1 else self.model.hf
-        out = forward(input_ids=fed, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what the next step would."""
+        cache, ids = growing_cache(self.hf.config), torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        self(ids, torch.tensor([[0, 1]], device=self.device), cache)
+        self(ids[:, :1], torch.tensor([[2]], device=self.device), cache)
+
+    @contextmanager
+    def _in_place(self, cache: Cache) -> Iterator[None]:
+        """The model's blocks and head run compiled code inside."""
+        places = torch.arange(cache.get_seq_length() + 1, device=self.device)
+        torch._dynamo.maybe_mark_dynamic(places, 0)
+        try:
+            for block in self._blocks:
+                block.module.forward = block.over(cache, places)
+            if self._head is not None:
+                head, product = self._head
+                head.forward = lambda x: self._compiled(product, x)
+            yield
+        finally:
+            for block in self._blocks:
+                block.module.__dict__.pop("forward", None)
+            if self._head is not None:
+                self._head[0].__dict__.pop("forward", None)
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What is compiled: one code object for all blocks, so that one compilation serves those that are alike."""
+    return module(*args, **kwargs)
+
+
+class _Block:
+    """A block of the model, and copies of it that share its weights and have no hooks."""
+
+    def __init__(self, module: nn.Module, index: int, compiled: Callable[..., Any]) -> None:
+        self.module, self.index, self._compiled = module, index, compiled
+        self._inside = [(name, m) for name, m in module.named_modules() if name]
+        self._copies: dict[tuple[str, ...], nn.Module | None] = {}
+
+    def over(self, cache: Cache, places: Int[Tensor, " seq"]) -> Callable[..., Any]:
+        """Its forward over one token, compiled, where the cache is to hold `places`, the new token's last."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            block = self._copy()
+            if block is None:
+                return type(self.module).forward(self.module, *args, **kwargs)
+            layer: Any = cache.layers[self.index]
+            slot = _GrowingSlot(layer, places) if type(layer) is GrowingLayer else _Slot(layer)
+            args = tuple(slot if a is cache else a for a in args)
+            kwargs = {name: slot if a is cache else a for name, a in kwargs.items()}
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor):
+                torch._dynamo.maybe_mark_dynamic(mask, mask.ndim - 1)
+            out = self._compiled(block, *args, **kwargs)
+            slot.close()
+            return out
+
+        return forward
+
+    def _copy(self) -> nn.Module | None:
+        """The block to compile, with the matrices as they are that carry hooks now; None where other modules do."""
+        hooked = tuple(name for name, m in self._inside if m._forward_hooks or m._forward_pre_hooks)
+        if hooked not in self._copies:
+            self._copies[hooked] = _copied(self.module, hooked)
+        return self._copies[hooked]
+
+
+def _copied(block: nn.Module, hooked: tuple[str, ...]) -> nn.Module | None:
+    """A copy of a block without hooks that shares its weights; the matrices in `hooked` are called as they are."""
+    modules = dict(block.named_modules())
+    if any(type(modules[name]) is not nn.Linear for name in hooked):
+        return None
+    # The copy has the same configuration, weights and whatever else is no module.
+    shared: dict[int, Any] = {id(t): t for t in (*block.parameters(), *block.buffers())}
+    shared |= {id(v): v for m in modules.values() for v in vars(m).values() if isinstance(v, PretrainedConfig)}
+    matrices = {name: m for name, m in modules.items() if type(m) is nn.Linear}
+    for name, module in matrices.items():
+        if name in hooked:
+            shared[id(module)] = _Hooked(module)
+        elif module.weight.device.type == "cpu":
+            shared[id(module)] = _Product(module)
+    out = copy.deepcopy(block, shared)
+    out.__dict__.pop("forward", None)
+    for hooks in (out._forward_hooks, out._forward_pre_hooks):
+        hooks.clear()
+    return out
+
+
+class _Product(nn.Module):
+    """A matrix times one vector, as a sum that compiled code runs through once on every core: MKL and oneDNN use one
+    core for a product this thin."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Float[Tensor, "1 1 in"]) -> Float[Tensor, "1 1 out"]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = (self.weight.to(wide) * x.to(wide).flatten()).sum(-1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class _Hooked(nn.Module):
+    """A matrix that carries hooks: compiled code calls the model's module, which runs them."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__()
+        _hooked[id(module)] = module
+        # As a tensor, since compiled code would take a number for a constant.
+        self.key = nn.Buffer(torch.tensor(id(module)))
+        self.features = module.out_features
+
+    def forward(self, x: Float[Tensor, "1 1 in"]) -> Float[Tensor, "1 1 out"]:
+        return _call_hooked(x, self.key, self.features)
+
+
+_hooked: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+
+@torch.library.custom_op("steer::call_hooked", mutates_args=())
+def _call_hooked(x: Tensor, key: Tensor, features: int) -> Tensor:
+    out: Tensor = _hooked[int(key)](x)
+    # What an operation returns must not be its own input.
+    return out.clone() if out is x else out
+
+
+@_call_hooked.register_fake
+def _(x: Tensor, key: Tensor, features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], features)
+
+
+class _GrowingSlot:
+    """One block's keys and values for the pass over one token, written in place."""
+
+    def __init__(self, layer: GrowingLayer, places: Int[Tensor, " seq"]) -> None:
+        self.keys, self.values = layer.extend()
+        self.places = places
+        for room in (self.keys, self.values):
+            torch._dynamo.maybe_mark_dynamic(room, 2)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As a cache's: all keys and values with the new ones."""
+        last, seq = self.places[-1:], self.places.shape[0]
+        self.keys.index_copy_(2, last, keys)
+        self.values.index_copy_(2, last, values)
+        return self.keys[:, :, :seq], self.values[:, :, :seq]
+
     def close(self) -> None:
-        """Let the plain model do all of it again."""
-        self.model.steering.hold(())
+        """Nothing is left to be done."""
+
+
+class _Slot:
+    """The same for a layer that transformers keeps, such as a sliding window: it is told the new ones afterwards."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.new = [layer], None
+        self.keys, self.values = layer.keys.contiguous(), layer.values.contiguous()
+        for held in (self.keys, self.values):
+            torch._dynamo.maybe_mark_dynamic(held, 2)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As a cache's: all keys and values with the new ones."""
+        self.new = keys, values
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+    def close(self) -> None:
+        """Hand the new ones on."""
+        assert self.new is not None
+        self.layer[0].update(*self.new)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield

@@ -59,10 +59,9 @@ def decode(
     starts = torch.tensor([[len(p) - begun] for p in prompts], device=device)
     alive, row = list(range(len(prompts))), None
     text = list(prompts[0])
-    compiled = model.compiled if len(prompts) == 1 else None
 
     def empty() -> Cache:
-        return growing_cache(hf.config) if compiled is None else compiled.cache()
+        return growing_cache(hf.config)
 
     if memory is None:
         cache, fed = empty(), padded
@@ -89,6 +88,7 @@ def decode(
                 tally=tally,
             )
             with steering.passing(passing):
+                compiled = model.compiled if len(prompts) == 1 else None
                 if compiled is not None:
                     logits = compiled(fed, positions, cache)
                 else:

@@ -19,6 +19,7 @@ from steer.errors import CheckpointError, UsageError
 from steer.live.batch import generate
 from steer.live.compiled import CompiledStep
 from steer.live.decode import decode
+from steer.live.detokenise import Detokeniser
 from steer.live.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
 from steer.live.loading import files_of, read_model
 from steer.live.memory import Memory
@@ -147,19 +148,12 @@ class SteeredModel:
         return self._stream(prompt, replace(sampler, **sampling), tally, memory)
 
     def _stream(self, prompt: list[int], sampler: Sampler, tally: Tally | None, memory: Memory | None) -> Iterator[str]:
-        made: list[int] = []
-        shown = ""
+        text = Detokeniser(self.tokenizer, prompt)
         for step in decode(self, [prompt], sampler, tally=tally, memory=memory):
             if step.tokens[0] in self.end_token_ids:
                 break
-            made.append(step.tokens[0])
-            text = self.tokenizer.decode(made, skip_special_tokens=True)
-            # A character of several tokens shows as U+FFFD until it is whole.
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        rest = self.tokenizer.decode(made, skip_special_tokens=True)[len(shown) :]
-        if rest:
+            yield text.add(step.tokens[0])
+        if rest := text.end():
             yield rest
 
     def replies(
@@ -209,25 +203,24 @@ class SteeredModel:
         """Token ids as text, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def compile(self, sliders: Iterable[Slider | str] = (), *, context: int = 2048, **options: Any) -> None:
-        """Decode single texts through torch.compile, over a cache of `context` tokens.
+    def compile(self, sliders: Iterable[Slider | str] = (), **options: Any) -> None:
+        """Decode single texts through torch.compile. It is compiled here: blocks of one make once, and the head.
 
-        `sliders`, and those that stand in `model.sliders`, can from then on be moved, set to nothing and back without
-        another compilation; any other costs one when it is first moved. `options` go to torch.compile.
-        Batches are decoded by the plain model.
+        Sliders move, come and go without another compilation; the first that acts inside of blocks, as an ablation
+        does, costs one then unless it is among `sliders`. `options` go to torch.compile.
+        Batches and prompts go through the plain model.
         """
-        moves = {m.name: m for m in self.sliders.moves()}
+        compiled = CompiledStep(self, **options)
+        compiled.warm_up()
         for slider in (self.sliders.slider(s) if isinstance(s, str) else s for s in sliders):
-            # Any amount that is not neutral has the same shape.
-            moves[slider.name] = slider.at(0.5)
-        self.uncompile()
-        self.compiled = CompiledStep(self, list(moves.values()), context, **options)
+            if slider.operation == "ablate":
+                with self.steered({slider: 0.5}):
+                    compiled.warm_up()
+        self.compiled = compiled
 
     def uncompile(self) -> None:
         """Decode with the plain model again."""
-        if self.compiled is not None:
-            self.compiled.close()
-            self.compiled = None
+        self.compiled = None
 
     # Steering and reading
 

@@ -42,7 +42,7 @@ def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) 
         write, spread = basis, Table(_pseudoinverses(left * sizes))
     else:
         write = torch.zeros_like(r)
-        taken = sorted({t.column for t in terms if t.row >= 0})
+        taken = sorted({t.column for t in terms})
         if taken:
             write[taken] = torch.linalg.pinv(r[taken], rtol=PARALLEL).T
     return Columns(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,29 +77,12 @@ class SiteProgram:
         """Whether it wants to know the reply token of every position."""
         return any(c.timed for c in (*self.added, *self.set))
 
-    def layout(self) -> tuple[object, ...]:
-        """Equal for programs whose numbers alone differ."""
-        columns = (tuple(c.layout() for c in each) for each in (self.added, self.set))
-        return (self.shift is not None, tuple(g.key for g in self.gates), *columns)
 
-    def take(self, other: SiteProgram) -> None:
-        """Hold the other's numbers from now on, in the same memory."""
-        if self.shift is not None and other.shift is not None:
-            self.shift.take(other.shift)
-        for mine, new in zip((*self.added, *self.set), (*other.added, *other.set), strict=True):
-            mine.take(new)
-
-
-def compiled(rows: Rows, anatomy: Anatomy, held: Sequence[Move] = ()) -> dict[str, SiteProgram]:
-    """Module path -> what is done there. Empty when no row moves anything.
-
-    `held`: moves that keep a place whether or not a row has them, so that they can come and go without a change of
-    layout. One row is wanted then.
-    """
+def compiled(rows: Rows, anatomy: Anatomy) -> dict[str, SiteProgram]:
+    """Module path -> what is done there. Empty when no row moves anything."""
     out: dict[str, SiteProgram] = {}
     moves = [(r, m) for r, edit in enumerate(rows) if edit is not None for m in _moves(edit)]
-    moves += [(-1, m) for m in held if not m.constant]
-    _shifts(out, rows, anatomy, [m.site for m in held if m.constant])
+    _shifts(out, rows, anatomy)
     for site, here in _by_site(m for m in moves if not _ablates(m[1])).items():
         program = out.setdefault(anatomy.block_module(site), SiteProgram())
         added = [(r, m) for r, m in here if not m.reads]
@@ -116,8 +99,7 @@ def compiled(rows: Rows, anatomy: Anatomy, held: Sequence[Move] = ()) -> dict[st
     _uneven(out, rows, anatomy)
     for gate in {m.when.gate.key: m.when.gate for _, m in moves if m.when.gate is not None}.values():
         out.setdefault(anatomy.block_module(gate.site), SiteProgram()).gates.append(gate)
-    if not held:  # whose numbers change, each window's by itself
-        _share_windows(out)
+    _share_windows(out)
     return out
 
 
@@ -145,19 +127,14 @@ def _by_site(moves: Iterator[tuple[int, Move]]) -> dict[int, _Moves]:
     return out
 
 
-def _shifts(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy, held: Sequence[int]) -> None:
-    def table(site: int) -> Table:
-        program = out.setdefault(anatomy.block_module(site), SiteProgram())
-        if program.shift is None:
-            program.shift = Table(torch.zeros(len(rows), 1, anatomy.width, dtype=torch.float64))
-        return program.shift
-
-    for site in held:
-        table(site)
+def _shifts(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy) -> None:
     for r, edit in enumerate(rows):
         for site, shift in edit.with_adds_as_directions().biases().items() if edit is not None else ():
             if bool(shift.any()):
-                table(site).data[r, 0] = shift
+                program = out.setdefault(anatomy.block_module(site), SiteProgram())
+                if program.shift is None:
+                    program.shift = Table(torch.zeros(len(rows), 1, anatomy.width, dtype=torch.float64))
+                program.shift.data[r, 0] = shift
 
 
 def _joined(moves: _Moves, rows: int) -> list[Columns]:
@@ -165,10 +142,6 @@ def _joined(moves: _Moves, rows: int) -> list[Columns]:
     each: dict[int, list[Move]] = {}
     for r, m in moves:
         each.setdefault(r, []).append(m)
-    held = each.pop(-1, None)
-    if held is not None:
-        order = {p.key: p for own in (held, *each.values()) for p in places(own)}
-        return [joint(moves, rows, list(order.values()))]
     groups: dict[object, tuple[list[Place], _Moves]] = {}
     for r, own in each.items():
         # Sorted, so that the order of the sliders does not matter.
@@ -184,7 +157,7 @@ def _ablations(out: dict[str, SiteProgram], rows: Rows, moves: _Moves, anatomy: 
     gone = [(r, m) for r, m in moves if _ablates(m)]
     alike: dict[tuple[int, int] | None, _Moves] = {}
     for r, m in gone:
-        edit = rows[max(r, 0)]  # what is held goes with the one row that there is
+        edit = rows[r]
         alike.setdefault(edit.blocks if edit is not None else None, []).append((r, m))
     for blocks, theirs in alike.items():
         columns = _joined(theirs, len(rows))

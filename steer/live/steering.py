@@ -18,7 +18,6 @@ from steer.live.frame import TextPass
 from steer.live.kept_norms import KeptNorms, WriterHook, keeping
 from steer.live.program import Rows, SiteProgram, compiled
 from steer.values.edit import Edit
-from steer.values.move import Move
 from steer.weights.anatomy import Anatomy
 
 NEUTRAL: Rows = (None,)
@@ -31,7 +30,6 @@ class _Applied:
     """Rows, worked out. Nothing of it is on the model before `Steering._bring`."""
 
     rows: Rows
-    held: tuple[Move, ...]
     programs: dict[str, SiteProgram]
     modules: dict[str, nn.Module]
     """Of the programs, by path."""
@@ -46,8 +44,7 @@ class Steering:
     are not needed go; if that is interrupted, what was applied before is put back. A hook without a program does
     nothing.
 
-    Hooks read what to do from `SiteProgram`s at every call, so a changed amount registers nothing; with places held
-    for moves (`hold`) it changes numbers in place and nothing else, which compiled code needs.
+    Hooks read what to do from `SiteProgram`s at every call, so a changed amount registers nothing.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -56,9 +53,8 @@ class Steering:
         """Held by the decode loop during a forward: a change waits for the token being made."""
         self.text = TextPass()
         """The forward pass being made."""
-        self._base = self._now = _Applied(NEUTRAL, (), {}, {}, ())
+        self._base = self._now = _Applied(NEUTRAL, {}, {}, ())
         self._over: _Applied | None = None
-        self._held: tuple[Move, ...] = ()
         self._programs: dict[str, SiteProgram] = {}
         """What the hooks read: those of `_now`, or, with places held, copies whose numbers change."""
         self._known: dict[Rows, _Applied] = {}
@@ -123,19 +119,6 @@ class Steering:
         finally:
             self.text, self._clock.told = before, False
 
-    def hold(self, moves: Sequence[Move]) -> None:
-        """From now on hooks stay where `moves` act, at any amount and at none, and their numbers change in place:
-        code compiled after it needs no second compilation when a slider moves. Without moves that ends."""
-        for move in moves:
-            self.check(Edit(moves=(move,)))
-        with self.lock:
-            before = self._held
-            try:
-                self._hold(tuple(moves))
-            except BaseException:
-                self._hold(before)
-                raise
-
     def work_out(self, edit: Edit) -> None:
         """Find out now whether `edit` can be applied. Errors: as `set`, and whatever else applying it would raise."""
         self.check(edit)
@@ -171,13 +154,13 @@ class Steering:
 
     def _worked_out(self, rows: Rows) -> _Applied:
         for known in (self._now, self._base, self._known.get(rows)):
-            if known is not None and known.rows == rows and known.held == self._held:
+            if known is not None and known.rows == rows:
                 return known
-        programs = compiled(rows, self.anatomy, self._held)
+        programs = compiled(rows, self.anatomy)
         modules = {name: self.model.get_submodule(name) for name in programs}
         keep = keeping(rows)
         there = next((a.writers for a in (self._now, self._base) if keeping(a.rows) == keep), None)
-        new = _Applied(rows, self._held, programs, modules, self._kept.hooks(keep) if there is None else there)
+        new = _Applied(rows, programs, modules, self._kept.hooks(keep) if there is None else there)
         if not new.writers:  # whose tables are as wide as the writers' inputs, for every edit of a batch
             while len(self._known) >= _KEPT:
                 self._known.pop(next(iter(self._known)))
@@ -185,40 +168,26 @@ class Steering:
         return new
 
     def _go_on(self) -> None:
-        """Bring what is to be applied now, with places for what is held now."""
-        wanted = self._base if self._over is None else self._over
-        self._bring(wanted if wanted.held == self._held else self._worked_out(wanted.rows))
+        """Bring what is to be applied now."""
+        self._bring(self._base if self._over is None else self._over)
 
     def _leave(self, before: _Applied | None) -> None:
         with self.lock:
             self._over = before
             self._go_on()
 
-    def _hold(self, moves: tuple[Move, ...]) -> None:
-        self._held, self._programs = moves, {}
-        self._known.clear()
-        self._go_on()
-
     def _bring(self, to: _Applied) -> None:
         """Have the model go by `to`. The lock is held: no forward pass is being made."""
-        if self._held and _layout(to.programs) != _layout(self._programs):
-            # Copies, whose numbers change in place.
-            live = compiled(to.rows, self.anatomy, self._held)
-        else:
-            live = self._programs if self._held else to.programs
         wanted: dict[object, Callable[[], RemovableHandle]] = {
             name: partial(self._register, name, module) for name, module in to.modules.items()
         }
         wanted |= {hook: hook.register for hook in to.writers}
-        if any(p.timed for p in live.values()):
+        if any(p.timed for p in to.programs.values()):
             wanted[self._clock] = self._clock.register
         for key, register in wanted.items():
             if key not in self._handles:
                 self._handles[key] = register()
-        if live is self._programs and self._held:
-            for name, program in to.programs.items():
-                live[name].take(program)
-        self._programs, self._now = live, to
+        self._programs, self._now = to.programs, to
         for key in [k for k in self._handles if k not in wanted]:
             self._handles[key].remove()
             del self._handles[key]
@@ -272,7 +241,3 @@ class Clock:
         if seen == 0:
             self._prompt = positions[:, -1:] + 1
         return positions - self._prompt + 1
-
-
-def _layout(programs: dict[str, SiteProgram]) -> dict[str, tuple[object, ...]]:
-    return {name: program.layout() for name, program in programs.items()}

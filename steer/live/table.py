@@ -33,17 +33,10 @@ class Table:
         """All rows, on a device and in a dtype."""
         ready = self._ready.get((device, dtype))
         if ready is None:
-            # No inference tensor, which could not be changed in place from outside of inference mode.
+            # No inference tensor: a pass outside of inference mode, which may want gradients, uses it too.
             with torch.inference_mode(False):
                 ready = self._ready[device, dtype] = self.data.to(device, dtype)
         return ready
-
-    def take(self, other: Table) -> None:
-        """Hold the other's numbers from now on, in the same memory: compiled code keeps reading them."""
-        self.data.copy_(other.data)
-        for ready in self._ready.values():
-            ready.copy_(self.data)
-        self._last = None
 
 
 class Window:
@@ -64,19 +57,12 @@ class Window:
         Worked out once a pass for all the modules that have this window: it costs more than what it is wanted for.
         """
         assert text.index is not None
-        if self._last is not None and not torch.compiler.is_compiling():
+        if self._last is not None:
             index, row, share = self._last
             if index is text.index and row is text.row and (share.dtype, share.device) == (like.dtype, like.device):
                 return share
         i = text.index.to(like.device, like.dtype)[..., None]
         start, end, ramp = (t.at(text, like, like.dtype) for t in (self.start, self.end, self.ramp))
         share = ((i - start + 1) / ramp).clamp(0, 1) * (i < end)
-        if not torch.compiler.is_compiling():
-            self._last = (text.index, text.row, share)
+        self._last = (text.index, text.row, share)
         return share
-
-    def take(self, other: Window) -> None:
-        """As `Table.take`."""
-        for mine, new in ((self.start, other.start), (self.end, other.end), (self.ramp, other.ramp)):
-            mine.take(new)
-        self._last = None

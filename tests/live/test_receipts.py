@@ -215,32 +215,6 @@ def test_a_slider_that_moves_in_mid_reply_is_told_by_its_last_amount_and_all_of_
     assert add.mean_share == pytest.approx(unit * (5 * 0.5 + 0.5 + 1.0 + 2.0) / 8)
 
 
-def test_with_places_held_every_token_counts_under_the_amount_it_was_written_at(endless):
-    def of(amount: float) -> list[Edit | None]:
-        return [Edit.of([Move(D[0], "clamp", amount, label="a"), Move(LATE, "scale", amount, label="b")])]
-
-    def run() -> tuple[Receipt, list[int]]:
-        tally, made = Tally(), []
-        endless.steering.set(of(0.5))
-        steps = decode(endless, PROMPTS[:1], GREEDY, tally=tally)
-        for edit in (of(0.5), of(2.0), [None], [Edit.of([Move(D[0], "clamp", 0.1, label="a")])]):
-            endless.steering.set(edit)
-            made.append(next(steps).tokens[0])
-        endless.steering.set([None])
-        steps.close()
-        return tally.receipt(), made
-
-    plain, tokens = run()
-    endless.steering.hold([Move(D[0], "clamp", 0.0), Move(LATE, "scale", 0.0)])
-    try:
-        held, same = run()
-    finally:
-        endless.steering.hold([])
-    assert same == tokens
-    assert told(held) == approx(told(plain))
-    assert [s.tokens for s in plain.sliders] == [7, 6]
-
-
 def test_many_passes_are_summed_up_on_the_way(endless, monkeypatch):
     monkeypatch.setattr("steer.live.receipts._PENDING", 3)
     tally, moves = Tally(), MOVES["everything"]

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from steer.live.detokenise import Detokeniser
 from steer.live.serve.engine import Token
 
-_CONTEXT = 8
-"""Tokens of the prompt that the decoder sees first, as some tokenizers drop the space before a text's first word."""
 _BYTES = {c: b for b, c in bytes_to_unicode().items()}
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -44,7 +42,7 @@ class ReplyText:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         """`tokenizer`: transformers' own, with a fast backend."""
-        self._decoder = _Decoder(tokenizer.backend_tokenizer, prompt)
+        self._decoder = Detokeniser(tokenizer, prompt)
         self._stop = tuple(stop)
         self._held = ""
         self._sent = 0
@@ -87,58 +85,6 @@ def begun(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end of a text may be the beginning of a stop string."""
     longest = min(max(map(len, stop), default=1) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
-
-
-class _Decoder:
-    """Token ids to text, special tokens left out, a character at a time: the tokenizers library's, which remembers as
-    much as it needs of what came before."""
-
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._seen = list(prompt[-_CONTEXT:])
-        self._open: list[int] = []
-        """Tokens that are no whole character yet."""
-        self._begin()
-
-    def add(self, token: int) -> str:
-        """The text that is whole by now."""
-        self._open.append(token)
-        text = self._step(token)
-        if text is None:
-            return ""
-        self._close()
-        return text
-
-    def end(self) -> str:
-        """The rest: a character that was never completed shows as U+FFFD."""
-        text = self._tokenizer.decode(self._open, skip_special_tokens=True)
-        self._close()
-        return text
-
-    def _step(self, token: int) -> str | None:
-        try:
-            return self._stream.step(self._tokenizer, token)
-        except Exception as e:
-            # With byte fallback, bytes that are no UTF-8 change how those before them read; the library then gives up.
-            if "prefix" not in str(e):
-                raise
-            text = self._tokenizer.decode(self._open, skip_special_tokens=True)
-            self._close()
-            self._begin()
-            return text
-
-    def _close(self) -> None:
-        self._seen = [*self._seen, *self._open][-_CONTEXT:]
-        self._open = []
-
-    def _begin(self) -> None:
-        """A stream that has seen the last tokens."""
-        self._stream = DecodeStream(skip_special_tokens=True)
-        for token in self._seen:
-            try:
-                self._stream.step(self._tokenizer, token)
-            except Exception:
-                self._stream = DecodeStream(skip_special_tokens=True)
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
