@@ -12,7 +12,7 @@ from steer.features.contrast import FIT_SAMPLES, SAMPLER, Contrast, Reply, contr
 from steer.features.find import Candidates, candidates, finished_direction
 from steer.live.model import SteeredModel
 from steer.measure.scorer import Scorer, clear_replies
-from steer.measure.sites import SiteCheck, check_sites
+from steer.measure.sites import SiteCheck, check_sites, chosen
 from steer.progress import Advance, bar
 from steer.values.direction import Direction
 from steer.values.trait import NeutralPrompts, Trait
@@ -71,7 +71,7 @@ def find_trait(
     Replies that did not do as they were told are left out of the means (persona vectors, Chen et al. 2025, does so
     with a judge model; here classifiers on words that did not see the reply's topic judge).
     Sites that read the held-out replies within 0.06 AUROC of the best are tried on fit topics: the one whose
-    amounts -1 and 1 part the replies most, less what that costs in KL and repetition, is taken.
+    amounts -1 and 1 part the replies most, less what that costs in KL and repetition, neighbours averaged, is taken.
     `contrast` takes replies that were written before, and `neutral` those to neutral prompts.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)
@@ -86,7 +86,7 @@ def find_trait(
     if site is None:
         with progress(f"{trait.name}: sites", None, "tokens") as advance:
             checks = check_sites(model, found, scorer, on_tokens=advance)
-        site = max(checks, key=lambda c: c.merit).site
+        site = chosen(checks)
     provenance = {
         "seed": seed,
         "scorer_auroc": round(scorer.auroc, 4),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,13 +46,24 @@ class SiteCheck:
         return self.above - self.below - KL_COST * self.kl - REPETITION_COST * self.repetition
 
 
+def chosen(checks: Sequence[SiteCheck]) -> int:
+    """The site of the most merit, each one's averaged with its neighbours'.
+
+    A few replies a site leave noise in its merit, while what a site does changes slowly with depth: a lone peak is
+    chance, and among equals the same region wins again on another machine. Neighbours weigh half as much.
+    """
+    ordered = sorted(checks, key=lambda c: c.site)
+    merits = np.pad([c.merit for c in ordered], 1, mode="edge")
+    return ordered[int((merits[:-2] + 2 * merits[1:-1] + merits[2:]).argmax())].site
+
+
 def check_sites(
     model: SteeredModel,
     found: Candidates,
     scorer: Scorer,
     *,
     sites: int = 5,
-    topics: int = 10,
+    topics: int = 16,
     sampler: Sampler | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[SiteCheck]:
