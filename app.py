@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from steer.cli_common import print_notices
 from steer.page.shell import main
 
+print_notices()
 main()

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from steer import cli_bake, cli_dictionaries, cli_live
-from steer.cli_common import DeviceMap, FourBit, Json, Model, emit
+from steer.cli_common import DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices
 from steer.errors import SteerError, UsageError
 
 app = typer.Typer(
@@ -32,9 +32,10 @@ def main() -> None:
     # Where it is installed and there is no GPU, it regrets at import that it lacks a faster kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.showwarning = _warn
+    print_notices()
     arguments = sys.argv[1:]
     try:
-        code = app(arguments or ["--help"], standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="steer", standalone_mode=False)
         if code == _STOPPED:
             _fail("stopped", code)
     except typer.TyperException as e:
@@ -99,6 +100,7 @@ def find(
     seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
     dictionary: Annotated[Path | None, typer.Option(help="Rank this dictionary's latents instead.")] = None,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     four_bit: FourBit = False,
     as_json: Json = False,
 ) -> None:
@@ -143,6 +145,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the checkpoints and the report go.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of every reply.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """The whole way on the default model: fetch, merge, find, steer, bake, verify, report."""

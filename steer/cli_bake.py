@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli_common import Json, Model, emit
+from steer.cli_common import Dtype, Json, Model, emit
 from steer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def bake(
     = None,
     seed: Annotated[int | None, typer.Option(help="Of --search's replies and trials.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Remove directions from the weights and write a new checkpoint, or an adapter, with a certificate.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+import logging
+import os
+import sys
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +20,48 @@ DeviceMap = Annotated[
 FourBit = Annotated[
     bool, typer.Option("--four-bit", help="Quantise the weights to 4 bits as they load (bitsandbytes).")
 ]
+
+
+def _for_all_loads(dtype: str | None) -> str | None:
+    if dtype is not None:
+        os.environ["STEER_DTYPE"] = dtype
+    return dtype
+
+
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "stored"] | None,
+    typer.Option(
+        "--dtype", envvar="STEER_DTYPE", callback=_for_all_loads, show_default="auto",
+        help="What to compute in; auto: as stored, or float32 on a CPU that is slow at that.",
+    ),
+]  # fmt: skip
+"""Verbs need not look at it: the variable holds for every model that they load, and for processes they start."""
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout, all else on stderr.")]
+
+
+class _Notices(logging.Handler):
+    """Prints each message once, on the stderr of the moment: progress bars put another in its place."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        line = self.format(record)
+        if line not in self._said:
+            self._said.add(line)
+            print(line, file=sys.stderr)
+
+
+_NOTICES = _Notices()
+
+
+def print_notices() -> None:
+    """Print what the package logs from INFO on, such as the dtype of a model that is loaded, on stderr."""
+    logger = logging.getLogger("steer")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_NOTICES)
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from steer.cli_common import DeviceMap, Json, Model, emit
+from steer.cli_common import DeviceMap, Dtype, Json, Model, emit
 from steer.errors import UsageError
 
 Text = Annotated[list[str], typer.Option(help="A .txt, .md, .jsonl[.gz] file or a datasets id; may be repeated.")]
@@ -23,16 +23,15 @@ def harvest(
     text: Text,
     tokens: Annotated[int | None, typer.Option(help="Tokens to keep; the whole text without it.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a document at most.")] = 512,
-    dtype: Annotated[str | None, typer.Option(help="As transformers takes it, e.g. bfloat16.")] = None,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Write a model's residual streams on a text to disk, to train dictionaries on."""
     from steer.features.harvest import harvest as run
     from steer.live.model import load
 
-    made = run(load(model, dtype=dtype, device_map=device_map), out, sites=site, sources=text, tokens=tokens,
-               context=context)  # fmt: skip
+    made = run(load(model, device_map=device_map), out, sites=site, sources=text, tokens=tokens, context=context)
     left = made.manifest["left_out"]
     result = {
         "harvest": str(out),
@@ -61,6 +60,7 @@ def features(
     label: Annotated[Path | None, typer.Option(help="Label all latents anew from this harvest.")] = None,
     model: Annotated[str | None, typer.Option(help="The checkpoint, where it is not where the manifest says.")] = None,
     limit: Annotated[int, typer.Option(help="Rows to show.")] = 20,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """List, search and label a dictionary's features; write its dashboard."""
@@ -81,6 +81,7 @@ def _train(
     resume: bool,
     every: float,
     track: Any,
+    dtype: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -123,9 +124,10 @@ def _train_command() -> Callable[..., None]:
         "resume": Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")],
         "every": Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")],
         "track": Annotated[str | None, typer.Option(help="tensorboard or wandb, beside the CSV file.")],
+        "dtype": Dtype,
     }
     defaults = {"site": None, "text": [], "context": 512, "parent": None, "model": None, "resume": False,
-                "every": 120.0, "track": None}  # fmt: skip
+                "every": 120.0, "track": None, "dtype": None}  # fmt: skip
     parameters = [_parameter(n, t, defaults.get(n, inspect.Parameter.empty)) for n, t in own.items()]
     types, texts = get_type_hints(TrainOptions), TrainOptions.help()
     for field in fields(TrainOptions):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli_common import DeviceMap, FourBit, Json, Model, emit
+from steer.cli_common import DeviceMap, Dtype, FourBit, Json, Model, emit
 from steer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Reply length at most.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     four_bit: FourBit = False,
 ) -> None:
     """Talk to a model with its sliders at hand: /moralizing 0.5, /sliders, /undo, /receipt, /help, /quit."""
@@ -91,6 +92,7 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="Write the profile here instead.")] = None,
     seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     four_bit: FourBit = False,
     as_json: Json = False,
 ) -> None:
@@ -130,6 +132,7 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Bytes of one request.")] = 4 * 2**20,
     max_messages: Annotated[int, typer.Option(help="Of one chat.")] = 1000,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     four_bit: FourBit = False,
 ) -> None:
     """Answer OpenAI's API with sliders in every request: SillyTavern, the openai client, curl."""
@@ -163,6 +166,7 @@ def ui(
     port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 8501,
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
     device_map: DeviceMap = None,
+    dtype: Dtype = None,
     four_bit: FourBit = False,
 ) -> None:
     """Open the slider chat in the browser."""

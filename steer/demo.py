@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ def _key(seed: int) -> dict[str, Any]:
     return {
         "version": __version__,
         "seed": seed,
+        "dtype": os.environ.get("STEER_DTYPE") or "auto",
         "files": {str(p.relative_to(package.parent)): hash_file(p)[:16] for p in sorted(files)},
     }
 
@@ -91,6 +93,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
     clock = _Clock()
     with clock.step("import"):
         from steer.finding import find_trait
+        from steer.live.dtypes import dtype_name
         from steer.live.library import own_place
         from steer.live.model import load
         from steer.measure.baked import measure_baked
@@ -173,6 +176,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         "baked": str(baked_dir),
         "report": str(out / "report.html"),
         "model": DEFAULT_MODEL,
+        "dtype": dtype_name(model.hf.dtype),
         "found": {name: f.as_json() for name, f in found.items()},
         "scorer_words": {name: f.scorer.words() for name, f in found.items()},
         "dose": {name: [p.as_json() for p in points] for name, points in doses.items()},

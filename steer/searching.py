@@ -17,6 +17,7 @@ from steer.errors import MismatchError, SteerError, StoppedError, UsageError
 from steer.features.contrast import Contrast
 from steer.files import read_json_object, write_atomic
 from steer.finding import contrast_for, find_trait
+from steer.live.dtypes import computing_in, dtype_name
 from steer.live.library import directions_of, own_place
 from steer.live.model import SteeredModel, load
 from steer.measure.scorer import Scorer
@@ -62,6 +63,8 @@ class _Search:
 
     place: Path
     sketch: Sketch
+    dtype: str
+    """What the model computes in."""
     trait: Trait
     keep: tuple[Trait, ...]
     form: Form
@@ -74,6 +77,7 @@ class _Search:
         """What its study must agree with."""
         return {
             "checkpoint": self.sketch.to_header(),
+            "dtype": self.dtype,
             "trait": _digest(self.trait),
             "traits that are to stay": {t.name: _digest(t) for t in self.keep},
             "form": self.form,
@@ -202,7 +206,8 @@ def _begin(
         raise UsageError(f"--keep: expected traits beside {loaded.name}, each once, found {twice[0]} again")
     place = checkpoint_dir(source)
     where = Path(folder) if folder else out.with_name(f"{out.name}-search")
-    return _Search(place, sketch_files(place), loaded, kept, form, where, seed, scope)
+    dtype = dtype_name(computing_in(str(place)).dtype)
+    return _Search(place, sketch_files(place), dtype, loaded, kept, form, where, seed, scope)
 
 
 def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, command: str | None, say: Say) -> Searched:

@@ -18,11 +18,13 @@ from steer.features import parallel
 from steer.features.batches import is_held_out
 from steer.features.checkpoints import training_place
 from steer.features.documents import documents
+from steer.features.objectives import settled
 from steer.features.options import TrainOptions
 from steer.features.shards import MANIFEST, PARTIAL, Harvest
 from steer.features.stream import ModelStream
 from steer.features.training import Trained, TrainingData, train
 from steer.features.training_log import FileLog, TrainingLog, sink_for
+from steer.live.dtypes import dtype_name
 from steer.live.fit_check import check_fit
 from steer.live.model import SteeredModel, load
 from steer.measure.splice import Spliced, cross_entropies
@@ -96,6 +98,7 @@ def train_dictionary(
     options, out = options or TrainOptions(), Path(out)
     check_output(out)
     with parallel.process_group():
+        options = settled(options, parallel.local_device())
         source_data = _from_harvest(source, site, options) if _is_harvest(source) else None
         live = None
         if source_data is None:
@@ -148,7 +151,10 @@ def _from_harvest(source: str | Path, site: int | None, options: TrainOptions) -
     batches = harvest.batches(site, options.batch, **shared, rank=parallel.rank(), world=parallel.world())
     sample = next(harvest.batches(site, min(16_384, harvest.tokens), **shared))
     manifest = harvest.manifest
-    inputs = {"kind": "harvest", "tokens": harvest.tokens, "site": site, "sketch": manifest["sketch"]}
+    inputs = {
+        "kind": "harvest", "tokens": harvest.tokens, "site": site, "sketch": manifest["sketch"],
+        "dtype": manifest["inputs"]["dtype"],
+    }  # fmt: skip
     facts = {
         "site": site, "norm": harvest.norm(site), "width": harvest.width, "checkpoint": manifest["checkpoint"],
         "sketch": manifest["sketch"], "text": manifest["sources"], "context": manifest["inputs"]["context"],
@@ -172,7 +178,10 @@ def _from_model(
         held_out=options.held_out, held_out_tokens=HELD_OUT // 2, rank=parallel.rank(), world=parallel.world(),
     )  # fmt: skip
     sketch = model.sketch().to_header()
-    inputs = {"kind": "stream", "text": [str(t) for t in text], "site": site, "sketch": sketch, "context": context}
+    inputs = {
+        "kind": "stream", "text": [str(t) for t in text], "site": site, "sketch": sketch, "context": context,
+        "dtype": dtype_name(model.hf.dtype),
+    }  # fmt: skip
     facts = {
         "site": site, "norm": stream.norm, "width": stream.width, "checkpoint": model.name, "sketch": sketch,
         "text": [str(t) for t in text], "context": context, "inputs": inputs,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steer.features.contrast import Contrast
 from steer.features.residuals import reply_means, reply_tokens
+from steer.live.dtypes import dtype_name
 from steer.live.model import SteeredModel
 from steer.values.direction import Direction
 from steer.weights.kept import source_name
@@ -119,6 +120,7 @@ def finished_direction(model: SteeredModel, found: Candidates, site: int, proven
             # Its name alone: directions are passed on, and where it lies on this machine is nobody's business.
             "checkpoint": source_name(Path(model.name)) if Path(model.name).is_dir() else model.name,
             "sketch": model.sketch().to_header(),
+            "dtype": dtype_name(model.hf.dtype),
             "trait": trait.name,
             "method": "difference of means over response tokens, orthogonal to the neutral mean",
             "auroc": [round(a, 4) for a in found.auroc],

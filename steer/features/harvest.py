@@ -30,6 +30,7 @@ from steer.features.shards import (
     write_record,
     write_tensors,
 )
+from steer.live.dtypes import dtype_name
 from steer.live.model import SteeredModel
 from steer.progress import Advance, bar
 from steer.weights.sketch import Sketch
@@ -76,7 +77,7 @@ def harvest(
         "context": context,
         "batch_tokens": batch_tokens or default_batch_tokens(model),
         "shard_tokens": shard_tokens,
-        "dtype": str(model.hf.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.hf.dtype),
         "steered": model.steering.hook_count > 0,
     }
     with _locked(out):

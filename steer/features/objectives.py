@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from steer.features import parallel
 from steer.features.options import TrainOptions
 from steer.features.sparse import Active, ByLatent, above, decode, largest, products, top_k
 from steer.features.stopwatch import Stopwatch
+from steer.live.dtypes import is_fast
 from steer.values.dictionary import Dictionary
 
 THRESHOLD_RATE = 0.01
@@ -64,11 +65,19 @@ class Objective(ABC):
 
 def objective_for(options: TrainOptions, width: int, scale: float, mean: Tensor, device: torch.device) -> Objective:
     """The objective of an architecture, freshly initialised by the seed. `mean` is the data's, unscaled."""
+    options = settled(options, device)
     if options.architecture in ("topk", "batchtopk"):
         return SparseObjective(options, *initial_weights(options, width, scale, mean), scale=scale, device=device)
     from steer.features.lens import LensObjective
 
     return LensObjective(options, *initial_weights(options, width, scale, mean), scale=scale, device=device)
+
+
+def settled(options: TrainOptions, device: torch.device) -> TrainOptions:
+    """Options whose `products` are no longer left to the device: a training that goes on elsewhere must keep them."""
+    if options.products != "auto":
+        return options
+    return replace(options, products="bfloat16" if is_fast(torch.bfloat16, device) else "float32")
 
 
 def initial_weights(
@@ -106,7 +115,7 @@ class SparseObjective(Objective):
             self.weights["decoder"].data /= 0.1
         # The smallest activation that a batch kept, in scaled units: what decides once there are no batches.
         self.threshold = torch.zeros((), dtype=torch.float64)
-        self.half = options.products == "bfloat16" or (options.products == "auto" and fast_bfloat16(device))
+        self.half = options.products == "bfloat16"
 
     @torch.no_grad()
     def step(self, x: Tensor, dead: Tensor, number: int, watch: Stopwatch) -> Step:
@@ -272,10 +281,3 @@ def start_from(objective: Objective, parent: Dictionary) -> None:
     with torch.no_grad():
         for name, value in new.items():
             objective.weights[name].copy_(value)
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 ones: any GPU, and CPUs with instructions for them."""
-    if device.type != "cpu":
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -20,7 +20,7 @@ from steer.errors import MismatchError, OutputExistsError, StoppedError
 from steer.features import parallel
 from steer.features.batches import Batches
 from steer.features.checkpoints import STATE, TrainingState, load_state, save_state, training_place
-from steer.features.objectives import Objective, objective_for, start_from
+from steer.features.objectives import Objective, objective_for, settled, start_from
 from steer.features.options import TrainOptions
 from steer.features.stopwatch import Stopwatch
 from steer.features.training_log import TrainingLog
@@ -123,9 +123,10 @@ class _Run:
         parent: Dictionary | None,
         log: TrainingLog,
     ) -> None:
+        self.device = parallel.local_device()
+        options = settled(options, self.device)
         self.data, self.options, self.log = data, options, log
         self.place = training_place(out)
-        self.device = parallel.local_device()
         self.watch = Stopwatch(self.device)
         self.seconds, self.products = 0.0, list[float]()
         self.facts = {"options": options.as_json(), "inputs": data.inputs}

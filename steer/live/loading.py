@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 
 from steer.errors import CheckpointError, UsageError
 from steer.live import attention
+from steer.live.dtypes import announce, computing_in
 from steer.weights.anatomy import Anatomy
 from steer.weights.stream import CheckpointFiles
 
@@ -27,8 +28,8 @@ def read_model(
     place: str, name: str, dtype: Any, device_map: Any, four_bit: bool, more: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `model.load`: the checkpoint at `place`, called `name` in messages; `more` goes to transformers."""
-    if four_bit:
-        more = more | {"quantization_config": _four_bit()}
+    if four_bit and find_spec("bitsandbytes") is None:
+        raise UsageError("4 bits: expected the package bitsandbytes, found none; pip install bitsandbytes")
     if isinstance(device_map, str) and device_map.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device map {device_map}: expected a GPU that torch can use, found none; leave it out")
     if device_map is None and torch.cuda.is_available():
@@ -40,9 +41,14 @@ def read_model(
     # Unset, transformers asks on stdin whether to run a checkpoint's code, and takes the first "y" for a yes.
     code = {"trust_remote_code": more.get("trust_remote_code", False)}
     try:
+        hub = {option: more[option] for option in ("revision", "token", "cache_dir", "subfolder") if option in more}
+        small = four_bit or "quantization_config" in more
+        chosen = computing_in(place, dtype, device_map=device_map, quantised=small, hub=hub)
+        if four_bit:
+            more = more | {"quantization_config": _four_bit(chosen.dtype)}
         tokenizer = AutoTokenizer.from_pretrained(place, **code)
         hf, report = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
+            place, dtype=chosen.dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
             **code | more,
         )  # fmt: skip
     except torch.OutOfMemoryError as e:
@@ -60,6 +66,7 @@ def read_model(
             f"{name}: expected tensor {missing[0]}{others} in its files, found none, and random numbers would run in "
             "their place; fetch the model again"
         )
+    announce(chosen, name)
     return hf, tokenizer
 
 
@@ -83,7 +90,6 @@ def files_of(place: str) -> Path:
     return Path(config).parent
 
 
-def _four_bit() -> BitsAndBytesConfig:
-    if find_spec("bitsandbytes") is None:
-        raise UsageError("4 bits: expected the package bitsandbytes, found none; pip install bitsandbytes")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+def _four_bit(dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    """4-bit weights that are widened to `dtype` for every product."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or "bfloat16")

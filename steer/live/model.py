@@ -45,11 +45,13 @@ def load(
 ) -> SteeredModel:
     """Load a checkpoint (directory, hub id, or the default model's name) and make it steerable.
 
-    `dtype`, `device_map`, `quantization_config` and the rest go to transformers as they are. Without a
-    `device_map` the model goes to the GPU where there is one; without a `dtype` it keeps the stored one. `four_bit`
-    quantises the weights as they are loaded, to bitsandbytes' NF4.
+    `device_map`, `quantization_config` and the rest go to transformers as they are. Without a `device_map` the model
+    goes to the GPU where there is one. `dtype` is what it computes in: a torch dtype or its name, "stored", or "auto",
+    the default: the stored dtype where products in it are fast, else float32 if that fits into memory. The choice is
+    logged. $STEER_DTYPE takes the place of a `dtype` that is left out. `four_bit` quantises the weights as they are
+    loaded, to bitsandbytes' NF4.
     Errors: CheckpointError when there is no such model, or no room for it, UnsupportedError for an unknown
-    architecture, UsageError for 4 bits without bitsandbytes and for a GPU that is not there.
+    architecture, UsageError for 4 bits without bitsandbytes, a GPU that is not there and an unknown dtype.
     """
     place = resolve(model)
     hf, tokenizer = read_model(place, str(model), dtype, device_map, four_bit, kwargs)

@@ -14,6 +14,7 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.local import LocalVoice
 from steer.chat.voice import Voice
+from steer.live.dtypes import DTYPES, VARIABLE
 from steer.live.model import SteeredModel, load
 from steer.live.shapes import keep_few_shapes
 from steer.page.change import guarded, watch
@@ -119,4 +120,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--server")
     parser.add_argument("--device-map")
     parser.add_argument("--four-bit", action="store_true")
-    return parser.parse_known_args(sys.argv[1:])[0]
+    parser.add_argument("--dtype", choices=DTYPES)
+    named = parser.parse_known_args(sys.argv[1:])[0]
+    if named.dtype is not None:
+        os.environ[VARIABLE] = named.dtype
+    return named
