@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from steer import cli_bake, cli_dictionaries, cli_live
-from steer.cli_common import DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices
+from steer.cli_common import DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, tell
 from steer.errors import SteerError, UsageError
+from steer.plain_text import plain_line
 
 app = typer.Typer(
     name="steer",
@@ -59,7 +60,7 @@ _STOPPED = 130  # what typer makes of Ctrl-C, as shells do
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"steer: {' '.join(message.split())}", err=True)
+    typer.echo(f"steer: {plain_line(message)}", err=True)
     return code
 
 
@@ -87,7 +88,7 @@ def merge(
     """Merge checkpoints by a mergekit recipe."""
     from steer.weights.merge import merge as run
 
-    place = run(recipe, out, device=device, say=lambda line: typer.echo(line, err=True) if steps else None)
+    place = run(recipe, out, device=device, say=lambda line: tell(line) if steps else None)
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 
@@ -152,7 +153,7 @@ def demo(
     from steer.demo import run
     from steer.tables import demo_table
 
-    result = run(out, seed=seed, fresh=fresh, say=lambda line: typer.echo(line, err=True))
+    result = run(out, seed=seed, fresh=fresh, say=tell)
     emit(result, as_json, demo_table(result))
     typer.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
 

@@ -12,6 +12,7 @@ import typer
 
 from steer.cli_common import Dtype, Json, Model, emit
 from steer.errors import UsageError
+from steer.plain_text import plain
 
 if TYPE_CHECKING:
     from steer.searching import Searched
@@ -75,7 +76,7 @@ def bake(
     what: Form = _one_of("--as", form, FORMS)
     command, added = shlex.join(["steer", *sys.argv[1:]]), dict(parse_amount(a) for a in add)
     plan: list[str] = []
-    say: Callable[[str], None] = plan.append if as_json else typer.echo
+    say: Callable[[str], None] = plan.append if as_json else lambda line: typer.echo(plain(line))
     how = {
         "strength": strength,
         "blocks": _blocks(blocks),

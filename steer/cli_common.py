@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from steer.plain_text import plain
+
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or smollm2-135m-instruct.")]
 DeviceMap = Annotated[
     str | None,
@@ -66,4 +68,9 @@ def print_notices() -> None:
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     """A verb's result on stdout."""
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
+    typer.echo(json.dumps(result, indent=2) if as_json else plain(text))
+
+
+def tell(line: str) -> None:
+    """What happens, on stderr."""
+    typer.echo(plain(line), err=True)

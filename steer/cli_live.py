@@ -182,6 +182,7 @@ def ui(
         named += ["--four-bit"]
     command = [
         sys.executable, "-m", "streamlit", "run", str(page), "--server.address", "127.0.0.1",
+        "--server.allowedHosts", "localhost", "--server.allowedHosts", "127.0.0.1",
         "--server.port", str(port), "--server.headless", str(headless).lower(),
         # Watching files would import every module of transformers, those too whose libraries are not here.
         "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",

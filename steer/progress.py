@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,6 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.text import Text
+
+from steer.plain_text import plain_line
 
 Advance = Callable[[int], None]
 """Told how much more is done."""
@@ -35,7 +38,7 @@ def bar(description: str, total: int | None, unit: str = "") -> Iterator[Advance
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Rate(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(description, total=total, unit=unit)
+        task = progress.add_task(escape(plain_line(description)), total=total, unit=unit)
         yield lambda n: progress.advance(task, n)
         progress.update(task, completed=total)
 
@@ -47,5 +50,5 @@ def byte_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(description, total=None)
+        task = progress.add_task(escape(plain_line(description)), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -228,7 +228,7 @@ def _table(*columns: str) -> Table:
 
 def _text(*parts: Table | Sequence[str]) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=110)
+    console = Console(file=out, width=110, markup=False, emoji=False)  # tokens and names are no markup
     for part in parts:
         console.print(part)
     return out.getvalue()

@@ -242,3 +242,18 @@ def test_a_page_without_a_model_offers_the_default_merge(home, monkeypatch):
     at = page()
     assert "steer ui MODEL" in at.markdown[0].value
     assert [b.label for b in at.button] == ["Get the default merge"]
+
+
+def test_no_error_or_toast_fetches_a_picture():
+    def script() -> None:
+        from steer.errors import SteerError
+        from steer.page.change import guarded, tell
+
+        def draw() -> None:
+            raise SteerError("bad ![](http://x/b.png)")
+
+        tell("![](http://x/a.png)")
+        guarded(draw)()
+
+    at = AppTest.from_function(script, default_timeout=60).run()
+    assert [e.value for e in (*at.toast, *at.error)] == ["!\\[](http://x/a.png)", "bad !\\[](http://x/b.png)"]

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ["values", "weights", "live", "features", "measure", "chat", "page"]
 """From low to high. The modules at the top of steer/, and app.py, are above them all."""
-SHARED = {"errors", "files", "progress"}
+SHARED = {"errors", "files", "plain_text", "progress"}
 """Modules at the top of steer/ that anything may import, and that import nothing else of it."""
 FILES = sorted([*(ROOT / "steer").rglob("*.py"), ROOT / "app.py"])
 LONGEST = 350

@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import openai
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from steer.errors import SteerError, UnsupportedError
+from steer.files import one_line
 from steer.live.memory import Memory
 from steer.live.receipts import Receipt, SliderReceipt
-from steer.live.remote_sliders import RemoteSliders, remote_profile, use_remote
+from steer.live.remote_sliders import RemoteSliders, Told, remote_profile, use_remote
 from steer.live.session import Session
+from steer.values.move import Operation
 from steer.values.profile import Profile
 from steer.values.sampler import CHAT, ORDER, TEMPERATURE_LAST, Sampler
 
@@ -49,20 +52,24 @@ class RemoteModel:
             )
         except (openai.OpenAIError, ValueError) as e:
             raise SteerError(f"{url}: expected the address of a server, found {e}; give http://HOST:PORT") from e
-        self._told: tuple[float, dict[str, Any]] | None = None
+        self._told: tuple[float, Told] | None = None
         self.name = name or self._first_model()
         self.steering()
 
-    def steering(self) -> dict[str, Any]:
+    def steering(self) -> Told:
         """What the server says of its sliders: `GET /v1/steering`."""
         if self._told is None or time.monotonic() - self._told[0] > _FRESH:
             with self._errors():
                 found = self.client.get("/steering", cast_to=object)
-            if not isinstance(found, dict) or not isinstance(found.get("sliders"), list):
+            try:
+                told = Told.model_validate(found)
+            except ValidationError as e:
+                where = ".".join(map(str, e.errors()[0]["loc"]))[:60]
                 raise SteerError(
-                    f"{self.url}: expected a steer server, found another; start one with: steer serve MODEL"
-                )
-            self._told = (time.monotonic(), cast(dict[str, Any], found))
+                    f"{self.url}: expected a steer server, found another (its answer to GET /v1/steering at "
+                    f"{where or 'its beginning'}: {e.errors()[0]['msg'][:80]}); start one with: steer serve MODEL"
+                ) from e
+            self._told = (time.monotonic(), told)
         return self._told[1]
 
     def write(
@@ -93,17 +100,14 @@ class RemoteModel:
                     chunk = next(chunks, None)
                 if chunk is None:
                     return
-                told = (chunk.model_extra or {}).get("steering")
-                choice = chunk.choices[0] if chunk.choices else None
-                text = (choice.delta.content or "") if choice is not None else ""
-                finish = choice.finish_reason if choice is not None else None
-                if text or finish or told:
-                    yield RemotePiece(text, finish, told)
+                piece = _piece(chunk, self.url)
+                if piece.text or piece.finish or piece.steering:
+                    yield piece
 
     def _first_model(self) -> str:
         with self._errors():
-            found = [m.id for m in self.client.models.list()]
-        if not found:
+            found = [getattr(m, "id", None) for m in self.client.models.list()]
+        if not found or not isinstance(found[0], str):
             raise SteerError(f"{self.url}: expected a model, found none; start one with: steer serve MODEL")
         return found[0]
 
@@ -119,8 +123,13 @@ class RemoteModel:
             raise SteerError(f"{self.url}: no server answers ({why}); start one with: steer serve MODEL") from e
         except openai.OpenAIError as e:
             raise SteerError(f"{self.url}: {' '.join(str(e).split())[:500]}") from e
-        except ValueError as e:
-            raise SteerError(f"{self.url}: expected a steer server, found one that sends no JSON: {e}") from e
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as e:  # the client takes what it is sent on trust
+            raise SteerError(f"{self.url}: expected a steer server, found one that sends {one_line(e)}") from e
 
 
 class RemoteSession(Session):
@@ -168,17 +177,43 @@ class RemoteSession(Session):
 
 
 def receipt_of(told: Mapping[str, Any] | None, tokens: int) -> Receipt:
-    """What a server told of a reply; of one that was broken off, how many pieces came."""
-    row = (told or {}).get("receipt")
-    if not isinstance(row, Mapping):
+    """What a server told of a reply; of one that was broken off, or of a server that tells something else, how many
+    pieces came."""
+    try:
+        row = _ToldReceipt.model_validate((told or {}).get("receipt"))
+    except ValidationError:
         return Receipt(tokens)
     return Receipt(
-        int(row.get("tokens", tokens)),
+        tokens if row.tokens is None else row.tokens,
         tuple(
             SliderReceipt(
-                str(s["name"]), s["operation"], float(s["amount"]), int(s["tokens"]),
-                math.nan if s.get("mean_share") is None else float(s["mean_share"]),
+                s.name, s.operation, s.amount, s.tokens, math.nan if s.mean_share is None else s.mean_share
             )
-            for s in row.get("sliders", ())
+            for s in row.sliders
         ),
     )  # fmt: skip
+
+
+class _ToldSlider(BaseModel):
+    name: str
+    operation: Operation
+    amount: FiniteFloat
+    tokens: int
+    mean_share: FiniteFloat | None = None
+
+
+class _ToldReceipt(BaseModel):
+    tokens: int | None = None
+    sliders: list[_ToldSlider] = []
+
+
+def _piece(chunk: Any, url: str) -> RemotePiece:
+    """What a chunk of a stream holds. Errors: SteerError for one that is none."""
+    told = (getattr(chunk, "model_extra", None) or {}).get("steering")
+    choices = getattr(chunk, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    text = getattr(getattr(choice, "delta", None), "content", None)
+    finish = getattr(choice, "finish_reason", None)
+    if not isinstance(text, str | None) or not isinstance(finish, str | None) or not isinstance(told, dict | None):
+        raise SteerError(f"{url}: expected a reply in pieces, found a chunk of another kind; is it a steer server?")
+    return RemotePiece(text or "", finish, told)

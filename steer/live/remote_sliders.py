@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import BaseModel, Field, FiniteFloat
 
 from steer.errors import UnsupportedError, UsageError
 from steer.live.sliders import BUDGET
@@ -20,12 +22,31 @@ _STEPS = 200
 _LATENT = re.compile(r"L(\d+)/\d+")
 
 
+class ToldSlider(BaseModel):
+    """A row of `GET /v1/steering`: what is read of it."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    operation: str
+    amount: FiniteFloat | None = None
+    share: FiniteFloat | None = None
+    unit_share: FiniteFloat | None = None
+    range: tuple[FiniteFloat, FiniteFloat] | None = None
+    site: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    kind: str | None = None
+
+
+class Told(BaseModel):
+    """`GET /v1/steering`: what is read of it. Other keys are passed over."""
+
+    sliders: Annotated[list[ToldSlider], Field(max_length=10_000, fail_fast=True)]
+
+
 class Offers(Protocol):
     """A server that tells of its sliders."""
 
     url: str
 
-    def steering(self) -> dict[str, Any]:
+    def steering(self) -> Told:
         """`GET /v1/steering`. Errors: SteerError where it does not answer."""
         ...
 
@@ -76,18 +97,17 @@ class RemoteSliders(MutableMapping[str, float]):
     def known(self) -> dict[str, RemoteSlider]:
         """Every slider that the server offers, by name. Errors: SteerError where it does not answer."""
         out = {}
-        for row in self.model.steering()["sliders"]:
-            if row.get("operation") not in OPERATIONS:
+        for row in self.model.steering().sliders:
+            operation = next((o for o in OPERATIONS if o == row.operation), None)
+            if operation is None:
                 continue
-            name, amount, share = str(row["name"]), row.get("amount"), row.get("share")
-            unit = row.get("unit_share")
-            if unit is None and share and amount:
-                unit = share / abs(amount)
-            unit = math.nan if unit is None else float(unit)
-            out[name] = RemoteSlider(name, row["operation"], row.get("site"), unit, row.get("kind") == "feature")
-            if row.get("range") and name not in self.ranges:
-                low, high = row["range"]
-                self.ranges[name] = (float(low), float(high))
+            unit = row.unit_share
+            if unit is None and row.share and row.amount:
+                unit = row.share / abs(row.amount)
+            unit = math.nan if unit is None else unit
+            out[row.name] = RemoteSlider(row.name, operation, row.site, unit, row.kind == "feature")
+            if row.range is not None:
+                self.ranges.setdefault(row.name, row.range)
         return out
 
     def slider(self, name: str) -> RemoteSlider:

@@ -12,9 +12,11 @@ from typing import TextIO
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from steer.errors import SteerError, UsageError
 from steer.live.session import Session
+from steer.plain_text import plain, plain_line
 from steer.values.names import COMMANDS
 from steer.values.profile import Profile
 from steer.values.slider import parse_amount
@@ -106,7 +108,7 @@ class _Terminal:
         try:
             with closing(self.session.reply(text)) as pieces:
                 for piece in pieces:
-                    self.console.out(piece, end="", highlight=False)
+                    self.console.out(plain(piece), end="", highlight=False)
                     said = said or bool(piece)
         except KeyboardInterrupt:
             self.say("\n(stopped)" if said else "(stopped)", style="dim")
@@ -168,7 +170,7 @@ class _Terminal:
             share = slider.operation
             if share == "add":
                 share = "" if math.isnan(slider.share(amount)) else f"{slider.share(amount):.2f}"
-            table.add_row(name, _stands(amount), str(slider.site), share)
+            table.add_row(Text(plain_line(name)), _stands(amount), str(slider.site), share)
         self.console.print(table)
         self.warn()
 
@@ -211,7 +213,7 @@ class _Terminal:
 
     def say(self, text: str, style: str | None = None) -> None:
         # Nothing in it is markup: it may hold paths and what the user typed.
-        self.console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self.console.print(plain(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _stands(amount: float) -> str:

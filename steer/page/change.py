@@ -11,6 +11,7 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.errors import SteerError
+from steer.page.look import markdown
 
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -35,11 +36,11 @@ def guarded(draw: Callable[_P, None]) -> Callable[_P, None]:
     @wraps(draw)
     def drawn(*args: _P.args, **kwargs: _P.kwargs) -> None:
         for text, icon in st.session_state.pop("told", []):
-            st.toast(text, icon=f":material/{icon}:", duration="long" if icon == "error" else "short")
+            st.toast(markdown(text), icon=f":material/{icon}:", duration="long" if icon == "error" else "short")
         try:
             draw(*args, **kwargs)
         except Exception as e:
-            st.error(_line(e))
+            st.error(markdown(_line(e)))
 
     return drawn
 

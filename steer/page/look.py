@@ -116,7 +116,8 @@ def colour(value: float) -> str:
 
 
 def markdown(text: str) -> str:
-    """A text of a model or a stranger as Markdown: `$` is money, and no picture is fetched from anywhere."""
+    """A text of a model or a stranger as Markdown: `$` is money, and no picture is fetched from anywhere. Streamlit
+    reads labels, captions, errors, toasts and hints as Markdown too: what is not written here goes through this."""
     return text.replace("$", "\\$").replace("![", "!\\[")
 
 

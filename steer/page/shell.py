@@ -16,6 +16,7 @@ from steer.chat.local import LocalVoice
 from steer.chat.voice import Voice
 from steer.live.dtypes import DTYPES, VARIABLE
 from steer.live.model import SteeredModel, load
+from steer.live.serve.limits import host_name
 from steer.live.shapes import keep_few_shapes
 from steer.page.change import guarded, watch
 from steer.page.look import style
@@ -43,7 +44,19 @@ def main() -> None:
     st.set_option("client.showErrorDetails", "none")
     sys.setswitchinterval(_SWITCH)
     style()
+    if not _known_host():
+        st.error("This page answers at localhost and 127.0.0.1 alone; name other hosts with --server.allowedHosts")
+        return
     guarded(_page)()
+
+
+def _known_host() -> bool:
+    """Whether the browser asked for this machine by a name of its own: a page of another site can have its name point
+    here, and Streamlit takes that for its own. `steer ui` has Streamlit refuse it; this holds for `streamlit run` too.
+    """
+    host = st.context.headers.get("Host")
+    allowed = ("localhost", "127.0.0.1", "::1", *(st.get_option("server.allowedHosts") or ()))
+    return host is None or host_name(host) in allowed
 
 
 def _page() -> None:

@@ -51,6 +51,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def host_name(header: str) -> str:
+    """The host in a Host header, without its port."""
+    host = header.lower()
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
 def check_exposure(host: str, api_key: str | None) -> None:
     """Raise UsageError for a server that others could reach without a key, and for a key that no header can hold."""
     if api_key is not None and not (api_key.strip() == api_key != "" and api_key.isascii() and api_key.isprintable()):
@@ -68,8 +74,7 @@ class KnownHost:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
-            host = Headers(scope=scope).get("host", "").lower()
-            name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+            name = host_name(Headers(scope=scope).get("host", ""))
             if name not in self._hosts:
                 error = ApiError(400, f"host {shown(name)}: expected this machine's, as localhost", code="invalid_host")
                 await error.response()(scope, receive, send)

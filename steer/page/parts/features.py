@@ -27,7 +27,7 @@ def draw(chat: Chat) -> None:
     if way == "trait":
         traits = shelf.traits()
         if not traits:
-            st.info(f"No trait was looked for in it yet: `steer find {chat.voice.name} TRAIT --dictionary DIR`")
+            st.info(f"No trait was looked for in it yet: `steer find {_plain(chat.voice.name)} TRAIT --dictionary DIR`")
             return
         trait = st.selectbox("Trait", traits, key="search trait")
         _cards(chat, shelf.by_trait(trait))
@@ -74,7 +74,7 @@ def _card(chat: Chat, card: FeatureCard) -> None:
             args=(lambda: chat.board.unpin(card.name) if pinned else chat.board.pin(card.name),),
         )  # fmt: skip
     st.write(markdown(card.description))
-    with st.expander(f"{card.name}: tokens, contexts, scores"):
+    with st.expander(f"{markdown(card.name)}: tokens, contexts, scores"):
         moved = "" if math.isnan(card.share) else f"; amount 1 moves the stream by {card.share:.2f} of its norm"
         st.caption(f"fires on {card.rate:.2%} of tokens{moved}")
         for does, tokens in (("raises", card.top_tokens), ("lowers", card.bottom_tokens)):
@@ -85,7 +85,7 @@ def _card(chat: Chat, card: FeatureCard) -> None:
         for trait, (auroc, q) in card.auroc.items():
             score = card.output_score.get(trait)
             steers = "" if score is None else f", output score {score:.2f}"
-            st.caption(f"{trait}: held-out AUROC {auroc:.2f}, q {q:.2g}{steers}")
+            st.caption(f"{markdown(trait)}: held-out AUROC {auroc:.2f}, q {q:.2g}{steers}")
         strongest = max((c.activation for c in card.contexts), default=0.0) or 1.0
         for context in card.contexts[:5]:
             pieces, hint = [context.before, context.token, context.after], f"{context.activation:.2f}"

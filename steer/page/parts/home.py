@@ -9,6 +9,7 @@ import streamlit as st
 from steer.chat.default_merge import default_place, get_default, ready
 from steer.chat.job import Job
 from steer.page.change import redraw, redraw_if_asked, safely, watch
+from steer.page.look import markdown
 
 POLL = 0.5
 
@@ -47,7 +48,7 @@ def _progress(job: Job) -> None:
         st.button("Cancel", on_click=safely, args=(job.cancel,))
         return
     if job.error:
-        st.error(job.error)
+        st.error(markdown(job.error))
         st.button("Try again", on_click=safely, args=(_get,))
         redraw_if_asked()
         return

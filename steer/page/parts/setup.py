@@ -20,6 +20,7 @@ from steer.chat.profile_store import (
 )
 from steer.errors import SteerError
 from steer.page.change import redraw, safely, tell
+from steer.page.look import markdown
 from steer.values.cards import load_card
 from steer.values.profile import Profile
 from steer.values.sampler import PRESETS, Sampler, preset
@@ -64,7 +65,7 @@ def _profiles(chat: Chat) -> None:
         try:
             data = profile_bytes(chat.profile(name or "profile"))
         except SteerError as e:
-            st.caption(str(e))
+            st.caption(markdown(str(e)))
         else:
             st.download_button("Download", data, f"{file_name(name)}.yaml", "application/yaml", on_click="ignore")
     file = st.file_uploader("Upload a profile", ["yaml", "yml"], key="profile upload", max_upload_size=1)
@@ -91,10 +92,10 @@ def _character(chat: Chat) -> None:
         try:
             card = load_card(file.getvalue())
         except SteerError as e:
-            st.error(str(e))
+            st.error(markdown(str(e)))
         else:
             st.button(
-                f"Play {card.name}"[:60], type="primary", key="play", on_click=safely,
+                markdown(f"Play {card.name}"[:60]), type="primary", key="play", on_click=safely,
                 args=(lambda: _new(lambda: chat.play(card)),), help="A new chat; this one stays among the old ones",
             )  # fmt: skip
     key = f"system@{st.session_state.get('chats', 0)}"

@@ -28,7 +28,7 @@ def draw(chat: Chat) -> None:
         _rows(chat)
     with st.container():
         _budgets(chat)
-    st.caption(chat.voice.felt)
+    st.caption(markdown(chat.voice.felt))
     setup.draw(chat)
     redraw_if_asked()
 
@@ -36,7 +36,8 @@ def draw(chat: Chat) -> None:
 def _rows(chat: Chat) -> None:
     rows = chat.board.rows()
     if not rows:
-        st.info(f"No trait is known for this model yet. Find one: `steer find {chat.voice.name} moralizing`")
+        named = chat.voice.name.replace("`", "")
+        st.info(f"No trait is known for this model yet. Find one: `steer find {named} moralizing`")
     for number, row in enumerate(rows):
         with st.container(key=f"slider{number}"):
             _row(chat, row)
@@ -46,7 +47,9 @@ def _rows(chat: Chat) -> None:
 def _budgets(chat: Chat) -> None:
     for budget in chat.board.budgets():
         if budget.share > 0:
-            st.caption(budget.words, help="; ".join(f"{markdown(t)}: {s:.2f}" for t, s in budget.parts) or None)
+            st.caption(
+                markdown(budget.words), help="; ".join(f"{markdown(t)}: {s:.2f}" for t, s in budget.parts) or None
+            )
             st.html(budget_bar(budget.share, budget.limit, budget.level))
     for warning in chat.warnings():
         st.warning(markdown(warning))
@@ -77,7 +80,7 @@ def _row(chat: Chat, row: SliderRow) -> None:
         st.markdown(f"**{markdown(label)}** :small[{_words(row)}]")
         with (
             st.container(width="content", key=f"icons of {row.name}"),
-            st.popover(f"More on {label}", icon=":material/more_horiz:", type="tertiary"),
+            st.popover(f"More on {markdown(label)}", icon=":material/more_horiz:", type="tertiary"),
         ):
             _details(chat, row)
     stands = row.neutral if math.isnan(row.amount) else row.amount
@@ -85,7 +88,7 @@ def _row(chat: Chat, row: SliderRow) -> None:
     step = _step(row)
     key = f"amount of {row.name}@{tag(chat)}"
     st.slider(
-        label, float(row.low), float(row.high), float(start), step, key=key, label_visibility="collapsed",
+        markdown(label), float(row.low), float(row.high), float(start), step, key=key, label_visibility="collapsed",
         format="%.2f" if step >= 0.01 else "%.3f",
         on_change=lambda: safely(lambda: chat.board.set(row.name, float(st.session_state[key]))),
     )  # fmt: skip

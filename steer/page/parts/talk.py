@@ -116,12 +116,12 @@ def _receipt(message: Message) -> None:
     rate = f", {written.rate:.0f} a second" if written.rate else ""
     receipt = written.receipt or {}
     tokens = len(written.ids) or receipt.get("tokens") or "unknown"
-    st.caption(f"seed {written.seed}, tokens {tokens}{first}{rate}; {_ENDINGS[written.ending]}")
+    st.caption(markdown(f"seed {written.seed}, tokens {tokens}{first}{rate}; {_ENDINGS[written.ending]}"))
     for slider in receipt.get("sliders") or []:
         share = slider.get("mean_share")
         far = "" if share is None else f", by {share:.2f} of the residual norm"
         what = f"{slider['name']} ({slider['operation']} {slider['amount']:g})"
-        st.markdown(f"**{markdown(what)}** moved {slider['tokens']} tokens{far}")
+        st.markdown(f"**{markdown(what)}** moved {markdown(str(slider['tokens']))} tokens{far}")
     if not receipt.get("sliders"):
         st.caption("No slider moved it.")
     if len(written.stretches) > 1:

@@ -1,0 +1,81 @@
+"""The page answers to this machine's own names alone: a page of another site may have its name point here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from steer import cli_live
+from steer.live.serve.server import listen
+
+UPGRADE = (
+    "GET /_stcore/stream HTTP/1.1\r\nHost: {0}\r\nOrigin: http://{0}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+GET = "GET / HTTP/1.1\r\nHost: {0}\r\nOrigin: http://{0}\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Streamlit as `steer ui` starts it, over a script of one line, which starts sooner."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "app.py").write_text("import streamlit as st\nst.write('secret')\n")
+    with listen("127.0.0.1", 0) as free:
+        number = free.getsockname()[1]
+    started: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "execv", lambda program, command: started.append(command))
+        cli_live.ui(None, None, number, headless=True)
+    (command,) = started
+    command = [str(folder / "app.py") if part.endswith("app.py") else part for part in command]
+    home = {"HOME": str(folder), "PATH": os.environ["PATH"]}
+    process = subprocess.Popen(command, cwd=folder, env=home, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        while "URL" not in (line := process.stdout.readline()):
+            assert line, "streamlit has ended"
+        yield number
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def status(port: int, request: str, host: str) -> int:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+        raw.sendall(request.format(host).encode())
+        return int(raw.recv(4096).split()[1])
+
+
+FOREIGN = ["evil.com", "127.0.0.1.evil.com", "localhost.evil.com", "[::2]"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_name_gets_no_socket_through_which_all_of_the_page_comes(port, name):
+    assert 400 <= status(port, UPGRADE, f"{name}:{port}") < 500
+
+
+@pytest.mark.parametrize(("allowed", "more"), [([], False), (["my.host"], True)])
+def test_however_it_was_started_nothing_is_drawn_for_a_foreign_name(monkeypatch, allowed, more):
+    from steer.page import shell
+
+    def known(host: str | None) -> bool:
+        headers = {} if host is None else {"Host": host}
+        found = SimpleNamespace(context=SimpleNamespace(headers=headers), get_option=lambda name: allowed)
+        monkeypatch.setattr(shell, "st", found)
+        return shell._known_host()
+
+    assert not any(known(f"{name}:8501") for name in FOREIGN)
+    assert all(known(f"{name}:8501") for name in ("localhost", "127.0.0.1", "[::1]"))
+    assert known(None)  # no browser: the tests of the page
+    assert known("my.host:1") is more
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
+def test_its_own_names_are_served(port, name):
+    assert status(port, GET, f"{name}:{port}") == 200
+    assert status(port, UPGRADE, f"{name}:{port}") == 101

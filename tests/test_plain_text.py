@@ -1,0 +1,83 @@
+"""Nothing that a stranger wrote is a command to the terminal that shows it."""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from steer import cli
+from steer.cli_common import emit
+from steer.errors import SkippedWarning
+from steer.live.terminal import run_chat
+from steer.plain_text import plain, plain_line
+from steer.tables import _table, _text
+
+OSC_52 = "\x1b]52;c;cm0gLXJmIH4=\x07"
+ATTACKS = [
+    OSC_52, "\x1b[2J\x1b[H", "\x9b2J", "\x1b]0;title\x1b\\", "a\rb", "\x08\x08", "\x7f", "\u202eabc\u2066", "\0",
+    "\x0c",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ATTACKS)
+def test_what_would_move_a_cursor_is_written_out(text):
+    shown = plain(f"x{text}y\n\tz")
+    assert not [c for c in shown if unicodedata.category(c) == "Cc" and c not in "\n\t"]
+    assert not [c for c in shown if c in "\u202e\u2066"]
+    assert shown.startswith("x")
+    assert shown.endswith("y\n\tz")
+    assert "".join(plain(c) for c in text) == plain(text)
+    assert "\n" not in plain_line(f"a\n{text}\nb")
+
+
+def test_text_of_every_script_stays_as_it_is():
+    text = "Grüße, мир! 你好 👩‍🚀 שלום e\u0301\n\tx"
+    assert plain(text) == text
+
+
+@pytest.mark.parametrize("text", ATTACKS)
+def test_no_way_to_the_terminal_lets_it_pass(text, capsys, monkeypatch):
+    emit({}, False, text)
+    cli._fail(f"tensor {text}\nx", 1)
+    cli._warn(SkippedWarning(text), SkippedWarning)
+    out, err = capsys.readouterr()
+    for written in (out, err):
+        assert written
+        assert text not in written
+        assert written.count("\n") == len(written.splitlines())
+    table = _table("[/red]", "n")
+    table.add_row("[/red] [link=http://x]y", "1")
+    assert "[/red] [link=http://x]y" in _text(table)
+
+
+@pytest.mark.parametrize("text", ATTACKS)
+def test_a_chat_shows_replies_names_and_greetings_without_it(text):
+    slider = SimpleNamespace(operation="add", site=1, share=lambda amount: 0.1)
+    known = {f"n{text}": slider}
+
+    class Sliders(dict[str, float]):
+        def known(self) -> dict[str, Any]:
+            return known
+
+        def slider(self, name: str) -> Any:
+            return known[name]
+
+        def warnings(self) -> list[str]:
+            return [f"w{text}"]
+
+    session = SimpleNamespace(
+        model=SimpleNamespace(name=f"m{text}"), messages=[{"content": f"hi{text}"}], sliders=Sliders({f"n{text}": 1.0}),
+        reply=lambda line: (c for c in f"r{text}"), receipts=[SimpleNamespace(warnings=[f"v{text}"])],
+    )  # fmt: skip
+    out = io.StringIO()
+    lines = io.StringIO("hello\n/sliders\n/n" + text.replace("\r", "") + "\n/quit\n")
+    run_chat(cast(Any, session), stdin=lines, console=Console(file=out, width=200, force_terminal=False))
+    shown = out.getvalue()
+    assert f"hi{plain(text)}" in shown
+    assert f"r{plain(text)}" in shown
+    assert not [c for c in shown if plain(c) != c]
