@@ -101,7 +101,7 @@ class Slow:
         hf, anatomy = self.model.hf, self.model.anatomy
         handles = [hf.get_submodule(anatomy.embedding_module).register_forward_hook(self._writer(-1))]
         for block in range(anatomy.blocks):
-            for name in anatomy.writer_modules(block):
+            for name in (w.module for w in anatomy.live_writers if w.block == block):
                 handles.append(hf.get_submodule(name).register_forward_hook(self._writer(block)))
             name = anatomy.block_module(block)
             handles.append(hf.get_submodule(name).register_forward_hook(self._site(block)))

@@ -6,7 +6,8 @@ What is written here is read from the running models by hand, not from the table
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from steer.values.edit import Edit
 
 WIDTH, BLOCKS, VOCAB, EXPERTS = 32, 3, 97, 4
 FILE = "model.safetensors"
@@ -71,8 +74,9 @@ class Tiny:
     stacked: bool = False
     """Whether the file holds the tensors as the running model does."""
 
-    def save(self, path: Path, dtype: torch.dtype) -> Path:
-        """Write a random checkpoint: random weights, biases, and norm gains of either side of 1."""
+    def save(self, path: Path, dtype: torch.dtype, turn_up: Callable[[str, nn.Parameter], None] | None = None) -> Path:
+        """Write a random checkpoint: random weights, biases, and norm gains of either side of 1. `turn_up` changes
+        parameters in place, by name."""
         torch.manual_seed(0)
         known = {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB}
         sizes = known | {"bos_token_id": 1, "eos_token_id": 2} if self.name == "GPT2" else _SIZES
@@ -85,6 +89,8 @@ class Tiny:
                     parameter.uniform_(low, low + 1.4).sub_(self.unit if name.endswith("weight") else 0.0)
                 else:
                     parameter.normal_(std=0.3 if parameter.ndim == 1 or name.endswith("bias") else 0.15)
+                if turn_up is not None:
+                    turn_up(name, parameter)
         model.to(dtype).save_pretrained(path)
         if self.stacked:
             held = {n: t.detach().clone() for n, t in model.named_parameters()}
@@ -104,6 +110,42 @@ class Tiny:
                 gain = None if norm is None else norm.weight.detach().double() + self.unit
                 out.append((f"{path}.{write}", model.get_submodule(f"{path}.{write}"), gain))
         return out
+
+
+def span(vectors: list[Tensor], gain: Tensor | None) -> Tensor:
+    """Orthonormal basis of what must leave a write, or the input of the norm after it."""
+    q, _ = torch.linalg.qr(torch.stack([v.double() if gain is None else v.double() * gain for v in vectors], dim=1))
+    return q
+
+
+@contextmanager
+def ablated(kind: Tiny, model: Any, edit: Edit) -> Iterator[None]:
+    """The model with the edit's directions removed from every residual write that it names, and its adds added."""
+    handles = []
+    for name, module, gain in kind.edit_points(model) if edit.ablate else ():
+        q = span([d.vector for d in edit.ablate], gain)
+
+        def remove(module: object, args: object, output: Any, q: Tensor = q) -> Any:
+            y = output[0] if isinstance(output, tuple) else output
+            z = (y.double() - edit.strength * (y.double() @ q) @ q.T).to(y.dtype)
+            return (z, *output[1:]) if isinstance(output, tuple) else z
+
+        if edit.blocks is None or any(f".{b}." in name for b in range(edit.blocks[0], edit.blocks[1] + 1)):
+            handles.append(module.register_forward_hook(remove))
+    for direction, amount in edit.add:
+
+        def add(
+            module: object, args: object, output: Any, by: Tensor = amount * direction.gap * direction.vector
+        ) -> Any:
+            y = output[0] if isinstance(output, tuple) else output
+            return (y + by.to(y.dtype), *output[1:]) if isinstance(output, tuple) else y + by.to(y.dtype)
+
+        handles.append(model.get_submodule(kind.block.format(direction.site)).register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load(path: Path, dtype: torch.dtype = torch.float64) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from steer.errors import UsageError
 from steer.features.documents import Document
-from steer.live import attention
 from steer.live.forward import padded, read_residuals
 from steer.live.model import SteeredModel
 from steer.values.fit import OUTLIER
@@ -139,22 +137,9 @@ def cut_forward(
 ) -> dict[int, Float[Tensor, "rows seq d"]]:
     """The residual stream after each of `sites`, steering included; no block after the last of them runs."""
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), model.steering.lock, _fused_attention(model):
+    with torch.no_grad():
         read_residuals(model, ids, sites, found.__setitem__)
     return found
-
-
-@contextmanager
-def _fused_attention(model: SteeredModel) -> Iterator[None]:
-    """torch's own attention in place of ours for CPUs, which is made for decoding and slower on whole texts."""
-    ours = model.hf.config._attn_implementation == attention.NAME
-    if ours:
-        model.hf.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if ours:
-            model.hf.set_attn_implementation(attention.NAME)
 
 
 def _cut(window: list[Numbered], batch_tokens: int) -> list[list[Numbered]]:

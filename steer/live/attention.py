@@ -1,7 +1,8 @@
-"""Attention for CPUs: grouped queries without copying the keys and values for every query head.
+"""Attention that copies no keys and values for grouped queries, and does what an architecture adds to the scores.
 
-Decoding a batch is bound by memory there, and transformers' plain attention writes the KV cache out once a
-query head at every step. The arithmetic is the same, the softmax in fp32 or wider.
+Decoding a batch on a CPU is bound by memory, and transformers' plain attention writes the KV cache out once a query
+head at every step. Its `sdpa` leaves out a softcap of the scores without a word, and refuses sinks. Here both are
+applied; an argument that this module does not know is an error, never dropped.
 """
 
 from __future__ import annotations
@@ -9,12 +10,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import sdpa_mask
+
+from steer.errors import UnsupportedError
 
 NAME = "steer_grouped"
+_DONE_ELSEWHERE = frozenset(
+    {
+        "sliding_window",  # in the mask
+        "position_ids",  # in the rotary embedding
+        "cache_position",
+        "is_causal",
+        "use_cache",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "num_items_in_batch",
+    }
+)
+"""Arguments that transformers hands to every attention and that change nothing in one of a decoder."""
 
 
 def grouped_attention(
@@ -22,34 +40,75 @@ def grouped_attention(
     query: Float[Tensor, "batch heads new d"],
     key: Float[Tensor, "batch groups seq d"],
     value: Float[Tensor, "batch groups seq d"],
-    attention_mask: Float[Tensor, "batch 1 new seq"] | None,
+    attention_mask: Bool[Tensor, "batch 1 new seq"] | Float[Tensor, "batch 1 new seq"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Float[Tensor, " heads"] | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Float[Tensor, "batch new heads d"], None]:
-    """Scaled dot-product attention with an additive mask, as transformers calls it; inference only.
+    """Scaled dot-product attention as transformers calls it; inference only.
 
     `softcap` bounds the scores (Gemma 2), `s_aux` is a score a head that attends to nothing (gpt-oss's sinks).
+    Errors: UnsupportedError for an argument that this attention does not know.
+    """
+    check_known(module, more)
+    out = attend(query, key, value, attention_mask, scaling, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def check_known(module: nn.Module, more: dict[str, Any]) -> None:
+    """Raise UnsupportedError for an argument of an attention that might change what it puts out."""
+    for name, value in more.items():
+        if name not in _DONE_ELSEWHERE and value is not None and value is not False:
+            raise UnsupportedError(
+                f"{type(module).__name__}: expected an attention of scores, softcap and sinks, found the argument "
+                f"{name}; load the model with attn_implementation='eager'"
+            )
+
+
+def attend(
+    query: Float[Tensor, "batch heads new d"],
+    key: Float[Tensor, "batch groups seq d"],
+    value: Float[Tensor, "batch groups seq d"],
+    mask: Bool[Tensor, "batch 1 new seq"] | Float[Tensor, "batch 1 new seq"] | None,
+    scaling: float | None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+) -> Float[Tensor, "batch heads new d"]:
+    """`softmax(softcap * tanh(q k * scaling / softcap) + mask) v`, the softmax over the sinks as well.
+
+    A mask is True where a key is seen, or added to the scores. Without one a single token sees every key, and several
+    see what came before them.
     """
     batch, heads, new, d = query.shape
     groups, seq = key.shape[1], key.shape[2]
+    if softcap is None and sinks is None and new > 1:
+        causal = mask is None
+        if causal:  # an empty static cache has room behind the tokens
+            key, value = key[:, :, :new], value[:, :, :new]
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=heads != groups
+        )
     # Query heads h = g * (heads / groups) + i share the keys of group g.
     rows = query.reshape(batch, groups, heads // groups * new, d)
     scores = (rows @ key.transpose(2, 3)) * (d**-0.5 if scaling is None else scaling)
     scores = scores.view(batch, groups, heads // groups, new, seq)
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask[:, :, None, :, :seq]
-    if s_aux is not None:
-        sinks = s_aux.to(scores.dtype).view(1, groups, heads // groups, 1, 1).expand(batch, -1, -1, new, 1)
-        scores = torch.cat([scores, sinks], dim=-1)
+    if mask is None and new > 1:
+        mask = torch.ones(new, seq, dtype=torch.bool, device=scores.device).tril()[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[:, :, None, :, :seq], torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask[:, :, None, :, :seq]
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, groups, heads // groups, 1, 1).expand(batch, -1, -1, new, 1)
+        scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)[..., :seq]
     out = weights.view(batch, groups, heads // groups * new, seq) @ value
-    return out.view(batch, heads, new, d).transpose(1, 2).contiguous(), None
+    return out.view(batch, heads, new, d)
 
 
 AttentionInterface.register(NAME, grouped_attention)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -79,6 +79,11 @@ class Columns:
     limits: Table | None = None
     """[1, 1, columns]: a token whose norm is beyond it stays as it is. The first token of a text, which attention
     rests on, is a hundred times the others; what is read off it is no trait, and setting it breaks the text."""
+    normed: Table | None = None
+    """[1, 1, columns]: the length of `gain * r`, where an RMSNorm stands between what is read and the residual stream:
+    a projection that moves by `x` before the norm moves by `x * length / rms` in the stream, which receipts report."""
+    account: Columns | None = None
+    """The columns whose receipts these add to, where one slider has several: None for themselves."""
     alpha: Table = field(init=False)
     beta: Table = field(init=False)
     upper: Table | None = field(init=False)
@@ -157,7 +162,7 @@ class Columns:
             # Half the time of `x.norm`, which goes through Python. What has limits reads, so `by` is its own.
             by.masked_fill_(torch.linalg.vector_norm(x, dim=-1, keepdim=True) > n.limits, 0.0)
         if text.tally is not None and self.told:
-            text.tally.note(self, by, text, writes_to)
+            text.tally.note(self, self._in_stream(by, x), text, writes_to)
         if self.spread is not None:
             # What a column that is not acting reads is free to change: only those that act are set together.
             assert self.used is not None
@@ -182,8 +187,14 @@ class Columns:
         if limit < math.inf and torch.dot(flat, flat).item() > limit:
             by = torch.zeros_like(by)
         if text.tally is not None and self.told:
-            text.tally.note(self, by, text, writes_to)
+            text.tally.note(self, self._in_stream(by, x), text, writes_to)
         return torch.addcmul(onto, by, n.write)
+
+    def _in_stream(self, by: Tensor, x: Tensor) -> Tensor:
+        """By how much readings move in the residual stream that move by `by` in `x`, which a norm may follow."""
+        if self.normed is None:
+            return by
+        return by * self.normed.ready(by.device, by.dtype) / x.square().mean(-1, keepdim=True).sqrt()
 
     def _numbers(self, text: TextPass, like: Tensor) -> _Numbers:
         """The tables as a pass wants them, in the dtype and on the device of `like`, kept for the passes after it."""

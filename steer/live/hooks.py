@@ -48,10 +48,16 @@ def plain_hooks(model: SteeredModel, what: Steers, reply_start: ReplyStart = Non
 
 def lens_hooks(model: SteeredModel, what: Steers, bridge: Any = None, reply_start: ReplyStart = None) -> LensHooks:
     """As `SteeredModel.transformer_lens_hooks`."""
-    acts, points = _acts(model, what, reply_start), _lens_names(model.anatomy)
+    points = _lens_names(model.anatomy)
+    # Positions that are embedded apart are no new tokens to count.
+    pairs = [
+        (point, _lens_hook(act))
+        for module, act in _acts(model, what, reply_start)
+        for point in (points[module][:1] if isinstance(act, _Counter) else points[module])
+    ]
     if bridge is not None:
-        _check_bridge(model, bridge, [points[module] for module, _ in acts])
-    return [(points[module], _lens_hook(act)) for module, act in acts]
+        _check_bridge(model, bridge, [point for point, _ in pairs])
+    return pairs
 
 
 class _Counter:
@@ -83,7 +89,7 @@ def _acts(model: SteeredModel, what: Steers, reply_start: ReplyStart) -> list[tu
     counts them and moves nothing."""
     edit = _edit(model, what)
     counter = _Counter(_checked_start(reply_start))
-    programs = compiled((edit,), model.anatomy)
+    programs = compiled((edit,), model.anatomy, model.steering.gain)
     out = [(name, _act(program, counter.text)) for name, program in programs.items()]
     timed = any(program.timed for program in programs.values())
     return [(model.anatomy.embedding_module, counter), *out] if timed else out
@@ -117,15 +123,19 @@ def _lens_hook(act: _Act) -> Callable[..., Tensor]:
     return on_activation
 
 
-def _lens_names(anatomy: Anatomy) -> dict[str, str]:
-    """Module path -> the hook point that TransformerLens has at its output."""
-    out = {anatomy.embedding_module: "hook_embed"}
-    for block in range(anatomy.blocks):
-        attention, mlp = anatomy.writer_modules(block)
-        out[attention] = f"blocks.{block}.hook_attn_out"
-        out[mlp] = f"blocks.{block}.hook_mlp_out"
-        out[anatomy.block_module(block)] = f"blocks.{block}.hook_resid_post"
-    return out
+def _lens_names(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
+    """Module path -> the hook points that TransformerLens has at its output, or at the parts whose sum that is: what
+    writers write is ablated by a linear map, so that of a sum is the sum of those of its parts."""
+    out: dict[str, tuple[str, ...]] = {}
+    for writer in anatomy.live_writers:
+        at = f"blocks.{writer.block}"
+        if writer.block is None:
+            out[writer.module] = ("hook_embed", "hook_pos_embed")[: len(anatomy.layout.embeddings)]
+        elif writer.norm is None:
+            out[writer.module] = (f"{at}.hook_attn_out" if writer.kind == "attention" else f"{at}.hook_mlp_out",)
+        else:  # before the norm
+            out[writer.module] = (f"{at}.attn.o.hook_out" if writer.kind == "attention" else f"{at}.mlp.out.hook_out",)
+    return out | {anatomy.block_module(b): (f"blocks.{b}.hook_resid_post",) for b in range(anatomy.blocks)}
 
 
 def _check_bridge(model: SteeredModel, bridge: Any, names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steer.live.frame import TextPass
-from steer.live.program import Rows
+from steer.live.program import Gain, Rows
 from steer.live.table import Table
 from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Anatomy, LiveWriter
@@ -48,8 +48,8 @@ class WriterHook:
 class KeptNorms:
     """Makes the hooks of the rows whose edits keep norms; other rows of a batch pass through them as they are."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, text: Callable[[], TextPass]) -> None:
-        self.model, self.anatomy, self._text = model, anatomy, text
+    def __init__(self, model: nn.Module, anatomy: Anatomy, gain: Gain, text: Callable[[], TextPass]) -> None:
+        self.model, self.anatomy, self._gain, self._text = model, anatomy, gain, text
 
     @property
     def cannot(self) -> str | None:
@@ -92,10 +92,6 @@ class KeptNorms:
 
         after = WriterHook(module, behind, before=False)
         return [after] if what.cast is None else [WriterHook(module, before, before=True), after]
-
-    def _gain(self, name: str) -> Tensor:
-        gain = self.model.get_parameter(name).detach()
-        return gain.to("cpu", torch.float64) + self.anatomy.layout.gain_offset
 
 
 def keeping(rows: Rows) -> Rows:

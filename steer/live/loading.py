@@ -40,6 +40,8 @@ def read_model(
         _check_blocks(Path(place), name)
     # Unset, transformers asks on stdin whether to run a checkpoint's code, and takes the first "y" for a yes.
     code = {"trust_remote_code": more.get("trust_remote_code", False)}
+    if dtype in (torch.float64, "float64"):  # which transformers' grouped products of experts do not know
+        more = {"experts_implementation": "eager"} | more
     try:
         hub = {option: more[option] for option in ("revision", "token", "cache_dir", "subfolder") if option in more}
         small = four_bit or "quantization_config" in more

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import CheckpointError, UsageError
+from steer.live import attention
 from steer.live.batch import generate
 from steer.live.compiled import CompiledStep
 from steer.live.decode import decode
@@ -68,6 +69,8 @@ class SteeredModel:
         self.tokenizer: Any = tokenizer
         self.name = name
         self.anatomy = Anatomy.of(hf.config.to_dict(), name)
+        if self.anatomy.layout.own_scores and hf.config._attn_implementation == "sdpa":
+            hf.set_attn_implementation(attention.NAME)  # else the softcap would be left out
         self.steering = Steering(hf, self.anatomy)
         self.sliders = Sliders(self)
         self.compiled: CompiledStep | None = None
@@ -106,7 +109,7 @@ class SteeredModel:
         if self._files is not None:
             return sketch_files(self._files)
         tensors = dict(self.hf.named_parameters())
-        return Sketch.of(list(tensors), lambda name: tensors[name].detach())
+        return Sketch.of(list(tensors), lambda name: tensors[name].detach(), self.hf.config.to_dict())
 
     # Talking
 

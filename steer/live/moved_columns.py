@@ -20,13 +20,21 @@ from steer.values.move import Move
 from steer.values.when import PARALLEL, Gate
 
 
-def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) -> Columns:
+def joint(
+    moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place], gain: Float[Tensor, " d"] | None = None
+) -> Columns:
     """Projections on several directions, set together whatever the angles between them.
 
     With `R` the directions, `h += R^+ (wanted - R h)` is the smallest change after which every projection stands where
     it was asked to, `R^+` the pseudoinverse; for ablation at full strength it is the orthogonal projection.
+
+    Before an RMSNorm of this gain a direction stands at `gain * r`: see `weights.ablation`.
     """
-    r = torch.stack([p.direction.vector.double() for p in order])
+    r, lengths = torch.stack([p.direction.vector.double() for p in order]), None
+    if gain is not None:
+        r = r * gain
+        lengths = r.norm(dim=-1)
+        r = r / lengths[:, None]
     column = {p.key: j for j, p in enumerate(order)}
     of_row: dict[int, list[Move]] = {}
     for row, m in moves:
@@ -50,6 +58,7 @@ def joint(moves: Sequence[tuple[int, Move]], rows: int, order: Sequence[Place]) 
         sites=tuple(p.direction.site for p in order), gates=tuple(p.gate for p in order),
         # Ablation acts on what writers write, which has no such tokens.
         limits=None if moves[0][1].operation == "ablate" else _limits([p.direction.residual_norm for p in order]),
+        normed=None if lengths is None else Table(lengths[None, None]),
     )  # fmt: skip
 
 

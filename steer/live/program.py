@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,15 +17,15 @@ from steer.live.table import Table, Window
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
-from steer.values.method import Kind
 from steer.values.move import Move
 from steer.values.when import Gate
-from steer.weights.anatomy import Anatomy
+from steer.weights.ablation import Ablation
+from steer.weights.anatomy import Anatomy, LiveWriter
 
 Rows = tuple[Edit | None, ...]
 """One entry: the same edit for every row of the batch. Several: one a row, None for an untouched row."""
-KINDS: tuple[Kind, Kind] = ("attention", "mlp")
-"""Of a block's writers, in the order of `Anatomy.writer_modules`."""
+Gain = Callable[[str], Tensor]
+"""The gain of the norm between a writer and the residual stream, fp64, by the name of its weight."""
 _Moves = list[tuple[int, Move]]
 """(row, move)"""
 
@@ -78,8 +78,11 @@ class SiteProgram:
         return any(c.timed for c in (*self.added, *self.set))
 
 
-def compiled(rows: Rows, anatomy: Anatomy) -> dict[str, SiteProgram]:
-    """Module path -> what is done there. Empty when no row moves anything."""
+def compiled(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, SiteProgram]:
+    """Module path -> what is done there. Empty when no row moves anything.
+
+    `gain` is asked where an architecture has a norm between a writer and the residual stream.
+    """
     out: dict[str, SiteProgram] = {}
     moves = [(r, m) for r, edit in enumerate(rows) if edit is not None for m in _moves(edit)]
     _shifts(out, rows, anatomy)
@@ -95,8 +98,8 @@ def compiled(rows: Rows, anatomy: Anatomy) -> dict[str, SiteProgram]:
             program.added.append(latents(of_it, len(rows), d))
         sets = [(r, m) for r, m in here if m.reads and isinstance(m.target, Direction)]
         program.set += _joined(sets, len(rows))
-    _ablations(out, rows, moves, anatomy)
-    _uneven(out, rows, anatomy)
+    _ablations(out, rows, moves, anatomy, gain)
+    _uneven(out, rows, anatomy, gain)
     for gate in {m.when.gate.key: m.when.gate for _, m in moves if m.when.gate is not None}.values():
         out.setdefault(anatomy.block_module(gate.site), SiteProgram()).gates.append(gate)
     _share_windows(out)
@@ -137,8 +140,9 @@ def _shifts(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy) -> None:
                 program.shift.data[r, 0] = shift
 
 
-def _joined(moves: _Moves, rows: int) -> list[Columns]:
-    """Moves of projections, those of a row together. Rows that move the same directions share their columns."""
+def _joined(moves: _Moves, rows: int, gain: Tensor | None = None) -> list[Columns]:
+    """Moves of projections, those of a row together. Rows that move the same directions share their columns. `gain`: of
+    the norm between what is read and the residual stream, where there is one."""
     each: dict[int, list[Move]] = {}
     for r, m in moves:
         each.setdefault(r, []).append(m)
@@ -148,56 +152,60 @@ def _joined(moves: _Moves, rows: int) -> list[Columns]:
         own.sort(key=lambda m: (id(m.target), str(m.when.gate and m.when.gate.key), m.when.window))
         order = places(own)
         groups.setdefault(tuple(p.key for p in order), (order, []))[1].extend((r, m) for m in own)
-    return [joint(group, rows, order) for order, group in groups.values()]
+    return [joint(group, rows, order, gain) for order, group in groups.values()]
 
 
-def _ablations(out: dict[str, SiteProgram], rows: Rows, moves: _Moves, anatomy: Anatomy) -> None:
-    """Ablation at every writer that the row's edit names. Rows that are edited at the same writers share one set of
-    columns, which stays the same from writer to writer: receipts sum what it does."""
+def _ablations(out: dict[str, SiteProgram], rows: Rows, moves: _Moves, anatomy: Anatomy, gain: Gain) -> None:
+    """Ablation at every writer that the row's edit names, before the norm where one follows. Rows that are edited at
+    the same writers share one set of columns, the same from writer to writer but for norms: receipts sum what it does.
+    """
     gone = [(r, m) for r, m in moves if _ablates(m)]
     alike: dict[tuple[int, int] | None, _Moves] = {}
     for r, m in gone:
         edit = rows[r]
         alike.setdefault(edit.blocks if edit is not None else None, []).append((r, m))
     for blocks, theirs in alike.items():
-        columns = _joined(theirs, len(rows))
-        for module, block in _writers(anatomy):
-            if blocks is None or (block is not None and blocks[0] <= block <= blocks[1]):
-                out.setdefault(module, SiteProgram(writes_to=-1 if block is None else block)).set += columns
+        made: dict[str | None, list[Columns]] = {}
+        for writer in anatomy.live_writers:
+            if blocks is None or (writer.block is not None and blocks[0] <= writer.block <= blocks[1]):
+                if writer.norm not in made:
+                    columns = _joined(theirs, len(rows), None if writer.norm is None else gain(writer.norm))
+                    for one, first in zip(columns, next(iter(made.values()), columns), strict=True):
+                        one.account = first
+                    made[writer.norm] = columns
+                _at(out, writer).set += made[writer.norm]
 
 
-def _uneven(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy) -> None:
+def _uneven(out: dict[str, SiteProgram], rows: Rows, anatomy: Anatomy, gain: Gain) -> None:
     """Ablation by an edit's method, at strengths that differ from writer to writer; what keeps norms is in `KeptNorms`.
 
     All rows of a writer go through one product with a column a direction, so that a batch of many candidates costs what
     one of them does; writers where the same is done share their columns.
     """
-    uneven = [
-        (r, e) for r, e in enumerate(rows) if e is not None and e.ablate and e.uneven and not e.method.norm_preserving
-    ]
-    bases: dict[tuple[object, ...], Tensor] = {}
+    uneven = {
+        r: e for r, e in enumerate(rows) if e is not None and e.ablate and e.uneven and not e.method.norm_preserving
+    }
+    each = {e: Ablation(e, gain) for e in uneven.values()}
     made: dict[object, Columns] = {}
-    for module, block in _writers(anatomy) if uneven else ():
-        kind = "embedding" if block is None else KINDS[anatomy.writer_modules(block).index(module)]
+    for writer in anatomy.live_writers if uneven else ():
         strengths: dict[tuple[object, ...], dict[int, float]] = {}
-        for r, edit in uneven:
-            if strength := edit.strength_at(block, kind):
+        bases: dict[tuple[object, ...], Tensor] = {}
+        for r, edit in uneven.items():
+            if strength := each[edit].strength(writer):
                 method = edit.method
-                place = block if method.by_block else None
-                key = (edit.ablate, method.projection, None if method.neutral is None else id(method.neutral), place)
-                if key not in bases:
-                    bases[key] = edit.basis(block)
+                place = writer.block if method.by_block else None
+                neutral = None if method.neutral is None else id(method.neutral)
+                key = (edit.ablate, method.projection, neutral, place, writer.norm)
+                bases[key] = each[edit].subspace(writer)
                 strengths.setdefault(key, {})[r] = strength
         if not strengths:
             continue
         same = tuple((key, tuple(by_row.items())) for key, by_row in strengths.items())
         if same not in made:
             made[same] = subspaces([(bases[key], by_row) for key, by_row in strengths.items()], len(rows))
-        out.setdefault(module, SiteProgram(writes_to=-1 if block is None else block)).set.append(made[same])
+        _at(out, writer).set.append(made[same])
 
 
-def _writers(anatomy: Anatomy) -> Iterator[tuple[str, int | None]]:
-    yield anatomy.embedding_module, None
-    for block in range(anatomy.blocks):
-        for module in anatomy.writer_modules(block):
-            yield module, block
+def _at(out: dict[str, SiteProgram], writer: LiveWriter) -> SiteProgram:
+    """The program of a writer."""
+    return out.setdefault(writer.module, SiteProgram(writes_to=-1 if writer.block is None else writer.block))

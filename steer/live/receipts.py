@@ -147,7 +147,7 @@ class Tally:
             return
         if writes_to > min(columns.sites):
             by = by * by.new_tensor([float(d >= writes_to) for d in columns.sites])
-        self._written.setdefault(columns, []).append(by)
+        self._written.setdefault(columns.account or columns, []).append(by)
         self._valid = text.valid
 
     def _end_pass(self) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -60,7 +61,8 @@ class Steering:
         self._known: dict[Rows, _Applied] = {}
         self._handles: dict[object, RemovableHandle] = {}
         self._clock = Clock(model, self)
-        self._kept = KeptNorms(model, anatomy, lambda: self.text)
+        self._gains: dict[str, Tensor] = {}
+        self._kept = KeptNorms(model, anatomy, self.gain, lambda: self.text)
 
     @property
     def rows(self) -> Rows:
@@ -125,6 +127,16 @@ class Steering:
         with self.lock:
             self._worked_out((edit,))
 
+    def gain(self, name: str) -> Float[Tensor, " d"]:
+        """The gain of the norm whose weight has this name, fp64 on the CPU."""
+        if name not in self._gains:
+            module = self.model.get_submodule(name.removesuffix(".weight"))
+            weight: Any = module.weight
+            if weight.is_meta:  # offloaded: accelerate has it
+                weight = module._hf_hook.weights_map["weight"]  # type: ignore[union-attr]
+            self._gains[name] = weight.detach().to("cpu", torch.float64) + self.anatomy.layout.gain_offset
+        return self._gains[name]
+
     def check(self, edit: Edit) -> None:
         """Raise unless the edit fits this model, and hooks can do it."""
         self.anatomy.check_edit(edit)
@@ -156,7 +168,7 @@ class Steering:
         for known in (self._now, self._base, self._known.get(rows)):
             if known is not None and known.rows == rows:
                 return known
-        programs = compiled(rows, self.anatomy)
+        programs = compiled(rows, self.anatomy, self.gain)
         modules = {name: self.model.get_submodule(name) for name in programs}
         keep = keeping(rows)
         there = next((a.writers for a in (self._now, self._base) if keeping(a.rows) == keep), None)

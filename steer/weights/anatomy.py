@@ -120,18 +120,10 @@ class Anatomy:
         starts = (self.layout.base + path, path) if self.layout.bare else (self.layout.base + path,)
         return any(name.startswith(starts) for name in names)
 
-    def writer_modules(self, block: int) -> tuple[str, str]:
-        """Paths of the two live modules of a block whose outputs are added to the residual stream: attention and
-        MLP, or the norms after them. An output may be a tuple, the tensor first."""
-        path, layout = self.block_module(block), self.layout
-        attention, mlp = layout.attention_norm or layout.attention_module, layout.mlp_norm or layout.mlp_module
-        return f"{path}.{attention}", f"{path}.{mlp}"
-
     @property
     def live_writers(self) -> tuple[LiveWriter, ...]:
-        """The live modules where hooks do what a bake does to the weights; `ablation.Ablation` tells what to remove
-        from their outputs. They differ from `writer_modules` where a norm follows: what is removed before the norm
-        is brought to the norm's own length again, what is removed after it is not."""
+        """The live modules where hooks do what a bake does to the weights, the embedding first. Where a norm stands
+        between a module and the residual stream, both act before the norm: see `weights.ablation`."""
         layout = self.layout
         kinds: tuple[tuple[Kind, str, str | None], ...] = (
             ("attention", layout.attention_module, layout.attention_norm),
@@ -198,6 +190,11 @@ class Anatomy:
                 f"strengths: expected one above 0 in the {self.blocks} blocks of {self.where}, found 0 in all; "
                 "move the peak of the kernel"
             )
+
+
+def layout_of(config: Mapping[str, Any]) -> Layout | None:
+    """The layout of the architecture that a config names; None for one that is not listed."""
+    return LAYOUTS.get(_architecture(config))
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

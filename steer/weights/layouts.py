@@ -63,6 +63,9 @@ class Layout:
     mlp_norm: str | None = None
     gain_offset: float = 0.0
     """What is added to a norm's stored weight to get its gain."""
+    own_scores: bool = False
+    """Whether attention does more with its scores than scale, mask and softmax: a softcap, which transformers' `sdpa`
+    leaves out without a word, or sinks, which it refuses."""
     final_norm: str = "norm"
     """The live module, below the decoder, between the last block and the LM head."""
     centred: bool = False
@@ -126,6 +129,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp_norm="post_feedforward_layernorm",
         gain_offset=1.0,
         softcap_key="final_logit_softcapping",
+        own_scores=True,
         readers=_GEMMA_READERS,
     ),
     "Gemma3ForCausalLM": Layout(
@@ -227,6 +231,7 @@ LAYOUTS: dict[str, Layout] = {
             "mlp.experts.gate_up_proj_bias",
         ),
         mlp_bias="always",
+        own_scores=True,
         experts_keys=("num_local_experts", "num_experts"),
     ),
 }

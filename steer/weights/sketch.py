@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from safetensors import safe_open
 
-from steer.errors import MismatchError
+from steer.errors import CheckpointError, MismatchError
+from steer.weights.anatomy import layout_of
 from steer.weights.quantised import dequantised, quantisation
 from steer.weights.stream import CheckpointFiles, DecodedTensor
 
@@ -39,15 +40,25 @@ class Sketch:
 
     values: Float[np.ndarray, "tensors values"]
     """Weights rounded to bf16, so that a checkpoint has one sketch whatever dtype it is loaded in; held in fp32."""
+    older: Float[np.ndarray, "tensors values"] | None = None
+    """The same by the rule before, which took experts too: what it was saved with is still recognised."""
 
     @classmethod
-    def of(cls, names: Sequence[str], read: Callable[[str], _Readable]) -> Sketch:
-        """Sample a checkpoint. `read` gives the tensor of a name, or what reads a row of it."""
-        # A tied head may or may not be listed, a bake may add biases: only what every form has is sampled.
-        names = sorted(n for n in names if n.endswith("_proj.weight") or n.endswith("embed_tokens.weight"))
-        picks = [names[i] for i in np.linspace(0, len(names) - 1, min(_TENSORS, len(names))).astype(int)]
-        rows = [_sample(read(name)) for name in picks]
-        return cls(torch.stack(rows).numpy() if rows else np.zeros((0, _VALUES), np.float32))
+    def of(cls, names: Sequence[str], read: Callable[[str], _Readable], config: Mapping[str, Any]) -> Sketch:
+        """Sample a checkpoint. `read` returns the tensor of a name, or what reads a row of it.
+
+        Errors: CheckpointError when none of the names is one that every form of this architecture has.
+        """
+        before = sorted(n for n in names if n.endswith("_proj.weight") or n.endswith("embed_tokens.weight"))
+        # A tied head may or may not be listed, a bake may add biases, experts may stand in one tensor: only what every
+        # form has is sampled.
+        taken = [n for n in before if ".experts." not in n] or _writers(names, config)
+        if not taken:
+            raise CheckpointError(
+                f"weights: expected names as {config.get('model_type', 'a listed architecture')} has them, found none "
+                "to sample; fetch the model again"
+            )
+        return cls(_rows(taken, read), _rows(before, read) if before and before != taken else None)
 
     @classmethod
     def from_header(cls, provenance: Mapping[str, Any]) -> Sketch:
@@ -72,10 +83,9 @@ class Sketch:
 
     def distance(self, other: Sketch) -> float:
         """Relative distance over tensors of unit norm, infinite for checkpoints of different shapes."""
-        if self.values.shape != other.values.shape or not self.values.size:
-            return float("inf")
-        norm = np.maximum(np.linalg.norm(self.values, axis=1, keepdims=True), 1e-12)
-        return float(np.linalg.norm((self.values - other.values) / norm) / len(norm) ** 0.5)
+        ours, theirs = [self.values, self.older], [other.values, other.older]
+        pairs = [(a, b) for a in ours for b in theirs if a is not None and b is not None]
+        return min((_distance(a, b) for a, b in pairs if a.shape == b.shape and a.size), default=math.inf)
 
     def _bytes(self) -> bytes:
         return torch.from_numpy(self.values).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
@@ -97,6 +107,26 @@ class Sketch:
             )
 
 
+def _writers(names: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    """The weights that write into the residual stream, outside of experts, under the names that the layout gives."""
+    layout = layout_of(config)
+    parts = [] if layout is None else [layout.attention, *(part for form in layout.mlp for part in form)]
+    weights = {p.weight for p in parts if not p.stacked and "{}" not in p.weight}
+    weights |= set() if layout is None else {f"{e}.weight" for e in layout.embeddings}
+    return sorted(n for n in names if any(n == w or n.endswith(f".{w}") for w in weights))
+
+
+def _rows(names: Sequence[str], read: Callable[[str], _Readable]) -> Float[np.ndarray, "tensors values"]:
+    """A row of values of each of at most `_TENSORS` tensors, evenly spaced among these."""
+    picks = [names[i] for i in np.linspace(0, len(names) - 1, min(_TENSORS, len(names))).astype(int)]
+    return torch.stack([_sample(read(name)) for name in picks]).numpy()
+
+
+def _distance(ours: Float[np.ndarray, "tensors values"], theirs: Float[np.ndarray, "tensors values"]) -> float:
+    norm = np.maximum(np.linalg.norm(ours, axis=1, keepdims=True), 1e-12)
+    return float(np.linalg.norm((ours - theirs) / norm) / len(norm) ** 0.5)
+
+
 def _sample(tensor: _Readable) -> Float[torch.Tensor, " values"]:
     """Values from evenly spaced places, whatever the shape: of files no more than their rows is read."""
     shape = [int(n) for n in (tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())]
@@ -108,7 +138,7 @@ def _sample(tensor: _Readable) -> Float[torch.Tensor, " values"]:
 def sketch_files(checkpoint: Path) -> Sketch:
     """The sketch of a checkpoint on disk, reading a few rows of some tensors.
 
-    Errors: CheckpointError when the files are not a readable checkpoint.
+    Errors: CheckpointError when the files are not a readable checkpoint, or hold no weights to sample.
     """
     files = CheckpointFiles.open(checkpoint)
     kind = quantisation(files.config, files.tensors)
@@ -126,4 +156,4 @@ def sketch_files(checkpoint: Path) -> Sketch:
                 shards[info.file] = opened.enter_context(safe_open(str(checkpoint / info.file), framework="pt"))
             return shards[info.file].get_slice(name)
 
-        return Sketch.of(list(files.tensors), read)
+        return Sketch.of(list(files.tensors), read, files.config)

@@ -23,8 +23,9 @@ import typer
 import steer
 from steer.features.documents import documents
 from steer.features.harvest import harvest
-from steer.features.passes import batches_by_length, default_batch_tokens, padded
+from steer.features.passes import batches_by_length, default_batch_tokens
 from steer.live import attention
+from steer.live.forward import padded
 from steer.live.model import SteeredModel
 
 PLAIN = Path(__file__).parents[2] / "steer/measure/texts/plain.txt"
@@ -48,7 +49,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         file, made = fixed_text(live, text, tokens, Path(folder))
         numbered = enumerate(documents(live, str(file)))
-        batches = [padded(b, live.pad_token_id) for b in batches_by_length(numbered, default_batch_tokens(live))]
+        sorted_by_length = batches_by_length(numbered, default_batch_tokens(live))
+        batches = [padded([d.ids for _, d in b], live.pad_token_id)[0] for b in sorted_by_length]
         shares: dict[str, list[float]] = {"harvest": [], "output_hidden_states": []}
         rates: list[float] = []
         bare(live, batches[:1], site)

@@ -360,7 +360,7 @@ def test_half_precision_is_off_by_no_more_than_a_few_roundings_of_the_stream(cha
     wide = h.double()
     a = wide @ r.vector.double()
     wanted = wide + (alpha * a + beta).clamp(max=upper)[..., None] * r.vector.double()
-    program = next(iter(compiled((edit,), model.anatomy).values()))
+    program = next(iter(compiled((edit,), model.anatomy, model.steering.gain).values()))
     moved = (wanted - wide).norm(dim=-1)
     off = (program.apply(h, TextPass()).double() - wanted).norm(dim=-1) / (wide.norm(dim=-1) + moved)
     # bf16 keeps eight bits: rounding the result alone puts it off by up to 2^-9 of its norm.

@@ -24,7 +24,7 @@ def anatomy(tiny_llama, tmp_path):
 
 
 def windows(anatomy, *moves: Move) -> list[Window | None]:
-    programs = compiled((Edit.of(moves),), anatomy)
+    programs = compiled((Edit.of(moves),), anatomy, lambda name: torch.ones(32))
     return [columns.window for program in programs.values() for columns in (*program.added, *program.set)]
 
 

@@ -302,4 +302,4 @@ class BatchingEngine:
             self._fail(text, error)
 
     def _new_batcher(self) -> Batcher:
-        return Batcher(self.model.hf, self.max_running, self._wanted)
+        return Batcher(self.model.hf, self.model.anatomy, self.max_running, self._wanted)

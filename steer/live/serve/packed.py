@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from steer.errors import SteerError, UnsupportedError
 from steer.live.serve.packed_attention import NAME, packing
+from steer.weights.anatomy import Anatomy
 
 SHARE = 0.25
 """Of the free memory, at most this much is for pages on a CPU."""
@@ -51,12 +52,14 @@ class Batcher:
     Prefixes are not shared: what is cached of a prompt depends on the sliders it was read under.
     """
 
-    def __init__(self, hf: Any, places: int, context: int) -> None:
+    def __init__(self, hf: Any, anatomy: Anatomy, places: int, context: int) -> None:
         """For `places` texts at once, of `context` tokens each where memory allows.
 
         Errors: SteerError without memory for a page, UnsupportedError for a transformers that works otherwise.
         """
         self._hf, self._own_attention = hf, hf.config._attn_implementation
+        # On a GPU transformers' attention is faster, where it does all that the architecture asks of it.
+        self._ours = hf.device.type == "cpu" or anatomy.layout.own_scores
         try:
             with _known_names(), _random_state():
                 self._manager: Any = self._made(places, context)
@@ -80,10 +83,11 @@ class Batcher:
             max_requests_per_batch=places,
             **(_pages(self._hf, places, context) if self._hf.device.type == "cpu" else {}),
         )
-        if not self._own_attention.startswith(("flash", "kernels-community")):
+        if self._ours:
+            self._hf.set_attn_implementation("paged|eager")  # which every architecture has; it never runs
+        elif not self._own_attention.startswith(("flash", "kernels-community")):
             self._hf.set_attn_implementation("sdpa")
         manager = self._hf.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=-1), config)
-        self._ours = self._hf.device.type == "cpu" and not _slides(self._hf.config.get_text_config())
         if self._ours:
             # After the manager was made, which takes no attention but those it knows; before it makes masks for them.
             self._hf.set_attn_implementation(NAME)
@@ -136,7 +140,9 @@ class Batcher:
             self._writes = sum(p.writes for p in parts)
             self._inputs["logits_to_keep"] = self._inputs["logits_indices"][: self._writes]
             if self._ours:
-                self._inputs |= packing(self._inputs, self._hf.dtype)
+                self._inputs |= packing(
+                    self._inputs, getattr(self._hf.config.get_text_config(), "sliding_window", None)
+                )
             return parts
 
     def forward(self) -> Float[Tensor, "writes vocab"]:
@@ -191,7 +197,8 @@ def _pages(hf: Any, places: int, context: int) -> dict[str, Any]:
     """How many pages a CPU is to have: for every place its context, if that is not too much of the free memory."""
     config = hf.config.get_text_config()
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    a_page = 2 * config.num_key_value_heads * d * hf.dtype.itemsize * config.num_hidden_layers * PAGE
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    a_page = 2 * groups * d * hf.dtype.itemsize * config.num_hidden_layers * PAGE
     wanted = places * math.ceil(context / PAGE)
     fits = int(psutil.virtual_memory().available * SHARE) // a_page
     return {
@@ -200,13 +207,6 @@ def _pages(hf: Any, places: int, context: int) -> dict[str, Any]:
         "max_batch_tokens": max(READ, places),
         "max_memory_percent": 0.95,
     }
-
-
-def _slides(config: Any) -> bool:
-    layers = getattr(config, "layer_types", None)
-    if layers is None:
-        return getattr(config, "sliding_window", None) is not None
-    return set(layers) != {"full_attention"}
 
 
 @contextmanager

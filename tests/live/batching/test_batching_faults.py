@@ -19,7 +19,7 @@ from steer.errors import MismatchError, SteerError, UnsupportedError, UsageError
 from steer.live.serve import packed
 from steer.live.serve.batching import BatchingEngine
 from steer.live.serve.engine import Busy, Event, Finished, Job, Token
-from steer.live.serve.packed_attention import Reading
+from steer.live.serve.packed_attention import Packing, Reading
 from steer.values.edit import Edit
 
 
@@ -253,10 +253,11 @@ def test_a_transformers_with_other_names_is_refused_by_its_version(endless, monk
 def test_texts_that_would_see_each_other_are_noticed_before_anyone_is_served(endless, monkeypatch):
     packing = packed.packing
 
-    def leaking(inputs, dtype):
-        out, new = packing(inputs, dtype), inputs["input_ids"].shape[1]
+    def leaking(inputs, window):
+        out, new = packing(inputs, window), inputs["input_ids"].shape[1]
         if not inputs["read_index"][0].numel():
-            out["readings"] = [Reading(slice(0, new), slice(0, new), 1, None)]
+            reading = Reading(slice(0, new), slice(0, new), 1, None)
+            out["packings"] = {"full_attention": Packing((reading,), None)}
         return out
 
     monkeypatch.setattr(packed, "packing", leaking)
