@@ -95,7 +95,16 @@ def _loud(name: str, config: dict[str, Any] | None = None, **silence: Silence) -
 
 
 _HEADS = {"num_key_value_heads": 4}  # it has no groups
-_LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 2}
+
+
+def _phi3(original: int) -> dict[str, Any]:
+    """LongRoPE, whose factors are others beyond so many tokens; half of each head rotates."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+    rope["original_max_position_embeddings"] = original
+    more = {"original_max_position_embeddings": original, "max_position_embeddings": 64, "partial_rotary_factor": 0.5}
+    return {**_SLIDING, **more, "rope_parameters": rope}
+
+
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
@@ -107,15 +116,8 @@ LOUD: dict[str, Loud] = {
     "mistral": _loud("mistral", _SLIDING, **_WINDOW),
     "qwen2": _loud("qwen2", _USED, **_WINDOW),
     "qwen3": _loud("qwen3", _USED, **_WINDOW),
-    "phi3": _loud(
-        "phi3",
-        {
-            **_SLIDING, "original_max_position_embeddings": 2, "max_position_embeddings": 64,
-            "partial_rotary_factor": 0.5,
-            "rope_parameters": _LONG | {"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
-        },
-        **_WINDOW,
-    ),
+    "phi3": _loud("phi3", _phi3(64), **_WINDOW),
+    "phi3 beyond its first context": _loud("phi3", _phi3(2), **_WINDOW),
     "gemma2": _loud(
         "gemma2", {**_MIXED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         **_SCORES, **_LOGITS, **_WINDOW,

@@ -24,7 +24,6 @@ _DONE_ELSEWHERE = frozenset(
         "sliding_window",  # in the mask
         "position_ids",  # in the rotary embedding
         "cache_position",
-        "is_causal",
         "use_cache",
         "output_hidden_states",
         "output_router_logits",
@@ -52,8 +51,10 @@ def grouped_attention(
     `softcap` bounds the scores (Gemma 2), `s_aux` is a score a head that attends to nothing (gpt-oss's sinks).
     Errors: UnsupportedError for an argument that this attention does not know.
     """
+    causal = more.pop("is_causal", None)
+    causal = getattr(module, "is_causal", True) if causal is None else causal
     check_known(module, more)
-    out = attend(query, key, value, attention_mask, scaling, softcap, s_aux)
+    out = attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal=causal)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -75,16 +76,18 @@ def attend(
     scaling: float | None,
     softcap: float | None = None,
     sinks: Float[Tensor, " heads"] | None = None,
+    *,
+    causal: bool = True,
 ) -> Float[Tensor, "batch heads new d"]:
     """`softmax(softcap * tanh(q k * scaling / softcap) + mask) v`, the softmax over the sinks as well.
 
     A mask is True where a key is seen, or added to the scores. Without one a single token sees every key, and several
-    see what came before them.
+    see what came before them, or with `causal` false everything.
     """
     batch, heads, new, d = query.shape
     groups, seq = key.shape[1], key.shape[2]
+    causal = causal and mask is None and new > 1
     if softcap is None and sinks is None and new > 1:
-        causal = mask is None
         if causal:  # an empty static cache has room behind the tokens
             key, value = key[:, :, :new], value[:, :, :new]
         return scaled_dot_product_attention(
@@ -96,7 +99,7 @@ def attend(
     scores = scores.view(batch, groups, heads // groups, new, seq)
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    if mask is None and new > 1:
+    if causal:
         mask = torch.ones(new, seq, dtype=torch.bool, device=scores.device).tril()[None, None]
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask[:, :, None, :, :seq], torch.finfo(scores.dtype).min)

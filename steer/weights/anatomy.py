@@ -49,6 +49,9 @@ class Anatomy:
     """Whether the LM head is the embedding."""
     logit_softcap: float | None
     """The bound of the logits, where the model has one."""
+    rotary_limit: int | None
+    """The position from which the rotary frequencies of a whole batch change with its longest text; None where they
+    never do."""
     where: str
     """The model, as the user named it; for messages."""
 
@@ -87,6 +90,7 @@ class Anatomy:
             biased=layout.mlp_bias == "always" or bool(layout.mlp_bias and config.get(layout.mlp_bias)),
             tied=layout.tied if tied is None else bool(tied),
             logit_softcap=softcap,
+            rotary_limit=_rotary_limit(config),
             where=where,
         )
 
@@ -190,6 +194,15 @@ class Anatomy:
                 f"strengths: expected one above 0 in the {self.blocks} blocks of {self.where}, found 0 in all; "
                 "move the peak of the kernel"
             )
+
+
+def _rotary_limit(config: Mapping[str, Any]) -> int | None:
+    """Where LongRoPE (Phi 3) and dynamic NTK scaling take other frequencies."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su", "dynamic"):
+        return None
+    key = "original_max_position_embeddings"
+    return rope.get(key) or config.get(key) or config.get("max_position_embeddings")
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout | None:

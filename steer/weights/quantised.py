@@ -8,7 +8,6 @@ edit goes into the weights that the few bits stand for. A block of fp8 and its s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer.errors import CheckpointError, UnsupportedError
 from steer.weights.stream import Buffer, CheckpointFiles, DecodedTensor, TensorInfo
+from steer.weights.writers import QUANTISED
 
 if TYPE_CHECKING:
     from steer.weights.writers import Stored
@@ -25,7 +25,6 @@ SCALE = "_scale_inv"
 _FP8, _SCALES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _KEYS = ("quantization_config", "compression_config")
-_PARTS = re.compile(r".*(_scale|_scale_inv|_scales|_blocks|\.(qweight|qzeros|scales|g_idx|absmax|quant_map))")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def quantisation(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Qu
             without = ", without weight_block_size" if method == "fp8" and block is None else ""
             return Quantisation(method, f"config.json has a {key}, quant_method {method}{without}", block)
     for name, stored in tensors.items():
-        if _PARTS.fullmatch(name):
+        if QUANTISED.fullmatch(name):
             return Quantisation("of no name", f"it has a tensor {name}", None)
         if name.endswith(".weight") and stored.dtype not in _FLOATS:
             return Quantisation("of no name", f"{name} is stored as {stored.dtype}", None)

@@ -18,10 +18,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored dtypes that can hold an edit."""
 _MTP = re.compile(r"(?:model\.)?mtp(?:_\w+)?\..+")
 """Blocks for predicting several tokens, where they are stored beside the decoder's own."""
-_QUANTISED = re.compile(
-    r".*(_scale|_scale_inv|_scales|_blocks|\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..+))"
+QUANTISED = re.compile(
+    r".*(\.(weight|input|output|activation)_scales?|_proj_scales?|_scale_inv|_blocks|_packed|"
+    r"\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..+))"
 )
-"""Names of what comes with quantised weights: fp8, MXFP4, GPTQ, AWQ, bitsandbytes."""
+"""Names of what comes with quantised weights: fp8, MXFP4, GPTQ, AWQ, bitsandbytes. Not every scale is one: an
+architecture may have a `logit_scale`."""
 
 
 class Stored(Protocol):
@@ -90,7 +92,7 @@ class _Search:
             if self.config.get(key):
                 raise self._quantised(f"config.json has a {key}")
         for name in self.tensors:
-            if _QUANTISED.fullmatch(name) and self._inside(name):
+            if QUANTISED.fullmatch(name) and self._inside(name):
                 raise self._quantised(f"it has a tensor {name}")
         embeddings = [f"{self.base}{e}.weight" for e in self.layout.embeddings]
         writers = [Writer("embedding", None, name, axis=1) for name in embeddings]

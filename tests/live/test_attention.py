@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig
 
+from steer.errors import UnsupportedError
 from steer.live import attention
+from steer.live.model import SteeredModel
+from steer.live.serve.packed_attention import packed_attention
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -46,3 +49,34 @@ def test_the_logits_are_those_of_eager_attention(config, cached):
     model.set_attn_implementation(attention.NAME)
     # Eager attention takes its softmax in fp32, whatever the dtype.
     torch.testing.assert_close(logits(), eager, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("attend", [attention.grouped_attention, packed_attention])
+def test_an_argument_that_it_does_not_know_is_an_error_and_never_dropped(attend):
+    q = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(UnsupportedError, match=r"found the argument position_bias; load the model with attn_impl") as e:
+        attend(torch.nn.Identity(), q, q, q, None, position_bias=q)
+    assert "\n" not in str(e.value)
+    attend(torch.nn.Identity(), q, q, q, None, position_bias=None, use_cache=True, sliding_window=4)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_without_a_mask_tokens_see_what_came_before_them_unless_the_model_looks_both_ways(softcap):
+    q, k, v = torch.randn(3, 1, 4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def read(**more) -> torch.Tensor:
+        return attention.grouped_attention(torch.nn.Identity(), q, k, v, None, softcap=softcap, **more)[0]
+
+    scores = q @ k.transpose(2, 3) / 8**0.5
+    scores = scores if softcap is None else (scores / softcap).tanh() * softcap
+    before = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+    torch.testing.assert_close(read(), (before.softmax(-1) @ v).transpose(1, 2))
+    torch.testing.assert_close(read(is_causal=False), (scores.softmax(-1) @ v).transpose(1, 2))
+
+
+def test_a_model_whose_scores_have_a_softcap_does_not_run_on_transformers_sdpa():
+    config = Gemma2Config(**SIZES, attn_logit_softcapping=2.0)
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    assert SteeredModel(hf, None).hf.config._attn_implementation == attention.NAME
+    plain = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation="sdpa")
+    assert SteeredModel(plain, None).hf.config._attn_implementation == "sdpa"

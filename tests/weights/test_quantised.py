@@ -17,7 +17,7 @@ from steer.weights.bake import bake
 from steer.weights.certify import Certificate, verify
 from steer.weights.quantised import dequantised, quantisation
 from steer.weights.sketch import sketch_files
-from steer.weights.stream import INDEX, SINGLE, CheckpointFiles
+from steer.weights.stream import INDEX, SINGLE, CheckpointFiles, TensorInfo
 
 BLOCK = (16, 8)
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
@@ -231,3 +231,25 @@ def test_four_bits_among_fp8_are_refused(tmp_path: Path, tiny_llama: Callable[..
     _change(model__layers__1__mlp__up_proj__weight=torch.zeros(48, 16, dtype=torch.int8))(source)
     with pytest.raises(UnsupportedError, match=r"up_proj\.weight is stored as I8"):
         dequantised(CheckpointFiles.open(source))
+
+
+@pytest.mark.parametrize(
+    ("name", "quantised"),
+    [
+        ("model.layers.0.mlp.down_proj.weight_scale", True),
+        ("model.layers.0.mlp.down_proj.weight_scale_inv", True),
+        ("model.layers.0.mlp.down_proj.input_scale", True),
+        ("model.layers.0.mlp.experts.down_proj_scales", True),
+        ("model.layers.0.mlp.experts.down_proj_blocks", True),
+        ("model.layers.0.mlp.down_proj.weight_packed", True),
+        ("model.layers.0.mlp.down_proj.qweight", True),
+        ("model.layers.0.mlp.down_proj.weight.quant_state.bitsandbytes__nf4", True),
+        ("logit_scale", False),
+        ("model.layers.0.self_attn.logit_scale", False),
+        ("model.layers.0.residual_scales", False),
+        ("model.embed_scale", False),
+    ],
+)
+def test_a_scale_of_an_architecture_s_own_is_no_sign_of_quantised_weights(name: str, quantised: bool) -> None:
+    stored = TensorInfo(name, "F32", (1,), "model.safetensors", 0)
+    assert (quantisation({}, {name: stored}) is not None) is quantised

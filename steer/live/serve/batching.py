@@ -56,6 +56,8 @@ class BatchingEngine:
                 raise UsageError(f"{name}: expected a whole number of at least {least}, found {value}")
         self.model, self.max_running, self.max_waiting = model, max_running, max_waiting
         most = int(model.hf.config.get_text_config().max_position_embeddings)
+        if model.anatomy.rotary_limit is not None:  # a longer text would change what the others of a step are read as
+            most = min(most, model.anatomy.rotary_limit)
         self._wanted = most if context is None else min(context, most)
         self._wake = threading.Event()
         """Set when there may be something to do."""

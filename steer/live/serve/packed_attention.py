@@ -26,6 +26,7 @@ _PAGED = frozenset(
         "read_index",
         "write_index",
         "block_table",
+        "is_causal",
         "logits_indices",
         "logits_processor_args",
     }
