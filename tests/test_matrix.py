@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
-from steer.errors import UnsupportedError
+from steer.errors import UnsupportedError, UsageError
 from steer.features.attribution import attribution
 from steer.features.contrast import Reply
 from steer.features.documents import Document
