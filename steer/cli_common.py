@@ -53,7 +53,7 @@ class _Notices(logging.Handler):
         line = self.format(record)
         if line not in self._said:
             self._said.add(line)
-            print(line, file=sys.stderr)
+            print(plain(line), file=sys.stderr)
 
 
 _NOTICES = _Notices()
