@@ -130,7 +130,8 @@ def bake(
 def verify(
     directory: Annotated[Path, typer.Argument(help="What a bake wrote.")],
     source: Annotated[
-        Path | None, typer.Option(help="The checkpoint that an adapter was made from; without it, its base model.")
+        Path | None,
+        typer.Option(help="The checkpoint it was made from, to compute all of it again."),
     ] = None,
     as_json: Json = False,
 ) -> None:

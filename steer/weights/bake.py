@@ -206,8 +206,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def changes_of(plan: Plan) -> tuple[_Editor, dict[str, Callable[[Buffer], None]]]:
+    """(what keeps the proofs, tensor -> what is done to its bytes)."""
+    editor = _Editor(plan.ablation, plan.files.root)
+    return editor, _changes(plan, editor)
+
+
 def _changes(plan: Plan, editor: _Editor) -> dict[str, Callable[[Buffer], None]]:
-    """Tensor -> what is done to its bytes."""
     shifts, tensors = plan.edit.biases(), plan.files.tensors
     jobs: dict[str, tuple[Writer | None, int | None]] = {}
     for writer in plan.writers:

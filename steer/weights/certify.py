@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.errors import CheckpointError
+from steer.errors import CheckpointError, UsageError
+from steer.files import one_line, read_json_object
 from steer.weights.proofs import BiasProof, SavedDirection, WriterProof
 from steer.weights.staging import hash_file, write_json
 from steer.weights.stream import CheckpointFiles, Shard
@@ -91,20 +93,17 @@ class Certificate:
         path = folder / CERTIFICATE
         if not path.is_file():
             raise CheckpointError(f"{path}: expected a certificate, found none; `steer bake` writes one")
-        try:
-            body = json.loads(path.read_bytes())
-            intact = isinstance(body, dict) and body.pop("sha256", None) == _digest(body)
-        except ValueError:
-            intact = False
-        if not intact:
+        body = read_json_object(path, what="a certificate", do="was changed since it was written; bake again")
+        if body.pop("sha256", None) != _digest(body):
             raise CheckpointError(f"{path}: was changed since it was written; bake again")
-        if body.pop("format") != _FORMAT:
+        if body.pop("format", None) != _FORMAT:
             raise CheckpointError(f"{path}: is of another version of steer, expected format {_FORMAT}; bake again")
-        body["writers"] = tuple(WriterProof(**w) for w in body["writers"])
-        body["biases"] = tuple(BiasProof(**b) for b in body["biases"])
-        body["directions"] = tuple(SavedDirection(**d) for d in body["directions"])
-        body["left_out"] = tuple(body["left_out"])
-        return cls(**body)
+        with _contents(path):
+            body["writers"] = tuple(WriterProof(**w) for w in body["writers"])
+            body["biases"] = tuple(BiasProof(**b) for b in body["biases"])
+            body["directions"] = tuple(SavedDirection(**d) for d in body["directions"])
+            body["left_out"] = tuple(body["left_out"])
+            return cls(**body)
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,29 @@ def verify(
 ) -> list[Check]:
     """Re-read what a bake wrote and check everything its certificate says; the checks that passed, in order.
 
-    `progress` is called with (bytes hashed, bytes in all). An adapter is computed again from `source`, without it from
-    its base model where that is a directory of this machine.
+    `progress` is called with (bytes hashed, bytes in all). With `source`, the output is computed again from there; an
+    adapter without it from its base model, where that is a directory of this machine. That the certificate is nobody
+    else's is not checked: it has a hash, and no signature.
 
-    Errors: CheckpointError at the first thing that is not as certified.
+    Errors: CheckpointError at the first thing that is not as certified; UsageError for a source beside a control
+    vector, which holds nothing of one.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a baked checkpoint, found no directory; check the path")
+    with _contents(folder / CERTIFICATE):
+        return _verified(folder, progress, source)
+
+
+def _verified(folder: Path, progress: Callable[[int, int], None] | None, source: Path | None) -> list[Check]:
     cert = Certificate.load(folder)
+    if cert.form not in ("checkpoint", "adapter", "gguf"):
+        raise CheckpointError(f"{folder / CERTIFICATE}: is of no form that a bake writes; bake again")
+    if cert.form == "gguf" and source is not None:
+        raise UsageError(
+            "--source: expected none for a control vector, which holds nothing of its source; leave it out"
+        )
+    kept = [*(d.file for d in cert.directions), *([cert.neutral] if cert.neutral else [])]
+    same_set(folder, "direction file", set(kept) - set(cert.files), set())
     checks = [Check("certificate", f"intact, {len(cert.files)} files and {len(cert.tensors)} tensors")]
     same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
     files = CheckpointFiles.open(folder) if cert.form == "checkpoint" else None
@@ -143,7 +157,12 @@ def verify(
 
     edit = certified_edit(folder, cert)
     if files is not None:
-        return checks + check_weights(files, cert, edit)
+        checks += check_weights(files, cert, edit)
+        if source is None:
+            return checks
+        from steer.weights.source_check import check_source
+
+        return [*checks, check_source(files, cert, edit, source)]
     if cert.form == "gguf":
         from steer.weights.control_vector import check_control_vector
 
@@ -151,6 +170,19 @@ def verify(
     from steer.weights.adapter_check import check_adapter
 
     return checks + check_adapter(folder, cert, edit, source)
+
+
+@contextmanager
+def _contents(path: Path) -> Iterator[None]:
+    """What values of the wrong kind raise, as one line: anybody can compute the certificate's own hash."""
+    try:
+        yield
+    except _WRONG_KINDS as e:
+        found = f"{type(e).__name__} {one_line(e)}"
+        raise CheckpointError(f"{path}: expected what a bake writes, found other contents ({found}); bake again") from e
+
+
+_WRONG_KINDS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
 
 
 def check_tensors(folder: Path, cert: Certificate, found: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,40 @@ def check_weights(files: CheckpointFiles, cert: Certificate, edit: Edit) -> list
     """
     anatomy = Anatomy.of(files.config, str(files.root))
     found = anatomy.find(files.config, files.tensors)
+    _check_claims(files, cert, edit, anatomy, found)
     checks = [_check_shares(files, cert, edit, found, Ablation.of(edit, anatomy, files))]
     return [*checks, _check_biases(files, cert, edit)] if cert.biases else checks
+
+
+def _check_claims(files: CheckpointFiles, cert: Certificate, edit: Edit, anatomy: Anatomy, found: Found) -> None:
+    """Everything that the edit and the files decide: which tensors must have a proof, and what it must say."""
+    ablation = Ablation.of(edit, anatomy, files)
+    created = {b.tensor for b in cert.biases if b.created}
+    proofs = set()
+    for w in found.writers:
+        strength = ablation.strength(w)
+        for name in (w.tensor, w.bias) if strength > 0 else ():
+            if name in files.tensors and name not in created:
+                t, bias = files.tensors[name], name == w.bias
+                axis = len(t.shape) - 1 if bias else w.axis
+                proofs.add((name, w.kind, w.block, axis, bias, t.dtype, strength))
+    claimed = {(p.tensor, p.kind, p.block, p.axis, p.bias, p.dtype, p.strength) for p in cert.writers}
+    sites = edit.biases()
+    adds = {(w.bias, w.block) for w in found.writers if w.kind == "mlp" and w.bias and w.block in sites}
+    added = str(anatomy.layout.mlp_bias) in cert.config
+    wrong = {
+        "edit": json.loads(json.dumps(edit.describe())) != cert.edit,
+        "architecture": cert.architecture != anatomy.architecture,
+        "writers_found": cert.writers_found != len(found.writers),
+        "writers": claimed != proofs or len(cert.writers) != len(proofs),
+        "strength": cert.strength != min((p[-1] for p in proofs), default=edit.strength),
+        "biases": {(b.tensor, b.site) for b in cert.biases if b.site is not None} != adds
+        or any(b.created != added for b in cert.biases),
+    }
+    if key := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+        raise CheckpointError(
+            f"{files.root}: {key} of the certificate is not what its edit and these files come to; bake again"
+        )
 
 
 def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: Found, ablation: Ablation) -> Check:
@@ -58,8 +92,12 @@ def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: 
         shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
         q = ablation.subspace(writers[proof.tensor])
         after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
+        slack = rounding(proof.dtype) * size
+        # What was there before is bound to what is left, where the strength leaves anything.
+        right = abs(size - proof.norm) <= 1e-3 * size and 0 <= proof.before < math.inf
+        right = right and abs(after - (1 - proof.strength) * proof.before) <= slack + 1e-3 * after
         # Both numbers come from the same bytes: only the order of summation and the stored direction differ.
-        if not (abs(after - proof.after) <= 1e-3 * proof.after + 1e-6 * size and proof.holds):
+        if not (abs(after - proof.after) <= 1e-3 * proof.after + 1e-6 * size and proof.holds and right):
             raise CheckpointError(
                 f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
                 f"{proof.after:.3g} of {proof.before:.3g} at strength {proof.strength}; bake again"
