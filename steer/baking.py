@@ -13,6 +13,7 @@ from steer.errors import UsageError
 from steer.live.library import directions_of, own_place
 from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.values.lists import as_list
 from steer.values.method import PLAIN, Kernel, Method, Projection, Strengths
 from steer.values.move import Move
 from steer.values.profile import Profile
@@ -78,7 +79,7 @@ def bake(
     source: str | Path,
     out: str | Path,
     *,
-    ablate: Sequence[Named] = (),
+    ablate: Named | Sequence[Named] = (),
     add: Mapping[Any, float] | None = None,
     profile: Profile | str | Path | None = None,
     form: Form = "checkpoint",
@@ -91,12 +92,12 @@ def bake(
     """Write a checkpoint with directions removed from its weights, and amounts added as biases; or, by `form`, the
     same as an adapter, or what is added as a control vector.
 
-    `ablate` is removed from every writer, embedding included; `how` has the fields of `HowToAblate`. `add` maps
-    directions to amounts. A `profile` stands in place of both; all that it has which cannot be baked is told at once.
-    `say` is told the plan before anything is written. Streams: memory stays near the largest tensor. Errors: SteerError
-    and its kinds, one line each; `out` is complete or absent.
+    `ablate`, one or several, is removed from every writer, embedding included; `how` has the fields of `HowToAblate`.
+    `add` maps directions to amounts. A `profile` stands in place of both; all that it has which cannot be baked is told
+    at once. `say` is told the plan before anything is written. Streams: memory stays near the largest tensor.
+    Errors: SteerError and its kinds, one line each; `out` is complete or absent.
     """
-    out = Path(out)
+    out, ablate = Path(out), as_list(ablate)
     check_output(out)
     if form not in FORMS:
         raise UsageError(f"form: expected one of {', '.join(FORMS)}, found {form!r}")

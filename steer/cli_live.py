@@ -184,6 +184,8 @@ def ui(
         sys.executable, "-m", "streamlit", "run", str(page), "--server.address", "127.0.0.1",
         "--server.allowedHosts", "localhost", "--server.allowedHosts", "127.0.0.1",
         "--server.port", str(port), "--server.headless", str(headless).lower(),
+        # Else the first start on a machine asks for an e-mail address, and the page waits for the answer.
+        "--server.showEmailPrompt", "false",
         # Watching files would import every module of transformers, those too whose libraries are not here.
         "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
         "--client.toolbarMode", "viewer", "--client.showErrorDetails", "none",

@@ -22,6 +22,12 @@ class UsageError(SteerError):
     exit_code = 2
 
 
+class UnknownNameError(UsageError, KeyError):
+    """A mapping of sliders was asked for a name that nothing has."""
+
+    __str__ = Exception.__str__  # KeyError's is the repr of its message
+
+
 class CheckpointError(SteerError):
     """A checkpoint on disk is missing, broken, or not what it says."""
 

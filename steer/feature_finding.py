@@ -22,6 +22,7 @@ from steer.features.records import FeatureRecord, read_records, with_trait, writ
 from steer.files import write_atomic
 from steer.finding import Bar
 from steer.live.fit_check import FitReport, FitWarning, check_fit
+from steer.live.library import register_dictionary
 from steer.live.model import SteeredModel
 from steer.measure.dose import neutral_replies
 from steer.measure.fluency import Reference
@@ -108,6 +109,7 @@ def find_features(
     that cannot be written.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)
+    trait.check()
     d = dictionary if isinstance(dictionary, Dictionary) else load_dictionary(dictionary)
     site = check_fits(model, d)
     d = d.to(model.device)
@@ -120,6 +122,7 @@ def find_features(
     count = 2 * (FIT_SAMPLES * len(trait.fit) + len(trait.held_out)) + len(NeutralPrompts.load().fit)
     with progress(f"{name}: replies", count * sampler.max_new_tokens, "tokens") as advance:
         contrast = contrast_replies(model, trait, sampler=sampler, on_tokens=advance)
+    contrast.check()
     clear, scorer = clear_replies(contrast), Scorer.train(contrast)
     with progress(f"{name}: residual streams", None, "replies") as advance:
         means = candidates(model, clear, on_rows=advance)
@@ -146,7 +149,11 @@ def find_features(
         written=(),
         seed=seed,
     )
-    return replace(found, written=_write(d.place, found, records, model)) if d.place is not None else found
+    if d.place is None:
+        return found
+    written = _write(d.place, found, records, model)
+    register_dictionary(d.place, d.name, model.sketch())
+    return replace(found, written=written)
 
 
 def _check(

@@ -75,6 +75,7 @@ def find_trait(
     `contrast` takes replies that were written before, and `neutral` those to neutral prompts.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)
+    trait.check()
     if site is not None and not 0 <= site < model.anatomy.blocks:
         raise UsageError(f"site: expected 0 to {model.anatomy.blocks - 1} for {model.name}, found {site}")
     if contrast is None:
@@ -108,4 +109,6 @@ def contrast_for(
     shared = NeutralPrompts.load().fit if neutral is None else ()
     replies = 2 * (FIT_SAMPLES * len(trait.fit) + len(trait.held_out)) + len(shared)
     with progress(f"{trait.name}: replies", replies * sampler.max_new_tokens, "tokens") as advance:
-        return contrast_replies(model, trait, sampler=sampler, neutral=neutral, on_tokens=advance)
+        contrast = contrast_replies(model, trait, sampler=sampler, neutral=neutral, on_tokens=advance)
+    contrast.check()
+    return contrast

@@ -31,6 +31,7 @@ from steer.neutral import neutral_for
 from steer.progress import bar, byte_bar
 from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.values.lists import as_list
 from steer.values.trait import Trait
 from steer.weights.bakeable import Form
 from steer.weights.certify import CERTIFICATE, Certificate
@@ -146,7 +147,7 @@ def search_bake(
     out: str | Path,
     trait: str,
     *,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     form: Form = "checkpoint",
     trials: int = TRIALS,
     goal: Goal | None = None,
@@ -166,7 +167,7 @@ def search_bake(
     every edit moves a trait of `keep`; StoppedError on Ctrl-C.
     """
     out = Path(out)
-    search = _begin(source, out, trait, keep, form, folder, seed, scope or Scope())
+    search = _begin(source, out, trait, as_list(keep), form, folder, seed, scope or Scope())
     if trials < 1:
         raise UsageError(f"--trials: expected at least 1, found {trials}")
     if not ((search.folder / STUDY).is_file() and (out / CERTIFICATE).is_file()):

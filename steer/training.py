@@ -26,11 +26,14 @@ from steer.features.training import Trained, TrainingData, train
 from steer.features.training_log import FileLog, TrainingLog, sink_for
 from steer.live.dtypes import dtype_name
 from steer.live.fit_check import check_fit
+from steer.live.library import register_dictionary
 from steer.live.model import SteeredModel, load
 from steer.measure.splice import Spliced, cross_entropies
 from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import load_dictionary, save_dictionary
 from steer.values.fit import Fit, measure_fit
+from steer.values.lists import as_list
+from steer.weights.sketch import Sketch
 from steer.weights.staging import check_output, staged, write_json
 
 HELD_OUT = 50_000
@@ -77,7 +80,7 @@ def train_dictionary(
     options: TrainOptions | None = None,
     *,
     site: int | None = None,
-    text: Sequence[str] = (),
+    text: str | Sequence[str] = (),
     context: int = 512,
     parent: str | Path | None = None,
     model: str | Path | None = None,
@@ -95,7 +98,7 @@ def train_dictionary(
     Errors: UsageError for a source without site or text, MismatchError for what does not fit together, StoppedError
     on SIGTERM or Ctrl-C.
     """
-    options, out = options or TrainOptions(), Path(out)
+    options, out, text = options or TrainOptions(), Path(out), as_list(text)
     check_output(out)
     with parallel.process_group():
         options = settled(options, parallel.local_device())
@@ -194,8 +197,6 @@ def _model_of(name: str | Path, facts: dict[str, Any]) -> SteeredModel | None:
     if not Path(name).is_dir():
         return None
     model = load(name)
-    from steer.weights.sketch import Sketch
-
     if not model.sketch().same_as(Sketch.from_header(facts)):
         raise MismatchError(f"{name}: expected the checkpoint that was harvested, found one with other weights")
     return model
@@ -233,3 +234,4 @@ def _write(result: TrainedDictionary, out: Path, place: Path, options: TrainOpti
             shutil.copy(place / "training.csv", work / "training.csv")
         write_json(work / "manifest.json", json.loads(json.dumps(manifest)))
     shutil.rmtree(place, ignore_errors=True)
+    register_dictionary(out, manifest["name"], Sketch.from_header(facts))

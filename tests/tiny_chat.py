@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -18,13 +19,23 @@ TEMPLATE = (
     "<s>{% for m in messages %}{{ '<|' + m.role + '|> ' + m.content + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
+ENDLESS: dict[str, Any] = {"eos": None, "template": TEMPLATE.replace("</s>", "well"), "eos_token_id": None}
+"""What `save_tiny_chat` makes a model with that never ends a reply itself."""
 
 
-def save_tiny_chat(save: Callable[..., Path], path: Path, *, by_bytes: bool = False, **config: object) -> Path:
+def save_tiny_chat(
+    save: Callable[..., Path],
+    path: Path,
+    *,
+    by_bytes: bool = False,
+    eos: str | None = "</s>",
+    template: str = TEMPLATE,
+    **config: object,
+) -> Path:
     """Write a checkpoint with `save` (the fixture `tiny_llama`) and give it a voice.
 
     Its tokens are words of two letters, or with `by_bytes` single bytes, so that one character may take
-    several tokens.
+    several tokens. `eos` and `template` are the tokenizer's.
     """
     if by_bytes:
         words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -39,10 +50,10 @@ def save_tiny_chat(save: Callable[..., Path], path: Path, *, by_bytes: bool = Fa
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
-        eos_token="</s>",
+        eos_token=eos,
         unk_token="<unk>",
         extra_special_tokens=SPECIAL[3:],
-        chat_template=TEMPLATE,
+        chat_template=template,
     ).save_pretrained(path)
     return path
 

@@ -74,6 +74,7 @@ class Shelf:
 
     def __init__(self, model: SteeredModel) -> None:
         self.model = model
+        self._used: dict[Path, Dictionary] = {}
         self.places: dict[str, Path] = {}
         """Dictionaries by name: of several at one site the one that `L14/123` means."""
         sites = set()
@@ -129,7 +130,7 @@ class Shelf:
         ids, pieces, start = self._message(text, before, role)
         out: list[Firing] = []
         for place in self.places.values():
-            dictionary = dictionary_at(place)
+            dictionary = self._used[place] = dictionary_at(place)
             check_fits(self.model, dictionary)
             out += self._firings(place, dictionary, ids, pieces, start, limit)
         return sorted(out, key=lambda f: -f.strength)[:limit]
@@ -163,7 +164,7 @@ class Shelf:
         with (
             turns_of(self.model).turn(),
             steering.lock,
-            steering.applied([None]),
+            self.model.untouched(),
         ):
             row = torch.tensor([ids], device=self.model.device)
             read_residuals(self.model, row, [site], lambda _, h: found.append(h[0].clone()))
@@ -176,7 +177,7 @@ class Shelf:
             raise UsageError("message: expected some text, found none; write something")
         model = self.model
         if role == "assistant" and before:
-            prompt, own = model.prompt_ids(before), model.tokenizer(text, add_special_tokens=False).input_ids
+            prompt, own = model.prompt_ids(before), model.encode(text)
             ids, start = [*prompt, *own], len(prompt)
         else:
             ids = model.prompt_ids([*before, {"role": "user", "content": text}])
@@ -194,7 +195,7 @@ class Shelf:
                     break
             start = start or 0
             own = ids[start:stop]
-        most = int(model.hf.config.get_text_config().max_position_embeddings)
+        most = model.context
         if len(ids) > most:
             if before:
                 return self._message(text, (), role)

@@ -175,7 +175,7 @@ class Looks:
         if key not in self._kept:
             written = message.written
             ids = list(written.ids) if written is not None and written.ids else []
-            ids = ids or voice.model.tokenizer(message.text, add_special_tokens=False).input_ids
+            ids = ids or voice.model.encode(message.text)
             # Not the chat's own: to look at an old reply is not to have read less of the chat.
             left_out = voice.left_out
             try:

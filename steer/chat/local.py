@@ -52,7 +52,7 @@ class LocalVoice:
     @property
     def context(self) -> int:
         """Tokens that the model can read, the reply's among them."""
-        return int(self.model.hf.config.get_text_config().max_position_embeddings)
+        return self.model.context
 
     def draft(self, task: Task) -> LocalDraft:
         """See `Voice`."""
@@ -87,7 +87,7 @@ class LocalVoice:
 
     def begun(self, task: Task) -> list[int]:
         """The tokens that a task's reply begins with."""
-        return list(task.ids) or self.model.tokenizer(task.text, add_special_tokens=False).input_ids
+        return list(task.ids) or self.model.encode(task.text)
 
 
 class LocalDraft:

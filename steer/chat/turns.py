@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -22,25 +22,25 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queue: deque[threading.Lock] = deque()
+        self._queue: deque[threading.Event] = deque()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Inside, it is nobody else's turn. Not to be nested."""
-        mine = threading.Lock()
-        mine.acquire()
-        with self._lock:
-            self._queue.append(mine)
-            first = self._queue[0] is mine
-        if not first:
-            mine.acquire()  # let go of by the one before
+        mine = threading.Event()
         try:
+            with self._lock:
+                self._queue.append(mine)
+                self._queue[0].set()
+            mine.wait()
             yield
         finally:
+            # Whoever is interrupted while waiting leaves the queue too: the turn must not be handed to nobody.
             with self._lock:
-                self._queue.popleft()
+                with suppress(ValueError):  # interrupted before it stood in line
+                    self._queue.remove(mine)
                 if self._queue:
-                    self._queue[0].release()
+                    self._queue[0].set()
 
     @property
     def waiting(self) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from steer.features.contrast import Reply
 from steer.features.logit_lens import lens_topk
 from steer.features.pooling import check_fits, kept
-from steer.live.forward import changed_output, chunks, hidden_states, logits, padded
+from steer.live.forward import changed_output, chunks, hidden_states, logits
 from steer.live.model import Message, SteeredModel, as_messages
+from steer.live.tokens import padded
 from steer.values.dictionary import Dictionary
 from steer.values.edit import Edit
 from steer.values.feature import Feature
@@ -68,7 +69,7 @@ def _reply_attributions(
 ) -> Float[Tensor, "replies latents"]:
     prompts = [model.prompt_ids(r.chat) for r in replies]
     full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
-    ids, mask = padded(full, model.pad_token_id, model.device)
+    ids, mask = padded(full, device=model.device)
     width = ids.shape[1]
     response = torch.tensor([[len(p) <= t < len(s) for t in range(width)] for p, s in zip(prompts, full, strict=True)])
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model.hf):
@@ -79,7 +80,8 @@ def _reply_attributions(
             leaf.append(h.detach().requires_grad_())
             return leaf[0]
 
-        with changed_output(model.hf.get_submodule(model.anatomy.block_module(site)), cut):
+        block = model.hf.get_submodule(model.anatomy.block_module(site))
+        with model.untouched(), changed_output(block, cut):
             hidden = hidden_states(model, ids, mask)
         h = leaf[0]
         # The sum over a reply's tokens here, the mean further down: half precision keeps more of it.
@@ -173,9 +175,7 @@ def _next_logprobs(
     model: SteeredModel, prompts: Sequence[Sequence[int]], edits: Sequence[Edit | None]
 ) -> Float[Tensor, "rows vocab"]:
     """Log-probabilities of the token after each prompt, each row under its own edit; on the CPU."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ids, mask = padded(prompts, left=True, device=model.device)
     with model.steering.applied(edits):
         logits = model.hf(
             input_ids=ids,

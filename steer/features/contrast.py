@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steer.errors import SteerError
 from steer.live.model import Message, SteeredModel
 from steer.values.sampler import Sampler
 from steer.values.trait import NeutralPrompts, Trait
@@ -55,6 +56,19 @@ class Contrast:
         parts = {n: tuple(Reply(tuple(r["chat"]), tuple(r["ids"]), r["text"]) for r in told[n]) for n in _PARTS}
         return cls(trait, **parts)
 
+    def check(self) -> None:
+        """Raise where a mean, a fold or an AUROC would be over nothing.
+
+        Errors: SteerError that names the replies that are missing: the model ended them at once.
+        """
+        for name in _PARTS:
+            topics = {r.chat[-1]["content"] for r in getattr(self, name)}
+            if len(topics) < (2 if name.startswith("fit") else 1):
+                raise SteerError(
+                    f"trait {self.trait.name!r}: expected replies to the topics of {name}, found {len(topics)} that "
+                    "are not empty; the model ends its replies at once, check its chat template and end tokens"
+                )
+
 
 def contrast_replies(
     model: SteeredModel,
@@ -81,7 +95,8 @@ def contrast_replies(
     ]
     chats = [chat for part in parts for chat in part]
     sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
-    made = model.replies(chats, sampler, batch=batch, on_tokens=on_tokens, sums=sums)
+    with model.untouched():
+        made = model.replies(chats, sampler, batch=batch, on_tokens=on_tokens, sums=sums)
     replies = [
         Reply(tuple(c), tuple(ids), model.text(ids), (sums[:, i] / max(1, len(ids))).cpu())
         for i, (c, ids) in enumerate(zip(chats, made, strict=True))

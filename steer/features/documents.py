@@ -16,6 +16,8 @@ from jinja2 import TemplateError
 from steer.errors import SteerError, UsageError
 from steer.files import one_line, parse_json
 from steer.live.model import SteeredModel
+from steer.live.tokens import ids_of
+from steer.values.lists import as_list
 
 TABLES = {".csv": "csv", ".parquet": "parquet"}
 """Files that `datasets` reads, by the name of its builder."""
@@ -57,7 +59,7 @@ def documents(model: SteeredModel, sources: str | Sequence[str], *, context: int
 
 def as_sources(sources: str | Sequence[str]) -> list[str]:
     """One source or several, as a list. Errors: UsageError for none."""
-    found = [sources] if isinstance(sources, str) else [str(s) for s in sources]
+    found = [str(s) for s in as_list(sources)]
     if not found:
         raise UsageError("text: expected a file or a dataset id, found none")
     return found
@@ -77,12 +79,13 @@ class _Reader:
     """Turns rows into documents of one model."""
 
     def __init__(self, model: SteeredModel, context: int) -> None:
-        self.model, self.context = model, context
+        # Beyond the model's own context GPT-2 has no positions, and others were never trained.
+        self.model, self.context = model, min(context, model.context)
         self.tokenizer: Any = model.tokenizer
         # What the tokenizer puts before any text; it may put nothing there.
-        plain, framed = self._encode(["a"])[0], self.tokenizer("a").input_ids
+        plain, framed = model.encode("a"), model.encode("a", frame=True)
         start = next((n for n in range(len(framed)) if framed[n : n + len(plain)] == plain), 0)
-        self.prefix = framed[: min(start, context - 1)]
+        self.prefix = framed[: min(start, self.context - 1)]
         added = self.tokenizer.added_tokens_decoder
         self.special = {*self.tokenizer.all_special_ids, *self.prefix} | {
             i for i, token in added.items() if token.special
@@ -146,9 +149,7 @@ class _Reader:
             yield Document(part, [i in self.special for i in part])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        ).input_ids
+        return ids_of(self.tokenizer, texts, self.model.vocabulary, self.model.name)
 
     def _frame(self) -> set[int]:
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]

@@ -78,7 +78,7 @@ def harvest(
         "batch_tokens": batch_tokens or default_batch_tokens(model),
         "shard_tokens": shard_tokens,
         "dtype": dtype_name(model.hf.dtype),
-        "steered": model.steering.hook_count > 0,
+        "steered": False,  # one that an earlier version began under sliders is not gone on with
     }
     with _locked(out):
         record = _begun(out, {"sketch": sketch.to_header(), **inputs})

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from steer.errors import UsageError
 from steer.features.documents import Document
-from steer.live.forward import padded, read_residuals
+from steer.live.forward import read_residuals
 from steer.live.model import SteeredModel
+from steer.live.tokens import padded
 from steer.values.fit import OUTLIER
 
 WINDOW = 1 << 17
@@ -95,11 +96,13 @@ def passes(
     """Run documents through the model up to the last of `sites`. The first `skip` passes are not made, only counted.
 
     How documents fall into passes depends on them and on `batch_tokens` alone.
+    Errors: CheckpointError where most residual streams of the first pass are not finite.
     """
     batches = enumerate(batches_by_length(numbered, batch_tokens))
     number, batch = next(((n, b) for n, b in batches if n >= skip), (0, None))
+    checked = False
     while batch is not None:
-        ids, _ = padded([d.ids for _, d in batch], model.pad_token_id)  # no mask: see `forward.padded`
+        ids, _ = padded([d.ids for _, d in batch])  # no mask: see `tokens.padded`
         found = cut_forward(model, ids.to(model.device), sites)
         lengths = torch.tensor([len(d.ids) for _, d in batch])
         real = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -116,6 +119,12 @@ def passes(
         )
         # A GPU still works on this pass: read the text of the next one meanwhile.
         number, batch = next(batches, (0, None))
+        if not checked:
+            # One that is not finite is an outlier; where most are, the dtype cannot hold what this model computes.
+            norms = torch.cat([made.norms(site) for site in sites])
+            if norms.isfinite().sum() < len(norms) / 2:
+                raise model.overflow()
+            checked = True
         yield made
 
 
@@ -135,9 +144,9 @@ def batches_by_length(numbered: Iterable[Numbered], batch_tokens: int) -> Iterat
 def cut_forward(
     model: SteeredModel, ids: Int[Tensor, "rows seq"], sites: Sequence[int]
 ) -> dict[int, Float[Tensor, "rows seq d"]]:
-    """The residual stream after each of `sites`, steering included; no block after the last of them runs."""
+    """The residual stream after each of `sites`, whatever sliders stand; no block after the last of them runs."""
     found: dict[int, Tensor] = {}
-    with torch.no_grad():
+    with torch.no_grad(), model.steering.lock, model.untouched():
         read_residuals(model, ids, sites, found.__setitem__)
     return found
 

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steer.features.contrast import Reply
-from steer.live.forward import padded, read_residuals
+from steer.live.forward import read_residuals
 from steer.live.model import SteeredModel
+from steer.live.tokens import padded
 
 Take = Callable[[list[int], Bool[Tensor, "rows seq"], int, Float[Tensor, "rows seq d"]], None]
 """Given which replies a batch holds, the mask of their response tokens, the site, and the residual stream."""
@@ -31,6 +32,7 @@ def reply_means(
             out[i] = reply.mean
     unread = [i for i, reply in enumerate(replies) if reply.mean is None]
     read_replies(model, [replies[i] for i in unread], range(model.anatomy.blocks), take, on_rows=on_rows)
+    model.check_finite(out)
     return out
 
 
@@ -60,11 +62,12 @@ def read_replies(
     order = sorted(range(len(full)), key=lambda i: len(full[i]))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        ids, attention = padded([full[i] for i in rows], model.pad_token_id, model.device)
+        ids, attention = padded([full[i] for i in rows], device=model.device)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for j, i in enumerate(rows):
             mask[j, len(prompts[i]) : len(full[i])] = True
         # The decoder alone, and no block after the last site: no logits are wanted.
-        read_residuals(model, ids, sites, lambda site, h, r=rows, m=mask: take(r, m, site, h), attention)
+        with model.untouched():
+            read_residuals(model, ids, sites, lambda site, h, r=rows, m=mask: take(r, m, site, h), attention)
         if on_rows is not None:
             on_rows(len(rows))

@@ -14,6 +14,7 @@ from steer.live.forward import logits
 from steer.live.prefill import decoder_pass, prefill
 from steer.live.record import reading
 from steer.live.sampling import Draw, choose_each
+from steer.live.tokens import check_length, warn_filled
 from steer.values.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -38,7 +39,16 @@ def generate(
     rounding. `which`: for each row, which of the applied edits it is under; by default its own, or the only one.
     `sums` is added to: the residual stream of every reply token, by site. `on_tokens` is given the number of tokens
     made by each step.
+
+    A row whose text fills the model's context ends there, with a ContextWarning; with `sums` all rows end where the
+    first would. Errors: UsageError for a prompt that leaves no room for a reply and where no token can be drawn,
+    CheckpointError for logits that are not finite.
     """
+    longest, most = max(map(len, prompts)), sampler.max_new_tokens
+    check_length(model.name, longest, model.context)
+    if sums is not None and longest + most > model.context:
+        most = model.context - longest
+        warn_filled(model.name, model.context)
     several, device, ends = len(model.steering.rows) > 1, model.device, model.end_token_ids
     which = (which or range(len(prompts))) if several else None
     of = [(which[i] if which is not None else 0, tuple(p)) for i, p in enumerate(prompts)]
@@ -67,15 +77,19 @@ def generate(
                 sums[site].index_add_(0, torch.tensor(alive, device=sums.device), h[:, 0].to(sums))
 
             hooks.enter_context(reading(model.hf, model.anatomy, range(model.anatomy.blocks), add))
-        for step in range(sampler.max_new_tokens):
+        for step in range(most):
+            model.check_finite(scores)
             tokens = choose_each(scores, [draws[i] for i in alive])
             if on_tokens is not None:
                 on_tokens(len(alive))
             for i, token in zip(alive, tokens, strict=True):
                 if token not in ends:
                     out[i].append(token)
-            last = step + 1 == sampler.max_new_tokens
-            stay = _order([token not in ends for token in tokens])
+            last = step + 1 == most
+            full = [sums is None and len(prompts[i]) + len(out[i]) >= model.context for i in alive]
+            if not last and any(full):
+                warn_filled(model.name, model.context)
+            stay = _order([token not in ends and not f for token, f in zip(tokens, full, strict=True)])
             if not stay or (last and sums is None):
                 break
             if len(stay) < len(alive):

@@ -14,6 +14,7 @@ from steer.live.frame import TextPass
 from steer.live.memory import Memory
 from steer.live.receipts import Tally
 from steer.live.sampling import Draw, choose_each
+from steer.live.tokens import check_length, filled, padded, warn_filled
 from steer.values.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -48,15 +49,18 @@ def decode(
 
     `tally` is told what the sliders do. `memory`, of a single prompt, keeps what was read for the next reply.
     `begun`: how many tokens at the end of the prompts belong to the reply already.
+
+    A row whose text fills the model's context ends there; its receipt says so, or a ContextWarning without `tally`.
+    Errors: UsageError for a prompt that leaves no room for a reply, CheckpointError for logits that are not finite.
     """
     hf, steering, device = model.hf, model.steering, model.device
     ends = model.end_token_ids
-    width = max(len(p) for p in prompts)
+    lengths = [len(p) for p in prompts]
+    check_length(model.name, max(lengths), model.context)
     seeds = keys if keys is not None else range(len(prompts))
     draws = [Draw(sampler, p, k, model.tokenizer, begun) for p, k in zip(prompts, seeds, strict=True)]
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    padded = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)
-    starts = torch.tensor([[len(p) - begun] for p in prompts], device=device)
+    ids, mask = padded(prompts, left=True, device=device)
+    starts = torch.tensor([[n - begun] for n in lengths], device=device)
     alive, row = list(range(len(prompts))), None
     text = list(prompts[0])
 
@@ -64,12 +68,12 @@ def decode(
         return growing_cache(hf.config)
 
     if memory is None:
-        cache, fed = empty(), padded
+        cache, fed = empty(), ids
     else:
         memory.read = 0
         cache, unread = memory.recall(text, empty)
         fed = torch.tensor([unread], device=device)
-    for _ in range(sampler.max_new_tokens):
+    for made in range(1, sampler.max_new_tokens + 1):
         if memory is not None and not memory.holds(cache):
             cache, unread = memory.recall(text, empty)
             fed = torch.tensor([unread], device=device)
@@ -102,10 +106,21 @@ def decode(
                     ).logits[:, -1]
         if memory is not None and memory.holds(cache):
             memory.add(fed[0].tolist())
+        model.check_finite(logits)
         tokens = choose_each(logits, [draws[i] for i in alive])
         text.append(tokens[0])
         yield Step(tuple(alive), tuple(tokens))
-        going = [j for j, t in enumerate(tokens) if t not in ends]
+        going = []
+        for j, token in enumerate(tokens):
+            if token in ends:
+                continue
+            if lengths[alive[j]] + made < model.context:
+                going.append(j)
+            elif made < sampler.max_new_tokens:
+                if tally is None:
+                    warn_filled(model.name, model.context)
+                else:
+                    tally.remark(filled(model.name, model.context), alive[j])
         if not going:
             return
         fed = torch.tensor(tokens, device=device)[:, None]

@@ -107,15 +107,15 @@ def _reference(dictionary: Dictionary) -> float | None:
 def _residuals(model: SteeredModel, site: int) -> Iterator[Float[Tensor, "n d"]]:
     """The unsteered residual stream of the prose, a batch of passages at a time, BOS left out."""
     text = (resources.files("steer") / "measure" / "texts" / "plain.txt").read_text(encoding="utf-8")
-    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+    ids = model.encode(text)
     bos = model.tokenizer.bos_token_id
-    first = [bos] if bos is not None and model.tokenizer("a").input_ids[:1] == [bos] else []
-    length = min(_PASSAGE, len(ids))
+    first = [bos] if bos is not None and model.encode("a", frame=True)[:1] == [bos] else []
+    length = min(_PASSAGE, len(ids), model.context - len(first))
     passages = [first + ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     for start in range(0, len(passages), _ROWS):
         read: list[Tensor] = []
 
         rows = torch.tensor(passages[start : start + _ROWS], device=model.device)
-        with model.steering.lock, model.steering.applied([None]):
+        with model.steering.lock, model.untouched():
             read_residuals(model, rows, [site], lambda _, h, read=read: read.append(h))
         yield read[0][:, len(first) :].reshape(-1, model.anatomy.width)

@@ -1,4 +1,4 @@
-"""Forward passes that write no reply: rows padded to one batch, the decoder alone, the LM head a chunk at a time.
+"""Forward passes that write no reply: the decoder alone, the LM head a chunk at a time.
 
 Everything here asks the anatomy for its modules, so it holds on every architecture that `weights.layouts` lists.
 """
@@ -20,19 +20,6 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1 << 25
 """Logits, or activations of latents, held in memory at a time: 128 MB in fp32."""
-
-
-def padded(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu"
-) -> tuple[Int[Tensor, "rows seq"], Int[Tensor, "rows seq"]]:
-    """(token ids, attention mask) of rows filled up at their end, where causal attention never looks."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, : len(row)] = 1
-    return ids.to(device), mask.to(device)
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
-from steer.errors import UsageError, skip
+from steer.errors import CheckpointError, SteerError, UnknownNameError, UsageError, skip
+from steer.files import write_atomic
 from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import CONFIG, MANIFEST, WEIGHTS, load_dictionary, read_manifest
 from steer.values.direction import Direction
@@ -94,7 +98,7 @@ class Library:
         """The slider `name`: a direction, a feature that comes with a dictionary, or latent `L<site>/<index>` of one;
         `NAME:OPERATION` does something else to it.
 
-        Errors: UsageError naming those that are known.
+        Errors: UnknownNameError, a UsageError, naming those that are known.
         """
         base, operation = parse_name(name)
         found = self._slider(base)
@@ -109,13 +113,13 @@ class Library:
             return self._latent(int(match[1]), int(match[2]))
         there = [*self.directions, *(n for n in self.rows if n not in self.directions)]
         trait = name if is_name(name) else "TRAIT"
-        raise UsageError(
+        raise UnknownNameError(
             f"slider {shown(name)}: expected a direction or a feature of that name for {self.model.name}, "
             f"found {', '.join(there) or 'none'}; make it with: steer find {self.model.name} {trait}"
         )
 
     def _latent(self, site: int, index: int) -> Slider:
-        sites = {name: read_manifest(place).get("site") for name, place in self.dictionaries.items()}
+        sites = {name: _site(place) for name, place in self.dictionaries.items()}
         for name, place in self.dictionaries.items():
             if sites[name] == site:
                 return Slider(Feature.latent(dictionary_at(place), index))
@@ -141,13 +145,33 @@ def dictionaries_of(sketch: Sketch) -> dict[str, Path]:
     out: dict[str, Path] = {}
     for place in dictionary_places():
         found = _passed_over(place / MANIFEST, lambda file: _manifest(file, stamp(file)))
-        if found is not None and found[0] not in out and found[1].same_as(sketch):
-            out[found[0]] = place
+        if found is None or found[0] in out or not found[1].same_as(sketch):
+            continue
+        name, _, lies = found
+        if _passed_over(lies, _check_there):
+            out[name] = lies
     return out
 
 
+def register_dictionary(place: Path, name: str, sketch: Sketch) -> None:
+    """Let a dictionary be found by name on the checkpoint with this sketch, from where it lies: it is large, so what is
+    kept in the library is where it is. The last one of a name counts. Where that cannot be written there is a warning.
+    """
+    place = place.resolve()
+    if place in [p.resolve() for p in dictionaries_of(sketch).values()]:
+        return
+    folder = own_dictionary_place(sketch, re.sub(r"[^\w-]+", "-", name))
+    if (folder / WEIGHTS).is_file():
+        return  # a whole dictionary of that name
+    entry = {"name": name, "place": str(place), "sketch": sketch.to_header()}
+    try:
+        write_atomic(folder / MANIFEST, json.dumps(entry, indent=1) + "\n")
+    except SteerError as e:
+        skip(folder, e)  # the dictionary itself, the work of hours, is written
+
+
 def dictionary_at(place: Path) -> Dictionary:
-    """The dictionary in a directory, read once as long as its files stay the same."""
+    """The dictionary in a directory, the same one while somebody uses it and its files stay the same."""
     return _load(place, tuple(stamp(place / f) for f in (WEIGHTS, CONFIG, MANIFEST)))
 
 
@@ -184,14 +208,37 @@ def _direction(file: Path, stamp: tuple[int, ...]) -> tuple[Direction, Sketch]:
 
 
 @lru_cache(maxsize=256)
-def _manifest(file: Path, stamp: tuple[int, ...]) -> tuple[str, Sketch]:
+def _manifest(file: Path, stamp: tuple[int, ...]) -> tuple[str, Sketch, Path]:
+    """Name, checkpoint and directory of a dictionary that a manifest, or an entry of `register_dictionary`, names."""
     manifest = read_manifest(file.parent)
-    return str(manifest.get("name") or file.parent.name), Sketch.from_header(manifest)
+    place = Path(manifest["place"]) if isinstance(manifest.get("place"), str) else file.parent
+    return str(manifest.get("name") or file.parent.name), Sketch.from_header(manifest), place
 
 
-@lru_cache(maxsize=8)
+def _check_there(place: Path) -> bool:
+    if not (place / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{place}: expected a dictionary that was used here, found none; if it was moved, name its new "
+            "place once: steer find MODEL TRAIT --dictionary DIR"
+        )
+    return True
+
+
+def _site(place: Path) -> int | None:
+    """Which block's output a dictionary is of; dictionaries from elsewhere say it in their config alone."""
+    site = read_manifest(place).get("site")
+    return dictionary_at(place).site if site is None else site
+
+
+_LOADED: WeakValueDictionary[tuple[object, ...], Dictionary] = WeakValueDictionary()
+"""Dictionaries that somebody uses."""
+
+
 def _load(place: Path, stamps: tuple[tuple[int, ...], ...]) -> Dictionary:
-    return load_dictionary(place)
+    found = _LOADED.get((place, stamps))
+    if found is None:
+        found = _LOADED[place, stamps] = load_dictionary(place)
+    return found
 
 
 def _slider(place: Path, row: dict[str, Any]) -> Slider:

@@ -28,9 +28,11 @@ from steer.live.receipts import Tally
 from steer.live.record import Recording, reading
 from steer.live.sliders import Sliders, as_edit, as_slider
 from steer.live.steering import Steering
+from steer.live.tokens import check_length, context_length, end_token_ids, ids_of
 from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.values.feature import Feature
+from steer.values.lists import as_list
 from steer.values.sampler import CHAT, Sampler
 from steer.values.slider import Slider
 from steer.weights.anatomy import Anatomy
@@ -75,6 +77,11 @@ class SteeredModel:
         self.sliders = Sliders(self)
         self.compiled: CompiledStep | None = None
         """What single texts are decoded with, after `compile`."""
+        self.end_token_ids = end_token_ids(hf.config, hf.generation_config, tokenizer)
+        """Tokens that end a reply: of the generation config, the config, the tokenizer, and the one that the chat
+        template writes after a reply."""
+        self.context = context_length(hf.config)
+        """Tokens that the model reads at most, a prompt and its reply together."""
         self._files = files
 
     @property
@@ -84,20 +91,6 @@ class SteeredModel:
         if embedding.weight.device.type != "meta":
             return embedding.weight.device
         return torch.device(embedding._hf_hook.execution_device)  # offloaded: where accelerate brings it
-
-    @property
-    def end_token_ids(self) -> frozenset[int]:
-        """Tokens that end a reply: the generation config's, or the tokenizer's."""
-        ids = self.hf.generation_config.eos_token_id
-        if ids is None:
-            ids = self.tokenizer.eos_token_id
-        return frozenset([ids] if isinstance(ids, int) else ids or [])
-
-    @property
-    def pad_token_id(self) -> int:
-        """The token that fills up shorter rows; attention never sees it."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else next(iter(self.end_token_ids), 0)
 
     def sketch(self) -> Sketch:
         """A small sample of the weights, by which directions know their checkpoint. Of its files where it has any: what
@@ -116,7 +109,8 @@ class SteeredModel:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat up to the point where the reply begins. One BOS at most.
 
-        Errors: CheckpointError without a chat template, UsageError for a chat that the template refuses.
+        Errors: CheckpointError without a chat template, UsageError for a chat that the template refuses;
+        those of `encode`.
         """
         if not self.tokenizer.chat_template:
             raise CheckpointError(
@@ -127,7 +121,37 @@ class SteeredModel:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except TemplateError as e:
             raise UsageError(f"{self.name}: its chat template refuses this chat: {e}") from e
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.encode(text)
+
+    def encode(self, text: str, *, frame: bool = False) -> list[int]:
+        """Token ids of a text as it is; with `frame` between the special tokens that the tokenizer puts around one.
+
+        Errors: UsageError for text that is no Unicode, CheckpointError for a token that the embedding has no row for.
+        """
+        return ids_of(self.tokenizer, [text], self.vocabulary, self.name, frame=frame)[0]
+
+    def check_finite(self, numbers: Tensor) -> None:
+        """Raise unless logits or residual streams are finite in every row.
+
+        Errors: CheckpointError that names the dtype: float16 ends at 65504, and some models' activations do not.
+        """
+        # The largest of each row is NaN where any is.
+        if not bool(numbers.amax(-1).isfinite().all()):
+            raise self.overflow(any(self.steering.rows))
+
+    def overflow(self, steered: bool = False) -> CheckpointError:
+        """The error for logits or residual streams that are not finite, `steered` or not."""
+        dtype = str(self.hf.dtype).removeprefix("torch.")
+        under = " under these sliders" if steered else ""
+        return CheckpointError(
+            f"{self.name}: expected finite numbers in the forward pass{under}, found NaN or infinity in {dtype}; "
+            + ("load it as float32 or bfloat16" if dtype == "float16" else "check the weights")
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding. A tokenizer may know fewer tokens, or more."""
+        return int(self.hf.get_input_embeddings().weight.shape[0])
 
     def chat(self, message: str | Sequence[Message], *, system: str | None = None, **sampling: Any) -> str:
         """The reply to a message, or to a whole chat, under the current sliders.
@@ -179,6 +203,7 @@ class SteeredModel:
         after each block, summed over the tokens of each reply.
         """
         prompts = [self.prompt_ids(c) for c in chats]
+        check_length(self.name, max(map(len, prompts), default=0), self.context)  # before hours of the others
         keys = list(keys) if keys is not None else list(range(len(prompts)))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out: list[list[int]] = [[] for _ in prompts]
@@ -208,7 +233,7 @@ class SteeredModel:
         """Token ids as text, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def compile(self, sliders: Iterable[Slider | str] = (), **options: Any) -> None:
+    def compile(self, sliders: Slider | str | Iterable[Slider | str] = (), **options: Any) -> None:
         """Decode single texts through torch.compile. It is compiled here: blocks of one make once, and the head.
 
         Sliders move, come and go without another compilation; the first that acts inside of blocks, as an ablation
@@ -217,7 +242,7 @@ class SteeredModel:
         """
         compiled = CompiledStep(self, **options)
         compiled.warm_up()
-        for slider in (self.sliders.slider(s) if isinstance(s, str) else s for s in sliders):
+        for slider in (self.sliders.slider(s) if isinstance(s, str) else s for s in as_list(sliders)):
             if slider.operation == "ablate":
                 with self.steered({slider: 0.5}):
                     compiled.warm_up()
@@ -241,6 +266,12 @@ class SteeredModel:
         """
         edit = as_edit(self, [(as_slider(self, key), amount) for key, amount in sliders.items()])
         with self.steering.applied([edit]):
+            yield self
+
+    @contextmanager
+    def untouched(self) -> Iterator[SteeredModel]:
+        """No sliders for the length of a block, whatever stands: finding and measuring look at the model itself."""
+        with self.steering.applied([None]):
             yield self
 
     @contextmanager

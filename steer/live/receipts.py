@@ -48,10 +48,15 @@ class Receipt:
     tokens: int
     """That went through the model: the part of the prompt that was read, and the reply."""
     sliders: tuple[SliderReceipt, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else there is to know of the reply: that it filled the context, that old messages were left out."""
 
     @property
     def warnings(self) -> list[str]:
-        """A line for every slider that never fired."""
+        """The notes, and a line for every slider that never fired."""
+        return [*self.notes, *self._silent()]
+
+    def _silent(self) -> list[str]:
         return [
             f"slider {s.name!r} ({s.operation} {s.amount:g}) never fired in this reply"
             for s in self.sliders
@@ -86,6 +91,7 @@ class _Sum:
 class _Text:
     tokens: int = 0
     sliders: dict[_Key, _Sum] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     _under: tuple[Edit | None, int] = (None, 0)
     """The edit of the last passes, and how many tokens they brought."""
 
@@ -172,7 +178,12 @@ class Tally:
                 SliderReceipt(s.name, s.operation, s.amount, s.tokens, s.moved / s.tokens if s.tokens else 0.0)
                 for s in account.sliders.values()
             ),
+            tuple(account.notes),
         )
+
+    def remark(self, note: str, text: int = 0) -> None:
+        """Put a line for people into a text's receipt."""
+        self._texts.setdefault(text, _Text()).notes.append(note)
 
     def _settle(self) -> None:
         for account in self._texts.values():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, Field, FiniteFloat
 
-from steer.errors import UnsupportedError, UsageError
-from steer.live.sliders import BUDGET
+from steer.errors import UnknownNameError, UnsupportedError, UsageError
+from steer.live.sliders import BUDGET, Amounts
 from steer.values.move import OPERATIONS, Operation, check_amount, is_neutral, neutral_amount
 from steer.values.profile import Profile, ProfileSlider
 from steer.values.sampler import Sampler
@@ -83,7 +83,7 @@ class RemoteSlider:
         return check_amount(self.name, self.operation, amount)
 
 
-class RemoteSliders(MutableMapping[str, float]):
+class RemoteSliders(Amounts):
     """Amounts that go with every request of one chat: nobody else's on the server are touched by them."""
 
     def __init__(self, model: Offers) -> None:
@@ -112,7 +112,7 @@ class RemoteSliders(MutableMapping[str, float]):
 
     def slider(self, name: str) -> RemoteSlider:
         """The slider of that name: one that the server offers, another operation of it, or a latent, of which the
-        server knows whether it has it. Errors: UsageError."""
+        server knows whether it has it. Errors: UnknownNameError, a UsageError."""
         known = self.known()
         if name in known:
             return known[name]
@@ -122,7 +122,7 @@ class RemoteSliders(MutableMapping[str, float]):
         if base in known:
             return replace(known[base], name=name, operation=operation or known[base].operation)
         there = ", ".join(known) or "none"
-        raise UsageError(f"slider {name!r}: expected one that {self.model.url} offers, found {there}")
+        raise UnknownNameError(f"slider {name!r}: expected one that {self.model.url} offers, found {there}")
 
     def share(self, site: int) -> float:
         """How far the sliders move the residual stream at a site, as if all of them pulled one way."""
@@ -162,20 +162,9 @@ class RemoteSliders(MutableMapping[str, float]):
     def __setitem__(self, name: str, amount: float) -> None:
         self._change(self._amounts | {name: self.slider(name).check(amount)})
 
-    def __getitem__(self, name: str) -> float:
-        if name in self._amounts:
-            return self._amounts[name]
-        neutral = self.slider(name).neutral
-        return math.nan if neutral is None else neutral
-
     def __delitem__(self, name: str) -> None:
+        self._set(name)
         self._change({n: a for n, a in self._amounts.items() if n != name})
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._amounts))
-
-    def __len__(self) -> int:
-        return len(self._amounts)
 
     def _change(self, amounts: dict[str, float]) -> None:
         if amounts != self._amounts:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from steer.errors import UnknownNameError
 from steer.live.fit_check import warn_of_poor_fits
 from steer.live.library import Library
 from steer.values.direction import Direction
@@ -28,7 +30,60 @@ _KNOWN = 1000
 _State = dict[str, tuple[Slider, float]]
 
 
-class Sliders(MutableMapping[str, float]):
+class Amounts(MutableMapping[str, float]):
+    """Names of sliders to the amounts that were set.
+
+    As in a defaultdict, reading a slider that is known and was not set gives its neutral amount and sets nothing;
+    `in`, `get`, `pop`, `del` and iteration know those that were set.
+    """
+
+    _amounts: dict[str, float]
+
+    @abstractmethod
+    def slider(self, name: str) -> Any:
+        """The slider of that name. Errors: UnknownNameError, which is a UsageError and a KeyError."""
+
+    def __getitem__(self, name: str) -> float:
+        """Where a slider stands: neutral if it was not set, nan if it has no neutral amount. Errors: as `slider`."""
+        if name in self._amounts:
+            return self._amounts[name]
+        neutral = self.slider(name).neutral
+        return math.nan if neutral is None else neutral
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._amounts))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._amounts
+
+    def __len__(self) -> int:
+        return len(self._amounts)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The amount of a slider that was set; `default` for any other name, known or not."""
+        return self._amounts.get(name, default)
+
+    def setdefault(self, name: str, default: float = 0.0) -> float:
+        """Set a slider that was not set yet; its amount."""
+        if name not in self._amounts:
+            self[name] = default
+        return self._amounts[name]
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Take away a slider that was set; its amount, or `default`. Errors: KeyError without one."""
+        if default and name not in self._amounts:
+            return default[0]
+        amount = self._set(name)
+        del self[name]
+        return amount
+
+    def _set(self, name: str) -> float:
+        if name not in self._amounts:
+            raise UnknownNameError(f"slider {name!r}: expected one that is set, found {', '.join(self) or 'none'}")
+        return self._amounts[name]
+
+
+class Sliders(Amounts):
     """`model.sliders["moralizing"] = -0.5`. Names are directions and features known for this checkpoint, with another
     operation as in `moralizing:cap`, or sliders given to `put`. Deleting a slider leaves the model as it was, and so
     does the amount at which it is neutral: 0 for add and ablate, 1 for scale. A clamp or a cap has none: at 0 it holds
@@ -147,24 +202,9 @@ class Sliders(MutableMapping[str, float]):
     def __setitem__(self, name: str, amount: float) -> None:
         self._change(self._amounts | {name: self.slider(name).check(amount)})
 
-    def __getitem__(self, name: str) -> float:
-        return self._amounts[name] if name in self._amounts else self._absent(name)
-
     def __delitem__(self, name: str) -> None:
+        self._set(name)
         self._change({n: a for n, a in self._amounts.items() if n != name})
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._amounts))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._amounts
-
-    def __len__(self) -> int:
-        return len(self._amounts)
-
-    def _absent(self, name: str) -> float:
-        neutral = self.slider(name).neutral
-        return math.nan if neutral is None else neutral
 
     def _change(self, amounts: dict[str, float], known: Sequence[Slider] = ()) -> None:
         before, meant = self._state(), self._known

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from contextlib import closing, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
@@ -34,6 +35,8 @@ HELP = """\
 /quit          leave; so does Ctrl-D
 Ctrl-C stops a reply."""
 
+REPLACED = "\ufffd"
+"""What stands for bytes that are no text."""
 _UNLISTED = re.compile(r"L\d+/\d+|.+:[a-z]+")
 """What can be moved and is not among the sliders listed: a latent of a dictionary, another operation."""
 
@@ -44,7 +47,11 @@ def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console 
     Lines come from `stdin` (sys.stdin), everything shown goes to `console` (stdout). What a user mistypes is
     answered in one line, and the chat goes on.
     """
-    _Terminal(session, stdin or sys.stdin, console or Console()).run()
+    stdin = stdin or sys.stdin
+    if isinstance(stdin, TextIOWrapper):
+        # Bytes that are no UTF-8 would end the chat; so they come as halves of characters, which `read` looks for.
+        stdin.reconfigure(errors="surrogateescape")
+    _Terminal(session, stdin, console or Console()).run()
 
 
 class _Quit(Exception):
@@ -81,7 +88,17 @@ class _Terminal:
                 self.answer(line.strip())
 
     def read(self) -> str | None:
-        """The next line, None at the end of input."""
+        """The next line, None at the end of input. Bytes that are no UTF-8 are told, and read as U+FFFD."""
+        line = self.next_line()
+        if line is None or line.isascii():
+            return line
+        read = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        if read != line:
+            self.say(f"input: expected UTF-8, found other bytes, read as {REPLACED}; set the terminal to UTF-8")
+        return read
+
+    def next_line(self) -> str | None:
+        """The next line as it comes, None at the end of input."""
         if not self.interactive:
             return self.stdin.readline() or None
         try:

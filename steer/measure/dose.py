@@ -149,5 +149,6 @@ def neutral_replies(
     """The untouched model's replies to neutral prompts: the text that divergences are taken on."""
     chats: list[list[Message]] = [[{"role": "user", "content": p}] for p in prompts]
     sampler = Sampler(max_new_tokens=tokens, temperature=0.7, top_k=40, repetition_penalty=1.05)
-    made = model.replies(chats, sampler, on_tokens=on_tokens)
+    with model.untouched():
+        made = model.replies(chats, sampler, on_tokens=on_tokens)
     return [Reply(tuple(c), tuple(r), model.text(r)) for c, r in zip(chats, made, strict=True) if r]

@@ -59,6 +59,8 @@ class Reference:
         """Run the untouched model over its replies once."""
         texts = tuple((model.prompt_ids(r.chat), r.ids) for r in replies)
         hidden: dict[int, Tensor] = {i: rows[0].clone() for i, rows in _hidden(model, texts, [None])}
+        for rows in hidden.values():
+            model.check_finite(rows)
         return cls(texts, tuple(hidden[i] for i in range(len(texts))), head_of(model))
 
     def kl(self, model: SteeredModel, edit: Edit | None) -> float:
@@ -171,7 +173,7 @@ def text_entropies(
     model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, limit: int = 256
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
     """The cross-entropy of each text in nats, summed over its tokens, and how many there are; the first is context."""
-    ids = [model.tokenizer(text, add_special_tokens=False).input_ids[:limit] for text in texts]
+    ids = [model.encode(text)[: min(limit, model.context)] for text in texts]
     rows = [(i[:1], i[1:]) for i in ids if len(i) > 1]
     return _entropies(model, rows, edit), np.array([float(len(rest)) for _, rest in rows])
 

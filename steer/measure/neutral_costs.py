@@ -42,7 +42,7 @@ class NeutralCosts:
         # What stands before the text, and the text, as token ids.
         self.replies = [(p, r[:TEXT_TOKENS]) for p, r in zip(self.prompts, untouched, strict=True) if r][-TEXTS:]
         # The half that searches for bakes do not see.
-        passages = [model.tokenizer(p).input_ids[: TEXT_TOKENS + 1] for p in plain_paragraphs()[1][:PASSAGES]]
+        passages = [model.encode(p, frame=True)[: TEXT_TOKENS + 1] for p in plain_paragraphs()[1][:PASSAGES]]
         self.prose = [(ids[:1], ids[1:]) for ids in passages]
 
     def repetitions(self, edits: Sequence[Edit | None]) -> list[float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
+from steer.errors import SteerError
 from steer.features.contrast import Contrast
 from steer.values.trait import Trait
 
@@ -37,7 +39,8 @@ class Scorer:
         texts = [r.text for r in (*contrast.fit_with, *contrast.fit_without)]
         labels = [1] * len(contrast.fit_with) + [0] * len(contrast.fit_without)
         counts, judge = _classifier()
-        judge.fit(counts.fit_transform(texts), labels)
+        with _told_apart(contrast.trait):
+            judge.fit(counts.fit_transform(texts), labels)
         held = [r.text for r in (*contrast.held_out_with, *contrast.held_out_without)]
         truth = [1] * len(contrast.held_out_with) + [0] * len(contrast.held_out_without)
         trait = contrast.trait
@@ -73,14 +76,28 @@ def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
     replies = [r for side in sides for r in side]
     labels = np.array([1] * len(sides[0]) + [0] * len(sides[1]))
     topics = [r.chat[-1]["content"] for r in replies]
-    judged = cross_val_predict(
-        make_pipeline(*_classifier()), [r.text for r in replies], labels, groups=topics, cv=GroupKFold(folds)
-    )
+    cv = GroupKFold(min(folds, len(set(topics))))  # topics may have gone with their empty replies
+    with _told_apart(contrast.trait):
+        judged = cross_val_predict(
+            make_pipeline(*_classifier()), [r.text for r in replies], labels, groups=topics, cv=cv
+        )
     kept = [[r for r, j, k in zip(replies, judged, labels, strict=True) if j == k == side] for side in (1, 0)]
     # A model that ignores its instructions would leave next to nothing: then all of it is better.
     if min(map(len, kept)) < len(replies) // 8:
         return contrast
     return replace(contrast, fit_with=tuple(kept[0]), fit_without=tuple(kept[1]))
+
+
+@contextmanager
+def _told_apart(trait: Trait) -> Iterator[None]:
+    """scikit-learn's ValueError, as for replies that share no word, as one line."""
+    try:
+        yield
+    except ValueError as e:
+        found = " ".join(str(e).split())
+        raise SteerError(
+            f"trait {trait.name!r}: expected replies that a classifier on words can learn from, found: {found}"
+        ) from e
 
 
 def _classifier() -> tuple[TfidfVectorizer, LogisticRegression]:

@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from steer.errors import UsageError
 from steer.features.pooling import check_fits, kept
-from steer.live.forward import changed_output, chunks, hidden_states, logits_in_chunks, padded
+from steer.live.forward import changed_output, chunks, hidden_states, logits_in_chunks
 from steer.live.model import SteeredModel
 from steer.live.record import reading
+from steer.live.tokens import padded
 from steer.values.dictionary import Dictionary
 
 Replacement = Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]]
@@ -78,7 +79,7 @@ def cross_entropies(
     plain = 0.0
     for ids, attention in _batches(model, rows, batch_tokens):
         seen: list[Tensor] = []
-        with reading(model.hf, model.anatomy, [site], lambda _, h, s=seen: s.append(h)):
+        with model.untouched(), reading(model.hf, model.anatomy, [site], lambda _, h, s=seen: s.append(h)):
             hidden = hidden_states(model, ids, attention)
         h = seen[0]
         replaced = attention.bool().to(h.device) & kept(dictionary, h)
@@ -110,7 +111,8 @@ def cross_entropies(
                 h[where] = by(h[where]).to(h.device, h.dtype)
                 return h
 
-            with changed_output(model.hf.get_submodule(model.anatomy.block_module(site)), splice):
+            block = model.hf.get_submodule(model.anatomy.block_module(site))
+            with model.untouched(), changed_output(block, splice):
                 hidden = hidden_states(model, b.ids, b.attention)
             loss += _loss(model, hidden, b)
             _tell(on_tokens, b.attention)
@@ -128,7 +130,7 @@ def _batches(model: SteeredModel, rows: Sequence[list[int]], batch_tokens: int) 
         end = start + 1
         while end < len(rows) and (end + 1 - start) * len(rows[end]) <= batch_tokens:
             end += 1
-        yield padded(rows[start:end], model.pad_token_id, model.device)
+        yield padded(rows[start:end], device=model.device)
         start = end
 
 

@@ -96,6 +96,11 @@ class Dictionary:
         return str(named) if named else self.place.name if self.place is not None else "dictionary"
 
     @cached_property
+    def placed(self) -> dict[Any, Any]:
+        """What was made of this dictionary on a device, kept as long as the dictionary is."""
+        return {}
+
+    @cached_property
     def decoder_norms(self) -> Float[Tensor, " m"]:
         """The norm of every decoder row, fp32 at least."""
         return _wide(self.W_dec).norm(dim=-1)

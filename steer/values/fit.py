@@ -15,6 +15,9 @@ from steer.values.dictionary import Dictionary
 OUTLIER = 10.0
 """Tokens whose norm is over this many times the median are left out: attention sinks, BOS."""
 
+AT_ONCE = 1 << 24
+"""Activations held in memory at a time: 64 MB in fp32."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -54,10 +57,11 @@ def measure_fit(dictionary: Dictionary, batches: Iterable[Float[Tensor, "n d"]])
         outliers += len(kept) - len(x)
         if not len(x):
             continue
-        acts = dictionary.encode(x)
-        error += float((x - dictionary.decode(acts, like=x)).double().square().sum())
-        active += int((acts > 0).sum())
-        fired |= (acts > 0).any(0).cpu()
+        for part in x.split(max(1, AT_ONCE // dictionary.latents)):
+            acts = dictionary.encode(part)
+            error += float((part - dictionary.decode(acts, like=part)).double().square().sum())
+            active += int((acts > 0).sum())
+            fired |= (acts > 0).any(0).cpu()
         # Means and squared distances of two groups join exactly (Chan et al. 1979): no second pass, no cancellation.
         wide = x.double()
         here = wide.mean(0)

@@ -10,6 +10,10 @@ from steer.errors import SteerError, UsageError
 from steer.values.names import check_name
 from steer.values.small_files import read_yaml, shown
 
+FIT_TOPICS, HELD_OUT_TOPICS = 8, 4
+"""The least that a direction is fitted on and measured on. Replies are judged in eight folds by topic, and an AUROC
+over fewer than four topics says nothing."""
+
 
 @dataclass(frozen=True)
 class Trait:
@@ -68,14 +72,13 @@ class Trait:
             raise SteerError(str(e)) from e
         for key in lists:
             value = raw.get(key)
-            if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+            if not isinstance(value, list):
                 raise SteerError(f"{path}: expected a list of texts under {key!r}, found {type(value).__name__}")
-        shared = set(raw["fit"]) & set(raw["held_out"])
-        if shared:
-            raise SteerError(
-                f"{path}: topic {shown(min(shared))} is in both 'fit' and 'held_out'; held-out topics must be unseen"
-            )
-        return cls(
+            other = [v for v in value if not isinstance(v, str) or not v.strip()]
+            if other or not value:
+                found = f"{shown(other[0])} among them" if other else "none"
+                raise SteerError(f"{path}: expected at least one text under {key!r}, found {found}; fill it in")
+        made = cls(
             name=raw["name"],
             summary=raw["summary"].strip(),
             with_instruction=raw["with"].strip(),
@@ -84,6 +87,39 @@ class Trait:
             fit=tuple(raw["fit"]),
             held_out=tuple(raw["held_out"]),
         )
+        made.check(str(path))
+        return made
+
+    def check(self, where: str | None = None) -> None:
+        """Raise where no direction can be found with this trait, before replies are written for minutes. `where` is
+        the file it stands in.
+
+        Errors: SteerError for too few topics, a topic that occurs twice, and instructions that are the same.
+        """
+        where = where or f"trait {self.name!r}"
+        if _plain(self.with_instruction) == _plain(self.without_instruction):
+            raise SteerError(f"{where}: expected opposite instructions under 'with' and 'without', found the same")
+        places: dict[str, str] = {}
+        for place, topics in (("fit", self.fit), ("held_out", self.held_out)):
+            for topic in topics:
+                first = places.setdefault(_plain(topic), place)
+                if first != place:
+                    raise SteerError(
+                        f"{where}: topic {shown(topic)} is in both 'fit' and 'held_out'; held-out topics must be unseen"
+                    )
+            if len({_plain(t) for t in topics}) < len(topics):
+                twice = next(t for i, t in enumerate(topics) if _plain(t) in map(_plain, topics[:i]))
+                raise SteerError(f"{where}: topic {shown(twice)} is twice under {place!r}; expected different topics")
+        for place, topics, least in (("fit", self.fit, FIT_TOPICS), ("held_out", self.held_out, HELD_OUT_TOPICS)):
+            if len(topics) < least:
+                raise SteerError(
+                    f"{where}: expected at least {least} topics under {place!r}, found {len(topics)}; add some"
+                )
+
+
+def _plain(text: str) -> str:
+    """A text as it is compared: two topics that differ in blanks or case are one."""
+    return " ".join(text.casefold().split())
 
 
 def shipped_traits() -> tuple[str, ...]:

@@ -25,8 +25,8 @@ from steer.features.documents import documents
 from steer.features.harvest import harvest
 from steer.features.passes import batches_by_length, default_batch_tokens
 from steer.live import attention
-from steer.live.forward import padded
 from steer.live.model import SteeredModel
+from steer.live.tokens import padded
 
 PLAIN = Path(__file__).parents[2] / "steer/measure/texts/plain.txt"
 BAR, PEER, FULL = 0.97, 0.985, 0.44
@@ -50,7 +50,7 @@ def main(
         file, made = fixed_text(live, text, tokens, Path(folder))
         numbered = enumerate(documents(live, str(file)))
         sorted_by_length = batches_by_length(numbered, default_batch_tokens(live))
-        batches = [padded([d.ids for _, d in b], live.pad_token_id)[0] for b in sorted_by_length]
+        batches = [padded([d.ids for _, d in b])[0] for b in sorted_by_length]
         shares: dict[str, list[float]] = {"harvest": [], "output_hidden_states": []}
         rates: list[float] = []
         bare(live, batches[:1], site)

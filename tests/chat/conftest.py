@@ -50,7 +50,7 @@ def byte_checkpoint(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.Te
 def model(checkpoint: Path) -> SteeredModel:
     """It, loaded; its replies are as long as they may be."""
     model = load(checkpoint)
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     model.tokenizer.eos_token = None
     return model
 

@@ -9,10 +9,11 @@ import torch
 import yaml
 
 from steer.features.records import Context, FeatureRecord, TraitScore, write_records
-from steer.live.library import own_dictionary_place
+from steer.live.library import register_dictionary
 from steer.live.model import SteeredModel
 from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import save_dictionary
+from steer.weights.fetch import home
 
 M = 24
 
@@ -29,7 +30,7 @@ def keep_dictionary(model: SteeredModel, name: str = "tiny", site: int = 1) -> P
         "jumprelu", rand(width, M) / width**0.5, rand(M) * 0.1, rand(M, width) / width**0.5, rand(width) * 0.1,
         threshold=rand(M).abs() * 0.3, site=site, norm=5.0,
     )  # fmt: skip
-    place = own_dictionary_place(model.sketch(), name)
+    place = home() / "trained" / name
     save_dictionary(dictionary, place)
     words = ["mercy", "sin", "law", "hello", "ships"]
     records = [
@@ -53,4 +54,5 @@ def keep_dictionary(model: SteeredModel, name: str = "tiny", site: int = 1) -> P
     (place / "traits" / "moralizing.json").write_text(json.dumps(ranking))
     header = {"name": name, "site": site, "norm": 5.0, "sketch": model.sketch().to_header()}
     (place / "manifest.json").write_text(json.dumps(header))
+    register_dictionary(place, name, model.sketch())
     return place

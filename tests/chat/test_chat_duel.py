@@ -62,7 +62,7 @@ def test_one_reply_may_end_before_the_other(new_chat, model):
     texts = [s.text.split() for s in duel.shown]
     ends = next(w for w in texts[0] if w not in texts[1])
     at = texts[0].index(ends)
-    model.hf.generation_config.eos_token_id = model.tokenizer.convert_tokens_to_ids(ends)
+    model.end_token_ids = frozenset([model.tokenizer.convert_tokens_to_ids(ends)])
     duel = chat.duel("hello", chat.side("plain"), chat.side("now"))
     assert duel.wait(20)
     assert [s.text.split() for s in duel.shown] == [texts[0][:at], texts[1]]

@@ -26,7 +26,7 @@ from steer.values.when import When
 def model(checkpoint):
     """In fp64: what is read is compared exactly."""
     model = load(checkpoint, dtype=torch.float64)
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     model.tokenizer.eos_token = None
     return model
 

@@ -114,7 +114,7 @@ def test_an_ended_reply_that_is_lengthened_does_not_end_at_once(chat, model):
     at = next(i for i in range(2, 12) if ids[i] not in ids[:i])
     ends = ids[at]
     chat.delete(chat.path()[0].id)
-    model.hf.generation_config.eos_token_id = [ends]
+    model.end_token_ids = frozenset([ends])
     reply = say(chat)
     assert (reply.written.ending, len(reply.written.ids)) == ("ended", at)
     chat.lengthen()
@@ -231,7 +231,7 @@ def test_a_reply_that_breaks_off_keeps_its_words_and_one_without_any_is_taken_ba
 def test_an_empty_reply_is_taken_back_and_said(chat, model):
     first = say(chat).written.ids[0]
     chat.clear()
-    model.hf.generation_config.eos_token_id = [first]
+    model.end_token_ids = frozenset([first])
     say(chat)
     assert texts(chat) == ["hello"]
     assert "empty reply" in chat.last_error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from steer.chat.turns import Turns, turns_of
 
 
@@ -37,6 +39,30 @@ def test_an_exception_hands_the_turn_on():
         pass
     with turns.turn():
         assert turns.waiting == 1
+    assert turns.waiting == 0
+
+
+def test_whoever_is_interrupted_while_waiting_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, after = Turns(), threading.Event()
+
+    def interrupted(self: threading.Event, timeout: float | None = None) -> bool:
+        raise KeyboardInterrupt
+
+    with turns.turn():
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Event, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt), turns.turn():
+                pytest.fail("it is somebody else's turn")
+        assert turns.waiting == 1
+
+    def next_one() -> None:
+        with turns.turn():
+            after.set()
+
+    thread = threading.Thread(target=next_one, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert after.is_set()
     assert turns.waiting == 0
 
 

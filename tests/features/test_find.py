@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_chat import save_tiny_chat
 
+from steer.errors import SteerError
 from steer.features.contrast import Contrast, Reply
 from steer.features.find import candidates, finished_direction, orthogonal
 from steer.features.residuals import reply_means, reply_tokens
 from steer.live.model import SteeredModel, load
+from steer.measure.scorer import Scorer, clear_replies
 from steer.values.trait import Trait
 
 
@@ -90,3 +93,20 @@ def test_orthogonal_leaves_nothing_along_the_other_vector() -> None:
     torch.manual_seed(0)
     vectors, to = torch.randn(4, 64, dtype=torch.float64), torch.randn(4, 64, dtype=torch.float64) * 100
     assert (orthogonal(vectors, to) * to).sum(-1).abs().max() < 1e-12
+
+
+def test_replies_that_are_all_empty_are_told_before_anything_is_read(contrast: Contrast) -> None:
+    two = tuple(Reply(({"role": "user", "content": w},), (9,), w) for w in ("ba", "be"))
+    contrast = replace(contrast, fit_with=two, fit_without=two)
+    contrast.check()
+    for part, says in (("held_out_with", "found 0"), ("fit_without", "found 0"), ("neutral", "found 0")):
+        with pytest.raises(SteerError, match=f"expected replies to the topics of {part}, {says}"):
+            replace(contrast, **{part: ()}).check()
+
+
+def test_replies_without_a_word_in_common_are_an_error_of_one_line(model: SteeredModel, contrast: Contrast) -> None:
+    other = tuple(Reply(({"role": "user", "content": w},), (9,), w) for w in ("ba", "be", "bi", "bo"))
+    alike = replace(contrast, fit_with=other[:2], fit_without=other[2:])
+    for judge in (Scorer.train, clear_replies):
+        with pytest.raises(SteerError, match="expected replies that a classifier on words can learn from"):
+            judge(alike)

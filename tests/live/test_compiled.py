@@ -56,7 +56,7 @@ def sliders(make_direction):
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiled_decoding_gives_the_plain_models_tokens_and_moving_sliders_compiles_nothing(model, sliders, backend):
-    model.hf.generation_config.eos_token_id = 3
+    model.end_token_ids = frozenset([3])
     settings = [
         {},
         {"one": 2.0},
@@ -105,7 +105,7 @@ def test_a_slider_that_moves_in_mid_reply_is_felt_by_compiled_code(model, make_d
 
 
 def test_one_compilation_serves_every_length_and_what_other_texts_are_read_with(model):
-    model.hf.generation_config.eos_token_id = 3
+    model.end_token_ids = frozenset([3])
     long = replace(GREEDY, max_new_tokens=100)  # more than the room that a cache makes at a time
     texts = [[5], PROMPT, PROMPT * 3]
     plain = [written(model, long, t) for t in texts]
@@ -126,14 +126,14 @@ def test_one_compilation_serves_every_length_and_what_other_texts_are_read_with(
 )
 def test_windows_biases_and_norms_of_other_architectures(tiny_llama, tmp_path, architecture, config):
     model = load(save_tiny_chat(tiny_llama, tmp_path, architecture=architecture, **config))
-    model.hf.generation_config.eos_token_id = 3
+    model.end_token_ids = frozenset([3])
     plain = written(model, replace(GREEDY, max_new_tokens=30))
     model.compile(backend="eager")
     assert written(model, replace(GREEDY, max_new_tokens=30)) == plain
 
 
 def test_hooks_inside_of_blocks_are_felt_whoever_put_them_there(model, make_direction):
-    model.hf.generation_config.eos_token_id = 3
+    model.end_token_ids = frozenset([3])
     keep = Edit((make_direction("one"),), method=Method(norm_preserving=True))
     norm = model.hf.model.layers[1].post_attention_layernorm
 
@@ -154,7 +154,7 @@ def test_hooks_inside_of_blocks_are_felt_whoever_put_them_there(model, make_dire
 
 
 def test_a_reply_goes_on_where_compiling_begins_and_ends(model):
-    model.hf.generation_config.eos_token_id = 3
+    model.end_token_ids = frozenset([3])
     plain = written(model, GREEDY)
     steps, said = decode(model, [PROMPT], GREEDY), []
     model.compile(backend="eager")

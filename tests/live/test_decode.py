@@ -23,7 +23,7 @@ PROMPTS = [[1, 4, 20, 33, 5], [1, 4, 71, 5], [1, 3, 9, 8, 7, 6, 4, 50, 5]]
 @pytest.fixture
 def endless(model64: SteeredModel) -> SteeredModel:
     """A model without an end token: every reply has its full length."""
-    model64.hf.generation_config.eos_token_id = []
+    model64.end_token_ids = frozenset()
     return model64
 
 
@@ -76,7 +76,7 @@ def test_rows_that_end_early_leave_the_batch_and_change_no_other(endless, edits)
     where = {t: {r.index(t) for r in whole if t in r} for t in range(97)}
     end = max(where, key=lambda t: len(where[t]) * any(t not in r for r in whole))
     assert len(where[end]) > 1
-    endless.hf.generation_config.eos_token_id = end
+    endless.end_token_ids = frozenset([end])
     with endless.steering.applied(each):
         steps = list(decode(endless, prompts, DRAWN))
         cut = generate(endless, prompts, DRAWN)
@@ -105,7 +105,7 @@ def test_replies_come_in_the_order_asked_for_whatever_the_batches(model64, moral
 
 
 def test_a_slider_moved_in_mid_stream_changes_the_next_token_and_no_earlier_one(model, moral):
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     sampling = {"temperature": 0.0, "max_new_tokens": 10}
     plain = list(model.stream("hello lie", **sampling))
     assert len(plain) == 10
@@ -128,7 +128,7 @@ def test_a_slider_moved_in_mid_stream_changes_the_next_token_and_no_earlier_one(
 
 def test_an_abandoned_stream_disturbs_no_batch_that_is_being_written(endless, edits):
     each, ending = list(edits.values())[:3], replace(DRAWN, max_new_tokens=40)
-    endless.hf.generation_config.eos_token_id = list(range(60, 70))
+    endless.end_token_ids = frozenset(range(60, 70))
     single = decode(endless, PROMPTS[:1], DRAWN)
     next(single)
     with endless.steering.applied(each):
@@ -144,16 +144,18 @@ def test_an_abandoned_stream_disturbs_no_batch_that_is_being_written(endless, ed
 
 
 def test_the_repetition_penalty_sees_no_padding(endless):
-    # The padding token is the likeliest one here: were padding penalised, the padded row would differ.
-    prompt, sampler = PROMPTS[1], replace(GREEDY, max_new_tokens=1, repetition_penalty=5.0)
-    first = generate(endless, [prompt], sampler)[0][0]
-    endless.tokenizer.pad_token_id = first
-    assert generate(endless, [prompt, PROMPTS[2]], sampler)[0] == [first]
+    # Rows are filled up with token 0, which is the likeliest here: were padding penalised, the padded row would differ.
+    prompt = PROMPTS[1]
+    logits = endless.hf(input_ids=torch.tensor([prompt])).logits[0, -1].detach()
+    likelier = ((0, float(logits.max() - logits[0]) + 0.5),)
+    sampler = replace(GREEDY, max_new_tokens=1, repetition_penalty=5.0, logit_bias=likelier)
+    assert generate(endless, [prompt], sampler)[0] == [0]
+    assert generate(endless, [prompt, PROMPTS[2]], sampler)[0] == [0]
 
 
 def test_pieces_are_whole_characters_and_add_up_to_the_reply(tiny_llama, tmp_path):
     model = load(save_tiny_chat(tiny_llama, tmp_path / "bytes", by_bytes=True))
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     chat = [{"role": "user", "content": "où, ça?"}]
     sampler = Sampler(max_new_tokens=80, temperature=1.5)
     made = model.replies([chat], sampler)[0]
@@ -163,7 +165,7 @@ def test_pieces_are_whole_characters_and_add_up_to_the_reply(tiny_llama, tmp_pat
 
 
 def test_after_an_exception_in_mid_stream_no_hook_is_left(model, moral):
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     pieces = model.stream("hello", max_new_tokens=5)
     with pytest.raises(ZeroDivisionError), model.steered({moral: 1.0}):
         next(pieces).index("") / 0

@@ -197,7 +197,7 @@ def test_rows_may_move_features_of_their_own(model64, ids, edits):
 @pytest.fixture
 def endless(model64: SteeredModel) -> SteeredModel:
     """A model without an end token: every reply has its full length."""
-    model64.hf.generation_config.eos_token_id = []
+    model64.end_token_ids = frozenset()
     return model64
 
 
@@ -225,14 +225,14 @@ def test_rows_that_leave_the_batch_change_no_other_and_each_is_as_alone(endless,
     where = {t: {r.index(t) for r in whole if t in r} for t in range(97)}
     end = max(where, key=lambda t: len(where[t]) * any(t not in r for r in whole))
     assert len(where[end]) > 1
-    endless.hf.generation_config.eos_token_id = end
+    endless.end_token_ids = frozenset([end])
     with endless.steering.applied(each):
         assert generate(endless, prompts, DRAWN) == [r[: r.index(end)] if end in r else r for r in whole]
 
 
 def test_what_is_applied_for_a_moment_disturbs_no_batch_that_is_being_written(endless, edits):
     each, sampler = list(edits.values())[:3], replace(DRAWN, max_new_tokens=40)
-    endless.hf.generation_config.eos_token_id = list(range(60, 70))
+    endless.end_token_ids = frozenset(range(60, 70))
     with endless.steering.applied(each):
         quiet = [s.tokens for s in decode(endless, PROMPTS, sampler)]
         steps = []

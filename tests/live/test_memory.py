@@ -35,7 +35,7 @@ FIRST = [1, 4, 20, 33, 9, 5]
 def endless(chat_checkpoint: Path) -> SteeredModel:
     """A tiny model, all of it in fp64, whose replies never end."""
     model = exact(load(chat_checkpoint, dtype=torch.float64))
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     return model
 
 
@@ -188,7 +188,7 @@ def test_a_pass_that_is_broken_off_is_not_taken_for_read(endless, token, block):
 def test_a_window_that_has_let_tokens_go_is_read_again(tiny_llama: Callable[..., Path], tmp_path: Path):
     place = save_tiny_chat(tiny_llama, tmp_path / "mistral", architecture="Mistral", sliding_window=8)
     model = exact(load(place, dtype=torch.float64))
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     memory = Memory()
     # Cut while all of it is held; then whatever does not go on from where it was is read anew.
     for prompt, read in ((FIRST[:2], 2), ([1, 4, 31], 1), (FIRST, 6), ([*FIRST, 31], 7), (FIRST[:4], 4)):

@@ -74,7 +74,7 @@ def test_replies_are_the_same_whether_or_not_their_beginnings_are_shared(model: 
         [e for e in range(len(edits)) for _ in TEXTS * 2],
         list(range(12)) * 4,
     )
-    model.hf.generation_config.eos_token_id = list(range(30, 40))  # so that rows leave the batch at different steps
+    model.end_token_ids = frozenset(range(30, 40))  # so that rows leave the batch at different steps
     with model.steering.applied(edits):
         shared = generate(model, prompts, DRAWN, keys, which=which)
         read = sum(fed)
@@ -87,9 +87,9 @@ def test_replies_are_the_same_whether_or_not_their_beginnings_are_shared(model: 
 
 
 def test_residuals_summed_while_replies_are_written_are_those_of_a_second_pass(model64: SteeredModel):
-    model64.hf.generation_config.eos_token_id = []
+    model64.end_token_ids = frozenset()
     # An end token that some rows come to.
-    model64.hf.generation_config.eos_token_id = generate(model64, TEXTS, DRAWN)[0][4]
+    model64.end_token_ids = frozenset([generate(model64, TEXTS, DRAWN)[0][4]])
     sums = torch.zeros(model64.anatomy.blocks, len(TEXTS), model64.anatomy.width)
     made = generate(model64, TEXTS, DRAWN, sums=sums)
     assert {len(m) < DRAWN.max_new_tokens for m in made} == {True, False}

@@ -286,7 +286,7 @@ def test_a_new_change_ends_what_could_be_done_again(model64):
 
 
 def test_a_switch_of_profile_in_mid_reply_is_felt_by_the_next_token_and_undone(model64):
-    model64.hf.generation_config.eos_token_id = []
+    model64.end_token_ids = frozenset()
     session = Session(model64, sampler=Sampler(max_new_tokens=6, temperature=0, repetition_penalty=1.0))
 
     def reply(at: dict[int, Callable[[], object]]) -> list[str]:

@@ -54,7 +54,7 @@ MOVES = {
 def endless(chat_checkpoint: Path) -> SteeredModel:
     """A tiny model, all of it in fp64, whose replies never end."""
     model = exact(load(chat_checkpoint, dtype=torch.float64))
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     return model
 
 
@@ -175,7 +175,7 @@ def test_a_slider_that_never_fired_is_a_warning(endless, why):
 
 
 def test_a_session_warns_of_a_slider_that_its_last_reply_never_met(model):
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     session = Session(model, sampler=Sampler(max_new_tokens=4))
     session.sliders.put(Slider(D[0], "clamp", When(after=9)), 0.1)
     list(session.reply("hello"))

@@ -84,6 +84,25 @@ def test_deleting_a_slider_is_setting_it_to_0(model, moral):
     assert (model.sliders["moral"], len(model.sliders), hooks_on(model)) == (0.0, 0, 0)
 
 
+def test_sliders_are_a_mapping_whose_members_are_those_that_were_set(model, moral):
+    sliders = model.sliders
+    sliders.put(moral)
+    sliders.reset()
+    assert sliders.get("nonsense") is None
+    assert sliders.get("moral", 9.0) == 9.0
+    assert sliders["moral"] == 0.0
+    assert "moral" not in sliders
+    for absent in (lambda: sliders["nonsense"], lambda: sliders.__delitem__("moral"), lambda: sliders.pop("nonsense")):
+        with pytest.raises(KeyError, match=r"slider '(nonsense|moral)': expected"):
+            absent()
+    assert sliders.pop("moral", None) is None
+    assert sliders.setdefault("moral", 0.5) == 0.5
+    assert sliders.setdefault("moral", 0.7) == 0.5
+    assert dict(sliders) == {"moral": 0.5}
+    assert sliders.pop("moral") == 0.5
+    assert not sliders
+
+
 def test_the_warning_comes_when_the_sum_at_a_site_reaches_the_budget(model, make_direction):
     def direction(name: str, site: int) -> Direction:
         made = make_direction(name, site=site, seed=site)

@@ -37,7 +37,7 @@ def plain_reply(model: SteeredModel, *turns: str, system: str | None = None) -> 
 
 @pytest.fixture
 def model(model: SteeredModel) -> SteeredModel:
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     return model
 
 

@@ -75,7 +75,8 @@ EDITS = {"none": None} | {name: edit(name) for name in WHENS}
 def endless(chat_checkpoint: Path) -> SteeredModel:
     """A tiny model, all of it in fp64, whose replies never end."""
     model = exact(load(chat_checkpoint, dtype=torch.float64))
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
+    model.hf.generation_config.eos_token_id = []  # for what transformers itself generates
     return model
 
 
@@ -167,11 +168,11 @@ def test_rows_that_leave_the_batch_change_no_other(endless):
         where = {t: {r.index(t) for r in whole if t in r} for t in range(97)}
         end = max(where, key=lambda t: len(where[t]) * any(t not in r for r in whole))
         assert len(where[end]) > 1
-        endless.hf.generation_config.eos_token_id = end
+        endless.end_token_ids = frozenset([end])
         try:
             cut = generate(endless, prompts, GREEDY)
         finally:
-            endless.hf.generation_config.eos_token_id = []
+            endless.end_token_ids = frozenset()
     assert cut == [r[: r.index(end)] if end in r else r for r in whole]
 
 

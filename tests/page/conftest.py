@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import keep_direction, save_tiny_chat
+from tiny_chat import ENDLESS, keep_direction, save_tiny_chat
 
 from steer.features.records import Context, FeatureRecord
-from steer.live.library import own_dictionary_place
+from steer.live.library import register_dictionary
 from steer.live.model import load
 from steer.values.dictionary import Dictionary
 from steer.values.dictionary_files import FEATURES, save_dictionary
@@ -44,7 +44,7 @@ def keep_dictionary(checkpoint: Path) -> None:
         rand(WIDTH) * 0.1, site=1, norm=5.0, threshold=rand(LATENTS).abs() * 0.3,
     )  # fmt: skip
     sketch = load(checkpoint).sketch()
-    place = own_dictionary_place(sketch, "tiny")
+    place = checkpoint.parent / "trained"
     save_dictionary(dictionary, place)
     rows = [
         FeatureRecord(
@@ -56,6 +56,7 @@ def keep_dictionary(checkpoint: Path) -> None:
     (place / FEATURES).write_text("".join(json.dumps(r) + "\n" for r in rows))
     header = {"name": "tiny", "site": 1, "norm": 5.0, "sketch": sketch.to_header()}
     (place / "manifest.json").write_text(json.dumps(header))
+    register_dictionary(place, "tiny", sketch)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def tiny_page_home(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEER_HOME", str(folder / "home"))
         checkpoint = save_tiny_chat(
-            tiny_llama, folder / "chat", eos_token_id=10_000, max_position_embeddings=4096, num_hidden_layers=DEPTH
+            tiny_llama, folder / "chat", **ENDLESS, max_position_embeddings=4096, num_hidden_layers=DEPTH
         )
         keep_direction(checkpoint, make_direction("moral"))
         keep_dictionary(checkpoint)
@@ -79,14 +80,18 @@ def tiny_page_home(
 
 @contextmanager
 def served(folder: Path, *model: str) -> Iterator[str]:
-    """The page, started as a user starts it, with `folder`/home for its STEER_HOME."""
+    """The page, started as a user starts it on a machine that never ran Streamlit: an empty home directory, and an
+    input that is open and says nothing. `folder`/home is its STEER_HOME."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    user = folder / "user"
+    user.mkdir(exist_ok=True)
     quiet = {"OMP_NUM_THREADS": "1", "STEER_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    quiet |= {"HOME": str(user), "BROWSER": "true"}  # what it opens the page with
     server = subprocess.Popen(
-        [sys.executable, "-c", "from steer.cli import main; main()", "ui", *model, "--headless", "--port", str(port)],
-        cwd=folder, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", "from steer.cli import main; main()", "ui", *model, "--port", str(port)],
+        cwd=folder, env=os.environ | quiet, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:

@@ -189,3 +189,19 @@ def test_tokens_over_ten_times_the_median_norm_are_left_out_and_counted(norm):
     assert replace(fit, fvu=0) == replace(without, fvu=0, outliers=1)
     with pytest.raises(UsageError, match="at least one token"):
         measure_fit(ours, [])
+
+
+def test_a_fit_is_measured_a_bounded_number_of_activations_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1000, D, generator=torch.Generator().manual_seed(1))
+    ours = from_sae(random_sae("standard"))
+    whole, encode = measure_fit(ours, [x]), Dictionary.encode
+    sizes: list[int] = []
+
+    def counted(self: Dictionary, part: Tensor) -> Tensor:
+        sizes.append(len(part))
+        return encode(self, part)
+
+    monkeypatch.setattr("steer.values.fit.AT_ONCE", 100 * M)
+    monkeypatch.setattr(Dictionary, "encode", counted)
+    assert measure_fit(ours, [x]).fvu == pytest.approx(whole.fvu, rel=1e-9)
+    assert sizes == [100] * 10

@@ -20,6 +20,8 @@ BAD = [
     "noir.YAML", "𝐚" * 64, 3, None, ["a"], True,
 ]  # fmt: skip
 
+TOPICS = {"fit": [f"fit {n}" for n in range(8)], "held_out": [f"held out {n}" for n in range(4)]}
+
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_name_is_letters_digits_and_three_marks(name):
@@ -37,7 +39,7 @@ def test_paths_commands_and_control_characters_are_no_names(name):
 @pytest.mark.parametrize("name", [n for n in BAD if isinstance(n, str)])
 def test_a_trait_s_name_is_checked_when_its_file_is_read(tmp_path: Path, name):
     file = tmp_path / "t.yaml"
-    raw = {"name": name, "summary": "s", "with": "w", "without": "o", "markers": ["m"], "fit": ["a"], "held_out": ["b"]}
+    raw = {"name": name, "summary": "s", "with": "w", "without": "o", "markers": ["m"]} | TOPICS
     file.write_text(yaml.safe_dump(raw), encoding="utf-8", errors="surrogatepass")
     with pytest.raises(SteerError) as caught:
         Trait.load(file)

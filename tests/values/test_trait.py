@@ -14,14 +14,14 @@ from steer.errors import SteerError, UsageError
 from steer.values.trait import NeutralPrompts, Trait, shipped_traits
 
 TUNES = Path(__file__).parents[2] / "examples" / "merge" / "tunes"
-GOOD = {
+GOOD: dict[str, Any] = {
     "name": "dry",
     "summary": "Says it dryly.",
     "with": "Be dry.",
     "without": "Be warm.",
     "markers": ["indeed"],
-    "fit": ["Hello.", "How was the day?"],
-    "held_out": ["Any news?"],
+    "fit": ["Hello.", *(f"How was day {n}?" for n in range(7))],
+    "held_out": ["Any news?", "Any rain?", "Any snow?", "Any wind?"],
 }
 
 
@@ -80,7 +80,7 @@ def test_a_file_of_one_s_own_is_read(tmp_path: Path) -> None:
     file = tmp_path / "dry.yaml"
     file.write_text(yaml.safe_dump(GOOD))
     trait = Trait.load(file)
-    assert (trait.name, trait.fit, trait.held_out) == ("dry", ("Hello.", "How was the day?"), ("Any news?",))
+    assert (trait.name, trait.fit, trait.held_out) == ("dry", tuple(GOOD["fit"]), tuple(GOOD["held_out"]))
     assert (trait.with_instruction, trait.without_instruction) == ("Be dry.", "Be warm.")
 
 
@@ -100,7 +100,14 @@ def test_an_unknown_name_is_bad_usage_and_names_those_there_are() -> None:
         ({"fit": "Hello."}, "'fit'"),
         ({"held_out": [1, 2]}, "'held_out'"),
         ({"markers": None}, "'markers'"),
-        ({"held_out": ["Hello."]}, "'Hello.' is in both"),
+        ({"markers": []}, "expected at least one text under 'markers', found none"),
+        ({"markers": ["a", " "]}, "expected at least one text under 'markers', found ' ' among them"),
+        ({"held_out": [*GOOD["held_out"], "hello. "]}, "'hello. ' is in both"),
+        ({"fit": GOOD["fit"][:7]}, "expected at least 8 topics under 'fit', found 7"),
+        ({"held_out": GOOD["held_out"][:3]}, "expected at least 4 topics under 'held_out', found 3"),
+        ({"fit": [*GOOD["fit"], "HELLO."]}, "'HELLO.' is twice under 'fit'"),
+        ({"held_out": [*GOOD["held_out"], "Any  news?"]}, "'Any  news?' is twice under 'held_out'"),
+        ({"without": " be DRY."}, "expected opposite instructions under 'with' and 'without', found the same"),
         ({"topics": ["x"]}, "unknown key 'topics'"),
     ],
 )

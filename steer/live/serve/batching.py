@@ -55,7 +55,7 @@ class BatchingEngine:
             if value is not None and value < least:
                 raise UsageError(f"{name}: expected a whole number of at least {least}, found {value}")
         self.model, self.max_running, self.max_waiting = model, max_running, max_waiting
-        most = int(model.hf.config.get_text_config().max_position_embeddings)
+        most = model.context
         if model.anatomy.rotary_limit is not None:  # a longer text would change what the others of a step are read as
             most = min(most, model.anatomy.rotary_limit)
         self._wanted = most if context is None else min(context, most)
@@ -187,8 +187,11 @@ class BatchingEngine:
                 self._fail(text, e)
             return True
         self._batcher.take([0 if token is None else token for token in tokens])
-        for text, token, row in zip(writing, tokens, logits, strict=True):
-            if token is None:
+        finite = logits.amax(-1).isfinite().tolist()
+        for text, token, row, fine in zip(writing, tokens, logits, finite, strict=True):
+            if not fine:
+                self._fail(text, self.model.overflow(text.edit is not None))
+            elif token is None:
                 self._fail(text, nothing_to_draw())
             elif not text.over:
                 self._tell_token(text, token, row)

@@ -68,9 +68,9 @@ def chat_prompt(model: SteeredModel, request: ChatRequest) -> Prompt:
         raise invalid("messages", "one that the assistant's last one replies to", "none", "chat_refused")
     try:
         ids = model.prompt_ids(chat)
+        begun = model.encode(last["content"]) if last else []
     except SteerError as e:
         raise ApiError(400, str(e), param="messages", code="chat_refused") from e
-    begun = model.tokenizer(last["content"], add_special_tokens=False).input_ids if last else []
     return Prompt((*ids, *begun), len(begun))
 
 
@@ -154,13 +154,15 @@ def _completion_prompt(model: SteeredModel, text: str | list[int], echo: bool) -
     if isinstance(text, str):
         # Front ends that write a chat's template themselves begin with the BOS.
         bos = tokenizer.bos_token
-        ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+        try:
+            ids = model.encode(text, frame=not (bos and text.startswith(bos)))
+        except SteerError as e:
+            raise ApiError(400, str(e), param="prompt", code="invalid_value") from e
     else:
         ids = text
-        size = model.hf.get_input_embeddings().weight.shape[0]
-        unknown = [i for i in ids if not 0 <= i < size]
+        unknown = [i for i in ids if not 0 <= i < model.vocabulary]
         if unknown:
-            raise invalid("prompt", f"token ids from 0, below {size}", shown(unknown[0]))
+            raise invalid("prompt", f"token ids from 0, below {model.vocabulary}", shown(unknown[0]))
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:

@@ -108,7 +108,7 @@ class Bench:
         self.on_tokens = on_tokens
         cut = [r for r in neutral if r.ids][: scope.neutral]
         self.neutral = [(model.prompt_ids(r.chat), list(r.ids[:NEUTRAL_TOKENS])) for r in cut]
-        passages = [model.tokenizer(p).input_ids[: PASSAGE_TOKENS + 1] for p in plain_paragraphs()[0][:PASSAGES]]
+        passages = [model.encode(p, frame=True)[: PASSAGE_TOKENS + 1] for p in plain_paragraphs()[0][:PASSAGES]]
         self.prose = [(ids[:1], ids[1:]) for ids in passages]
 
     def tokens(self, edits: int) -> int:

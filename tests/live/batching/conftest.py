@@ -21,7 +21,7 @@ from steer.values.when import Gate, When
 @pytest.fixture
 def endless(model64: SteeredModel) -> SteeredModel:
     """A model without an end token, in fp64: every reply has its full length."""
-    model64.hf.generation_config.eos_token_id = []
+    model64.end_token_ids = frozenset()
     return model64
 
 

@@ -45,7 +45,7 @@ def test_replies_written_at_once_are_those_of_each_job_alone(endless, jobs, read
 def test_it_holds_for_every_attention(architecture, config, tiny_llama, jobs, tmp_path):
     path = save_tiny_chat(tiny_llama, tmp_path / "other", architecture=architecture, **config)
     model = load(path, dtype=torch.float64)
-    model.hf.generation_config.eos_token_id = []
+    model.end_token_ids = frozenset()
     with closing(BatchingEngine(model, max_running=5)) as engine:
         assert model.hf.config._attn_implementation == NAME
         together = [ask(engine, one) for one in jobs]
@@ -109,7 +109,7 @@ def _moved_midway(model: SteeredModel, moral) -> list[int]:
 def test_an_end_token_ends_a_reply_and_is_told(endless, jobs):
     made = by_decoding(endless, job(sampler=LONG))
     end = made[7]
-    endless.hf.generation_config.eos_token_id = [end]
+    endless.end_token_ids = frozenset([end])
     with closing(BatchingEngine(endless)) as engine:
         listener, other = ask(engine, job(sampler=LONG)), ask(engine, jobs[1])
         listener.wait()

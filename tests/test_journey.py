@@ -1,0 +1,104 @@
+"""Train a dictionary, find a trait in it, and use its sliders by name: nothing is copied by hand."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_chat import ENDLESS, WORDS, save_tiny_chat
+
+import steer
+from steer.baking import OnDisk
+from steer.chat.feature_search import Shelf
+from steer.errors import SkippedWarning
+from steer.feature_finding import find_features
+from steer.features.options import TrainOptions
+from steer.features.records import FeatureRecord, write_records
+from steer.live.library import Library, dictionaries_of, dictionary_at, register_dictionary
+from steer.live.model import load
+from steer.live.readings import encoder_rows
+from steer.live.session import Session
+from steer.training import train_dictionary
+from steer.values.dictionary_files import FEATURES, SLIDERS
+from steer.values.profile import Profile, ProfileSlider
+from steer.values.trait import Trait
+from steer.weights.sketch import sketch_files
+
+TRAIT = Trait(
+    "lying", "s", "lie lie lie", "truth truth truth", ("lie",),
+    tuple(f"{w} hello" for w in WORDS[:8]), tuple(f"{w} well" for w in WORDS[8:12]),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint `m` and the dictionary `d` trained on it, under a STEER_HOME of their own."""
+    folder = tmp_path_factory.mktemp("journey")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEER_HOME", str(folder / "home"))
+        save_tiny_chat(tiny_llama, folder / "m", **ENDLESS)
+        draw = random.Random(0)
+        rows = [json.dumps({"text": " ".join(draw.choices(WORDS, k=20))}) for _ in range(60)]
+        (folder / "x.jsonl").write_text("\n".join(rows))
+        harvested = steer.harvest(load(folder / "m"), folder / "h", sites=[1], sources=str(folder / "x.jsonl"))
+        options = TrainOptions("topk", latents=32, k=4, batch=64, tokens=640, held_out=0.2)
+        train_dictionary(harvested.place, folder / "d", options, quiet=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_HOME", str(folder / "home"))
+
+
+def test_a_trained_dictionary_and_its_sliders_are_found_by_name(folder: Path, tmp_path: Path) -> None:
+    checkpoint, place = folder / "m", folder / "d"
+    sketch = sketch_files(checkpoint)
+    assert dictionaries_of(sketch) == {"m-L1-topk": place}
+    model = load(checkpoint)
+    write_records(place / FEATURES, [FeatureRecord(i, 0.1, 1.0, 2.0, [], [], [], []) for i in range(32)])
+    find_features(model, TRAIT, place, check=False)
+    (place / SLIDERS).write_text("- {name: lying-latent, latents: [3], units: [1.0], operation: add, trait: lying}\n")
+
+    session = Session(load(checkpoint))
+    session.sliders["lying-latent"] = 0.5
+    session.sliders["L1/7"] = 0.5
+    assert "".join(session.reply("hello"))
+    assert {s.name for s in session.receipts[-1].sliders} == {"lying-latent", "L1/7"}
+    assert Shelf(model).dictionaries == ["m-L1-topk"]
+    assert "lying-latent" in Library(OnDisk(str(checkpoint), sketch)).sliders()  # what serve and the page offer
+    profile = Profile("p", sliders=(ProfileSlider("lying-latent", 0.5),))
+    steer.bake(checkpoint, tmp_path / "out", profile=profile)
+    assert steer.verify(tmp_path / "out")
+
+
+def test_a_dictionary_that_was_moved_is_passed_over_with_a_warning_and_comes_back_by_its_new_place(
+    folder: Path, tmp_path: Path
+) -> None:
+    sketch, place = sketch_files(folder / "m"), folder / "d"
+    moved = place.rename(tmp_path / "moved")
+    try:
+        with pytest.warns(SkippedWarning, match=f"{place}: expected a dictionary that was used here, found none"):
+            assert dictionaries_of(sketch) == {}
+        find_features(load(folder / "m"), TRAIT, moved, check=False)
+        assert dictionaries_of(sketch) == {"m-L1-topk": moved}
+    finally:
+        moved.rename(place)
+        register_dictionary(place, "m-L1-topk", sketch)
+
+
+def test_a_dictionary_goes_from_memory_when_nobody_uses_it(folder: Path) -> None:
+    dictionary = dictionary_at(folder / "d")
+    assert dictionary_at(folder / "d") is dictionary
+    rows = encoder_rows(dictionary, (1, 2), torch.device("cpu"), torch.float64)
+    assert encoder_rows(dictionary, (1, 2), torch.device("cpu"), torch.float64) is rows
+    gone = weakref.ref(dictionary)
+    del dictionary, rows
+    gc.collect()
+    assert gone() is None
