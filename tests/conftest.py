@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may fetch by accident
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Every worker has one core: threads of several workers that wait for each other spin, and take five times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

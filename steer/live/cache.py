@@ -43,14 +43,16 @@ class GrowingLayer(DynamicLayer):
         if not self.get_seq_length() or any(row < len(rows) for row in moved.values()):
             super().batch_select_indices(indices)
             return
+        (_, keys), (_, values) = self._held()
         for to, row in moved.items():
-            self.keys[to], self.values[to] = self.keys[row], self.values[row]
-        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+            keys[to], values[to] = keys[row], values[row]
+        self.keys, self.values = keys[: len(rows)], values[: len(rows)]
 
     def begin(self, other: GrowingLayer, pieces: Sequence[Piece], rows: int, columns: int) -> None:
         """Begin with `columns` tokens that another cache holds, each row's at its right end; zeros before them."""
-        self.lazy_initialization(other.keys, other.values)
-        for name, held in (("keys", other.keys), ("values", other.values)):
+        (_, keys), (_, values) = other._held()
+        self.lazy_initialization(keys, values)
+        for name, held in (("keys", keys), ("values", values)):
             room = held.new_empty(rows, held.shape[1], columns + STEP, held.shape[-1])
             # Masked columns have no weight, but nothing times zero is not always zero.
             room[:, :, :columns] = 0

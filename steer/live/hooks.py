@@ -50,7 +50,7 @@ def lens_hooks(model: SteeredModel, what: Steers, bridge: Any = None, reply_star
     """As `SteeredModel.transformer_lens_hooks`."""
     points = _lens_names(model.anatomy)
     # Positions that are embedded apart are no new tokens to count.
-    pairs = [
+    pairs: LensHooks = [
         (point, _lens_hook(act))
         for module, act in _acts(model, what, reply_start)
         for point in (points[module][:1] if isinstance(act, _Counter) else points[module])

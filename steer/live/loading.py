@@ -49,10 +49,11 @@ def read_model(
         if four_bit:
             more = more | {"quantization_config": _four_bit(chosen.dtype)}
         tokenizer = AutoTokenizer.from_pretrained(place, **code)
-        hf, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=chosen.dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
             **code | more,
         )  # fmt: skip
+        hf, report = loaded  # transformers types the model alone
     except torch.OutOfMemoryError as e:
         raise CheckpointError(
             f"{name}: expected room for it on {device_map}, found too little; spread it with --device-map auto, or "

@@ -47,11 +47,11 @@ def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console 
     Lines come from `stdin` (sys.stdin), everything shown goes to `console` (stdout). What a user mistypes is
     answered in one line, and the chat goes on.
     """
-    stdin = stdin or sys.stdin
-    if isinstance(stdin, TextIOWrapper):
-        # Bytes that are no UTF-8 would end the chat; so they come as halves of characters, which `read` looks for.
-        stdin.reconfigure(errors="surrogateescape")
-    _Terminal(session, stdin, console or Console()).run()
+    lines: TextIO = stdin or sys.stdin
+    if isinstance(lines, TextIOWrapper):
+        # Bytes that are not UTF-8 would end the chat, so they are read as lone surrogates, which `read` reports.
+        lines.reconfigure(errors="surrogateescape")
+    _Terminal(session, lines, console or Console()).run()
 
 
 class _Quit(Exception):

@@ -118,7 +118,7 @@ def _writers(names: Sequence[str], config: Mapping[str, Any]) -> list[str]:
 
 def _rows(names: Sequence[str], read: Callable[[str], _Readable]) -> Float[np.ndarray, "tensors values"]:
     """A row of values of each of at most `_TENSORS` tensors, evenly spaced among these."""
-    picks = [names[i] for i in np.linspace(0, len(names) - 1, min(_TENSORS, len(names))).astype(int)]
+    picks = [names[int(i)] for i in np.linspace(0, len(names) - 1, min(_TENSORS, len(names)))]
     return torch.stack([_sample(read(name)) for name in picks]).numpy()
 
 

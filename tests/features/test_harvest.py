@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -309,17 +308,3 @@ def test_reading_maps_the_shards_instead_of_loading_them(made: Harvest) -> None:
 def test_a_site_that_was_not_harvested_is_refused(made: Harvest) -> None:
     with pytest.raises(MismatchError, match="expected one of its sites 0, 1, found 2"):
         made.activations(2)
-
-
-def test_gathering_a_batch_is_fast(tmp_path: Path) -> None:
-    from steer.features.batches import Activations, ShuffledRows
-
-    shards = [torch.randn(65536, 576).bfloat16() for _ in range(3)]
-    batches = ShuffledRows(Activations(shards, 65536, 576).loaded(), torch.arange(3 * 65536), 2048)
-    next(batches)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        next(batches)
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[10] < 0.005
