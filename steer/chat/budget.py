@@ -29,7 +29,8 @@ class Budget:
     @property
     def level(self) -> Level:
         """How near the limit is."""
-        return "over" if self.share >= self.limit else "near" if self.share >= NEAR * self.limit else "fine"
+        share = round(self.share, 2)  # as it is shown: no level hangs on the last bit
+        return "over" if share >= self.limit else "near" if share >= round(NEAR * self.limit, 2) else "fine"
 
     @property
     def words(self) -> str:

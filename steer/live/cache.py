@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -36,6 +37,7 @@ class GrowingLayer(DynamicLayer):
         self.values = self._appended("values", self.values, value_states)
         return self.keys, self.values
 
+    @torch.inference_mode()  # its tensors are of passes in it, and change nowhere else
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
         """Keep these rows, in this order. Rows that leave are overwritten by others where that moves few of them."""
         rows = indices.tolist()

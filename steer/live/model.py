@@ -177,7 +177,8 @@ class SteeredModel:
         return self._stream(prompt, replace(sampler, **sampling), tally, memory)
 
     def _stream(self, prompt: list[int], sampler: Sampler, tally: Tally | None, memory: Memory | None) -> Iterator[str]:
-        text = Detokeniser(self.tokenizer, prompt)
+        # Without the prompt: a reply by itself has no space before its first word, where the tokenizer adds one.
+        text = Detokeniser(self.tokenizer, ())
         for step in decode(self, [prompt], sampler, tally=tally, memory=memory):
             if step.tokens[0] in self.end_token_ids:
                 break

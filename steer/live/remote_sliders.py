@@ -96,9 +96,9 @@ class RemoteSliders(Amounts):
 
     def known(self) -> dict[str, RemoteSlider]:
         """Every slider that the server offers, by name. Errors: SteerError where it does not answer."""
-        out = {}
+        out: dict[str, RemoteSlider] = {}
         for row in self.model.steering().sliders:
-            operation = next((o for o in OPERATIONS if o == row.operation), None)
+            operation: Operation | None = next((o for o in OPERATIONS if o == row.operation), None)
             if operation is None:
                 continue
             unit = row.unit_share
@@ -136,7 +136,7 @@ class RemoteSliders(Amounts):
             f"sliders move the residual stream after block {s} by up to {self.share(s):.2f} of its norm; "
             f"replies tend to fall apart from {BUDGET}"
             for s in sorted(sites)
-            if self.share(s) >= BUDGET
+            if round(self.share(s), 2) >= BUDGET
         ]
 
     def put(self, slider: Any, amount: float | None = None) -> None:

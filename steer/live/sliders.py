@@ -174,7 +174,7 @@ class Sliders(Amounts):
             f"sliders move the residual stream after block {s} by {self.share(s):.2f} of its norm; "
             f"replies tend to fall apart from {BUDGET}"
             for s in sites
-            if self.share(s) >= BUDGET
+            if round(self.share(s), 2) >= BUDGET
         ]
 
     def reset(self) -> None:

@@ -204,7 +204,9 @@ def test_profiles_are_kept_given_away_and_taken(chat, home):
     assert saved_profiles() == {}
     chat.board.set("moral", 0.3)
     chat.board.reshape("moral", when=When("reply", first=3))
-    profile = chat.profile("noir \u2603/../x")
+    with pytest.raises(UsageError, match="without /"):
+        chat.profile("noir/../x")
+    profile = chat.profile("noir \u2603:..x")
     place = keep_profile(profile)
     assert place.parent == home / "profiles"
     assert list(saved_profiles()) == [place.stem]
