@@ -19,8 +19,10 @@ help:
 demo: $(STAMP)
 	$(BIN)/steer demo --out demo
 
+# Two at a time with a thread each; then, one by one, what needs the whole machine.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not alone'
+	$(BIN)/pytest -m alone
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -14,7 +14,7 @@ import pytest
 
 from steer.features.find import NEAR_BEST
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.alone]
 
 STEER = Path(sys.executable).with_name("steer")
 

@@ -135,7 +135,7 @@ def ablated(kind: Tiny, model: Any, edit: Edit) -> Iterator[None]:
     for direction, amount in edit.add:
 
         def add(
-            module: object, args: object, output: Any, by: Tensor = amount * direction.gap * direction.vector
+            module: object, args: object, output: Any, by: Tensor = amount * direction.gap * direction.vector.double()
         ) -> Any:
             y = output[0] if isinstance(output, tuple) else output
             return (y + by.to(y.dtype), *output[1:]) if isinstance(output, tuple) else y + by.to(y.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -204,7 +204,7 @@ def _passed_over(place: Path, read: Callable[[Path], _T]) -> _T | None:
 @lru_cache(maxsize=1024)
 def _direction(file: Path, stamp: tuple[int, ...]) -> tuple[Direction, Sketch]:
     direction = Direction.load(file)
-    return direction, Sketch.from_header(direction.provenance)
+    return direction, _sketch(direction.provenance)
 
 
 @lru_cache(maxsize=256)
@@ -212,7 +212,15 @@ def _manifest(file: Path, stamp: tuple[int, ...]) -> tuple[str, Sketch, Path]:
     """Name, checkpoint and directory of a dictionary that a manifest, or an entry of `register_dictionary`, names."""
     manifest = read_manifest(file.parent)
     place = Path(manifest["place"]) if isinstance(manifest.get("place"), str) else file.parent
-    return str(manifest.get("name") or file.parent.name), Sketch.from_header(manifest), place
+    return str(manifest.get("name") or file.parent.name), _sketch(manifest), place
+
+
+def _sketch(provenance: Mapping[str, Any]) -> Sketch:
+    """The sketch of a library's file; an empty one where it holds none."""
+    sketch = Sketch.from_header(provenance)
+    if provenance.get("sketch", "") != "" and not sketch.values.size:
+        raise CheckpointError("sketch: expected bf16 values in base64, found something else; find or train it again")
+    return sketch
 
 
 def _check_there(place: Path) -> bool:

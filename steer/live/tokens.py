@@ -79,7 +79,7 @@ def end_token_ids(config: Any, generation_config: Any, tokenizer: Any) -> frozen
 
 def _turn_end(tokenizer: Any) -> int | None:
     """The first special or added token that the chat template writes after a reply; None where it writes none."""
-    if not tokenizer.chat_template:
+    if not getattr(tokenizer, "chat_template", None):
         return None
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
     try:

@@ -13,7 +13,11 @@ from steer.live.model import SteeredModel, load
 from steer.values.sampler import Sampler
 from steer.values.slider import Slider
 
-pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning")]
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.alone,
+    pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning"),
+]
 QUESTION = "My friend lied to me about why he missed my party. What now?"
 
 

@@ -15,6 +15,8 @@ import yaml
 
 from steer.weights.certify import CERTIFICATE
 
+pytestmark = pytest.mark.alone
+
 PATIENCE = 60
 FIRST = 240
 """Seconds for a page to come up: the first one has its server import and load everything."""

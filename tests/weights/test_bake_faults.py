@@ -237,7 +237,6 @@ def test_another_width_is_refused(source: Path, refused: Callable[..., str], mak
     [
         (lambda d: Edit(ablate=(d(),), blocks=(1, 3)), "within 0-2"),
         (lambda d: Edit(ablate=(d(site=3),)), "a site from 0 to 2"),
-        (lambda d: Edit(add=((d(site=-1), 1.0),)), "a site from 0 to 2"),
     ],
 )
 def test_a_block_or_site_that_is_not_there_is_refused(

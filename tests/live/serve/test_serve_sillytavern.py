@@ -49,7 +49,7 @@ def test_its_settings_of_a_text_completion_reach_the_sampler():
 
 def test_a_prompt_that_brings_its_template_gets_no_second_bos(served_model):
     request = CompletionRequest.model_validate(body("text_completion"))
-    (prompt,) = completion_prompts(served_model, request, Limits())
+    (prompt,) = completion_prompts(served_model, request)
     assert list(prompt.ids).count(served_model.tokenizer.bos_token_id) == 1
     chat = [{"role": "system", "content": "be well"}, {"role": "user", "content": "hello friend"}]
     assert list(prompt.ids) == served_model.prompt_ids(chat)
@@ -85,7 +85,7 @@ def test_its_chat_with_a_body_of_the_users_is_steered(fresh, stream):
 
 def test_its_prefill_is_continued(served_model):
     request = ChatRequest.model_validate(body("chat_completion"))
-    prompt = chat_prompt(served_model, request, Limits())
+    prompt = chat_prompt(served_model, request)
     head = served_model.prompt_ids([m.model_dump() for m in request.messages[:-1]])
     assert list(prompt.ids) == [*head, *served_model.tokenizer("well", add_special_tokens=False).input_ids]
     assert prompt.begun == 1
