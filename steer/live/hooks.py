@@ -50,14 +50,14 @@ def lens_hooks(model: SteeredModel, what: Steers, bridge: Any = None, reply_star
     """As `SteeredModel.transformer_lens_hooks`."""
     points = _lens_names(model.anatomy)
     # Positions that are embedded apart are no new tokens to count.
-    pairs: LensHooks = [
+    pairs = [
         (point, _lens_hook(act))
         for module, act in _acts(model, what, reply_start)
         for point in (points[module][:1] if isinstance(act, _Counter) else points[module])
     ]
     if bridge is not None:
         _check_bridge(model, bridge, [point for point, _ in pairs])
-    return pairs
+    return list(pairs)
 
 
 class _Counter:

@@ -55,12 +55,12 @@ class TriedAmount:
 
     @property
     def kl(self) -> float:
-        """The larger of the two."""
-        return max(self.kl_chat, self.kl_prose)
+        """The larger of the two; nan, which is within no limit, where one of them is."""
+        return math.nan if math.isnan(self.kl_chat) else max(self.kl_prose, self.kl_chat)
 
     def as_json(self) -> dict[str, Any]:
-        """For the machine-readable result, which has no infinity."""
-        return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
+        """For the machine-readable result, which has no infinity and no nan."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
