@@ -133,10 +133,9 @@ def ablated(kind: Tiny, model: Any, edit: Edit) -> Iterator[None]:
         if edit.blocks is None or any(f".{b}." in name for b in range(edit.blocks[0], edit.blocks[1] + 1)):
             handles.append(module.register_forward_hook(remove))
     for direction, amount in edit.add:
+        shift = amount * direction.gap * direction.vector.double()
 
-        def add(
-            module: object, args: object, output: Any, by: Tensor = amount * direction.gap * direction.vector.double()
-        ) -> Any:
+        def add(module: object, args: object, output: Any, by: Tensor = shift) -> Any:
             y = output[0] if isinstance(output, tuple) else output
             return (y + by.to(y.dtype), *output[1:]) if isinstance(output, tuple) else y + by.to(y.dtype)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from serving import NO_END, Served, served, until
 
-from steer.live.decode import generate
+from steer.live.batch import generate
 from steer.live.model import load
 from steer.live.profiles import use
 from steer.live.serve.app import Options

@@ -9,7 +9,7 @@ import pytest
 import torch
 from serving import NO_END, Served
 
-from steer.live.decode import generate
+from steer.live.batch import generate
 from steer.values.sampler import PRESETS, Sampler
 
 HELLO = [{"role": "user", "content": "hello friend"}]

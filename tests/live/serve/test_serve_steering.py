@@ -12,7 +12,8 @@ import pytest
 import torch
 from serving import NO_END, Served
 
-from steer.live.decode import decode, generate
+from steer.live.batch import generate
+from steer.live.decode import decode
 from steer.live.sliders import Sliders
 from steer.values.sampler import Sampler
 
