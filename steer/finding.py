@@ -71,7 +71,8 @@ def find_trait(
     Replies that did not do as they were told are left out of the means (persona vectors, Chen et al. 2025, does so
     with a judge model; here classifiers on words that did not see the reply's topic judge).
     Sites that read the held-out replies within 0.06 AUROC of the best are tried on fit topics: the one whose
-    amounts -1 and 1 part the replies most, less what that costs in KL and repetition, neighbours averaged, is taken.
+    amounts -1 and 1 part the replies most, less what that costs in KL and repetition, is taken, or one nearer to the
+    middle of the model that cannot be told from it.
     `contrast` takes replies that were written before, and `neutral` those to neutral prompts.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)
@@ -87,7 +88,7 @@ def find_trait(
     if site is None:
         with progress(f"{trait.name}: sites", None, "tokens") as advance:
             checks = check_sites(model, found, scorer, on_tokens=advance)
-        site = chosen(checks)
+        site = chosen(checks, model.anatomy.blocks)
     provenance = {
         "seed": seed,
         "scorer_auroc": round(scorer.auroc, 4),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from steer.chat.conversation import Ending, Stretch
 from steer.chat.turns import turns_of
 from steer.chat.voice import Task
-from steer.chat.window import fit
+from steer.live.window import fit
 from steer.live.decode import decode
 from steer.live.memory import Memory
 from steer.live.profiles import as_profile, use

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from steer.live.cache import GrowingLayer, growing_cache
+from steer.live.products import is_matrix
 
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
@@ -37,7 +38,7 @@ class CompiledStep:
         head = self.hf.get_output_embeddings()
         # A head that carries hooks or is no plain matrix runs as it is.
         self._head: tuple[Any, nn.Module] | None = (
-            (head, _Product(head)) if type(head) is nn.Linear and head.weight.device.type == "cpu" else None
+            (head, _Product(head)) if is_matrix(head) and head.weight.device.type == "cpu" else None
         )
         self._compiled = compiled
 
@@ -125,12 +126,12 @@ class _Block:
 def _copied(block: nn.Module, hooked: tuple[str, ...]) -> nn.Module | None:
     """A copy of a block without hooks that shares its weights; the matrices in `hooked` are called as they are."""
     modules = dict(block.named_modules())
-    if any(type(modules[name]) is not nn.Linear for name in hooked):
+    if any(not is_matrix(modules[name]) for name in hooked):
         return None
     # The copy has the same configuration, weights and whatever else is no module.
     shared: dict[int, Any] = {id(t): t for t in (*block.parameters(), *block.buffers())}
     shared |= {id(v): v for m in modules.values() for v in vars(m).values() if isinstance(v, PretrainedConfig)}
-    matrices = {name: m for name, m in modules.items() if type(m) is nn.Linear}
+    matrices = {name: m for name, m in modules.items() if is_matrix(m)}
     for name, module in matrices.items():
         if name in hooked:
             shared[id(module)] = _Hooked(module)

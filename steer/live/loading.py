@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 from steer.errors import CheckpointError, UsageError
 from steer.live import attention
 from steer.live.dtypes import announce, computing_in
+from steer.live.products import use_fast_products
 from steer.weights.anatomy import Anatomy
 from steer.weights.stream import CheckpointFiles
 
@@ -70,6 +71,7 @@ def read_model(
             "their place; fetch the model again"
         )
     announce(chosen, name)
+    use_fast_products(hf)
     return hf, tokenizer
 
 

@@ -174,9 +174,12 @@ class SteeredModel:
         moved between two pieces is felt by the next. `sampling` are changes of `sampler`; `tally` and `memory` as
         `decode` takes them."""
         prompt = self.prompt_ids(as_messages(message, system))
-        return self._stream(prompt, replace(sampler, **sampling), tally, memory)
+        return self.stream_ids(prompt, replace(sampler, **sampling), tally, memory)
 
-    def _stream(self, prompt: list[int], sampler: Sampler, tally: Tally | None, memory: Memory | None) -> Iterator[str]:
+    def stream_ids(
+        self, prompt: list[int], sampler: Sampler, tally: Tally | None = None, memory: Memory | None = None
+    ) -> Iterator[str]:
+        """As `stream`, for a prompt that is token ids."""
         # Without the prompt: a reply by itself has no space before its first word, where the tokenizer adds one.
         text = Detokeniser(self.tokenizer, ())
         for step in decode(self, [prompt], sampler, tally=tally, memory=memory):

@@ -10,6 +10,7 @@ from steer.live.memory import Memory
 from steer.live.profiles import as_profile, use
 from steer.live.receipts import Receipt, Tally
 from steer.live.sliders import Sliders
+from steer.live.window import fit
 from steer.values.cards import Card
 from steer.values.profile import Profile
 from steer.values.sampler import CHAT, Sampler
@@ -44,22 +45,23 @@ class Session:
         self.receipts: list[Receipt] = []
         """What the sliders did to each reply, the latest last."""
         self.memory = Memory()
+        self.left_out = 0
+        """How many of the oldest messages the last reply was written without, as the context was full."""
 
     def reply(self, text: str) -> Generator[str]:
         """The reply to the next message, in pieces.
 
         A reply that is stopped midway (the iterator closed, Ctrl-C) is kept as far as it came; a message that
-        got none is taken back, as chat templates want the roles in turns.
-        Errors: those of `SteeredModel.prompt_ids`.
+        got none is taken back, as chat templates want the roles in turns. A chat that has grown longer than the
+        model's context is read without its oldest messages.
+        Errors: those of `SteeredModel.prompt_ids`; UsageError for a message that is too long by itself.
         """
         # Each turn its own seed, or every reply would begin with the same draws.
         sampler = replace(self.sampler, seed=self.sampler.seed + len(self.messages) // 2)
         self.messages.append({"role": "user", "content": text})
         said, tally = "", Tally()
         try:
-            pieces = self.model.stream(
-                self.messages, system=self.system, sampler=sampler, tally=tally, memory=self.memory
-            )
+            pieces = self.model.stream_ids(self._prompt(sampler.max_new_tokens), sampler, tally, self.memory)
             while (piece := self._next(pieces)) is not None:
                 said += piece
                 yield piece
@@ -105,13 +107,28 @@ class Session:
     def warnings(self) -> list[str]:
         """What to know about the sliders: sites that are moved too far, and sliders that the last reply never met."""
         fired = self.receipts[-1].warnings if self.receipts else []
-        return [*self.sliders.warnings(), *fired]
+        return [*self.sliders.warnings(), *fired, *([self.cut()] if self.left_out else ())]
+
+    def cut(self) -> str:
+        """One line on how much of the chat the last reply was written without."""
+        return (
+            f"the context of {self.model.context:,} tokens is full: {self.left_out} of the chat's first messages "
+            "were not read"
+        )
 
     def clear(self) -> None:
         """Forget what was said. The sliders stay."""
         self.messages.clear()
         self.receipts.clear()
         self.memory.forget()
+        self.left_out = 0
+
+    def _prompt(self, wanted: int) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        chat = (*system, *self.messages)
+        fitted = fit(chat, self.model.prompt_ids, self.model.context, wanted, left_out=self.left_out)
+        self.left_out = fitted.left_out
+        return fitted.ids
 
     def _next(self, pieces: Iterator[str]) -> str | None:
         if self.sliders is self.model.sliders:

@@ -121,7 +121,7 @@ class _Terminal:
             self.say(str(e), style="red")
 
     def reply(self, text: str) -> None:
-        said = False
+        said, left_out = False, self.session.left_out
         try:
             with closing(self.session.reply(text)) as pieces:
                 for piece in pieces:
@@ -133,15 +133,21 @@ class _Terminal:
             self.say("" if said else "(no reply)")
         for warning in self.session.receipts[-1].warnings if said else ():
             self.say(warning, style="yellow")
+        if self.session.left_out > left_out:
+            self.say(self.session.cut(), style="yellow")
 
     def command(self, line: str) -> None:
-        name, _, amount = line.partition(" ")
+        known = self.session.sliders.known()
+        # The label of a slider may have a space in it.
+        labels = sorted((k for k in known if f"{line} ".startswith(f"{k} ")), key=len)
+        name = labels[-1] if labels else line.split(" ", 1)[0]
+        amount = line[len(name) :].strip()
         if name in self.commands:
             self.commands[name]()
         elif name in ("profile", "save"):
-            self.file(name, amount.strip())
-        elif name in (known := self.session.sliders.known()) or _UNLISTED.fullmatch(name):
-            self.move(name, amount.strip())
+            self.file(name, amount)
+        elif labels or _UNLISTED.fullmatch(name):
+            self.move(name, amount)
         else:
             there = ", ".join(f"/{n}" for n in [*self.commands, "profile", "save", *known])
             raise UsageError(f"unknown command /{name}: expected one of {there}")

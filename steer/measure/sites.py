@@ -39,6 +39,8 @@ class SiteCheck:
     """Mean of both."""
     kl: float
     """What amount -1 costs on neutral prompts, nats per token."""
+    error: float
+    """The standard error of the effect over topics: of the mean of above - below."""
 
     @property
     def merit(self) -> float:
@@ -46,15 +48,16 @@ class SiteCheck:
         return self.above - self.below - KL_COST * self.kl - REPETITION_COST * self.repetition
 
 
-def chosen(checks: Sequence[SiteCheck]) -> int:
-    """The site of the most merit, each one's averaged with its neighbours'.
+def chosen(checks: Sequence[SiteCheck], depth: int) -> int:
+    """Of the sites whose merit is within a standard error of the best one's, the nearest to the middle of `depth`.
 
-    A few replies a site leave noise in its merit, while what a site does changes slowly with depth: a lone peak is
-    chance, and among equals the same region wins again on another machine. Neighbours weigh half as much.
+    A few replies a site leave noise in its merit. Among sites that cannot be told apart the best number is chance and
+    another seed's or machine's would be another, while the middle stays where it is (the one-standard-error rule,
+    Breiman et al. 1984; that directions steer best from the middle of a model: Rimsky et al. 2024).
     """
-    ordered = sorted(checks, key=lambda c: c.site)
-    merits = np.pad([c.merit for c in ordered], 1, mode="edge")
-    return ordered[int((merits[:-2] + 2 * merits[1:-1] + merits[2:]).argmax())].site
+    best = max(checks, key=lambda c: c.merit)
+    near = [c for c in checks if c.merit >= best.merit - best.error]
+    return min(near, key=lambda c: (abs(c.site - (depth - 1) / 2), c.site)).site
 
 
 def check_sites(
@@ -85,14 +88,16 @@ def check_sites(
     out = []
     for i, site in enumerate(tried):
         below, above = (rows[(2 * i + j) * len(chats) : (2 * i + j + 1) * len(chats)] for j in range(len(AMOUNTS)))
+        low, high = (scorer.probabilities([model.text(r) for r in replies]) for replies in (below, above))
         out.append(
             SiteCheck(
                 site=site,
                 auroc=found.auroc[site],
-                below=float(scorer.probabilities([model.text(r) for r in below]).mean()),
-                above=float(scorer.probabilities([model.text(r) for r in above]).mean()),
+                below=float(low.mean()),
+                above=float(high.mean()),
                 repetition=mean_repetition([*below, *above]),
                 kl=costs[i],
+                error=float((high - low).std() / np.sqrt(len(chats))),
             )
         )
     return out

@@ -77,7 +77,7 @@ def merge(
                 quiet=not sys.stderr.isatty(), lazy_unpickle=True,
             )  # fmt: skip
             say(f"2 of 3: merging {len(located)} models by {config.merge_method or 'slices'}")
-            with _mergekit_errors(recipe), lists_follow_slices():
+            with _mergekit_errors(recipe), lists_follow_slices(), _files_let_go():
                 run_merge(config, str(work), options, config_source=text)
         if not (work / "config.json").is_file() or not any(work.glob("*.safetensors")):
             raise SteerError(f"{recipe}: mergekit wrote no checkpoint; run mergekit-yaml on it to see why")
@@ -255,6 +255,19 @@ def _mergekit_errors(recipe: Path) -> Iterator[None]:
         kit.setLevel(before[0])
         kit.propagate = before[1]
         transformers.setLevel(before[2])
+
+
+@contextmanager
+def _files_let_go() -> Iterator[None]:
+    """mergekit keeps the files of every merge mapped as long as the process lives, and would read an adapter that was
+    trained further since as it was."""
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache.loaders.clear()
+    try:
+        yield
+    finally:
+        LoaderCache.loaders.clear()
 
 
 class _Complaints(logging.Handler):

@@ -69,6 +69,39 @@ def test_a_slider_moves_by_its_name_and_reset_puts_all_back(model, known_moral):
     assert hooks_on(model) == 0
 
 
+def test_a_slider_whose_label_has_a_space_moves_too(model, known_moral, make_direction):
+    model.sliders.add(Slider(make_direction("other", seed=4), label="moral (2)"))
+    said = chat(model, "/moral (2) -3", "/moral (2)", "/moral 1", "/moral (3) 1")
+    assert said[0].startswith("moral (2) -3")
+    assert said[1] == said[0]
+    assert said[2].startswith("moral +1") or said[2].startswith("moral 1")
+    assert "found '(3) 1'" in said[3]
+    assert {n: a for n, a in model.sliders.items() if a} == {"moral (2)": -3.0, "moral": 1.0}
+
+
+def test_bytes_that_are_no_utf8_are_told_of_and_the_chat_goes_on(model):
+    latin = io.TextIOWrapper(io.BytesIO("caf\u00e9 hello\nhello\n".encode("latin-1")), encoding="utf-8")
+    out = io.StringIO()
+    run_chat(Session(model, sampler=SHORT, sliders=model.sliders), stdin=latin, console=Console(file=out, width=100))
+    first = plain_reply(model, "caf\ufffd hello")
+    assert out.getvalue().splitlines() == [
+        "input: expected UTF-8, found other bytes, read as \ufffd; set the terminal to UTF-8",
+        first,
+        plain_reply(model, "caf\ufffd hello", first, "hello"),
+    ]
+
+
+def test_a_chat_that_outgrows_the_context_goes_on_without_its_first_messages(model):
+    turns = ["hello truth lie abab", "well", "truth", "lie", "hello", "well", "abab"]
+    model.context = 2 * len(model.prompt_ids([{"role": "user", "content": turns[0]}]))
+    said = chat(model, *turns)
+    cut = [line for line in said if "first messages were not read" in line]
+    assert cut
+    assert cut[0].startswith(f"the context of {model.context} tokens is full")
+    assert len(said) - len(cut) == len(turns)
+    assert all(line for line in said)
+
+
 def test_sliders_shows_every_direction_with_its_site_and_share(model, known_moral, make_direction):
     model.sliders.put(make_direction("other", site=2), 0.25)
     heading, *rows = chat(model, "/moral -0.1", "/sliders")[1:]

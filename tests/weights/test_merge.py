@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_chat import TEMPLATE, save_tiny_chat
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -291,6 +291,17 @@ def test_a_merge_is_known_again_on_another_machine(folder: Path, tmp_path: Path)
     merge(folder / "stock.yml", folder / "out")
     shutil.move(folder, tmp_path / "elsewhere")
     assert is_merge_of(tmp_path / "elsewhere" / "out", tmp_path / "elsewhere" / "stock.yml")
+
+
+def test_a_second_merge_reads_an_adapter_that_changed_and_keeps_no_file_of_the_first_mapped(folder: Path) -> None:
+    first = weights(merge(folder / "stock.yml", folder / "out"))
+    adapter = folder / "tune" / "adapter_model.safetensors"
+    save_file({name: 2 * t for name, t in load_file(adapter).items()}, adapter)
+    second = weights(merge(folder / "stock.yml", folder / "again"))
+    moved = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(first[moved], second[moved])
+    if sys.platform == "linux":
+        assert str(folder / "out" / ".adapters-") not in Path("/proc/self/maps").read_text()
 
 
 def test_the_manifest_holds_recipe_inputs_and_versions(folder: Path) -> None:
