@@ -8,7 +8,8 @@ the server told from those? Some are read under every other client's sliders too
 logprobs by ENOUGH, the reply's own should be nearer to what the server told, and the reply likelier under them; the
 controls ask the same of the next client's. Some requests are sent again when nobody else asks: at bf16 a text in
 company is rounded otherwise than alone, so that some tokens are drawn otherwise. `--float32` serves a copy in fp32,
-where that is over. Ends with 1 when a bar is missed.
+where that is over. Before all that, how much longer one client waits for its first token beside another's worst request
+(load/worst.py); `--worst` measures nothing else. Ends with 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ import torch
 import typer
 from load.alone import Reader, ToldApart
 from load.clients import SETTINGS, Reply
-from load.server import Load, served, under_load
+from load.server import Load, Served, served, under_load
+from load.worst import waits
 
 import steer
 from steer.live.decode import decode
+from steer.live.serve.limits import Limits
 from steer.values.sampler import CHAT
 
 LOOP = 50
@@ -42,6 +45,8 @@ GROWTH = 50e6
 """Bytes by which the server may grow. Not a share of its memory: most of that are the pages it has from the start."""
 LIKELIER = 0.95
 """A reply of some tokens may by chance be likelier under others' sliders."""
+DELAY = 2.0
+"""Seconds by which one client's worst request may delay another's first token."""
 Figure = tuple[float, str, bool | None]
 """A value, its bar in words, whether it keeps it."""
 
@@ -53,6 +58,7 @@ def main(
     again: Annotated[int, typer.Option(min=1, help="Requests of each client that are sent again.")] = 2,
     others: Annotated[int, typer.Option(min=1, help="Replies of each that are read under others' sliders.")] = 3,
     float32: Annotated[bool, typer.Option("--float32", help="Serve a copy in fp32.")] = False,
+    worst: Annotated[bool, typer.Option("--worst", help="Only the worst requests.")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Print what was served, how fast, and each check beside its bar."""
@@ -62,23 +68,28 @@ def main(
             model = str(Path(temporary) / "float32")
             live.hf.save_pretrained(model)
             live.tokenizer.save_pretrained(model)
-        with served(model, Path(temporary)) as server:
-            say(f"{clients} clients ask for {seconds} s")
-            load = under_load(server, live, seconds, clients)
-            say(f"{len(load.replies)} replies; some of them again")
-            once = first_of_each(load.replies, clients, again)
-            twice = [server.again(reply.ask) for reply in once]
-    say("the decode loop; every reply under its own sliders, and some under everybody's")
-    reader = Reader(live)
-    figures = health(reader, load) | speed(reader, load, clients) | rounding(reader, load, once, twice, float32)
-    figures |= whose(reader, first_of_each(load.replies, clients, others), clients)
+        say("one client beside another's worst requests")
+        with served(model, Path(temporary) / "worst", Limits().body) as server:
+            figures, problems = delays(server, live.context), []
+        if not worst:
+            with served(model, Path(temporary)) as server:
+                say(f"{clients} clients ask for {seconds} s")
+                load = under_load(server, live, seconds, clients)
+                say(f"{len(load.replies)} replies; some of them again")
+                once = first_of_each(load.replies, clients, again)
+                twice = [server.again(reply.ask) for reply in once]
+            say("the decode loop; every reply under its own sliders, and some under everybody's")
+            reader, problems = Reader(live), load.problems
+            figures |= health(reader, load) | speed(reader, load, clients)
+            figures |= rounding(reader, load, once, twice, float32)
+            figures |= whose(reader, first_of_each(load.replies, clients, others), clients)
     if as_json:
         rows = {name.strip(): {"value": v, "bar": bar, "kept": kept} for name, (v, bar, kept) in figures.items()}
-        print(json.dumps({"seconds": seconds, "clients": clients, **rows, "problems": load.problems}, indent=2))
+        print(json.dumps({"seconds": seconds, "clients": clients, **rows, "problems": problems}, indent=2))
     else:
         for name, (value, bar, kept) in figures.items():
             print(f"{name:60}{value:>10,.4g}   {bar}{'   MISSED' if kept is False else ''}".rstrip())
-        print(*load.problems[:20], sep="\n")
+        print(*problems[:20], sep="\n")
     raise typer.Exit(any(kept is False for _, _, kept in figures.values()))
 
 
@@ -90,6 +101,15 @@ def say(text: str) -> None:
 def first_of_each(replies: Sequence[Reply], clients: int, number: int) -> list[Reply]:
     """The first replies of every client."""
     return [r for c in range(clients) for r in [x for x in replies if x.ask.client == c][:number]]
+
+
+def delays(server: Served, context: int) -> dict[str, Figure]:
+    """How much longer a short chat waits for its first token beside each worst request than alone."""
+    alone, beside = waits(server.url, server.name(), context)
+    rows: dict[str, Figure] = {"seconds to the first token with nobody else": (alone, "", None)}
+    for label, waited in beside.items():
+        rows[f"  more beside {label}"] = (waited - alone, f"bar {DELAY:g}", waited - alone < DELAY)
+    return rows
 
 
 def health(reader: Reader, load: Load) -> dict[str, Figure]:

@@ -35,8 +35,9 @@ _log = logging.getLogger(__name__)
 class BatchingEngine:
     """An `Engine` by transformers' continuous batching.
 
-    A text that was begun is never put off: it is begun once the pages for all of it are free. The model may be used
-    beside it, a token at a time; its own attention is back after `close`.
+    A text that was begun is never put off: it is begun once the pages for all of it are free. So that another request
+    finds room at once, one that has several texts takes no more places and pages than it leaves free. The model may be
+    used beside it, a token at a time; its own attention is back after `close`.
     """
 
     def __init__(
@@ -114,7 +115,8 @@ class BatchingEngine:
                 raise SteerError(self.problem or "")
             self._waiting.append(text)
             self._begin()
-            if len(self._waiting) > self.max_waiting:
+            # Texts that wait though places are free, as their request has its share, do not count as waiting.
+            if self.running + self.waiting > self.max_running + self.max_waiting:
                 self._waiting.pop()
                 raise Busy(
                     f"queue full: {self.running} replies are being written and {self.waiting} wait; ask again later",
@@ -280,12 +282,18 @@ class BatchingEngine:
     def _begin(self) -> None:
         """Hand over the texts that come next, as far as there is a place and pages for the whole of each."""
         with self._lock:
-            while self._waiting and len(self._running) < self.max_running and not self._closing:
-                text = self._waiting[0]
-                needed = sum(t.needs for t in self._running.values()) + text.needs
-                if needed > self._batcher.capacity:
+            for text in list(self._waiting):
+                if len(self._running) >= self.max_running or self._closing:
                     return
-                self._running[text.id] = self._waiting.popleft()
+                places = self.max_running - len(self._running) - 1
+                pages = self._batcher.capacity - sum(t.needs for t in self._running.values()) - text.needs
+                own = [text, *(t for t in self._running.values() if t.job.request is text.job.request)]
+                if len(own) > 1 and (len(own) > places or sum(t.needs for t in own) > pages):
+                    continue
+                if pages < 0:
+                    return  # those behind it would take the pages that it waits for
+                self._waiting.remove(text)
+                self._running[text.id] = text
                 text.begun = time.monotonic()
                 self._batcher.add(text.id, text.job.prompt, text.job.sampler.max_new_tokens, sorted(text.ends))
 

@@ -7,7 +7,7 @@ scheduler. Whatever has `submit` can stand behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from steer.errors import SteerError
@@ -34,6 +34,8 @@ class Job:
     """How many tokens at the end of the prompt belong to the reply already: one that is continued."""
     top_logprobs: int | None = None
     """How many of the likeliest tokens to tell at each step, 0 for the chosen one alone; None for no logprobs."""
+    request: object = field(default_factory=object)
+    """The same object for all jobs of one request, which share what one request may take while others wait."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Running the model on them and choosing tokens is left to whoever asks for the st
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class Part:
     """Whether its next token is to be chosen; else more of its prompt is to be read."""
 
 
+def text_id(request: object, number: int) -> str:
+    """What a text is known by: its request, and its place among all texts."""
+    return f"{id(request)} {number}"
+
+
 class Batcher:
     """Texts in, steps out: `next`, `forward`, `take`, over and over, in one thread. `add` and `drop` from any.
 
@@ -64,16 +70,20 @@ class Batcher:
             with _known_names(), _random_state():
                 self._manager: Any = self._made(places, context)
                 self._processor: Any = self._manager.batch_processor
+                self._scheduler: Any = self._processor.scheduler
+                self._scheduler.read = self._scheduler.most = self._processor.max_batch_tokens
                 self._allocators: list[Any] = list(self._processor.cache.cache_allocators.values())
                 self.capacity: int = self._processor.cache.num_sectors
                 """The pages there are."""
-                self.context = self._longest(context)
-                """Tokens that one text may have."""
+                self.context = self._longest(context, min(2, places))
+                """Tokens that one text may have: so many that there is room for another beside it."""
         except BaseException:
             self._hf.set_attn_implementation(self._own_attention)
             raise
 
     def _made(self, places: int, context: int) -> Any:
+        from steer.live.serve.turns import FAIR  # here, where names that another transformers lacks are told of
+
         config = transformers.ContinuousBatchingConfig(
             allow_block_sharing=False,
             use_async_batching=False,
@@ -81,6 +91,7 @@ class Batcher:
             auto_switch_to_flash=False,  # it would be fetched
             safety_margin=0.0,  # whoever adds texts sees to it that they fit
             max_requests_per_batch=places,
+            scheduler_type=FAIR,
             **(_pages(self._hf, places, context) if self._hf.device.type == "cpu" else {}),
         )
         if self._ours:
@@ -97,11 +108,11 @@ class Batcher:
             raise SteerError(f"no room for the KV cache: {e}; free memory, or serve a smaller context") from e
         return manager
 
-    def _longest(self, context: int) -> int:
+    def _longest(self, context: int, texts: int) -> int:
         low, high = 0, context
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.need(middle) <= self.capacity else (low, middle - 1)
+            low, high = (middle, high) if texts * self.need(middle) <= self.capacity else (low, middle - 1)
         return low
 
     def need(self, tokens: int) -> int:
@@ -138,6 +149,7 @@ class Batcher:
             self.positions: Int[Tensor, "1 tokens"] = self._inputs["position_ids"]
             """Of the step's tokens, each in its own text."""
             self._writes = sum(p.writes for p in parts)
+            self._since = time.perf_counter()
             self._inputs["logits_to_keep"] = self._inputs["logits_indices"][: self._writes]
             if self._ours:
                 self._inputs |= packing(
@@ -153,6 +165,7 @@ class Batcher:
 
     def take(self, tokens: Sequence[int]) -> None:
         """The tokens that were chosen; the step is over."""
+        self._scheduler.took(time.perf_counter() - self._since)
         with _known_names():
             io = self._processor.inputs_and_outputs
             io.output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=io.output_ids.dtype)

@@ -74,10 +74,11 @@ def chat_prompt(model: SteeredModel, request: ChatRequest) -> Prompt:
     return Prompt((*ids, *begun), len(begun))
 
 
-def completion_prompts(model: SteeredModel, request: CompletionRequest) -> list[Prompt]:
+def completion_prompts(model: SteeredModel, request: CompletionRequest, context: int) -> list[Prompt]:
     """The texts to complete, each with one BOS at most.
 
-    Errors: ApiError for none, too many, and for token ids that the model does not have.
+    Errors: ApiError for none, for one that leaves no room in the context, and for token ids that the model does not
+    have.
     """
     given = request.prompt
     several: Sequence[str] | Sequence[list[int]]
@@ -89,7 +90,11 @@ def completion_prompts(model: SteeredModel, request: CompletionRequest) -> list[
         several = given  # pyright: ignore[reportAssignmentType]
     if not several:
         raise invalid("prompt", "a text", "none")
-    return [_completion_prompt(model, text, bool(request.echo)) for text in several]
+    prompts = []
+    for text in several:
+        prompts.append(_completion_prompt(model, text, bool(request.echo)))
+        room_for(prompts[-1], context, "prompt")  # here: tokenising those that follow takes seconds
+    return prompts
 
 
 def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int) -> Sampler:

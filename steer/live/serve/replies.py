@@ -30,6 +30,8 @@ from steer.values.small_files import shown
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
 
+PLANNED = 4
+"""Requests that are planned at a time."""
 _PING = b": still here\n\n"
 _DONE = b"data: [DONE]\n\n"
 
@@ -57,8 +59,9 @@ class Replies:
         self._model, self._engine, self._board, self._metrics = model, engine, board, metrics
         self.name = name
         self._limits = limits
-        # Templates, tokenisation and the library of directions, for one request at a time, beside the event loop.
-        self._one = anyio.CapacityLimiter(1)
+        # Templates, tokenisation and the library of directions, beside the event loop: for a few requests at a time, so
+        # that one whose texts take seconds to tokenise keeps no other waiting.
+        self._few = anyio.CapacityLimiter(PLANNED)
         self._longest = max(map(len, model.tokenizer.get_vocab()), default=1)
 
     async def answer(self, http: HttpRequest, request: ChatRequest | CompletionRequest) -> Response:
@@ -81,7 +84,7 @@ class Replies:
         problem: ApiError | None = None
         async with _until_hung_up(http) as scope:
             try:
-                plan = await anyio.to_thread.run_sync(self._plan, request, limiter=self._one)
+                plan = await anyio.to_thread.run_sync(self._plan, request, limiter=self._few)
             except ApiError as e:
                 problem = e
             scope.cancel()
@@ -118,6 +121,7 @@ class Replies:
             breaker_ids(model.tokenizer, sampler.dry_sequence_breakers)  # here, beside the event loop
         n = request.n or 1
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        one_request = object()
         jobs = [
             Job(
                 prompt.ids,
@@ -128,6 +132,7 @@ class Replies:
                 key,
                 prompt.begun,
                 top,
+                one_request,
             )
             for prompt in prompts
             for key in range(n)
@@ -155,7 +160,7 @@ class Replies:
             raise invalid("suffix", "none, as gaps are not filled", "a text", "unsupported_value")
         if request.echo and request.logprobs is not None:
             raise invalid("echo", "no logprobs beside it, as a prompt's are not told", "both", "unsupported_value")
-        return request.logprobs, completion_prompts(self._model, request), CompletionShape
+        return request.logprobs, completion_prompts(self._model, request, self._engine.context), CompletionShape
 
     async def _whole(self, http: HttpRequest, plan: Plan, writing: Writing) -> Response:
         """The reply in one, unless its client hangs up first."""

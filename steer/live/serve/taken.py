@@ -13,7 +13,7 @@ from torch import Tensor
 from steer.live.receipts import Receipt, Tally
 from steer.live.sampling import Draw
 from steer.live.serve.engine import Event, Job
-from steer.live.serve.packed import Part
+from steer.live.serve.packed import Part, text_id
 from steer.values.edit import Edit
 
 
@@ -44,8 +44,8 @@ class Taken:
 
     @property
     def id(self) -> str:
-        """What transformers knows it by."""
-        return str(self.number)
+        """What the batcher knows it by."""
+        return text_id(self.job.request, self.number)
 
     def cancel(self) -> None:
         """See `Handle.cancel`."""

@@ -78,14 +78,14 @@ class Load:
 
 
 @contextmanager
-def served(model: str, folder: Path) -> Iterator[Served]:
+def served(model: str, folder: Path, max_body: int = LARGEST) -> Iterator[Served]:
     """A server until the block ends. Errors: RuntimeError with its log when it does not start."""
     profiles = folder / "profiles"
-    profiles.mkdir()
+    profiles.mkdir(parents=True)
     for name, profile in PROFILES.items():
         profile.save(profiles / f"{name}.yaml")
     log = folder / "log"
-    command = [STEER, "serve", model, "--port", "0", "--profile", str(profiles), "--max-body", str(LARGEST)]
+    command = [STEER, "serve", model, "--port", "0", "--profile", str(profiles), "--max-body", str(max_body)]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
     try:

@@ -71,19 +71,27 @@ def test_a_full_queue_says_when_to_come_back(endless):
 
 
 def test_a_job_begins_when_the_pages_for_the_whole_of_it_are_free(endless, monkeypatch):
-    # Two pages of 64 tokens: jobs of 105 tokens take both, and the one of 17 beside them has to wait.
-    monkeypatch.setattr(packed, "_pages", _fewer_pages(packed._pages))
+    # Four pages of 64 tokens: two jobs of 105 tokens take them all, and the one of 17 behind the third has to wait.
+    monkeypatch.setattr(packed, "_pages", _fewer_pages(packed._pages, 4))
     wanted = [by_decoding(endless, job(sampler=LONG, key=k)) for k in range(3)]
     with closing(BatchingEngine(endless, max_running=4)) as engine:
         taken = [ask(engine, job(sampler=LONG, key=k)) for k in range(3)]
         small = ask(engine, job())
-        assert (engine.running, engine.waiting) == (1, 3)
+        assert (engine.running, engine.waiting) == (2, 2)
         assert [t.wait().tokens for t in taken] == wanted
         assert small.wait().tokens == by_decoding(endless, job())
 
 
-def _fewer_pages(made: Callable[..., dict[str, object]]) -> Callable[..., dict[str, object]]:
-    return lambda *args: made(*args) | {"num_blocks": 2}
+def test_the_longest_text_leaves_pages_for_another_beside_it(endless, monkeypatch):
+    monkeypatch.setattr(packed, "_pages", _fewer_pages(packed._pages, 3))
+    with closing(BatchingEngine(endless, max_running=4)) as engine:
+        assert engine.context == 64
+    with closing(BatchingEngine(endless, max_running=1)) as engine:
+        assert engine.context == 128
+
+
+def _fewer_pages(made: Callable[..., dict[str, object]], pages: int) -> Callable[..., dict[str, object]]:
+    return lambda *args: made(*args) | {"num_blocks": pages}
 
 
 @pytest.mark.parametrize(

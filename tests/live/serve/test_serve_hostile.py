@@ -17,6 +17,7 @@ from steer.live.dry import breaker_ids
 from steer.live.model import SteeredModel
 from steer.live.serve.app import Options
 from steer.live.serve.limits import Limits
+from steer.live.serve.replies import PLANNED
 from steer.values.sampler import Sampler
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -98,6 +99,42 @@ def test_moving_the_live_sliders_has_the_same_limits(server):
         refused(httpx.put(f"{server.url}/v1/steering", content=raw, headers={"Content-Type": "application/json"}))
 
 
+def test_a_request_that_takes_long_to_tokenise_keeps_no_other_waiting(server, monkeypatch):
+    encode, begun, go_on = server.model.encode, threading.Event(), threading.Event()
+
+    def slow(text: str, **more: bool) -> list[int]:
+        if text == "slow":
+            begun.set()
+            assert go_on.wait(60)
+        return encode(text, **more)
+
+    monkeypatch.setattr(server.model, "encode", slow)
+    replies = []
+    client = threading.Thread(target=lambda: replies.append(server.post(COMPLETE, {"prompt": "slow", "max_tokens": 2})))
+    client.start()
+    try:
+        assert begun.wait(60)
+        assert server.post(COMPLETE, {"prompt": "hello", "max_tokens": 2}).status_code == 200
+        assert not replies
+    finally:
+        go_on.set()
+        client.join()
+    assert replies[0].status_code == 200
+
+
+def test_prompts_behind_one_that_is_too_long_are_not_tokenised(server, monkeypatch):
+    encode, encoded = server.model.encode, []
+
+    def counted(text: str, **more: bool) -> list[int]:
+        encoded.append(text)
+        return encode(text, **more)
+
+    monkeypatch.setattr(server.model, "encode", counted)
+    told = refused(server.post(COMPLETE, {"prompt": ["hello", *["x " * server.engine.context] * 5]}))
+    assert told["code"] == "context_length_exceeded"
+    assert len(encoded) == 2
+
+
 def test_half_a_character_as_a_breaker_is_read_as_none(server):
     raw = json.dumps({"messages": HELLO, "dry_multiplier": 1, "dry_sequence_breakers": ["\ud800"], "max_tokens": 2})
     assert server.post(CHAT, content=raw, headers={"Content-Type": "application/json"}).status_code == 200
@@ -169,20 +206,21 @@ def test_health_is_503_once_the_engine_takes_nothing(served_model):
 
 
 def test_a_request_whose_client_hung_up_before_its_turn_is_not_planned(served_model, monkeypatch):
-    planned, go, began = [], threading.Event(), threading.Event()
+    planned, go = [], threading.Event()
     real = served_model.prompt_ids
 
     def slow(messages):
         planned.append(messages[0]["content"])
-        began.set()
         assert go.wait(30)
         return real(messages)
 
     monkeypatch.setattr(served_model, "prompt_ids", slow)
     with served(served_model) as server:
-        first = threading.Thread(target=server.post, args=(CHAT, {"messages": HELLO, "max_tokens": 2}))
-        first.start()
-        assert began.wait(20)
+        body = {"messages": HELLO, "max_tokens": 2}
+        first = [threading.Thread(target=server.post, args=(CHAT, body)) for _ in range(PLANNED)]
+        for client in first:
+            client.start()
+        assert until(lambda: len(planned) == PLANNED)
         host, port = server.url.removeprefix("http://").split(":")
         raw = json.dumps({"messages": [{"role": "user", "content": "gone"}]}).encode()
         head = (
@@ -196,9 +234,10 @@ def test_a_request_whose_client_hung_up_before_its_turn_is_not_planned(served_mo
                     gone.recv(1)
         assert until(lambda: server.metric("steer_hung_up_total") == 3)
         go.set()
-        first.join(30)
-        assert server.post(CHAT, {"messages": HELLO, "max_tokens": 2}).status_code == 200
-    assert planned == ["hello", "hello"]
+        for client in first:
+            client.join(30)
+        assert server.post(CHAT, body).status_code == 200
+    assert planned == ["hello"] * (PLANNED + 1)
 
 
 def test_few_sets_of_breakers_are_kept(served_model):
