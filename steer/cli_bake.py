@@ -117,6 +117,8 @@ def bake(
         "writers_found": cert.writers_found,
         "writers_edited": cert.writers_edited,
         "worst_remaining": cert.worst_remaining,
+        "not_loaded_by_transformers": list(cert.unloaded),
+        "untie_to_merge": cert.untie_to_merge,
     }
     text = _told(cert, out)
     if searched is not None:
@@ -156,6 +158,13 @@ def _told(cert: Certificate, out: Path) -> str:
         facts.append(f"adds after blocks {', '.join(map(str, sites))}")
     if weights := [f for f in cert.left_out if f.endswith(".safetensors")]:
         facts.append(f"left out, as the index does not name them: {', '.join(weights)}")
+    if cert.unloaded:
+        facts.append(f"{len(cert.unloaded)} tensors not edited, as transformers does not load them")
+    if cert.untie_to_merge:
+        facts.append(
+            "do not merge it as it is: the LM head of the source is its embedding, and would change too; its README.md "
+            "says how to untie them first"
+        )
     return f"{out}: {'; '.join(facts)}\nCheck it: steer verify {out}"
 
 

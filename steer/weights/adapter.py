@@ -28,6 +28,7 @@ from steer.weights.bakeable import bakeable, check_bakeable
 from steer.weights.certify import ADAPTER, BiasProof, Certificate, WriterProof
 from steer.weights.journal import Journal
 from steer.weights.kept import finish, hub_name, save_directions, save_means, source_name, versions
+from steer.weights.plan import head_is_embedding, unloaded_line
 from steer.weights.quantised import dequantised
 from steer.weights.staging import HashingFile, hash_file, staged, write_json
 from steer.weights.stream import INDEX, CheckpointFiles, Shard
@@ -52,6 +53,9 @@ class AdapterPlan:
     parts: tuple[Part, ...]
     biases: bool
     """Whether every Linear that it changes has a bias in it."""
+    untie_to_merge: bool
+    """Whether it changes an embedding that is the LM head too. As an adapter it leaves the head alone; merged into the
+    one tensor that both are, it does not."""
 
     @classmethod
     def of(cls, source: Path, edit: Edit) -> AdapterPlan:
@@ -65,7 +69,8 @@ class AdapterPlan:
         ablation = Ablation.of(edit, anatomy, files)
         parts = find_parts(files.tensors, anatomy, found, ablation)
         biases = any(p.kind == "linear" and p.bias for p in parts)
-        return cls(files, anatomy, edit, found, ablation, parts, biases)
+        untie = any(p.kind == "embedding" for p in parts) and head_is_embedding(files, anatomy, found)
+        return cls(files, anatomy, edit, found, ablation, parts, biases, untie)
 
     def summary(self) -> str:
         """The writers found, what the adapter does to them, and coverage, for people to read before anything is
@@ -81,6 +86,8 @@ class AdapterPlan:
         lines.append(f"  adapter: {len(self.parts)} targets, rank {ranks}{', with biases' if self.biases else ''}")
         lines.append(f"  coverage: {len({w.tensor for w in edited})} of {len(self.found.writers)} writers changed")
         lines += [f"  add after block {p.site}: {p.path}" for p in self.parts if p.site is not None]
+        if others := self.found.unloaded:
+            lines.append(unloaded_line(others))
         return "\n".join(lines)
 
 
@@ -138,6 +145,8 @@ def _write(
         versions=versions(),
         command=command,
         form="adapter",
+        unloaded=plan.found.unloaded,
+        untie_to_merge=plan.untie_to_merge,
     )
     cert = finish(cert, work, files.root / "README.md", written)
     journal.close()

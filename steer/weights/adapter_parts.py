@@ -25,6 +25,13 @@ PartKind = Literal["linear", "parameter", "embedding", "experts", "expert biases
 """`parameter` is a Linear by its weight alone: peft takes the name of one beside experts for that of the experts."""
 
 
+CONFIG_KEYS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "rank_pattern"),
+    *("alpha_pattern", "lora_dropout", "bias", "lora_bias", "fan_in_fan_out", "target_modules", "target_parameters"),
+}
+"""All that adapter_config.json holds: with another key, as `use_rslora`, peft would compute something else."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One thing that the adapter changes."""

@@ -20,7 +20,7 @@ from steer.values.edit import Edit
 from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Writer
 from steer.weights.arithmetic import ablate, as_tensor, on_accelerator, projection
-from steer.weights.certify import CERTIFICATE, BiasProof, Certificate, WriterProof, visible_files
+from steer.weights.certify import CERTIFICATE, BiasProof, Certificate, WriterProof, inside, visible_files
 from steer.weights.journal import Journal
 from steer.weights.kept import DIRECTIONS, finish, save_directions, save_means, source_name, versions
 from steer.weights.plan import Plan
@@ -145,6 +145,7 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
         left_out=left_out,
         versions=versions(),
         command=command,
+        unloaded=plan.found.unloaded,
     )
     cert = finish(cert, work, files.root / "README.md", written)
     journal.close()
@@ -263,16 +264,9 @@ def _copy_side_files(root: Path, work: Path, written: dict[str, str]) -> tuple[s
         ours = name in ("README.md", CERTIFICATE) or path.parts[0] == DIRECTIONS
         if name in written:
             continue
-        if ours or _WEIGHTS.search(name) or not (root / path).is_file() or not _inside(root / path, root):
+        if ours or _WEIGHTS.search(name) or not (root / path).is_file() or not inside(root / path, root):
             left_out.append(name)
             continue
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         written[name] = copy_file(root / path, work / path)
     return tuple(left_out)
-
-
-def _inside(path: Path, root: Path) -> bool:
-    """Whether a file lies in the checkpoint, or in the blobs of the hub cache that the checkpoint is a snapshot of."""
-    place, whole = path.resolve(), root.resolve()
-    blobs = whole.parent.parent / "blobs" if whole.parent.name == "snapshots" else whole
-    return place.is_relative_to(whole) or place.is_relative_to(blobs)

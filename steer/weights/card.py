@@ -10,6 +10,7 @@ import yaml
 
 from steer.errors import SteerError
 from steer.values.small_files import load_yaml
+from steer.weights.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from steer.weights.certify import Certificate
@@ -27,6 +28,22 @@ _WHAT = {
     "gguf": "A control vector for `{source}` ({architecture}), as llama.cpp and what is built on it load it. The "
     "amounts below are in it: use it at scale 1.",
 }
+
+
+_MERGING = """
+Do not merge it as it is: the LM head of the source is its embedding, and merging this adapter into the embedding would
+change the logits through the head. Give the head its own weight first:
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("the source")
+model.{head}.weight = torch.nn.Parameter(model.{head}.weight.detach().clone())
+model.config.tie_word_embeddings = False
+model = PeftModel.from_pretrained(model, "this directory").merge_and_unload()
+```"""
 
 
 def model_card(cert: Certificate, source_card: Path) -> str:
@@ -76,6 +93,7 @@ def _usage(cert: Certificate) -> list[str]:
             'model = AutoPeftModelForCausalLM.from_pretrained("this directory")',
             "model.disable_adapter()  # a context manager: inside it is the source",
             "```",
+            *(_MERGING.format(head=LAYOUTS[cert.architecture].head_module).split("\n") if cert.untie_to_merge else ()),
         ]
     if cert.form == "gguf":
         file = next(f for f in cert.files if f.endswith(".gguf"))
@@ -101,6 +119,9 @@ def _measured(cert: Certificate) -> list[str]:
         lines.append(
             f"- Constant added to the residual stream after blocks {', '.join(map(str, carried))}, as {where}."
         )
+    if cert.unloaded:
+        count, first = len(cert.unloaded), cert.unloaded[0]
+        lines.append(f"- Not edited, as transformers does not load them: {count} tensors, from `{first}` on.")
     if cert.form == "checkpoint":
         changed = ", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items())
         lines.append(f"- config.json: {changed or 'unchanged'}. All else is the source's, byte for byte.")

@@ -24,7 +24,7 @@ from steer.weights.stream import CheckpointFiles, Shard
 if TYPE_CHECKING:
     from steer.weights.bakeable import Form
 
-__all__ = ["CERTIFICATE", "BiasProof", "Certificate", "Check", "SavedDirection", "WriterProof", "verify",
+__all__ = ["CERTIFICATE", "BiasProof", "Certificate", "Check", "SavedDirection", "WriterProof", "inside", "verify",
            "visible_files"]  # fmt: skip
 
 CERTIFICATE = "steer_certificate.json"
@@ -59,7 +59,7 @@ class Certificate:
     source_files: dict[str, str]
     """sha256 of the source's weight files, its index and its config."""
     files: dict[str, str]
-    """sha256 of every file in the output but the certificate. Hidden files are left out."""
+    """sha256 of every file in the output but the certificate and hidden files."""
     left_out: tuple[str, ...]
     """Files of the source that the output does not have: weights in other formats, an older certificate."""
     versions: dict[str, str]
@@ -67,6 +67,11 @@ class Certificate:
     """The exact command, None when called from Python."""
     form: Form = "checkpoint"
     """What the output is."""
+    unloaded: tuple[str, ...] = ()
+    """Tensors of the source that transformers does not load into its architecture, as blocks that predict several
+    tokens: they are not edited."""
+    untie_to_merge: bool = False
+    """Of an adapter: whether it changes an embedding that is the LM head too, which merging would change with it."""
 
     @property
     def writers_edited(self) -> int:
@@ -102,7 +107,8 @@ class Certificate:
             body["writers"] = tuple(WriterProof(**w) for w in body["writers"])
             body["biases"] = tuple(BiasProof(**b) for b in body["biases"])
             body["directions"] = tuple(SavedDirection(**d) for d in body["directions"])
-            body["left_out"] = tuple(body["left_out"])
+            for key in ("left_out", "unloaded"):
+                body[key] = tuple(body.get(key, ()))
             return cls(**body)
 
 
@@ -143,7 +149,7 @@ def _verified(folder: Path, progress: Callable[[int, int], None] | None, source:
     kept = [*(d.file for d in cert.directions), *([cert.neutral] if cert.neutral else [])]
     same_set(folder, "direction file", set(kept) - set(cert.files), set())
     checks = [Check("certificate", f"intact, {len(cert.files)} files and {len(cert.tensors)} tensors")]
-    same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
+    _check_folder(folder, cert)
     files = CheckpointFiles.open(folder) if cert.form == "checkpoint" else None
     if cert.form != "gguf":
         shards = files.shards if files else [Shard.open(folder / ADAPTER)]
@@ -153,6 +159,8 @@ def _verified(folder: Path, progress: Callable[[int, int], None] | None, source:
     checks.append(Check("sha256", f"{len(cert.files)} files as written"))
     if files is not None:
         checks.append(_check_config(folder, files, cert))
+    if hidden := sorted(path.name for path in folder.iterdir() if path.name.startswith(".")):
+        checks.append(Check("hidden files", f"not certified, and loaded by nothing: {', '.join(hidden)}"))
     from steer.weights.recheck import certified_edit, check_weights
 
     edit = certified_edit(folder, cert)
@@ -204,6 +212,33 @@ def visible_files(folder: Path) -> list[str]:
     return sorted(out)
 
 
+def inside(path: Path, root: Path) -> bool:
+    """Whether a file lies in the checkpoint, or in the blobs of the hub cache that the checkpoint is a snapshot of."""
+    place, whole = path.resolve(), root.resolve()
+    blobs = whole.parent.parent / "blobs" if whole.parent.name == "snapshots" else whole
+    return place.is_relative_to(whole) or place.is_relative_to(blobs)
+
+
+def _check_folder(folder: Path, cert: Certificate) -> None:
+    """Raise CheckpointError for a visible file that is missing or not certified, a link out of the directory, a folder
+    that holds nothing certified. Hidden ones, as of git and the hub's client, are nobody's business: nothing loads
+    them."""
+    same_set(folder, "file", set(visible_files(folder)), set(cert.files) | {CERTIFICATE})
+    for here, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for path in (Path(here, name) for name in names if not name.startswith(".")):
+            if not inside(path, folder):
+                raise CheckpointError(
+                    f"{path}: expected a file in this directory, found a link that leads out of it; "
+                    "put a copy in its place"
+                )
+        for path in (Path(here, name) for name in folders):
+            held = f"{path.relative_to(folder).as_posix()}/"
+            if path.is_symlink() or not any(name.startswith(held) for name in cert.files):
+                found = "a link to a folder" if path.is_symlink() else "a folder without a certified file"
+                raise CheckpointError(f"{path}: expected nothing of this name, found {found}; remove it")
+
+
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -239,6 +274,14 @@ def _check_config(folder: Path, files: CheckpointFiles, cert: Certificate) -> Ch
                 f"{folder / 'config.json'}: expected {key} to be {value}, found {files.config.get(key)}; bake again"
             )
     return Check("config", ", ".join(f"{k} = {v}" for k, v in cert.config.items()) or "as in the source")
+
+
+def check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
+    """Raise CheckpointError for the first entry of a certificate that is not what its edit and the files come to."""
+    if key := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+        raise CheckpointError(
+            f"{folder}: {key} of the certificate is not what its edit and these files come to; bake again"
+        )
 
 
 def ablation_check(cert: Certificate) -> Check:

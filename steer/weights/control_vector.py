@@ -23,8 +23,9 @@ from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.weights.anatomy import Anatomy
 from steer.weights.bakeable import bakeable, check_bakeable
-from steer.weights.certify import BiasProof, Certificate, Check, check_tensors
+from steer.weights.certify import BiasProof, Certificate, Check, check_claims, check_tensors, same_set
 from steer.weights.kept import finish, save_directions, source_name, versions
+from steer.weights.layouts import LAYOUTS
 from steer.weights.staging import hash_file, staged
 from steer.weights.stream import CheckpointFiles
 
@@ -52,6 +53,7 @@ def bake_control_vector(
     anatomy = Anatomy.of(files.config, str(source))
     anatomy.check_edit(edit)
     check_bakeable(bakeable(edit.as_moves(), "gguf", anatomy), str(source))
+    anatomy.find(files.config, files.tensors)  # a checkpoint that is not what it says is refused
     edit = edit.with_adds_as_directions()
     vectors = {site: shift.float() for site, shift in sorted(edit.biases().items()) if shift.any()}
     if not vectors:
@@ -65,7 +67,7 @@ def bake_control_vector(
             edit=edit.describe(),
             strength=edit.strength,
             neutral=None,
-            writers_found=len(anatomy.find(files.config, files.tensors).writers),
+            writers_found=0,  # it changes no weights
             writers=(),
             biases=tuple(BiasProof(f"direction.{s}", s, True, float(v.double().norm())) for s, v in vectors.items()),
             directions=save_directions(edit, work, written),
@@ -158,17 +160,30 @@ def check_control_vector(folder: Path, cert: Certificate, edit: Edit) -> list[Ch
     Errors: CheckpointError at the first thing that is not as certified.
     """
     try:
-        vectors, _ = read_control_vector(folder / FILE)
+        vectors, facts = read_control_vector(folder / FILE)
     except SteerError as e:
         raise CheckpointError(str(e)) from e
+    shifts = {site: shift for site, shift in edit.biases().items() if shift.any()}
+    same_set(folder, "tensor", {f"direction.{s}" for s in vectors}, {f"direction.{s}" for s in shifts})
     check_tensors(folder, cert, {f"direction.{s}": (FILE, "F32", tuple(v.shape)) for s, v in vectors.items()})
-    shifts = edit.biases()
+    layout = LAYOUTS.get(cert.architecture)
+    norms = {b.tensor: b.norm for b in cert.biases}
+    wrong = {
+        "architecture": layout is None or facts.get("model_hint") != layout.model_type,
+        "writers": bool(cert.writers or cert.writers_found or cert.unloaded or cert.untie_to_merge),
+        "strength": cert.strength != edit.strength or bool(edit.ablate),
+        "config": cert.config != {},
+        "biases": [(b.tensor, b.site, b.created) for b in cert.biases] != [(f"direction.{s}", s, True) for s in vectors]
+        or not all(abs(norms[f"direction.{s}"] - float(v.double().norm())) <= 1e-6 * float(v.norm())
+                   for s, v in vectors.items()),
+    }  # fmt: skip
     for site, vector in vectors.items():
-        shift = shifts.get(site, torch.zeros(len(vector)))
+        shift = shifts[site]
         if not float((vector - shift).norm()) <= 1e-6 * float(shift.norm()):
             raise CheckpointError(
                 f"{folder / FILE}: direction.{site} is not what the directions beside it add up to; bake again"
             )
+    check_claims(folder, wrong)
     contents = Check("contents", "no file or tensor missing, none unexpected")
     return [contents, Check("add", f"{', '.join(f'direction.{s}' for s in vectors)} of a control vector")]
 

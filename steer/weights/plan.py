@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -40,6 +40,8 @@ class Plan:
     """Biases among them -> the site where it adds, None for the zeros that must come with it."""
     config: dict[str, Any]
     """Changes of config.json."""
+    separate_head: bool
+    """Whether the LM head is one of its own though the source's config.json ties it to the embedding."""
 
     @classmethod
     def of(cls, files: CheckpointFiles, edit: Edit) -> Plan:
@@ -82,7 +84,8 @@ class Plan:
             if name not in files.tensors:
                 raise CheckpointError(f"{files.root}: expected tensor {name}, found none; fetch the model again")
         frozen = {shard: tuple(tensors) for shard, tensors in new.items()}
-        return cls(files, anatomy, edit, found, writers, ablation, shifted, frozen, created, config)
+        separate = anatomy.tied and not head_is_embedding(files, anatomy, found)
+        return cls(files, anatomy, edit, found, writers, ablation, shifted, frozen, created, config, separate)
 
     def summary(self) -> str:
         """The writers found, what will be done to them, and coverage, for people to read before anything is
@@ -94,8 +97,12 @@ class Plan:
         adds = self.shifted | {name: site for name, site in self.created.items() if site is not None}
         lines += [f"  add after block {site}: {name}" for name, site in sorted(adds.items(), key=lambda kv: kv[1])]
         if others := self.found.unloaded:
-            names = ", ".join(_shorter(others)[:8])
-            lines.append(f"  not loaded by transformers, kept byte for byte: {len(others)} tensors ({names})")
+            lines.append(unloaded_line(others))
+        if self.separate_head:
+            lines.append(
+                f"  {self.found.head}: differs from the embedding, though config.json ties them; kept as it is stored, "
+                "which is how transformers 5 loads it"
+            )
         lines += [f"  config.json: {key} becomes {value}" for key, value in self.config.items()]
         return "\n".join(lines)
 
@@ -113,6 +120,11 @@ class Plan:
             low, high = f"{strengths[0]:.3g}", f"{strengths[-1]:.3g}"
             facts.append(f"strength {low}" if low == high else f"strength {low} to {high}")
         return "; ".join(facts)
+
+
+def unloaded_line(names: Sequence[str]) -> str:
+    """One line of a summary that names the tensors that transformers does not load."""
+    return f"  not loaded by transformers, not edited: {len(names)} tensors ({', '.join(_shorter(names)[:8])})"
 
 
 def _check_held(value: Tensor, dtype: str, what: str) -> None:
@@ -142,15 +154,14 @@ def _constant(edit: Edit) -> Edit:
     return replace(edit, moves=())
 
 
-def _untied_head(files: CheckpointFiles, found: Found) -> NewTensor | None:
-    """The LM head that goes on reading with the unedited embedding, None when the source has it already."""
-    embedding = files.tensors[found.embedding]
+def head_is_embedding(files: CheckpointFiles, anatomy: Anatomy, found: Found) -> bool:
+    """Whether the LM head that transformers loads is the embedding: config.json ties them, and the files hold no head
+    or an equal one. A head that differs is loaded as it is stored, whatever config.json says."""
     head = files.tensors.get(found.head)
-    if head is None:
-        return NewTensor(found.head, embedding.dtype, embedding.shape, embedding)
-    if head.shape != embedding.shape or files.read(head) != files.read(embedding):
-        raise CheckpointError(
-            f"{files.root}: config.json says that {found.head} is tied to the embedding, but they differ; "
-            "set tie_word_embeddings to false there if they are meant to"
-        )
-    return None
+    return anatomy.tied and (head is None or files.read(head) == files.read(files.tensors[found.embedding]))
+
+
+def _untied_head(files: CheckpointFiles, found: Found) -> NewTensor | None:
+    """The LM head that goes on reading with the unedited embedding, None when the source stores a head already."""
+    embedding, head = files.tensors[found.embedding], files.tensors.get(found.head)
+    return NewTensor(found.head, embedding.dtype, embedding.shape, embedding) if head is None else None

@@ -19,7 +19,7 @@ from steer.values.method import Kernel, Method, Strengths
 from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Anatomy, Found
 from steer.weights.arithmetic import as_tensor, projection
-from steer.weights.certify import Certificate, Check, ablation_check
+from steer.weights.certify import Certificate, Check, ablation_check, check_claims
 from steer.weights.proofs import rounding
 from steer.weights.stream import CheckpointFiles
 
@@ -27,9 +27,11 @@ from steer.weights.stream import CheckpointFiles
 def certified_edit(folder: Path, cert: Certificate) -> Edit:
     """The edit that a certificate tells, with the directions kept beside it."""
     loaded = [(Direction.load(folder / d.file), d.amount) for d in cert.directions]
+    told = [(d.name, d.site, _text(d.provenance)) for d in cert.directions]
+    check_claims(folder, {"directions": told != [(d.name, d.site, _text(d.provenance)) for d, _ in loaded]})
     blocks, strengths = cert.edit.get("blocks"), cert.edit.get("strengths")
     kernels: dict[str, Any] = {k: Kernel(**v) if isinstance(v, dict) else v for k, v in (strengths or {}).items()}
-    return Edit(
+    edit = Edit(
         ablate=tuple(d for d, amount in loaded if amount is None),
         strength=cert.edit.get("strength") or 1.0,
         blocks=(blocks[0], blocks[1]) if isinstance(blocks, list) else None,
@@ -39,6 +41,8 @@ def certified_edit(folder: Path, cert: Certificate) -> Edit:
         ),
         strengths=None if strengths is None else Strengths(**kernels),
     )
+    check_claims(folder, {"edit": _text(edit.describe()) != _text(cert.edit)})
+    return edit
 
 
 def check_weights(files: CheckpointFiles, cert: Certificate, edit: Edit) -> list[Check]:
@@ -67,21 +71,23 @@ def _check_claims(files: CheckpointFiles, cert: Certificate, edit: Edit, anatomy
                 proofs.add((name, w.kind, w.block, axis, bias, t.dtype, strength))
     claimed = {(p.tensor, p.kind, p.block, p.axis, p.bias, p.dtype, p.strength) for p in cert.writers}
     sites = edit.biases()
-    adds = {(w.bias, w.block) for w in found.writers if w.kind == "mlp" and w.bias and w.block in sites}
+    adds: set[tuple[str | None, int | None]] = {
+        (w.bias, w.block) for w in found.writers if w.kind == "mlp" and w.bias and w.block in sites
+    }
     added = str(anatomy.layout.mlp_bias) in cert.config
+    adds |= {(f"{m}.bias", None) for m in anatomy.bias_carriers()} - {(b, None) for b, _ in adds} if added else set()
     wrong = {
-        "edit": json.loads(json.dumps(edit.describe())) != cert.edit,
         "architecture": cert.architecture != anatomy.architecture,
         "writers_found": cert.writers_found != len(found.writers),
         "writers": claimed != proofs or len(cert.writers) != len(proofs),
         "strength": cert.strength != min((p[-1] for p in proofs), default=edit.strength),
-        "biases": {(b.tensor, b.site) for b in cert.biases if b.site is not None} != adds
+        "biases": {(b.tensor, b.site) for b in cert.biases} != adds
+        or len(cert.biases) != len(adds)
         or any(b.created != added for b in cert.biases),
+        "unloaded": cert.unloaded != found.unloaded,
+        "untie_to_merge": cert.untie_to_merge,
     }
-    if key := next((key for key, is_wrong in wrong.items() if is_wrong), None):
-        raise CheckpointError(
-            f"{files.root}: {key} of the certificate is not what its edit and these files come to; bake again"
-        )
+    check_claims(files.root, wrong)
 
 
 def _check_shares(files: CheckpointFiles, cert: Certificate, edit: Edit, found: Found, ablation: Ablation) -> Check:
@@ -117,6 +123,11 @@ def _check_biases(files: CheckpointFiles, cert: Certificate, edit: Edit) -> Chec
         if not right:
             raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
     return Check("add", f"biases at sites {', '.join(str(s) for s in sorted(shifts))}")
+
+
+def _text(value: Any) -> str:
+    """A value as JSON, to compare what was computed with what was read; unlike numbers, nan equals nan in it."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _load_neutral(path: Path) -> Float[Tensor, "blocks d"]:

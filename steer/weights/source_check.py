@@ -22,9 +22,11 @@ def check_source(files: CheckpointFiles, cert: Certificate, edit: Edit, source: 
     Errors: CheckpointError for a source that is another one, and at the first tensor that it does not give.
     """
     plan = Plan.of(dequantised(CheckpointFiles.open(source)), edit)
-    for name, sha in hash_sources(plan.files).items():
+    hashes = hash_sources(plan.files)
+    for name, sha in hashes.items():
         if cert.source_files.get(name) != sha:
             raise CheckpointError(f"{source / name}: is not the file that {files.root} was made from; give that source")
+    same_set(files.root, "source's file", set(cert.source_files), set(hashes))
     if cert.config != plan.files.decoded | plan.config or files.config != plan.files.config | plan.config:
         raise CheckpointError(f"{files.root / 'config.json'}: is not what {source} gives; bake again")
     new = {t.name: t for tensors in plan.new.values() for t in tensors}

@@ -109,6 +109,13 @@ class _Search:
             raise CheckpointError(
                 f"{self.where}: expected tensor {head}, as the embedding is not tied, found none; fetch the model again"
             )
+        if self.anatomy.tied and head in self.tensors:
+            found, wanted = (list(self.tensors[n].shape) for n in (head, embeddings[0]))
+            if found != wanted:
+                raise CheckpointError(
+                    f"{self.where}: {head}: expected the shape {wanted} of the embedding, to which config.json ties "
+                    f"it, found {found}; fetch the model again"
+                )
         return Found(tuple(writers), embeddings[0], head, self.base, unloaded)
 
     def _block(self, block: int) -> Iterator[Writer]:

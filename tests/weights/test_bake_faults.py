@@ -314,7 +314,11 @@ def _tensors(**changes: Tensor | None) -> Callable[[Path], None]:
             CheckpointError,
             "axis 0 to be the residual width 32, found shape [48, 32]",
         ),
-        (_tensors(lm_head__weight=torch.zeros(97, 32)), CheckpointError, "but they differ"),
+        (
+            _tensors(lm_head__weight=torch.zeros(98, 32)),
+            CheckpointError,
+            "expected the shape [97, 32] of the embedding",
+        ),
         (
             _tensors(model__layers__1__mlp__down_proj__weight=torch.full((32, 48), math.nan)),
             CheckpointError,

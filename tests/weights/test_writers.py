@@ -15,6 +15,7 @@ from torch import Tensor
 from steer.errors import CheckpointError, SteerError, UnsupportedError
 from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.weights.adapter import bake_adapter
 from steer.weights.bake import bake
 from steer.weights.certify import verify
 from steer.weights.plan import Plan
@@ -188,9 +189,14 @@ def test_tensors_of_another_model_in_the_files_pass_through_and_are_named(
     save_file(load_file(source / FILE) | extra, source / FILE, metadata={"format": "pt"})
     plan = Plan.of(CheckpointFiles.open(source), Edit(ablate=(make_direction(),)))
     assert set(plan.found.unloaded) == set(names)
-    assert "not loaded by transformers, kept byte for byte: 3 tensors" in plan.summary()
-    bake(source, tmp_path / "out", plan.edit)
+    assert "not loaded by transformers, not edited: 3 tensors" in plan.summary()
+    cert = bake(source, tmp_path / "out", plan.edit)
+    adapter = bake_adapter(source, tmp_path / "adapter", plan.edit)
+    assert set(cert.unloaded) == set(adapter.unloaded) == set(names)
+    for out in ("out", "adapter"):
+        assert "transformers does not load them: 3 tensors" in (tmp_path / out / "README.md").read_text()
     after = load_file(tmp_path / "out" / FILE)
     assert all(torch.equal(after[name], tensor) for name, tensor in extra.items())
     verify(tmp_path / "out")
+    verify(tmp_path / "adapter")
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()  # without a missing weight
