@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Every worker has one core: threads of several workers that wait for each other spin, and take five times as long.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import steer  # noqa: F401, I001  # before torch, whose libraries read the variables that it sets
 import pytest
 import torch
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from steer.chat.conversation import Ending, Stretch
 from steer.chat.turns import turns_of
 from steer.chat.voice import Task
-from steer.live.window import fit
 from steer.live.decode import decode
 from steer.live.memory import Memory
 from steer.live.profiles import as_profile, use
@@ -18,6 +17,7 @@ from steer.live.sampling import BAN
 from steer.live.serve.engine import Token
 from steer.live.serve.texts import ReplyText
 from steer.live.sliders import Sliders
+from steer.live.window import fit
 from steer.values.edit import Edit
 from steer.values.profile import PlannedWhen, Profile, ProfileSlider
 from steer.values.sampler import Sampler

@@ -22,6 +22,10 @@ from steer.live.frame import TextPass
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
 
+AT_ONCE = 1024
+"""Tokens that a CPU reads at a time: what is worked out between two layers then stays in its caches, where that of a
+whole batch would be memory that is new to the process at every layer."""
+
 
 @dataclass(eq=False)
 class Prefill:
@@ -61,7 +65,13 @@ def prefill(
     padded = torch.tensor([[i[0]] * (fed - len(i)) + i for i in ids], device=model.device)
     row = torch.tensor(rows, device=model.device) if which is not None else None
     starts = torch.tensor([[p] for p in prompts], device=model.device)
-    return Prefill(cache, mask, decoder_pass(model, padded, mask, cache, row, starts))
+    step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
+    before = mask.shape[1] - fed
+    hidden = [
+        decoder_pass(model, padded[:, i : i + step], mask[:, : before + i + step], cache, row, starts)
+        for i in range(0, fed, step)
+    ]
+    return Prefill(cache, mask, torch.cat(hidden, dim=1))
 
 
 def decoder_pass(

@@ -41,8 +41,12 @@ def product(
     if few:
         # One vector is read as two: a product with a single one runs on one core.
         out = (weight @ (flat.expand(2, -1) if rows == 1 else flat).t()).t()[:rows].contiguous()
-    else:
+    elif torch.is_grad_enabled():
         out = torch.cat([flat @ part.t() for part in weight.split(AT_ONCE)], dim=-1)
+    else:
+        out = flat.new_empty(rows, len(weight))
+        for part, columns in zip(weight.split(AT_ONCE), out.split(AT_ONCE, dim=-1), strict=True):
+            torch.mm(flat, part.t(), out=columns)
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 

@@ -233,6 +233,8 @@ def _mergekit_errors(recipe: Path) -> Iterator[None]:
     """mergekit's failures as ours, those too that it only logs; its chatter goes nowhere."""
     kit, transformers = logging.getLogger("mergekit"), logging.getLogger("transformers")
     before, complaints = (kit.level, kit.propagate, transformers.level), _Complaints()
+    # `logging.info` in one of its libraries would have everything that anyone logs printed from then on.
+    handlers = list(logging.root.handlers)
     kit.addHandler(complaints)
     kit.setLevel(logging.ERROR)
     kit.propagate = False
@@ -252,6 +254,7 @@ def _mergekit_errors(recipe: Path) -> Iterator[None]:
         raise SteerError(f"{recipe}: mergekit failed: {_line(e)}; mend the recipe") from e
     finally:
         kit.removeHandler(complaints)
+        logging.root.handlers[:] = handlers
         kit.setLevel(before[0])
         kit.propagate = before[1]
         transformers.setLevel(before[2])

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -302,6 +303,17 @@ def test_a_second_merge_reads_an_adapter_that_changed_and_keeps_no_file_of_the_f
     assert not torch.equal(first[moved], second[moved])
     if sys.platform == "linux":
         assert str(folder / "out" / ".adapters-") not in Path("/proc/self/maps").read_text()
+
+
+def test_a_merge_leaves_logging_as_it_was(folder: Path) -> None:
+    code = (
+        "import logging, sys; from pathlib import Path; from steer.weights.merge import merge; "
+        "merge(Path(sys.argv[1]), Path(sys.argv[2])); print(logging.root.handlers)"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", code, folder / "stock.yml", folder / "out"], capture_output=True, text=True, check=True
+    )
+    assert made.stdout.strip() == "[]"
 
 
 def test_the_manifest_holds_recipe_inputs_and_versions(folder: Path) -> None:
