@@ -66,6 +66,15 @@ def print_notices() -> None:
     logger.addHandler(_NOTICES)
 
 
+def unicode_option(text: str | None) -> str | None:
+    """A text of the command line. Errors: typer's, for bytes that are not UTF-8, before a model is loaded."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as e:
+        raise typer.BadParameter(f"expected UTF-8, found other bytes at {e.start}; convert the text") from e
+    return text
+
+
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     """A verb's result on stdout."""
     typer.echo(json.dumps(result, indent=2) if as_json else plain(text))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli_common import DeviceMap, Dtype, FourBit, Json, Model, emit
+from steer.cli_common import DeviceMap, Dtype, FourBit, Json, Model, emit, unicode_option
 from steer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def chat(
     slider: _Slider = [],  # noqa: B006
     profile: _Profile = None,
     card: Annotated[Path | None, typer.Option(help="A character card, PNG or JSON: who the model plays.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.", callback=unicode_option)] = None,
     sampler: Annotated[str | None, typer.Option(help="greedy, plain, wild or near-greedy.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the sampling; 0 is greedy.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Reply length at most.")] = 256,

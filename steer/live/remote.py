@@ -12,7 +12,7 @@ from typing import Any, cast
 import openai
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from steer.errors import SteerError, UnsupportedError
+from steer.errors import SteerError, UnsupportedError, UsageError
 from steer.files import one_line
 from steer.live.memory import Memory
 from steer.live.receipts import Receipt, SliderReceipt
@@ -123,6 +123,9 @@ class RemoteModel:
             raise SteerError(f"{self.url}: no server answers ({why}); start one with: steer serve MODEL") from e
         except openai.OpenAIError as e:
             raise SteerError(f"{self.url}: {' '.join(str(e).split())[:500]}") from e
+        except UnicodeEncodeError as e:  # of what is sent, which comes from this side
+            what = "a key in ASCII" if e.encoding == "ascii" else "text that is Unicode, in the messages and names sent"
+            raise UsageError(f"{self.url}: expected {what}, found {e.object[e.start]!r}; convert it to UTF-8") from e
         except (
             ValueError,
             TypeError,

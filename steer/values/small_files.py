@@ -97,6 +97,8 @@ class _Loader(yaml.SafeLoader):
         else:
             self._count(1, 1, line)  # before the node, as PyYAML calls itself for every level
             node = super().compose_node(parent, index)
+            if isinstance(node, yaml.ScalarNode) and not _is_unicode(node.value):
+                raise yaml.YAMLError(f"half a surrogate pair (\\ud800 to \\udfff) in a text in line {line}")
             children = getattr(node, "value", ()) if not isinstance(node, yaml.ScalarNode) else ()
             flat = [n for c in children for n in (c if isinstance(c, tuple) else (c,))]
             levels = 1 + max((self._sizes[id(n)][1] for n in flat), default=0)
@@ -120,6 +122,14 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"more than {_NODE_LIMIT:,} values")
         if self._depth + levels - 1 > _DEPTH_LIMIT:
             raise yaml.YAMLError(f"more than {_DEPTH_LIMIT} levels in line {line}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _WithAliases(_Loader):

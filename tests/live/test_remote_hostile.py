@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from steer.errors import SteerError
+from steer.errors import SteerError, UsageError
 from steer.live.remote import RemoteModel, RemoteSession, receipt_of
+from steer.values.sampler import CHAT
 
 ROW = {"name": "moral", "operation": "add", "amount": 0.0, "unit_share": 0.1, "site": 1, "range": [-1, 1]}
 
@@ -101,6 +102,18 @@ def test_a_reply_of_another_kind_is_one_line_or_its_text(chunk):
             told = str(e)
     assert "".join(said) in ("", "a")
     assert "\n" not in told
+
+
+def test_text_that_is_no_unicode_is_one_line_and_no_fault_of_the_servers():
+    with serving({"sliders": [ROW]}, chunks=[]) as url:
+        session = RemoteSession(RemoteModel(url), system="Be \udcff.")
+        with pytest.raises(UsageError, match=r"expected text that is Unicode, .* found '\\udcff'; convert it"):
+            list(session.reply("hello"))
+        assert session.messages == []
+        with pytest.raises(UsageError, match="expected a key in ASCII, found 'é'"):
+            RemoteModel(url, api_key="clé")
+        with pytest.raises(UsageError, match="expected text that is Unicode"):
+            list(RemoteModel(url, name="\ud800").write([{"role": "user", "content": "a"}], CHAT, {}))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ CHAIN = "\n".join(["c0: &c0 [x]", *(f"c{i}: &c{i} [*c{i - 1}]" for i in range(1,
         ("a: 1\na: 2", "'a' a second time"),
         ("? [a, b]\n: c", "expected a recipe in YAML"),
         ("a: \x1b[2J", "expected a recipe in YAML"),
+        ('a: x\nb: ["\\ud800"]', "half a surrogate pair (\\ud800 to \\udfff) in a text in line 2"),
+        ('"\\udc00": x', "half a surrogate pair"),
         ("- x\n" * 60_000, "more than 50,000 values"),
     ],
 )

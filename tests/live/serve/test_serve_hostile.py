@@ -23,6 +23,7 @@ from steer.values.sampler import Sampler
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 HUGE = 10**400
+HALF = "\ud800"
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +136,48 @@ def test_prompts_behind_one_that_is_too_long_are_not_tokenised(server, monkeypat
     assert len(encoded) == 2
 
 
-def test_half_a_character_as_a_breaker_is_read_as_none(server):
-    raw = json.dumps({"messages": HELLO, "dry_multiplier": 1, "dry_sequence_breakers": ["\ud800"], "max_tokens": 2})
-    assert server.post(CHAT, content=raw, headers={"Content-Type": "application/json"}).status_code == 200
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": HALF}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "a", HALF: 1}, {"role": "assistant", "content": HALF}]}),
+        (CHAT, {"stop": HALF}),
+        (CHAT, {"stop": [HALF]}),
+        (CHAT, {HALF: 1, "stream_options": {HALF: 1}}),
+        (CHAT, {"dry_multiplier": 1, "dry_sequence_breakers": [HALF]}),
+        (CHAT, {"dry_multiplier": 1, "dry_sequence_breakers": json.dumps([HALF])}),
+        (COMPLETE, {"prompt": HALF, "echo": True}),
+        (COMPLETE, {"prompt": [HALF]}),
+    ],
+)
+def test_half_a_character_in_a_text_is_read_as_none(server, path, body, stream):
+    raw = json.dumps({"max_tokens": 2, "stream": stream} | ({"messages": HELLO} if path == CHAT else {}) | body)
+    reply = server.post(path, content=raw, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 200
+    assert '"error"' not in reply.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": HALF},
+        {"model": f"chat@{HALF}"},
+        {"messages": [{"role": HALF, "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": HALF, "text": "a"}]}]},
+        {"steering": {"profile": HALF}},
+        {"steering": {"sliders": {HALF: 1}}},
+        {"steering": {"sliders": {f"moral:{HALF}": 1}}},
+        {"steering": {HALF: 1}},
+        {"logit_bias": {HALF: 1}},
+        {"seed": HALF},
+        {"dry_multiplier": 1, "dry_sequence_breakers": HALF},
+    ],
+)
+def test_half_a_character_in_a_name_is_a_400_or_404(server, body):
+    raw = json.dumps({"messages": HELLO, "stream": True} | body)
+    refused(server.post(CHAT, content=raw, headers={"Content-Type": "application/json"}))
 
 
 @pytest.mark.parametrize("host", ["evil.example", "h" * 8000, "[::2]:80", ""])
