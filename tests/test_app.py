@@ -88,7 +88,7 @@ def test_a_chat_stays_on_the_page_and_a_new_one_keeps_it_among_the_old(moral):
     assert shown == [("user", "hello"), ("assistant", first), ("user", "well"), ("assistant", second)]
     click(at, "New chat")
     assert len(at.chat_message) == 0
-    assert [c.title for c in saved_chats()] == ["hello"]
+    assert [c.title for c in saved_chats()[0]] == ["hello"]
     assert say(at, "hello") == first
     other = page()
     # The two are as old as each other: whichever is listed first, `hello` is what it began with.
@@ -206,6 +206,18 @@ def test_inside_a_reply_there_is_a_heat_map_with_a_legend(moral):
     assert not at.exception
     assert not at.error
     assert any("st-heat" in h.proto.body for h in at.get("html"))
+
+
+def test_an_old_chat_that_is_broken_is_named_beside_the_others(moral, home):
+    at = page()
+    say(at, "hello")
+    broken = home / "home" / "chats" / "torn.json"
+    broken.write_text('{"steer_chat": 1, "mess')
+    click(at, "New chat")
+    (warning,) = [w.value for w in at.sidebar.warning if "torn" in w.value]
+    assert "expected a chat that this program saved" in warning
+    click(at, "Open")
+    assert at.chat_message[0].markdown[0].value == "hello"
 
 
 def test_a_model_without_a_direction_chats_and_names_the_command_that_finds_one(checkpoint):

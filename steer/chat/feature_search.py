@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from steer.chat.inside import pieces_of
 from steer.chat.turns import turns_of
-from steer.chat.words import description, records_at, title
+from steer.chat.words import description, labels_problem, records_at, title
 from steer.errors import SteerError, UsageError
 from steer.features.pooling import check_fits, encoded, kept
 from steer.features.records import Context, FeatureRecord, Tokens, search
@@ -77,8 +78,12 @@ class Shelf:
         self._used: dict[Path, Dictionary] = {}
         self.places: dict[str, Path] = {}
         """Dictionaries by name: of several at one site the one that `L14/123` means."""
+        self.problems: list[str] = []
+        """A line for each dictionary that is left out, as its labels are broken."""
         sites = set()
         for name, place in dictionaries_of(model.sketch()).items():
+            if (problem := labels_problem(place)) is not None:
+                self.problems.append(problem)
             site = read_manifest(place).get("site")
             if site not in sites and records_at(place):
                 sites.add(site)
@@ -205,7 +210,9 @@ class Shelf:
     def _found(self, words: str | None, trait: str | None, limit: int) -> list[FeatureCard]:
         found: list[tuple[Path, FeatureRecord]] = []
         for place in self.places.values():
-            records = list(records_at(place).values())
+            latents = dictionary_at(place).latents
+            # Of a stranger's file: one that has no unit, or is not in the dictionary, cannot be moved.
+            records = [r for r in records_at(place).values() if r.index < latents and 0 < abs(r.unit) < math.inf]
             if trait is None or any(trait in r.traits for r in records):
                 found += [(place, r) for r in search(records, words, trait, limit)]
         if trait is not None:

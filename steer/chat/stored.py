@@ -63,21 +63,26 @@ def new_place() -> Path:
     return chats_folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}.json"
 
 
-def saved_chats() -> list[SavedChat]:
-    """Every chat that is kept, the latest first; files that are none are passed over."""
-    out = []
-    for place in chats_folder().glob("*.json"):
+def saved_chats() -> tuple[list[SavedChat], list[str]]:
+    """Every chat that is kept, the latest first; and for each file that is none, which is passed over, a line that
+    names it."""
+    found = []
+    for place in sorted(chats_folder().glob("*.json")):
         try:
             stat = place.stat()
-            out.append(_listed(place, stat.st_mtime_ns, stat.st_size))
-        except (SteerError, OSError):
+        except OSError:  # deleted since
             continue
-    return sorted(out, key=lambda c: c.changed, reverse=True)
+        found.append(_listed(place, stat.st_mtime_ns, stat.st_size))
+    chats = sorted((c for c in found if isinstance(c, SavedChat)), key=lambda c: c.changed, reverse=True)
+    return chats, [line for line in found if isinstance(line, str)]
 
 
 @lru_cache(maxsize=512)
-def _listed(place: Path, stamp: int, size: int) -> SavedChat:
-    stored = load_chat(place)
+def _listed(place: Path, stamp: int, size: int) -> SavedChat | str:
+    try:
+        stored = load_chat(place)
+    except SteerError as e:
+        return str(e)
     c = stored.conversation
     return SavedChat(place, c.title or "(empty)", stored.model, len(c.path()), stamp / 1e9)
 

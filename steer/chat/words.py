@@ -9,13 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.errors import SteerError
+from steer.errors import SteerError, skip
 from steer.features.records import FeatureRecord, read_records
 from steer.values.dictionary_files import FEATURES
 from steer.values.direction import Direction
 from steer.values.feature import Feature
 from steer.values.slider import Slider
 from steer.values.slider_rows import slider_rows
+from steer.values.small_files import stamp
 from steer.values.trait import Trait, shipped_traits
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def title(record: FeatureRecord) -> str:
 
 def description(record: FeatureRecord) -> str:
     """What a latent fires on, how often, and which tokens it makes likelier."""
-    often = f"on one token in {round(1 / record.rate):,}" if record.rate > 0 else "on none"
+    often = f"on one token in {round(1 / record.rate):,}" if record.rate > 1e-12 else "on none"
     tokens, raised = fires_on(record), raises(record)
     said = f"Fires {often}" + (f", as on {_quoted(tokens)}" if tokens else "")
     return f"{said}; adding it makes {_quoted(raised)} likelier." if raised else f"{said}."
@@ -97,21 +98,25 @@ def record_of(feature: Feature) -> FeatureRecord | None:
 
 
 def records_at(place: Path) -> dict[int, FeatureRecord]:
-    """The labels of a dictionary by latent, read once as long as the file stays the same; none without a file.
+    """The labels of a dictionary by latent, read once as long as the file stays the same; none without a file, and
+    none, with a warning, of one that is broken."""
+    return _records(place / FEATURES, stamp(place / FEATURES))[0]
 
-    Errors: SteerError for a file that is broken.
-    """
-    file = place / FEATURES
-    try:
-        stat = file.stat()
-    except OSError:
-        return {}
-    return _records(file, stat.st_mtime_ns, stat.st_size)
+
+def labels_problem(place: Path) -> str | None:
+    """What is wrong with the labels of a dictionary, in a line that names file and line; None where nothing is."""
+    return _records(place / FEATURES, stamp(place / FEATURES))[1]
 
 
 @lru_cache(maxsize=4)
-def _records(file: Path, stamp: int, size: int) -> dict[int, FeatureRecord]:
-    return {r.index: r for r in read_records(file)}
+def _records(file: Path, stamp: tuple[int, ...]) -> tuple[dict[int, FeatureRecord], str | None]:
+    if not stamp:
+        return {}, None
+    try:
+        return {r.index: r for r in read_records(file)}, None
+    except (SteerError, OSError) as e:
+        skip(file, e)
+        return {}, str(e)
 
 
 def _slider_row(feature: Feature) -> dict[str, Any] | None:

@@ -55,7 +55,7 @@ def script_json(value: Any) -> str:
 
 def rate_histogram(rates: Sequence[float]) -> dict[str, Any]:
     """How many latents fire how often, in bins of even width on a log10 axis, ready to be drawn."""
-    logs = [math.log10(r) for r in rates if r > 0]
+    logs = [math.log10(r) for r in rates if 1e-300 < r < math.inf]
     low, high = (math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)) if logs else (-1, 0)
     counts = [0] * ((high - low) * BINS_A_DECADE)
     for value in logs:
@@ -70,7 +70,7 @@ def rate_histogram(rates: Sequence[float]) -> dict[str, Any]:
 
 def _packed(r: FeatureRecord) -> list[Any]:
     """A record as the page's script reads it; names would double the size of the page."""
-    row = r.to_json()
+    row = _finite(r.to_json())
     return [
         r.index,
         row["rate"],
@@ -84,8 +84,17 @@ def _packed(r: FeatureRecord) -> list[Any]:
     ]
 
 
+def _finite(value: Any) -> Any:
+    """JSON has neither nan nor infinities: null, which the page shows as a dash."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _finite(value) is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,7 +103,7 @@ class FeatureRecord:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> FeatureRecord:
-        """The record of a line. Errors: KeyError, TypeError or ValueError for a line that is none."""
+        """The record of a line. Errors: KeyError, TypeError, ValueError or OverflowError for a line that is none."""
         return cls(
             index=_whole(row["index"]),
             rate=float(row["rate"]),
@@ -144,7 +143,7 @@ def read_records(path: str | Path) -> list[FeatureRecord]:
             continue
         try:
             out.append(FeatureRecord.from_json(parse_json(line)))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             what = f"no {e.args[0]!r}" if isinstance(e, KeyError) else " ".join(str(e).split())
             raise SteerError(
                 f"{path}, line {number}: expected a latent's record, found {what}; label the dictionary again"
@@ -207,8 +206,6 @@ def _text(record: FeatureRecord) -> str:
 
 def _short(value: float) -> float:
     """Five significant digits: the file is for reading, and a tenth of a dictionary's size as it is."""
-    if not math.isfinite(value):
-        raise ValueError(f"expected a finite number, found {value}")
     return float(f"{value:.5g}")
 
 

@@ -124,8 +124,8 @@ def feature_row(dictionary: Dictionary, index: int) -> dict[str, Any]:
             f"dictionary {name!r}: expected {FEATURES} with the unit of latent {index}, found none; "
             "label the dictionary, or give the unit yourself"
         )
-    mark = re.compile(rf'"index"\s*:\s*{index}\b')
-    with file.open(encoding="utf-8") as lines:
+    mark = re.compile(rf'"index"\s*:\s*{index}\b'.encode())
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not mark.search(line):
                 continue
@@ -134,7 +134,8 @@ def feature_row(dictionary: Dictionary, index: int) -> dict[str, Any]:
             except ValueError as e:
                 raise CheckpointError(f"{file}: line {number} is no JSON ({e}); label the dictionary again") from e
             if isinstance(row, dict) and row.get("index") == index:
-                if not isinstance(row.get("unit"), int | float):
+                unit = row.get("unit")
+                if not isinstance(unit, int | float) or abs(unit) > 1e300:  # a whole number of any length
                     raise CheckpointError(f"{file}: line {number}: expected a number under 'unit'; label it again")
                 return row
     raise UsageError(f"{file}: expected latent {index}, found no row for it; it never fired, take a live one")

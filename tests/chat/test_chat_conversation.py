@@ -102,16 +102,21 @@ def test_a_chat_comes_back_from_its_file_as_it_was(talk, home):
     assert back.conversation.add("user", "more", back.conversation.last.id).id == 5
 
 
-def test_saved_chats_are_listed_the_latest_first_and_what_is_none_is_passed_over(talk, home):
+def test_saved_chats_are_listed_the_latest_first_and_what_is_none_is_named(talk, home):
     first = save_chat(home / "chats" / "a.json", Stored(talk, "tiny"))
-    (home / "chats" / "b.json").write_text("no chat")
+    broken = home / "chats" / "b.json"
+    broken.write_text("no chat")
     save_chat(home / "chats" / "c.json", Stored(Conversation(), "tiny"))
-    assert [(c.place.name, c.title, c.messages) for c in saved_chats()] == [
-        ("c.json", "(empty)", 0),
-        ("a.json", "hello", 4),
-    ]
+    chats, (line,) = saved_chats()
+    assert [(c.place.name, c.title, c.messages) for c in chats] == [("c.json", "(empty)", 0), ("a.json", "hello", 4)]
+    assert line.startswith(f"{broken}: expected a chat that this program saved, found ")
+    assert "\n" not in line
+    assert saved_chats() == (chats, [line])
     delete_chat(first)
-    assert [c.place.name for c in saved_chats()] == ["c.json"]
+    broken.write_bytes(b'{"steer_chat": 1, "messages": [{"text": "\\ud800"}]}')
+    chats, (line,) = saved_chats()
+    assert [c.place.name for c in chats] == ["c.json"]
+    assert "half a surrogate pair" in line
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from shelves import M, keep_dictionary
 from tiny_chat import hooks_on
 
+from steer.chat.words import record_of, title_of
 from steer.errors import UsageError
 from steer.live.library import dictionary_at
+from steer.values.feature import Feature
+from steer.values.slider import Slider
 
 pytestmark = pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning")
 
@@ -103,3 +108,36 @@ def test_a_long_chat_before_a_message_is_left_out(shelf):
 def test_a_model_without_a_dictionary_has_an_empty_shelf(chat):
     shelf = chat.shelf()
     assert shelf.dictionaries == shelf.traits() == shelf.by_words("mercy") == shelf.fires_on("hello") == []
+
+
+@pytest.mark.filterwarnings("ignore::steer.errors.SkippedWarning")
+def test_a_dictionary_whose_labels_are_broken_is_named_and_the_others_stay(model, place, chat):
+    broken = keep_dictionary(model, "second", site=2) / "features.jsonl"
+    broken.write_bytes(broken.read_bytes() + b'{"index": 3}\n')
+    shelf = chat.shelf()
+    assert shelf.dictionaries == ["tiny"]
+    assert shelf.by_words("mercy")
+    (line,) = shelf.problems
+    assert line.startswith(f"{broken}, line 23: expected a latent's record, found no 'rate'")
+    assert "\n" not in line
+
+
+@pytest.mark.filterwarnings("ignore::steer.errors.SkippedWarning")
+@pytest.mark.parametrize(
+    "data", [b"\xff\n", b'{"index": 1e999}\n', b'{"index": 5, "rate": ' + b"9" * 400 + b"}\n", b"[3]\n"]
+)
+def test_whatever_is_wrong_with_labels_sliders_are_still_called_something(place, chat, data):
+    (place / "features.jsonl").write_bytes(data)
+    feature = Feature.latent(dictionary_at(place), 5, 1.0)
+    assert (title_of(Slider(feature)), record_of(feature)) == (feature.name, None)
+    assert chat.shelf().dictionaries == []
+
+
+def test_latents_of_a_strangers_labels_that_cannot_be_moved_are_not_found(place, chat):
+    file = place / "features.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["unit"], rows[1]["unit"], rows[2]["index"], rows[3]["rate"] = float("nan"), 0.0, 10**9, float("nan")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {c.index for c in chat.shelf().by_words("", limit=M)}
+    assert found == set(range(5, M))
+    assert len(chat.shelf().by_trait("moralizing", limit=M)) == len(found)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -118,20 +119,46 @@ def test_a_page_of_no_latents_is_a_page(tmp_path: Path) -> None:
     assert write_page([], tmp_path / "new" / "page.html", title="none", summary={}).is_file()
 
 
+def drawn(page: Path, fragment: str = "") -> str:
+    """What Chromium makes of a page."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900",
+               "--virtual-time-budget=3000", f"--user-data-dir={page.parent / 'profile'}", "--dump-dom"]  # fmt: skip
+    done = subprocess.run([*command, page.as_uri() + fragment], capture_output=True, text=True, timeout=120)
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+def test_traits_named_as_what_every_object_has_and_numbers_that_are_none_are_drawn(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    names = ["constructor", "__proto__", "toString", "moralizing"]
+    made = [record(i) for i in range(2)]
+    for i, name in enumerate(names, 2):
+        made.append(replace(record(i), traits={name: TraitScore(0.7, 0.7, 0.7, 0.01)}))
+    odd = FeatureRecord(
+        6, nan, nan, inf, [("token", nan)], [("low", -inf)], [Context("a", "b", "c", nan)], [(0, nan)],
+        {"moralizing": TraitScore(nan, nan, nan, nan)},
+    )  # fmt: skip
+    path = write_page([*made, odd], tmp_path / "page.html", title="t", summary={"a": nan, "b": inf})
+    shown = drawn(path)
+    elements = Elements(shown)
+    assert [t for t, _ in elements.tags].count("article") == 7
+    options = re.findall(r'<option value="([^"]*)"', shown)
+    assert options[:5] == ["", "__proto__", "constructor", "moralizing", "toString"]
+    assert shown.count('<div class="trait"') == 2 + len(names) + 1
+    assert "NaN" not in elements.text
+    assert "Infinity" not in elements.text
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
 @pytest.mark.parametrize(("fragment", "cards"), [("", 60), ("#f0", 2)])
 def test_a_browser_draws_one_screen_of_cards_and_runs_no_text(
     page: str, tmp_path: Path, fragment: str, cards: int
 ) -> None:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900",
-               "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]  # fmt: skip
-    done = subprocess.run(
-        [*command, (tmp_path / "page.html").as_uri() + fragment], capture_output=True, text=True, timeout=120
-    )
-    drawn = Elements(done.stdout)
-    assert [t for t, _ in drawn.tags].count("article") == cards
-    assert "img" not in {t for t, _ in drawn.tags}
-    assert "<title>owned" not in done.stdout
+    shown = drawn(tmp_path / "page.html", fragment)
+    tags = [t for t, _ in Elements(shown).tags]
+    assert tags.count("article") == cards
+    assert "img" not in tags
+    assert "<title>owned" not in shown
     if fragment:
-        assert done.stdout.count("onerror=alert(1)") > page.count("onerror=alert(1)")
+        assert shown.count("onerror=alert(1)") > page.count("onerror=alert(1)")

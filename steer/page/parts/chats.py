@@ -12,6 +12,8 @@ from steer.page.change import safely
 from steer.page.look import markdown
 
 LISTED = 200
+BROKEN = 5
+"""Files that are no chats and are named, at most."""
 
 
 def draw(chat: Chat) -> None:
@@ -30,7 +32,12 @@ def _new(chat: Chat) -> None:
 
 
 def _kept(chat: Chat) -> None:
-    kept = {str(c.place): c for c in saved_chats()[:LISTED]}
+    chats, broken = saved_chats()
+    for line in broken[:BROKEN]:
+        st.warning(markdown(line))
+    if len(broken) > BROKEN:
+        st.caption(f"and {len(broken) - BROKEN} files more that are no chats")
+    kept = {str(c.place): c for c in chats[:LISTED]}
     if not kept:
         st.caption("None yet: chats are kept as they go.")
         return

@@ -17,6 +17,8 @@ _WAYS = {"words": "By words", "trait": "By trait", "message": "What fires on a m
 def draw(chat: Chat) -> None:
     """The search and what it finds."""
     shelf = chat.shelf()
+    for line in shelf.problems:
+        st.warning(markdown(line))
     if not shelf.dictionaries:
         st.info("No dictionary is known for this model. Train one: `steer train`, then `steer features --label`.")
         return
