@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from steer import cli_bake, cli_dictionaries, cli_live
-from steer.cli_common import DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, tell
+from steer.cli_common import DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
 from steer.errors import SteerError, UsageError
 from steer.plain_text import plain_line
 
@@ -88,7 +88,8 @@ def merge(
     """Merge checkpoints by a mergekit recipe."""
     from steer.weights.merge import merge as run
 
-    place = run(recipe, out, device=device, say=lambda line: tell(line) if steps else None)
+    with stoppable("nothing is written, run the same command again"):
+        place = run(recipe, out, device=device, say=lambda line: tell(line) if steps else None)
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 

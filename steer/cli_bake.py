@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli_common import Dtype, Json, Model, emit
+from steer.cli_common import Dtype, Json, Model, emit, stoppable
 from steer.errors import UsageError
 from steer.plain_text import plain
 
@@ -104,7 +104,8 @@ def bake(
         if wishes:
             names = ", ".join({"max_kl": "--max-kl", "folder": "--search-dir"}.get(n, f"--{n}") for n in wishes)
             raise UsageError(f"{names}: expected --search beside it, found none")
-        with byte_bar("baking") as progress:
+        kept = "nothing is written yet" if what == "gguf" else "what is finished is kept, run the same command to go on"
+        with stoppable(kept), byte_bar("baking") as progress:
             cert = run(
                 model, out, ablate=ablate, add=added, profile=profile, form=what, force=force, command=command,
                 say=say, progress=progress, **how,

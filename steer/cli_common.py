@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import typer
 
+from steer.errors import StoppedError
 from steer.plain_text import plain
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or smollm2-135m-instruct.")]
@@ -73,6 +78,36 @@ def unicode_option(text: str | None) -> str | None:
     except UnicodeEncodeError as e:
         raise typer.BadParameter(f"expected UTF-8, found other bytes at {e.start}; convert the text") from e
     return text
+
+
+@contextmanager
+def stoppable(message: str) -> Iterator[None]:
+    """Inside, SIGTERM stops as Ctrl-C does, and is then an error of this message with the shells' exit code, 143.
+
+    Whatever a library makes of either (an import that is interrupted may end in any exception), it is a stop.
+    """
+    seen: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        ours = (signal.SIG_DFL, signal.default_int_handler)  # one that is ignored stays so
+        numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) in ours]
+        before = {n: signal.signal(n, stop) for n in numbers}
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as e:
+        if signal.SIGTERM in seen:
+            raise StoppedError(f"stopped by SIGTERM; {message}", 128 + signal.SIGTERM) from e
+        if seen:
+            raise KeyboardInterrupt from e
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:

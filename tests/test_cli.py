@@ -20,6 +20,8 @@ from tiny_chat import save_tiny_chat
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from steer.cli import main
+from steer.cli_common import stoppable
+from steer.errors import StoppedError
 from steer.values.direction import Direction
 from steer.weights.sketch import sketch_files
 
@@ -360,16 +362,40 @@ def test_json_is_all_there_is_on_stdout_from_merge_to_verify(
     assert json.loads(verified.out)["ok"] is True
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(folder: Path) -> None:
+STOPPED = "steer: stopped by SIGTERM; nothing is written, run the same command again\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGINT, 130, "steer: stopped\n"), (signal.SIGTERM, 143, STOPPED)]
+)
+def test_a_merge_that_is_stopped_says_so_and_leaves_nothing(
+    folder: Path, number: signal.Signals, code: int, line: str
+) -> None:
     before = tree(folder)
     command = [str(Path(sys.executable).with_name("steer")), "merge", "merge.yml", "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not any(folder.glob(".out.*")):  # till it writes
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "steer: stopped\n")
+    assert (process.returncode, out, err) == (code, "", line)
     assert tree(folder) == before
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, StoppedError)])
+def test_a_stop_is_one_whatever_a_library_makes_of_it(number: signal.Signals, error: type[BaseException]) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise ImportError("half a module") from None
+
+    with pytest.raises(error), stoppable("x"):
+        library()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_baked_checkpoint_that_was_changed_fails_to_verify(

@@ -25,6 +25,7 @@ from steer.weights.adapter_factors import Proofs, adapter_tensors
 from steer.weights.adapter_parts import Part, adapter_config, find_parts
 from steer.weights.anatomy import Anatomy, Found
 from steer.weights.bakeable import bakeable, check_bakeable
+from steer.weights.card import card_header
 from steer.weights.certify import ADAPTER, BiasProof, Certificate, WriterProof
 from steer.weights.journal import Journal
 from steer.weights.kept import finish, hub_name, save_directions, save_means, source_name, versions
@@ -114,7 +115,7 @@ def bake_adapter(
 def _write(
     plan: AdapterPlan, work: Path, command: str | None, progress: Callable[[int, int], None] | None
 ) -> Certificate:
-    files = plan.files
+    files, header = plan.files, card_header(plan.files.root / "README.md")
     journal = Journal.of(work, files, plan.edit, "adapter")
     tensors, proofs = _factors(plan, work, journal)
     sources = hash_sources(files, progress, journal)
@@ -148,7 +149,7 @@ def _write(
         unloaded=plan.found.unloaded,
         untie_to_merge=plan.untie_to_merge,
     )
-    cert = finish(cert, work, files.root / "README.md", written)
+    cert = finish(cert, work, header, written)
     journal.close()
     return cert
 

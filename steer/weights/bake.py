@@ -20,9 +20,10 @@ from steer.values.edit import Edit
 from steer.weights.ablation import Ablation
 from steer.weights.anatomy import Writer
 from steer.weights.arithmetic import ablate, as_tensor, on_accelerator, projection
+from steer.weights.card import card_header
 from steer.weights.certify import CERTIFICATE, BiasProof, Certificate, WriterProof, inside, visible_files
 from steer.weights.journal import Journal
-from steer.weights.kept import DIRECTIONS, finish, save_directions, save_means, source_name, versions
+from steer.weights.kept import DIRECTIONS, finish, save_directions, save_means, source_name, utf8, versions
 from steer.weights.plan import Plan
 from steer.weights.quantised import dequantised
 from steer.weights.rewrite import Rewrite, rewrite_shards
@@ -117,21 +118,25 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
     files, anatomy, edit = plan.files, plan.anatomy, plan.edit
     editor = _Editor(plan.ablation, files.root)
     journal = Journal.of(work, plan.files, plan.edit, "checkpoint")
-    sources, written = _write_weights(plan, editor, work, journal, progress)
+    # Small files first: what is wrong with them is not found out once the weights are written.
+    header = card_header(files.root / "README.md")
+    written: dict[str, str] = {}
+    left_out = _copy_side_files(files, work, written)
     config = files.decoded | plan.config
     if config:
         written["config.json"] = write_json(work / "config.json", files.config | plan.config)
     else:
         written["config.json"] = copy_file(files.root / "config.json", work / "config.json")
-    left_out = _copy_side_files(files.root, work, written)
     directions = save_directions(edit, work, written)
+    neutral = save_means(edit, work, written)
+    sources = _write_weights(plan, editor, work, journal, written, progress)
     order = {name: i for i, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
     cert = Certificate(
         source=source_name(files.root),
         architecture=anatomy.architecture,
         edit=edit.describe(),
         strength=min((w.strength for w in editor.writers), default=edit.strength),
-        neutral=save_means(edit, work, written),
+        neutral=neutral,
         writers_found=len(plan.found.writers),
         writers=tuple(sorted(editor.writers, key=lambda w: order[w.tensor])),
         biases=(*editor.biases, *_created_biases(plan)),
@@ -147,15 +152,20 @@ def _write(plan: Plan, work: Path, command: str | None, progress: Callable[[int,
         command=command,
         unloaded=plan.found.unloaded,
     )
-    cert = finish(cert, work, files.root / "README.md", written)
+    cert = finish(cert, work, header, written)
     journal.close()
     return cert
 
 
 def _write_weights(
-    plan: Plan, editor: _Editor, work: Path, journal: Journal, progress: Callable[[int, int], None] | None
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Write shards and index; return the sha256 of what was read and of what was written."""
+    plan: Plan,
+    editor: _Editor,
+    work: Path,
+    journal: Journal,
+    written: dict[str, str],
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, str]:
+    """Write shards and index; add the sha256 of what was written to `written`, return those of what was read."""
     files = plan.files
     changes = _changes(plan, editor)
     done, total = 0, sum(t.nbytes for t in (*files.tensors.values(), *_flat(plan.new)))
@@ -167,7 +177,6 @@ def _write_weights(
             progress(done, total)
 
     sources = {"config.json": hash_file(files.root / "config.json")}
-    written: dict[str, str] = {}
     for shard in files.shards:
         if past := journal.finished.get(shard.name):
             sources[shard.name], written[shard.name] = past["read"], past["written"]
@@ -193,7 +202,7 @@ def _write_weights(
         written[INDEX] = _write_index(plan, files.index, work)
     order = {name: n for n, name in enumerate(files.tensors)}
     editor.biases.sort(key=lambda proof: order[proof.tensor])
-    return sources, written
+    return sources
 
 
 @contextmanager
@@ -256,16 +265,18 @@ def _write_index(plan: Plan, index: dict[str, Any], work: Path) -> str:
     return write_json(work / INDEX, index | {"metadata": counts, "weight_map": weight_map})
 
 
-def _copy_side_files(root: Path, work: Path, written: dict[str, str]) -> tuple[str, ...]:
+def _copy_side_files(files: CheckpointFiles, work: Path, written: dict[str, str]) -> tuple[str, ...]:
     """Copy what is no weights; return what was left out, links that lead out of the checkpoint included."""
-    left_out = []
+    root, left_out = files.root, []
+    rewritten = {"config.json", *(s.name for s in files.shards), *([INDEX] if files.index is not None else [])}
     for name in visible_files(root):
         path = Path(name)
         ours = name in ("README.md", CERTIFICATE) or path.parts[0] == DIRECTIONS
-        if name in written:
+        if name in rewritten:
             continue
-        if ours or _WEIGHTS.search(name) or not (root / path).is_file() or not inside(root / path, root):
-            left_out.append(name)
+        loose = not (root / path).is_file() or not inside(root / path, root)
+        if ours or _WEIGHTS.search(name) or loose or name != utf8(name):
+            left_out.append(utf8(name))
             continue
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         written[name] = copy_file(root / path, work / path)

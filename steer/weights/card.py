@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What a card's header says of any derivative as well."""
+_LIMIT = 1 << 20
+"""Bytes of a card that are read."""
 
 
 _LIBRARY = {"checkpoint": "transformers", "adapter": "peft"}
@@ -46,10 +49,10 @@ model = PeftModel.from_pretrained(model, "this directory").merge_and_unload()
 ```"""
 
 
-def model_card(cert: Certificate, source_card: Path) -> str:
+def model_card(cert: Certificate, source_header: Mapping[str, Any]) -> str:
     """README.md for a hub: a YAML header, then what was done and what was measured.
 
-    Licence and language come from the source's card, where it has one with a readable header.
+    Licence and language come from the header of the source's card.
     """
     library = _LIBRARY.get(cert.form)
     header: dict[str, Any] = {
@@ -57,7 +60,7 @@ def model_card(cert: Certificate, source_card: Path) -> str:
         "base_model_relation": "finetune" if cert.form == "checkpoint" else "adapter",
         **({"library_name": library} if library else {}),
         "tags": ["steer", "feature-steering", *(["abliterated"] if cert.writers else []), *_TAGS[cert.form]],
-    } | {k: v for k, v in _front_matter(source_card).items() if k in _KEPT}
+    } | {k: v for k, v in source_header.items() if k in _KEPT}
     what = _WHAT[cert.form].format(source=cert.source, architecture=cert.architecture)
     lines = [
         "---",
@@ -143,13 +146,16 @@ def _strength(strength: Any) -> str:
     return "{height:g} at block {peak:g}, down to {floor:g} in {width:g} blocks".format(**strength)
 
 
-def _front_matter(path: Path) -> dict[str, Any]:
-    """The header of a model card, empty when there is none that can be read."""
-    if not path.is_file():
-        return {}
-    match = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+def card_header(path: Path) -> dict[str, Any]:
+    """The YAML header of a model card, empty when there is none that can be read within a megabyte.
+
+    Never an error: a card is text, and no reason to lose weights that were written.
+    """
     try:
+        with open(path, "rb") as f:
+            text = f.read(_LIMIT).decode(errors="replace")
+        match = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
         header = load_yaml(match[1].encode(), str(path), "a header", aliases=True) if match else None
-    except SteerError:
+    except (OSError, SteerError):
         return {}
     return header if isinstance(header, dict) else {}

@@ -23,6 +23,7 @@ from steer.values.direction import Direction
 from steer.values.edit import Edit
 from steer.weights.anatomy import Anatomy
 from steer.weights.bakeable import bakeable, check_bakeable
+from steer.weights.card import card_header
 from steer.weights.certify import BiasProof, Certificate, Check, check_claims, check_tensors, same_set
 from steer.weights.kept import finish, save_directions, source_name, versions
 from steer.weights.layouts import LAYOUTS
@@ -58,6 +59,7 @@ def bake_control_vector(
     vectors = {site: shift.float() for site, shift in sorted(edit.biases().items()) if shift.any()}
     if not vectors:
         raise UsageError(f"{out}: expected an add that moves something, found adds that cancel each other")
+    header = card_header(source / "README.md")
     with staged(out) as work:
         write_control_vector(work / FILE, vectors, anatomy.layout.model_type)
         written = {FILE: hash_file(work / FILE)}
@@ -82,7 +84,7 @@ def bake_control_vector(
         )
         if progress:
             progress(1, 1)
-        return finish(cert, work, source / "README.md", written)
+        return finish(cert, work, header, written)
 
 
 def load_control_vector(path: str | Path) -> dict[int, Direction]:

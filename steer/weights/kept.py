@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 
@@ -48,9 +50,13 @@ def save_means(edit: Edit, work: Path, written: dict[str, str]) -> str | None:
     return name
 
 
-def finish(cert: Certificate, work: Path, source_card: Path, written: dict[str, str]) -> Certificate:
-    """Write model card and certificate, the last files of an output; return the certificate with all their hashes."""
-    written["README.md"] = write_text(work / "README.md", model_card(cert, source_card))
+def finish(cert: Certificate, work: Path, source_header: Mapping[str, Any], written: dict[str, str]) -> Certificate:
+    """Write model card and certificate, the last files of an output; return the certificate with all their hashes.
+
+    `source_header`: of the source's model card, read before anything was written.
+    """
+    cert = replace(cert, command=None if cert.command is None else utf8(cert.command))
+    written["README.md"] = write_text(work / "README.md", model_card(cert, source_header))
     cert = replace(cert, files=dict(sorted(written.items())))
     cert.save(work)
     return cert
@@ -58,7 +64,12 @@ def finish(cert: Certificate, work: Path, source_card: Path, written: dict[str, 
 
 def source_name(root: Path) -> str:
     """The hub name of a checkpoint where its path tells it, else the name of its directory."""
-    return hub_name(root) or root.resolve().name
+    return hub_name(root) or utf8(root.resolve().name)
+
+
+def utf8(name: str) -> str:
+    """A name or a command for people, `?` where it is no UTF-8, which no JSON of ours holds."""
+    return name.encode(errors="replace").decode()
 
 
 def hub_name(root: Path) -> str | None:

@@ -8,14 +8,17 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,8 +32,10 @@ from steer.errors import (
 )
 from steer.values.direction import Direction
 from steer.values.edit import Edit
+from steer.weights.adapter import bake_adapter
 from steer.weights.bake import bake
 from steer.weights.certify import verify
+from steer.weights.journal import Journal
 from steer.weights.stream import INDEX, SINGLE
 
 TinyLlama = Callable[..., Path]
@@ -151,15 +156,20 @@ def test_of_several_bakes_into_one_output_at_once_one_wins_and_the_others_are_to
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
-def test_ctrl_c_throws_no_finished_shard_away(tmp_path: Path, tiny_llama: Callable[..., Path], ablation: Edit) -> None:
+def test_ctrl_c_throws_no_finished_shard_away(
+    tmp_path: Path, tiny_llama: Callable[..., Path], ablation: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tiny_llama(tmp_path / "source", shards=True)
+    record = Journal.record
 
-    def interrupt(done: int, total: int) -> None:
-        if done > total / 2:
-            raise KeyboardInterrupt
+    def record_and_interrupt(*args: Any, **kwargs: Any) -> None:
+        record(*args, **kwargs)
+        raise KeyboardInterrupt  # by then a shard is finished, however busy the disk is
 
+    monkeypatch.setattr(Journal, "record", record_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bake(source, tmp_path / "out", ablation, progress=interrupt)
+        bake(source, tmp_path / "out", ablation)
+    monkeypatch.undo()
     assert not (tmp_path / "out").exists()
     first = min(tmp_path.glob(".out.*/model-*.safetensors"))
     inode = first.stat().st_ino
@@ -167,6 +177,121 @@ def test_ctrl_c_throws_no_finished_shard_away(tmp_path: Path, tiny_llama: Callab
     assert (tmp_path / "out" / first.name).stat().st_ino == inode
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
     verify(tmp_path / "out")
+
+
+SLOW = """
+import sys, time
+from steer.weights.journal import Journal
+from steer.cli import main
+record = Journal.record
+def record_and_wait(*args, **kwargs):
+    record(*args, **kwargs)
+    print("one is finished", flush=True)
+    time.sleep(60)
+Journal.record = record_and_wait
+sys.argv = ["steer", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "adapter"])
+def test_sigterm_in_the_middle_is_one_line_and_the_next_bake_goes_on(
+    tmp_path: Path, tiny_llama: Callable[..., Path], make_direction: MakeDirection, form: str
+) -> None:
+    source, out = tiny_llama(tmp_path / "source", shards=True), tmp_path / "out"
+    make_direction().save(tmp_path / "d.safetensors")
+    command = ["bake", str(source), str(out), "--ablate", str(tmp_path / "d.safetensors"), "--force", "--as", form]
+    environment = os.environ | {"STEER_HOME": str(tmp_path / "home")}
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        while "one is finished" not in (line := process.stdout.readline()):
+            assert line
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == "steer: stopped by SIGTERM; what is finished is kept, run the same command to go on\n"
+    assert not out.exists()
+    (journal,) = tmp_path.glob(".out.*/.steer-journal")
+    finished = json.loads(journal.read_text().splitlines()[1])["file"]
+    inode = (journal.parent / finished).stat().st_ino
+    edit = Edit(ablate=(Direction.load(tmp_path / "d.safetensors"),))
+    (bake if form == "checkpoint" else bake_adapter)(source, out, edit)
+    if form == "checkpoint":
+        assert (out / finished).stat().st_ino == inode
+    assert not list(tmp_path.glob(".out.*"))
+    verify(out)
+
+
+CARDS = {
+    "a date that is none": b"---\nlicense: mit\ndate: 2024-13-45\n---\n",
+    "a tag without a value": b"---\nlicense: !!timestamp x\n---\n",
+    "a number that is none": b"---\nlicense: !!int ''\n---\n",
+    "deep brackets": b"---\nlicense: " + b"[" * 100_000 + b"\n---\n",
+    "an alias to itself": b"---\nlicense: &a [*a]\n---\n",
+    "aliases that grow": b"---\na: &a [1,1,1,1,1,1,1,1,1]\n" + b"".join(
+        b"%c: &%c [*%c,*%c,*%c,*%c,*%c,*%c,*%c,*%c]\n" % (n, n, *(n - 1,) * 8) for n in range(98, 123)
+    ) + b"license: *z\n---\n",
+    "half a surrogate": b'---\nlicense: "\\ud800"\n---\n',
+    "bytes that are no text": b"---\nlicense: \xff\xfe\n---\n",
+    "a list": b"---\n- license\n---\n",
+    "a python object": b"---\nlicense: !!python/object/apply:os.system [true]\n---\n",
+    "bytes, a set, a date": b"---\nlicense: !!binary aGk=\nlanguage: !!set {a, b}\npipeline_tag: 2024-01-01\n---\n",
+    "keys of every kind": b"---\n? [a, b]\n: c\n1: 2\nnull: x\n---\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "adapter"])
+@pytest.mark.parametrize("card", [*CARDS.values(), None], ids=[*CARDS, "a directory"])
+def test_a_model_card_of_any_kind_ends_no_bake(
+    mine: Path, tmp_path: Path, ablation: Edit, card: bytes | None, form: str
+) -> None:
+    (mine / "README.md").unlink()
+    if card is None:
+        (mine / "README.md").mkdir()
+    else:
+        (mine / "README.md").write_bytes(card)
+    (bake if form == "checkpoint" else bake_adapter)(mine, tmp_path / "out", ablation)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "mine"
+    verify(tmp_path / "out")
+
+
+def test_a_card_with_other_line_ends_and_more_than_a_megabyte_keeps_its_licence(
+    mine: Path, tmp_path: Path, ablation: Edit
+) -> None:
+    (mine / "README.md").write_bytes(b"---\r\nlicense: mit\r\n---\r\n" + b"x" * (2 << 20))
+    bake(mine, tmp_path / "out", ablation)
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_side_file_that_cannot_be_read_is_told_before_any_weight_is_written(
+    mine: Path, tmp_path: Path, ablation: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(source: Path, target: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(source))
+
+    written: list[int] = []
+    monkeypatch.setattr("steer.weights.bake.copy_file", denied)
+    with pytest.raises(SteerError, match=r"chat_template\.jinja: could not be used, Permission denied") as e:
+        bake(mine, tmp_path / "out", ablation, progress=lambda done, total: written.append(done))
+    assert "\n" not in str(e.value)
+    assert not written
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "adapter"])
+def test_names_that_are_no_utf_8_are_baked(mine: Path, tmp_path: Path, ablation: Edit, form: str) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff"))
+    mine.rename(odd)
+    (odd / os.fsdecode(b"note\xff")).write_text("x")
+    run = bake if form == "checkpoint" else bake_adapter
+    cert = run(odd, tmp_path / "out", ablation, command=f"steer bake {odd} out")
+    assert cert.source == "odd?"
+    assert ("note?" in cert.left_out) == (form == "checkpoint")
+    verify(tmp_path / "out", source=odd)
 
 
 def test_a_link_among_the_side_files_that_leaves_the_checkpoint_is_left_out(
