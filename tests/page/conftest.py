@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,18 @@ def keep_dictionary(checkpoint: Path) -> None:
     header = {"name": "tiny", "site": 1, "norm": 5.0, "sketch": sketch.to_header()}
     (place / "manifest.json").write_text(json.dumps(header))
     register_dictionary(place, "tiny", sketch)
+
+
+@pytest.fixture(scope="session")
+def tiny_dictionary() -> Callable[[Path], None]:
+    """See `keep_dictionary`."""
+    return keep_dictionary
+
+
+@pytest.fixture(scope="session")
+def served_page() -> Callable[..., AbstractContextManager[str]]:
+    """See `served`."""
+    return served
 
 
 @pytest.fixture(scope="session")
