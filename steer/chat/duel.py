@@ -208,7 +208,7 @@ class PairDraft:
         model = self._voice.model
         with self._voice.turns.turn():
             rows = [side.edit() for side in self._sides]
-            with model.steering.lock, model.steering.applied(rows):
+            with model.steering.alone(rows):
                 step = next(self._steps, None)
         if step is None:
             return False

@@ -165,12 +165,7 @@ class Shelf:
 
     def _residual(self, ids: list[int], site: int) -> Float[Tensor, "seq d"]:
         found: list[Tensor] = []
-        steering = self.model.steering
-        with (
-            turns_of(self.model).turn(),
-            steering.lock,
-            self.model.untouched(),
-        ):
+        with turns_of(self.model).turn(), self.model.untouched():
             row = torch.tensor([ids], device=self.model.device)
             read_residuals(self.model, row, [site], lambda _, h: found.append(h[0].clone()))
         return found[0]

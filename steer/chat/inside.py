@@ -132,8 +132,7 @@ def _read(
     steering = model.steering
     with ExitStack() as stack:
         stack.enter_context(turns_of(model).turn())
-        stack.enter_context(steering.lock)
-        stack.enter_context(steering.applied(list(rows)))
+        stack.enter_context(steering.alone(list(rows)))
         several = row is not None and len(rows) > 1
         told = TextPass(row=row if several else None, packed=several)
         if steering.timed:

@@ -126,7 +126,7 @@ class LocalDraft:
             edit = voice.edit
             if not self._stretches or edit is not self._stretches[-1].edit:
                 self._stretches.append(Stretch(len(self._ids), named(edit, self._sampler), edit))
-            with steering.lock, steering.applied([edit]):
+            with steering.alone([edit]):
                 token = next(self._steps, None)
         end = token is not None and token in voice.model.end_token_ids
         if token is None or end:

@@ -176,7 +176,7 @@ def _next_logprobs(
 ) -> Float[Tensor, "rows vocab"]:
     """Log-probabilities of the token after each prompt, each row under its own edit; on the CPU."""
     ids, mask = padded(prompts, left=True, device=model.device)
-    with model.steering.applied(edits):
+    with model.steering.alone(edits):
         logits = model.hf(
             input_ids=ids,
             attention_mask=mask,

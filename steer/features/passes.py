@@ -146,7 +146,7 @@ def cut_forward(
 ) -> dict[int, Float[Tensor, "rows seq d"]]:
     """The residual stream after each of `sites`, whatever sliders stand; no block after the last of them runs."""
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), model.steering.lock, model.untouched():
+    with torch.no_grad(), model.untouched():
         read_residuals(model, ids, sites, found.__setitem__)
     return found
 

@@ -116,6 +116,6 @@ def _residuals(model: SteeredModel, site: int) -> Iterator[Float[Tensor, "n d"]]
         read: list[Tensor] = []
 
         rows = torch.tensor(passages[start : start + _ROWS], device=model.device)
-        with model.steering.lock, model.untouched():
+        with model.untouched():
             read_residuals(model, rows, [site], lambda _, h, read=read: read.append(h))
         yield read[0][:, len(first) :].reshape(-1, model.anatomy.width)

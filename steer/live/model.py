@@ -217,7 +217,7 @@ class SteeredModel:
             # Each different edit is applied once, however many rows are under it.
             each = list(dict.fromkeys(edits[i] for i in rows)) if edits is not None else []
             which = [each.index(edits[i]) for i in rows] if edits is not None else None
-            with self.steering.applied(each) if each else _as_is():
+            with self.steering.alone(each) if each else _as_is():
                 made = generate(
                     self,
                     [prompts[i] for i in rows],
@@ -274,8 +274,9 @@ class SteeredModel:
 
     @contextmanager
     def untouched(self) -> Iterator[SteeredModel]:
-        """No sliders for the length of a block, whatever stands: finding and measuring look at the model itself."""
-        with self.steering.applied([None]):
+        """No sliders for the length of a block, whatever stands: finding and measuring look at the model itself. Other
+        threads that would steer it, or write with it, wait until the block ends."""
+        with self.steering.alone([None]):
             yield self
 
     @contextmanager

@@ -133,5 +133,5 @@ class Session:
     def _next(self, pieces: Iterator[str]) -> str | None:
         if self.sliders is self.model.sliders:
             return next(pieces, None)
-        with self.model.steering.lock, self.model.steering.applied([self.sliders.current]):
+        with self.model.steering.alone([self.sliders.current]):
             return next(pieces, None)

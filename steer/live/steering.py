@@ -55,7 +55,8 @@ class Steering:
         self.text = TextPass()
         """The forward pass being made."""
         self._base = self._now = _Applied(NEUTRAL, {}, {}, ())
-        self._over: _Applied | None = None
+        self._overs: list[list[_Applied]] = []
+        """What each `applied` that is open brought, the innermost last. A list each: two may bring the same."""
         self._programs: dict[str, SiteProgram] = {}
         """What the hooks read: those of `_now`, or, with places held, copies whose numbers change."""
         self._known: dict[Rows, _Applied] = {}
@@ -90,22 +91,29 @@ class Steering:
     def applied(self, rows: Sequence[Edit | None]) -> Iterator[None]:
         """Apply `rows` inside the block; what was applied before comes back, exceptions included.
 
-        What `set` is told inside the block is not lost: it holds once the block ends.
+        What `set` is told inside the block is not lost: it holds once the block ends. Blocks of several threads may end
+        in any order; meanwhile the one that began last holds for all, so see `alone`.
         """
         rows = self._checked(rows)
         with self.lock:
-            before, new = self._over, self._worked_out(rows)
+            own = [self._worked_out(rows)]
         try:
             with self.lock:
-                self._over = new
+                self._overs.append(own)
                 self._go_on()
             yield
         finally:
             try:
-                self._leave(before)
+                self._leave(own)
             except BaseException:  # a second Ctrl-C; the work was done before, so the second try costs nothing
-                self._leave(before)
+                self._leave(own)
                 raise
+
+    @contextmanager
+    def alone(self, rows: Sequence[Edit | None]) -> Iterator[None]:
+        """As `applied`, and the other threads' passes and moves wait until the block ends."""
+        with self.lock, self.applied(rows):
+            yield
 
     @contextmanager
     def passing(self, text: TextPass) -> Iterator[None]:
@@ -181,11 +189,11 @@ class Steering:
 
     def _go_on(self) -> None:
         """Bring what is to be applied now."""
-        self._bring(self._base if self._over is None else self._over)
+        self._bring(self._overs[-1][0] if self._overs else self._base)
 
-    def _leave(self, before: _Applied | None) -> None:
+    def _leave(self, own: list[_Applied]) -> None:
         with self.lock:
-            self._over = before
+            self._overs = [over for over in self._overs if over is not own]
             self._go_on()
 
     def _bring(self, to: _Applied) -> None:

@@ -121,7 +121,7 @@ def _hidden(
     which = list(range(len(edits))) if len(edits) > 1 else None
     for start in range(0, len(order), together):
         rows = [texts[i] for i in order[start : start + together] for _ in edits]
-        with model.steering.applied(edits):
+        with model.steering.alone(edits):
             # The last token predicts nothing that is asked for.
             read = prefill(
                 model,

@@ -78,7 +78,7 @@ class BatchingEngine:
         self.context = self._batcher.context
         """Tokens of a prompt and its reply together, at most."""
         try:
-            with model.steering.lock, model.steering.applied([None]):
+            with model.untouched():
                 self._batcher.check()
         except BaseException:
             self._batcher.close()
@@ -216,7 +216,7 @@ class BatchingEngine:
         mine = [rows.index(text.edit) for text in texts]
         if self._places is None or self._places.key != (parts, mine):
             self._places = Places.of(parts, mine, texts, batcher.positions.device)
-        with steering.lock, steering.applied(rows), torch.inference_mode():
+        with steering.alone(rows), torch.inference_mode():
             told = TextPass(row=self._places.row if len(rows) > 1 else None, packed=True, tally=self._tally)
             if steering.timed:
                 told.index = batcher.positions - self._places.first
