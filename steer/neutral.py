@@ -54,29 +54,35 @@ def neutral_for(
     model: SteeredModel | None = None,
 ) -> Tensor:
     """The neutral means of the checkpoint at `place`, `[blocks, d]`: those in `file`, by default those kept beside its
-    directions. Where there is none yet they are measured, which loads the model if it is not given, and kept there.
+    directions. Where there are none yet, or they were measured in another dtype than the model computes in now, they
+    are measured, which loads the model if it is not given, and kept there.
 
     Errors: SteerError for a file without neutral means, MismatchError for those of another checkpoint, unless `force`.
     """
+    from steer.live.dtypes import computing_in, dtype_name
+
     at = file or home() / "directions" / sketch.id / "neutral" / "means.safetensors"
+    dtype = dtype_name(model.hf.dtype if model is not None else computing_in(str(place)).dtype)
     if at.is_file():
-        means, theirs = _read(at)
+        means, theirs, computed_in = _read(at)
         if not force and theirs.values.size and not sketch.same_as(theirs):
             raise MismatchError(
                 f"{at}: expected neutral means of {place}, found those of a checkpoint whose weights differ by "
                 f"{sketch.distance(theirs):.1%}; name another file, which is then measured, or pass --force"
             )
-        return means
+        if force or not theirs.values.size or computed_in == dtype:  # without a sketch they are not of our making
+            return means
     from steer.live.model import load
     from steer.progress import bar
 
     with bar("neutral replies", None, "tokens") as advance:
         means = neutral_means(model or load(place), on_tokens=advance)
-    write_atomic(at, save({"neutral": means}, metadata={"sketch": sketch.to_header()}))
+    write_atomic(at, save({"neutral": means}, metadata={"sketch": sketch.to_header(), "dtype": dtype}))
     return means
 
 
-def _read(path: Path) -> tuple[Float[Tensor, "blocks d"], Sketch]:
+def _read(path: Path) -> tuple[Float[Tensor, "blocks d"], Sketch, str | None]:
+    """(the means, the sketch of their checkpoint, what they were computed in: None in files of older versions)."""
     try:
         with safe_open(str(path), framework="pt") as f:
             means: torch.Tensor | None = f.get_tensor("neutral") if "neutral" in f.keys() else None  # noqa: SIM118
@@ -85,4 +91,4 @@ def _read(path: Path) -> tuple[Float[Tensor, "blocks d"], Sketch]:
         raise SteerError(f"{path}: expected neutral means, found something unreadable ({e}); remove it") from e
     if means is None or means.ndim != 2:
         raise SteerError(f"{path}: expected neutral means [blocks, d], found none; remove it, or name another file")
-    return means.float(), Sketch.from_header(header)
+    return means.float(), Sketch.from_header(header), header.get("dtype")

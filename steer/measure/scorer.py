@@ -63,7 +63,7 @@ class Scorer:
     def words(self, count: int = 12) -> tuple[list[str], list[str]]:
         """The words that speak most for and against the trait, for people to judge the judge."""
         names = self.counts.get_feature_names_out()
-        order = np.argsort(self.judge.coef_[0])
+        order = np.argsort(self.judge.coef_[0], kind="stable")
         return [str(names[i]) for i in order[::-1][:count]], [str(names[i]) for i in order[:count]]
 
 

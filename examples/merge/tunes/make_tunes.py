@@ -30,6 +30,8 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steer.live.dtypes import computing_in, is_fast
+
 HERE = Path(__file__).parent
 TRAITS = HERE.parents[2] / "steer" / "traits"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,7 +111,8 @@ def marker_rate(text: str, trait: str) -> float:
 def sample_voice(model_dir: Path, parts: list[Part], candidates: int, seed: int) -> list[Example]:
     """The training examples of one voice."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="eager")
+    dtype = computing_in(str(model_dir)).dtype or "auto"
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="eager")
     model = model.to(DEVICE).eval()
     topics = yaml.safe_load((HERE / "topics.yaml").read_text())
     rng = random.Random(seed)
@@ -209,12 +212,13 @@ def train(
     optimiser = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=steps, pct_start=0.1)
     model.train()
+    fast = is_fast(torch.bfloat16, torch.device(DEVICE))
     for step in track(range(steps), description=f"training {out.name}"):
         while len(order) < batch:
             order += rng.sample(range(len(data)), len(data))
         rows, order = [data[i] for i in order[:batch]], order[batch:]
         width = max(len(ids) for ids, _ in rows)
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=fast):
             loss = model(
                 input_ids=padded([r[0] for r in rows], 0, width),
                 attention_mask=padded([[1] * len(r[0]) for r in rows], 0, width),
