@@ -37,6 +37,7 @@ def main(
     out: Path,
     seeds: str = "0,1,2,3,4",
     dtypes: str = f"float32,{ROUNDED}",
+    amounts: Annotated[str, typer.Option(help="Of the slider; 0 among them.")] = "-2,-1,0,1,2",
     only: Annotated[str, typer.Option(help="One SEED,DTYPE.")] = "",
     summary: Annotated[bool, typer.Option(help="Make no run, summarise those there are.")] = False,
 ) -> None:
@@ -49,13 +50,13 @@ def main(
     for seed, dtype in () if summary else asked:
         missing = [t for t in TRAITS if not (out / f"{t}-{seed}-{dtype}.json").is_file()]
         if missing:
-            run(in_dtype(model, dtype), seed, dtype, missing, out)
+            run(in_dtype(model, dtype), seed, dtype, missing, out, [float(a) for a in amounts.split(",")])
     told = {trait: spread([json.loads(p.read_text()) for p in sorted(out.glob(f"{trait}-*.json"))]) for trait in TRAITS}
     write_atomic(out / "summary.json", json.dumps(told, indent=1) + "\n")
     print(json.dumps(told, indent=1))
 
 
-def run(model: SteeredModel, seed: int, dtype: str, traits: list[str], out: Path) -> None:
+def run(model: SteeredModel, seed: int, dtype: str, traits: list[str], out: Path, amounts: list[float]) -> None:
     """Find traits and measure their dose response, a file each."""
     reference, shared = None, None
     for trait in traits:
@@ -65,7 +66,7 @@ def run(model: SteeredModel, seed: int, dtype: str, traits: list[str], out: Path
         if reference is None:
             reference = Reference.of(model, neutral_replies(model, NeutralPrompts.load().held_out[:NEUTRAL_PROMPTS]))
         held_out = found.scorer.trait.held_out
-        points = measure_settings(model, found.scorer, dose_settings(found.direction), held_out, reference)
+        points = measure_settings(model, found.scorer, dose_settings(found.direction, amounts), held_out, reference)
         result = {
             "trait": trait,
             "seed": seed,

@@ -126,6 +126,8 @@ class Job:
         code = self._process.wait()
         # What it said last is told with what went wrong.
         self._watching[0].join(_PATIENCE)
+        # It may have ended well before it heard of it.
+        self._cancelled = self._cancelled and code != 0
         if self._cancelled:
             self.error = "stopped; nothing was written"
         elif code:

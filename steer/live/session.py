@@ -59,7 +59,7 @@ class Session:
         # Each turn its own seed, or every reply would begin with the same draws.
         sampler = replace(self.sampler, seed=self.sampler.seed + len(self.messages) // 2)
         self.messages.append({"role": "user", "content": text})
-        said, tally = "", Tally()
+        said, tally, left_out = "", Tally(), self.left_out
         try:
             pieces = self.model.stream_ids(self._prompt(sampler.max_new_tokens), sampler, tally, self.memory)
             while (piece := self._next(pieces)) is not None:
@@ -68,7 +68,14 @@ class Session:
         finally:
             if said:
                 self.messages.append({"role": "assistant", "content": said})
-                self.receipts.append(tally.receipt())
+                receipt = tally.receipt()
+                if self.left_out > left_out:
+                    cut = (
+                        f"the context of {self.model.context:,} tokens is full: the chat is read without its first "
+                        f"{self.left_out} messages from here on"
+                    )
+                    receipt = replace(receipt, notes=(*receipt.notes, cut))
+                self.receipts.append(receipt)
             else:
                 self.messages.pop()
 
@@ -107,14 +114,7 @@ class Session:
     def warnings(self) -> list[str]:
         """What to know about the sliders: sites that are moved too far, and sliders that the last reply never met."""
         fired = self.receipts[-1].warnings if self.receipts else []
-        return [*self.sliders.warnings(), *fired, *([self.cut()] if self.left_out else ())]
-
-    def cut(self) -> str:
-        """One line on how much of the chat the last reply was written without."""
-        return (
-            f"the context of {self.model.context:,} tokens is full: {self.left_out} of the chat's first messages "
-            "were not read"
-        )
+        return [*self.sliders.warnings(), *fired]
 
     def clear(self) -> None:
         """Forget what was said. The sliders stay."""

@@ -121,7 +121,7 @@ class _Terminal:
             self.say(str(e), style="red")
 
     def reply(self, text: str) -> None:
-        said, left_out = False, self.session.left_out
+        said = False
         try:
             with closing(self.session.reply(text)) as pieces:
                 for piece in pieces:
@@ -133,8 +133,6 @@ class _Terminal:
             self.say("" if said else "(no reply)")
         for warning in self.session.receipts[-1].warnings if said else ():
             self.say(warning, style="yellow")
-        if self.session.left_out > left_out:
-            self.say(self.session.cut(), style="yellow")
 
     def command(self, line: str) -> None:
         known = self.session.sliders.known()
