@@ -49,7 +49,7 @@ def test_its_settings_of_a_text_completion_reach_the_sampler():
 
 def test_a_prompt_that_brings_its_template_gets_no_second_bos(served_model):
     request = CompletionRequest.model_validate(body("text_completion"))
-    (prompt,) = completion_prompts(served_model, request)
+    (prompt,) = completion_prompts(served_model, request, served_model.context)
     assert list(prompt.ids).count(served_model.tokenizer.bos_token_id) == 1
     chat = [{"role": "system", "content": "be well"}, {"role": "user", "content": "hello friend"}]
     assert list(prompt.ids) == served_model.prompt_ids(chat)
