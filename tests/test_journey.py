@@ -7,15 +7,19 @@ import json
 import random
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from tiny_chat import ENDLESS, WORDS, save_tiny_chat
 
 import steer
 from steer.baking import OnDisk
+from steer.chat.chat import Chat
 from steer.chat.feature_search import Shelf
+from steer.chat.local import LocalVoice
 from steer.errors import SkippedWarning
 from steer.feature_finding import find_features
 from steer.features.options import TrainOptions
@@ -23,6 +27,8 @@ from steer.features.records import FeatureRecord, write_records
 from steer.live.library import Library, dictionaries_of, dictionary_at, register_dictionary
 from steer.live.model import load
 from steer.live.readings import encoder_rows
+from steer.live.serve.app import create_app
+from steer.live.serve.batching import BatchingEngine
 from steer.live.session import Session
 from steer.training import train_dictionary
 from steer.values.dictionary_files import FEATURES, SLIDERS
@@ -72,7 +78,18 @@ def test_a_trained_dictionary_and_its_sliders_are_found_by_name(folder: Path, tm
     assert "".join(session.reply("hello"))
     assert {s.name for s in session.receipts[-1].sliders} == {"lying-latent", "L1/7"}
     assert Shelf(model).dictionaries == ["m-L1-topk"]
-    assert "lying-latent" in Library(OnDisk(str(checkpoint), sketch)).sliders()  # what serve and the page offer
+    assert "lying-latent" in Library(OnDisk(str(checkpoint), sketch)).sliders()
+    with closing(Chat(LocalVoice(load(checkpoint)), keep=False)) as page:
+        assert "lying-latent" in {row.name for row in page.board.offered()}
+        assert page.board.pin("L1/7").name == "L1/7"
+    served = load(checkpoint)
+    with closing(BatchingEngine(served)) as engine:
+        client = TestClient(create_app(served, engine), base_url="http://localhost")
+        assert "lying-latent" in {row["name"] for row in client.get("/v1/steering").json()["sliders"]}
+        chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+        steering = {"sliders": {"lying-latent": 0.5, "L1/7": 0.5}}
+        reply = client.post("/v1/chat/completions", json=chat | {"steering": steering}).json()
+        assert {s["name"] for s in reply["steering"]["receipt"]["sliders"]} == {"lying-latent", "L1/7"}
     profile = Profile("p", sliders=(ProfileSlider("lying-latent", 0.5),))
     steer.bake(checkpoint, tmp_path / "out", profile=profile)
     assert steer.verify(tmp_path / "out")
