@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -19,13 +18,7 @@ from typing import Any
 _log = logging.getLogger(__name__)
 _LINES = 200
 _STEP = re.compile(r"(\d+) of (\d+): ")
-_RUN = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from steer.cli import main
-main()
-"""
-"""What a shell starts in the background ignores Ctrl-C, and so would its children: nobody could stop them."""
+_RUN = "from steer.cli import main; main()"
 _PATIENCE = 15.0
 """Seconds that a process has to clean up after itself."""
 
@@ -108,7 +101,8 @@ class Job:
             return
         self._cancelled = True
         with suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGINT)
+            # Not SIGINT: what a shell starts in the background ignores that, and so do its children.
+            self._process.terminate()
         if not self.wait(_PATIENCE):
             with suppress(ProcessLookupError):
                 self._process.kill()
