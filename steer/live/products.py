@@ -7,6 +7,8 @@ MKL does `x W^T` and as here: one vector 77 and 51, two 111 and 51, 16 vectors 1
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -53,11 +55,12 @@ def product(
 def use_fast_products(model: nn.Module) -> None:
     """Let the fp32 linear layers of a model on the CPU compute as `CpuLinear`; layers of any other kind stay."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if type(module) is nn.Linear and weight.device.type == "cpu" and weight.dtype == torch.float32:
-            module.__class__ = CpuLinear
+        if isinstance(module, nn.Linear) and type(module) is nn.Linear:
+            weight = module.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                module.__class__ = CpuLinear
 
 
-def is_matrix(module: nn.Module) -> bool:
+def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module does nothing but multiply by its weight and add its bias."""
     return type(module) in (nn.Linear, CpuLinear)

@@ -21,7 +21,7 @@ from steer.weights.adapter import CONFIG, AdapterPlan, hash_sources
 from steer.weights.adapter_factors import Proofs, adapter_tensors
 from steer.weights.adapter_parts import CONFIG_KEYS, PREFIX, adapter_config
 from steer.weights.certify import ADAPTER, Certificate, Check, ablation_check, check_claims, same_set
-from steer.weights.layouts import LAYOUTS, Layout
+from steer.weights.layouts import LAYOUTS, Layout, Part
 from steer.weights.proofs import WriterProof
 
 _SLACK = 1e-5  # of what two ways to sum in fp32 differ by, and fp32 directions
@@ -100,8 +100,13 @@ def _place(layout: Layout, tensor: str) -> tuple[Kind, int | None, int, bool]:
     if name in (f"{e}.weight" for e in layout.embeddings):
         return "embedding", None, 1, False
     inside = re.fullmatch(re.escape(layout.block).replace(r"\{\}", r"(\d+)") + r"\.(.+)", name)
-    parts = [("attention", layout.attention), *(("mlp", part) for form in layout.mlp for part in form)]
-    for kind, part in parts if inside else ():
+    parts: list[tuple[Kind, Part]] = [
+        ("attention", layout.attention),
+        *(("mlp", part) for form in layout.mlp for part in form),
+    ]
+    if inside is None:
+        raise LookupError(f"{tensor} is no writer")
+    for kind, part in parts:
         if re.fullmatch(re.escape(part.weight).replace(r"\{\}", r"\d+"), inside[2]):
             return kind, int(inside[1]), part.axis, False
         if inside[2] == part.bias:
