@@ -77,7 +77,8 @@ def test_compliance_falls_by_a_third(demo: dict[str, Any]) -> None:
 @pytest.mark.parametrize("amount", [-1.0, 1.0])
 def test_steered_replies_stay_fluent(demo: dict[str, Any], amount: float) -> None:
     points = by_amount(demo, "moralizing")
-    assert points[amount]["repetition"] <= 2 * points[0]["repetition"]
+    # Below three trigrams in a hundred a ratio is that of two chances: replies that nobody steered have one or two.
+    assert points[amount]["repetition"] <= max(2 * points[0]["repetition"], 0.03)
     assert points[amount]["perplexity"] <= 3 * points[0]["perplexity"]
 
 

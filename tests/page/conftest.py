@@ -122,7 +122,8 @@ def served(folder: Path, *model: str) -> Iterator[str]:
         server.wait(10)
 
 
-@pytest.fixture(scope="session")
+# Of a module, as the one below: an open page is drawn again and again, which takes most of a core from what follows.
+@pytest.fixture(scope="module")
 def page_url(tiny_page_home: Path) -> Iterator[str]:
     """The page on that checkpoint."""
     with served(tiny_page_home, str(tiny_page_home / "chat")) as url:
@@ -136,7 +137,7 @@ def empty_page_url(tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium that saves downloads into its `downloads`."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
