@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import shutil
 import socket
@@ -119,6 +120,15 @@ def read_json_object(
     if not isinstance(value, dict):
         raise wrong("JSON of another kind")
     return value
+
+
+def without_nan(value: Any) -> Any:
+    """`value` for JSON, which has neither nan nor infinities: null in their place, in dicts and lists of any depth."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def one_line(e: Exception) -> str:

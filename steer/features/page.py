@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from steer.features.records import FeatureRecord
-from steer.files import write_atomic
+from steer.files import without_nan, write_atomic
 
 BINS_A_DECADE = 8
 
@@ -70,7 +70,7 @@ def rate_histogram(rates: Sequence[float]) -> dict[str, Any]:
 
 def _packed(r: FeatureRecord) -> list[Any]:
     """A record as the page's script reads it; names would double the size of the page."""
-    row = _finite(r.to_json())
+    row = without_nan(r.to_json())
     return [
         r.index,
         row["rate"],
@@ -84,17 +84,8 @@ def _packed(r: FeatureRecord) -> list[Any]:
     ]
 
 
-def _finite(value: Any) -> Any:
-    """JSON has neither nan nor infinities: null, which the page shows as a dash."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _cell(value: Any) -> str:
-    if _finite(value) is None:
+    if without_nan(value) is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from steer.errors import SteerError
+from steer.files import without_nan
 from steer.live.dry import breaker_ids
 from steer.live.serve.engine import Engine, Job
 from steer.live.serve.errors import ApiError, failed, invalid
@@ -207,7 +207,7 @@ class Replies:
         setting = plan.steered.setting
         receipts = writing.receipts
         warnings = [w for r in receipts if r is not None for w in r.warnings]
-        told = [_finite(r.describe()) if r is not None else None for r in receipts]
+        told = [without_nan(r.describe()) if r is not None else None for r in receipts]
         return {
             "profile": setting.profile,
             "live": plan.steered.live,
@@ -248,15 +248,6 @@ class _Stream(StreamingResponse):
             if not self._writing.finished and not self._writing.failed:
                 self._metrics.hung_up.inc()
             self._writing.cancel()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither nan nor infinities."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
