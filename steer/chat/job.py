@@ -123,7 +123,7 @@ class Job:
         # It may have ended well before it heard of it.
         self._cancelled = self._cancelled and code != 0
         if self._cancelled:
-            self.error = "stopped; nothing was written"
+            self.error = "stopped; nothing half-written was left"
         elif code:
             last = next((n for n in reversed(self._lines) if n.startswith("steer: ")), "")
             self.error = last.removeprefix("steer: ") or f"it ended with code {code}: {' '.join(self._lines)[-300:]}"

@@ -48,7 +48,7 @@ def test_stopped_it_leaves_nothing_behind(checkpoint, file, tmp_path, handler):
         signal.signal(signal.SIGINT, before)
     job.cancel()
     assert not job.running
-    assert (job.done, job.cancelled, job.error) == (False, True, "stopped; nothing was written")
+    assert (job.done, job.cancelled, job.error) == (False, True, "stopped; nothing half-written was left")
     assert not out.exists()
     assert not out.parent.exists() or not list(out.parent.iterdir())
     job.cancel()

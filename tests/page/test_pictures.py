@@ -147,8 +147,8 @@ def everywhere(page: Page, url: str, folder: Path) -> None:
 
     page.part("Features")
     page.until(lambda: "word8" in page.all(".stMain")[0].text)
-    for expander in page.all(".stMain summary")[:2]:
-        expander.click()
+    for which in range(2):
+        page.press(".stMain summary", which)
     look("raised", "lowered", "before", "token", "after", "trait")
     page.click("Pin")
     page.until(lambda: len(page.all("[data-testid=stSidebar] input[type=range]")) >= 2)
