@@ -31,7 +31,9 @@ from steer.features.documents import Document
 from steer.features.logit_lens import lens_topk
 from steer.features.passes import passes
 from steer.features.residuals import reply_means
+from steer.live.forward import hidden_states
 from steer.live.model import SteeredModel, load
+from steer.live.prefill import prefill
 from steer.live.serve.batching import BatchingEngine
 from steer.measure.fluency import Reference, row_costs
 from steer.measure.splice import cross_entropies
@@ -224,6 +226,21 @@ def test_fluency_and_divergence_are_those_of_the_logits(case: Case, ablation: Ed
         base, other = (case.logprobs(ids, e)[0, len(prompt) - 1 : -1] for e in (None, ablation))
         total, tokens = total + float((base.exp() * (base - other)).sum()), tokens + len(reply.ids)
     assert Reference.of(case.model, answers).kl(case.model, ablation) == pytest.approx(total / tokens, abs=ROUNDING)
+
+
+def test_texts_under_several_edits_are_read_as_each_alone(case: Case, make_direction) -> None:
+    """Blocks before the first edit read a text once for all edits: masks, angles and caches are widened after them."""
+    edits = [None, Edit(add=((make_direction(site=1), 0.7),)), Edit(add=((make_direction("b", site=2, seed=8), -2.0),))]
+    texts = [[1, 5, 7, 9, 11, 6], [1, 5, 8, 10, 4], [1, 5, 7, 9, 3, 2]]
+    rows = [(e, t) for t in texts for e in range(len(edits))]
+    with case.model.steering.applied(edits):
+        assert case.model.steering.untouched_blocks == 1
+        which = [e for e, _ in rows]
+        read = prefill(case.model, [t for _, t in rows], prompts=[4] * len(rows), which=which).hidden
+    for (e, text), hidden in zip(rows, read, strict=True):
+        with case.model.steering.applied([edits[e]]), torch.inference_mode():
+            whole = hidden_states(case.model, torch.tensor([text]))[0, 3:]
+        torch.testing.assert_close(hidden[-len(whole) :], whole, rtol=ROUNDING, atol=ROUNDING * 10)
 
 
 def test_attribution_is_the_gradient_through_the_whole_model(case: Case) -> None:

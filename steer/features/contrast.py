@@ -76,7 +76,6 @@ def contrast_replies(
     *,
     sampler: Sampler = SAMPLER,
     neutral: Sequence[Reply] | None = None,
-    batch: int = 96,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Contrast:
     """Let the model answer every topic under both instructions, in one pass over all of them.
@@ -96,7 +95,7 @@ def contrast_replies(
     chats = [chat for part in parts for chat in part]
     sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
     with model.untouched():
-        made = model.replies(chats, sampler, batch=batch, on_tokens=on_tokens, sums=sums)
+        made = model.replies(chats, sampler, on_tokens=on_tokens, sums=sums)
     replies = [
         Reply(tuple(c), tuple(ids), model.text(ids), (sums[:, i] / max(1, len(ids))).cpu())
         for i, (c, ids) in enumerate(zip(chats, made, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,9 @@ from steer.weights.anatomy import Anatomy
 from steer.weights.fetch import resolve
 from steer.weights.sketch import Sketch, sketch_files
 
+ROWS = 192
+"""Replies written together at most. On two cores with AVX2 a token of a 135M Llama costs 0.75 of what it does among 96:
+products of fewer rows wait for the weights."""
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
 
@@ -196,23 +200,24 @@ class SteeredModel:
         edits: Sequence[Edit | None] | None = None,
         *,
         keys: Sequence[int] | None = None,
-        batch: int = 64,
+        batch: int = ROWS,
         on_tokens: Callable[[int], None] | None = None,
         sums: Float[Tensor, "sites chats d"] | None = None,
     ) -> list[list[int]]:
         """Replies to many chats, as token ids, each row under its own edit (None: untouched).
 
-        Chats of like length are batched together. `keys` seed the rows' random streams: rows with one key
-        draw the same numbers, which pairs an edited reply with the unedited one. `sums` is set to the residual stream
-        after each block, summed over the tokens of each reply.
+        Chats of like length are batched together, at most `batch` and as many in each. `keys` seed the rows' random
+        streams: rows with one key draw the same numbers, which pairs an edited reply with the unedited one. `sums` is
+        set to the residual stream after each block, summed over the tokens of each reply.
         """
         prompts = [self.prompt_ids(c) for c in chats]
         check_length(self.name, max(map(len, prompts), default=0), self.context)  # before hours of the others
         keys = list(keys) if keys is not None else list(range(len(prompts)))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out: list[list[int]] = [[] for _ in prompts]
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
+        size = math.ceil(len(order) / max(1, math.ceil(len(order) / batch)))
+        for start in range(0, len(order), max(1, size)):
+            rows = order[start : start + size]
             part = None if sums is None else sums.new_zeros(len(sums), len(rows), sums.shape[-1])
             # Each different edit is applied once, however many rows are under it.
             each = list(dict.fromkeys(edits[i] for i in rows)) if edits is not None else []

@@ -1,12 +1,14 @@
-"""Reading many texts at once: a beginning that several of them share goes through the model once.
+"""Reading many texts at once: what several of them share goes through the model once.
 
 Prompts share a system prompt, replies that are scored share their prompt. A text's beginning is shared only with texts
-under the same edit, since an edit changes the keys and values of the tokens that it acts on.
+under the same edit, since an edit changes the keys and values of the tokens that it acts on. Blocks before the first
+that any edit acts on know nothing of edits: there one text under several of them is one row (`Spread`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ from steer.live.frame import TextPass
 if TYPE_CHECKING:
     from steer.live.model import SteeredModel
 
+PASS = 64
+"""A pass over few tokens takes as long as so many more would: every weight is read from memory."""
 AT_ONCE = 1024
 """Tokens that a CPU reads at a time: what is worked out between two layers then stays in its caches, where that of a
 whole batch would be memory that is new to the process at every layer."""
@@ -67,11 +71,67 @@ def prefill(
     starts = torch.tensor([[p] for p in prompts], device=model.device)
     step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
     before = mask.shape[1] - fed
-    hidden = [
-        decoder_pass(model, padded[:, i : i + step], mask[:, : before + i + step], cache, row, starts)
-        for i in range(0, fed, step)
-    ]
+    spread = Spread.of(model, texts, cache) if which is not None else None
+    with spread.narrowed(cache) if spread is not None else nullcontext():
+        hidden = [
+            decoder_pass(model, padded[:, i : i + step], mask[:, : before + i + step], cache, row, starts, spread)
+            for i in range(0, fed, step)
+        ]
     return Prefill(cache, mask, torch.cat(hidden, dim=1))
+
+
+@dataclass(eq=False)
+class Spread:
+    """Rows of one text under several edits: one row up to `block`, one for each edit from there on."""
+
+    block: int
+    kept: Int[Tensor, " texts"]
+    """A row of each different text."""
+    place: Int[Tensor, " rows"]
+    """For each row, the place of its text in `kept`."""
+
+    @classmethod
+    def of(cls, model: SteeredModel, texts: Sequence[tuple[int, ...]], cache: Cache) -> Spread | None:
+        """None where nothing would be saved."""
+        block, first = model.steering.untouched_blocks, {t: i for i, t in reversed(list(enumerate(texts)))}
+        kept = sorted(first.values())
+        if not block or len(kept) == len(texts) or not all(isinstance(layer, GrowingLayer) for layer in cache.layers):
+            return None
+        places = {row: place for place, row in enumerate(kept)}
+        place = [places[first[t]] for t in texts]
+        return cls(block, torch.tensor(kept, device=model.device), torch.tensor(place, device=model.device))
+
+    @contextmanager
+    def narrowed(self, cache: Cache) -> Iterator[None]:
+        """Inside, the cache of the first blocks holds a row a text; afterwards as many as that of the others."""
+        for layer in cache.layers[: self.block]:
+            layer.batch_select_indices(self.kept)
+        yield
+        for layer in cache.layers[: self.block]:
+            layer.batch_select_indices(self.place)
+
+    @contextmanager
+    def widened(self, model: SteeredModel) -> Iterator[None]:
+        """Passes over a row a text go on inside with a row an edit from `block` on."""
+        made: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def widen(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(widen(part) for part in x)
+            if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] != len(self.kept):
+                return x
+            if id(x) not in made:  # the mask and the rotary angles are those of every block
+                made[id(x)] = x, x.index_select(0, self.place)
+            return made[id(x)][1]
+
+        def before(_: Any, args: Any, kwargs: Any) -> Any:
+            return tuple(map(widen, args)), {name: widen(value) for name, value in kwargs.items()}
+
+        with ExitStack() as hooks:
+            for block in range(self.block, model.anatomy.blocks):
+                module = model.hf.get_submodule(model.anatomy.block_module(block))
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            yield
 
 
 def decoder_pass(
@@ -81,15 +141,21 @@ def decoder_pass(
     cache: Cache,
     row: Int[Tensor, " rows"] | None,
     starts: Int[Tensor, "rows 1"],
+    spread: Spread | None = None,
 ) -> Float[Tensor, "rows new d"]:
     """One pass of the decoder over new tokens, which the cache takes up: what the LM head is given. `row`: as
-    `TextPass.row`; `starts`: how many tokens of each text come before its reply."""
+    `TextPass.row`; `starts`: how many tokens of each text come before its reply. `spread`: the cache is narrowed."""
     decoder = model.hf.get_submodule(model.anatomy.decoder_module)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     steering = model.steering
     with steering.lock:
         index = positions - starts + 1 if steering.timed else None
-        with steering.passing(TextPass(row, index)):
+        if spread is not None:
+            ids, mask, positions = ids[spread.kept], mask[spread.kept], positions[spread.kept]
+        with (
+            steering.passing(TextPass(row, index)),
+            spread.widened(model) if spread is not None else nullcontext(),
+        ):
             return decoder(
                 input_ids=ids,
                 attention_mask=None if bool(mask.all()) else mask,
@@ -151,7 +217,8 @@ def _heads(
 
     def cost(tail: int) -> int:
         heads, sources = split(tail)
-        return tail * len(texts) + sum(heads[s] for s in set(sources))
+        read = sum(heads[s] for s in set(sources))
+        return tail * len(texts) + read + (PASS if read else 0)
 
     least = max(n - limit for n, limit in zip(lengths, limits, strict=True))
     tails = {max(least, n - s) for n, s in zip(lengths, shared, strict=True)}

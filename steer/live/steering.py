@@ -162,6 +162,17 @@ class Steering:
         return any(p.timed for p in self._programs.values())
 
     @property
+    def untouched_blocks(self) -> int:
+        """How many of the first blocks run as without any edit."""
+        if self._now.writers:
+            return 0
+        for block in range(self.anatomy.blocks):
+            path = self.anatomy.block_module(block)
+            if any(name == path or name.startswith(f"{path}.") for name in self._programs):
+                return block
+        return 0
+
+    @property
     def hook_count(self) -> int:
         """How many hooks are on the model."""
         return len(self._handles)

@@ -70,7 +70,6 @@ def measure_settings(
     *,
     sampler: Sampler = MEASURE,
     samples: int = 2,
-    batch: int = 96,
     judge: SteeredModel | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[Point]:
@@ -87,7 +86,6 @@ def measure_settings(
         sampler,
         [s.edit for s in settings for _ in range(per)],
         keys=list(range(per)) * len(settings),
-        batch=batch,
         on_tokens=on_tokens,
     )
     groups = [rows[i * per : (i + 1) * per] for i in range(len(settings))]

@@ -305,7 +305,6 @@ class _Trial:
             replace(MEASURE, max_new_tokens=SCREEN_TOKENS),
             [e for e in edits for _ in chats],
             keys=list(range(len(chats))) * len(edits),
-            batch=96,
             on_tokens=self.on_tokens,
         )
         moving = list(dict.fromkeys(e for e in edits if e is not None))

@@ -70,7 +70,6 @@ class NeutralCosts:
             self.sampler,
             [e for e in edits for _ in self.chats],
             keys=list(range(len(self.chats))) * len(edits),
-            batch=96,
             on_tokens=self._count,
         )
 

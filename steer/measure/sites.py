@@ -81,7 +81,6 @@ def check_sites(
         sampler or Sampler(**{**vars(MEASURE), "max_new_tokens": 48}),
         [e for e in edits for _ in chats],
         keys=list(range(len(chats))) * len(edits),
-        batch=96,
         on_tokens=on_tokens,
     )
     costs = Reference.of(model, found.contrast.neutral[:NEUTRAL]).kls(model, edits[::2])

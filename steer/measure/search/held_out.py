@@ -16,7 +16,7 @@ from steer.live.model import Message, SteeredModel, load
 from steer.measure.dose import neutral_replies
 from steer.measure.fluency import Reference, plain_paragraphs, repetition, text_entropies
 from steer.measure.scorer import Scorer
-from steer.measure.search.trials import NEUTRAL_TOKENS, REPLY_TOKENS, ROWS
+from steer.measure.search.trials import NEUTRAL_TOKENS, REPLY_TOKENS
 from steer.values.sampler import MEASURE
 from steer.values.trait import NeutralPrompts
 from steer.weights.certify import ADAPTER
@@ -96,7 +96,7 @@ class HeldOut:
         chats: list[list[Message]] = [
             [{"role": "user", "content": t}] for s in scorers for t in s.trait.held_out for _ in range(self.samples)
         ]
-        replies = model.replies(chats, self.sampler, batch=ROWS, on_tokens=self.on_tokens)
+        replies = model.replies(chats, self.sampler, on_tokens=self.on_tokens)
         told: list[Numbers] = []
         first = replies[: len(self.scorer.trait.held_out) * self.samples]
         for s in scorers:

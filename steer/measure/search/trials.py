@@ -26,8 +26,6 @@ NEUTRAL, NEUTRAL_TOKENS = 16, 48
 """Neutral replies that divergences are taken on, and how many tokens of each."""
 PASSAGES, PASSAGE_TOKENS = 6, 64
 """Passages of plain prose that perplexity is taken on, and how many tokens of each."""
-ROWS = 192
-"""Replies in a batch at most."""
 MOST_KL = 99.0
 """Nats per token; what is beyond it, or no number, is told as this."""
 
@@ -158,7 +156,6 @@ class Bench:
             sampler,
             [e for e in edits for _ in chats],
             keys=list(range(per)) * len(edits),
-            batch=ROWS,
             on_tokens=self.on_tokens,
         )
         out = []
