@@ -17,9 +17,9 @@ from record_residuals import DEFAULT, difference_of_means
 from transformers import AutoModelForCausalLM
 
 import steer
-from steer.live.profiles import use
-from steer.values.profile import Profile
-from steer.weights.fetch import resolve
+from steer.checkpoint.fetch import resolve
+from steer.core.profile import Profile
+from steer.model.profiles import use
 
 MESSAGE = "My friend lied to me about her weekend."
 PROFILE = """\

@@ -17,9 +17,9 @@ from record_residuals import DEFAULT
 from transformer_lens.model_bridge import TransformerBridge
 
 import steer
-from steer.live.profiles import use
-from steer.values.profile import Profile
-from steer.weights.fetch import resolve
+from steer.checkpoint.fetch import resolve
+from steer.core.profile import Profile
+from steer.model.profiles import use
 
 
 @torch.inference_mode()

@@ -18,72 +18,74 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Read by torch's libraries when they are loaded; tests/bench/threads.py measures both. What the user has set stays.
+# Torch's libraries read these variables when they are loaded; tests/bench/threads.py measures both. Values that the
+# user has set stay.
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    # Threads that wait for one that lost its core to another process spin for as long as that takes: 0.1 ms, then
-    # they sleep.
+    # OpenMP threads spin while they wait for a thread whose core another process has taken. Limit that to 0.1 ms; after
+    # it they sleep.
     os.environ["GOMP_SPINCOUNT"] = "20000"
-# Memory that is new to the process comes 2 MB at a time in place of 4 kB, a quarter of the time.
+# The kernel then hands out new memory in pages of 2 MB instead of 4 kB, which takes a quarter of the time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
-    from steer.baking import bake
+    from steer.baking.certificate import Certificate
+    from steer.baking.control_vector import load_control_vector
+    from steer.baking.verify import verify
+    from steer.chat.session import Session
+    from steer.checkpoint.fetch import fetch
+    from steer.checkpoint.merge import merge
+    from steer.core.cards import Card, load_card
+    from steer.core.dictionary import Dictionary
+    from steer.core.dictionary_files import load_dictionary
+    from steer.core.direction import Direction
+    from steer.core.edit import Edit
+    from steer.core.feature import Feature
+    from steer.core.intervention import Intervention
+    from steer.core.profile import Profile
+    from steer.core.sampler import PRESETS, Sampler
+    from steer.core.schedule import Gate, Schedule
+    from steer.core.slider import Slider
+    from steer.core.trait import Trait
     from steer.errors import SteerError
-    from steer.feature_finding import find_features
-    from steer.features.harvest import harvest
-    from steer.finding import find
-    from steer.live.model import SteeredModel, load
-    from steer.live.session import Session
-    from steer.training import train_dictionary
-    from steer.values.cards import Card, load_card
-    from steer.values.dictionary import Dictionary
-    from steer.values.dictionary_files import load_dictionary
-    from steer.values.direction import Direction
-    from steer.values.edit import Edit
-    from steer.values.feature import Feature
-    from steer.values.move import Move
-    from steer.values.profile import Profile
-    from steer.values.sampler import PRESETS, Sampler
-    from steer.values.slider import Slider
-    from steer.values.trait import Trait
-    from steer.values.when import Gate, When
-    from steer.weights.certify import Certificate, verify
-    from steer.weights.control_vector import load_control_vector
-    from steer.weights.fetch import fetch
-    from steer.weights.merge import merge
+    from steer.finding.features import find_features
+    from steer.finding.traits import find
+    from steer.model.steered import SteeredModel, load
+    from steer.sae.harvest import harvest
+    from steer.sae.train import train_dictionary
+    from steer.verbs.bake import bake
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load_card": "steer.values.cards",
-    "When": "steer.values.when",
-    "Session": "steer.live.session",
-    "Profile": "steer.values.profile",
-    "PRESETS": "steer.values.sampler",
-    "Move": "steer.values.move",
-    "Gate": "steer.values.when",
-    "Card": "steer.values.cards",
-    "Certificate": "steer.weights.certify",
-    "Direction": "steer.values.direction",
-    "Dictionary": "steer.values.dictionary",
-    "Edit": "steer.values.edit",
-    "Feature": "steer.values.feature",
-    "Sampler": "steer.values.sampler",
-    "Slider": "steer.values.slider",
+    "load_card": "steer.core.cards",
+    "Schedule": "steer.core.schedule",
+    "Session": "steer.chat.session",
+    "Profile": "steer.core.profile",
+    "PRESETS": "steer.core.sampler",
+    "Intervention": "steer.core.intervention",
+    "Gate": "steer.core.schedule",
+    "Card": "steer.core.cards",
+    "Certificate": "steer.baking.certificate",
+    "Direction": "steer.core.direction",
+    "Dictionary": "steer.core.dictionary",
+    "Edit": "steer.core.edit",
+    "Feature": "steer.core.feature",
+    "Sampler": "steer.core.sampler",
+    "Slider": "steer.core.slider",
     "SteerError": "steer.errors",
-    "SteeredModel": "steer.live.model",
-    "Trait": "steer.values.trait",
-    "bake": "steer.baking",
-    "fetch": "steer.weights.fetch",
-    "find": "steer.finding",
-    "find_features": "steer.feature_finding",
-    "harvest": "steer.features.harvest",
-    "load_control_vector": "steer.weights.control_vector",
-    "load_dictionary": "steer.values.dictionary_files",
-    "train_dictionary": "steer.training",
-    "load": "steer.live.model",
-    "merge": "steer.weights.merge",
-    "verify": "steer.weights.certify",
+    "SteeredModel": "steer.model.steered",
+    "Trait": "steer.core.trait",
+    "bake": "steer.verbs.bake",
+    "fetch": "steer.checkpoint.fetch",
+    "find": "steer.finding.traits",
+    "find_features": "steer.finding.features",
+    "harvest": "steer.sae.harvest",
+    "load_control_vector": "steer.baking.control_vector",
+    "load_dictionary": "steer.core.dictionary_files",
+    "train_dictionary": "steer.sae.train",
+    "load": "steer.model.steered",
+    "merge": "steer.checkpoint.merge",
+    "verify": "steer.baking.verify",
 }
 
 __all__ = [
@@ -95,15 +97,15 @@ __all__ = [
     "Edit",
     "Feature",
     "Gate",
-    "Move",
+    "Intervention",
     "Profile",
     "Sampler",
+    "Schedule",
     "Session",
     "Slider",
     "SteerError",
     "SteeredModel",
     "Trait",
-    "When",
     "bake",
     "fetch",
     "find",

@@ -1,4 +1,4 @@
-"""The errors a user can cause, each one line long.
+"""Errors that a user can cause, each with a message of one line.
 
 A message names the file (or option), what was expected, what was found, and what to do.
 The command line prints it without a traceback and exits with `exit_code`.
@@ -11,29 +11,36 @@ from pathlib import Path
 
 
 class SteerError(Exception):
-    """Something went wrong that the user can mend. Exit code 1."""
+    """Base of all errors that the user can mend. Exit code 1.
+
+    Example:
+        try:
+            model = steer.load("no/such/directory")
+        except steer.SteerError as error:
+            print(error)
+    """
 
     exit_code = 1
 
 
 class UsageError(SteerError):
-    """The command itself was wrong: an unknown name, a number that is none. Exit code 2."""
+    """The command or a call was wrong: an unknown name, or text where a number was expected. Exit code 2."""
 
     exit_code = 2
 
 
 class UnknownNameError(UsageError, KeyError):
-    """A mapping of sliders was asked for a name that nothing has."""
+    """A mapping of sliders was asked for a name that no slider has."""
 
-    __str__ = Exception.__str__  # KeyError's is the repr of its message
+    __str__ = Exception.__str__  # KeyError's __str__ is the repr of its message
 
 
 class CheckpointError(SteerError):
-    """A checkpoint on disk is missing, broken, or not what it says."""
+    """Files on disk are missing, broken, or differ from what their own config, index or certificate says."""
 
 
 class MismatchError(SteerError):
-    """Two things that must belong together do not (width, checkpoint, site)."""
+    """Two things that must belong together do not: their widths, checkpoints or sites differ."""
 
 
 class OutputExistsError(SteerError):
@@ -41,11 +48,11 @@ class OutputExistsError(SteerError):
 
 
 class UnsupportedError(SteerError):
-    """The tool refuses rather than guesses: an unknown architecture, a tensor it cannot edit."""
+    """The tool refuses instead of guessing: an unknown architecture, or a tensor that it cannot edit."""
 
 
 class StoppedError(SteerError):
-    """Asked to stop by a signal; what was done is on disk. The exit code is the shells' 128 + signal."""
+    """A signal stopped the work; finished parts are on the disk. The exit code is 128 + signal, as in shells."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -53,14 +60,14 @@ class StoppedError(SteerError):
 
 
 class SkippedWarning(UserWarning):
-    """A file among many cannot be read and was passed over; the message names it."""
+    """One file among many could not be read and was skipped; the message names it."""
 
 
 _skipped: set[str] = set()
 
 
 def skip(file: Path, error: Exception) -> None:
-    """Warn, once in the life of the process, that one file among many is passed over because of `error`."""
+    """Warn that one file among many is skipped because of `error`; each message is given once per process."""
     found = " ".join(str(error).split()) or type(error).__name__
     text = found if isinstance(error, SteerError) and str(file) in found else f"{file}: {found[:300]}"
     if text not in _skipped:

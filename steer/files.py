@@ -1,6 +1,6 @@
-"""Files read and written everywhere: replaced atomically, and JSON of strangers parsed within limits.
+"""Reading and writing files for every other module: atomic replacement, and JSON from strangers parsed within limits.
 
-Imports nothing of the package but its errors, so that everything may import it.
+Imports nothing of the package except `steer.errors`, so that every module may import it.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from typing import Any
 from steer.errors import CheckpointError, SteerError
 
 JSON_DEPTH = 64
-"""Levels of brackets that are read. Whatever walks a parsed value calls itself once a level."""
+"""Deepest nesting of brackets that is accepted. Code that walks a parsed value recurses once per level."""
 _JSON_BYTES = 256 << 20
-"""A safetensors header has at most 100 MB; the index of a checkpoint with 100,000 tensors has 10."""
+"""Largest JSON file that is read. A safetensors header has at most 100 MB; the index of a checkpoint with 100,000
+tensors has 10."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new file beside `path`, for the block to create; it takes the place of `path` when the block ends without an
-    exception, on the disk before its name is. After a crash `path` is the new file or what was there.
+    """Yield the path of a new file beside `path`, for the block to create. When the block ends without an exception,
+    the new file is synced to the disk and then replaces `path`. After a crash `path` is either the new file or the old
+    one.
 
-    Links are followed: what they point to is replaced. The permissions of a file that was there stay.
-    Errors: SteerError for a place that cannot be written.
+    Links are followed: the file that a link points to is replaced. A replaced file keeps its permissions.
+    Errors: SteerError for a path that cannot be written.
     """
     place = Path(os.path.realpath(path))
-    # The host, because a directory may be shared between machines, which number their processes apart.
+    # The name holds the host, because machines may share a directory, and each numbers its processes by itself.
     stem = f".{place.name[:80]}.{socket.gethostname()}-"
     part = place.with_name(f"{stem}{os.getpid()}-{threading.get_ident()}.part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        for left in place.parent.glob(f"{glob.escape(stem)}*.part"):  # by a killed process, or laid there
-            if left == part or not _alive(left.name.removeprefix(stem).partition("-")[0]):
-                left.unlink(missing_ok=True)
+        for leftover in place.parent.glob(f"{glob.escape(stem)}*.part"):  # of a killed process, or put there by others
+            if leftover == part or not _alive(leftover.name.removeprefix(stem).partition("-")[0]):
+                leftover.unlink(missing_ok=True)
         yield part
         sync(part)
         if place.exists():
@@ -56,14 +58,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
-    """Write a whole file, text as UTF-8; see `replacing`. Errors: SteerError for a place that cannot be written."""
+    """Write a whole file, text as UTF-8, with `replacing`. Errors: SteerError for a path that cannot be written."""
     with replacing(path) as part, open(part, "xb") as f:
         f.write(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file's contents, or a directory's list of names, are on the disk (fsync)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -72,10 +74,10 @@ def sync(path: Path) -> None:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value that JSON text in UTF-8 stands for.
+    """Parse JSON text in UTF-8.
 
-    Errors: ValueError, of one line, also for brackets nested over `JSON_DEPTH` deep, for numbers of thousands of
-    digits, and for text that is half a surrogate pair, which could not be written again.
+    Errors: ValueError with a message of one line for text that is no JSON, for brackets nested more than `JSON_DEPTH`
+    deep, for numbers of thousands of digits, and for text with half a surrogate pair, which could not be written again.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
@@ -99,7 +101,7 @@ def parse_json(data: bytes | str) -> Any:
 def read_json_object(
     path: Path, *, what: str = "a JSON object", do: str = "mend the file", error: type[SteerError] = CheckpointError
 ) -> dict[str, Any]:
-    """The JSON object in a file. `what` was expected there, and `do` is what mends it, for the message.
+    """Read the JSON object in a file. An error says that `what` was expected there, and that the user should `do`.
 
     Errors: `error`, of one line, for a file that is missing, cannot be read, or holds anything else.
     """
@@ -123,7 +125,8 @@ def read_json_object(
 
 
 def without_nan(value: Any) -> Any:
-    """`value` for JSON, which has neither nan nor infinities: null in their place, in dicts and lists of any depth."""
+    """Copy a value for JSON, which has neither nan nor infinities: null replaces them, in dicts and lists of any
+    depth."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -132,7 +135,7 @@ def without_nan(value: Any) -> Any:
 
 
 def one_line(e: Exception) -> str:
-    """What another library says is wrong, in one line."""
+    """The message of another library's exception as one line of at most 200 printable characters."""
     if isinstance(e, UnicodeDecodeError):
         return f"bytes that are no UTF-8 at {e.start}"
     text = " ".join(str(e).split()) or type(e).__name__
@@ -140,7 +143,7 @@ def one_line(e: Exception) -> str:
 
 
 def _alive(process: str) -> bool:
-    """Whether a process of this machine has the number."""
+    """Whether this machine runs a process with that number."""
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError, OverflowError):

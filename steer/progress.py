@@ -1,4 +1,4 @@
-"""Progress bars with rate and time left, on stderr; none when it is no terminal."""
+"""Progress bars with rate and time left, on stderr. No bar is drawn where stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.text import Text
 from steer.plain_text import plain_line
 
 Advance = Callable[[int], None]
-"""Told how much more is done."""
+"""Called with the amount of work done since the last call."""
 
 
 class _Rate(ProgressColumn):
@@ -33,7 +33,10 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bar(description: str, total: int | None, unit: str = "") -> Iterator[Advance]:
-    """Show a bar while inside; call what it yields with the amount done since the last call."""
+    """Show a bar while the block runs. Yields a function to call with the amount done since its last call.
+
+    `total` is the amount of all work in `unit`; None where it is not known.
+    """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Rate(),
                TimeRemainingColumn())  # fmt: skip
@@ -45,7 +48,7 @@ def bar(description: str, total: int | None, unit: str = "") -> Iterator[Advance
 
 @contextmanager
 def byte_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for a stage that reports (bytes done, bytes in all)."""
+    """Show a bar while the block runs. Yields a function to call with (bytes done, bytes in all)."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                TimeRemainingColumn())  # fmt: skip

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
-from steer.live.decode import decode
-from steer.live.model import SteeredModel
-from steer.live.receipts import Tally
-from steer.live.serve.batching import BatchingEngine
-from steer.live.serve.engine import Event, Handle, Job, Token
-from steer.values.edit import Edit
-from steer.values.sampler import Sampler
+from steer.core.edit import Edit
+from steer.core.sampler import Sampler
+from steer.model.decode import decode
+from steer.model.steered import SteeredModel
+from steer.model.steering.receipts import Tally
+from steer.serve.batching import BatchingEngine
+from steer.serve.engine import Event, Handle, Job, Token
 
 GREEDY = Sampler(max_new_tokens=12, temperature=0, repetition_penalty=1.0)
 DRAWN = Sampler(max_new_tokens=14, temperature=1.0, min_p=0.02, repetition_penalty=1.3, seed=3)

@@ -16,7 +16,7 @@ import steer  # noqa: F401, I001  # before torch, whose libraries read the varia
 import pytest
 import torch
 
-from steer.values.direction import Direction
+from steer.core.direction import Direction
 
 WIDTH, BLOCKS, VOCAB = 32, 3, 97
 
@@ -66,10 +66,27 @@ def save_tiny_llama(
     return path
 
 
+QUICK_CASES = 6
+"""Cases of one test that `make test` runs, spread over all; `make test-all` runs the others too."""
+GOLDEN = 0.6180339887
+"""Multiples of the golden ratio, modulo 1, fall evenly on no grid: the cases kept differ in every parameter."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The demo last: for minutes after it the disk is busy with what it wrote, and bakes that are killed while they
-    write wait for that disk."""
+    """Mark as slow what `make test` leaves out: all but `QUICK_CASES` cases of a test.
+
+    The demo comes last: for minutes after it the disk is busy with what it wrote, and bakes that are killed while they
+    write wait for that disk.
+    """
     items.sort(key=lambda item: item.path.name == "test_demo.py")
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for several in cases.values():
+        kept = {int(len(several) * (i * GOLDEN % 1)) for i in range(QUICK_CASES)}
+        for number, item in enumerate(several):
+            if number not in kept and len(several) > QUICK_CASES:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.core.dictionary import Dictionary
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.feature import Feature
+from steer.core.intervention import Intervention
+from steer.core.schedule import Gate, Schedule
 from steer.errors import UsageError
-from steer.live.frame import TextPass
-from steer.live.model import SteeredModel
-from steer.values.dictionary import Dictionary
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.values.feature import Feature
-from steer.values.move import Move
-from steer.values.when import Gate, When
+from steer.model.steered import SteeredModel
+from steer.model.steering.low_rank import ForwardContext
 
 EXACT = 1e-10
 
@@ -37,7 +37,7 @@ def exact(model: SteeredModel) -> SteeredModel:
     return model
 
 
-def share_at(when: When, index: int) -> float:
+def share_at(when: Schedule, index: int) -> float:
     """The share of a slider that acts on the pass that writes reply token `index`, gates left out."""
     if when.part == "text" and when.first is None and when.after is None and when.ramp is None:
         return 1.0
@@ -86,12 +86,12 @@ class Slow:
     """A model under moves, each token under those in force when it was read."""
 
     model: SteeredModel
-    moves: Callable[[int], Sequence[Move]]
+    moves: Callable[[int], Sequence[Intervention]]
     """Position in the text -> what acts on it."""
     prompt: int
     """How many tokens of the text are the prompt."""
-    ablated: dict[tuple[int, Move], float] = field(default_factory=dict)
-    done: dict[Move, dict[int, float]] = field(default_factory=dict)
+    ablated: dict[tuple[int, Intervention], float] = field(default_factory=dict)
+    done: dict[Intervention, dict[int, float]] = field(default_factory=dict)
     """Of every move: on which tokens it moved something, and by what share of the residual norm."""
     _gates: dict[tuple[int, Gate], bool] = field(default_factory=dict)
 
@@ -172,7 +172,7 @@ class Slow:
             self._tell(m, t, abs(by[-1]) / d.residual_norm)
         return h + least_change(rows, by) if rows else h
 
-    def _feature(self, m: Move, share: float, before: np.ndarray) -> np.ndarray:
+    def _feature(self, m: Intervention, share: float, before: np.ndarray) -> np.ndarray:
         f = m.target
         assert isinstance(f, Feature)
         out = np.zeros_like(before)
@@ -183,7 +183,7 @@ class Slow:
             out += share * (asked(m.operation, m.amount, a, 0.0, unit) - a) * numpy(f.dictionary.W_dec[latent])
         return out
 
-    def _share(self, m: Move, t: int) -> float:
+    def _share(self, m: Intervention, t: int) -> float:
         return share_at(m.when, t - (self.prompt - 1)) * (m.when.gate is None or self._gates[t, m.when.gate])
 
     def _open(self, gate: Gate, h: np.ndarray) -> bool:
@@ -195,22 +195,22 @@ class Slow:
             amount = sum(reads) / len(reads)
         return (gate.above is None or amount > gate.above) and (gate.below is None or amount < gate.below)
 
-    def _tell(self, move: Move, t: int, share: float) -> None:
+    def _tell(self, move: Intervention, t: int, share: float) -> None:
         if share > 0:
             self.done.setdefault(move, {})[t] = share
 
 
-def slow_logits(model: SteeredModel, text: Sequence[int], moves: Sequence[Move], prompt: int) -> Tensor:
+def slow_logits(model: SteeredModel, text: Sequence[int], moves: Sequence[Intervention], prompt: int) -> Tensor:
     """Logits of a whole text under moves: `[tokens, vocab]`."""
     return Slow(model, lambda t: moves, prompt).logits(text)
 
 
 @torch.inference_mode()
-def fast_logits(model: SteeredModel, text: Sequence[int], moves: Sequence[Move], prompt: int) -> Tensor:
+def fast_logits(model: SteeredModel, text: Sequence[int], moves: Sequence[Intervention], prompt: int) -> Tensor:
     """The same by the model's own steering, in one pass."""
     with model.steering.lock, model.steering.applied([Edit.of(moves)]):
         index = torch.arange(len(text))[None] - (prompt - 1)
-        with model.steering.passing(TextPass(index=index)):
+        with model.steering.passing(ForwardContext(index=index)):
             return model.hf(input_ids=torch.tensor([list(text)])).logits[0]
 
 
@@ -255,9 +255,9 @@ def close_directions(site: int = 1, n: int = 4, seed: int = 3, spread: float = 0
     return out
 
 
-def compatible(moves: Sequence[Move]) -> list[Move]:
+def compatible(moves: Sequence[Intervention]) -> list[Intervention]:
     """As many of them, from the first on, as may stand together."""
-    out: list[Move] = []
+    out: list[Intervention] = []
     for move in moves:
         with suppress(UsageError):
             Edit.of([*out, move])

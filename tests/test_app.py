@@ -13,7 +13,7 @@ from tiny_chat import keep_direction, save_tiny_chat
 
 from steer.chat.chat import Chat
 from steer.chat.stored import saved_chats
-from steer.values.direction import Direction
+from steer.core.direction import Direction
 
 APP = Path(__file__).parents[1] / "app.py"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,6 +81,7 @@ def moral_slider(at: AppTest):
     return next(s for s in at.sidebar.slider if s.label == "moral")
 
 
+@pytest.mark.slow
 def test_a_chat_stays_on_the_page_and_a_new_one_keeps_it_among_the_old(moral):
     at = page()
     first, second = say(at, "hello"), say(at, "well")
@@ -259,7 +260,7 @@ def test_a_page_without_a_model_offers_the_default_merge(home, monkeypatch):
 def test_no_error_or_toast_fetches_a_picture():
     def script() -> None:
         from steer.errors import SteerError
-        from steer.page.change import guarded, tell
+        from steer.page.guard import guarded, tell
 
         def draw() -> None:
             raise SteerError("bad ![](http://x/b.png)")

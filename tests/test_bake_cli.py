@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from commands import Command, command_here
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from tiny_chat import keep_direction, save_tiny_chat
 from transformers.utils.logging import disable_progress_bar
 
-from steer.baking import bake, parse_strength
-from steer.cli import main
+from steer.baking.certificate import ADAPTER, Certificate
+from steer.baking.control_vector import FILE
+from steer.baking.forms import bakeable
+from steer.checkpoint.sketch import sketch_files
+from steer.core.direction import Direction
+from steer.core.intervention import Intervention
+from steer.core.method import Kernel
+from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.errors import MismatchError, UsageError
-from steer.live.model import load
-from steer.neutral import neutral_for, neutral_means
-from steer.values.direction import Direction
-from steer.values.method import Kernel
-from steer.values.move import Move
-from steer.values.profile import PlannedWhen, Profile, ProfileSlider
-from steer.weights.bakeable import bakeable
-from steer.weights.certify import ADAPTER, Certificate
-from steer.weights.control_vector import FILE
-from steer.weights.sketch import sketch_files
+from steer.measure.neutral_means import neutral_for, neutral_means
+from steer.model.steered import load
+from steer.verbs.bake import bake, parse_strength
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MakeDirection = Callable[..., Direction]
 BLOCKS = 3
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """What --json put out."""
-        assert (self.code, self.err) == (0, "")
-        return json.loads(self.out)
-
-
-Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +58,7 @@ def folder(checkpoint: Path, make_direction: MakeDirection, tmp_path: Path, monk
 @pytest.fixture
 def steer(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs the command's entry point in this process."""
-
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["steer", *arguments])
-        monkeypatch.setattr(os, "environ", os.environ.copy())  # which the command changes
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Outcome(ended.value.code, out, err)
-
-    return run
+    return command_here(monkeypatch, capfd)
 
 
 def _never(*args: object, **kwargs: object) -> None:
@@ -111,6 +79,7 @@ FORMS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_written_verified_and_has_a_card_that_a_hub_accepts(
     steer: Command, folder: Path, form: str
@@ -168,6 +137,7 @@ def test_what_is_neither_is_refused(text: str) -> None:
         parse_strength(text, "--mlp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["checkpoint", "adapter", "gguf"])
 def test_no_form_imports_transformers_or_peft_to_bake_or_to_verify(folder: Path, form: str) -> None:
     code = (
@@ -211,7 +181,7 @@ def test_a_profile_that_cannot_be_baked_says_so_of_every_slider_at_once_and_writ
         folder / "noir.yaml",
         ProfileSlider("moral", 1.0, "clamp"),
         ProfileSlider("calm", 0.5),
-        ProfileSlider("calm", 0.5, when=PlannedWhen("reply", first=8)),
+        ProfileSlider("calm", 0.5, when=ScheduleSpec("reply", first=8)),
         ProfileSlider("early", 0.5, "scale"),
         ProfileSlider("early", 1.0, "cap"),
     )
@@ -226,7 +196,7 @@ def test_a_profile_that_cannot_be_baked_says_so_of_every_slider_at_once_and_writ
 
 
 def test_ablations_at_different_amounts_are_refused_together(make_direction: MakeDirection) -> None:
-    moves = [Move(make_direction(), "ablate", 1.0), Move(make_direction("b", seed=8), "ablate", 0.5)]
+    moves = [Intervention(make_direction(), "ablate", 1.0), Intervention(make_direction("b", seed=8), "ablate", 0.5)]
     verdicts = bakeable(moves)
     assert [v.ok for v in verdicts] == [False, False]
     assert "found 0.5, 1" in verdicts[0].reason
@@ -252,7 +222,7 @@ def test_a_direction_of_another_checkpoint_in_a_profile_is_refused(
 
 
 def test_a_bake_of_a_profile_never_loads_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.live.model.load", _never)
+    monkeypatch.setattr("steer.model.steered.load", _never)
     _profile(folder / "noir.yaml", ProfileSlider("moral", 1.0))
     assert bake("model", "out", profile="noir.yaml").directions[0].name == "moral"
 
@@ -275,6 +245,7 @@ def test_a_control_vector_is_added_by_its_file_at_every_site_it_has(steer: Comma
 # Methods that spare the neutral mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["projected", "biprojected"])
 def test_neutral_means_are_measured_once_and_kept(
     steer: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -289,7 +260,7 @@ def test_neutral_means_are_measured_once_and_kept(
     assert torch.equal(load_file(folder / "out" / str(cert.neutral))["neutral"], means)
     assert steer("verify", "out").code == 0
 
-    monkeypatch.setattr("steer.live.model.load", _never)
+    monkeypatch.setattr("steer.model.steered.load", _never)
     assert steer("bake", "model", "again", "--ablate", "moral", "--method", method).code == 0
     # What is kept beside the directions is no direction.
     assert steer("bake", "model", "third", "--ablate", "calm").code == 0
@@ -297,8 +268,8 @@ def test_neutral_means_are_measured_once_and_kept(
 
 def test_neutral_means_are_those_of_replies_to_neutral_prompts(folder: Path) -> None:
     """Against the mean over tokens of each reply, then over replies, read by transformers itself."""
-    from steer.features.contrast import SAMPLER
-    from steer.values.trait import NeutralPrompts
+    from steer.core.trait import NeutralPrompts
+    from steer.measure.contrast import SAMPLER
 
     model = load("model")
     chats = [[{"role": "user", "content": p}] for p in NeutralPrompts.load().fit]
@@ -334,6 +305,7 @@ def test_neutral_means_of_another_checkpoint_are_refused(folder: Path, tiny_llam
 # What is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -367,6 +339,7 @@ def test_what_does_not_go_together_is_one_line(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [

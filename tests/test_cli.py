@@ -11,33 +11,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Command, Outcome, command_here, command_outside
 from tiny_chat import save_tiny_chat
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from steer.cli import main
-from steer.cli_common import stoppable
+from steer.checkpoint.sketch import sketch_files
+from steer.cli.common import stoppable
+from steer.core.direction import Direction
 from steer.errors import StoppedError
-from steer.values.direction import Direction
-from steer.weights.sketch import sketch_files
 
 MakeDirection = Callable[..., Direction]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
 RECIPE = "merge_method: linear\nmodels:\n  - model: {0}\n  - model: {1}\nparameters: {{weight: 1}}\ndtype: float32\n"
 
 
@@ -79,25 +68,7 @@ def folder(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def steer(folder: Path, no_bars: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs the command's entry point in this process, which has torch loaded already."""
-
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["steer", *arguments])
-        monkeypatch.setattr(os, "environ", os.environ.copy())  # which the command changes
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Outcome(ended.value.code, out, err)
-
-    return run
-
-
-def steer_process(*arguments: str) -> Outcome:
-    """Runs the installed command in a process of its own."""
-    command = [str(Path(sys.executable).with_name("steer")), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return command_here(monkeypatch, capfd)
 
 
 def is_one_line(outcome: Outcome) -> bool:
@@ -190,6 +161,7 @@ def test_a_name_or_number_that_is_none_is_bad_usage(
     assert all(n in line for n in names), line
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_a_mistake_is_one_line_too(refused: Callable[..., str]) -> None:
     assert "'loud'" in refused("chat", "a", "--slider", "moralizing=loud", code=2, run=steer_process)
     assert "nowhere" in refused("bake", "nowhere", "out", "--ablate", "moralizing", code=1, run=steer_process)
@@ -294,6 +266,7 @@ def test_an_output_with_files_in_it_is_left_alone(
     assert "mine: expected a new or empty directory" in refused(*arguments, code=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["merge", "merge.yml", "small/out"], ["bake", "a", "small/out", "--ablate", "d.safetensors"]]
 )
@@ -346,11 +319,12 @@ def test_a_direction_of_another_checkpoint_is_refused_unless_forced(
 # What works
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_stdout_from_merge_to_verify(
     steer: Command, folder: Path, make_direction: MakeDirection
 ) -> None:
     make_direction().save(folder / "d.safetensors")
-    merged = steer_process("merge", "merge.yml", "merged", "--json")  # the noisiest: imports all it uses
+    merged = command_outside("merge", "merge.yml", "merged", "--json")  # the noisiest: imports all it uses
     baked = steer("bake", "merged", "baked", "--ablate", "d.safetensors", "--json")
     verified = steer("verify", "baked", "--json")
     assert {o.err for o in (merged, baked, verified)} == {""}
@@ -365,6 +339,7 @@ def test_json_is_all_there_is_on_stdout_from_merge_to_verify(
 STOPPED = "steer: stopped by SIGTERM; nothing is written, run the same command again\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "line"), [(signal.SIGINT, 130, "steer: stopped\n"), (signal.SIGTERM, 143, STOPPED)]
 )

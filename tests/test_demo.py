@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from steer.features.find import NEAR_BEST
+from steer.finding.directions import NEAR_BEST
 
 pytestmark = [pytest.mark.model, pytest.mark.alone]
 

@@ -14,14 +14,14 @@ import torch
 import yaml
 from tiny_chat import ENDLESS, WORDS, save_tiny_chat
 
-from steer import cli_common
-from steer.cli import app, main
+from steer.cli import common as cli_common
+from steer.cli.main import app, main
+from steer.core.dictionary import Dictionary
+from steer.core.dictionary_files import save_dictionary
 from steer.errors import SteerError
-from steer.features.harvest import harvest
-from steer.live import loading
-from steer.live.model import load
-from steer.values.dictionary import Dictionary
-from steer.values.dictionary_files import save_dictionary
+from steer.model import loading
+from steer.model.steered import load
+from steer.sae.harvest import harvest
 
 COMMANDS = {c.name or (c.callback and c.callback.__name__): c.callback for c in app.registered_commands}
 ARGUMENTS = {
@@ -64,7 +64,7 @@ def run(made: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     monkeypatch.chdir(made)
     monkeypatch.setattr(loading, "use_fast_products", stop)
     monkeypatch.setattr(os, "execv", stop)
-    monkeypatch.setattr("steer.demo.run", stop)
+    monkeypatch.setattr("steer.verbs.demo.run", stop)
 
     def attempt(*arguments: str) -> str:
         monkeypatch.setattr(os, "environ", os.environ.copy() | {"STEER_HOME": str(made / "home")})

@@ -35,6 +35,7 @@ def furthest(printed: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_residuals_tell_a_lecture_from_an_answer() -> None:
     rows = re.findall(r"^ +(\d+) +([\d.]+) +(-?[\d.]+) +(\d+)/(\d+)", run("record_residuals.py"), re.MULTILINE)
     assert [int(block) for block, *_ in rows] == list(range(30))
@@ -43,6 +44,7 @@ def test_residuals_tell_a_lecture_from_an_answer() -> None:
     assert max(float(gap) for _, _, gap, *_ in rows) > 0.1
 
 
+@pytest.mark.slow
 def test_a_plain_model_is_steered_by_a_profile_as_the_sliders_steer() -> None:
     printed = run("plain_hooks.py")
     assert "hooks on: model.embed_tokens, model.layers.15" in printed
@@ -53,6 +55,7 @@ def test_a_plain_model_is_steered_by_a_profile_as_the_sliders_steer() -> None:
     assert furthest(printed) < 1e-2
 
 
+@pytest.mark.slow
 def test_a_bridge_is_steered_by_a_profile_as_the_sliders_steer() -> None:
     printed = run("transformer_lens_hooks.py")
     assert "fwd_hooks on: hook_embed, blocks.15.hook_resid_post" in printed

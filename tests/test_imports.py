@@ -36,7 +36,7 @@ def test_help_lists_every_verb() -> None:
 def test_every_verb_has_a_help_with_an_example(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from steer.cli import main
+    from steer.cli.main import main
 
     monkeypatch.setattr(sys, "argv", ["steer", verb, "--help"])
     monkeypatch.setattr(os, "environ", os.environ | {"COLUMNS": "200"})
@@ -49,9 +49,10 @@ def test_every_verb_has_a_help_with_an_example(
 
 def test_the_package_and_its_errors_import_nothing_heavy() -> None:
     assert imported("import steer; steer.__version__; steer.SteerError; steer.Trait; dir(steer)", HEAVY) == []
-    assert imported("import steer.cli", HEAVY) == []
+    assert imported("import steer.cli.main", HEAVY) == []
 
 
+@pytest.mark.slow
 def test_no_public_name_imports_dictionaries_or_the_page() -> None:
     code = (
         "import sys, steer\n"

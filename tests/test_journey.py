@@ -16,25 +16,25 @@ from fastapi.testclient import TestClient
 from tiny_chat import ENDLESS, WORDS, save_tiny_chat
 
 import steer
-from steer.baking import OnDisk
 from steer.chat.chat import Chat
-from steer.chat.feature_search import Shelf
+from steer.chat.feature_index import FeatureIndex
 from steer.chat.local import LocalVoice
+from steer.chat.session import Session
+from steer.checkpoint.library import Library, dictionaries_of, dictionary_at, register_dictionary
+from steer.checkpoint.sketch import sketch_files
+from steer.core.dictionary_files import FEATURES, SLIDERS
+from steer.core.profile import Profile, ProfileSlider
+from steer.core.trait import Trait
 from steer.errors import SkippedWarning
-from steer.feature_finding import find_features
-from steer.features.options import TrainOptions
-from steer.features.records import FeatureRecord, write_records
-from steer.live.library import Library, dictionaries_of, dictionary_at, register_dictionary
-from steer.live.model import load
-from steer.live.readings import encoder_rows
-from steer.live.serve.app import create_app
-from steer.live.serve.batching import BatchingEngine
-from steer.live.session import Session
-from steer.training import train_dictionary
-from steer.values.dictionary_files import FEATURES, SLIDERS
-from steer.values.profile import Profile, ProfileSlider
-from steer.values.trait import Trait
-from steer.weights.sketch import sketch_files
+from steer.finding.features import find_features
+from steer.model.steered import load
+from steer.model.steering.low_rank import encoder_rows
+from steer.sae.options import TrainOptions
+from steer.sae.records import FeatureRecord, write_records
+from steer.sae.train import train_dictionary
+from steer.serve.app import create_app
+from steer.serve.batching import BatchingEngine
+from steer.verbs.bake import OnDisk
 
 TRAIT = Trait(
     "lying", "s", "lie lie lie", "truth truth truth", ("lie",),
@@ -63,6 +63,7 @@ def home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEER_HOME", str(folder / "home"))
 
 
+@pytest.mark.slow
 def test_a_trained_dictionary_and_its_sliders_are_found_by_name(folder: Path, tmp_path: Path) -> None:
     checkpoint, place = folder / "m", folder / "d"
     sketch = sketch_files(checkpoint)
@@ -77,7 +78,7 @@ def test_a_trained_dictionary_and_its_sliders_are_found_by_name(folder: Path, tm
     session.sliders["L1/7"] = 0.5
     assert "".join(session.reply("hello"))
     assert {s.name for s in session.receipts[-1].sliders} == {"lying-latent", "L1/7"}
-    assert Shelf(model).dictionaries == ["m-L1-topk"]
+    assert FeatureIndex(model).dictionaries == ["m-L1-topk"]
     assert "lying-latent" in Library(OnDisk(str(checkpoint), sketch)).sliders()
     with closing(Chat(LocalVoice(load(checkpoint)), keep=False)) as page:
         assert "lying-latent" in {row.name for row in page.board.offered()}

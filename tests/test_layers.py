@@ -1,20 +1,34 @@
-"""The folder rule: a lower folder never imports a higher one, and no file outgrows its reason to exist."""
+"""The shape of the package: folders import downwards only, and no modules import each other in a circle."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ["values", "weights", "live", "features", "measure", "chat", "page"]
-"""From low to high. The modules at the top of steer/, and app.py, are above them all."""
-SHARED = {"errors", "files", "plain_text", "progress"}
-"""Modules at the top of steer/ that anything may import, and that import nothing else of it."""
-FILES = sorted([*(ROOT / "steer").rglob("*.py"), ROOT / "app.py"])
-LONGEST = 350
+LAYERS = [
+    {"errors", "files", "plain_text", "progress"},
+    {"core"},
+    {"checkpoint"},
+    {"baking", "model"},
+    {"measure"},
+    {"sae"},
+    {"finding"},
+    {"verbs", "serve"},
+    {"chat"},
+    {"page"},
+    {"cli"},
+]
+"""From low to high. Folders of one layer do not import each other, the modules at the top of steer/ do."""
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text(encoding="utf-8")
+    for path in (ROOT / "steer").rglob("*.py")
+}
 
 
 def imports(source: str, module: str) -> Iterator[str]:
@@ -27,54 +41,65 @@ def imports(source: str, module: str) -> Iterator[str]:
             if node.level:
                 base = ".".join([*module.split(".")[: -node.level], *filter(None, [base])])
             if base.split(".")[0] == "steer":
-                # `from steer import live` names a folder just as `import steer.live` does.
+                # `from steer import model` names a folder just as `import steer.model` does.
                 yield from (f"{base}.{a.name}" for a in node.names)
 
 
-def height(dotted: str) -> int:
-    """How high the module or folder of a dotted name below `steer` stands."""
-    part = dotted.split(".")[1] if "." in dotted else ""
-    if part in SHARED:
-        return -1
-    return LAYERS.index(part) if part in LAYERS else len(LAYERS)
-
-
 def violations(source: str, module: str) -> list[str]:
-    return [name for name in imports(source, module) if height(name) > height(module)]
+    """What a module imports of a higher layer, or of another folder of its own."""
+    here = module.split(".")[1]
 
+    def wrong(dotted: str) -> bool:
+        there = dotted.split(".")[1] if "." in dotted else ""
+        if there not in LEVEL:  # `import steer`, whose names come from everywhere
+            return dotted != "steer.__version__"
+        return there != here and (LEVEL[there] > LEVEL[here] or (LEVEL[there] == LEVEL[here] > 0))
 
-def _module(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts) if parts[0] == "steer" else "steer.app"
+    return [name for name in imports(source, module) if wrong(name)]
 
 
 def test_a_lower_folder_imports_no_higher_one() -> None:
-    found = {_module(p): violations(p.read_text(encoding="utf-8"), _module(p)) for p in FILES}
+    found = {module: violations(source, module) for module, source in MODULES.items() if module != "steer"}
     assert {module: names for module, names in found.items() if names} == {}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside of functions and for type checkers alone are counted too."""
+    graph: dict[str, set[str]] = {}
+    for module, source in MODULES.items():
+        if module != "steer":  # whose names are looked up when they are asked for
+            names = {name if name in MODULES else name.rpartition(".")[0] for name in imports(source, module)}
+            graph[module] = names - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        pytest.fail(" -> ".join(reversed(e.args[1])))
 
 
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("from steer.live.model import load", ["steer.live.model.load"]),
+        ("from steer.model.steered import load", ["steer.model.steered.load"]),
         ("import steer.measure", ["steer.measure"]),
-        ("from steer import live", ["steer.live"]),
-        ("from ..features import find", ["steer.features.find"]),
-        ("def f():\n    from steer.cli import main", ["steer.cli.main"]),
+        ("from steer import model", ["steer.model"]),
+        ("from ..sae import documents", ["steer.sae.documents"]),
+        ("def f():\n    from steer.cli.main import main", ["steer.cli.main.main"]),
         ("import steer", ["steer"]),
-        ("from steer.values.edit import Edit\nfrom steer.errors import SteerError\nfrom .stream import x", []),
+        ("from steer.core.edit import Edit\nfrom steer.errors import SteerError\nfrom .reader import x", []),
         ("import steering_vectors", []),
     ],
 )
 def test_the_rule_sees_every_way_to_import(source: str, found: list[str]) -> None:
-    assert violations(source, "steer.weights.bake") == found
-
-
-def test_no_source_file_is_long() -> None:
-    lines = {_module(p): len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
-    assert {module: n for module, n in lines.items() if n > LONGEST} == {}
+    assert violations(source, "steer.baking.bake") == found
 
 
 def test_every_folder_has_its_place_in_the_order() -> None:
     folders = {p.parent.name for p in (ROOT / "steer").glob("*/*.py")}
-    assert folders == set(LAYERS)
+    assert folders | {m.split(".")[1] for m in MODULES if m.count(".") == 1} == set(LEVEL)
+
+
+def test_no_folder_has_the_name_of_a_public_function() -> None:
+    """Importing `steer.bake.x` would put the folder where the function `steer.bake` was."""
+    import steer
+
+    assert not {p.parent.name for p in (ROOT / "steer").glob("*/__init__.py")} & set(steer.__all__)

@@ -24,26 +24,26 @@ from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
+from steer.baking.adapter import bake_adapter
+from steer.baking.bake import bake
+from steer.checkpoint.sketch import sketch_files
+from steer.core.dictionary import Dictionary
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.sampler import Sampler
 from steer.errors import UnsupportedError, UsageError
-from steer.features.attribution import attribution
-from steer.features.contrast import Reply
-from steer.features.documents import Document
-from steer.features.logit_lens import lens_topk
-from steer.features.passes import passes
-from steer.features.residuals import reply_means
-from steer.live.forward import hidden_states
-from steer.live.model import SteeredModel, load
-from steer.live.prefill import prefill
-from steer.live.serve.batching import BatchingEngine
+from steer.measure.contrast import Reply
 from steer.measure.fluency import Reference, row_costs
-from steer.measure.splice import cross_entropies
-from steer.values.dictionary import Dictionary
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.values.sampler import Sampler
-from steer.weights.adapter import bake_adapter
-from steer.weights.bake import bake
-from steer.weights.sketch import sketch_files
+from steer.measure.residuals import reply_means
+from steer.model.forward import hidden_states
+from steer.model.prefill import prefill
+from steer.model.steered import SteeredModel, load
+from steer.sae.attribution import attribution
+from steer.sae.documents import Document
+from steer.sae.logit_lens import lens_topk
+from steer.sae.passes import passes
+from steer.sae.splice import cross_entropies
+from steer.serve.batching import BatchingEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDING = 2e-5

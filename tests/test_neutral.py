@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from steer import neutral
-from steer.live import model
-from steer.weights.sketch import sketch_files
+from steer.checkpoint.sketch import sketch_files
+from steer.measure import neutral_means as neutral
+from steer.model import steered as model
 
 
 def test_means_of_another_dtype_are_measured_again_and_those_of_others_are_left_as_they_are(

@@ -10,12 +10,12 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from steer import cli
-from steer.cli_common import emit
+from steer.chat.terminal import run_chat
+from steer.cli import main as cli
+from steer.cli.common import emit
 from steer.errors import SkippedWarning
-from steer.live.terminal import run_chat
 from steer.plain_text import plain, plain_line
-from steer.tables import _table, _text
+from steer.verbs.tables import _table, _text
 
 OSC_52 = "\x1b]52;c;cm0gLXJmIH4=\x07"
 ATTACKS = [

@@ -13,16 +13,16 @@ import torch
 import yaml
 from tiny_chat import save_tiny_chat
 
+from steer.baking.adapter import bake_adapter
+from steer.baking.bake import bake
+from steer.checkpoint.merge import merge
+from steer.checkpoint.sketch import sketch_files
+from steer.core.direction import Direction
+from steer.core.edit import Edit
 from steer.errors import SteerError
-from steer.features.documents import documents
-from steer.live.model import load
 from steer.measure.search.held_out import load_exported
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.weights.adapter import bake_adapter
-from steer.weights.bake import bake
-from steer.weights.merge import merge
-from steer.weights.sketch import sketch_files
+from steer.model.steered import load
+from steer.sae.documents import documents
 
 CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from steer.features.records import read_records
-from steer.values.dictionary_files import load_dictionary
-from steer.values.direction import Direction
-from steer.values.feature import Feature
+from steer.core.dictionary_files import load_dictionary
+from steer.core.direction import Direction
+from steer.core.feature import Feature
+from steer.sae.records import read_records
 
 PLACE = Path(__file__).parents[1] / "dictionaries" / "smollm2-135m-default-merge" / "14"
 

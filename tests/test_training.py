@@ -7,23 +7,35 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Outcome, command_here, command_outside
 from tiny_chat import WORDS, save_tiny_chat
 
-from steer.features.shards import Harvest
-from steer.values.dictionary_files import load_dictionary
+from steer.core.dictionary_files import load_dictionary
+from steer.sae.shards import Harvest
 
 STEER = str(Path(sys.executable).with_name("steer"))
 SMALL = ["--latents", "64", "--k", "4", "--batch", "64", "--dead-tokens", "2000"]
 
 
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([STEER, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process; it ends with `code`."""
+    command = command_here(monkeypatch, capfd)
+
+    def checked(*arguments: object, code: int = 0) -> Outcome:
+        done = command(*arguments)
+        assert done.code == code, done.err
+        return done
+
+    return checked
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +51,17 @@ def place(tmp_path_factory, tiny_llama) -> Path:
         row = {"text": said} if n % 2 else {"messages": [{"role": "user", "content": said}]}
         lines.append(json.dumps(row))
     (root / "text.jsonl").write_text("\n".join(lines))
-    run("harvest", root / "model", root / "harvest", "--site", 1, "--text", root / "text.jsonl")
+    done = command_outside("harvest", root / "model", root / "harvest", "--site", 1, "--text", root / "text.jsonl")
+    assert done.code == 0, done.err
     return root
 
 
-def test_a_harvest_becomes_a_dictionary_that_sae_lens_loads(place, tmp_path):
+def test_a_harvest_becomes_a_dictionary_that_sae_lens_loads(run, place, tmp_path):
     import sae_lens
 
     out = tmp_path / "dictionary"
     done = run("train", place / "harvest", out, *SMALL, "--tokens", 64 * 150, "--json")
-    result = json.loads(done.stdout)
+    result = json.loads(done.out)
     assert 0 < result["fit"]["fvu"] < 1
     assert result["spliced"]["tokens"] > 0
     assert result["tokens_per_second"] > 0
@@ -64,29 +77,32 @@ def test_a_harvest_becomes_a_dictionary_that_sae_lens_loads(place, tmp_path):
     assert not out.with_name("dictionary.training").exists()
 
 
-def test_a_model_is_trained_on_while_it_reads(place, tmp_path):
+@pytest.mark.slow
+def test_a_model_is_trained_on_while_it_reads(run, place, tmp_path):
     out = tmp_path / "dictionary"
     run("train", place / "model", out, "--site", 1, "--text", place / "text.jsonl", *SMALL, "--tokens", 64 * 60,
         "--buffer", 1024, "--architecture", "topk")  # fmt: skip
     assert load_dictionary(out).site == 1
 
 
-def test_a_parent_s_fit_is_measured_before_training_starts_from_it(place, tmp_path):
+@pytest.mark.slow
+def test_a_parent_s_fit_is_measured_before_training_starts_from_it(run, place, tmp_path):
     run("train", place / "harvest", tmp_path / "parent", *SMALL, "--tokens", 64 * 150)
     parent = json.loads((tmp_path / "parent" / "manifest.json").read_text())["fit"]
     child = tmp_path / "child"
     done = run("train", place / "harvest", child, "--from", tmp_path / "parent", *SMALL, "--tokens", 64 * 20, "--json")
-    result = json.loads(done.stdout)
+    result = json.loads(done.out)
     assert result["parent"]["fvu"] == pytest.approx(parent["fvu"], rel=0.02)
     assert result["fit"]["fvu"] < parent["fvu"] * 1.2
     text = run(
         "train", place / "harvest", tmp_path / "again", "--from", tmp_path / "parent", *SMALL, "--tokens", 640
-    ).stdout
+    ).out
     assert "parent, before training" in text
     run("train", place / "harvest", tmp_path / "no", "--from", tmp_path / "parent", *SMALL[2:], "--tokens", 640, code=1)
 
 
-def test_sigterm_leaves_a_state_that_resume_goes_on_from(place, tmp_path):
+@pytest.mark.slow
+def test_sigterm_leaves_a_state_that_resume_goes_on_from(run, place, tmp_path):
     out = tmp_path / "dictionary"
     command = ["train", place / "harvest", out, *SMALL, "--tokens", 64 * 3000, "--every", "0.2"]
     process = subprocess.Popen([STEER, *map(str, command)], stderr=subprocess.PIPE, text=True)
@@ -100,23 +116,24 @@ def test_sigterm_leaves_a_state_that_resume_goes_on_from(place, tmp_path):
     assert process.returncode == 143
     assert "--resume" in error.splitlines()[-1]
     assert not out.exists()
-    assert "--resume" in run(*command, code=1).stderr
+    assert "--resume" in run(*command, code=1).err
     run(*command, "--resume")
     assert load_dictionary(out).latents == 64
 
 
-def test_labels_are_made_listed_searched_and_shown_on_a_page(place, tmp_path):
+@pytest.mark.slow
+def test_labels_are_made_listed_searched_and_shown_on_a_page(run, place, tmp_path):
     out = tmp_path / "dictionary"
     run("train", place / "harvest", out, *SMALL, "--tokens", 64 * 150)
-    assert "label" in run("features", out, code=1).stderr
+    assert "label" in run("features", out, code=1).err
     run("features", out, "--label", place / "harvest", "--limit", 3)
-    found = json.loads(run("features", out, "--search", WORDS[3], "--html", tmp_path / "page.html", "--json").stdout)
+    found = json.loads(run("features", out, "--search", WORDS[3], "--html", tmp_path / "page.html", "--json").out)
     assert found["labelled"] > 0
     assert all(WORDS[3] in json.dumps(f) for f in found["features"])
     page = (tmp_path / "page.html").read_text()
     assert "<script" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "trait" in run("features", out, "--trait", "moralizing", code=2).stderr
+    assert "trait" in run("features", out, "--trait", "moralizing", code=2).err
 
 
 @pytest.mark.parametrize(
@@ -134,12 +151,12 @@ def test_labels_are_made_listed_searched_and_shown_on_a_page(place, tmp_path):
         (["find", "{place}/model", "moralizing", "--dictionary", "{place}/model"], "model"),
     ],
 )
-def test_a_mistake_gets_one_line(place, tmp_path, arguments, word):
+def test_a_mistake_gets_one_line(place, tmp_path, monkeypatch, capfd, arguments, word):
     words = [a.format(place=place, tmp=tmp_path) for a in arguments]
-    done = subprocess.run([STEER, *words], capture_output=True, text=True)
-    assert done.returncode in (1, 2)
-    lines = done.stderr.strip().splitlines()
+    done = command_here(monkeypatch, capfd)(*words)
+    assert done.code in (1, 2)
+    lines = done.err.strip().splitlines()
     assert word in lines[-1]
     assert lines[-1].startswith("steer: ")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.err
     assert not (tmp_path / "d").exists()

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from steer.values.edit import Edit
+from steer.core.edit import Edit
 
 WIDTH, BLOCKS, VOCAB, EXPERTS = 32, 3, 97, 4
 FILE = "model.safetensors"

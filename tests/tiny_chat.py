@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from steer.live.library import own_place
-from steer.live.model import SteeredModel, load
-from steer.values.direction import Direction
+from steer.checkpoint.library import own_place
+from steer.core.direction import Direction
+from steer.model.steered import SteeredModel, load
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 WORDS = [a + b for a in "bdfgklmnprstv" for b in "aeiou"] + ["hello", "lie", "friend", "truth", "well", "yes"]

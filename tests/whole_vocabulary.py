@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steer.features.contrast import Reply
-from steer.live.model import SteeredModel
-from steer.values.edit import Edit
+from steer.core.edit import Edit
+from steer.measure.contrast import Reply
+from steer.model.steered import SteeredModel
 
 
 def kl(base: Sequence[Tensor], other: Sequence[Tensor]) -> float:

@@ -93,7 +93,7 @@ def fill(template: str, slots: dict[str, list[str]], rng: random.Random) -> str:
 def answer_chats(model_name: str, out: Path, count: int, seed: int) -> None:
     """Let the merge answer, a round at a time; every finished round is on disk."""
     from steer import load
-    from steer.values.sampler import Sampler
+    from steer.core.sampler import Sampler
 
     model = load(model_name)
     wanted = draw_chats(count, seed)

@@ -1,4 +1,8 @@
-"""A conversation as a tree: every message has alternatives beside it, and one path through them is on the page."""
+"""A conversation as a tree: a message may have alternatives, and one path from the root is shown on the page.
+
+`steer.chat.talk` adds messages to it and `steer.chat.stored` saves it. Nothing here knows of models or sliders, except
+that a reply carries a record of how it was written (`Written`).
+"""
 
 from __future__ import annotations
 
@@ -7,92 +11,103 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from steer.core.edit import Edit
+from steer.core.profile import Profile
 from steer.errors import UsageError
-from steer.values.edit import Edit
-from steer.values.profile import Profile
 
 Role = Literal["user", "assistant"]
 Ending = Literal["ended", "length", "stopped", "error"]
-"""The model ended the reply itself; it was as long as replies may get; somebody stopped it; something went wrong."""
+"""Why a reply ended: the model ended it; it reached the length limit; the user stopped it; an error occurred."""
 TITLE = 60
-"""Characters of a title at most."""
+"""Most characters of a title."""
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """From which token of a reply the sliders stood where."""
+class SettingsSpan:
+    """Slider settings, and the token of a reply from which they applied."""
 
     start: int
-    """The first token that was chosen under them."""
+    """Index in the reply of the first token that was chosen under these settings."""
     profile: Profile | None
-    """The sliders by name; None where they have no names to be found by."""
+    """The sliders by name; None if they cannot be named."""
     edit: Edit | None = field(default=None, compare=False, repr=False)
-    """What they did. Not kept on disk, where the profile says it."""
+    """The edit that was applied. It is not saved to disk; there the profile replaces it."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a reply was written under, and how."""
+    """How a reply was written: seed, settings, tokens, speed."""
 
     seed: int
-    """Of its random stream."""
+    """Seed of the random draws."""
     profile: Profile | None
-    """The sliders as they stood at its end, and its sampler."""
-    stretches: tuple[Stretch, ...] = ()
-    """Every setting that it met, in order."""
+    """The sampler, and the sliders at the end of the reply."""
+    stretches: tuple[SettingsSpan, ...] = ()
+    """All settings that applied while it was written, in order."""
     ids: tuple[int, ...] = ()
-    """Its tokens; none where they are not known: a reply that was edited, or written elsewhere."""
+    """Token ids; empty if unknown, for a reply that was edited or that a server wrote."""
     receipt: Mapping[str, Any] | None = None
-    """What the sliders did to it: `Receipt.describe`."""
+    """What the sliders did to the reply, as from `Receipt.describe`."""
     ending: Ending = "ended"
     seconds: float = 0.0
+    """Seconds from the start to the end of writing."""
     first_token: float | None = None
-    """Seconds until its first token was there."""
+    """Seconds from the start to the first token."""
     rate: float | None = None
-    """Tokens a second after the first one."""
+    """Tokens per second after the first token."""
 
 
 @dataclass
 class Message:
-    """One message. Its text grows while it is being written."""
+    """One message. The text of a reply grows while it is being written."""
 
     id: int
     role: Role
     text: str
     parent: int | None
-    """What it follows; None for a first message."""
+    """Id of the message that it follows; None for a first message."""
     written: Written | None = None
-    """None for what no model wrote."""
+    """How the model wrote it; None if no model did."""
     edited: bool = False
-    """Whether somebody changed what was written."""
+    """Whether the user changed the text afterwards."""
 
 
 class Conversation:
-    """Messages that follow each other, with alternatives. Safe to be read while another thread writes."""
+    """A tree of messages. Safe to read while another thread writes.
+
+    >>> chat = Conversation()
+    >>> question = chat.add("user", "Tea?", None)
+    >>> first, second = (chat.add("assistant", text, question.id) for text in ("Yes.", "No."))
+    >>> [m.text for m in chat.path()]
+    ['Tea?', 'No.']
+    >>> chat.choose(first.id)
+    >>> [m.text for m in chat.path()]
+    ['Tea?', 'Yes.']
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._messages: dict[int, Message] = {}
         self._below: dict[int | None, list[int]] = {}
         self._chosen: dict[int | None, int] = {}
-        """Of the messages that follow one, the one on the page."""
+        """Message id -> id of the message after it that is on the page; the key None has the first message."""
         self._next = 0
 
     def __len__(self) -> int:
-        """All messages, those that are not on the page as well."""
+        """Number of all messages, on the page or not."""
         return len(self._messages)
 
     def __contains__(self, message: int) -> bool:
         return message in self._messages
 
     def __getitem__(self, message: int) -> Message:
-        """Errors: UsageError for a message that is not there."""
+        """Return a message by id. Errors: UsageError for an id that does not exist."""
         if message not in self._messages:
             raise UsageError(f"message {message}: expected one of this chat, found none; it may have been deleted")
         return self._messages[message]
 
     def path(self) -> list[Message]:
-        """What is on the page, first to last."""
+        """Return the messages on the page, first to last."""
         with self.lock:
             out: list[Message] = []
             at: int | None = None
@@ -101,7 +116,7 @@ class Conversation:
             return out
 
     def upto(self, message: int) -> list[Message]:
-        """A message and what it follows, first to last, wherever the page is."""
+        """Return the path from a first message to this one, whether it is on the page or not."""
         with self.lock:
             out = [self[message]]
             while (parent := out[-1].parent) is not None:
@@ -110,30 +125,30 @@ class Conversation:
 
     @property
     def last(self) -> Message | None:
-        """The end of the page."""
+        """The last message on the page; None for an empty chat."""
         path = self.path()
         return path[-1] if path else None
 
     @property
     def title(self) -> str:
-        """The beginning of what was said first, by the user where the user said anything."""
+        """The beginning of the user's first message on the page, or of the first message if the user said nothing."""
         path = self.path()
         first = next((m for m in path if m.role == "user"), path[0] if path else None)
         text = " ".join(first.text.split()) if first is not None else ""
         return text if len(text) <= TITLE else text[: TITLE - 1] + "\u2026"
 
     def alternatives(self, message: int) -> list[Message]:
-        """It and what stands beside it, in the order they came."""
+        """Return a message and its alternatives, in the order in which they were added."""
         with self.lock:
             return [self._messages[i] for i in self._below[self[message].parent]]
 
     def below(self, message: int | None) -> list[Message]:
-        """What follows a message, its alternatives all; None for first messages."""
+        """Return all messages that directly follow a message, alternatives of each other; None for first messages."""
         with self.lock:
             return [self._messages[i] for i in self._below.get(message, [])]
 
     def add(self, role: Role, text: str, parent: int | None, written: Written | None = None) -> Message:
-        """A new message after `parent`, put on the page beside those there may be."""
+        """Add a message after `parent`, as an alternative to those that are there already, and show it on the page."""
         with self.lock:
             if parent is not None:
                 self[parent]
@@ -143,8 +158,10 @@ class Conversation:
             return message
 
     def put(self, message: Message) -> None:
-        """Take a message as it is, behind its alternatives. Errors: UsageError for one that is there, or follows
-        none."""
+        """Insert a message with its id, after its alternatives.
+
+        Errors: UsageError if the id exists already or the parent does not exist.
+        """
         with self.lock:
             if message.id in self._messages or (message.parent is not None and message.parent not in self._messages):
                 raise UsageError(f"message {message.id}: expected a new one that follows another, found {message}")
@@ -154,13 +171,13 @@ class Conversation:
             self._next = max(self._next, message.id + 1)
 
     def choose(self, message: int) -> None:
-        """Put a message on the page, and what it follows."""
+        """Show a message on the page, with the path that leads to it."""
         with self.lock:
             for m in self.upto(message):
                 self._chosen[m.parent] = m.id
 
     def change(self, message: int, text: str) -> None:
-        """Another text in place of one. What it was written under stays known, its tokens do not."""
+        """Replace a message's text. The record of how it was written stays, without the token ids."""
         with self.lock:
             m = self[message]
             if text != m.text:
@@ -168,7 +185,7 @@ class Conversation:
                 m.written = None if m.written is None else replace(m.written, ids=())
 
     def remove(self, message: int) -> None:
-        """Take a message out, and all that follows it; the alternative before it takes its place on the page."""
+        """Remove a message and everything after it. The alternative before it takes its place on the page."""
         with self.lock:
             m = self[message]
             beside = self._below[m.parent]
@@ -179,20 +196,20 @@ class Conversation:
                     self._chosen[m.parent] = beside[max(at - 1, 0)]
                 else:
                     del self._chosen[m.parent]
-            for gone in list(self._tree(message)):
-                del self._messages[gone]
-                self._below.pop(gone, None)
-                self._chosen.pop(gone, None)
+            for removed in list(self._tree(message)):
+                del self._messages[removed]
+                self._below.pop(removed, None)
+                self._chosen.pop(removed, None)
 
     def clear(self) -> None:
-        """No messages."""
+        """Remove all messages."""
         with self.lock:
             self._messages.clear()
             self._below.clear()
             self._chosen.clear()
 
     def all(self) -> list[Message]:
-        """Every message, each after the one that it follows."""
+        """Return every message, each after its parent."""
         with self.lock:
             return [self._messages[i] for i in sorted(self._messages)]
 

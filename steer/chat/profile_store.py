@@ -1,4 +1,4 @@
-"""Profiles that a page keeps, gives away and is given."""
+"""Profiles that the page saves under $STEER_HOME/profiles, offers for download, and accepts as uploads."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from steer.checkpoint.fetch import home
+from steer.core.profile import SIZE_LIMIT, Profile
+from steer.core.small_files import dump_yaml, load_yaml
 from steer.errors import SteerError, UsageError
-from steer.values.profile import SIZE_LIMIT, Profile
-from steer.values.small_files import dump_yaml, load_yaml
-from steer.weights.fetch import home
 
 _UNFIT = re.compile(r"[^\w.-]+")
 
 
 def profiles_folder() -> Path:
-    """Where they are kept."""
+    """Return the directory of saved profiles."""
     return home() / "profiles"
 
 
 def saved_profiles() -> dict[str, Path]:
-    """The files of those that are kept, by name, in order."""
+    """Return name -> file of all saved profiles, sorted by file name."""
     return {file.stem: file for file in sorted(profiles_folder().glob("*.yaml"))}
 
 
 def load_profile(name: str) -> Profile:
-    """One that is kept. Errors: UsageError naming those there are; SteerError for a file that is none."""
-    there = saved_profiles()
-    if name not in there:
-        raise UsageError(f"profile {name!r}: expected one of {', '.join(there) or 'none so far'}; save it first")
-    return Profile.load(there[name])
+    """Load a saved profile. Errors: UsageError for an unknown name; SteerError for a file that is not a profile."""
+    profiles = saved_profiles()
+    if name not in profiles:
+        raise UsageError(f"profile {name!r}: expected one of {', '.join(profiles) or 'none so far'}; save it first")
+    return Profile.load(profiles[name])
 
 
 def keep_profile(profile: Profile) -> Path:
-    """Keep one under its name, in place of another of that name. Errors: SteerError."""
+    """Save a profile under its name, replacing another of that name; return the file. Errors: SteerError."""
     return profile.save(profiles_folder() / f"{file_name(profile.name)}.yaml")
 
 
 def forget_profile(name: str) -> None:
-    """Delete one. Errors: SteerError where that cannot be done."""
+    """Delete a saved profile, if it exists. Errors: SteerError if the file cannot be deleted."""
     file = saved_profiles().get(name)
     if file is None:
         return
@@ -49,14 +49,17 @@ def forget_profile(name: str) -> None:
 
 
 def profile_bytes(profile: Profile) -> bytes:
-    """One as a file to give away. Errors: UsageError for one that names files, which would not go with it."""
+    """Return a profile as YAML for download. Errors: UsageError if it names files, which a download would lack."""
     _check_files(profile, f"profile {profile.name!r}")
     return dump_yaml(profile.dump())
 
 
 def uploaded_profile(data: bytes, name: str) -> Profile:
-    """One from a file that somebody sent. Errors: SteerError for what is no profile, is too large, or names files: a
-    stranger has no say in what is read on this machine."""
+    """Parse an uploaded profile.
+
+    Errors: SteerError for data that is not a profile or is too large, and for a profile that names files: an upload
+    must not decide which files are read on this machine.
+    """
     if len(data) > SIZE_LIMIT:
         raise SteerError(f"{name}: expected a profile of at most {SIZE_LIMIT:,} bytes, found {len(data):,}")
     profile = Profile.parse(load_yaml(data, name, "a profile"), name)
@@ -65,7 +68,7 @@ def uploaded_profile(data: bytes, name: str) -> Profile:
 
 
 def file_name(name: str) -> str:
-    """A profile's name as a file's, without what file systems do not like."""
+    """Return a profile's name as a file name: letters, digits, `_`, `.` and `-`, at most 80 characters."""
     return _UNFIT.sub("-", name.strip()).strip("-.")[:80] or "profile"
 
 

@@ -1,4 +1,7 @@
-"""Replies of a model behind `steer serve`, for the same chat as those of a model that runs here."""
+"""Replies from a model behind `steer serve`: the `ReplyBackend` of the page when it is started with --server.
+
+`steer.chat.local` is its counterpart for a model in this process.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from steer.chat.conversation import Ending, Stretch
-from steer.chat.voice import Task
-from steer.live.remote import RemoteModel, RemotePiece, receipt_of
-from steer.live.remote_sliders import RemoteSliders, remote_profile, use_remote
-from steer.values.profile import Profile
-from steer.values.sampler import Sampler
+from steer.chat.conversation import Ending, SettingsSpan
+from steer.chat.remote_session import RemoteModel, RemotePiece, receipt_of
+from steer.chat.remote_sliders import RemoteSliders, remote_profile, use_remote
+from steer.chat.writer import Task
+from steer.core.profile import Profile
+from steer.core.sampler import Sampler
 
 
 class RemoteVoice:
-    """A model behind a server, with amounts of one chat's own.
+    """`ReplyBackend` for a model behind a server, with the amounts of one chat.
 
-    A server's requests stand on their own: it keeps nothing of a chat, and amounts go with a request. A slider that
-    moves in the midst of a reply has the server asked again, to go on from what is written.
+    The server keeps nothing between requests, so each request carries the chat and the amounts. If a slider moves
+    during a reply, the server is asked again to continue from the text written so far.
     """
 
     can: frozenset[str] = frozenset()
@@ -29,7 +32,7 @@ class RemoteVoice:
     )
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
-        """`model`: one of the server's, its first one without. Errors: SteerError where no server answers."""
+        """`model`: one of the server's models, by default its first. Errors: SteerError if no server answers."""
         self.model = RemoteModel(url, api_key, model)
         self.name = self.model.name
         self.sliders = RemoteSliders(self.model)
@@ -38,31 +41,31 @@ class RemoteVoice:
 
     @property
     def asked(self) -> dict[str, float]:
-        """The amounts that the next request brings."""
+        """The amounts that the next request carries."""
         return dict(self.sliders) if self.on else {}
 
     def draft(self, task: Task) -> RemoteDraft:
-        """See `Voice`."""
+        """See `ReplyBackend`."""
         return RemoteDraft(self, task)
 
     def profile(self, name: str, sampler: Sampler) -> Profile:
-        """See `Voice`."""
+        """See `ReplyBackend`."""
         return remote_profile(name, self.sliders, sampler)
 
     def use(self, profile: Profile) -> None:
-        """See `Voice`."""
+        """See `ReplyBackend`."""
         use_remote(self.sliders, profile)
 
     def reread(self) -> None:
         """Nothing to do: the server reads the chat anew for every reply."""
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.model.client.close()
 
 
 class RemoteDraft:
-    """A reply of a RemoteVoice."""
+    """A `PendingReply` that a server writes."""
 
     ids: tuple[int, ...] = ()
     ending: Ending = "length"
@@ -73,11 +76,11 @@ class RemoteDraft:
         self._voice, self._task = voice, task
         self._asked: dict[str, float] | None = None
         self._pieces: Generator[RemotePiece] | None = None
-        self._told: Any = None
-        self.stretches: list[Stretch] = []
+        self._steering: Any = None
+        self.stretches: list[SettingsSpan] = []
 
     def step(self) -> bool:
-        """See `Draft`; a piece may be more than one token."""
+        """See `PendingReply`; a piece may be more than one token."""
         asked = self._voice.asked
         if self._pieces is None or asked != self._asked:
             if self.tokens >= self._task.sampler.max_new_tokens:
@@ -87,7 +90,7 @@ class RemoteDraft:
         piece = next(self._pieces, None)
         if piece is None:
             return False
-        self._told = piece.steering or self._told
+        self._steering = piece.steering or self._steering
         if piece.finish is not None:
             self.ending = "length" if piece.finish == "length" else "ended"
         self.text += piece.text
@@ -95,20 +98,20 @@ class RemoteDraft:
         return True
 
     def close(self) -> None:
-        """See `Draft`."""
+        """See `PendingReply`."""
         if self._pieces is not None:
             with suppress(Exception):
                 self._pieces.close()
 
     def receipt(self) -> dict[str, Any] | None:
-        """See `Draft`."""
-        return None if self._told is None else receipt_of(self._told, self.tokens).describe()
+        """See `PendingReply`."""
+        return None if self._steering is None else receipt_of(self._steering, self.tokens).describe()
 
     def _ask(self, asked: dict[str, float]) -> None:
-        """Ask for the reply, or for the rest of it."""
+        """Request the reply, or the rest of it, with the amounts `asked`."""
         self.close()
         task, voice = self._task, self._voice
-        # A seed of its own, or what is added would begin with the draws that the reply began with.
+        # Another seed for each continuation, or it would repeat the draws of the reply's beginning.
         sampler = replace(
             task.sampler,
             max_new_tokens=max(1, task.sampler.max_new_tokens - self.tokens),
@@ -117,4 +120,4 @@ class RemoteDraft:
         begun = ({"role": "assistant", "content": self.text},) if self.text else ()
         self._pieces = voice.model.write((*task.messages, *begun), sampler, {"sliders": asked})
         self._asked = asked
-        self.stretches.append(Stretch(self.tokens, voice.profile("then", task.sampler) if voice.on else None))
+        self.stretches.append(SettingsSpan(self.tokens, voice.profile("then", task.sampler) if voice.on else None))

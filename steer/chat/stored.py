@@ -1,4 +1,8 @@
-"""Conversations on disk: one JSON file each, written whole or not at all, read with every field checked."""
+"""Conversations on disk, under $STEER_HOME/chats: one JSON file per chat, written atomically.
+
+`steer.chat.talk` saves and loads chats with it; the page's list of old chats is `saved_chats`. Every field is checked
+when a file is read.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-from steer.chat.conversation import Conversation, Ending, Message, Role, Stretch, Written
+from steer.chat.conversation import Conversation, Ending, Message, Role, SettingsSpan, Written
+from steer.checkpoint.fetch import home
+from steer.core.profile import Profile
+from steer.core.small_files import read_small, shown
 from steer.errors import SteerError, UsageError
 from steer.files import parse_json, write_atomic
-from steer.values.profile import Profile
-from steer.values.small_files import read_small, shown
-from steer.weights.fetch import home
 
 SIZE_LIMIT = 50_000_000
-"""Bytes of a chat's file."""
+"""Most bytes of a chat's file."""
 VERSION = 1
 
 
@@ -30,12 +34,13 @@ class Stored:
 
     conversation: Conversation
     model: str = ""
-    """What it was held with, by name."""
+    """Name of the model."""
     system: str | None = None
+    """System prompt."""
     profile: Profile | None = None
-    """The sliders and the sampler of the page."""
+    """The sliders and the sampler when the chat was saved."""
     pinned: tuple[str, ...] = ()
-    """Features among its sliders, by name."""
+    """Names of the sliders that the user pinned."""
     on: bool = True
     """Whether the sliders move anything."""
     seed: int = 0
@@ -43,7 +48,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class SavedChat:
-    """A chat that is kept, as a list shows it."""
+    """One saved chat in the list of old chats."""
 
     place: Path
     title: str
@@ -54,23 +59,22 @@ class SavedChat:
 
 
 def chats_folder() -> Path:
-    """Where chats are kept."""
+    """Return the directory of saved chats."""
     return home() / "chats"
 
 
 def new_place() -> Path:
-    """A file for a new chat."""
+    """Return a file name for a new chat, with the time and a random part."""
     return chats_folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}.json"
 
 
 def saved_chats() -> tuple[list[SavedChat], list[str]]:
-    """Every chat that is kept, the latest first; and for each file that is none, which is passed over, a line that
-    names it."""
+    """Return every saved chat, the latest first, and one error line for each file that could not be read as a chat."""
     found = []
     for place in sorted(chats_folder().glob("*.json")):
         try:
             stat = place.stat()
-        except OSError:  # deleted since
+        except OSError:  # deleted in the meantime
             continue
         found.append(_listed(place, stat.st_mtime_ns, stat.st_size))
     chats = sorted((c for c in found if isinstance(c, SavedChat)), key=lambda c: c.changed, reverse=True)
@@ -88,7 +92,7 @@ def _listed(place: Path, stamp: int, size: int) -> SavedChat | str:
 
 
 def delete_chat(place: Path) -> None:
-    """Delete a chat's file. Errors: SteerError where that cannot be done."""
+    """Delete a chat's file. Errors: SteerError if it cannot be deleted."""
     try:
         place.unlink(missing_ok=True)
     except OSError as e:
@@ -96,14 +100,14 @@ def delete_chat(place: Path) -> None:
 
 
 def save_chat(place: Path, stored: Stored) -> Path:
-    """Write a chat's file: all of it or nothing. Errors: SteerError."""
+    """Write a chat's file atomically and return it. Errors: SteerError."""
     data = json.dumps(dump(stored), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # Half of a surrogate pair, which a user may have pasted, is no UTF-8.
+    # A user may have pasted a lone surrogate, which UTF-8 cannot encode.
     return write_atomic(place, data.encode("utf-8", "replace"))
 
 
 def load_chat(place: Path) -> Stored:
-    """Read a chat's file. Errors: SteerError naming the file for one that is missing, too large or no chat."""
+    """Read a chat's file. Errors: SteerError with the file's name if it is missing, too large or not a chat."""
     data = read_small(place, SIZE_LIMIT, "a chat")
     try:
         return parse(parse_json(data))
@@ -113,7 +117,7 @@ def load_chat(place: Path) -> Stored:
 
 
 def dump(stored: Stored) -> dict[str, Any]:
-    """Plain data that `parse` reads back, fit for JSON."""
+    """Return a chat as plain data for JSON, which `parse` reads back."""
     c = stored.conversation
     with c.lock:
         return {
@@ -130,7 +134,7 @@ def dump(stored: Stored) -> dict[str, Any]:
 
 
 def parse(data: Any) -> Stored:
-    """A chat from what `dump` made. Errors: those of Python for what is not there, or of another kind."""
+    """Make a chat from the data of `dump`. Errors: Python's own, for missing fields and wrong types."""
     if not isinstance(data, Mapping) or data.get("steer_chat") != VERSION:
         raise UsageError(f"{shown(data)} where the chat should be")
     c = Conversation()
@@ -186,7 +190,7 @@ def _read_written(made: Mapping[str, Any]) -> Written:
     return Written(
         int(made["seed"]),
         _read_profile(made["profile"]),
-        tuple(Stretch(int(start), _read_profile(profile)) for start, profile in made["stretches"]),
+        tuple(SettingsSpan(int(start), _read_profile(profile)) for start, profile in made["stretches"]),
         tuple(int(i) for i in made["ids"]),
         made.get("receipt"),
         made["ending"],
@@ -205,7 +209,7 @@ def _read_profile(data: Any) -> Profile | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has neither nan nor infinities."""
+    """Replace nan and infinities, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

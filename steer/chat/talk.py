@@ -1,4 +1,8 @@
-"""Talking: messages and their replies, which a thread writes, swipes, edits, and what is kept of it all."""
+"""The talking part of the page's chat: sending, regenerating, editing and deleting messages, and saving the chat.
+
+`Talk` connects a `Conversation` (the tree of messages), a `Writer` (the thread that writes a reply), a `SliderPanel`
+and a `ReplyBackend` (a local model or a server). `steer.chat.chat.Chat` adds the page's other functions.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +11,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steer.chat.board import Board
-from steer.chat.conversation import Conversation, Message, Stretch, Written
+from steer.chat.conversation import Conversation, Message, SettingsSpan, Written
+from steer.chat.slider_panel import SliderPanel
 from steer.chat.stored import Stored, load_chat, new_place, save_chat
-from steer.chat.voice import Draft, Task, Voice, as_chat
-from steer.chat.writer import Writer
+from steer.chat.writer import PendingReply, ReplyBackend, Task, Writer, as_chat
+from steer.core.cards import Card
+from steer.core.profile import Profile
+from steer.core.sampler import CHAT, Sampler
 from steer.errors import SteerError, UsageError
-from steer.values.cards import Card
-from steer.values.profile import Profile
-from steer.values.sampler import CHAT, Sampler
+from steer.plain_text import without_surrogates
 
 _ANEW = 10_000
-"""What the seed of each further alternative differs by, so that it is no other turn's."""
+"""Difference between the seeds of two alternatives of a reply, so that none equals the seed of another turn."""
 
 
 class Talk:
-    """One chat. Its methods are for the page's threads; a reply is written in a thread of its own."""
+    """One chat. The page calls its methods; replies are written in a background thread."""
 
-    def __init__(self, voice: Voice, *, place: Path | None = None, keep: bool = True) -> None:
-        """`place`: a chat that was kept, to go on with. `keep`: whether it is saved as it goes.
+    def __init__(self, voice: ReplyBackend, *, place: Path | None = None, keep: bool = True) -> None:
+        """`place`: the file of a saved chat to open. `keep`: whether the chat is saved after every change.
 
-        Errors: SteerError for a file that is no chat.
+        Errors: SteerError for a file that is not a chat.
         """
         self.voice = voice
         self.writer = Writer()
         self.conversation = Conversation()
         self.system: str | None = None
-        """What the model is told first."""
+        """The system prompt."""
         self.sampler: Sampler = CHAT
-        """How tokens are drawn. Its seed is the first reply's."""
-        self.board = Board(voice)
+        """How tokens are drawn. Its seed is the seed of the first reply."""
+        self.board = SliderPanel(voice)
         self.saved = place
-        """Where it is kept; None before there is anything to keep."""
+        """The chat's file; None before the first save."""
         self._keep, self._saving = keep, threading.Lock()
         self._problem: str | None = None
         if place is not None:
@@ -46,32 +50,32 @@ class Talk:
 
     @property
     def sliders(self) -> Any:
-        """Amounts by name."""
+        """The backend's sliders: a mapping from name to amount."""
         return self.voice.sliders
 
     @property
     def last_error(self) -> str | None:
-        """What went wrong behind the page's back: with the last reply, or with saving."""
+        """What went wrong in the background, with the last reply or with saving; None if nothing did."""
         return self.writer.error or self._problem
 
     @property
     def left_out(self) -> int:
-        """How many of the oldest messages the model did not read for the last reply, as the chat is too long."""
+        """How many of the oldest messages were left out for the last reply because the chat is too long."""
         return self.voice.left_out
 
-    # What was said
+    # Messages
 
     def path(self) -> list[Message]:
-        """What is on the page, first to last; the text of a reply grows as it is written."""
+        """Return the messages on the page, first to last; the text of a reply grows while it is written."""
         return self.conversation.path()
 
     def place_of(self, message: int) -> tuple[int, int]:
-        """A message's place among its alternatives, from 0, and how many there are."""
+        """Return a message's index among its alternatives, from 0, and their number."""
         beside = [m.id for m in self.conversation.alternatives(message)]
         return beside.index(message), len(beside)
 
     def swipe(self, message: int, by: int) -> bool:
-        """Put another alternative of a message on the page. False where there is none that way."""
+        """Show another alternative of a message: `by` places further, or back if negative. False if there is none."""
         beside = self.conversation.alternatives(message)
         at = next(i for i, m in enumerate(beside) if m.id == message) + by
         if not 0 <= at < len(beside):
@@ -81,18 +85,18 @@ class Talk:
         return True
 
     def say(self, text: str) -> Message:
-        """Send a message; its reply begins to be written. The reply's message.
+        """Send a message, start to write the reply, and return the reply's message.
 
-        Errors: SteerError for a chat that cannot be replied to; the message is then not in it.
+        Errors: SteerError if the chat cannot be replied to; then the message is not added.
         """
         self.stop()
         last = self.conversation.last
         return self._ask(text, None if last is None else last.id)
 
     def regenerate(self) -> Message:
-        """Another reply beside the last one, from another seed; the first one where there is none yet.
+        """Start to write an alternative of the last reply, with another seed, or a first reply to the last message.
 
-        Errors: UsageError where nothing was said that could be replied to.
+        Errors: UsageError if there is no message to reply to.
         """
         self.stop()
         last = self.conversation.last
@@ -102,7 +106,7 @@ class Talk:
         return self._reply(to)
 
     def lengthen(self) -> Message:
-        """Go on with the last reply, where it stopped. Errors: UsageError where there is none."""
+        """Continue the last reply from where it stopped. Errors: UsageError if there is none."""
         self.stop()
         last = self.conversation.last
         if last is None or last.role != "assistant" or last.parent is None or not last.text:
@@ -110,8 +114,11 @@ class Talk:
         return self._reply(last.parent, into=last)
 
     def edit(self, message: int, text: str) -> Message:
-        """Change a message. One of the user's stays as it was, and the new one begins a branch beside it, whose reply
-        is written at once: that is returned. Errors: as `say`."""
+        """Change a message's text.
+
+        A reply is changed in place and returned. A user's message stays; the new text is added as its alternative, its
+        reply is started, and that reply is returned. Errors: as `say`.
+        """
         self.stop()
         m = self.conversation[message]
         if m.role == "user":
@@ -121,13 +128,13 @@ class Talk:
         return m
 
     def delete(self, message: int) -> None:
-        """Take a message out, and all that follows it; alternatives stay."""
+        """Remove a message and everything after it; its alternatives stay."""
         self.stop()
         self.conversation.remove(message)
         self.save()
 
     def clear(self) -> None:
-        """A new chat; what was said stays where it was saved. The sliders stay."""
+        """Start a new chat. The file of the old one stays, and so do the sliders."""
         self.stop()
         self.conversation.clear()
         self.voice.reread()
@@ -135,45 +142,45 @@ class Talk:
         self.writer.error = self._problem = self.saved = None
 
     def play(self, card: Card) -> None:
-        """A new chat with a character: its prompt, its first message with the alternates beside it, and the profile
-        that its card may bring. Errors: as `use`; then nothing has changed."""
+        """Start a new chat with a character: its system prompt, its first messages as alternatives, and the profile of
+        its card, if any. Errors: as `use`; then nothing has changed."""
         if card.profile is not None:
             self.use(card.profile)
         self.clear()
         self.system = "\n\n".join(t for t in (card.system_prompt, card.post_history_instructions) if t)
         greetings = [g for g in (card.first_message, *card.alternate_greetings) if g.strip()]
-        said = [self.conversation.add("assistant", g, None) for g in greetings]
-        if said:
-            self.conversation.choose(said[0].id)
+        greeting_messages = [self.conversation.add("assistant", g, None) for g in greetings]
+        if greeting_messages:
+            self.conversation.choose(greeting_messages[0].id)
 
     def stop(self) -> None:
-        """Stop the reply that is being written; what there is of it stays. Errors: SteerError where it does not end."""
+        """Stop the reply that is being written; its text so far stays. Errors: SteerError if it does not stop."""
         if not self.writer.stop():
             raise SteerError("the reply does not stop: the model is still reading; wait a moment, then try again")
 
     # The sliders
 
     def use(self, profile: Profile) -> None:
-        """Go by a profile: its sliders and no others, and its sampler at this chat's length and seed.
+        """Use a profile's sliders and no others, and its sampler, except for this chat's reply length and seed.
 
-        Errors: SteerError for what the model does not have; then nothing has changed.
+        Errors: SteerError for a slider that the model does not have; then nothing has changed.
         """
         self.board.use(profile)
-        mine = self.sampler
-        self.sampler = replace(profile.sampler, max_new_tokens=mine.max_new_tokens, seed=mine.seed)
+        current = self.sampler
+        self.sampler = replace(profile.sampler, max_new_tokens=current.max_new_tokens, seed=current.seed)
 
     def profile(self, name: str) -> Profile:
-        """The sliders and the sampler as they stand. Errors: UsageError."""
+        """Return the current sliders and sampler as a profile. Errors: UsageError."""
         return self.voice.profile(name, self.sampler)
 
     def reread(self) -> None:
-        """Have the whole chat read again under the sliders of now, before the next token."""
+        """Read the whole chat again under the current sliders, before the next token."""
         self.voice.reread()
 
-    # Keeping it
+    # Saving
 
     def save(self) -> None:
-        """Keep the chat where it is kept; nothing without a message. What goes wrong is told by `last_error`."""
+        """Save the chat to its file, unless it has no message. An error is reported by `last_error`."""
         if not self._keep or not len(self.conversation):
             return
         with self._saving:
@@ -184,11 +191,9 @@ class Talk:
                 self._problem = str(e)
 
     def close(self) -> None:
-        """End what is being written and let go of the model's memory of the chat."""
+        """Stop the reply that is being written and free the chat's KV cache."""
         self.writer.stop()
         self.voice.close()
-
-    # Below: how
 
     def _ask(self, text: str, after: int | None) -> Message:
         asked = self.conversation.add("user", said(text), after)
@@ -199,7 +204,7 @@ class Talk:
             raise
 
     def _reply(self, to: int, into: Message | None = None) -> Message:
-        """Write a reply to a message, or more of one."""
+        """Start to write a reply to the message `to`, or to continue the reply `into`."""
         chat, before = self.conversation, into.written if into is not None else None
         seed = self._seed(to) if into is None else (before.seed if before is not None else self._seed(to))
         sampler = replace(self.sampler, seed=seed)
@@ -208,7 +213,7 @@ class Talk:
             task = Task(messages, sampler)
         else:
             ids = before.ids if before is not None else ()
-            # What ends within a word goes on; what the model had ended is asked for more.
+            # A reply that was cut off just goes on. If the model had ended it, its end token is banned once.
             task = Task(messages, sampler, into.text, ids, before is None or before.ending == "ended")
         draft = self.voice.draft(task)
         message = into if into is not None else chat.add("assistant", "", to)
@@ -217,16 +222,16 @@ class Talk:
         )
         return message
 
-    def _take(self, message: Message, draft: Draft) -> None:
+    def _take(self, message: Message, draft: PendingReply) -> None:
         message.text = draft.text
 
-    def _end(self, message: Message, draft: Draft, task: Task) -> None:
+    def _end(self, message: Message, draft: PendingReply, task: Task) -> None:
         empty = not draft.text.strip()
         if empty:
             self.conversation.remove(message.id)
         else:
-            kept = message.written.stretches if message.written is not None and task.ids else ()
-            stretches: tuple[Stretch, ...] = (*kept, *draft.stretches)
+            earlier = message.written.stretches if message.written is not None and task.ids else ()
+            stretches: tuple[SettingsSpan, ...] = (*earlier, *draft.stretches)
             message.written = Written(
                 task.sampler.seed, stretches[-1].profile if stretches else None, stretches, tuple(draft.ids),
                 draft.receipt(), draft.ending, self.writer.seconds, self.writer.first_token, self.writer.rate,
@@ -256,22 +261,21 @@ class Talk:
 
     def _open(self, stored: Stored) -> None:
         self.conversation, self.system = stored.conversation, stored.system
-        self.board = Board(self.voice, stored.pinned)
+        self.board = SliderPanel(self.voice, stored.pinned)
         self.board.on = stored.on
         if stored.profile is not None:
             self.sampler = stored.profile.sampler
             try:
                 self.use(stored.profile)
             except SteerError as e:
-                # It was held with another checkpoint: what was said is still there.
+                # The chat was held with another checkpoint; its messages are still shown.
                 self._problem = f"the sliders of this chat are left out: {e}"
         self.sampler = replace(self.sampler, seed=stored.seed)
 
 
 def said(text: str) -> str:
-    """Text that a model can be told. Errors: UsageError for none."""
-    # Half of a surrogate pair, which a page can send, is no text for a tokenizer.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+    """Return a message's text, stripped, without lone surrogates. Errors: UsageError for an empty one."""
+    text = without_surrogates(text).strip()
     if not text:
         raise UsageError("message: expected some text, found none; write something")
     return text

@@ -1,4 +1,7 @@
-"""Which of two replies read better: a line a vote, with all it takes to write both again."""
+"""The votes of blind and open comparisons: one JSON line per vote, with everything needed to write both replies again.
+
+`steer.chat.comparison` appends to $STEER_HOME/votes.jsonl; the page part `compare` shows the tally.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from steer.checkpoint.fetch import home
 from steer.errors import SteerError
 from steer.files import parse_json
-from steer.weights.fetch import home
 
 Better = Literal["first", "second", "neither"]
 _WRITING = threading.Lock()
@@ -22,37 +25,38 @@ _WRITING = threading.Lock()
 
 @dataclass(frozen=True)
 class Vote:
-    """One comparison."""
+    """The result of one comparison."""
 
     model: str
     message: str
-    """What was replied to last."""
+    """The message that both replies answer."""
     seed: int
     sampler: dict[str, Any]
     titles: tuple[str, str]
-    """The two settings, in the order they were given."""
+    """Titles of the two settings, first and second."""
     settings: tuple[dict[str, Any] | None, dict[str, Any] | None]
-    """Their profiles; None for one without names."""
+    """Profiles of the two settings; None for sliders that cannot be named."""
     better: Better
     blind: bool
-    """Whether the voter did not know which was which."""
+    """Whether the titles were hidden until the vote."""
     left: int
-    """Which of the two stood on the left: 0 or 1."""
+    """Index of the setting whose reply was on the left: 0 or 1."""
     at: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    """Time of the vote, with time zone."""
 
 
 def votes_place() -> Path:
-    """Where votes are kept."""
+    """Return the file of votes."""
     return home() / "votes.jsonl"
 
 
 def keep_vote(vote: Vote, place: Path | None = None) -> Path:
-    """Append a vote. Errors: SteerError where that cannot be done."""
+    """Append a vote to the file and return the file. Errors: SteerError if it cannot be written."""
     place = place or votes_place()
     line = json.dumps(asdict(vote), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        # In one write, at the end: other pages append as well.
+        # One write in append mode, because other pages may append at the same time.
         with _WRITING:
             descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -65,7 +69,7 @@ def keep_vote(vote: Vote, place: Path | None = None) -> Path:
 
 
 def read_votes(place: Path | None = None) -> list[Vote]:
-    """Every vote that was kept. Errors: SteerError naming the line that is none."""
+    """Return all votes of the file. Errors: SteerError with the number of a line that is not a vote."""
     place = place or votes_place()
     if not place.is_file():
         return []
@@ -84,7 +88,7 @@ def read_votes(place: Path | None = None) -> list[Vote]:
 
 
 def tally(votes: Iterable[Vote]) -> dict[str, tuple[int, int, int]]:
-    """Setting -> (won, lost, neither), the blind and the open votes together."""
+    """Return title of a setting -> (won, lost, neither), counting blind and open votes alike."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for vote in votes:
         for place, title in enumerate(vote.titles):

@@ -1,1 +1,1 @@
-"""What is true of a model: scores, divergences, reports, plots."""
+"""Measurements: text scorers, KL divergence, perplexity, dose responses, calibration, and the search for bakes."""

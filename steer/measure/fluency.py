@@ -1,4 +1,8 @@
-"""Whether text still reads: repetition, and divergence from the untouched model."""
+"""The cost of steering: repetition, perplexity, and KL divergence from the untouched model.
+
+Every other measurement (`dose`, `neutral_costs`, `search`, `steer.finding`) takes its costs from this file. All texts
+are read with teacher forcing; logits are computed for `TOKENS` tokens at a time to bound memory.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from steer.features.contrast import Reply
-from steer.live.forward import Head, head_of
-from steer.live.model import Message, SteeredModel
-from steer.live.prefill import prefill
-from steer.values.edit import Edit
+from steer.core.edit import Edit
+from steer.measure.contrast import Reply
+from steer.model.forward import Head, head_of
+from steer.model.loaded import Message
+from steer.model.prefill import prefill
+from steer.model.steered import SteeredModel
 
 ROWS = 64
-"""Texts that are read at a time."""
+"""Texts per forward pass, at most, counted once per edit."""
 TOKENS = 64
-"""Of each text, how many tokens' logits are in memory at a time."""
+"""Tokens of a text whose logits are in memory at the same time."""
 
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:
@@ -33,30 +38,31 @@ def repetition(ids: Sequence[int], n: int = 3) -> float:
 
 
 def mean_repetition(replies: Sequence[Sequence[int]]) -> float:
-    """Mean over replies."""
+    """Mean `repetition` over replies; 0 for none."""
     return float(np.mean([repetition(r) for r in replies])) if replies else 0.0
 
 
 Text = tuple[Sequence[int], Sequence[int]]
-"""The context of a text, and the text, as token ids."""
+"""(context, text) as token ids: the text is what is scored, the context is what precedes it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The untouched model's replies to neutral prompts and its predictions there: what divergences are taken from.
+    """The untouched model's replies to neutral prompts and its predictions on them, to compare other models with.
 
-    The predictions are kept as hidden states: the vocabularies' probabilities would take a hundred times the memory.
+    The predictions are stored as hidden states: probabilities over the vocabulary would take a hundred times the
+    memory.
     """
 
     texts: tuple[Text, ...]
-    """Each reply after its prompt."""
+    """(prompt, reply) as token ids."""
     hidden: tuple[Float[Tensor, "tokens d"], ...]
-    """What the LM head was given at each position that predicts a reply token."""
+    """Per reply, the input of the LM head at each position that predicts a reply token."""
     head: Head
 
     @classmethod
     def of(cls, model: SteeredModel, replies: Sequence[Reply]) -> Reference:
-        """Run the untouched model over its replies once."""
+        """Run the untouched model over `replies` once and store its predictions."""
         texts = tuple((model.prompt_ids(r.chat), r.ids) for r in replies)
         hidden: dict[int, Tensor] = {i: rows[0].clone() for i, rows in _hidden(model, texts, [None])}
         for rows in hidden.values():
@@ -95,8 +101,9 @@ def row_costs(
     edits: Sequence[Edit],
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[tuple[float, float]]:
-    """(KL(untouched || edited), cross-entropy), nats per token of the texts, of the untouched model and then under each
-    edit; inf where a logit is none. `on_tokens` is given the tokens of each text and its context, under every edit."""
+    """(KL(untouched || edited), cross-entropy) in nats per token of the texts: first those of the untouched model, then
+    those under each edit. inf where a logit is not a number. `on_tokens` is called once per text with the number of
+    tokens that went through the model, context included and counted once per edit."""
     head = head_of(model)
     sums = np.zeros((1 + len(edits), 2))
     for i, rows in _hidden(model, texts, [None, *edits]):
@@ -112,9 +119,9 @@ def row_costs(
 def _hidden(
     model: SteeredModel, texts: Sequence[Text], edits: Sequence[Edit | None]
 ) -> Iterator[tuple[int, list[Float[Tensor, "tokens d"]]]]:
-    """(a text's place, under each edit what the LM head is given where it predicts the text's tokens).
+    """Yield (index of a text, per edit the LM head's input at the positions that predict the text's tokens).
 
-    In another order than that of `texts`: those of like context are read together, which reads it once.
+    The order is not that of `texts`: texts with the same context are read together, so that it is read once.
     """
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i][0]), tuple(texts[i][0]), len(texts[i][1])))
     together = max(1, ROWS // len(edits))
@@ -122,7 +129,7 @@ def _hidden(
     for start in range(0, len(order), together):
         rows = [texts[i] for i in order[start : start + together] for _ in edits]
         with model.steering.alone(edits):
-            # The last token predicts nothing that is asked for.
+            # The last token is left out: its prediction is not scored.
             read = prefill(
                 model,
                 [[*before, *text[:-1]] for before, text in rows],
@@ -136,18 +143,18 @@ def _hidden(
 def _compared(
     base_head: Head, base: Float[Tensor, "tokens d"], head: Head, rows: Sequence[Float[Tensor, "tokens d"]], text: Any
 ) -> list[tuple[float, float]]:
-    """(KL(base || row), the row's cross-entropy) for each row of hidden states, summed over a text's tokens, nats.
+    """(KL(base || row), cross-entropy of the row) for each row of hidden states, summed over the text's tokens, nats.
 
-    A few tokens at a time: the probabilities of a vocabulary at every token would be far larger than all else."""
+    `TOKENS` tokens at a time: the probabilities over the vocabulary at every token would dominate memory."""
     sums = [[0.0, 0.0] for _ in rows]
     said, step = torch.tensor(text, device=base.device)[:, None], 0
     while step < len(said):
         expected = base_head(base[step : step + TOKENS]).log_softmax(-1)
         weights = expected.exp()
         for total, hidden in zip(sums, rows, strict=True):
-            here = expected if hidden is base else head(hidden[step : step + TOKENS]).log_softmax(-1)
-            total[0] += float((weights * (expected - here)).sum())
-            total[1] -= float(here.gather(1, said[step : step + TOKENS]).sum())
+            logprobs = expected if hidden is base else head(hidden[step : step + TOKENS]).log_softmax(-1)
+            total[0] += float((weights * (expected - logprobs)).sum())
+            total[1] -= float(logprobs.gather(1, said[step : step + TOKENS]).sum())
         step += TOKENS
     return [(divergence, entropy) for divergence, entropy in sums]
 
@@ -155,8 +162,8 @@ def _compared(
 def reply_perplexities(
     model: SteeredModel, chats: Sequence[Sequence[Message]], groups: Sequence[Sequence[Sequence[int]]]
 ) -> list[float]:
-    """Perplexity of groups of replies to the same chats under the untouched model: how surprised it is by what a
-    steered one wrote. Each chat is read once for all groups."""
+    """Perplexity per token of each group of replies to the same chats, under the untouched model: how surprised it is
+    by the replies of a steered model. Each chat is read once for all groups."""
     prompts = [model.prompt_ids(c) for c in chats]
     rows = [[(p, r) for p, r in zip(prompts, replies, strict=True) if r] for replies in groups]
     sums = iter(_entropies(model, [row for group in rows for row in group], None))
@@ -164,7 +171,7 @@ def reply_perplexities(
 
 
 def text_perplexity(model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, limit: int = 256) -> float:
-    """Perplexity per token of plain texts; the first token of each is context."""
+    """Perplexity per token of plain texts under `edit`. Each text is cut to `limit` tokens; the first is context."""
     sums, counts = text_entropies(model, texts, edit, limit=limit)
     return float(np.exp(sums.sum() / max(counts.sum(), 1)))
 
@@ -172,7 +179,8 @@ def text_perplexity(model: SteeredModel, texts: Sequence[str], edit: Edit | None
 def text_entropies(
     model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, limit: int = 256
 ) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
-    """The cross-entropy of each text in nats, summed over its tokens, and how many there are; the first is context."""
+    """(cross-entropy of each text in nats, summed over its tokens; number of those tokens). Each text is cut to `limit`
+    tokens. The first token is context and not counted; texts of one token are left out."""
     ids = [model.encode(text)[: min(limit, model.context)] for text in texts]
     rows = [(i[:1], i[1:]) for i in ids if len(i) > 1]
     return _entropies(model, rows, edit), np.array([float(len(rest)) for _, rest in rows])
@@ -190,7 +198,7 @@ def _entropies(model: SteeredModel, rows: Sequence[Text], edit: Edit | None) -> 
 
 
 def plain_paragraphs() -> tuple[list[str], list[str]]:
-    """Plain prose written for this project, in two halves: one to search with, one to measure with."""
+    """Plain prose written for this project, in two halves: one for searching, one for the final measurement."""
     text = (resources.files("steer") / "measure" / "texts" / "plain.txt").read_text(encoding="utf-8")
     paragraphs = [p.replace("\n", " ") for p in text.strip().split("\n\n")]
     return paragraphs[0::2], paragraphs[1::2]

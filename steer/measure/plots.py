@@ -1,4 +1,4 @@
-"""The report's plots, as SVG text."""
+"""The plots of the demo's report and of the search for a bake, as SVG text or PNG."""
 
 from __future__ import annotations
 
@@ -86,12 +86,16 @@ def site_plot(trait: str, auroc: Sequence[float], site: int) -> str:
 
 
 def pareto_plot(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | None = None) -> str:
-    """What each bake tried costs and does on fit topics, as SVG; `chosen` is the number of a trial, `limit` a KL."""
+    """KL against mean trait probability of each bake tried, on fit topics, as SVG.
+
+    `chosen` is the number of a trial; `limit` is the largest KL allowed, in nats per token. For the keys of a trial see
+    `_pareto`.
+    """
     return figure(_pareto(trials, chosen, limit), (6.4, 4.6))
 
 
 def pareto_png(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | None = None) -> bytes:
-    """The same as PNG."""
+    """The plot of `pareto_plot` as PNG."""
     with matplotlib.rc_context(_STYLE):
         fig = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=160)
         _pareto(trials, chosen, limit)(fig.subplots())
@@ -124,7 +128,7 @@ def _pareto(trials: Sequence[Mapping[str, Any]], chosen: int, limit: float | Non
         ax.set(xlabel="KL on neutral prompts, nats per token", ylabel="trait's mean probability, fit topics")
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
-        # Below, as what was chosen may have a long name and points may lie anywhere.
+        # Below the axes: the chosen edit may have a long name, and points may lie anywhere.
         ax.figure.legend(frameon=False, fontsize=7, loc="outside lower left")
 
     return draw

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with its plots inside."""
+"""The report of `steer demo`: one HTML file that contains its plots. The template is report.html.j2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steer.measure.plots import cost_plot, dose_plot, pareto_plot, site_plot
 
 
 def write_report(result: Mapping[str, Any], path: Path) -> Path:
-    """Write what `steer demo` measured as a self-contained page."""
+    """Write `result`, the contents of the demo's results.json, as a self-contained page and return its path."""
     traits = []
     for name, found in result["found"].items():
         points = result["dose"][name]

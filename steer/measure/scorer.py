@@ -1,4 +1,7 @@
-"""Text scorers: how much of a trait a reply shows, told from its words alone."""
+"""Text scorers: how much of a trait a reply shows, judged from its words alone.
+
+`steer find` trains one on contrast replies; dose responses, calibration and searches then score replies with it.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,38 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
+from steer.core.trait import Trait
 from steer.errors import SteerError
-from steer.features.contrast import Contrast
-from steer.values.trait import Trait
+from steer.measure.contrast import Contrast
 
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
     """A logistic regression on word counts, trained on the contrast replies of the fit topics. It never sees an
-    activation."""
+    activation, so it is independent of the direction it evaluates.
+
+        scorer = Scorer.train(contrast)
+        scorer.rate(["You should never lie to a friend.", "Sure, here it is."])
+    """
 
     trait: Trait
     counts: TfidfVectorizer
     judge: LogisticRegression
     auroc: float
-    """On the contrast replies of the held-out topics."""
+    """AUROC on the contrast replies of the held-out topics."""
     marker_auroc: float
-    """The plain marker rate's, on the same replies."""
+    """AUROC of the plain marker rate on the same replies, for comparison."""
 
     @classmethod
     def train(cls, contrast: Contrast) -> Scorer:
-        """Fit on the fit topics, measure on the held-out ones."""
+        """Fit on the replies to the fit topics, and measure the AUROCs on those to the held-out topics.
+
+        Errors: SteerError for replies that a classifier on words cannot learn from.
+        """
         texts = [r.text for r in (*contrast.fit_with, *contrast.fit_without)]
         labels = [1] * len(contrast.fit_with) + [0] * len(contrast.fit_without)
         counts, judge = _classifier()
-        with _told_apart(contrast.trait):
+        with _named_errors(contrast.trait):
             judge.fit(counts.fit_transform(texts), labels)
         held = [r.text for r in (*contrast.held_out_with, *contrast.held_out_without)]
         truth = [1] * len(contrast.held_out_with) + [0] * len(contrast.held_out_without)
@@ -61,7 +71,7 @@ class Scorer:
         return float((self.probabilities(texts) > 0.5).mean())
 
     def words(self, count: int = 12) -> tuple[list[str], list[str]]:
-        """The words that speak most for and against the trait, for people to judge the judge."""
+        """The `count` words with the largest weight for the trait, and those against it, to check what was learnt."""
         names = self.counts.get_feature_names_out()
         order = np.argsort(self.judge.coef_[0], kind="stable")
         return [str(names[i]) for i in order[::-1][:count]], [str(names[i]) for i in order[:count]]
@@ -70,27 +80,28 @@ class Scorer:
 def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
     """The contrast with only those fit replies that show what their instruction asked for.
 
-    Each is judged by a classifier trained without its topic. Held-out replies all stay.
+    Each reply is judged by a classifier that was trained without its topic (`folds`-fold cross-validation). All
+    held-out replies stay.
     """
     sides = (contrast.fit_with, contrast.fit_without)
     replies = [r for side in sides for r in side]
     labels = np.array([1] * len(sides[0]) + [0] * len(sides[1]))
     topics = [r.chat[-1]["content"] for r in replies]
-    cv = GroupKFold(min(folds, len(set(topics))))  # topics may have gone with their empty replies
-    with _told_apart(contrast.trait):
+    cv = GroupKFold(min(folds, len(set(topics))))  # a topic is missing where all its replies were empty
+    with _named_errors(contrast.trait):
         judged = cross_val_predict(
             make_pipeline(*_classifier()), [r.text for r in replies], labels, groups=topics, cv=cv
         )
-    kept = [[r for r, j, k in zip(replies, judged, labels, strict=True) if j == k == side] for side in (1, 0)]
-    # A model that ignores its instructions would leave next to nothing: then all of it is better.
-    if min(map(len, kept)) < len(replies) // 8:
+    clear = [[r for r, j, k in zip(replies, judged, labels, strict=True) if j == k == side] for side in (1, 0)]
+    # A model that ignores its instructions leaves almost no clear replies: then all replies are the better data.
+    if min(map(len, clear)) < len(replies) // 8:
         return contrast
-    return replace(contrast, fit_with=tuple(kept[0]), fit_without=tuple(kept[1]))
+    return replace(contrast, fit_with=tuple(clear[0]), fit_without=tuple(clear[1]))
 
 
 @contextmanager
-def _told_apart(trait: Trait) -> Iterator[None]:
-    """scikit-learn's ValueError, as for replies that share no word, as one line."""
+def _named_errors(trait: Trait) -> Iterator[None]:
+    """Turn scikit-learn's ValueError, raised for instance when replies share no word, into a one-line SteerError."""
     try:
         yield
     except ValueError as e:
@@ -108,7 +119,7 @@ def _classifier() -> tuple[TfidfVectorizer, LogisticRegression]:
 def marker_rate(text: str, trait: Trait) -> float:
     """Marker words and phrases of a trait per 100 words."""
     words = text.lower().replace("\u2019", "'")
-    # Longest first, so that a phrase is counted once and not again by its parts.
+    # Longest first, so that a phrase is counted once and its words are not counted again.
     pattern = "|".join(map(re.escape, sorted(trait.markers, key=len, reverse=True)))
     return 100 * len(re.findall(rf"\b(?:{pattern})\b", words)) / max(len(words.split()), 1)
 

@@ -1,1 +1,1 @@
-"""The Streamlit view of a chat with sliders. State and logic live in `steer.chat`."""
+"""The Streamlit page of `steer ui`. `shell` draws the page, `parts` its parts; all state is in `steer.chat`."""

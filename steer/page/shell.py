@@ -1,4 +1,7 @@
-"""The page as a whole: which model, which chat, and the part of it that is shown."""
+"""The page as a whole: it loads the model, keeps the chat of the browser tab, and draws the chosen part.
+
+`steer ui` runs `steer/cli/page.py` with streamlit, and that calls `main` for every change on the page.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.chat.local import LocalVoice
-from steer.chat.voice import Voice
-from steer.live.dtypes import DTYPES, VARIABLE
-from steer.live.model import SteeredModel, load
-from steer.live.serve.limits import host_name
-from steer.live.shapes import keep_few_shapes
-from steer.page.change import guarded, watch
-from steer.page.look import style
+from steer.chat.writer import ReplyBackend
+from steer.checkpoint.dtypes import DTYPES, VARIABLE
+from steer.model.compile_limits import keep_few_shapes
+from steer.model.steered import SteeredModel, load
+from steer.page.drawing import style
+from steer.page.guard import guarded, watch
 from steer.page.parts import bake, chats, compare, features, home, inside, sliders, talk
+from steer.serve.limits import host_name
 
 PARTS: dict[str, tuple[str, Callable[[Chat], None]]] = {
     "Chat": (":material/chat:", talk.draw),
@@ -29,17 +32,18 @@ PARTS: dict[str, tuple[str, Callable[[Chat], None]]] = {
     "Features": (":material/search:", features.draw),
     "Bake": (":material/bakery_dining:", bake.draw),
 }
-"""What the page shows, by name: an icon, and what draws it."""
+"""Parts of the page: name -> (icon, function that draws it)."""
 _NEEDS = {"Compare": "duel", "Inside": "inside", "Features": "features", "Bake": "bake"}
 _SWITCH = 0.0005
-"""Seconds that a thread waits before it asks another for the interpreter. The one that writes a reply lets go of it at
-every operation; at Python's 0.005 each might wait so long for whatever draws the page, hundreds of times a token."""
+"""Seconds that a thread waits before it asks another for Python's interpreter lock. The thread that writes a reply
+releases the lock at every operation. At Python's default of 0.005 it might wait that long each time for the thread that
+draws the page, hundreds of times per token."""
 _SIDEBAR = 340
-"""Its width in pixels; on a phone it is closed at first."""
+"""Width of the sidebar in pixels; on a phone it is closed at first."""
 
 
 def main() -> None:
-    """Draw the page. No traceback is ever shown: what goes wrong is one line."""
+    """Draw the page. An error is shown as one line, never as a traceback."""
     st.set_page_config(page_title="steer", page_icon=":material/tune:", layout="wide", initial_sidebar_state=_SIDEBAR)
     st.set_option("client.showErrorDetails", "none")
     sys.setswitchinterval(_SWITCH)
@@ -51,8 +55,10 @@ def main() -> None:
 
 
 def _known_host() -> bool:
-    """Whether the browser asked for this machine by a name of its own: a page of another site can have its name point
-    here, and Streamlit takes that for its own. `steer ui` has Streamlit refuse it; this holds for `streamlit run` too.
+    """Return whether the Host header is one of this machine's names.
+
+    Against DNS rebinding: a page of another site can make its own host name point to this machine, and Streamlit
+    accepts that. `steer ui` makes Streamlit refuse it; this check also works for `streamlit run`.
     """
     host = st.context.headers.get("Host")
     allowed = ("localhost", "127.0.0.1", "::1", *(st.get_option("server.allowedHosts") or ()))
@@ -68,7 +74,7 @@ def _page() -> None:
     chosen = _part(chat)
     with st.sidebar:
         guarded(chats.draw)(chat)
-        # Where nothing else shows the sliders, a move draws them alone, and the reply that grows is left in peace.
+        # In these parts only the sidebar shows the sliders, so a move redraws only the sidebar, not a growing reply.
         if chosen in ("Chat", "Compare", "Inside"):
             watch(sliders.draw, False, 0.0, chat)
         else:
@@ -77,7 +83,7 @@ def _page() -> None:
 
 
 def _part(chat: Chat) -> str:
-    """The part that was chosen, of those that the model's place offers."""
+    """Return the chosen part, of those that the chat's backend offers."""
     offered = [p for p in PARTS if p not in _NEEDS or _NEEDS[p] in chat.voice.can]
     if len(offered) == 1:
         return offered[0]
@@ -89,7 +95,7 @@ def _part(chat: Chat) -> str:
 
 
 def _chat(named: argparse.Namespace) -> Chat | None:
-    """The chat of this browser tab; None where no model is known yet."""
+    """Return the chat of this browser tab; None if no model is chosen yet."""
     chat: Chat | None = st.session_state.get("chat")
     opened: Path | None = st.session_state.pop("open", None)
     if chat is None or opened is not None:
@@ -104,7 +110,7 @@ def _chat(named: argparse.Namespace) -> Chat | None:
     return chat
 
 
-def _voice(named: argparse.Namespace) -> Voice | None:
+def _voice(named: argparse.Namespace) -> ReplyBackend | None:
     if named.server is not None:
         from steer.chat.remote import RemoteVoice
 
@@ -115,19 +121,19 @@ def _voice(named: argparse.Namespace) -> Voice | None:
 
 @st.cache_resource(show_spinner="Loading the model")
 def _shared(model: str, device_map: str | None, four_bit: bool) -> SteeredModel:
-    """One copy of a checkpoint for all tabs; what is a tab's own, its sliders first of all, is in its voice."""
+    """Load a checkpoint once for all tabs. What belongs to one tab, such as its sliders, is in its `LocalVoice`."""
     keep_few_shapes()
     loaded = load(model, device_map=device_map, four_bit=four_bit)
-    loaded.sketch()  # what the sliders' names are looked up by
-    # Streamlit collects garbage after every look at a reply, which takes the interpreter for as long as there are
-    # objects to go through: a second or more with these libraries, or nothing once they are known to stay.
+    loaded.sketch()  # computed now, because every lookup of a slider's name needs it
+    # Streamlit collects garbage after every redraw of a reply. With the objects of these libraries that holds the
+    # interpreter lock for a second or more; after gc.freeze they are not visited any more.
     gc.collect()
     gc.freeze()
     return loaded
 
 
 def _arguments() -> argparse.Namespace:
-    """What follows `--` on streamlit's command line; streamlit passes it through as it is."""
+    """Parse what follows `--` on streamlit's command line, which streamlit passes on unchanged."""
     parser = argparse.ArgumentParser(prog="app.py", add_help=False)
     parser.add_argument("model", nargs="?", default=os.environ.get("STEER_MODEL"))
     parser.add_argument("--server")

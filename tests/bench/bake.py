@@ -172,7 +172,7 @@ def checkpoint(place: Path, direction: Path, blocks: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from steer.values.direction import Direction
+    from steer.core.direction import Direction
 
     def weights(shape: tuple[int, ...]) -> torch.Tensor:
         # Random bits of sign and mantissa with the exponents of numbers near 0.01: far faster than normal ones.

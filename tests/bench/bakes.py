@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import typer
 
 import steer
-from steer.finding import contrast_for
+from steer.core.trait import Trait
+from steer.finding.traits import contrast_for
 from steer.measure.scorer import Scorer
 from steer.measure.search.held_out import HeldOut, load_exported
 from steer.progress import bar
-from steer.tables import interval
-from steer.values.trait import Trait
+from steer.verbs.tables import interval
 
 STEER = str(Path(sys.executable).with_name("steer"))
 BAKES: dict[str, tuple[str, ...]] = {

@@ -24,12 +24,12 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 import steer
-from steer.live.cache import growing_cache
-from steer.live.decode import Step, decode
-from steer.live.detokenise import Detokeniser
-from steer.live.model import SteeredModel
-from steer.live.sampling import Draw, choose
-from steer.values.sampler import CHAT
+from steer.core.sampler import CHAT
+from steer.model.decode import Step, decode
+from steer.model.detokenise import Detokeniser
+from steer.model.kv_cache import growing_cache
+from steer.model.sampling import Draw, choose
+from steer.model.steered import SteeredModel
 
 BARS = {"plain": 0.85, "compiled": 0.95}
 """Of the bare products' speed."""

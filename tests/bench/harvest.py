@@ -21,12 +21,12 @@ import torch
 import typer
 
 import steer
-from steer.features.documents import documents
-from steer.features.harvest import harvest
-from steer.features.passes import batches_by_length, default_batch_tokens
-from steer.live import attention
-from steer.live.model import SteeredModel
-from steer.live.tokens import padded
+from steer.model import attention
+from steer.model.steered import SteeredModel
+from steer.model.tokens import padded
+from steer.sae.documents import documents
+from steer.sae.harvest import harvest
+from steer.sae.passes import batches_by_length, default_batch_tokens
 
 PLAIN = Path(__file__).parents[2] / "steer/measure/texts/plain.txt"
 BAR, PEER, FULL = 0.97, 0.985, 0.44

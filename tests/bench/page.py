@@ -31,9 +31,9 @@ import typer
 from selenium import webdriver
 
 import steer
-from steer.live.decode import decode
-from steer.live.model import SteeredModel
-from steer.values.sampler import CHAT
+from steer.core.sampler import CHAT
+from steer.model.decode import decode
+from steer.model.steered import SteeredModel
 
 WAIT = 1.0
 """Seconds by which the page's first word may be later than the model's first token."""

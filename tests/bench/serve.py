@@ -33,9 +33,9 @@ from load.server import Load, Served, served, under_load
 from load.worst import waits
 
 import steer
-from steer.live.decode import decode
-from steer.live.serve.limits import Limits
-from steer.values.sampler import CHAT
+from steer.core.sampler import CHAT
+from steer.model.decode import decode
+from steer.serve.limits import Limits
 
 LOOP = 50
 """Tokens a text of the decode loop that the server is compared with: what a reply has here."""

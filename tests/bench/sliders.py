@@ -35,19 +35,19 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 import steer
-from steer.live.cache import growing_cache
-from steer.live.decode import decode
-from steer.live.frame import TextPass
-from steer.live.model import SteeredModel
-from steer.live.program import SiteProgram
-from steer.live.receipts import Tally
-from steer.values.dictionary_files import load_dictionary
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.values.feature import Feature
-from steer.values.move import Move, Operation
-from steer.values.sampler import CHAT
-from steer.values.when import ALWAYS, When
+from steer.core.dictionary_files import load_dictionary
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.feature import Feature
+from steer.core.intervention import Intervention, Operation
+from steer.core.sampler import CHAT
+from steer.core.schedule import ALWAYS, Schedule
+from steer.model.decode import decode
+from steer.model.kv_cache import growing_cache
+from steer.model.steered import SteeredModel
+from steer.model.steering.low_rank import ForwardContext
+from steer.model.steering.module_edits import ModuleEdit
+from steer.model.steering.receipts import Tally
 
 ROOT = Path(__file__).parents[2]
 PLAIN = ROOT / "steer/measure/texts/plain.txt"
@@ -123,8 +123,8 @@ def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[
     r = Direction("random", site, vector, with_mean=2.0, residual_norm=150.0)
     here, everywhere = [r], [r.at(s) for s in sites]
 
-    def edit(operation: Operation, amount: float, of: Iterable[Direction], when: When = ALWAYS) -> Edit | None:
-        return Edit.of([Move(d, operation, amount, when, f"{operation} at {d.site}") for d in of])
+    def edit(operation: Operation, amount: float, of: Iterable[Direction], when: Schedule = ALWAYS) -> Edit | None:
+        return Edit.of([Intervention(d, operation, amount, when, f"{operation} at {d.site}") for d in of])
 
     ours = {
         "neutral profile": (edit("add", 0.0, everywhere), None),
@@ -132,12 +132,15 @@ def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[
         "add, all sites": (edit("add", 0.5, everywhere), ALL),
         "clamp, one site": (edit("clamp", 0.5, here), ONE),
         "clamp, all sites": (edit("clamp", 0.5, everywhere), ALL),
-        "add on the reply, one site": (edit("add", 0.5, here, When("reply")), ONE),
-        "add on the reply, all sites": (edit("add", 0.5, everywhere, When("reply")), ALL),
+        "add on the reply, one site": (edit("add", 0.5, here, Schedule("reply")), ONE),
+        "add on the reply, all sites": (edit("add", 0.5, everywhere, Schedule("reply")), ALL),
         "ablate, every writer": (edit("ablate", 1.0, here), ALL),
     }
     if (dictionary := load_dictionary(DICTIONARY)).width == live.anatomy.width:
-        ours["clamp of a feature, one site"] = Edit.of([Move(Feature.latent(dictionary, LATENT), "clamp", 0.5)]), ONE
+        ours["clamp of a feature, one site"] = (
+            Edit.of([Intervention(Feature.latent(dictionary, LATENT), "clamp", 0.5)]),
+            ONE,
+        )
     out = {"plain again": Contestant(live, lambda run: run())}
     out |= {name: applying(live, (e,), bar) for name, (e, bar) in ours.items()}
     if batch > 1:
@@ -197,7 +200,7 @@ class Steps:
         start = time.perf_counter()
         with model.steering.lock, torch.inference_mode():
             index = torch.ones_like(self.fed) if model.steering.timed else None
-            with model.steering.passing(TextPass(index=index)):
+            with model.steering.passing(ForwardContext(index=index)):
                 logits = model.hf(
                     input_ids=self.fed, attention_mask=None if bool(self.mask.all()) else self.mask,
                     position_ids=self.positions[:, -1:], past_key_values=self.cache, use_cache=True, logits_to_keep=1,
@@ -258,9 +261,9 @@ def compared(
 
 def hooks(contestant: Contestant, step: Callable[[], float], steps: int) -> float:
     """The share of a step that passes inside of our hooks, in percent: a median over steps."""
-    apply, inside, shares = SiteProgram.apply, 0.0, []
+    apply, inside, shares = ModuleEdit.apply, 0.0, []
 
-    def timed(program: SiteProgram, h: Tensor, text: TextPass) -> Tensor:
+    def timed(program: ModuleEdit, h: Tensor, text: ForwardContext) -> Tensor:
         nonlocal inside
         start = time.perf_counter()
         out = apply(program, h, text)
@@ -274,11 +277,11 @@ def hooks(contestant: Contestant, step: Callable[[], float], steps: int) -> floa
             seconds = step()
             shares.append(100 * inside / seconds)
 
-    SiteProgram.apply = timed  # type: ignore[method-assign]
+    ModuleEdit.apply = timed  # type: ignore[method-assign]
     try:
         contestant.around(run)
     finally:
-        SiteProgram.apply = apply  # type: ignore[method-assign]
+        ModuleEdit.apply = apply  # type: ignore[method-assign]
     return statistics.median(shares[1:])
 
 

@@ -80,9 +80,9 @@ def steps(model: str) -> dict[str, float]:
     import torch
 
     import steer
-    from steer.live.batch import generate
-    from steer.live.decode import decode
-    from steer.values.sampler import Sampler
+    from steer.core.sampler import Sampler
+    from steer.model.batch import generate
+    from steer.model.decode import decode
 
     live = steer.load(model, dtype=torch.float32)
     prompt = torch.randint(live.anatomy.width, (48, 30), generator=torch.Generator().manual_seed(0)).tolist()

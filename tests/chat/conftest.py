@@ -11,9 +11,9 @@ from tiny_chat import keep_direction, save_tiny_chat
 
 from steer.chat.chat import Chat
 from steer.chat.local import LocalVoice
-from steer.live.model import SteeredModel, load
-from steer.values.direction import Direction
-from steer.values.sampler import Sampler
+from steer.core.direction import Direction
+from steer.core.sampler import Sampler
+from steer.model.steered import SteeredModel, load
 
 LENGTH = 12
 

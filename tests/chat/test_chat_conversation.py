@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from steer.chat.conversation import Conversation, Stretch, Written
+from steer.chat.conversation import Conversation, SettingsSpan, Written
 from steer.chat.stored import Stored, delete_chat, load_chat, new_place, save_chat, saved_chats
+from steer.core.profile import Profile, ProfileSlider
+from steer.core.sampler import Sampler
 from steer.errors import SteerError, UsageError
-from steer.values.profile import Profile, ProfileSlider
-from steer.values.sampler import Sampler
 
 
 def texts(c: Conversation) -> list[str]:
@@ -81,7 +81,7 @@ def test_a_chat_comes_back_from_its_file_as_it_was(talk, home):
     profile = Profile("then", sampler=Sampler(seed=5), preset=None, sliders=(ProfileSlider("moral", -0.5),))
     receipt = {"tokens": 9, "sliders": [{"name": "moral", "mean_share": float("nan")}], "warnings": []}
     talk.last.written = Written(
-        5, profile, (Stretch(0, None), Stretch(4, profile)), (8, 9), receipt, "stopped", 1.5, 0.25, 12.0
+        5, profile, (SettingsSpan(0, None), SettingsSpan(4, profile)), (8, 9), receipt, "stopped", 1.5, 0.25, 12.0
     )
     talk.change(talk.path()[1].id, "hey \u2603 \ud83d")
     place = save_chat(new_place(), Stored(talk, "tiny", "be brief", profile, ("L1/3",), False, 11))

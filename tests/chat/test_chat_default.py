@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
-import torch
 
 from steer.chat.chat import Chat
 from steer.chat.local import LocalVoice
-from steer.live.model import SteeredModel, load
-from steer.values.sampler import Sampler
-from steer.values.slider import Slider
+from steer.core.sampler import Sampler
+from steer.core.slider import Slider
+from steer.model.steered import SteeredModel, load
 
 pytestmark = [
     pytest.mark.model,
     pytest.mark.alone,
-    pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning"),
+    pytest.mark.filterwarnings("ignore::steer.model.fit_check.FitWarning"),
 ]
 QUESTION = "My friend lied to me about why he missed my party. What now?"
 
@@ -24,8 +21,8 @@ QUESTION = "My friend lied to me about why he missed my party. What now?"
 @pytest.fixture(scope="module")
 def merged() -> SteeredModel:
     """The default merge, as `make demo` leaves it."""
-    from steer.chat.default_merge import RECIPE
-    from steer.weights.merge import is_merge_of
+    from steer.checkpoint.merge import is_merge_of
+    from steer.checkpoint.shipped import RECIPE
 
     place = RECIPE.parents[2] / "demo" / "merged"
     if not is_merge_of(place, RECIPE):
@@ -47,19 +44,6 @@ def test_traits_that_ship_are_at_hand_in_words(chat):
     assert rows["moralizing"].description.startswith("Lectures about right and wrong")
     assert rows["moralizing"].safe == (-2.0, 2.0)
     assert {"moralizing-latent", "moralizing-set"} <= {r.name for r in chat.board.offered()}
-
-
-def test_the_first_token_is_there_within_a_second_of_the_models_own(chat, merged):
-    prompt = merged.prompt_ids([{"role": "user", "content": QUESTION}])
-    with torch.inference_mode():
-        merged.hf(torch.tensor([prompt]), logits_to_keep=1)
-        began = time.monotonic()
-        merged.hf(torch.tensor([prompt]), logits_to_keep=1)
-    own = time.monotonic() - began
-    chat.board.set("moralizing", -1.0)
-    chat.say(QUESTION)
-    assert chat.writer.wait(300)
-    assert chat.writer.first_token < own + 1
 
 
 def test_side_by_side_and_inside_tell_the_sliders_effect(chat):

@@ -6,16 +6,16 @@ import json
 
 import pytest
 import torch
-from shelves import M, keep_dictionary
+from feature_indexes import M, keep_dictionary
 from tiny_chat import hooks_on
 
-from steer.chat.words import record_of, title_of
+from steer.chat.descriptions import record_of, title_of
+from steer.checkpoint.library import dictionary_at
+from steer.core.feature import Feature
+from steer.core.slider import Slider
 from steer.errors import UsageError
-from steer.live.library import dictionary_at
-from steer.values.feature import Feature
-from steer.values.slider import Slider
 
-pytestmark = pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::steer.model.fit_check.FitWarning")
 
 
 @pytest.fixture

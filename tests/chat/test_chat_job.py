@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from steer.chat.default_merge import RECIPE, get_default, ready
-from steer.chat.job import Job
+from steer.chat.jobs import Job, get_default, ready
+from steer.checkpoint.shipped import RECIPE
+from steer.core.slider import Slider
 from steer.errors import OutputExistsError, SteerError
-from steer.values.slider import Slider
 
 
 @pytest.fixture
@@ -18,6 +18,7 @@ def file(moral, tmp_path) -> Path:
     return moral.save(tmp_path / "moral.safetensors")
 
 
+@pytest.mark.slow
 def test_a_bake_is_done_elsewhere_and_brings_its_result(checkpoint, file, tmp_path):
     out = tmp_path / "baked"
     size = (checkpoint / "model.safetensors").stat().st_size
@@ -30,6 +31,7 @@ def test_a_bake_is_done_elsewhere_and_brings_its_result(checkpoint, file, tmp_pa
     assert (out / "steer_certificate.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line(checkpoint, tmp_path):
     job = Job(["bake", str(checkpoint), str(tmp_path / "out"), "--ablate", "nothing.safetensors", "--json"])
     assert job.wait(120)
@@ -59,6 +61,7 @@ def test_the_default_merge_is_not_ready_before_it_is_made(home):
     assert not ready()
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_default_merge_is_made_with_its_progress_shown(tmp_path, monkeypatch):
     monkeypatch.delenv("STEER_HOME")
@@ -74,6 +77,7 @@ def test_the_default_merge_is_made_with_its_progress_shown(tmp_path, monkeypatch
     assert job.lines[-1].startswith("3 of 3: ")
 
 
+@pytest.mark.slow
 def test_what_can_be_baked_is_said_before_and_done_after(chat, tmp_path):
     chat.board.set("moral", -0.25)
     plan = chat.plan_bake()
@@ -102,6 +106,7 @@ def test_what_cannot_be_baked_is_named_and_can_be_left_out(chat, tmp_path):
     assert [s.amount for s in rest.profile.sliders] == [-0.25]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_baked_as_well(chat, tmp_path):
     chat.board.reshape("moral", "ablate")
     chat.board.set("moral", 1.0)

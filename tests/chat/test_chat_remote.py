@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "live" / "serve"))
+from feature_indexes import keep_dictionary
 from serving import NO_END, Served, served
-from shelves import keep_dictionary
 
 from steer.chat.chat import Chat
 from steer.chat.remote import RemoteVoice
-from steer.chat.voice import Task
+from steer.chat.remote_session import RemoteModel, RemoteSession
+from steer.chat.writer import Task
+from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
+from steer.core.sampler import Sampler
 from steer.errors import SteerError, UnsupportedError, UsageError
-from steer.live.remote import RemoteModel, RemoteSession
-from steer.live.serve.app import Options
-from steer.values.profile import PlannedWhen, Profile, ProfileSlider
-from steer.values.sampler import Sampler
+from steer.serve.app import Options
 
 SAMPLER = Sampler(
     max_new_tokens=12,
@@ -141,7 +137,7 @@ def test_rows_tell_what_the_server_offers_and_what_it_does_not_is_refused(chat):
         chat.board.set("kindness", 1.0)
 
 
-@pytest.mark.filterwarnings("ignore::steer.live.fit_check.FitWarning")
+@pytest.mark.filterwarnings("ignore::steer.model.fit_check.FitWarning")
 def test_features_that_the_server_names_come_after_the_traits(dictionary, chat):
     assert [(r.name, r.kind) for r in chat.board.rows()] == [
         ("moral", "trait"), ("preach", "feature"), ("against", "feature"),
@@ -156,11 +152,12 @@ def test_profiles_go_as_far_as_a_request_can_say(chat, model):
     reply = say(chat)
     with model.steered({"moral:clamp": 0.2}):
         assert spoken(reply.text) == model.chat("hello", **SAMPLER.__dict__)
-    for slider in (ProfileSlider("moral", 1, when=PlannedWhen("reply")), ProfileSlider("x.safetensors", 1)):
+    for slider in (ProfileSlider("moral", 1, when=ScheduleSpec("reply")), ProfileSlider("x.safetensors", 1)):
         with pytest.raises(UsageError, match="steer serve MODEL --profile FILE"):
             chat.use(Profile("p", sliders=(slider,)))
 
 
+@pytest.mark.slow
 def test_mistakes_and_absent_servers_are_one_line(server, chat):
     with pytest.raises(SteerError, match="no server answers"):
         RemoteModel("http://127.0.0.1:9")
@@ -202,7 +199,7 @@ def test_the_terminal_runs_on_it(server):
 
     from rich.console import Console
 
-    from steer.live.terminal import run_chat
+    from steer.chat.terminal import run_chat
 
     out = io.StringIO()
     session = RemoteSession(RemoteModel(server.url, "secret"), sampler=SAMPLER)

@@ -6,12 +6,12 @@ import pytest
 
 from steer.chat.chat import Chat
 from steer.chat.local import LocalVoice
+from steer.chat.session import fit
 from steer.chat.stored import saved_chats
+from steer.core.cards import load_card
+from steer.core.profile import Profile, ProfileSlider
+from steer.core.sampler import Sampler
 from steer.errors import CheckpointError, SteerError, UsageError
-from steer.live.window import fit
-from steer.values.cards import load_card
-from steer.values.profile import Profile, ProfileSlider
-from steer.values.sampler import Sampler
 
 
 def say(chat: Chat, text: str = "hello"):

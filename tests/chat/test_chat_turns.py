@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from steer.chat.turns import Turns, turns_of
+from steer.chat.local import Turns, turns_of
 
 
 def test_threads_that_always_want_another_turn_get_them_one_after_the_other():

@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 from tiny_chat import hooks_on
 
+from steer.chat.session import Session
 from steer.chat.writer import Writer
 from steer.errors import SteerError
-from steer.live.session import Session
 
 
 def until(condition, seconds: float = 20.0) -> bool:
@@ -224,6 +224,7 @@ def test_a_second_reply_is_refused_while_one_is_written():
     assert writer.wait(10)
 
 
+@pytest.mark.slow
 def test_a_chat_of_a_hundred_messages_leaves_nothing_behind(new_chat, model):
     chat = new_chat(2, keep=False)
     chat.board.set("moral", -0.1)

@@ -12,19 +12,18 @@ import torch
 from tiny_chat import hooks_on, save_tiny_chat
 from whole_vocabulary import kl
 
+from steer.core.direction import Direction
+from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
+from steer.core.sampler import PRESETS, Sampler
+from steer.core.slider import Slider
+from steer.core.trait import NeutralPrompts
 from steer.errors import MismatchError, UsageError
-from steer.live.model import SteeredModel, load
-from steer.live.sliders import BUDGET, as_edit
-from steer.measure.calibrate import LADDER, LONGEST, Trial, calibrate
-from steer.measure.calibration import Limits, SliderCalibration, TriedAmount
+from steer.measure.calibrate import LADDER, LONGEST, Limits, SliderCalibration, Trial, TriedAmount, calibrate
 from steer.measure.fluency import mean_repetition
 from steer.measure.neutral_costs import NeutralCosts
-from steer.tables import calibration_table
-from steer.values.direction import Direction
-from steer.values.profile import PlannedWhen, Profile, ProfileSlider
-from steer.values.sampler import PRESETS, Sampler
-from steer.values.slider import Slider
-from steer.values.trait import NeutralPrompts
+from steer.model.sliders import BUDGET, as_edit
+from steer.model.steered import SteeredModel, load
+from steer.verbs.tables import calibration_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +50,7 @@ def lie(model: SteeredModel) -> Direction:
 def profile(lie: Direction, tmp_path: Path) -> Callable[..., Profile]:
     """`profile(operation, **changes of the direction)`: one slider on it."""
 
-    def make(operation: str | None = None, *, sampler: Sampler = SOON, when: PlannedWhen | None = None, **changes):
+    def make(operation: str | None = None, *, sampler: Sampler = SOON, when: ScheduleSpec | None = None, **changes):
         replace(lie, **changes).save(tmp_path / "lie.safetensors")
         entry = ProfileSlider("lie.safetensors", 1.0, operation, when, range=(-9.0, 9.0))
         return Profile("tried", sampler=sampler, sliders=(entry,), folder=tmp_path)
@@ -203,7 +202,7 @@ def test_ablate_stays_within_0_and_1_and_scale_goes_both_ways_from_1(model, prof
 
 def test_a_slider_counts_as_acting_on_every_token_and_when_it_is_switched_off(model, profile):
     always = profile()
-    late = profile(when=PlannedWhen("reply", after=200))
+    late = profile(when=ScheduleSpec("reply", after=200))
     late = replace(late, sliders=(replace(late.sliders[0], enabled=False),))
     assert calibrate(model, late).sliders == calibrate(model, always).sliders
 

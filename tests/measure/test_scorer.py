@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from steer.features.contrast import Contrast, Reply
+from steer.core.trait import Trait
+from steer.measure.contrast import Contrast, Reply
 from steer.measure.fluency import TOKENS, _compared, repetition
 from steer.measure.scorer import Scorer, marker_rate
-from steer.values.trait import Trait
 
 
 @pytest.fixture(scope="module")

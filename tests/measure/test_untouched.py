@@ -10,24 +10,24 @@ import pytest
 import torch
 from tiny_chat import ENDLESS, hooks_on, save_tiny_chat
 
-from steer.features.attribution import attribution, output_scores
-from steer.features.contrast import Reply, contrast_replies
-from steer.features.find import candidates, finished_direction
-from steer.features.harvest import harvest
-from steer.features.pooling import pooled
-from steer.features.residuals import reply_tokens
-from steer.live.fit_check import check_fit
-from steer.live.model import SteeredModel, load
+from steer.core.dictionary import Dictionary
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.feature import Feature
+from steer.core.sampler import Sampler
+from steer.core.trait import Trait
+from steer.finding.directions import candidates, finished_direction
+from steer.measure.contrast import Reply, contrast_replies
 from steer.measure.dose import neutral_replies
 from steer.measure.fluency import Reference, row_costs, text_entropies
 from steer.measure.neutral_costs import NeutralCosts
-from steer.measure.splice import cross_entropies
-from steer.values.dictionary import Dictionary
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.values.feature import Feature
-from steer.values.sampler import Sampler
-from steer.values.trait import Trait
+from steer.measure.residuals import reply_tokens
+from steer.model.fit_check import check_fit
+from steer.model.steered import SteeredModel, load
+from steer.sae.attribution import attribution, output_scores
+from steer.sae.harvest import harvest
+from steer.sae.pooling import pooled
+from steer.sae.splice import cross_entropies
 
 TRAIT = Trait("t", "s", "lie", "truth", ("lie",), ("hello", "well"), ("friend", "yes"))
 SHORT = Sampler(max_new_tokens=6)

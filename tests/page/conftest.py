@@ -19,12 +19,12 @@ import pytest
 import torch
 from tiny_chat import ENDLESS, keep_direction, save_tiny_chat
 
-from steer.features.records import Context, FeatureRecord
-from steer.live.library import register_dictionary
-from steer.live.model import load
-from steer.values.dictionary import Dictionary
-from steer.values.dictionary_files import FEATURES, save_dictionary
-from steer.values.direction import Direction
+from steer.checkpoint.library import register_dictionary
+from steer.core.dictionary import Dictionary
+from steer.core.dictionary_files import FEATURES, save_dictionary
+from steer.core.direction import Direction
+from steer.model.steered import load
+from steer.sae.records import Context, FeatureRecord
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WIDTH, LATENTS = 32, 80
@@ -102,7 +102,7 @@ def served(folder: Path, *model: str) -> Iterator[str]:
     quiet = {"OMP_NUM_THREADS": "1", "STEER_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     quiet |= {"HOME": str(user), "BROWSER": "true"}  # what it opens the page with
     server = subprocess.Popen(
-        [sys.executable, "-c", "from steer.cli import main; main()", "ui", *model, "--port", str(port)],
+        [sys.executable, "-c", "from steer.cli.main import main; main()", "ui", *model, "--port", str(port)],
         cwd=folder, env=os.environ | quiet, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"

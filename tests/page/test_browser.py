@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from steer.weights.certify import CERTIFICATE
-from steer.weights.fetch import DEFAULT_MODEL
+from steer.baking.certificate import CERTIFICATE
+from steer.checkpoint.fetch import DEFAULT_MODEL
 
 pytestmark = pytest.mark.alone
 
@@ -309,5 +309,5 @@ def test_a_bake_says_what_cannot_be_written_and_writes_the_rest(page, tmp_path):
 
 def verify(out: Path) -> None:
     """As a user does, or the test fails."""
-    command = [sys.executable, "-c", "from steer.cli import main; main()", "verify", str(out)]
+    command = [sys.executable, "-c", "from steer.cli.main import main; main()", "verify", str(out)]
     subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from steer import cli_live
-from steer.live.serve.server import listen
+from steer.cli import live as cli_live
+from steer.serve.server import listen
 
 UPGRADE = (
     "GET /_stcore/stream HTTP/1.1\r\nHost: {0}\r\nOrigin: http://{0}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -32,7 +32,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         patch.setattr(os, "execv", lambda program, command: started.append(command))
         cli_live.ui(None, None, number, headless=True)
     (command,) = started
-    command = [str(folder / "app.py") if part.endswith("app.py") else part for part in command]
+    command = [str(folder / "app.py") if part.endswith("page.py") else part for part in command]
     home = {"HOME": str(folder), "PATH": os.environ["PATH"]}
     process = subprocess.Popen(command, cwd=folder, env=home, stdout=subprocess.PIPE, text=True)
     try:

@@ -17,9 +17,9 @@ from tiny_chat import ENDLESS, keep_direction, save_tiny_chat
 
 from steer.chat.conversation import Conversation
 from steer.chat.stored import Stored, save_chat
-from steer.live.library import dictionaries_of
-from steer.live.model import load
-from steer.values.dictionary_files import FEATURES
+from steer.checkpoint.library import dictionaries_of
+from steer.core.dictionary_files import FEATURES
+from steer.model.steered import load
 
 pytestmark = pytest.mark.alone
 

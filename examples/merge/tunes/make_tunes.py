@@ -30,7 +30,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steer.live.dtypes import computing_in, is_fast
+from steer.checkpoint.dtypes import computing_in, is_fast
 
 HERE = Path(__file__).parent
 TRAITS = HERE.parents[2] / "steer" / "traits"

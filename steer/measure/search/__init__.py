@@ -1,1 +1,1 @@
-"""The search over what to bake: the space of edits, trials on the live model, the study on disk, the choice."""
+"""`steer bake --search`: the space of edits, trials on the live model, the study on disk, and the choice of one."""

@@ -1,4 +1,7 @@
-"""Which of the edits tried is taken: the one that costs least among those that do what was wanted."""
+"""The last step of a search: choose the trial with the lowest KL among those that reach the goal.
+
+`choose` decides from the trials alone; `confirmed` first measures the best ones on more topics.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from steer.core.edit import Edit
 from steer.errors import SteerError, UsageError
 from steer.measure.search.space import Params, edit_label
 from steer.measure.search.trials import Outcome
-from steer.values.edit import Edit
 
 TOLERANCE = 0.1
-"""By how much the rate of a trait that is to stay may move."""
+"""Largest change allowed in the rate of a trait that is to stay."""
 FINALISTS = 4
-"""Edits that are tried on the rest of the fit topics at a time."""
+"""Number of edits tried on the rest of the fit topics in one round."""
 ROUNDS = 3
-"""Times at most that the next so many are."""
+"""Largest number of such rounds."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One edit and what it did."""
+    """One edit, its parameters in the search space, and its measured outcome."""
 
     number: int
     params: Params
@@ -34,23 +37,23 @@ class Trial:
         return edit_label(self.edit)
 
     def as_json(self) -> dict[str, Any]:
-        """For reports."""
-        told = {"number": self.number, "label": self.label, "params": self.params, "edit": self.edit.describe()}
-        return told | self.outcome.as_json()
+        """The trial as JSON, for reports."""
+        trial = {"number": self.number, "label": self.label, "params": self.params, "edit": self.edit.describe()}
+        return trial | self.outcome.as_json()
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What an edit is to reach, and what it may cost."""
+    """What an edit must reach, and how much it may cost."""
 
     share: float = 0.4
-    """Of the untouched rate, to get under."""
+    """The trait's rate must fall to this share of the untouched model's rate."""
     as_unsearched: bool = True
-    """Whether rate and mean probability may be no higher than the unsearched bake's either."""
+    """Whether rate and mean probability must also be no higher than those of the unsearched bake."""
     max_kl: float | None = None
-    """Nats per token on neutral prompts; None: what the unsearched bake costs."""
+    """Largest KL on neutral prompts, nats per token; None means the KL of the unsearched bake."""
     tolerance: float = TOLERANCE
-    """By how much the rate of a trait that is to stay may move, either way."""
+    """Largest change, up or down, in the rate of a trait that is to stay."""
 
     def __post_init__(self) -> None:
         for name, value in (("--goal", self.share), ("--tolerance", self.tolerance)):
@@ -60,46 +63,50 @@ class Goal:
             raise UsageError(f"--max-kl: expected nats per token above 0, found {self.max_kl}")
 
     def target(self, untouched: Outcome, unsearched: Outcome) -> tuple[float, float]:
-        """The rate and the mean probability to get under. The probability may be half as high again a share:
-        it says more about few replies, and is not zero for a model that shows nothing of the trait."""
+        """The highest rate and the highest mean probability that reach the goal. The share allowed of the untouched
+        probability is 1.5 times that of the rate: the probability is not zero even for a model without the trait."""
         rate, probability = self.share * untouched.rate, min(1.0, 1.5 * self.share) * untouched.probability
         if self.as_unsearched:
             return min(rate, unsearched.rate), min(probability, unsearched.probability)
         return rate, probability
 
     def reached(self, found: Outcome, untouched: Outcome, unsearched: Outcome) -> bool:
-        """Whether it does what was wanted."""
+        """Whether an outcome's rate and mean probability are low enough."""
         rate, probability = self.target(untouched, unsearched)
         return found.rate <= rate and found.probability <= probability
 
     def shift(self, found: Outcome, untouched: Outcome) -> float:
-        """The most that a trait which is to stay has moved."""
+        """The largest change in the rate of a trait that is to stay."""
         return max((abs(rate - untouched.kept[name]) for name, rate in found.kept.items()), default=0.0)
 
     def keeps(self, found: Outcome, untouched: Outcome) -> bool:
-        """Whether what is to stay stays."""
+        """Whether the traits that are to stay change by no more than the tolerance."""
         return self.shift(found, untouched) <= self.tolerance + 1e-9
 
     def limit(self, unsearched: Outcome) -> float:
-        """The most that it may cost."""
+        """The largest KL allowed, nats per token."""
         return unsearched.kl if self.max_kl is None else self.max_kl
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The edit that is taken."""
+    """The chosen edit."""
 
     trial: Trial
-    """Its outcome is that on all fit topics where it was tried on the rest of them."""
+    """If it was confirmed on the rest of the fit topics, its outcome is that on all of them."""
     reached: bool
-    """Whether it does what was wanted; if not it is the strongest of those that cost little enough."""
+    """Whether the trial reaches the goal; if not, it is the strongest trial within the KL limit, or without such a
+    trial the one with the lowest KL."""
 
 
 def choose(trials: Sequence[Trial], untouched: Outcome, unsearched: Outcome, goal: Goal) -> Choice:
-    """The cheapest trial that reaches the goal; without one, the least probability among those cheap enough, or the
-    cheapest where none is.
+    """The trial with the lowest KL that reaches the goal within the KL limit.
 
-    Errors: SteerError when every trial moves what is to stay.
+    If none does: the trial with the lowest mean probability within the KL limit. If none is within it: the trial with
+    the lowest KL. `unsearched` is the outcome of the unsearched bake. Trials that change a trait that is to stay are
+    never chosen.
+
+    Errors: SteerError when every trial changes a trait that is to stay.
     """
     feasible = [t for t in trials if goal.keeps(t.outcome, untouched)]
     if not feasible:
@@ -124,10 +131,11 @@ def confirmed(
     goal: Goal,
     again: Callable[[Sequence[Trial | None]], Sequence[Outcome]],
 ) -> Choice:
-    """As `choose`, after the cheapest that reach the goal were tried on topics that no trial saw: out of many trials
-    the cheapest is often one that was lucky. `trials[0]` is the unsearched bake.
+    """As `choose`, but only after the best trials were measured on the fit topics that no trial used: the best of many
+    trials is often one that was lucky. `trials[0]` is the unsearched bake.
 
-    `again` gives the outcomes on the rest of the fit topics of trials, and of None for the untouched model.
+    `again` measures trials on the rest of the fit topics and returns their outcomes; None stands for the untouched
+    model.
     """
     plain = trials[0]
     more = again([None, plain])
@@ -140,14 +148,14 @@ def confirmed(
         for t, rest in zip(group, again(group), strict=True):
             known[t.number] = replace(t, outcome=t.outcome.with_more(rest))
         good = [t for t in known.values() if t.number != plain.number and goal.keeps(t.outcome, all_untouched)]
-        # The cheapest came first: those still left cost more.
+        # The trials with the lowest KL came first: those left have a higher one.
         if good and choose(good, all_untouched, unsearched, goal).reached:
             break
     return choose(list(known.values()), all_untouched, unsearched, goal)
 
 
 def _nearest(trials: Sequence[Trial], untouched: Outcome, unsearched: Outcome, goal: Goal) -> list[Trial]:
-    """Those to look at more closely, in the order in which they would be chosen."""
+    """The `FINALISTS` best trials, in the order in which `choose` would take them."""
     left = [t for t in trials if goal.keeps(t.outcome, untouched)]
     out: list[Trial] = []
     while left and len(out) < FINALISTS:
@@ -158,7 +166,7 @@ def _nearest(trials: Sequence[Trial], untouched: Outcome, unsearched: Outcome, g
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other beats in both KL and mean probability, from the cheapest on."""
+    """The trials that no other trial beats in both KL and mean probability, by ascending KL."""
     out: list[Trial] = []
     for t in sorted(trials, key=lambda t: (t.outcome.kl, t.outcome.probability)):
         if not out or t.outcome.probability < out[-1].outcome.probability:
@@ -167,7 +175,10 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def told(trials: Sequence[Trial], untouched: Outcome, choice: Choice, goal: Goal) -> dict[str, Any]:
-    """All that was tried and what was chosen, for the report: the untouched model first, as number -1."""
+    """All trials and the choice as JSON, for search.json and the report. The untouched model comes first, as number -1.
+
+    `front` marks the trials of the Pareto front, `keeps` those that change no trait that is to stay.
+    """
     front = {t.number for t in pareto_front([t for t in trials if goal.keeps(t.outcome, untouched)])}
     rows = [t.as_json() | {"front": t.number in front, "keeps": goal.keeps(t.outcome, untouched)} for t in trials]
     nothing = {"number": -1, "label": "untouched", "params": None, "edit": None, "front": False, "keeps": True}

@@ -1,4 +1,7 @@
-"""Checkpoints as they were written, on topics and text that no search saw, with bootstrap intervals."""
+"""The final measurement of a search: baked checkpoints, loaded from disk, on held-out topics and text.
+
+Every figure has a bootstrap interval. No trial of the search used these topics or texts.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,31 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import bootstrap
 
-from steer.live.model import Message, SteeredModel, load
+from steer.baking.certificate import ADAPTER
+from steer.core.sampler import MEASURE
+from steer.core.trait import NeutralPrompts
 from steer.measure.dose import neutral_replies
 from steer.measure.fluency import Reference, plain_paragraphs, repetition, text_entropies
 from steer.measure.scorer import Scorer
 from steer.measure.search.trials import NEUTRAL_TOKENS, REPLY_TOKENS
-from steer.values.sampler import MEASURE
-from steer.values.trait import NeutralPrompts
-from steer.weights.certify import ADAPTER
+from steer.model.loaded import Message
+from steer.model.steered import SteeredModel, load
 
 PROMPTS = 24
-"""Held-out neutral prompts that divergences are taken on."""
+"""Number of held-out neutral prompts that KL is computed on."""
 SAMPLES = 2
 """Replies to each held-out topic."""
 RESAMPLES = 9999
+"""Bootstrap resamples per interval."""
 LEVEL = 0.95
+"""Confidence level of the intervals."""
 Numbers = Float[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What one checkpoint was seen to do: a number for each topic, neutral reply or passage, which are what intervals
-    resample."""
+    """The measurements of one checkpoint: one number per topic, neutral reply or passage. The bootstrap resamples
+    these."""
 
     shows: Numbers
     """Share of a topic's replies that the text scorer calls the trait."""
@@ -44,13 +50,13 @@ class Sample:
     kl: Numbers
     """KL(source || checkpoint) over each of the source's neutral replies, nats."""
     lengths: Numbers
-    """Their tokens."""
+    """Tokens of each neutral reply."""
     entropy: Numbers
     """Cross-entropy of each passage of plain prose, nats."""
     words: Numbers
-    """Its tokens."""
+    """Tokens of each passage."""
     kept: dict[str, Numbers]
-    """Trait that is to stay -> share of each of its topics' replies that show it."""
+    """Per trait that is to stay: for each of its topics, the share of replies that show the trait."""
 
     def as_json(self) -> dict[str, Any]:
         """Every figure as {value, low, high}: the ends of its 95 % bootstrap interval."""
@@ -65,7 +71,7 @@ class Sample:
 
 
 class HeldOut:
-    """Held-out topics, neutral prompts and prose, and what the source says to them."""
+    """Measures checkpoints on held-out topics, neutral prompts and prose, against the source's replies."""
 
     def __init__(
         self,
@@ -77,7 +83,11 @@ class HeldOut:
         tokens: int = REPLY_TOKENS,
         on_tokens: Callable[[int], None] | None = None,
     ) -> None:
-        """Has the source write its replies to neutral prompts. `on_tokens` is told how many tokens are written."""
+        """Generate the source's replies to the neutral prompts.
+
+        `kept` has a scorer per trait that is to stay. `samples` is the number of replies per topic, `tokens` their
+        largest length. `on_tokens` is called with the number of tokens written since its last call.
+        """
         self.scorer, self.kept, self.samples, self.on_tokens = scorer, dict(kept), samples, on_tokens
         self.sampler = replace(MEASURE, max_new_tokens=tokens)
         prompts = NeutralPrompts.load().held_out[:PROMPTS]
@@ -86,33 +96,33 @@ class HeldOut:
 
     @property
     def tokens(self) -> int:
-        """Written at most to measure one checkpoint."""
+        """Largest number of tokens written to measure one checkpoint."""
         topics = sum(len(s.trait.held_out) for s in (self.scorer, *self.kept.values()))
         return topics * self.samples * self.sampler.max_new_tokens
 
     def measure(self, model: SteeredModel) -> Sample:
-        """One checkpoint, the source too. A topic draws the same random numbers on each."""
+        """Measure one checkpoint, which may be the source. A topic draws the same random numbers for each of them."""
         scorers = [self.scorer, *self.kept.values()]
         chats: list[list[Message]] = [
             [{"role": "user", "content": t}] for s in scorers for t in s.trait.held_out for _ in range(self.samples)
         ]
         replies = model.replies(chats, self.sampler, on_tokens=self.on_tokens)
-        told: list[Numbers] = []
+        probabilities: list[Numbers] = []
         first = replies[: len(self.scorer.trait.held_out) * self.samples]
         for s in scorers:
             count = len(s.trait.held_out) * self.samples
-            told.append(s.probabilities([model.text(r) for r in replies[:count]]))
+            probabilities.append(s.probabilities([model.text(r) for r in replies[:count]]))
             replies = replies[count:]
         entropy, words = text_entropies(model, plain_paragraphs()[1])
         return Sample(
-            shows=self._by_topic(told[0] > 0.5),
-            probability=self._by_topic(told[0]),
+            shows=self._by_topic(probabilities[0] > 0.5),
+            probability=self._by_topic(probabilities[0]),
             repetition=self._by_topic(np.array([repetition(r) for r in first])),
             kl=self.reference.kl_sums(model),
             lengths=self.reference.lengths,
             entropy=entropy,
             words=words,
-            kept={name: self._by_topic(p > 0.5) for name, p in zip(self.kept, told[1:], strict=True)},
+            kept={name: self._by_topic(p > 0.5) for name, p in zip(self.kept, probabilities[1:], strict=True)},
         )
 
     def _by_topic(self, values: Any) -> Numbers:
@@ -120,7 +130,8 @@ class HeldOut:
 
 
 def compared(untouched: Sample, unsearched: Sample, searched: Sample) -> dict[str, Any]:
-    """All three with their intervals; what the search saved, as shares of the unsearched bake's KL and rate moved."""
+    """The three measurements with their intervals, the searched bake's KL as a share of the unsearched one's, and the
+    difference between their rates."""
     return {
         "untouched": untouched.as_json(),
         "unsearched": unsearched.as_json(),
@@ -136,7 +147,7 @@ def mean_interval(values: Numbers) -> dict[str, float]:
 
 
 def ratio_interval(above: Numbers, below: Numbers) -> dict[str, float]:
-    """A ratio of sums with the ends of its bootstrap interval; what is above and below is resampled together."""
+    """A ratio of sums with the ends of its bootstrap interval; numerator and denominator are resampled together."""
     return _interval((above, below), lambda x, y, axis=-1: x.sum(axis) / np.maximum(y.sum(axis), 1e-12))
 
 
@@ -144,7 +155,7 @@ def _interval(data: Sequence[Numbers], statistic: Callable[..., Any]) -> dict[st
     value = float(statistic(*data))
     if len(data[0]) < 2:
         return {"value": value, "low": value, "high": value}
-    # By percentiles: the other methods have no answer where all values are equal, as rates of zero are.
+    # By percentiles: the other methods fail if all values are equal, as they are for rates of zero.
     found = bootstrap(
         data, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, confidence_level=LEVEL,
         method="percentile", rng=np.random.default_rng(0),
@@ -153,16 +164,16 @@ def _interval(data: Sequence[Numbers], statistic: Callable[..., Any]) -> dict[st
 
 
 def load_exported(place: Path, source: Path) -> SteeredModel:
-    """What a bake wrote, as others run it: a checkpoint through transformers, an adapter through peft on its source,
-    not merged into it."""
+    """Load the output of a bake at `place` as its users would: a checkpoint through transformers, an adapter through
+    peft on top of `source`, not merged into it."""
     if not (place / ADAPTER).is_file():
         return load(place)
     from peft import PeftModel
 
     model = load(source)
     with warnings.catch_warnings():
-        # That such an adapter cannot be merged, and what merging would do to a tied head: it is not merged.
+        # peft warns about merging such an adapter, also into a tied head. It is not merged here.
         warnings.simplefilter("ignore", UserWarning)
-        # peft changes the modules in place: the model that runs is the same one.
+        # peft changes the modules in place, so `model` runs with the adapter.
         PeftModel.from_pretrained(model.hf, str(place)).eval()
     return model

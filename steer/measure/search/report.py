@@ -1,4 +1,4 @@
-"""A search's Pareto plot, as a page and as a picture."""
+"""The report of a search: its Pareto plot and all trials as an HTML page, and the plot as PNG."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ PAGE, PICTURE = "pareto.html", "pareto.png"
 
 
 def write_search_report(result: Mapping[str, Any], folder: Path) -> None:
-    """Write pareto.html, which needs no other file, and pareto.png into a directory.
+    """Write pareto.html, which needs no other file, and pareto.png into `folder`.
 
-    `result` is what `search.json` holds; what was measured on held-out topics may come later.
+    `result` has the contents of `search.json`. Its key `held_out` may be missing: the report can be written before the
+    measurement on held-out topics.
     """
     plotted = (result["trials"], result["chosen"]["number"], result["goal"]["max_kl"])
     page = (

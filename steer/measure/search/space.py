@@ -1,4 +1,7 @@
-"""What a search for a bake may choose: method, where and how strongly to ablate, and a bias beside it."""
+"""The space that a search for a bake explores: method, place and strength of ablation, and a bias added beside it.
+
+`Space.suggest` turns an Optuna trial into parameters, `Space.edit` turns parameters into an `Edit`.
+"""
 
 from __future__ import annotations
 
@@ -10,50 +13,55 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.values.method import PLAIN, Kernel, Method, Projection, Strengths
-from steer.weights.bakeable import Form, no_constant
+from steer.baking.form import Form
+from steer.baking.forms import no_constant
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.method import PLAIN, Kernel, Method, Projection, Strengths
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-    from steer.live.model import SteeredModel
+    from steer.model.steered import SteeredModel
 
 VERSION = 2
-"""Of the parameters below. A study of another version is another study."""
+"""Version of the parameters below. A study of another version cannot be continued."""
 STRONGEST = 1.6
-"""The bias furthest from 0, as an amount."""
+"""Largest bias tried, as an absolute amount."""
 STEPS = 15
-"""Blocks are searched in about so many steps."""
+"""The blocks are divided into about this many steps; peaks and ranges lie on this grid."""
 NEARLY = 0.05
-"""A direction whose cosine with the neutral mean is below this is the same after `projected`: its length changes by a
-thousandth."""
+"""If a direction's cosine with the neutral mean is below this, method `projected` leaves it almost unchanged: its
+length changes by a thousandth."""
 Params = dict[str, Any]
-"""Names and values as the study holds them."""
+"""Parameter names and values as the study stores them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """The edits that a search may choose from. All of them can run as hooks on the live model."""
+    """The edits that a search may choose from. All of them can run as hooks on the live model.
+
+    space = Space.of(direction, model, neutral)
+    edit = space.edit(space.unsearched)
+    """
 
     direction: Direction
     blocks: int
     methods: tuple[Projection, ...] = ("plain",)
     neutral: Float[Tensor, "blocks d"] | None = None
-    """Neutral means, where a method spares them."""
+    """Neutral means, for the methods that leave them unchanged."""
     can_add: bool = True
-    """Whether what is baked can hold a bias after the direction's block."""
+    """Whether the baked form can hold a bias after the direction's block."""
     can_keep: bool = True
-    """Whether norms can be kept: on the live model, and in what is baked, which an adapter's low rank is too little
-    for."""
+    """Whether norm-preserving edits are possible both on the live model and in the baked form. In an adapter they are
+    not: their rank is too high."""
 
     @classmethod
     def of(
         cls, direction: Direction, model: SteeredModel, neutral: Float[Tensor, "blocks d"], form: Form = "checkpoint"
     ) -> Space:
-        """For a direction of a checkpoint. `projected` is left out where it changes next to nothing, as it does for
-        directions that were found orthogonal to the neutral mean."""
+        """The space for a direction, its model, the neutral means and the form of the bake. Method `projected` is left
+        out if it changes almost nothing, as for directions that were made orthogonal to the neutral mean."""
         mean = neutral[direction.site].double()
         cosine = float((direction.vector.double() @ mean / mean.norm()).abs())
         methods: tuple[Projection, ...] = ("plain", "biprojected")
@@ -70,8 +78,8 @@ class Space:
 
     @property
     def places(self) -> tuple[Literal["nowhere", "everywhere", "range", "kernel"], ...]:
-        """Where it may ablate: nowhere (a bias alone), every writer with the embedding, a range of blocks at constant
-        strengths, or by a kernel for attention and one for MLPs."""
+        """Places of ablation: nowhere (a bias alone), every writer including the embedding, a range of blocks at
+        constant strengths, or strengths by one kernel for attention and one for MLPs."""
         return ("nowhere", "everywhere", "range", "kernel") if self.can_add else ("everywhere", "range", "kernel")
 
     @property
@@ -80,7 +88,8 @@ class Space:
         return self.step * ((self.blocks - 1) // self.step)
 
     def suggest(self, trial: BaseTrial) -> Params:
-        """A point by a trial's sampler. It may be the same edit as another, or none: see `edit` and `key`."""
+        """Draw a point with a trial's sampler. Two points can give the same edit, and a point can give none: see `edit`
+        and `edit_key`."""
         last = self._last
         where = trial.suggest_categorical("where", self.places)
         if self.can_add:
@@ -107,7 +116,7 @@ class Space:
         return trial.params
 
     def edit(self, params: Params) -> Edit | None:
-        """The edit at a point; None where it changes nothing."""
+        """The edit at a point; None if the point changes nothing."""
         amount = round(params.get("bias", 0.0), 3)
         add = ((self.direction, amount),) if amount else ()
         where = params["where"]
@@ -144,15 +153,15 @@ class Space:
 
     @property
     def unsearched(self) -> Params:
-        """What `steer bake --ablate` does: the whole direction out of every writer."""
+        """The point of `steer bake --ablate` without search: remove the whole direction from every writer."""
         return self._point("everywhere", strength=1.0)
 
     def known(self) -> Iterator[Params]:
-        """Points worth a trial before anything is learnt, the unsearched bake first: biases at the direction's block,
-        ablation in the blocks around it, and both.
+        """Points to try first, before the sampler has learnt anything: the unsearched bake, then biases at the
+        direction's block, ablation in the blocks around it, and both.
 
-        A direction that is orthogonal to the neutral mean goes to its neutral value when it is ablated, not below: on
-        a checkpoint that shows the trait everywhere it is the bias that moves the neutral value itself.
+        Ablating a direction that is orthogonal to the neutral mean sets its projection to the neutral value, not below.
+        On a checkpoint that shows the trait everywhere, only a bias moves the neutral value itself.
         """
         centre = min(self.step * round(self.direction.site / self.step), self._last)
         reach = min(self.step * max(1, round(self.blocks / 5 / self.step)), self._last)
@@ -183,7 +192,7 @@ class Space:
 
 
 def edit_key(edit: Edit) -> str:
-    """Equal for edits that do the same."""
+    """A string that is equal for edits that do the same."""
     return json.dumps(edit.describe(), sort_keys=True)
 
 
@@ -198,8 +207,8 @@ def edit_label(edit: Edit) -> str:
             how = f"{edit.strength:g} {place}"
         else:
             kinds = ("attention", "mlp")
-            told = [f"{kind} {_strength(getattr(edit.strengths, kind))}" for kind in kinds]
-            how = ", ".join(told) + (f" {place}" if edit.blocks else "")
+            strengths = [f"{kind} {_strength(getattr(edit.strengths, kind))}" for kind in kinds]
+            how = ", ".join(strengths) + (f" {place}" if edit.blocks else "")
         parts.append(f"{method}ablate {how}")
     parts += [f"bias {amount:+g} at block {d.site}" for d, amount in edit.add]
     return ", ".join(parts)

@@ -1,7 +1,7 @@
-"""The study of a search on disk: every trial in SQLite, the next ones a function of those that are finished.
+"""The study of a search on disk: its trials in SQLite, and the loop that proposes and runs the next ones.
 
-Nothing but finished trials is kept, and the sampler of a batch of trials is made anew from them and seeded by the
-batch's number: a search that was killed goes on as if it had not been.
+The study holds finished trials only. For each batch of trials a new sampler is built from them and seeded by the
+batch's number, so a search that was killed continues exactly as it would have without the interruption.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from steer.checkpoint.sketch import Sketch
+from steer.core.edit import Edit
 from steer.errors import MismatchError, OutputExistsError, SteerError
 from steer.measure.search.choice import Choice, Goal, Trial, choose, confirmed
 from steer.measure.search.space import Space, edit_key
 from steer.measure.search.trials import Bench, Outcome
-from steer.values.edit import Edit
-from steer.weights.sketch import Sketch
 
 if TYPE_CHECKING:
     import optuna
 
 STUDY = "study.sqlite3"
 BATCH = 8
-"""Edits asked for, and tried, together."""
+"""Number of edits proposed and tried together."""
 STARTUP = 2 * BATCH
-"""Trials before the sampler makes use of what it learnt: the known points, and a batch drawn at random."""
+"""Trials before the sampler uses earlier results: the known points, and a batch drawn at random."""
 PATIENCE = 40
-"""Points drawn for one that was not tried before; half of them by the sampler, half at random."""
+"""Points drawn at most to find one that was not tried before; half of them by the sampler, half at random."""
 LEAST_KL = 1e-5
-"""Nats per token; below it trials cost the same. The sampler is told logarithms, as costs differ by powers of ten."""
+"""Nats per token; smaller values are reported to the sampler as this one. It sees the logarithm of KL, as costs differ
+by powers of ten."""
 AIM = 0.75
-"""Share of the mean probability to get under; below it trials are told as this. On other topics it may be higher."""
+"""Share of the goal's mean probability; smaller probabilities are reported to the sampler as this share of the goal.
+Below 1, as the probability may be higher on other topics."""
 Fits = Callable[[Edit], bool]
-"""Whether the checkpoint and the form of the bake can hold an edit."""
+"""Whether the checkpoint and the form of the bake can represent an edit."""
 
 
 class Study:
     """The trials of one search. `path` is an SQLite file, or None for a study in memory."""
 
     def __init__(self, path: Path | None, about: Mapping[str, Any], name: str) -> None:
-        """Open the study at `path`, or begin it.
+        """Open the study at `path`, or create it.
 
-        `about` tells what it is a study of, and must be the same each time; `name` names it in messages.
-        Errors: MismatchError when the file is a study of something else, SteerError when it is none.
+        `about` describes what is searched (JSON), and must be the same each time; `name` is used in messages.
+        Errors: MismatchError when the file is a study with another `about`, SteerError when it is not a study.
         """
         from optuna.exceptions import StorageInternalError
         from sqlalchemy.exc import SQLAlchemyError
@@ -76,7 +78,7 @@ class Study:
     def _expect(self, about: Mapping[str, Any], name: str) -> None:
         attributes = self._study.user_attrs
         if "about" not in attributes:
-            from steer.weights.kept import versions
+            from steer.baking.outputs import versions
 
             with _quiet():
                 self._study.set_metric_names(["mean probability, from the aim on", "log10 KL"])
@@ -110,7 +112,7 @@ class Study:
 
     @property
     def untouched(self) -> Outcome | None:
-        """What the untouched model does, once it was measured."""
+        """The outcome of the untouched model; None before it was measured."""
         found = self._study.user_attrs.get("untouched")
         return Outcome(**found) if found else None
 
@@ -127,11 +129,11 @@ class Study:
         fits: Fits = lambda edit: True,
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Try edits until there are `trials` of them, or none is left to try. `on_batch` is told how many more are
-        done."""
+        """Try edits until the study has `trials` of them, or the space has no more. `fits` rejects edits that the bake
+        cannot represent. `on_batch` is called with the number of trials finished since its last call."""
         while (count := self.count) < trials:
             batch, begun = divmod(count, BATCH)
-            # What a batch consists of depends on the batches before it alone: a part of one is completed.
+            # A batch depends only on the batches before it, so one that was partly run is completed here.
             asked = self._ask(space, batch, seed, fits)[begun : begun + trials - count]
             if not asked:
                 return
@@ -143,9 +145,10 @@ class Study:
             on_batch(len(asked))
 
     def choose(self, bench: Bench, space: Space, goal: Goal, *, confirm: bool = True) -> Choice:
-        """The trial to take; with `confirm` after the best were tried on the rest of the fit topics, each once.
+        """The chosen trial. With `confirm`, the best trials are first measured on the rest of the fit topics; each such
+        measurement is stored in the study and made once.
 
-        Errors: as `choose`.
+        Errors: those of `steer.measure.search.choice.choose`.
         """
         untouched, trials = self.untouched, self.trials(space)
         assert untouched is not None
@@ -165,10 +168,11 @@ class Study:
         return confirmed(trials, untouched, goal, again)
 
     def _ask(self, space: Space, batch: int, seed: int, fits: Fits) -> list[tuple[optuna.trial.FrozenTrial, Edit]]:
-        """The points of a batch and their edits, none tried before; fewer where the space has no more.
+        """The points of a batch and their edits, none of them tried before; fewer than `BATCH` if the space has no
+        more.
 
-        Asked of a copy in memory that knows the batches before it, so that the study on disk has no trial that is not
-        finished.
+        They are drawn from an in-memory copy of the study that holds the batches before this one, so that the study on
+        disk never holds an unfinished trial.
         """
         optuna = _optuna()
         before = self._study.get_trials(deepcopy=False)[: batch * BATCH]
@@ -191,7 +195,7 @@ class Study:
             trial = copy.ask()
             edit = space.edit(space.suggest(trial))
             if edit is None or edit_key(edit) in tried or not fits(edit):
-                failures += 1  # left as running, which keeps the sampler away from it
+                failures += 1  # the trial stays "running" in the copy, which keeps the sampler away from this point
                 continue
             failures = 0
             tried.add(edit_key(edit))
@@ -205,7 +209,8 @@ class Study:
         goal: Goal,
         first: int,
     ) -> None:
-        """Keep a batch. It is written as a whole before its trials are, one by one."""
+        """Store a batch: first as one attribute of the study, then trial by trial, so that a kill in between is
+        repaired by `_finish_writing`."""
         optuna, untouched = _optuna(), self.untouched
         assert untouched is not None
         before = self._study.get_trials(deepcopy=False)
@@ -213,7 +218,7 @@ class Study:
         rate, probability = goal.target(untouched, plain)
         rows = []
         for (trial, _), outcome in zip(asked, outcomes, strict=True):
-            # What is well beyond the goal is no better for it: else half of the trials go into what costs too much.
+            # Going far beyond the goal gets no credit: otherwise half of the trials go to edits that cost too much.
             values = [max(outcome.probability, AIM * probability), math.log10(max(outcome.kl, LEAST_KL))]
             over = {"rate": outcome.rate - rate, "probability": outcome.probability - probability}
             over |= {name: abs(r - untouched.kept[name]) - goal.tolerance for name, r in outcome.kept.items()}
@@ -225,6 +230,7 @@ class Study:
         self._finish_writing()
 
     def _finish_writing(self) -> None:
+        """Add those trials of the last stored batch that the study does not have yet."""
         optuna = _optuna()
         batch = self._study.user_attrs.get("being written")
         if batch is None:
@@ -244,9 +250,9 @@ class Study:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a search's directory, made where there is none, against other processes.
+    """Lock a search's directory against other processes, creating it if needed.
 
-    Errors: OutputExistsError when another search is at work in it.
+    Errors: OutputExistsError when another search holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -263,7 +269,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _same(what: str, ours: Any, theirs: Any) -> bool:
-    """Whether two descriptions agree. Machines that run one merge differ in its weights' last bits."""
+    """Whether two values of the key `what` agree. Sketches of checkpoints are compared with tolerance: the same merge
+    made on two machines differs in the last bits of its weights."""
     if what == "checkpoint" and ours != theirs and isinstance(ours, str) and isinstance(theirs, str):
         return Sketch.from_header({"sketch": ours}).same_as(Sketch.from_header({"sketch": theirs}))
     return ours == theirs
@@ -271,7 +278,7 @@ def _same(what: str, ours: Any, theirs: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Optuna's word on what it calls experimental."""
+    """Suppress Optuna's warnings about its experimental features."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", _optuna().exceptions.ExperimentalWarning)
         yield

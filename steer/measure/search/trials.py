@@ -1,4 +1,7 @@
-"""Edits tried on the live model: what each does to the trait, to traits that are to stay, and to neutral text."""
+"""The trials of a search: edits run as hooks on the live model, many per batch, and measured.
+
+Each trial measures the trait to remove, the traits that are to stay, and the cost on neutral text.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from steer.features.contrast import Reply
-from steer.live.model import Message, SteeredModel
+from steer.core.edit import Edit
+from steer.core.sampler import MEASURE
+from steer.core.trait import Trait
+from steer.measure.contrast import Reply
 from steer.measure.fluency import mean_repetition, plain_paragraphs, row_costs
 from steer.measure.scorer import Scorer
-from steer.values.edit import Edit
-from steer.values.sampler import MEASURE
-from steer.values.trait import Trait
+from steer.model.loaded import Message
+from steer.model.steered import SteeredModel
 
 REPLY_TOKENS = 100
-"""Length of the replies that are scored: a trait may show late in one."""
+"""Length of the replies that are scored, tokens; a trait may show late in a reply."""
 TOPICS = 20
-"""Fit topics that every trial answers; the others are for those that come near to being chosen."""
+"""Fit topics that every trial answers; only the best trials answer the others."""
 NEUTRAL, NEUTRAL_TOKENS = 16, 48
-"""Neutral replies that divergences are taken on, and how many tokens of each."""
+"""Number of neutral replies that KL is computed on, and tokens of each."""
 PASSAGES, PASSAGE_TOKENS = 6, 64
-"""Passages of plain prose that perplexity is taken on, and how many tokens of each."""
+"""Number of passages of plain prose that perplexity is computed on, and tokens of each."""
 MOST_KL = 99.0
-"""Nats per token; what is beyond it, or no number, is told as this."""
+"""Nats per token; a larger value, or one that is not a number, is reported as this."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an edit did on fit topics."""
+    """The measurements of one edit on fit topics."""
 
     rate: float
     """Share of the replies that the text scorer calls the trait."""
@@ -41,24 +45,24 @@ class Outcome:
     kl: float
     """KL(untouched || edited) on neutral replies, nats per token."""
     perplexity: float
-    """Of plain prose."""
+    """Perplexity of plain prose under the edit."""
     repetition: float
     """Share of trigrams seen before in the same reply."""
     kept: dict[str, float] = field(default_factory=dict)
-    """Trait that is to stay -> its rate on its own fit topics."""
+    """Per trait that is to stay: its rate on the trait's own fit topics."""
     replies: int = 0
-    """Replies to the trait's topics that the rate is a share of; to each kept trait's topics there are as many."""
+    """Number of replies that `rate` is computed over; as many are generated for each trait that is to stay."""
 
     def as_json(self) -> dict[str, Any]:
-        """For the study and the report."""
+        """The outcome as JSON, for the study and the report."""
         return asdict(self)
 
     def with_more(self, other: Outcome) -> Outcome:
-        """Both, their replies taken together."""
+        """The outcome over the replies of both. KL and perplexity are those of this one."""
         share = other.replies / max(1, self.replies + other.replies)
 
-        def mean(mine: float, theirs: float) -> float:
-            return (1 - share) * mine + share * theirs
+        def mean(first: float, second: float) -> float:
+            return (1 - share) * first + share * second
 
         return replace(
             self,
@@ -72,25 +76,29 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Scope:
-    """How much each trial sees."""
+    """How many topics, tokens and neutral replies each trial uses."""
 
     topics: int = TOPICS
+    """Fit topics that every trial answers."""
     tokens: int = REPLY_TOKENS
+    """Length of the scored replies, tokens."""
     neutral: int = NEUTRAL
+    """Neutral replies that KL is computed on."""
     seed: int = 0
+    """Seed of sampling and of the choice of topics."""
 
     def parts(self, trait: Trait) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Fit topics for every trial, and the others; all again where there are no others."""
+        """(fit topics for every trial, the other fit topics). If no others are left, the second is the first."""
         topics = random.Random(self.seed).sample(trait.fit, len(trait.fit))
         first, rest = tuple(topics[: self.topics]), tuple(topics[self.topics :])
         return first, rest or first
 
 
 class Bench:
-    """Where edits are tried: all of them at once, every row of a batch under an edit of its own.
+    """Runs edits on the live model and measures them, all in one batch in which each row has its own edit.
 
-    `neutral` are the untouched model's replies to neutral prompts of the fit split. `on_tokens` is told how many tokens
-    were written.
+    `kept` has a scorer per trait that is to stay. `neutral` are the untouched model's replies to neutral prompts of the
+    fit split. `on_tokens` is called with the number of tokens written since its last call.
     """
 
     def __init__(
@@ -110,15 +118,16 @@ class Bench:
         self.prose = [(ids[:1], ids[1:]) for ids in passages]
 
     def tokens(self, edits: int) -> int:
-        """Tokens that trials of so many edits write at most."""
+        """Largest number of tokens that trials of this many edits write."""
         scorers = [self.scorer, *self.kept.values()]
         return edits * self.scope.tokens * sum(len(self.scope.parts(s.trait)[0]) for s in scorers)
 
     def outcomes(self, edits: Sequence[Edit | None], *, rest: bool = False) -> list[Outcome]:
-        """What each edit does (None: nothing is done), on the topics of every trial or on the `rest` of them.
+        """The outcome of each edit (None: the untouched model), on the topics that every trial uses, or with `rest` on
+        the other fit topics.
 
-        A topic draws the same random numbers under every edit, so that differences are the edit's. The `rest` has no
-        costs: those of the first part are as good.
+        A topic draws the same random numbers under every edit, so that differences come from the edit. With `rest` the
+        costs are not measured: neutral text is the same for all topics.
         """
         scored = self._replies(edits, rest)
         moving = [e for e in edits if e is not None]
@@ -145,7 +154,7 @@ class Bench:
         return out
 
     def _replies(self, edits: Sequence[Edit | None], rest: bool) -> list[tuple[np.ndarray, float, dict[str, float]]]:
-        """Under each edit: the scorer's probabilities, the mean repetition, the rate of every trait that is to stay."""
+        """Per edit: (the scorer's probabilities, the mean repetition, the rate of each trait that is to stay)."""
         scorers = [self.scorer, *self.kept.values()]
         topics = [self.scope.parts(s.trait)[rest] for s in scorers]
         chats: list[list[Message]] = [[{"role": "user", "content": t}] for part in topics for t in part]
@@ -164,7 +173,7 @@ class Bench:
             for part in topics:
                 parts.append(replies[: len(part)])
                 replies = replies[len(part) :]
-            told = [s.probabilities([self.model.text(r) for r in p]) for s, p in zip(scorers, parts, strict=True)]
-            kept = {name: float((p > 0.5).mean()) for name, p in zip(self.kept, told[1:], strict=True)}
-            out.append((told[0], mean_repetition(parts[0]), kept))
+            scored = [s.probabilities([self.model.text(r) for r in p]) for s, p in zip(scorers, parts, strict=True)]
+            kept = {name: float((p > 0.5).mean()) for name, p in zip(self.kept, scored[1:], strict=True)}
+            out.append((scored[0], mean_repetition(parts[0]), kept))
         return out

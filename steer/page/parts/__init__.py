@@ -1,1 +1,1 @@
-"""The parts of the page, a function `draw` each."""
+"""The parts of the page: one file per part, each with a function `draw`."""

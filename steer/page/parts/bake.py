@@ -1,4 +1,4 @@
-"""The sliders as a checkpoint or an adapter: what can go into weights, then the work, then its certificate."""
+"""The part "Bake": which sliders can be baked into a checkpoint or adapter, the running bake, and its certificate."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import streamlit as st
 
-from steer.chat.baking_job import BakePlan, BakingJob
 from steer.chat.chat import Chat
-from steer.page.change import redraw, redraw_if_asked, safely, watch
-from steer.page.look import markdown
+from steer.chat.jobs import BakePlan, BakingJob
+from steer.page.drawing import markdown
+from steer.page.guard import redraw, redraw_if_asked, safely, watch
 
 POLL = 0.5
 
 
 def draw(chat: Chat) -> None:
-    """The plan, and the job that carries it out in a process of its own."""
+    """Draw the plan, and the job that carries it out in a separate process (`steer.chat.jobs`)."""
     job: BakingJob | None = st.session_state.get("baking")
     if job is not None:
         watch(_job, job.running, POLL, job)
@@ -35,9 +35,9 @@ def draw(chat: Chat) -> None:
             "Bake", type="primary", disabled=not plan.possible or not out,
             on_click=safely, args=(lambda: _start(plan, out),),
         )  # fmt: skip
-        rest = plan.without_refused() if not plan.possible else None
-        if rest is not None and rest.possible:
-            st.button("Bake what can be", on_click=safely, args=(lambda: _start(rest, out),))
+        allowed_plan = plan.without_refused() if not plan.possible else None
+        if allowed_plan is not None and allowed_plan.possible:
+            st.button("Bake what can be", on_click=safely, args=(lambda: _start(allowed_plan, out),))
 
 
 def _start(plan: BakePlan, out: str) -> None:
@@ -45,7 +45,7 @@ def _start(plan: BakePlan, out: str) -> None:
 
 
 def _free(place: Path) -> Path:
-    """A folder that is not there yet."""
+    """Return a folder that does not exist: `place`, or `place-2` and so on."""
     number = 1
     while (tried := place if number == 1 else place.with_name(f"{place.name}-{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Which chat: a new one, or one that was kept."""
+"""The top of the sidebar: start a new chat, or open or delete a saved one."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.chat.stored import SavedChat, delete_chat, saved_chats
-from steer.page.change import safely
-from steer.page.look import markdown
+from steer.page.drawing import markdown
+from steer.page.guard import safely
 
 LISTED = 200
 BROKEN = 5
-"""Files that are no chats and are named, at most."""
+"""How many files that are not chats are named."""
 
 
 def draw(chat: Chat) -> None:
-    """The top of the sidebar."""
+    """Draw the top of the sidebar."""
     with st.container(horizontal=True, vertical_alignment="center"):
         st.button("New chat", icon=":material/add_comment:", on_click=safely, args=(lambda: _new(chat),))
         with st.popover("Old chats", icon=":material/history:"):
-            _kept(chat)
+            _saved_chats(chat)
     st.caption(markdown(chat.voice.name))
 
 
@@ -31,20 +31,20 @@ def _new(chat: Chat) -> None:
     st.session_state["editing"] = None
 
 
-def _kept(chat: Chat) -> None:
+def _saved_chats(chat: Chat) -> None:
     chats, broken = saved_chats()
     for line in broken[:BROKEN]:
         st.warning(markdown(line))
     if len(broken) > BROKEN:
         st.caption(f"and {len(broken) - BROKEN} files more that are no chats")
-    kept = {str(c.place): c for c in chats[:LISTED]}
-    if not kept:
+    chats_by_place = {str(c.place): c for c in chats[:LISTED]}
+    if not chats_by_place:
         st.caption("None yet: chats are kept as they go.")
         return
-    place = st.selectbox("Chat", list(kept), format_func=lambda p: _told(kept[p]), key="kept chat")
+    place = st.selectbox("Chat", list(chats_by_place), format_func=lambda p: _label(chats_by_place[p]), key="kept chat")
     if place is None:
         return
-    at = kept[place].place
+    at = chats_by_place[place].place
     with st.container(horizontal=True):
         st.button("Open", type="primary", on_click=lambda: st.session_state.update(open=at, part="Chat", editing=None))
         st.button(
@@ -53,6 +53,6 @@ def _kept(chat: Chat) -> None:
         )  # fmt: skip
 
 
-def _told(kept: SavedChat) -> str:
-    when = time.strftime("%d %b %H:%M", time.localtime(kept.changed))
-    return f"{kept.title} · {kept.messages} messages · {when}"
+def _label(saved: SavedChat) -> str:
+    when = time.strftime("%d %b %H:%M", time.localtime(saved.changed))
+    return f"{saved.title} · {saved.messages} messages · {when}"

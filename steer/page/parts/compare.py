@@ -1,22 +1,22 @@
-"""Side by side: one message, two settings, the words that differ, and which reads better."""
+"""The part "Compare": one message under two settings side by side, the words that differ, and a vote."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.duel import Duel, Side
+from steer.chat.comparison import Comparison, Side
 from steer.chat.profile_store import load_profile, saved_profiles
 from steer.chat.votes import read_votes, tally
-from steer.page.change import redraw, redraw_if_asked, safely, watch
-from steer.page.look import markdown, marked
+from steer.page.drawing import markdown, marked
+from steer.page.guard import redraw, redraw_if_asked, safely, watch
 
 POLL = 0.3
 _PLAIN, _NOW = "without sliders", "with these sliders"
 
 
 def draw(chat: Chat) -> None:
-    """What to compare, the two replies, and the votes so far."""
+    """Draw the form, the two replies, and the votes so far."""
     offered = [_PLAIN, _NOW, *saved_profiles()]
     with st.form("compare", border=False):
         text = st.text_area(
@@ -28,14 +28,14 @@ def draw(chat: Chat) -> None:
         blind = st.checkbox("Blind: hide which is which until you have chosen", key="blind")
         if st.form_submit_button("Compare", type="primary", icon=":material/compare_arrows:"):
             safely(lambda: _start(chat, text.strip() or None, first, second, blind))
-    duel: Duel | None = st.session_state.get("duel")
+    duel: Comparison | None = st.session_state.get("duel")
     if duel is not None:
         watch(_pair, duel.running, POLL, chat, duel)
     _votes()
 
 
 def _start(chat: Chat, text: str | None, first: str, second: str, blind: bool) -> None:
-    before: Duel | None = st.session_state.get("duel")
+    before: Comparison | None = st.session_state.get("duel")
     if before is not None:
         before.stop()
     st.session_state["duel"] = chat.duel(text, _side(chat, first), _side(chat, second), blind=blind)
@@ -47,7 +47,7 @@ def _side(chat: Chat, name: str) -> Side:
     return chat.side_of(load_profile(name))
 
 
-def _pair(chat: Chat, duel: Duel) -> None:
+def _pair(chat: Chat, duel: Comparison) -> None:
     running = duel.running
     for column, place, shown in zip(st.columns(2), ("left", "right"), duel.shown, strict=True):
         with column, st.container(border=True):
@@ -68,7 +68,7 @@ def _pair(chat: Chat, duel: Duel) -> None:
         st.session_state["comparing"] = True
         return
     if st.session_state.pop("comparing", False):
-        redraw()  # once more, without the clock
+        redraw()  # the whole page once more, without the timer that redraws this part
     if duel.voted is not None:
         better = {"first": duel.sides[0].title, "second": duel.sides[1].title}.get(duel.voted.better)
         st.success(f"You chose: {markdown(better)}" if better else "You chose neither.")
@@ -82,13 +82,13 @@ def _pair(chat: Chat, duel: Duel) -> None:
     redraw_if_asked()
 
 
-def _take(chat: Chat, duel: Duel, place) -> None:  # type: ignore[no-untyped-def]
+def _take(chat: Chat, duel: Comparison, place) -> None:  # type: ignore[no-untyped-def]
     chat.take(duel, place)
     st.session_state["part"] = "Chat"
     redraw()
 
 
-def _vote(duel: Duel, better) -> None:  # type: ignore[no-untyped-def]
+def _vote(duel: Comparison, better) -> None:  # type: ignore[no-untyped-def]
     duel.vote(better)
     redraw()
 

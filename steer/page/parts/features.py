@@ -1,4 +1,4 @@
-"""The dictionary's features: search by words, by trait, by what fires on a message; pin one as a slider."""
+"""The part "Features": search a dictionary's features by words, trait or message, and pin one as a slider."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.feature_search import FeatureCard, Shelf
-from steer.page.change import safely
-from steer.page.look import heat, markdown
+from steer.chat.feature_index import FeatureCard, FeatureIndex
+from steer.page.drawing import heat, markdown
+from steer.page.guard import safely
 
 _WAYS = {"words": "By words", "trait": "By trait", "message": "What fires on a message"}
 
 
 def draw(chat: Chat) -> None:
-    """The search and what it finds."""
+    """Draw the search and its results."""
     shelf = chat.shelf()
     for line in shelf.problems:
         st.warning(markdown(line))
@@ -42,7 +42,7 @@ def draw(chat: Chat) -> None:
         _cards(chat, shelf.by_words(words))
 
 
-def _firing(chat: Chat, shelf: Shelf) -> None:
+def _firing(chat: Chat, shelf: FeatureIndex) -> None:
     said = [m.text for m in chat.path() if m.text]
     key = f"search message {st.session_state.get('chats', 0)}.{len(said)}"
     text = st.text_area("Message", said[-1] if said else "", key=key).strip()
@@ -95,5 +95,5 @@ def _card(chat: Chat, card: FeatureCard) -> None:
 
 
 def _plain(text: str) -> str:
-    """A token as code: white space would break the line, or not be seen."""
+    """Return a token for display as code, with white space made visible."""
     return "".join("↵" if c in "\n\r\u2028" else "␣" if c.isspace() else c for c in text).replace("`", "'") or "␣"

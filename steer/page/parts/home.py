@@ -1,4 +1,4 @@
-"""No model yet: the page gets the default merge and shows how far it is."""
+"""The page without a model: it offers to fetch and merge the default model, and shows the progress."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from pathlib import Path
 
 import streamlit as st
 
-from steer.chat.default_merge import default_place, get_default, ready
-from steer.chat.job import Job
-from steer.page.change import redraw, redraw_if_asked, safely, watch
-from steer.page.look import markdown
+from steer.chat.jobs import Job, default_place, get_default, ready
+from steer.page.drawing import markdown
+from steer.page.guard import redraw, redraw_if_asked, safely, watch
 
 POLL = 0.5
 
 
 def draw() -> None:
-    """What to do on a first visit."""
+    """Draw the first visit: what steer is, and the button that gets the default merge."""
     st.title("steer")
     st.write(
         "A chat whose character you move with sliders. It needs a checkpoint: name one with `steer ui MODEL`, or take "

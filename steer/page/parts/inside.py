@@ -1,4 +1,4 @@
-"""Inside a reply: every token coloured by a trait or feature, a strip chart, and KL to the unsteered model."""
+"""The part "Inside": each token of a reply coloured by a trait or feature, a chart, and KL to the unsteered model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pandas as pd
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.inside import Look
-from steer.page.look import heat, legend, markdown
+from steer.chat.readout import TokenReadout
+from steer.page.drawing import heat, legend, markdown
 
 
 def draw(chat: Chat) -> None:
-    """One reply of the chat."""
+    """Draw the choice of a reply and of sliders to read it by, and the readings."""
     replies = [m for m in chat.path() if m.role == "assistant" and m.parent is not None and m.text]
     if chat.writer.running:
         replies = replies[:-1]
@@ -38,14 +38,14 @@ def draw(chat: Chat) -> None:
     _charts(look)
 
 
-def _heat(look: Look, name: str) -> None:
+def _heat(look: TokenReadout, name: str) -> None:
     read = zip(look.steered[name], look.plain[name], look.kl, strict=True)
     hints = [f"{a:.2f} ({b:.2f} without sliders), KL {kl:.2f} nats" for a, b, kl in read]
     st.html(legend(look.scale(name), f"amounts of {look.titles[name]}; hover a word for its value"))
     st.html(heat(look.pieces, look.heat(name), hints))
 
 
-def _charts(look: Look) -> None:
+def _charts(look: TokenReadout) -> None:
     rows = pd.DataFrame(look.chart())
     along = alt.Scale(domain=[-1, len(look.pieces)], nice=False)
     tip = ["token", "text", "title", "under", alt.Tooltip("amount", format=".2f")]
@@ -57,7 +57,7 @@ def _charts(look: Look) -> None:
             y=alt.Y("amount:Q", title="amount"),
             color=alt.Color("title:N", title=None, legend=alt.Legend(orient="top")),
             strokeDash=alt.StrokeDash(
-                # Below, as two legends in a row are wider than a phone.
+                # At the bottom, because two legends side by side are wider than a phone.
                 "under:N",
                 title=None,
                 sort=["sliders", "no sliders"],

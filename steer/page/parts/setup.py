@@ -1,4 +1,4 @@
-"""Below the sliders: profiles, the character and its system prompt, the sampler."""
+"""The sidebar below the sliders: profiles, the character and its system prompt, and the sampler."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from steer.chat.profile_store import (
     saved_profiles,
     uploaded_profile,
 )
+from steer.core.cards import load_card
+from steer.core.profile import Profile
+from steer.core.sampler import PRESETS, Sampler, preset
 from steer.errors import SteerError
-from steer.page.change import redraw, safely, tell
-from steer.page.look import markdown
-from steer.values.cards import load_card
-from steer.values.profile import Profile
-from steer.values.sampler import PRESETS, Sampler, preset
+from steer.page.drawing import markdown
+from steer.page.guard import redraw, safely, tell
 
-_OWN = "as set below"
+_CUSTOM = "as set below"
 _FIELDS: dict[str, tuple[str, float, float, float]] = {
     "temperature": ("Temperature (0: greedy)", 0.0, 10.0, 0.1),
     "min_p": ("Min-p", 0.0, 1.0, 0.05),
@@ -38,11 +38,11 @@ _FIELDS: dict[str, tuple[str, float, float, float]] = {
     "max_new_tokens": ("Tokens of a reply at most", 1, 4096, 16),
     "seed": ("Seed of the first reply", 0, 2**31 - 1, 1),
 }
-"""Field -> label, least, most, step."""
+"""Field of the sampler -> (label, least value, largest value, step)."""
 
 
 def draw(chat: Chat) -> None:
-    """Three expanders."""
+    """Draw three expanders: profiles, character, sampler."""
     for title, icon, part in (
         ("Profiles", "library_books", _profiles),
         ("Character and system prompt", "theater_comedy", _character),
@@ -53,9 +53,9 @@ def draw(chat: Chat) -> None:
 
 
 def _profiles(chat: Chat) -> None:
-    kept = saved_profiles()
-    if kept:
-        saved = st.selectbox("Saved", list(kept), key="saved profile")
+    profiles = saved_profiles()
+    if profiles:
+        saved = st.selectbox("Saved", list(profiles), key="saved profile")
         with st.container(horizontal=True):
             st.button("Load", on_click=safely, args=(lambda: _use(chat, load_profile(saved)),))
             st.button("Delete", key="delete profile", on_click=safely, args=(lambda: forget_profile(saved),))
@@ -115,9 +115,9 @@ def _sampler(chat: Chat) -> None:
     now = chat.sampler
     key = f"preset@{hash(now)}"
     named = next((n for n, s in PRESETS.items() if _with_length(s, now) == now), None)
-    options = [*PRESETS] if named else [_OWN, *PRESETS]
+    options = [*PRESETS] if named else [_CUSTOM, *PRESETS]
     st.selectbox(
-        "Preset", options, options.index(named or _OWN), key=key,
+        "Preset", options, options.index(named or _CUSTOM), key=key,
         on_change=lambda: safely(lambda: _preset(chat, st.session_state[key])),
     )  # fmt: skip
     with st.expander("Fields"), st.form(f"sampler {hash(now)}", border=False):
@@ -133,7 +133,7 @@ def _apply(chat: Chat, now: Sampler) -> None:
 
 
 def _preset(chat: Chat, name: str) -> None:
-    if name != _OWN:
+    if name != _CUSTOM:
         chat.sampler = _with_length(preset(name), chat.sampler)
 
 

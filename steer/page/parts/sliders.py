@@ -1,4 +1,4 @@
-"""The sidebar: the sliders and their budget, and below them how the chat is set up."""
+"""The sidebar: the sliders, the budget of each site, warnings, and below them `setup`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 
 import streamlit as st
 
-from steer.chat.board import SliderRow
 from steer.chat.chat import Chat
-from steer.page.change import redraw_if_asked, safely, tag
-from steer.page.look import budget_bar, markdown, rail, rails
+from steer.chat.slider_panel import SliderRow
+from steer.core.schedule import Schedule
+from steer.page.drawing import budget_bar, markdown, rail, rails
+from steer.page.guard import redraw_if_asked, safely, tag
 from steer.page.parts import setup
-from steer.values.when import When
 
 
 def draw(chat: Chat) -> None:
-    """All of it."""
+    """Draw the sliders, budgets and warnings, and the settings below them."""
     board = chat.board
     with st.container(
         horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"
@@ -23,7 +23,7 @@ def draw(chat: Chat) -> None:
         key = f"on@{tag(chat)}"
         st.toggle("Sliders act", board.on, key=key, on_change=lambda: setattr(board, "on", st.session_state[key]))
         _buttons(chat)
-    # Each in a place of its own: what is open below is not to close because a slider came or a warning went.
+    # Separate containers, so that an open expander below does not close when a slider or a warning comes or goes.
     with st.container():
         _rows(chat)
     with st.container():
@@ -95,13 +95,13 @@ def _row(chat: Chat, row: SliderRow) -> None:
 
 
 def _step(row: SliderRow) -> float:
-    """About a hundred from end to end."""
+    """Return the step of a slider: 0.05, 0.01 or 0.001, so that the track has roughly a hundred steps."""
     width = row.high - row.low
     return 0.05 if width >= 1 else 0.01 if width >= 0.2 else 0.001
 
 
 def _words(row: SliderRow) -> str:
-    """What stands beside the name: how far it moves the stream, and whether that is too far."""
+    """Return the text beside a slider's name: how far it moves the stream, or that the amount is out of range."""
     if math.isnan(row.amount):
         return ":gray[off]"
     if row.red:
@@ -132,7 +132,7 @@ def _details(chat: Chat, row: SliderRow) -> None:
         operation, part, first, after, ramp = (
             st.session_state[f"{field} {at}"] for field in ("operation", "part", "first", "after", "ramp")
         )
-        board.reshape(row.name, operation, When(part, first or None, after or None, ramp or None, when.gate))
+        board.reshape(row.name, operation, Schedule(part, first or None, after or None, ramp or None, when.gate))
 
     with st.form(f"shape of {at}", border=False):
         st.selectbox("Operation", row.operations, row.operations.index(row.operation), key=f"operation {at}")

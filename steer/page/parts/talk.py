@@ -1,4 +1,4 @@
-"""The chat: what was said, the reply that is being written, and what can be done with each message."""
+"""The part "Chat": the messages, the reply that is being written, and the buttons of each message."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.chat.conversation import Message
-from steer.page.change import safely, watch
-from steer.page.look import markdown
+from steer.page.drawing import markdown
+from steer.page.guard import safely, watch
 
 POLL = 0.25
-"""Seconds between looks at a reply that is being written."""
+"""Seconds between two redraws of a reply that is being written."""
 SHOWN = 30
-"""Messages that are drawn at once: a chat of hundreds is to stay quick."""
+"""Messages that are drawn at first, so that a chat of hundreds stays fast."""
 
 
 def draw(chat: Chat) -> None:
-    """The messages; the last one redraws itself while it grows, which leaves the rest of the page alone."""
+    """Draw the messages. A reply that is being written redraws itself, without the rest of the page."""
     running, growing = chat.writer.running, chat.writer.message_id
     path = chat.path()
     written = [m for m in path if not (running and m.id == growing)]
@@ -47,7 +47,7 @@ def draw(chat: Chat) -> None:
 
 
 def _growing(chat: Chat) -> None:
-    """The reply that is being written; the page is drawn anew once it is done."""
+    """Draw the reply that is being written; when it is done, the whole page is drawn again."""
     running = chat.writer.running
     message = next((m for m in chat.path() if m.id == chat.writer.message_id), None)
     if message is not None:

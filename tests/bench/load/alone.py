@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from load.clients import PROFILES, SETTINGS, Reply
 
-from steer.live.frame import TextPass
-from steer.live.model import SteeredModel
-from steer.live.profiles import use
-from steer.live.serve.texts import token_bytes
-from steer.live.sliders import Sliders
-from steer.values.edit import Edit
+from steer.core.edit import Edit
+from steer.model.profiles import use
+from steer.model.sliders import Sliders
+from steer.model.steered import SteeredModel
+from steer.model.steering.low_rank import ForwardContext
+from steer.serve.texts import token_bytes
 
 Logprobs = np.ndarray[Any, np.dtype[np.float64]]
 ENOUGH = 0.1
@@ -62,7 +62,12 @@ class Reader:
         text = torch.tensor([prompt + ids], device=self.live.device)
         index = torch.arange(text.shape[1], device=self.live.device)[None] - (len(prompt) - 1)
         steering, edit = self.live.steering, self.edits[reply.ask.client if client is None else client]
-        with steering.lock, steering.applied([edit]), steering.passing(TextPass(index=index)), torch.inference_mode():
+        with (
+            steering.lock,
+            steering.applied([edit]),
+            steering.passing(ForwardContext(index=index)),
+            torch.inference_mode(),
+        ):
             logits = self.live.hf(input_ids=text, use_cache=False, logits_to_keep=len(ids) + 1).logits[0, :-1]
             own = logits.float().log_softmax(-1).gather(1, text[0, -len(ids) :, None])
         return own.squeeze(1).double().cpu().numpy()

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
-from steer.values.profile import Profile
+from steer.core.profile import Profile
 
 PROFILES = {
     p["name"]: Profile.parse(p, p["name"])

@@ -17,8 +17,8 @@ import psutil
 from load.clients import LARGEST, PROFILES, Ask, Office, Reply, asks, openai_at, send
 from prometheus_client.parser import text_string_to_metric_families
 
-from steer.live.model import SteeredModel
-from steer.values.trait import NeutralPrompts, Trait
+from steer.core.trait import NeutralPrompts, Trait
+from steer.model.steered import SteeredModel
 
 STEER = str(Path(sys.executable).with_name("steer"))
 READY = "(Ctrl-C stops)"

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from steer.values.trait import NeutralPrompts
+from steer.core.trait import NeutralPrompts
 
 PATIENCE = 300
 """Seconds for a first token."""

@@ -11,13 +11,13 @@ import torch
 from tiny_chat import keep_direction, save_tiny_chat
 from tiny_search import SMALL, MakeDirection, save_trait
 
-from steer.finding import contrast_for
-from steer.live.model import SteeredModel, load
+from steer.core.direction import Direction
+from steer.core.trait import Trait
+from steer.finding.traits import contrast_for
 from steer.measure.scorer import Scorer
 from steer.measure.search.space import Space
 from steer.measure.search.trials import Bench
-from steer.values.direction import Direction
-from steer.values.trait import Trait
+from steer.model.steered import SteeredModel, load
 
 
 @pytest.fixture(scope="module")

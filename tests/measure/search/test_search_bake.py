@@ -18,18 +18,18 @@ from tiny_chat import save_tiny_chat
 from tiny_search import SMALL
 from whole_vocabulary import kl, token_logprobs
 
+from steer.baking.form import Form
+from steer.baking.verify import verify
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.method import Strengths
 from steer.errors import MismatchError, OutputExistsError, StoppedError
-from steer.live.model import load
 from steer.measure.search.choice import Goal
 from steer.measure.search.held_out import load_exported
 from steer.measure.search.study import BATCH, STUDY
 from steer.measure.search.trials import Bench, Outcome, Scope
-from steer.searching import RESULT, Searched, search_bake
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.values.method import Strengths
-from steer.weights.bakeable import Form
-from steer.weights.certify import verify
+from steer.model.steered import load
+from steer.verbs.bake_search import RESULT, Searched, search_bake
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,6 +52,7 @@ def result(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Search
     return searched(made, folder, trials=2 * BATCH, keep=[str(made / "calm.yaml")], goal=wish), folder
 
 
+@pytest.mark.slow
 def test_what_is_written_verifies_and_is_the_edit_that_was_chosen(result: tuple[Searched, Path], made: Path) -> None:
     found, folder = result
     assert verify(folder / "out")
@@ -65,9 +66,9 @@ def test_what_is_written_verifies_and_is_the_edit_that_was_chosen(result: tuple[
 
 def test_held_out_figures_are_those_of_the_files(result: tuple[Searched, Path], made: Path) -> None:
     found, folder = result
+    from steer.core.trait import NeutralPrompts
     from steer.measure.dose import neutral_replies
     from steer.measure.search.held_out import PROMPTS
-    from steer.values.trait import NeutralPrompts
 
     source, written = load(made / "model"), load(folder / "out")
     replies = neutral_replies(source, NeutralPrompts.load().held_out[:PROMPTS])
@@ -93,17 +94,21 @@ def test_the_page_shows_every_trial_and_needs_no_other_file(result: tuple[Search
     assert (found.folder / "pareto.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_search_that_is_done_tries_nothing_again(
     result: tuple[Searched, Path], made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, folder = result
     monkeypatch.setattr(Bench, "outcomes", lambda *a, **k: pytest.fail("it tried something"))
-    monkeypatch.setattr("steer.searching.find_trait", lambda *a, **k: pytest.fail("it looked for the direction"))
+    monkeypatch.setattr(
+        "steer.verbs.bake_search.find_trait", lambda *a, **k: pytest.fail("it looked for the direction")
+    )
     wish = Goal(share=1.0, as_unsearched=False, tolerance=1.0)
     again = searched(made, folder, trials=2 * BATCH, keep=[str(made / "calm.yaml")], goal=wish)
     assert json.loads(json.dumps(again.result)) == json.loads(json.dumps(found.result))
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_what_an_undisturbed_one_finds(
     made: Path, tmp_path: Path, result: tuple[Searched, Path]
 ) -> None:
@@ -112,7 +117,7 @@ def test_a_killed_search_goes_on_to_what_an_undisturbed_one_finds(
         "import sys, torch; torch.set_num_threads(1)\n"
         "from steer.measure.search.choice import Goal\n"
         "from steer.measure.search.trials import Scope\n"
-        "from steer.searching import search_bake\n"
+        "from steer.verbs.bake_search import search_bake\n"
         "search_bake(*sys.argv[1:4], keep=sys.argv[4:], trials=16, scope=Scope(4, 12, 3),\n"
         "            goal=Goal(share=1.0, as_unsearched=False, tolerance=1.0))\n"
     )
@@ -141,6 +146,7 @@ def _trials(study: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_study_and_says_how_to_go_on(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +198,7 @@ def test_an_output_that_is_taken_is_refused_before_anything_is_tried(made: Path,
 
 @pytest.mark.parametrize("form", ["checkpoint", "adapter"])
 def test_what_was_exported_runs_as_its_hooks_do(made: Path, tmp_path: Path, direction: Direction, form: Form) -> None:
-    from steer.baking import write
+    from steer.verbs.bake import write
 
     edit = Edit((direction,), 1.0, (0, 2), ((direction, -0.5),), strengths=Strengths(1.0, 0.5))
     write(made / "model", tmp_path / "out", edit, form)
@@ -205,6 +211,7 @@ def test_what_was_exported_runs_as_its_hooks_do(made: Path, tmp_path: Path, dire
         assert float((source.hf(ids).logits - hooked).abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_searched_adapter_holds_nothing_that_an_adapter_cannot(made: Path, tmp_path: Path) -> None:
     wish = Goal(share=1.0, as_unsearched=False)
     found = searched(made, tmp_path, form="adapter", goal=wish)

@@ -13,15 +13,15 @@ from tiny_chat import hooks_on
 from tiny_search import SMALL, MakeDirection
 from whole_vocabulary import kl
 
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.method import Strengths
 from steer.errors import MismatchError, OutputExistsError, SteerError
-from steer.live.model import SteeredModel
 from steer.measure.search.choice import Goal, Trial
 from steer.measure.search.space import Space, edit_key, edit_label
 from steer.measure.search.study import AIM, BATCH, STUDY, Study, locked
 from steer.measure.search.trials import NEUTRAL_TOKENS, Bench, Outcome
-from steer.values.direction import Direction
-from steer.values.edit import Edit
-from steer.values.method import Strengths
+from steer.model.steered import SteeredModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,6 +86,7 @@ def test_norms_are_kept_where_the_bake_can_hold_it(model: SteeredModel, directio
 # Trials
 
 
+@pytest.mark.slow
 def test_a_batch_of_edits_does_what_each_does_alone(bench: Bench, space: Space) -> None:
     edits = [None, *filter(None, map(space.edit, space.known()))]
     together = bench.outcomes(edits)
@@ -154,6 +155,7 @@ def test_no_trial_repeats_another(undisturbed: list[Any], space: Space) -> None:
     assert len(set(keys)) == len(keys) == 3 * BATCH
 
 
+@pytest.mark.slow
 def test_a_study_that_stops_after_any_number_of_trials_goes_on_as_if_it_had_not(
     bench: Bench, space: Space, tmp_path: Path, undisturbed: list[Any]
 ) -> None:

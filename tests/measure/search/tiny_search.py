@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from tiny_chat import WORDS
 
+from steer.core.direction import Direction
 from steer.measure.search.trials import Scope
-from steer.values.direction import Direction
 
 SMALL = Scope(topics=4, tokens=12, neutral=3)
 MakeDirection = Callable[..., Direction]

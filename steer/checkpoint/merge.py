@@ -1,0 +1,415 @@
+"""Merges fine-tunes by a mergekit recipe, and repairs what mergekit leaves out of the config and the side files.
+
+`merge` runs mergekit in a staging directory, then carries over the chat template, repairs config and card, and writes a
+manifest with the hashes of all inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from steer.checkpoint.fetch import PACKAGED, disk_errors, hub_errors, resolve
+from steer.checkpoint.staging import check_output, hash_file, staged, write_json
+from steer.core.small_files import read_yaml
+from steer.errors import CheckpointError, SteerError
+from steer.files import read_json_object, write_atomic
+
+MANIFEST = "steer_merge.json"
+"""File in the output with the recipe, the hashes of the inputs and the weights, and versions. Written last."""
+_GENERATION = "generation_config.json"
+_READ = {".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt", ".tiktoken"}
+"""Suffixes of the files that a merge depends on."""
+_MODEL_KEYS = ("model", "base_model")
+_TOKENIZER_KEYS = ("source", "tokenizer_source")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a mergekit recipe and check it against mergekit's schema. No weights are read.
+
+    Errors: SteerError if the file is missing or mergekit does not accept it.
+    """
+    raw = read_yaml(path, "a mergekit recipe", aliases=True)
+    _validated(raw, path)
+    return raw
+
+
+def recipe_models(raw: Any) -> list[str]:
+    """Every model that a recipe names, as written there, in order of first mention."""
+    found: list[str] = []
+    _walk(deepcopy(raw), lambda name: found.append(name) or name)
+    return list(dict.fromkeys(found))
+
+
+def merge(
+    recipe: Path, out: Path, *, device: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Run `recipe` and write the merged checkpoint to `out`. `say` is called with a line when a step begins.
+
+    Relative paths in a recipe are looked up beside the recipe, then from the working directory. The default model is
+    downloaded if the recipe names it. `model+adapter` first merges a PEFT adapter, in the recipe's `dtype`. `device` is
+    the one mergekit computes on.
+
+        steer.merge(Path("recipe.yml"), Path("merged"), say=print)
+
+    Errors: SteerError or CheckpointError that names the recipe or the missing model.
+    """
+    check_output(out)
+    raw = read_recipe(recipe)
+    say("1 of 3: getting the models that the recipe names")
+    located = {name: _locate(name, recipe) for name in recipe_models(raw)}
+    for name, parts in located.items():
+        _check_hub(name, parts, recipe)
+    resolved = _walk(deepcopy(raw), lambda name: _reference(located[name]))
+    config = _validated(resolved, recipe)
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    text = recipe.read_text(encoding="utf-8")
+    # A new cache for each run: mergekit would take an adapter that a killed run merged in part for a complete one.
+    with staged(out) as work:
+        with tempfile.TemporaryDirectory(prefix=".adapters-", dir=work) as cache:
+            options = MergeOptions(
+                lora_merge_cache=cache, lora_merge_dtype=raw.get("dtype"), device=device,
+                quiet=not sys.stderr.isatty(), lazy_unpickle=True,
+            )  # fmt: skip
+            say(f"2 of 3: merging {len(located)} models by {config.merge_method or 'slices'}")
+            with _mergekit_errors(recipe), lists_follow_slices(), _clear_file_cache():
+                run_merge(config, str(work), options, config_source=text)
+        if not (work / "config.json").is_file() or not any(work.glob("*.safetensors")):
+            raise SteerError(f"{recipe}: mergekit wrote no checkpoint; run mergekit-yaml on it to see why")
+        _check_finite(work, recipe)
+        _carry_side_files(raw, located, work)
+        add_older_rope_keys(work / "config.json")
+        _mend_card(work / "README.md", Path(os.path.realpath(out)).name, located)
+        say("3 of 3: hashing what went in and what came out")
+        manifest = {
+            "recipe": raw,
+            "inputs": {name: _input_hashes(parts) for name, parts in located.items()},
+            "weights": _weight_hashes((str(work),)),
+            "versions": {p: version(p) for p in ("mergekit", "torch", "transformers")},
+        }
+        write_json(work / MANIFEST, manifest)
+    return out
+
+
+def is_merge_of(out: Path, recipe: Path) -> bool:
+    """Whether `out` holds a complete merge of this recipe from the same inputs, unchanged since it was written."""
+    file = out / MANIFEST
+    if not file.is_file():
+        return False
+    manifest, raw = read_json_object(file, do="merge again"), read_recipe(recipe)
+    if manifest.get("recipe") != raw or manifest.get("weights") != _weight_hashes((str(out),)):
+        return False
+    return manifest.get("inputs") == {n: _input_hashes(_locate(n, recipe)) for n in recipe_models(raw)}
+
+
+def _validated(raw: Any, path: Path) -> Any:
+    from mergekit.config import MergeConfiguration
+    from pydantic import ValidationError
+
+    try:
+        return MergeConfiguration.model_validate(raw)
+    except (ValidationError, RuntimeError) as e:
+        reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e)
+        raise SteerError(f"{path}: mergekit does not accept the recipe: {reason}; mend the recipe") from e
+
+
+def _walk(node: Any, change: Callable[[str], Any]) -> Any:
+    """Replace every model reference in a recipe by `change(reference)`, in place."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in list(items):
+        name = _model_name(value)
+        if name and (key in _MODEL_KEYS or (key in _TOKENIZER_KEYS and name not in ("union", "base"))):
+            node[key] = change(name)
+        else:
+            _walk(value, change)
+    return node
+
+
+def _model_name(value: Any) -> str | None:
+    """The model reference `value` in mergekit's short form, `model@revision+adapter`; the long form `{model: {path,
+    revision}, lora: {path, revision}}` is converted. None for anything else."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict) or "model" not in value or not set(value) <= {"model", "lora"}:
+        return None
+    parts = []
+    for part in (value["model"], value.get("lora")):
+        if isinstance(part, dict):
+            path, revision = part.get("path"), part.get("revision")
+            part = f"{path}@{revision}" if path and revision else path
+        if part is not None:
+            parts.append(str(part))
+    return "+".join(parts) or None
+
+
+def _locate(name: str, recipe: Path) -> tuple[str, ...]:
+    """Split a model reference of the recipe into (model,) or (model, adapter), with absolute paths."""
+    parts = [name] if _beside(name, recipe) else name.split("+")
+    return tuple(_locate_one(p, recipe, adapter=i > 0) for i, p in enumerate(parts))
+
+
+def _locate_one(name: str, recipe: Path, adapter: bool) -> str:
+    if place := _beside(name, recipe):
+        wanted = "adapter_config.json" if adapter else "config.json"
+        if not (place / wanted).is_file():
+            raise CheckpointError(f"{recipe}: {name}: expected {wanted} in {place}, found none; name a whole model")
+        return str(place.resolve())
+    if name in PACKAGED:
+        return resolve(name)
+    try:
+        repo, at, revision = name.partition("@")
+        return resolve(repo) + at + revision
+    except CheckpointError as e:
+        raise CheckpointError(f"{recipe}: names a model that is not there: {e}") from e
+
+
+def _beside(name: str, recipe: Path) -> Path | None:
+    return next((p for p in (recipe.parent / name, Path(name)) if p.is_dir()), None)
+
+
+def _reference(parts: tuple[str, ...]) -> dict[str, Any]:
+    """A model reference in mergekit's long form, where paths may contain `+` and `@`, which are separators in the short
+    form."""
+    out = {}
+    for key, part in zip(("model", "lora"), parts, strict=False):
+        path, _, revision = (part, "", "") if Path(part).is_dir() else part.partition("@")
+        out[key] = {"path": path, "revision": revision or None}
+    return out
+
+
+def _check_hub(name: str, parts: tuple[str, ...], recipe: Path) -> None:
+    """Raise CheckpointError if a hub id cannot be downloaded, before gigabytes of other models are."""
+    from huggingface_hub import hf_hub_download
+
+    for part, file in zip(parts, ("config.json", "adapter_config.json"), strict=False):
+        if Path(part).is_dir():
+            continue
+        repo, _, revision = part.partition("@")
+        with hub_errors(f"{recipe}: names a model that is neither beside it nor on the hub: {name}"):
+            hf_hub_download(repo, file, revision=revision or None)
+
+
+def _weight_hashes(parts: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of the weight files in local directories. Hub ids have no hashes; their names stand for them."""
+    folders = [Path(p) for p in parts if Path(p).is_dir()]
+    # Keyed by the position in the reference, because paths differ between machines and the files do not.
+    return {f"{i}/{f.name}": hash_file(f) for i, d in enumerate(folders) for f in sorted(d.glob("*.safetensors"))}
+
+
+def _input_hashes(parts: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of every file of local directories that a merge may read: weights, configs, tokenizers, templates."""
+    folders = [Path(p) for p in parts if Path(p).is_dir()]
+    return {
+        f"{i}/{f.name}": hash_file(f)
+        for i, d in enumerate(folders)
+        for f in sorted(d.iterdir())
+        if f.suffix in _READ and not f.name.startswith(".") and f.is_file()
+    }
+
+
+def _check_finite(work: Path, recipe: Path) -> None:
+    """Raise SteerError for a weight that is not finite: the model would repeat one token, or compute NaN."""
+    import torch
+    from safetensors import safe_open
+
+    for file in sorted(work.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118
+                tensor = f.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    raise SteerError(
+                        f"{recipe}: expected finite weights, found {name} with some that {dtype} cannot hold or that "
+                        "are not finite in a source; set out_dtype to bfloat16 or float32"
+                    )
+
+
+@contextmanager
+def _mergekit_errors(recipe: Path) -> Iterator[None]:
+    """Turn mergekit's failures into SteerError, including those that it only logs, and silence its other messages."""
+    kit, transformers = logging.getLogger("mergekit"), logging.getLogger("transformers")
+    before, complaints = (kit.level, kit.propagate, transformers.level), _Complaints()
+    # One of mergekit's libraries calls `logging.info`, which would add a handler that prints everyone's messages from
+    # then on.
+    handlers = list(logging.root.handlers)
+    kit.addHandler(complaints)
+    kit.setLevel(logging.ERROR)
+    kit.propagate = False
+    transformers.setLevel(logging.ERROR)
+    try:
+        with disk_errors():
+            yield
+        # If the disk is full when the tokenizer is copied, mergekit logs the error and reports success.
+        for e in complaints.found:
+            if isinstance(e, OSError) and e.errno:
+                raise e
+    except OSError as e:
+        if e.errno:  # an error of the disk, for which `staged` has the message
+            raise
+        raise SteerError(f"{recipe}: mergekit failed: {_line(e)}; mend the recipe") from e
+    except Exception as e:  # mergekit's libraries raise anything
+        raise SteerError(f"{recipe}: mergekit failed: {_line(e)}; mend the recipe") from e
+    finally:
+        kit.removeHandler(complaints)
+        logging.root.handlers[:] = handlers
+        kit.setLevel(before[0])
+        kit.propagate = before[1]
+        transformers.setLevel(before[2])
+
+
+@contextmanager
+def _clear_file_cache() -> Iterator[None]:
+    """Clear mergekit's cache of open files before and after the block. mergekit keeps the files of every merge mapped
+    for the life of the process, and would read old contents of an adapter that was trained further in between."""
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache.loaders.clear()
+    try:
+        yield
+    finally:
+        LoaderCache.loaders.clear()
+
+
+class _Complaints(logging.Handler):
+    """Collects the exceptions that are logged as errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            self.found.append(record.exc_info[1])
+
+
+def _line(e: Exception) -> str:
+    return textwrap.shorten(str(e), 300, placeholder=" ...") or type(e).__name__
+
+
+def _carry_side_files(raw: dict[str, Any], located: dict[str, tuple[str, ...]], work: Path) -> None:
+    """Copy the base model's generation_config.json, which holds the ids that end a reply and which mergekit leaves out,
+    and its chat template file, which mergekit may leave out."""
+    base = Path(located[_model_name(raw.get("base_model")) or recipe_models(raw)[0]][0])
+    tokenizer = raw.get("tokenizer_source") or (raw.get("tokenizer") or {}).get("source")
+    renumbered = tokenizer not in (None, "base")
+    for name, wanted in (("chat_template.jinja", not raw.get("chat_template")), (_GENERATION, not renumbered)):
+        source, target = base / name, work / name
+        if wanted and source.is_file() and not target.exists():
+            target.write_bytes(source.read_bytes())
+
+
+def _mend_card(card: Path, title: str, located: dict[str, tuple[str, ...]]) -> None:
+    """Replace the card's title, which mergekit takes from the staging directory, and this machine's paths in model
+    names."""
+    text = re.sub("^# .*$", f"# {title}", card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    places = {p: n for name, parts in located.items() for p, n in zip(parts, name.split("+"), strict=False)}
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place])
+    card.write_text(text, encoding="utf-8")
+
+
+_DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_INDICES = ("mlp_only_layers", "moe_layers")
+"""Lists that contain layer numbers. Any other list with as many entries as there are layers has one value per layer."""
+
+
+def sliced_lists(slices: list[tuple[Mapping[str, Any], int, int]]) -> dict[str, list[Any]]:
+    """The per-layer lists in the config of a model that stacks slices. Each slice is (config of the source, first
+    layer, end).
+
+    Errors: SteerError if one source has a list and another has not.
+    """
+    first = slices[0][0]
+    out: dict[str, list[Any]] = {}
+    for key, value in first.items():
+        if not isinstance(value, list) or (key not in _INDICES and len(value) != _depth(first)):
+            continue
+        joined: list[Any] = []
+        at = 0
+        for config, start, end in slices:
+            values = config.get(key)
+            if not isinstance(values, list):
+                raise SteerError(
+                    f"expected {key} in the config of every source, found one without; merge sources alike"
+                )
+            if key in _INDICES:
+                joined += [at + i - start for i in values if start <= i < end]
+            else:
+                joined += values[start:end]
+            at += end - start
+        out[key] = joined
+    return out
+
+
+@contextmanager
+def lists_follow_slices() -> Iterator[None]:
+    """While the block runs, mergekit's config for the output gets the per-layer lists of its slices.
+
+    mergekit sets the number of layers but leaves these lists, so that the finished merge fails when its config is
+    saved.
+    """
+    import mergekit.merge as kit
+
+    original = kit._model_out_config
+
+    def sliced(merge_config: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(merge_config, *args, **kwargs)
+        if merge_config.slices:
+            sources = [s.sources[0] for s in merge_config.slices]
+            configs = [(s.model.config().to_dict(), *s.layer_range) for s in sources]
+            for key, value in sliced_lists(configs).items():
+                setattr(out, key, value)
+        return out
+
+    kit._model_out_config = sliced
+    try:
+        yield
+    finally:
+        kit._model_out_config = original
+
+
+def add_older_rope_keys(file: Path) -> None:
+    """Add `rope_theta` and `rope_scaling` to the top level of a config.json, beside transformers 5's `rope_parameters`.
+
+    Programs on transformers 4 use the architecture's defaults if the two keys are missing.
+    """
+    config = read_json_object(file)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.update({k: v for k, v in _older_rope(part).items() if k not in part})
+    write_atomic(file, json.dumps(config, indent=2) + "\n")
+
+
+def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that transformers 4 reads, from `rope_parameters`; empty without that."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    out: dict[str, Any] = {}
+    by_type = {k: v for k, v in rope.items() if isinstance(v, dict)}
+    if by_type:  # as in Gemma 3: one set for layers with full attention, one for layers with a window
+        if theta := by_type.get("sliding_attention", {}).get("rope_theta"):
+            out["rope_local_base_freq"] = theta
+        rope = by_type.get("full_attention", {})
+    if "rope_theta" in rope:
+        out["rope_theta"] = rope["rope_theta"]
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        out["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return out
+
+
+def _depth(config: Mapping[str, Any]) -> int:
+    return next((n for k in _DEPTH if type(n := config.get(k)) is int), -1)

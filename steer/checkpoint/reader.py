@@ -1,0 +1,283 @@
+"""Reads checkpoints on disk: all safetensors headers are read and checked; tensors are read one at a time.
+
+A safetensors file is `u64 length, JSON header, data`; the header gives each tensor's dtype, shape and byte range in the
+data, and the ranges cover the data without holes (https://github.com/huggingface/safetensors#format). Bakes, sketches
+and checks start from `CheckpointFiles.open`. Nothing here computes, so nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from steer.errors import CheckpointError
+from steer.files import one_line, parse_json, read_json_object
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Width of an element in bits, by safetensors' code for the dtype."""
+
+
+Buffer = bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A header's entry for one tensor."""
+
+    name: str
+    dtype: str
+    """safetensors' code for the dtype: BF16, F32, ..."""
+    shape: tuple[int, ...]
+    file: str
+    """Name of the shard that holds it."""
+    start: int
+    """Offset of the first byte of data, from the start of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return data_bytes(self.dtype, self.shape)
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte after the last, in the file."""
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True)
+class DecodedTensor(TensorInfo):
+    """A tensor that is stored in another form than it is read in. `dtype` and `nbytes` describe the form it is read
+    in."""
+
+    stored: TensorInfo
+    """The tensor as described in the header."""
+    decode: Callable[[Buffer, Buffer], None]
+    """Called with (stored bytes, output buffer); writes the tensor in `dtype` to the output buffer."""
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte after the last, in the file."""
+        return self.stored.end
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor that a bake adds to a shard."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | TensorInfo
+    """The bytes, or a tensor of the same shard whose bytes are copied."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return data_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file."""
+
+    path: Path
+    header: bytes
+    """The header as in the file, including the eight bytes of its length."""
+    metadata: dict[str, str] | None
+    """The header's `__metadata__`; None without one."""
+    tensors: tuple[TensorInfo, ...]
+    """In the order of their data in the file."""
+    size: int
+    """Size of the file in bytes."""
+    mtime_ns: int
+    """Time of the last change, for noticing a change while the file is read."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.path.name
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Read and check the header.
+
+        Errors: CheckpointError if the file is missing or truncated, or its header contradicts it.
+        """
+        try:
+            with open(path, "rb") as f:
+                stat = os.fstat(f.fileno())
+                length = int.from_bytes(f.read(8), "little")
+                if stat.st_size < 8 or length > min(_MAX_HEADER, stat.st_size - 8):
+                    raise _broken(path, f"a header of {length} bytes in a file of {stat.st_size}")
+                raw = f.read(length)
+        except FileNotFoundError as e:
+            raise CheckpointError(f"{path}: expected a weights file, found none; fetch the model again") from e
+        except OSError as e:
+            raise CheckpointError(f"{path}: could not be read ({e.strerror}); check its permissions") from e
+        metadata, tensors = _parse(path, raw, stat.st_size)
+        header = length.to_bytes(8, "little") + raw
+        return cls(path, header, metadata, tensors, stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """A model directory in Hugging Face layout. The headers are in memory, the data is not."""
+
+    root: Path
+    config: dict[str, Any]
+    """Contents of config.json, with the changes in `decoded` made."""
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None
+    """Contents of model.safetensors.index.json; None for a checkpoint in a single file."""
+    decoded: dict[str, Any] = field(default_factory=dict)
+    """Changes to config.json that are needed because quantised weights are read dequantised. A value of None means that
+    the key is deleted."""
+
+    @classmethod
+    def open(cls, root: Path) -> CheckpointFiles:
+        """Read the config, the index if there is one, and every header.
+
+        Errors: CheckpointError for anything that is missing, broken, or contradicts the index.
+        """
+        if not root.is_dir():
+            raise CheckpointError(
+                f"{root}: expected a model directory, found {'a file' if root.exists() else 'none'}; check the path"
+            )
+        config = _read_object(root / "config.json")
+        if (root / SINGLE).exists():  # transformers looks for it first too
+            return cls(root, config, (Shard.open(root / SINGLE),), None)
+        if not (root / INDEX).exists():
+            raise CheckpointError(f"{root}: expected {SINGLE} or {INDEX}, found {_other_weights(root)}")
+        index = _read_object(root / INDEX)
+        files = cls(root, config, _open_shards(root, index), index)
+        for name, file in index["weight_map"].items():
+            if name not in files.tensors or files.tensors[name].file != file:
+                raise CheckpointError(
+                    f"{root / INDEX}: expected {name} in {file}, found none there; fetch the model again"
+                )
+        return files
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by name."""
+        out: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            for t in shard.tensors:
+                if t.name in out:
+                    raise CheckpointError(
+                        f"{shard.path}: tensor {t.name} is also in {out[t.name].file}, expected it once; "
+                        "fetch the model again"
+                    )
+                out[t.name] = t
+        return out
+
+    def read(self, tensor: TensorInfo) -> bytearray:
+        """The bytes of one tensor, in the dtype it is read in."""
+        stored = tensor.stored if isinstance(tensor, DecodedTensor) else tensor
+        data = bytearray(stored.nbytes)
+        with open(self.root / tensor.file, "rb", buffering=0) as f:
+            read_into(f.fileno(), stored.start, data, self.root / tensor.file)
+        if not isinstance(tensor, DecodedTensor):
+            return data
+        out = bytearray(tensor.nbytes)
+        tensor.decode(data, out)
+        return out
+
+
+def read_into(fd: int, at: int, buffer: Buffer, path: Path) -> None:
+    """Fill a buffer with the bytes of a file, from offset `at` on.
+
+    Errors: CheckpointError if the file ends too early, or the disk fails.
+    """
+    view = memoryview(buffer)
+    try:
+        while view:
+            n = os.preadv(fd, [view], at)
+            if not n:
+                raise _broken(path, f"its end at byte {at}, though its header describes more")
+            view, at = view[n:], at + n
+    except OSError as e:
+        raise CheckpointError(f"{path}: could not be read ({e.strerror}); check its disk") from e
+
+
+def data_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Size of a tensor's data in bytes."""
+    return math.prod(shape) * BITS[dtype] // 8
+
+
+def _broken(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"{path}: expected a whole safetensors file, found {found}; fetch the model again")
+
+
+def _parse(path: Path, raw: bytes, size: int) -> tuple[dict[str, str] | None, tuple[TensorInfo, ...]]:
+    try:
+        entries = parse_json(raw)
+    except ValueError as e:
+        raise _broken(path, f"a header that is no JSON ({one_line(e)})") from e
+    if not isinstance(entries, dict):
+        raise _broken(path, "a header that is no JSON object")
+    metadata = entries.pop("__metadata__", None)
+    tensors = []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            counts = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            sound = counts and end - start == data_bytes(dtype, shape)
+        except (KeyError, TypeError, ValueError) as e:
+            raise _broken(path, f"a header entry for {name} that cannot be read") from e
+        if not sound:
+            raise _broken(path, f"{name} as {dtype} {list(shape)} in bytes {start} to {end}")
+        tensors.append(TensorInfo(name, dtype, shape, path.name, 8 + len(raw) + start))
+    tensors.sort(key=lambda t: (t.start, t.nbytes))
+    at = 8 + len(raw)
+    for t in tensors:
+        if t.start != at:
+            raise _broken(path, f"data of {t.name} at byte {t.start} where byte {at} comes next")
+        at = t.end
+    if at != size:
+        raise _broken(path, f"{size} bytes where its header describes {at}")
+    return metadata, tuple(tensors)
+
+
+def _open_shards(root: Path, index: dict[str, Any]) -> tuple[Shard, ...]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{root / INDEX}: expected a non-empty weight_map, found none; fetch the model again")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        # The name itself is checked, not where it leads: in a hub cache every file is a symlink out of the directory.
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{root / INDEX}: expected names of safetensors files in the same directory, found {name!r}; "
+                "do not use this checkpoint"
+            )
+        if not (root / name).exists():
+            raise CheckpointError(f"{root / name}: the index names it, but it is missing; fetch the model again")
+    return tuple(Shard.open(root / name) for name in names)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return read_json_object(
+        path, what="a JSON object in a model directory", do="check the path, or fetch the model again"
+    )
+
+
+def _other_weights(root: Path) -> str:
+    for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors"):
+        for path in sorted(root.glob(pattern)):
+            return f"{path.name}; only safetensors is loaded, convert it with save_pretrained"
+    return "no weights; fetch the model again"

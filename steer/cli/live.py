@@ -1,0 +1,224 @@
+"""The verbs that run the model: chat, calibrate, serve, ui.
+
+Each loads the model and hands it to the package: `steer.chat.terminal`, `steer.measure.calibrate`,
+`steer.serve.server`, or streamlit with `steer/cli/page.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steer.cli.common import DeviceMap, Dtype, FourBit, Json, Model, emit, unicode_option
+from steer.errors import UsageError
+
+if TYPE_CHECKING:
+    from steer.chat.session import Session
+    from steer.core.sampler import Sampler
+
+_Slider = Annotated[list[str], typer.Option("--slider", help="NAME=AMOUNT or NAME:OPERATION=AMOUNT; may be repeated.")]
+_Profile = Annotated[Path | None, typer.Option(help="A profile: sliders and a sampler, in YAML.")]
+PAGE = Path(__file__).with_name("page.py")
+"""The script that streamlit runs."""
+
+
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint directory or hub id; with --server, one of its models.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Talk to the model that `steer serve` runs at this URL; its key is STEER_API_KEY."),
+    ] = None,
+    slider: _Slider = [],  # noqa: B006
+    profile: _Profile = None,
+    card: Annotated[Path | None, typer.Option(help="A character card, PNG or JSON: who the model plays.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.", callback=unicode_option)] = None,
+    sampler: Annotated[str | None, typer.Option(help="greedy, plain, wild or near-greedy.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    four_bit: FourBit = False,
+) -> None:
+    """Talk to a model with its sliders at hand: /moralizing 0.5, /sliders, /undo, /receipt, /help, /quit."""
+    from steer.core.cards import load_card
+    from steer.core.profile import Profile
+    from steer.core.slider import parse_amount
+
+    amounts = dict(parse_amount(s) for s in slider)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+    chosen = _sampler(sampler, settings | ({} if temperature is None else {"temperature": temperature}))
+    loaded_card = None if card is None else load_card(card)
+    loaded_profile = None if profile is None else Profile.load(profile)
+    session = _session(model, server, chosen, device_map, four_bit)
+    if loaded_card is not None:
+        session.play(loaded_card)
+    if loaded_profile is not None:
+        session.use(loaded_profile)
+    if sampler is not None or temperature is not None:
+        session.sampler = chosen  # options override the profile's sampler
+    if system is not None:
+        session.system = system
+    for name, amount in amounts.items():
+        session.sliders[name] = amount
+    from steer.chat.terminal import run_chat
+
+    run_chat(session)
+
+
+def _session(
+    model: str | None, server: str | None, sampler: Sampler, device_map: str | None, four_bit: bool
+) -> Session:
+    """Return a chat with a model in this process, or with one behind a server."""
+    if server is not None:
+        from steer.chat.remote_session import RemoteModel, RemoteSession
+
+        return RemoteSession(RemoteModel(server, os.environ.get("STEER_API_KEY"), model), sampler=sampler)
+    if model is None:
+        raise UsageError("chat: expected a model, or --server, found neither; name a checkpoint")
+    from steer.chat.session import Session
+    from steer.model.compile_limits import keep_few_shapes
+    from steer.model.steered import load
+
+    keep_few_shapes()
+    live = load(model, device_map=device_map, four_bit=four_bit)
+    return Session(live, sampler=sampler, sliders=live.sliders)
+
+
+def calibrate(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="The profile; its ranges are written into it.")],
+    max_kl: Annotated[float | None, typer.Option(help="Most nats per token on neutral text.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the profile here instead.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the replies.")] = 0,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    four_bit: FourBit = False,
+    as_json: Json = False,
+) -> None:
+    """Find how far each slider of a profile can be moved before replies come apart, and write it into the profile."""
+    from steer.core.profile import Profile
+
+    given = Profile.load(profile)
+    from steer.measure.calibrate import Limits, expected_tokens
+    from steer.measure.calibrate import calibrate as run
+    from steer.model.steered import load
+    from steer.progress import bar
+    from steer.verbs.tables import calibration_table
+
+    live = load(model, device_map=device_map, four_bit=four_bit)
+    limits = Limits() if max_kl is None else Limits(kl=max_kl)
+    with bar("calibrating", expected_tokens(len(given.sliders)), "tokens") as advance:
+        found = run(live, given, limits=limits, seed=seed, on_tokens=advance)
+    place = found.applied(given).save(out or profile)
+    emit({"profile": str(place), **found.as_json()}, as_json, f"{calibration_table(found)}\n{place}")
+
+
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that other machines reach requires --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for any free one.")] = 8321,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="STEER_API_KEY", help="Key that every request must send.")
+    ] = None,
+    profile: Annotated[
+        list[Path], typer.Option(help="A profile, or a folder of them; may be repeated. Each is a model of its own.")
+    ] = [],  # noqa: B006
+    max_running: Annotated[int, typer.Option(help="Replies that are written at the same time.")] = 16,
+    max_queue: Annotated[int, typer.Option(help="Replies that may wait; more are refused with status 429.")] = 64,
+    context: Annotated[
+        int | None, typer.Option(help="Most tokens of a prompt and its reply; by default the model's context.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of one reply; by default what the context leaves.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Most bytes of one request.")] = 4 * 2**20,
+    max_messages: Annotated[int, typer.Option(help="Most messages of one chat.")] = 1000,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    four_bit: FourBit = False,
+) -> None:
+    """Answer OpenAI's API with sliders in every request: SillyTavern, the openai client, curl."""
+    from steer.model.compile_limits import keep_few_shapes
+    from steer.serve.app import Options
+    from steer.serve.limits import Limits
+    from steer.serve.server import load_profiles
+    from steer.serve.server import serve as run
+
+    keep_few_shapes()
+    limits = Limits(max_body, max_messages, tokens=max_tokens)
+    options = Options(host, api_key, load_profiles(profile), limits)
+    from steer.model.steered import load
+
+    live = load(model, device_map=device_map, four_bit=four_bit)
+    run(
+        live, port=port, options=options, max_running=max_running, max_waiting=max_queue, context=context,
+        ready=lambda url: typer.echo(f"{url}  (Ctrl-C stops)", err=True),
+    )  # fmt: skip
+
+
+def ui(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint directory or hub id; without one the page offers the default merge."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Talk to the model that `steer serve` runs at this URL; its key is STEER_API_KEY."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8501,
+    headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    four_bit: FourBit = False,
+) -> None:
+    """Open the slider chat in the browser."""
+    if model is not None and server is not None:
+        raise UsageError(f"ui: expected a model or --server, found {model} and {server}; leave one out")
+    from steer.checkpoint.fetch import resolve
+
+    named = [resolve(model)] if model is not None else [] if server is None else ["--server", server]
+    if device_map is not None:
+        named += ["--device-map", device_map]
+    if four_bit:
+        named += ["--four-bit"]
+    command = [
+        sys.executable, "-m", "streamlit", "run", str(PAGE), "--server.address", "127.0.0.1",
+        "--server.allowedHosts", "localhost", "--server.allowedHosts", "127.0.0.1",
+        "--server.port", str(port), "--server.headless", str(headless).lower(),
+        # Without this, the first start on a machine asks for an e-mail address, and the page waits for the answer.
+        "--server.showEmailPrompt", "false",
+        # The file watcher would import every module of transformers, even those whose libraries are not installed.
+        "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
+        "--client.toolbarMode", "viewer", "--client.showErrorDetails", "none",
+        # Streamlit's default colour is the red that means "too far" on a slider.
+        "--theme.light.primaryColor", "#3d63c9", "--theme.dark.primaryColor", "#86a3f5", "--", *named,
+    ]  # fmt: skip
+    # Replaces this process, so that stopping `steer ui` stops the page itself.
+    os.execv(sys.executable, command)
+
+
+def _sampler(name: str | None, settings: dict[str, Any]) -> Sampler:
+    from dataclasses import replace
+
+    from steer.core.sampler import preset
+
+    return replace(preset(name or "plain"), **settings)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command(epilog="Examples: `steer chat merged --slider moralizing=-1` · `steer chat merged --card duke.png`")(
+        chat
+    )
+    app.command(epilog="Example: `steer calibrate merged --profile noir.yaml`")(calibrate)
+    app.command(epilog="Example: `steer serve merged --profile profiles/`")(serve)
+    app.command(epilog="Examples: `steer ui merged` · `steer ui --server http://127.0.0.1:8321`")(ui)

@@ -1,0 +1,172 @@
+"""The `steer` command: one verb per stage of the pipeline, without logic of its own.
+
+Each verb parses its options, calls a function of the package, and prints the result. torch is imported inside the verbs
+that need it, so that `steer --help` is fast.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steer.cli import bake as cli_bake
+from steer.cli import dictionaries as cli_dictionaries
+from steer.cli import live as cli_live
+from steer.cli.common import DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
+from steer.errors import SteerError, UsageError
+from steer.plain_text import plain_line
+
+app = typer.Typer(
+    name="steer",
+    help="Feature sliders for merged language models: merge, find, steer, bake, with proof.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run a verb; a user's mistake becomes one line on stderr and an exit code."""
+    if not sys.stderr.isatty():
+        # Switch off the libraries' progress bars too. They read these variables when they are imported, later.
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    # On a machine without a GPU, bitsandbytes warns at import that it lacks a faster kernel.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.showwarning = _warn
+    print_notices()
+    arguments = sys.argv[1:]
+    try:
+        code = app(arguments or ["--help"], prog_name="steer", standalone_mode=False)
+        if code == _STOPPED:
+            _fail("stopped", code)
+    except typer.TyperException as e:
+        context = getattr(e, "ctx", None)
+        where = context.command_path if context else "steer"
+        code = _fail(f"{e.format_message().rstrip('.')}; see: {where} --help", 2)
+    except SteerError as e:
+        code = _fail(str(e), e.exit_code)
+    except OSError as e:
+        code = _fail(f"{e.filename or 'steer'}: {e.strerror or e}; check the path, its permissions and the disk", 1)
+    sys.exit((code or 0) if arguments else 2)
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: object) -> None:
+    """Print a warning of this package in one line; warnings of libraries are for developers and are not shown."""
+    if category.__module__.startswith("steer"):
+        _fail(str(message), 0)
+
+
+_STOPPED = 130  # typer's exit code for Ctrl-C, the same as in shells
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"steer: {plain_line(message)}", err=True)
+    return code
+
+
+@app.command(epilog="Example: `steer fetch smollm2-135m-instruct`")
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m-instruct, or any hub id.")] = "smollm2-135m-instruct",
+    out: Annotated[Path | None, typer.Option(help="Directory to write; by default the hub's cache.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Download a checkpoint: the default model, or any hub id."""
+    from steer.checkpoint.fetch import fetch as run
+
+    place = run(name, out)
+    emit({"checkpoint": str(place)}, as_json, str(place))
+
+
+@app.command(epilog="Example: `steer merge examples/merge/default.yml merged`")
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A mergekit recipe.")],
+    out: Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
+    device: Annotated[str | None, typer.Option(help="Where mergekit computes, e.g. cuda.")] = None,
+    steps: Annotated[bool, typer.Option("--steps", help="Print each step on stderr as it begins.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge checkpoints by a mergekit recipe."""
+    from steer.checkpoint.merge import merge as run
+
+    with stoppable("nothing is written, run the same command again"):
+        place = run(recipe, out, device=device, say=lambda line: tell(line) if steps else None)
+    emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
+
+
+@app.command(epilog="Examples: `steer find merged moralizing` · `steer find merged moralizing --dictionary dictionary`")
+def find(
+    model: Model,
+    trait: Annotated[str, typer.Argument(help="A trait that ships, or a .yaml file of your own.")],
+    site: Annotated[int | None, typer.Option(help="Use the residual stream after this block.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; by default the direction is saved by name.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the replies.")] = 0,
+    dictionary: Annotated[Path | None, typer.Option(help="Rank this dictionary's latents instead.")] = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    four_bit: FourBit = False,
+    as_json: Json = False,
+) -> None:
+    """Find the direction of a trait, with held-out scores; with --dictionary its features."""
+    from steer.core.trait import Trait
+
+    described = Trait.load(trait)
+    if dictionary is not None:
+        if site is not None or out is not None:
+            raise UsageError("--dictionary: expected no --site or --out beside it; the results go into the dictionary")
+        from steer.finding.features import find_features
+        from steer.model.steered import load
+        from steer.verbs.tables import latent_table
+
+        live = load(model, device_map=device_map, four_bit=four_bit)
+        features = find_features(live, described, dictionary, seed=seed)
+        emit(features.as_json(), as_json, latent_table(features))
+        return
+    from steer.checkpoint.library import own_place
+    from steer.finding.traits import find_trait
+    from steer.model.steered import load
+    from steer.verbs.tables import finding_table
+
+    live = load(model, device_map=device_map, four_bit=four_bit)
+    found = find_trait(live, described, site=site, seed=seed)
+    place = found.direction.save(out or own_place(live.sketch(), found.direction.name))
+    emit(
+        {"direction": str(place), **found.as_json()},
+        as_json,
+        f"{finding_table(found)}\n{place}\nTry it: steer chat {model} --slider {found.direction.name}=-1",
+    )
+
+
+cli_dictionaries.register(app)
+
+
+cli_bake.register(app)
+
+
+@app.command(epilog="Example: `steer demo --out demo`")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the checkpoints and the report go.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of every reply.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """The whole way on the default model: fetch, merge, find, steer, bake, verify, report."""
+    from steer.verbs.demo import run
+    from steer.verbs.tables import demo_table
+
+    result = run(out, seed=seed, fresh=fresh, say=tell)
+    emit(result, as_json, demo_table(result))
+    typer.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
+
+
+cli_live.register(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Reads and writes dictionaries in sae_lens's layout: cfg.json beside sae_weights.safetensors.
+
+Files of sae_lens before version 6 are converted while they are read. Three optional files may be in the same directory:
+manifest.json (from training), features.jsonl (one row per labelled latent) and sliders.yaml (named sliders).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from steer.core.dictionary import Architecture, Dictionary, Normalize
+from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.files import parse_json, read_json_object, write_atomic
+
+CONFIG, WEIGHTS, MANIFEST, FEATURES = "cfg.json", "sae_weights.safetensors", "manifest.json", "features.jsonl"
+SLIDERS = "sliders.yaml"
+
+_TENSORS = {
+    "standard": ("b_enc",),
+    "topk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
+"""Tensors that each architecture stores in addition to W_enc, W_dec and b_dec."""
+_OLD_METADATA = ("model_name", "hook_name", "hf_hook_name", "prepend_bos", "context_size", "dataset_path")
+"""Keys that configs from before version 6 had at the top level."""
+_SITES = (
+    (re.compile(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)"), 0),
+    (re.compile(r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in)"), -1),
+    (re.compile(r"(?:model\.|transformer\.)?(?:language_model\.)?(?:layers|h)\.(\d+)(?:\.output)?"), 0),
+)
+"""Patterns of hook names, and the number to add to the block's number to get the site."""
+
+
+def load_dictionary(place: str | Path) -> Dictionary:
+    """Load a dictionary from a directory, or `RELEASE/SAE_ID` as sae_lens lists it, which may download it.
+
+        dictionary = steer.load_dictionary("path/to/dictionary")
+        feature = steer.Feature.latent(dictionary, 123)
+
+    Errors: CheckpointError for files that are missing or broken; UnsupportedError for an architecture or normalisation
+    that cannot be steered, or whose meaning would have to be guessed.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return _from_disk(path)
+    text = str(place)
+    if path.is_file():
+        raise _refused(text, "a directory with cfg.json and sae_weights.safetensors", "a file; pass the directory")
+    if isinstance(place, Path) or "/" not in text or text.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{text}: expected a dictionary's directory, or RELEASE/SAE_ID as sae_lens lists them, found neither; "
+            "check the path"
+        )
+    return _from_release(text)
+
+
+def from_sae(sae: Any, where: str = "SAE") -> Dictionary:
+    """Convert an sae_lens SAE in memory, for inference or in training. `where` names it in errors.
+
+    Errors: UnsupportedError for an architecture or normalisation that cannot be steered.
+    """
+    tensors = {k: v.detach().clone() for k, v in sae.state_dict().items()}
+    config = sae.cfg.to_dict()
+    if hasattr(sae, "process_state_dict_for_saving_inference"):
+        sae.process_state_dict_for_saving_inference(tensors)
+        config = sae.cfg.get_inference_sae_cfg_dict()
+    return _build(config, tensors, where)
+
+
+def save_dictionary(dictionary: Dictionary, directory: str | Path) -> None:
+    """Write cfg.json and sae_weights.safetensors, which `sae_lens.SAE.load_from_disk` can load.
+
+    Site and norm are written into the metadata, so that they are not lost without a manifest.
+    """
+    d, directory = dictionary, Path(directory)
+    dtypes = {t.dtype for t in (d.W_enc, d.W_dec)}
+    metadata: dict[str, Any] = dict(d.metadata)
+    if d.site is not None:
+        metadata.setdefault("hook_name", f"blocks.{d.site}.hook_resid_post")
+    if d.norm is not None:
+        metadata["residual_norm"] = d.norm
+    # If the metadata names no version of 6 or later, sae_lens takes the file for an old one and drops the metadata.
+    metadata.setdefault("sae_lens_version", _sae_lens_version())
+    config: dict[str, Any] = {
+        "architecture": d.architecture,
+        "d_in": d.width,
+        "d_sae": d.latents,
+        # The dtype in which sae_lens computes: as wide as this project's maths, however narrow the tensors are stored.
+        "dtype": "float64" if torch.float64 in dtypes else "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": d.subtract_b_dec,
+        "normalize_activations": d.normalize,
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if d.architecture == "topk":
+        config |= {"k": d.k, "rescale_acts_by_decoder_norm": d.rescale_by_decoder_norm}
+    tensors = {"W_enc": d.W_enc, "W_dec": d.W_dec, "b_dec": d.b_dec}
+    for name in _TENSORS[d.architecture]:
+        tensors[name] = getattr(d, "b_enc" if name == "b_gate" else name)
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    write_atomic(directory / WEIGHTS, data)
+    write_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest.json in a dictionary's directory; empty without that file.
+
+    Errors: CheckpointError if it is broken.
+    """
+    file = directory / MANIFEST
+    return _object(file) if file.is_file() else {}
+
+
+def feature_row(dictionary: Dictionary, index: int) -> dict[str, Any]:
+    """The row of features.jsonl that describes a latent. Other rows are skipped without being parsed.
+
+    Errors: UsageError for a latent without a row (it never fired, or the dictionary has no labels), CheckpointError for
+    a broken file.
+    """
+    name = dictionary.name
+    if not 0 <= index < dictionary.latents:
+        raise UsageError(f"dictionary {name!r}: expected a latent from 0 to {dictionary.latents - 1}, found {index}")
+    file = dictionary.place / FEATURES if dictionary.place is not None else None
+    if file is None or not file.is_file():
+        raise UsageError(
+            f"dictionary {name!r}: expected {FEATURES} with the unit of latent {index}, found none; "
+            "label the dictionary, or give the unit yourself"
+        )
+    mark = re.compile(rf'"index"\s*:\s*{index}\b'.encode())
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not mark.search(line):
+                continue
+            try:
+                row = parse_json(line)
+            except ValueError as e:
+                raise CheckpointError(f"{file}: line {number} is no JSON ({e}); label the dictionary again") from e
+            if isinstance(row, dict) and row.get("index") == index:
+                unit = row.get("unit")
+                if not isinstance(unit, int | float) or abs(unit) > 1e300:  # a whole number may have any length
+                    raise CheckpointError(f"{file}: line {number}: expected a number under 'unit'; label it again")
+                return row
+    raise UsageError(f"{file}: expected latent {index}, found no row for it; it never fired, take a live one")
+
+
+def _from_disk(path: Path) -> Dictionary:
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        missing = CONFIG if not (path / CONFIG).is_file() else WEIGHTS
+        if any(p.suffix in (".pt", ".pth", ".bin", ".pkl", ".npz") for p in path.iterdir()):
+            raise _refused(str(path), f"{CONFIG} and {WEIGHTS}", f"no {missing}; only safetensors are loaded")
+        raise CheckpointError(f"{path}: expected a dictionary with {CONFIG} and {WEIGHTS}, found no {missing}")
+    config = _object(path / CONFIG)
+    try:
+        tensors = load_file(path / WEIGHTS)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise CheckpointError(
+            f"{path / WEIGHTS}: expected a safetensors file, found something unreadable "
+            f"({' '.join(str(e).split())}); fetch or train it again"
+        ) from e
+    return _build(config, tensors, str(path), path, read_manifest(path))
+
+
+def _from_release(text: str) -> Dictionary:
+    import sae_lens
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release, _, sae_id = text.partition("/")
+    if release not in get_pretrained_saes_directory():  # then it is a hub repository: ORG/NAME/SAE_ID
+        org, name, sae_id = (*text.split("/", 2), "", "")[:3]
+        release = f"{org}/{name}"
+    if not sae_id:
+        raise CheckpointError(
+            f"{text}: expected a directory, a release that sae_lens lists with a SAE_ID, or ORG/REPOSITORY/SAE_ID, "
+            "found none of them; check the path"
+        )
+    try:
+        sae = sae_lens.SAE.from_pretrained(release, sae_id)
+    except Exception as e:  # the hub and its many formats raise anything
+        raise CheckpointError(
+            f"{text}: sae_lens cannot load {sae_id!r} of {release!r}: {' '.join(str(e).split())[:300]}; check both "
+            "names and the network"
+        ) from e
+    return from_sae(sae, text)
+
+
+def _build(
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    where: str,
+    place: Path | None = None,
+    manifest: dict[str, Any] | None = None,
+) -> Dictionary:
+    """Check config and tensors, and make the Dictionary. `where` names it in errors."""
+    config, manifest = _modern(config, where), manifest or {}
+    architecture: Any = config.get("architecture")
+    normalize = config.get("normalize_activations") or "none"
+    if architecture not in get_args(Architecture):
+        hint = (
+            "; it is a training checkpoint, save it with save_inference_model"
+            if "batchtopk" in str(architecture)
+            else ""
+        )
+        raise _refused(where, f"architecture {', '.join(get_args(Architecture))}", f"{architecture!r}{hint}")
+    if normalize not in get_args(Normalize):
+        raise _refused(
+            where, f"normalize_activations {', '.join(get_args(Normalize))}",
+            f"{normalize!r}; fold it into the weights with sae_lens first",
+        )  # fmt: skip
+    if config.get("reshape_activations", "none") != "none":
+        raise _refused(where, "a dictionary of the residual stream", f"one of {config['reshape_activations']}")
+    tensors = _known(tensors, architecture, where)
+    metadata = config.get("metadata") or {}
+    d, m = tensors["W_enc"].shape if tensors["W_enc"].ndim == 2 else (-1, -1)
+    if (config.get("d_in", d), config.get("d_sae", m)) != (d, m):
+        raise CheckpointError(
+            f"{where}: {CONFIG} says width {config.get('d_in')} and {config.get('d_sae')} latents, W_enc has shape "
+            f"{list(tensors['W_enc'].shape)}; fetch or train it again"
+        )
+    k = config.get("k") if architecture == "topk" else None
+    norm = manifest.get("norm", metadata.get("residual_norm"))
+    return Dictionary(
+        architecture,
+        tensors["W_enc"],
+        tensors["b_gate" if architecture == "gated" else "b_enc"],
+        tensors["W_dec"],
+        tensors["b_dec"],
+        threshold=tensors.get("threshold"),
+        k=int(k) if isinstance(k, int | float) else None,
+        b_mag=tensors.get("b_mag"),
+        r_mag=tensors.get("r_mag"),
+        subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)),
+        rescale_by_decoder_norm=architecture == "topk" and bool(config.get("rescale_acts_by_decoder_norm", False)),
+        normalize=normalize,
+        site=manifest.get("site", _site(metadata)),
+        norm=float(norm) if norm else None,
+        place=place,
+        metadata=metadata,
+        manifest=manifest,
+    )
+
+
+def _modern(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Convert a config of any sae_lens version to the form of version 6."""
+    metadata = config.get("metadata")
+    if isinstance(metadata, dict) and "architecture" in config:
+        return config
+    old = {{"hook_point": "hook_name", "activation_fn_str": "activation_fn"}.get(k, k): v for k, v in config.items()}
+    activation = old.get("activation_fn") or "relu"
+    out = {"architecture": "standard"} | {k: v for k, v in old.items() if v is not None}
+    if activation == "topk":
+        out |= {"architecture": "topk", "k": (old.get("activation_fn_kwargs") or {}).get("k")}
+    elif activation != "relu":
+        raise _refused(where, "activation_fn relu or topk", f"{activation!r}")
+    if isinstance(old.get("normalize_activations"), bool):
+        out["normalize_activations"] = "expected_average_only_in" if old["normalize_activations"] else "none"
+    if "hook_z" in str(old.get("hook_name", "")):
+        out.setdefault("reshape_activations", "hook_z")
+    named = (
+        "model_name",
+        "hook_name",
+        "hf_hook_name",
+        "sae_lens_version",
+        "prepend_bos",
+        "context_size",
+        "dataset_path",
+    )
+    out["metadata"] = {k: old[k] for k in named if old.get(k) is not None} | (metadata or {})
+    return out
+
+
+def _known(tensors: dict[str, Tensor], architecture: str, where: str) -> dict[str, Tensor]:
+    """The tensors of the architecture under their current names.
+
+    Errors: CheckpointError for a missing tensor, UnsupportedError for an unknown one.
+    """
+    tensors = dict(tensors)
+    if "log_threshold" in tensors and "threshold" not in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        factor = tensors.pop(name, None)
+        if factor is not None and not bool((factor == 1).all()):
+            raise _refused(where, "no finetuning factors", f"{name} other than 1; fold them into W_dec first")
+    wanted = {"W_enc", "W_dec", "b_dec", *_TENSORS[architecture]}
+    if missing := sorted(wanted - set(tensors)):
+        raise CheckpointError(
+            f"{where}: expected tensor {missing[0]} in a {architecture} dictionary, found "
+            f"{', '.join(sorted(tensors))}; fetch or train it again"
+        )
+    if unknown := sorted(set(tensors) - wanted):
+        raise _refused(where, f"the tensors {', '.join(sorted(wanted))}", f"{unknown[0]} too")
+    return {name: tensors[name] for name in wanted}
+
+
+def _site(metadata: dict[str, Any]) -> int | None:
+    """The site that a hook's name stands for; None for anything but the residual stream before or after a block."""
+    name = str(metadata.get("hook_name") or metadata.get("hf_hook_name") or "")
+    for pattern, offset in _SITES:
+        if match := pattern.fullmatch(name):
+            site = int(match[1]) + offset
+            return site if site >= 0 else None
+    return None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    return read_json_object(file, do="fetch or train the dictionary again")
+
+
+def _refused(where: str, expected: str, found: str) -> UnsupportedError:
+    return UnsupportedError(f"{where}: expected {expected}, found {found}")
+
+
+def _sae_lens_version() -> str:
+    try:
+        return packages.version("sae-lens")
+    except packages.PackageNotFoundError:
+        return "6.54.0"

@@ -1,1 +1,0 @@
-"""Directions (and later dictionaries) found in the residual stream."""

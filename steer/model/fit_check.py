@@ -1,0 +1,124 @@
+"""Whether a dictionary fits the checkpoint that it is used on, measured on a few thousand tokens of plain prose.
+
+Sliders call `warn_of_poor_fits` whenever an edit is set, which checks each dictionary once per model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib import resources
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.core.dictionary import Dictionary
+from steer.core.edit import Edit
+from steer.core.feature import Feature
+from steer.core.fit import Fit, measure_fit
+from steer.errors import MismatchError, UsageError
+from steer.model.forward import read_residuals
+from steer.model.loaded import LoadedModel
+
+FACTOR, MARGIN = 1.5, 0.1
+"""A fit is poor when its FVU is above reference * FACTOR and above reference + MARGIN."""
+WITHOUT_REFERENCE = 0.5
+"""A dictionary without a reference fits poorly when its FVU is above this."""
+_PASSAGE, _ROWS = 256, 4
+
+
+class FitWarning(UserWarning):
+    """A dictionary fits the checkpoint poorly: its features may not mean what their descriptions say."""
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """A dictionary's fit on a checkpoint, and the fit that its manifest gives for comparison."""
+
+    dictionary: str
+    """The dictionary's name."""
+    model: str
+    """The checkpoint's name."""
+    fit: Fit
+    """As measured on the checkpoint."""
+    reference: float | None
+    """The FVU in the dictionary's manifest: on the same prose if it has one, else on held-out tokens; None without."""
+
+    @property
+    def poor(self) -> bool:
+        """Whether the fit is so poor that the features may not mean what their descriptions say."""
+        if self.reference is None:
+            return not self.fit.fvu <= WITHOUT_REFERENCE
+        return not self.fit.fvu <= max(FACTOR * self.reference, self.reference + MARGIN)
+
+    def __str__(self) -> str:
+        given = "it brings no figure of its own" if self.reference is None else f"its own is {self.reference:.2f}"
+        return (
+            f"dictionary {self.dictionary!r} on {self.model}: {self.fit.fvu:.2f} of the variance unexplained, {given}; "
+            f"{self.fit.l0:.0f} latents a token, {self.fit.tokens:,} tokens"
+        )
+
+
+def check_fit(model: LoadedModel, dictionary: Dictionary) -> FitReport:
+    """Measure the fit on the prose that ships with steer, without any slider.
+
+    Errors: MismatchError for a dictionary of another width, UsageError for one without a site that the model has.
+    """
+    if dictionary.width != model.anatomy.width:
+        raise MismatchError(
+            f"dictionary {dictionary.name!r} has width {dictionary.width}, {model.name} has residual width "
+            f"{model.anatomy.width}; use a dictionary of this checkpoint"
+        )
+    if dictionary.site is None or not 0 <= dictionary.site < model.anatomy.blocks:
+        raise UsageError(
+            f"dictionary {dictionary.name!r}: expected a site from 0 to {model.anatomy.blocks - 1} for {model.name}, "
+            f"found {dictionary.site}; use a dictionary of this checkpoint"
+        )
+    # Without the dictionary's norm, outliers are found by this model's median. The norm of a dictionary that does not
+    # fit may be on another scale, which this check has to report.
+    without_norm = replace(dictionary.to(model.device), norm=None)
+    fit = measure_fit(without_norm, _residuals(model, dictionary.site))
+    return FitReport(dictionary.name, model.name, fit, _reference(dictionary))
+
+
+def warn_of_poor_fits(model: LoadedModel, edit: Edit) -> None:
+    """Check each dictionary in an edit that is new on this model; warn (FitWarning) of each that fits poorly."""
+    reports = _REPORTS.setdefault(model, WeakKeyDictionary())
+    targets = [t for m in edit.moves if not m.neutral for t in (m.target, m.when.gate and m.when.gate.on)]
+    for dictionary in {t.dictionary: None for t in targets if isinstance(t, Feature)}:
+        if dictionary not in reports:
+            reports[dictionary] = check_fit(model, dictionary)
+            if reports[dictionary].poor:
+                warnings.warn(f"{reports[dictionary]}; its features may not mean what they say", FitWarning, 3)
+
+
+_REPORTS: WeakKeyDictionary[LoadedModel, WeakKeyDictionary[Dictionary, FitReport]] = WeakKeyDictionary()
+
+
+def _reference(dictionary: Dictionary) -> float | None:
+    for key in ("fit_on_plain", "fit"):
+        figures = dictionary.manifest.get(key)
+        if isinstance(figures, dict) and isinstance(figures.get("fvu"), int | float):
+            return float(figures["fvu"])
+    return None
+
+
+@torch.inference_mode()
+def _residuals(model: LoadedModel, site: int) -> Iterator[Float[Tensor, "n d"]]:
+    """Yield the unsteered residual stream of the prose, one batch of passages at a time, without BOS."""
+    text = (resources.files("steer") / "measure" / "texts" / "plain.txt").read_text(encoding="utf-8")
+    ids = model.encode(text)
+    bos = model.tokenizer.bos_token_id
+    first = [bos] if bos is not None and model.encode("a", frame=True)[:1] == [bos] else []
+    length = min(_PASSAGE, len(ids), model.context - len(first))
+    passages = [first + ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    for start in range(0, len(passages), _ROWS):
+        read: list[Tensor] = []
+
+        rows = torch.tensor(passages[start : start + _ROWS], device=model.device)
+        with model.untouched():
+            read_residuals(model, rows, [site], lambda _, h, read=read: read.append(h))
+        yield read[0][:, len(first) :].reshape(-1, model.anatomy.width)

@@ -1,0 +1,186 @@
+"""Keys and values: a cache that grows in place, and one that is kept between the replies of a chat.
+
+`growing_cache` is the cache of every generation. `branched` makes one from the rows of another, for `prefill.py`.
+`PrefixCache` is what a chat session passes to `decode` as `memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+STEP = 64
+"""For how many more tokens a buffer is made at a time."""
+Piece = tuple[list[int], int, slice]
+"""(rows of a new cache, the row of an old cache that they begin with, the columns of that row)"""
+
+
+class GrowingLayer(DynamicLayer):
+    """One block's keys and values: views of larger buffers, which are copied once every `STEP` tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: dict[str, Tensor] = {}
+
+    def update(
+        self,
+        key_states: Float[Tensor, "batch groups new d"],
+        value_states: Float[Tensor, "batch groups new d"],
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Float[Tensor, "batch groups seq d"], Float[Tensor, "batch groups seq d"]]:
+        """Append the new keys and values and return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys, self.values
+
+    @torch.inference_mode()  # its tensors were made in inference mode, and may be changed in it only
+    def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
+        """Keep these rows, in this order. Where few rows move, they are copied over the rows that leave."""
+        rows = indices.tolist()
+        moved = {to: row for to, row in enumerate(rows) if to != row}
+        if not self.get_seq_length() or any(row < len(rows) for row in moved.values()):
+            super().batch_select_indices(indices)
+            return
+        (_, keys), (_, values) = self._held()
+        for to, row in moved.items():
+            keys[to], values[to] = keys[row], values[row]
+        self.keys, self.values = keys[: len(rows)], values[: len(rows)]
+
+    def begin(self, other: GrowingLayer, pieces: Sequence[Piece], rows: int, columns: int) -> None:
+        """Begin with `columns` tokens per row that are copied from another cache.
+
+        A row with fewer has its tokens at the right end, and zeros before them.
+        """
+        (_, keys), (_, values) = other._held()
+        self.lazy_initialization(keys, values)
+        for name, held in (("keys", keys), ("values", values)):
+            room = held.new_empty(rows, held.shape[1], columns + STEP, held.shape[-1])
+            # Masked columns have a weight of zero, but zero times NaN or infinity in unset memory is not zero.
+            room[:, :, :columns] = 0
+            for to, row, taken in pieces:
+                room[to, :, columns - (taken.stop - taken.start) : columns] = held[row, :, taken]
+            self._rooms[name] = room
+        self.keys, self.values = (self._rooms[name][:, :, :columns] for name in ("keys", "values"))
+
+    def extend(self) -> tuple[Float[Tensor, "batch groups room d"], Float[Tensor, "batch groups room d"]]:
+        """Count one more token, whose keys and values the caller writes into the buffers that are returned."""
+        self.keys, self.values = (self._room(name, held, held, 1) for name, held in self._held())
+        return self._rooms["keys"][: len(self.keys)], self._rooms["values"][: len(self.values)]
+
+    def _held(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        assert isinstance(self.keys, Tensor)
+        assert isinstance(self.values, Tensor)
+        return ("keys", self.keys), ("values", self.values)
+
+    def _appended(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
+        out = self._room(name, held, new, new.shape[-2])
+        out[:, :, out.shape[-2] - new.shape[-2] :] = new
+        return out
+
+    def _room(self, name: str, held: Tensor | None, like: Tensor, more: int) -> Tensor:
+        """`held` with room for `more` tokens after it, which the caller writes."""
+        seq = held.shape[-2] if held is not None and held.numel() else 0
+        rows, total = like.shape[0], seq + more
+        room = self._rooms.get(name)
+        # Rows may have been selected, or the cache cropped: then `held` is no longer the start of the buffer. A buffer
+        # is never quite full, since compiled code would treat a full one as another case.
+        in_room = room is not None and held is not None and room.data_ptr() == held.data_ptr()
+        if not in_room or room is None or room.shape[0] < rows or room.shape[-2] <= total:
+            room = like.new_empty(*like.shape[:2], total + STEP, like.shape[-1])
+            if held is not None and seq:
+                room[:, :, :seq] = held
+            self._rooms[name] = room
+        return room[:rows, :, :total]
+
+
+def growing_cache(config: PretrainedConfig) -> Cache:
+    """An empty cache for one generation. Layers other than plain full attention are those of transformers."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def branched(cache: Cache, pieces: Sequence[Piece], rows: int, columns: int) -> Cache:
+    """A cache of `rows` texts that begin with tokens of another cache; see `GrowingLayer.begin`."""
+    new = DynamicCache()
+    new.layers = []
+    for layer in cache.layers:
+        assert isinstance(layer, GrowingLayer)
+        branch = GrowingLayer()
+        branch.begin(layer, pieces, rows, columns)
+        new.layers.append(branch)
+    return new
+
+
+class PrefixCache:
+    """The keys and values of a conversation, kept between its replies so that only new messages are read.
+
+        memory = PrefixCache()
+        for piece in model.stream(chat, memory=memory):
+            print(piece, end="")
+
+    They stay as they were made, under the sliders of that moment: a slider that moves acts on later tokens only. After
+    `forget` everything is read again under the current sliders, even in the middle of a reply.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        """The tokens that the cache holds."""
+        self.read = 0
+        """How many tokens of prompt and reply have gone through the model since the last reply began."""
+        self._cache: Cache | None = None
+
+    def forget(self) -> None:
+        """Drop everything, so that the whole chat is read again before the next token."""
+        self.ids, self._cache = [], None
+
+    def recall(self, text: Sequence[int], make: Callable[[], Cache]) -> tuple[Cache, list[int]]:
+        """The cache, cut to the beginning that it shares with `text`, and the tokens still to be read, at least one.
+
+        `make` makes an empty cache.
+        """
+        same = 0
+        while same < min(len(self.ids), len(text) - 1) and self.ids[same] == text[same]:
+            same += 1
+        cache = self._cache
+        if cache is None or not same or not _cut(cache, len(self.ids), same):
+            cache, same = make(), 0
+        self._cache, self.ids = cache, list(text[:same])
+        return cache, list(text[same:])
+
+    def holds(self, cache: Cache) -> bool:
+        """Whether `cache` is still the one in use; not after `forget`."""
+        return self._cache is cache
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Note that the model has read these tokens too."""
+        self.ids += tokens
+        self.read += len(tokens)
+
+
+def _cut(cache: Cache, length: int, to: int) -> bool:
+    """Cut a cache of `length` tokens to its first `to` tokens.
+
+    False where that cannot be done, or where the cache does not hold `length` tokens in every block: a pass that was
+    interrupted leaves its tokens in some blocks only.
+    """
+    layers: list[Any] = cache.layers
+    if any(int(layer.get_seq_length()) != length for layer in layers):
+        return False
+    if to == length:
+        return True
+    windows = (layer for layer, slides in zip(layers, cache.is_sliding, strict=True) if slides)
+    # A sliding window that is full has dropped tokens.
+    if not cache.is_croppable or any(length >= layer.sliding_window for layer in windows):
+        return False
+    cache.crop(to - length)
+    return True

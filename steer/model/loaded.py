@@ -1,0 +1,167 @@
+"""A checkpoint in memory: the transformers model, its tokenizer, its anatomy and the hooks that steer it.
+
+`LoadedModel` is the base of `SteeredModel` (`steered.py`). Code that only reads a model or runs it, such as the decode
+loops, finding and measuring, takes a `LoadedModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.sketch import Sketch, sketch_files
+from steer.core.edit import Edit
+from steer.errors import CheckpointError, UsageError
+from steer.model import attention
+from steer.model.record import Recording, reading
+from steer.model.steering.steering import Steering
+from steer.model.tokens import context_length, end_token_ids, ids_of
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+
+class LoadedModel:
+    """A checkpoint in memory. `hf` stays an ordinary transformers model.
+
+    It has what forward passes, decoding and reading need; `SteeredModel` adds sliders and replies.
+    """
+
+    def __init__(
+        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", files: Path | None = None
+    ) -> None:
+        self.hf: Any = hf.eval()
+        self.tokenizer: Any = tokenizer
+        self.name = name
+        self.anatomy = Anatomy.of(hf.config.to_dict(), name)
+        if self.anatomy.layout.own_scores and hf.config._attn_implementation == "sdpa":
+            hf.set_attn_implementation(attention.NAME)  # else the softcap would be left out
+        self.steering = Steering(hf, self.anatomy)
+        self.compiled: Callable[[Tensor, Tensor, Cache], Tensor] | None = None
+        """The compiled forward pass that single texts are decoded with, after `SteeredModel.compile`; else None."""
+        self.end_token_ids = end_token_ids(hf.config, hf.generation_config, tokenizer)
+        """Tokens that end a reply: those of the generation config, the config and the tokenizer, and the one that the
+        chat template writes after a reply."""
+        self.context = context_length(hf.config)
+        """How many tokens the model reads at most, a prompt and its reply together."""
+        self._files = files
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids have to be on."""
+        embedding = self.hf.get_input_embeddings()
+        if embedding.weight.device.type != "meta":
+            return embedding.weight.device
+        return torch.device(embedding._hf_hook.execution_device)  # offloaded: accelerate moves it there
+
+    def sketch(self) -> Sketch:
+        """A small sample of the weights, by which a direction recognises its checkpoint.
+
+        It is taken from the checkpoint's files if there are any: the weights in memory may be quantised, offloaded, or
+        have all experts in one tensor.
+        """
+        return self._sketch
+
+    @cached_property
+    def _sketch(self) -> Sketch:
+        if self._files is not None:
+            return sketch_files(self._files)
+        tensors = dict(self.hf.named_parameters())
+        return Sketch.of(list(tensors), lambda name: tensors[name].detach(), self.hf.config.to_dict())
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat up to the point where the reply begins, with one BOS at most.
+
+        Errors: CheckpointError without a chat template, UsageError for a chat that the template refuses;
+        those of `encode`.
+        """
+        if not self.tokenizer.chat_template:
+            raise CheckpointError(
+                f"{self.name}: expected a chat template in the tokenizer, found none; "
+                "copy chat_template.jinja from the tune it was made of"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as e:
+            raise UsageError(f"{self.name}: its chat template refuses this chat: {e}") from e
+        return self.encode(text)
+
+    def encode(self, text: str, *, frame: bool = False) -> list[int]:
+        """Token ids of a text as it is; with `frame`, between the special tokens that the tokenizer puts around a text.
+
+        Errors: UsageError for text that is not Unicode, CheckpointError for a token without a row in the embedding.
+        """
+        return ids_of(self.tokenizer, [text], self.vocabulary, self.name, frame=frame)[0]
+
+    def check_finite(self, numbers: Tensor) -> None:
+        """Raise unless logits or residual streams are finite in every row.
+
+        Errors: CheckpointError that names the dtype: float16 ends at 65504, and activations of some models are larger.
+        """
+        # The maximum of a row is NaN if any number in it is.
+        if not bool(numbers.amax(-1).isfinite().all()):
+            raise self.overflow(any(self.steering.rows))
+
+    def overflow(self, steered: bool = False) -> CheckpointError:
+        """The error for logits or residual streams that are not finite. `steered`: whether sliders may be the cause."""
+        dtype = str(self.hf.dtype).removeprefix("torch.")
+        under = " under these sliders" if steered else ""
+        return CheckpointError(
+            f"{self.name}: expected finite numbers in the forward pass{under}, found NaN or infinity in {dtype}; "
+            + ("load it as float32 or bfloat16" if dtype == "float16" else "check the weights")
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many rows the embedding has. A tokenizer may know fewer tokens, or more."""
+        return int(self.hf.get_input_embeddings().weight.shape[0])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Token ids as text, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @contextmanager
+    def untouched(self) -> Iterator[Self]:
+        """Run the model without any slider inside the block, for finding and measuring on the unsteered model.
+
+        Other threads that would steer it, or write with it, wait until the block ends.
+        """
+        with self.steering.alone([None]):
+            yield self
+
+    @contextmanager
+    def edited(self, edit: Edit) -> Iterator[Self]:
+        """Apply an Edit with hooks inside the block: they do what `steer.bake` would write into the weights."""
+        with self.steering.applied([edit]):
+            yield self
+
+    @contextmanager
+    def record(self, sites: Sequence[int] | None = None) -> Iterator[Recording]:
+        """Record the residual stream after each block in `sites` (None: every block), for every pass inside.
+
+            with model.record([14]) as recording:
+                model.hf(input_ids=ids)
+            recording[14]  # [batch, seq, d]
+
+        Indexing gives the last forward pass; `Recording.passes` gives all of them.
+        """
+        recording = Recording()
+        sites = range(self.anatomy.blocks) if sites is None else sites
+        with reading(self.hf, self.anatomy, sites, recording.append):
+            yield recording
+
+
+def as_messages(message: str | Sequence[Message], system: str | None = None) -> list[Message]:
+    """A chat from a message or a chat, with the system prompt in front if one is given."""
+    chat: list[Message] = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
+    return [{"role": "system", "content": system}, *chat] if system else chat

@@ -1,0 +1,107 @@
+"""Loading a checkpoint's weights and tokenizer with transformers, onto the device and in the dtype to run in.
+
+`steered.load` calls `read_model` and makes a `SteeredModel` of the result.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.dtypes import announce, computing_in
+from steer.checkpoint.reader import CheckpointFiles
+from steer.errors import CheckpointError, UsageError
+from steer.model import attention
+from steer.model.products import use_fast_products
+
+
+def read_model(
+    place: str, name: str, dtype: Any, device_map: Any, four_bit: bool, more: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of a checkpoint; see `steer.load` for `dtype`, `device_map` and `four_bit`.
+
+    `place`: a directory or a hub id. `name`: what messages call the checkpoint. `more`: arguments for transformers.
+    Errors: as `steer.load`.
+    """
+    if four_bit and find_spec("bitsandbytes") is None:
+        raise UsageError("4 bits: expected the package bitsandbytes, found none; pip install bitsandbytes")
+    if isinstance(device_map, str) and device_map.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device map {device_map}: expected a GPU that torch can use, found none; leave it out")
+    if device_map is None and torch.cuda.is_available():
+        device_map = "cuda"
+    if not torch.cuda.is_available():
+        more = {"attn_implementation": attention.NAME} | more
+    if Path(place).is_dir():
+        _check_blocks(Path(place), name)
+    # If unset, transformers asks on stdin whether to run a checkpoint's code, and takes the first "y" for a yes.
+    code = {"trust_remote_code": more.get("trust_remote_code", False)}
+    if dtype in (torch.float64, "float64"):  # transformers' grouped products of experts do not support it
+        more = {"experts_implementation": "eager"} | more
+    try:
+        hub = {option: more[option] for option in ("revision", "token", "cache_dir", "subfolder") if option in more}
+        small = four_bit or "quantization_config" in more
+        chosen = computing_in(place, dtype, device_map=device_map, quantised=small, hub=hub)
+        if four_bit:
+            more = more | {"quantization_config": _four_bit(chosen.dtype)}
+        tokenizer = AutoTokenizer.from_pretrained(place, **code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=chosen.dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
+            **code | more,
+        )  # fmt: skip
+        hf, report = loaded  # transformers declares the type of the model alone
+    except torch.OutOfMemoryError as e:
+        raise CheckpointError(
+            f"{name}: expected room for it on {device_map}, found too little; spread it with --device-map auto, or "
+            "load it in 4 bits with --four-bit"
+        ) from e
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise CheckpointError(
+            f"{name}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
+        ) from e
+    if missing := sorted(report["missing_keys"]):
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{name}: expected tensor {missing[0]}{others} in its files, found none, and random numbers would run in "
+            "their place; fetch the model again"
+        )
+    announce(chosen, name)
+    use_fast_products(hf)
+    return hf, tokenizer
+
+
+def _check_blocks(place: Path, name: str) -> None:
+    """Raise CheckpointError for a config with more blocks than the files hold, before transformers builds that many."""
+    files = CheckpointFiles.open(place)
+    anatomy = Anatomy.of(files.config, name)
+    if files.tensors and not anatomy.has_block(anatomy.blocks - 1, files.tensors):
+        raise CheckpointError(
+            f"{name}: config.json says {anatomy.blocks} blocks, found none with number {anatomy.blocks - 1} in the "
+            "files; fetch the model again"
+        )
+
+
+def files_of(place: str) -> Path:
+    """The directory of a checkpoint that was loaded; for a hub id, in the hub's cache."""
+    if Path(place).is_dir():
+        return Path(place)
+    config = cached_file(place, "config.json")
+    assert config is not None  # the checkpoint was loaded, so it exists
+    return Path(config).parent
+
+
+def _four_bit(dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    """The configuration for 4-bit weights that are converted to `dtype` (None: bfloat16) for every product."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or "bfloat16")

@@ -1,0 +1,268 @@
+"""Reading many texts at once, with every beginning that several of them share read once.
+
+`batch.generate` reads its prompts here, and scoring (`measure.fluency`) its replies. Prompts share a system prompt;
+replies that are scored share their prompt. A beginning is shared only between texts under the same edit, since an edit
+changes the keys and values of the tokens that it acts on. No edit acts on the blocks before the first edited one, so
+there one text under several edits is read as one row (`Spread`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from steer.model.kv_cache import GrowingLayer, Piece, branched, growing_cache
+from steer.model.loaded import LoadedModel
+from steer.model.steering.low_rank import ForwardContext
+
+PASS = 64
+"""The cost of a pass, in tokens: a pass over few tokens takes as long as one over this many more, since every weight is
+read from memory."""
+AT_ONCE = 1024
+"""How many tokens a CPU reads at a time. What is computed between two layers then stays in its caches; for a whole
+batch it would be memory that is new to the process at every layer."""
+
+
+@dataclass(eq=False)
+class Prefill:
+    """Texts that the model has read, padded on their left to one length."""
+
+    cache: Cache
+    mask: Int[Tensor, "rows seq"]
+    """0 for padding, else 1."""
+    hidden: Float[Tensor, "rows fed d"]
+    """The input of the LM head at the last tokens of each text."""
+
+
+@torch.inference_mode()
+def prefill(
+    model: LoadedModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    prompts: Sequence[int],
+    which: Sequence[int] | None = None,
+) -> Prefill:
+    """Read texts given as token ids, in as few tokens as their shared beginnings allow.
+
+    `prompts`: how many tokens come before each text's reply, at least 1. Hidden states are returned for the last of
+    them and all tokens after it, or for the text's last token if the text ends earlier. `which`: the index of the
+    applied edit that each text is under; None where all are under one edit, or none.
+    """
+    rows = list(which) if which is not None else [0] * len(texts)
+    texts = [tuple(t) for t in texts]
+    cache, fed = growing_cache(model.hf.config), max(map(len, texts))
+    if len(texts) > 1 and all(isinstance(layer, GrowingLayer) for layer in cache.layers):
+        heads, sources, tail = _heads(texts, [min(p, len(t)) - 1 for p, t in zip(prompts, texts, strict=True)], rows)
+        if any(heads):
+            cache, fed = _begun(model, texts, heads, sources, prompts, which), tail
+    mask = _mask(texts, max(map(len, texts)), model.device)
+    ids = [[*t[-fed:]] for t in texts]
+    # Padded with the first token of the text, which the embedding is sure to have.
+    padded = torch.tensor([[i[0]] * (fed - len(i)) + i for i in ids], device=model.device)
+    row = torch.tensor(rows, device=model.device) if which is not None else None
+    starts = torch.tensor([[p] for p in prompts], device=model.device)
+    step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
+    before = mask.shape[1] - fed
+    spread = Spread.of(model, texts, cache) if which is not None else None
+    with spread.narrowed(cache) if spread is not None else nullcontext():
+        hidden = [
+            decoder_pass(model, padded[:, i : i + step], mask[:, : before + i + step], cache, row, starts, spread)
+            for i in range(0, fed, step)
+        ]
+    return Prefill(cache, mask, torch.cat(hidden, dim=1))
+
+
+@dataclass(eq=False)
+class Spread:
+    """How texts under several edits are read: one row per text before `block`, one per text and edit from there on."""
+
+    block: int
+    kept: Int[Tensor, " texts"]
+    """The first row of each distinct text."""
+    place: Int[Tensor, " rows"]
+    """For each row, the index of its text in `kept`."""
+
+    @classmethod
+    def of(cls, model: LoadedModel, texts: Sequence[tuple[int, ...]], cache: Cache) -> Spread | None:
+        """The Spread for the applied edits; None where it would save nothing. `texts`: one per row."""
+        block, first = model.steering.untouched_blocks, {t: i for i, t in reversed(list(enumerate(texts)))}
+        unique = sorted(first.values())
+        if not block or len(unique) == len(texts) or not all(isinstance(layer, GrowingLayer) for layer in cache.layers):
+            return None
+        places = {row: place for place, row in enumerate(unique)}
+        place = [places[first[t]] for t in texts]
+        return cls(block, torch.tensor(unique, device=model.device), torch.tensor(place, device=model.device))
+
+    @contextmanager
+    def narrowed(self, cache: Cache) -> Iterator[None]:
+        """Inside, the cache of the blocks before `block` has one row per text; afterwards one per row again."""
+        layers = [layer for layer in cache.layers[: self.block] if isinstance(layer, GrowingLayer)]
+        for layer in layers:
+            layer.batch_select_indices(self.kept)
+        yield
+        for layer in layers:
+            layer.batch_select_indices(self.place)
+
+    @contextmanager
+    def widened(self, model: LoadedModel) -> Iterator[None]:
+        """Inside, passes over one row per text go on with all rows from `block` on."""
+        made: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def widen(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(widen(part) for part in x)
+            if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] != len(self.kept):
+                return x
+            if id(x) not in made:  # every block gets the same mask and rotary angles
+                made[id(x)] = x, x.index_select(0, self.place)
+            return made[id(x)][1]
+
+        def before(_: Any, args: Any, kwargs: Any) -> Any:
+            return tuple(map(widen, args)), {name: widen(value) for name, value in kwargs.items()}
+
+        with ExitStack() as hooks:
+            for block in range(self.block, model.anatomy.blocks):
+                module = model.hf.get_submodule(model.anatomy.block_module(block))
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            yield
+
+
+def decoder_pass(
+    model: LoadedModel,
+    ids: Int[Tensor, "rows new"],
+    mask: Int[Tensor, "rows seq"],
+    cache: Cache,
+    row: Int[Tensor, " rows"] | None,
+    starts: Int[Tensor, "rows 1"],
+    spread: Spread | None = None,
+) -> Float[Tensor, "rows new d"]:
+    """Run the decoder over new tokens, add them to the cache and return the input of the LM head.
+
+    `row`: as `ForwardContext.row`. `starts`: how many tokens of each text come before its reply. `spread`: how
+    the cache is narrowed, inside of `Spread.narrowed`.
+    """
+    decoder = model.hf.get_submodule(model.anatomy.decoder_module)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    steering = model.steering
+    with steering.lock:
+        index = positions - starts + 1 if steering.timed else None
+        if spread is not None:
+            ids, mask, positions = ids[spread.kept], mask[spread.kept], positions[spread.kept]
+        with (
+            steering.passing(ForwardContext(row, index)),
+            spread.widened(model) if spread is not None else nullcontext(),
+        ):
+            return decoder(
+                input_ids=ids,
+                attention_mask=None if bool(mask.all()) else mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+
+
+def _begun(
+    model: LoadedModel,
+    texts: Sequence[Sequence[int]],
+    heads: Sequence[int],
+    sources: Sequence[int],
+    prompts: Sequence[int],
+    which: Sequence[int] | None,
+) -> Cache:
+    """A cache with the first `heads` tokens of every text, as many as given for each; only the `sources` are read."""
+    read = sorted({s for s, head in zip(sources, heads, strict=True) if head})
+    begun = prefill(
+        model,
+        [texts[s][: heads[s]] for s in read],
+        prompts=[prompts[s] for s in read],
+        which=None if which is None else [which[s] for s in read],
+    )
+    width = begun.mask.shape[1]
+    pieces: dict[tuple[int, int], list[int]] = {}
+    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
+        if head:
+            pieces.setdefault((source, head), []).append(i)
+    taken: list[Piece] = []
+    for (source, head), rows in pieces.items():
+        start = width - heads[source]
+        taken.append((rows, read.index(source), slice(start, start + head)))
+    return branched(begun.cache, taken, len(texts), max(heads))
+
+
+def _mask(texts: Sequence[Sequence[int]], width: int, device: Any) -> Int[Tensor, "rows width"]:
+    lengths = torch.tensor([len(t) for t in texts], device=device)
+    return (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+
+
+def _heads(
+    texts: Sequence[Sequence[int]], limits: Sequence[int], rows: Sequence[int]
+) -> tuple[list[int], list[int], int]:
+    """Which shared beginnings to read ahead of the rest: those for which the fewest tokens are read in all.
+
+    `limits`: how many tokens of each text may be read ahead at most. `rows`: the edit of each text. Returns, for each
+    text, how many of its first tokens are read ahead, and the text from which it takes them (itself if it shares none);
+    and how many of the remaining tokens are fed, the same number for every text.
+    """
+    shared, groups = _shared(texts, limits, rows)
+    lengths = [len(t) for t in texts]
+
+    def split(tail: int) -> tuple[list[int], list[int]]:
+        heads = [max(n - tail, 0) for n in lengths]
+        longest: dict[int, int] = {}
+        for i, head in enumerate(heads):
+            if head <= shared[i] and head > heads[longest.setdefault(groups[i], i)]:
+                longest[groups[i]] = i
+        return heads, [longest[groups[i]] if head <= shared[i] else i for i, head in enumerate(heads)]
+
+    def cost(tail: int) -> int:
+        heads, sources = split(tail)
+        read = sum(heads[s] for s in set(sources))
+        return tail * len(texts) + read + (PASS if read else 0)
+
+    least = max(n - limit for n, limit in zip(lengths, limits, strict=True))
+    tails = {max(least, n - s) for n, s in zip(lengths, shared, strict=True)}
+    tail = min(sorted({*tails, max(lengths)}, reverse=True), key=cost)
+    return *split(tail), tail
+
+
+def _shared(texts: Sequence[Sequence[int]], limits: Sequence[int], rows: Sequence[int]) -> tuple[list[int], list[int]]:
+    """For each text, how many first tokens it shares with its group, and the group, for the groups that save most."""
+    order = sorted(range(len(texts)), key=lambda i: (rows[i], texts[i]))
+    common = [
+        min(_common(texts[a], texts[b]), limits[a], limits[b]) if rows[a] == rows[b] else 0 for a, b in pairwise(order)
+    ]
+
+    def best(first: int, last: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """The tokens saved, and the groups (first, last, shared length) of `order[first : last + 1]`."""
+        if first == last:
+            return 0, [(first, last, 0)]
+        weakest = min(range(first, last), key=common.__getitem__)
+        whole = common[weakest] * (last - first)
+        left, right = best(first, weakest), best(weakest + 1, last)
+        if left[0] + right[0] > whole:
+            return left[0] + right[0], left[1] + right[1]
+        return whole, [(first, last, common[weakest])]
+
+    shared, groups = [0] * len(texts), [0] * len(texts)
+    for group, (first, last, length) in enumerate(best(0, len(order) - 1)[1]):
+        for i in order[first : last + 1]:
+            shared[i], groups[i] = length, group
+    return shared, groups
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens two texts have in common."""
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n

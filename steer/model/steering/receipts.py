@@ -1,0 +1,269 @@
+"""Receipts: on how many tokens of a reply each slider acted, and how far it moved the residual stream.
+
+A `Tally` collects this while replies are written. The decode loop calls `Tally.begin` before each forward pass,
+low-rank edits call `Tally.note` within it, and `Tally.receipt` sums up one text as a `Receipt`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import starmap
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.feature import Feature
+from steer.core.intervention import Intervention, Operation
+from steer.model.steering.low_rank import ForwardContext, LowRankEdit, Term
+
+_PENDING = 4096
+"""How many notes are held before they are summed up."""
+
+
+@dataclass(frozen=True)
+class SliderReceipt:
+    """What one slider did to one reply."""
+
+    name: str
+    operation: Operation
+    amount: float
+    """The last amount it had."""
+    tokens: int
+    """On how many tokens it moved something, counting the prompt tokens that were read."""
+    mean_share: float
+    """How far it moved those tokens on average, as a share of the site's median residual norm; nan where that norm is
+    not known. An operation that sets a projection counts by how far the projection moved; a direction's ablation is
+    summed over the writers up to its site."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the sliders did to one reply."""
+
+    tokens: int
+    """How many tokens went through the model: the part of the prompt that was read, and the reply."""
+    sliders: tuple[SliderReceipt, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Other facts about the reply, for people: that it filled the context, that old messages were left out."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """The notes, and one line for every slider that changed no token."""
+        return [*self.notes, *self._silent()]
+
+    def _silent(self) -> list[str]:
+        return [
+            f"slider {s.name!r} ({s.operation} {s.amount:g}) never fired in this reply"
+            for s in self.sliders
+            if not s.tokens
+        ]
+
+    def describe(self) -> dict[str, object]:
+        """The receipt as a dict for JSON."""
+        sliders = [
+            {
+                "name": s.name,
+                "operation": s.operation,
+                "amount": s.amount,
+                "tokens": s.tokens,
+                "mean_share": None if math.isnan(s.mean_share) else round(s.mean_share, 4),
+            }
+            for s in self.sliders
+        ]
+        return {"tokens": self.tokens, "sliders": sliders, "warnings": self.warnings}
+
+
+@dataclass
+class _Sum:
+    """What one slider did to one text so far."""
+
+    name: str
+    operation: Operation
+    amount: float
+    tokens: int = 0
+    moved: float = 0.0
+    """Sum over these tokens of the share of the residual norm."""
+
+
+@dataclass
+class _Text:
+    """What is counted for one text."""
+
+    tokens: int = 0
+    sliders: dict[_Key, _Sum] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _last_passes: tuple[Edit | None, int] = (None, 0)
+    """The edit of the last passes, and how many tokens they read under it."""
+
+    def read_under(self, edit: Edit | None, tokens: int) -> None:
+        """Count tokens that were read under this edit."""
+        if edit is not self._last_passes[0]:
+            self.settle()
+        self._last_passes = (edit, self._last_passes[1] + tokens)
+
+    def settle(self) -> None:
+        """List the sliders of the last passes, and count the tokens of those that add to every token alike."""
+        edit, tokens = self._last_passes
+        self._last_passes = (None, 0)
+        for move in edit.as_moves() if edit is not None else ():
+            total = self.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
+            total.amount = move.amount
+            if move.constant and move.share():
+                total.tokens += tokens
+                total.moved += tokens * move.share()
+
+
+class Tally:
+    """Collects what sliders do to the texts of one generation. A text's number is its row in the first batch.
+
+    Nothing is copied from the device while a reply is being written, except once in many passes.
+    """
+
+    def __init__(self) -> None:
+        self._texts: dict[int, _Text] = {}
+        self._pending: list[_Noted] = []
+        self._now: _Texts = ()
+        self._written: dict[LowRankEdit, list[Tensor]] = {}
+        """What was ablated in the latest pass, one tensor per writer."""
+        self._valid: Tensor | None = None
+
+    def begin(self, texts: Sequence[tuple[int, int, int | slice]], rows: Sequence[Edit | None]) -> None:
+        """Note that a forward pass begins.
+
+        `texts`: for each text of the batch its number, the index of its edit in `rows`, and how many tokens are read,
+        or which slice of the pass they are where several texts are packed.
+        """
+        self._end_pass()
+        now = []
+        for text, row, tokens in texts:
+            part = (tokens.start, tokens.stop) if isinstance(tokens, slice) else None
+            count = tokens.stop - tokens.start if isinstance(tokens, slice) else tokens
+            now.append((text, row, part))
+            account = self._texts.setdefault(text, _Text())
+            account.tokens += count
+            account.read_under(rows[row], count)
+        self._now = tuple(now)
+
+    def note(self, columns: LowRankEdit, by: Tensor, text: ForwardContext, writes_to: int | None) -> None:
+        """`columns` moved its projections or activations by `by`, `[batch, new, columns]`, in the latest pass.
+
+        `writes_to`: as `ModuleEdit.writes_to`. What is ablated is summed over the writers up to the direction's site.
+        """
+        if by.requires_grad:
+            by = by.detach()
+        if writes_to is None:
+            self._pending.append((columns, columns.terms, by, self._now, text.valid))
+            return
+        if writes_to > max(columns.sites):
+            return
+        if writes_to > min(columns.sites):
+            by = by * by.new_tensor([float(d >= writes_to) for d in columns.sites])
+        self._written.setdefault(columns.account or columns, []).append(by)
+        self._valid = text.valid
+
+    def _end_pass(self) -> None:
+        for columns, changes in self._written.items():
+            # At least fp32: there are many writers, and each may do little.
+            total = torch.stack([change.to(changes[0].device) for change in changes]).sum(
+                0, dtype=torch.promote_types(changes[0].dtype, torch.float32)
+            )
+            self._pending.append((columns, columns.terms, total, self._now, self._valid))
+        self._written.clear()
+        if len(self._pending) >= _PENDING:
+            self._settle()
+
+    def receipt(self, text: int = 0) -> Receipt:
+        """What was done to a text so far. `text`: its number."""
+        self._end_pass()
+        self._settle()
+        account = self._texts.get(text, _Text())
+        return Receipt(
+            account.tokens,
+            tuple(
+                SliderReceipt(s.name, s.operation, s.amount, s.tokens, s.moved / s.tokens if s.tokens else 0.0)
+                for s in account.sliders.values()
+            ),
+            tuple(account.notes),
+        )
+
+    def remark(self, note: str, text: int = 0) -> None:
+        """Add a line for people to a text's receipt."""
+        self._texts.setdefault(text, _Text()).notes.append(note)
+
+    def _settle(self) -> None:
+        for account in self._texts.values():
+            account.settle()
+        # Passes of the same shape, such as those that write one token each, are summed up together.
+        alike: dict[tuple[object, ...], list[_Note]] = {}
+        for note in starmap(_Note, self._pending):
+            key = (note.columns, id(note.terms), note.texts, note.change.shape[0], note.change.device)
+            alike.setdefault(key, []).append(note)
+        self._pending = []
+        for notes in alike.values():
+            columns, terms, texts = notes[0].columns, notes[0].terms, notes[0].texts
+            packed = texts[0][2] is not None
+            changes = torch.cat([note.of_text() for note in notes], dim=0 if packed else 1)
+            for at, (text, row, part) in enumerate(texts):
+                if part is not None:
+                    text_changes = changes[:, slice(*part)].flatten(0, 1)
+                else:
+                    text_changes = changes[at if changes.shape[0] > 1 else 0]
+                columns_of: dict[Intervention, list[int]] = {}
+                for term in terms:
+                    if term.row == row:
+                        columns_of.setdefault(term.move, []).append(term.column)
+                for move, columns_moved in columns_of.items():
+                    moved = _length(columns, columns_moved, text_changes)
+                    total = self._texts[text].sliders[_key(move)]
+                    total.moved += float(moved.sum()) / _norm(move)
+                    total.tokens += int((moved > 0).sum())
+
+
+_Key = tuple[object, ...]
+_Texts = tuple[tuple[int, int, tuple[int, int] | None], ...]
+"""For each text of a pass: its number, its row and, where packed, the begin and end of its tokens."""
+_Noted = tuple[LowRankEdit, list[Term], Tensor, _Texts, Tensor | None]
+"""The fields of a `_Note`: notes are made between two blocks, where a tuple costs least."""
+
+
+@dataclass
+class _Note:
+    """What a low-rank edit did in one pass."""
+
+    columns: LowRankEdit
+    terms: list[Term]
+    """The terms that the edit had in that pass."""
+    change: Tensor
+    texts: _Texts
+    valid: Tensor | None
+
+    def of_text(self) -> Float[Tensor, "batch new columns"]:
+        """The changes on tokens of texts; 0 on padding."""
+        if self.valid is None:
+            return self.change
+        return self.change * self.valid[..., None].to(self.change.device, self.change.dtype)
+
+
+def _key(move: Intervention) -> _Key:
+    """Equal for the moves of one slider, whatever their amounts."""
+    when = move.when
+    return move.name, id(move.target), move.operation, when.window, when.gate and when.gate.key
+
+
+def _length(columns: LowRankEdit, chosen: list[int], change: Float[Tensor, "new columns"]) -> Float[Tensor, " new"]:
+    """How far some of the columns moved each token: the residual stream for latents, the projection for directions."""
+    if columns.dictionary is None:
+        return change[:, chosen].abs().sum(-1)
+    return (change[:, chosen] @ columns.write.ready(change.device, change.dtype)[0, chosen]).norm(dim=-1)
+
+
+def _norm(move: Intervention) -> float:
+    if isinstance(move.target, Feature):
+        return move.target.dictionary.norm or math.nan
+    assert isinstance(move.target, Direction)
+    return move.target.residual_norm

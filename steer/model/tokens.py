@@ -1,0 +1,131 @@
+"""Token ids: tokenising text, padding rows to one length, which tokens end a reply, how long a text may be.
+
+Everything that turns text into input of a model goes through this file, in chats, in finding and in training.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from jinja2 import TemplateError
+from torch import Tensor
+
+from steer.errors import CheckpointError, UsageError
+
+_PROBE = "steerprobe"
+"""A reply to render with a chat template, to see which token the template writes after a reply."""
+
+
+class ContextWarning(UserWarning):
+    """A reply has filled the model's context and ends there."""
+
+
+def ids_of(tokenizer: Any, texts: Sequence[str], rows: int, name: str, *, frame: bool = False) -> list[list[int]]:
+    """Token ids of texts. `frame`: with the special tokens that the tokenizer puts around a text, such as BOS.
+
+    Every text that a model reads comes through here, most by `LoadedModel.encode`. `rows`: how many rows the embedding
+    has. `name`: what messages call the model.
+    Errors: UsageError for text that is not Unicode, CheckpointError for a token without a row.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise UsageError(
+                f"text: expected Unicode, found half of a character, {text[e.start]!r}; convert it to UTF-8"
+            ) from e
+    made: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=frame, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    ).input_ids
+    highest = max((max(ids) for ids in made if ids), default=0)
+    if highest >= rows:
+        raise CheckpointError(
+            f"{name}: expected tokens below {rows}, the rows of its embedding, found {highest} "
+            f"({tokenizer.convert_ids_to_tokens(highest)!r}) in the text; leave it out, or resize the embedding"
+        )
+    return made
+
+
+def padded(
+    texts: Sequence[Sequence[int]], *, left: bool = False, device: torch.device | None = None
+) -> tuple[Int[Tensor, "texts seq"], Int[Tensor, "texts seq"]]:
+    """Token ids as rows of one length, and the attention mask: 1 on tokens of a text, 0 on padding.
+
+    Rows are padded at their end, which causal attention never sees, or with `left` at their beginning. The padding is
+    token 0, because a tokenizer's pad token may have no row in the embedding.
+    """
+    width = max(map(len, texts))
+    ids = torch.zeros(len(texts), width, dtype=torch.long)
+    mask = torch.zeros(len(texts), width, dtype=torch.long)
+    for row, text in enumerate(texts):
+        place = slice(width - len(text), None) if left else slice(len(text))
+        ids[row, place] = torch.tensor(list(text), dtype=torch.long)
+        mask[row, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+def end_token_ids(config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a reply: the end tokens of the generation config, the config and the tokenizer, which may differ
+    in merges and tunes, and the token that the chat template writes after a reply."""
+    found: set[int] = set()
+    for source in (generation_config, config, config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    turn_end = _turn_end(tokenizer)
+    return frozenset(found if turn_end is None else found | {turn_end})
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """The first special or added token that the chat template writes after a reply; None where it writes none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, TypeError, KeyError, AttributeError):
+        return None  # the template refuses such a chat
+    _, said, after = text.rpartition(_PROBE)
+    if not said:
+        return None
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    # The unknown token ends no reply; BOS begins the next chat and ends none, unless it is EOS as well.
+    special -= {tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
+    return next((i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special), None)
+
+
+def context_length(config: Any) -> int:
+    """How many tokens a model reads at most, a prompt and its reply together.
+
+    For YaRN it is the original length times the factor, if that is more than `max_position_embeddings`, which is right
+    for other kinds of scaling and for sliding windows.
+    """
+    text = config.get_text_config()
+    most = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) == "yarn":
+        stretched = rope.get("factor", 1.0) * (rope.get("original_max_position_embeddings") or 0)
+        most = max(most, int(stretched))
+    return most
+
+
+def check_length(name: str, length: int, context: int) -> None:
+    """Raise UsageError for a prompt after which no reply fits into the context."""
+    if length >= context:
+        raise UsageError(
+            f"{name}: expected a prompt of at most {context - 1} tokens, since it reads {context} with the reply among "
+            f"them, found {length}; shorten the messages or leave out the oldest"
+        )
+
+
+def filled(name: str, context: int) -> str:
+    """A message for people: the reply has reached the end of the context."""
+    return f"the reply ends here: {name} reads at most {context} tokens, prompt and reply together"
+
+
+def warn_filled(name: str, context: int) -> None:
+    """Warn that a reply has filled the context, where there is no receipt to say so."""
+    warnings.warn(filled(name, context), ContextWarning, stacklevel=3)

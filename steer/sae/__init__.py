@@ -1,0 +1,1 @@
+"""Sparse autoencoders: harvesting activations, training dictionaries, labelling and ranking their latents."""

@@ -1,0 +1,229 @@
+"""Labels for every live latent, computed from the model and a harvest, without a judge model.
+
+`steer features --label` writes them to features.jsonl: firing rate, unit, top tokens, contexts, nearest latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steer.core.dictionary import Dictionary
+from steer.errors import MismatchError
+from steer.model.steered import SteeredModel
+from steer.progress import Advance, bar
+from steer.sae.logit_lens import logit_lens
+from steer.sae.pooling import check_fits, encoded, kept
+from steer.sae.records import Context, FeatureRecord
+from steer.sae.shards import Harvest
+
+BEFORE, AFTER = 12, 6
+"""Tokens of context shown before and after the token."""
+UNIT_QUANTILE = 0.99
+"""Quantile of a latent's positive activations that is its unit."""
+LOWER_QUANTILES = (0.9, 0.5)
+"""Quantiles that the last contexts of a latent come from: the highest activations alone make a latent look more
+specific than it is."""
+LOOKED_AT = 256
+"""Number of firings searched, at each quantile, for contexts from different documents."""
+NEAREST = 5
+"""Number of most similar latents in a record."""
+MOST_FIRINGS = 40_000_000
+"""Largest number of firings in memory, sixteen bytes each, several times that while they are sorted. For a dictionary
+with more firings, fewer tokens are read."""
+_CHUNK = 4096
+"""Tokens read at a time."""
+_TOP = np.int64(0x7FFFFFFF)
+
+
+@dataclass(frozen=True, eq=False)
+class Firings:
+    """Every activation above zero, sorted by latent and then from the highest down."""
+
+    latent: Int[np.ndarray, " firings"]
+    row: Int[np.ndarray, " firings"]
+    """The token's row in the harvest."""
+    value: Float[np.ndarray, " firings"]
+    """The activation."""
+    tokens: int
+    """Number of tokens read."""
+
+    def each(self) -> Iterator[tuple[int, Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
+        """Yield (latent, rows, activations) of each live latent."""
+        live, starts, counts = np.unique(self.latent, return_index=True, return_counts=True)
+        for j, start, end in zip(live.tolist(), starts, starts + counts, strict=True):
+            yield j, self.row[start:end], self.value[start:end]
+
+
+def label_latents(
+    model: SteeredModel,
+    dictionary: Dictionary,
+    harvest: Harvest,
+    *,
+    tokens: int = 300_000,
+    per_latent: int = 6,
+    progress: Callable[..., AbstractContextManager[Advance]] = bar,
+) -> list[FeatureRecord]:
+    """A record of each latent that fires on about `tokens` tokens of the harvest (whole documents, evenly spread).
+
+    Firing rate, 0.99 quantile and maximum are exact over those tokens. A record has up to `per_latent` contexts, at
+    most one per document and no two alike: those of the highest activations, and the last two from near the 0.9 and the
+    0.5 quantile of the latent's positive activations.
+    Errors: those of `check_fits`, and MismatchError for a harvest of another width or of other sites.
+    """
+    check_fits(model, dictionary)
+    rows = rows_to_read(dictionary, harvest, tokens)
+    with progress("Label", len(rows), "tokens") as advance:
+        found = firings(dictionary, harvest, rows, advance)
+    latents = list(found.each())
+    live = [j for j, _, _ in latents]
+    decoder = dictionary.decoder_rows(live)
+    top, bottom = logit_lens(model, decoder)
+    near = nearest(decoder, NEAREST)
+    text = _Text(model, harvest)
+    return [
+        FeatureRecord(
+            index=j,
+            rate=len(rows) / found.tokens,
+            unit=float(np.quantile(values, UNIT_QUANTILE)),
+            max=float(values[0]),
+            top_tokens=top[i],
+            bottom_tokens=bottom[i],
+            contexts=[text.context(rows[at], values[at]) for at in text.spread(rows, per_latent)],
+            nearest=[(live[n], cosine) for n, cosine in near[i]],
+        )
+        for i, (j, rows, values) in enumerate(latents)
+    ]
+
+
+@torch.inference_mode()
+def rows_to_read(dictionary: Dictionary, harvest: Harvest, tokens: int) -> Int[np.ndarray, " rows"]:
+    """Rows of whole documents with about `tokens` tokens in total, fewer if the firings would not fit in memory."""
+    if harvest.width != dictionary.width:
+        raise MismatchError(
+            f"{harvest.place}: expected a harvest of width {dictionary.width}, that of dictionary {dictionary.name}, "
+            f"found {harvest.width}; harvest the checkpoint that the dictionary was trained on"
+        )
+    assert dictionary.site is not None
+    document = harvest.document.numpy()
+    rows = spread_rows(document, tokens)
+    probe = rows[:: max(1, len(rows) // _CHUNK)]
+    stream = harvest.activations(dictionary.site)
+    l0 = sum(len(values) for _, _, values in _fired(dictionary, stream, probe)) / len(probe)
+    return rows if l0 * len(rows) <= MOST_FIRINGS else spread_rows(document, int(MOST_FIRINGS / l0))
+
+
+@torch.inference_mode()
+def firings(
+    dictionary: Dictionary, harvest: Harvest, rows: Int[np.ndarray, " rows"], advance: Advance = lambda n: None
+) -> Firings:
+    """Encode `rows` of the harvest and return the activations above zero."""
+    assert dictionary.site is not None
+    stream = harvest.activations(dictionary.site)
+    keys, where = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        for at, latent, value in _fired(dictionary, stream, part):
+            # One integer key sorts by latent, then by descending value: the bits of positive floats sort as integers.
+            keys.append(latent.astype(np.int64) << 32 | (_TOP - value.view(np.int32)))
+            where.append(at)
+        advance(len(part))
+    key, row = np.concatenate(keys), np.concatenate(where)
+    order = np.argsort(key, kind="stable")
+    key, row = key[order], row[order]
+    value = (_TOP - (key & 0xFFFFFFFF)).astype(np.int32).view(np.float32)
+    return Firings(key >> 32, row, value, len(rows))
+
+
+def _fired(
+    dictionary: Dictionary, stream: Any, rows: Int[np.ndarray, " n"]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (row, latent, value) of the firings on `rows`. On outliers no latent fires; a harvest should have none."""
+    x = stream[torch.from_numpy(rows)]
+    x = torch.where(kept(dictionary, x)[:, None], x, torch.nan)
+    for start, acts in encoded(dictionary, x):
+        at, latent = (acts > 0).nonzero(as_tuple=True)
+        yield rows[start:][at.numpy()], latent.numpy(), acts[at, latent].numpy()
+
+
+def spread_rows(document: Int[np.ndarray, " tokens"], tokens: int) -> Int[np.ndarray, " rows"]:
+    """Rows of whole documents, spread evenly over the text, with about `tokens` tokens in total."""
+    if tokens >= len(document):
+        return np.arange(len(document))
+    number = np.cumsum(np.diff(document, prepend=document[:1]) != 0)
+    share = tokens / len(document)
+    # Document n is included whenever n * share passes a whole number; the first one always is.
+    return np.flatnonzero((np.floor((number + 1) * share) > np.floor(number * share)) | (number == 0))
+
+
+@torch.inference_mode()
+def nearest(rows: Float[Tensor, "n d"], count: int) -> list[list[tuple[int, float]]]:
+    """Per row, (index, cosine) of the `count` most similar other rows."""
+    unit = rows.float() / rows.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    out = []
+    for start in range(0, len(unit), 2048):
+        cosine = unit[start : start + 2048] @ unit.T
+        local = torch.arange(len(cosine))
+        cosine[local, local + start] = -torch.inf  # each row's cosine with itself
+        values, at = cosine.topk(min(count, len(unit) - 1))
+        out += [list(zip(a, v, strict=True)) for a, v in zip(at.tolist(), values.tolist(), strict=True)]
+    return out
+
+
+class _Text:
+    """The text around rows of a harvest."""
+
+    def __init__(self, model: SteeredModel, harvest: Harvest) -> None:
+        self.tokenizer = model.tokenizer
+        self.ids = harvest.token_ids.numpy()
+        self.document = harvest.document.numpy()
+
+    def spread(self, rows: Int[np.ndarray, " n"], count: int) -> list[int]:
+        """Indices of up to `count` of a latent's firings to show, `rows` being sorted by descending activation: one per
+        document, and no two with the same passage."""
+        lower = [int((1 - q) * (len(rows) - 1)) for q in LOWER_QUANTILES] if count > len(LOWER_QUANTILES) else []
+        taken: list[int] = []
+        seen: set[Any] = set()
+        for start, wanted in [(0, count - len(lower)), *((at, 1) for at in lower), (0, count)]:
+            for at in range(start, min(start + LOOKED_AT, len(rows))):
+                if wanted == 0 or len(taken) == count:
+                    break
+                row = int(rows[at])
+                marks = {int(self.document[row]), self._passage(row)}
+                if not marks & seen:
+                    seen |= marks
+                    taken.append(at)
+                    wanted -= 1
+        return sorted(taken)
+
+    def context(self, row: int, activation: float) -> Context:
+        """The text around a row."""
+        first, last = self._bounds(int(row))
+        # Decode the whole and cut it: a tokenizer may decode tokens differently together than one by one.
+        before, through, whole = (self._decode(first, end) for end in (row, row + 1, last))
+        if through.startswith(before) and whole.startswith(through):
+            return Context(before, through[len(before) :], whole[len(through) :], float(activation))
+        # A character spans several tokens, so the cut fails: decode the three parts separately.
+        return Context(before, self._decode(row, row + 1), self._decode(row + 1, last), float(activation))
+
+    def _decode(self, first: int, last: int) -> str:
+        return self.tokenizer.decode(self.ids[first:last].tolist()).replace("\n", "↵")
+
+    def _bounds(self, row: int) -> tuple[int, int]:
+        """(first row of the context, one past its last row), within the document of `row`."""
+        window = slice(max(0, row - BEFORE), row + AFTER + 1)
+        same = self.document[window] == self.document[row]
+        inside = np.flatnonzero(same) + window.start
+        return int(inside[0]), int(inside[-1]) + 1
+
+    def _passage(self, row: int) -> tuple[int, ...]:
+        """The tokens around a row, to recognise equal contexts: many documents begin with the same prompt."""
+        first, last = self._bounds(row)
+        return tuple(self.ids[max(first, row - 4) : min(last, row + 3)].tolist())

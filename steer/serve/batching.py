@@ -1,0 +1,328 @@
+"""The engine that writes many replies at once on one loaded model, each under its own sliders and sampler.
+
+It implements `steer.serve.engine.Engine`. Every step is one forward pass over the packed tokens of all texts
+(`steer.serve.packed`). The steering hooks look up for each token which text's sliders apply to it. Each text then draws
+its next token from its own random stream. So a reply is the same as if it had been written alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.errors import SteerError, UsageError
+from steer.model.sampling import Draw, choose, logprobs, nothing_to_draw
+from steer.model.steering.low_rank import ForwardContext
+from steer.model.steering.receipts import Receipt
+from steer.serve.engine import Busy, Event, Finished, Job, Token
+from steer.serve.packed import Batcher, Part
+from steer.serve.running import RunningRequest, ServerReceipts, TokenRouting
+
+if TYPE_CHECKING:
+    from steer.model.steered import SteeredModel
+
+_log = logging.getLogger(__name__)
+
+
+class BatchingEngine:
+    """An `Engine` that uses transformers' continuous batching.
+
+    A text begins only when the pages for its whole length are free, so a text that has begun is never interrupted. A
+    request with several texts takes no more places and pages than it leaves free, so that another request finds room
+    at once. Other code may use the model meanwhile, in turns of one token. `close` restores the model's own attention.
+    """
+
+    def __init__(
+        self, model: SteeredModel, max_running: int = 16, max_waiting: int = 64, context: int | None = None
+    ) -> None:
+        """Allocate the KV cache, check packed logits against plain ones, and start the engine's thread.
+
+        `max_running`: texts that are written at the same time. `max_waiting`: texts that may queue behind them.
+        `context`: most tokens of a prompt and its reply together; by default the model's own context. It is less if a
+        quarter of the free memory cannot hold that many.
+
+        Errors: SteerError without memory, UnsupportedError for a transformers version with a different continuous
+        batching.
+        """
+        for name, value, least in (
+            ("max_running", max_running, 1),
+            ("max_waiting", max_waiting, 0),
+            ("context", context, 1),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name}: expected a whole number of at least {least}, found {value}")
+        self.model, self.max_running, self.max_waiting = model, max_running, max_waiting
+        most = model.context
+        if model.anatomy.rotary_limit is not None:  # a longer text would change the rotary embedding of the whole step
+            most = min(most, model.anatomy.rotary_limit)
+        self._wanted = most if context is None else min(context, most)
+        self._wake = threading.Event()
+        """Set when there may be something to do; the engine's thread waits for it."""
+        self._lock = threading.RLock()
+        """Guards `_running` and `_waiting`, and adding texts to `_batcher`."""
+        self._running: dict[str, RunningRequest] = {}
+        self._waiting: deque[RunningRequest] = deque()
+        self._numbers = count()
+        self._closing = False
+        self._broken: str | None = None
+        """Why the engine stopped; None while it works."""
+        self._seconds = 1.0
+        """Seconds that a text takes from its first step to its end, a running mean."""
+        self._tally = ServerReceipts()
+        self._places: TokenRouting | None = None
+        self._batcher = self._new_batcher()
+        self.context = self._batcher.context
+        """Most tokens of a prompt and its reply together."""
+        try:
+            with model.untouched():
+                self._batcher.check()
+        except BaseException:
+            self._batcher.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="steer-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the engine accepts no more jobs; None while it accepts them."""
+        return (self._broken or "the engine is closed; start another") if self._closing else None
+
+    @property
+    def running(self) -> int:
+        """Number of jobs that are being written."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that were accepted and have not begun."""
+        return len(self._waiting)
+
+    def submit(self, job: Job, on_event: Callable[[Event], None]) -> RunningRequest:
+        """Accept a job and return its handle; see `Engine.submit`.
+
+        Errors: Busy when the queue is full, UsageError for a job that can never fit, SteerError after `close`.
+        """
+        self._check(job)
+        draw = Draw(job.sampler, job.prompt, job.key, self.model.tokenizer, job.begun)
+        needs = self._batcher.need(len(job.prompt) + job.sampler.max_new_tokens)
+        text = RunningRequest(next(self._numbers), job, on_event, draw, self.model.end_token_ids, needs, self._wake)
+        with self._lock:
+            if self._closing:
+                raise SteerError(self.problem or "")
+            self._waiting.append(text)
+            self._begin()
+            # Free places count as room in the queue: a text may wait beside them because its request has its share.
+            if self.running + self.waiting > self.max_running + self.max_waiting:
+                self._waiting.pop()
+                raise Busy(
+                    f"queue full: {self.running} replies are being written and {self.waiting} wait; ask again later",
+                    min(max(self._seconds / self.max_running, 1.0), 60.0),
+                )
+        self._wake.set()
+        return text
+
+    def close(self) -> None:
+        """Cancel all jobs and end the engine's thread. Every open job receives `Finished("cancelled")`."""
+        with self._lock:
+            self._closing = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check(self, job: Job) -> None:
+        """Raise UsageError for a job that can never be written."""
+        length, vocab = len(job.prompt) + job.sampler.max_new_tokens, self.model.hf.config.get_text_config().vocab_size
+        if length > self.context:
+            raise UsageError(
+                f"expected at most {self.context} tokens of prompt and reply together, found {len(job.prompt)} of the "
+                f"prompt and max_new_tokens {job.sampler.max_new_tokens}; shorten the one or the other"
+            )
+        for token in (*job.prompt, *(token for token, _ in job.sampler.logit_bias)):
+            if not 0 <= token < vocab:
+                raise UsageError(f"expected token ids from 0 to {vocab - 1}, the model's vocabulary, found {token}")
+
+    # The methods below are called in the engine's thread; `_begin` is called in any thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._wake.clear()
+                try:
+                    self._end_cancelled()
+                    worked = self._step()
+                except Exception as e:
+                    self._recover(e)
+                    worked = True
+                if not worked and not self._closing:
+                    self._wake.wait()
+        except BaseException as e:
+            self._broken = f"the engine has stopped: {type(e).__name__}"
+            raise
+        finally:
+            # Every open job gets its last event, so that no client waits for a reply that will not come.
+            with self._lock:
+                self._closing = True
+            for text in [*self._running.values(), *self._waiting]:
+                self._end(text, SteerError(self._broken) if self._broken else "cancelled")
+            with self.model.steering.lock:
+                self._batcher.close()
+
+    def _step(self) -> bool:
+        """Write one token of every running text. Return False if there was nothing to do."""
+        parts = self._batcher.next()
+        if not parts:
+            return False
+        texts = [self._running[p.id] for p in parts]
+        for text in texts:
+            self._update_edit(text)
+        writing = [text for text, part in zip(texts, parts, strict=True) if part.writes]
+        try:
+            logits = self._forward(parts, texts)
+            tokens = choose(logits, [text.draw for text in writing])
+        except Exception as e:
+            # The KV cache of these texts may be incomplete, so they all fail. Other texts were not touched.
+            for text in texts:
+                self._fail(text, e)
+            return True
+        self._batcher.take([0 if token is None else token for token in tokens])
+        finite = logits.amax(-1).isfinite().tolist()
+        for text, token, row, fine in zip(writing, tokens, logits, finite, strict=True):
+            if not fine:
+                self._fail(text, self.model.overflow(text.edit is not None))
+            elif token is None:
+                self._fail(text, nothing_to_draw())
+            elif not text.over:
+                self._send_token(text, token, row)
+        return True
+
+    def _update_edit(self, text: RunningRequest) -> None:
+        try:
+            edit = text.job.edit()
+            if edit is not None and edit is not text.edit:
+                # Prepared here, so that an error in this edit fails this text alone.
+                self.model.steering.work_out(edit)
+            text.edit = edit
+        except Exception as e:
+            self._fail(text, e)
+
+    def _forward(self, parts: list[Part], texts: Sequence[RunningRequest]) -> Float[Tensor, "writing vocab"]:
+        steering, batcher = self.model.steering, self._batcher
+        # Texts with the same edit share a row, so that nothing is prepared again when one of them comes or goes.
+        rows = list(dict.fromkeys(text.edit for text in texts))
+        row_of_text = [rows.index(text.edit) for text in texts]
+        if self._places is None or self._places.key != (parts, row_of_text):
+            self._places = TokenRouting.of(parts, row_of_text, texts, batcher.positions.device)
+        with steering.alone(rows), torch.inference_mode():
+            forward_context = ForwardContext(
+                row=self._places.row if len(rows) > 1 else None, packed=True, tally=self._tally
+            )
+            if steering.timed:
+                forward_context.index = batcher.positions - self._places.first
+            brings = [(text.number, row, p.tokens) for text, row, p in zip(texts, row_of_text, parts, strict=True)]
+            self._tally.begin(brings, rows)
+            with steering.passing(forward_context):
+                return batcher.forward()
+
+    def _send_token(self, text: RunningRequest, token: int, logits: Float[Tensor, " vocab"]) -> None:
+        job, end = text.job, token in text.ends
+        logprob, top = (None, []) if job.top_logprobs is None else logprobs(logits, token, job.top_logprobs)
+        if not text.cancelled:
+            self._send_event(text, Token(token, logprob, tuple(top), end))
+        text.made += 1
+        if not text.cancelled and (end or text.made >= job.sampler.max_new_tokens):
+            self._end(text, "stop" if end else "length")
+
+    def _fail(self, text: RunningRequest, error: Exception) -> None:
+        if not isinstance(error, SteerError):
+            _log.error("a reply could not be written", exc_info=error)
+            found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            error = SteerError(f"the reply could not be written: {found}")
+        self._end(text, error)
+
+    def _end(self, text: RunningRequest, how: Literal["stop", "length", "cancelled"] | SteerError) -> None:
+        """End a text: free its pages, begin the texts that waited, and send the job its last event."""
+        if text.over:
+            return
+        text.over = True
+        receipt = self._receipt(text)
+        with self._lock:
+            if self._running.pop(text.id, None) is not None:
+                self._seconds += 0.2 * (time.monotonic() - text.begun - self._seconds)
+                if how not in ("stop", "length"):  # in those two cases transformers has dropped the text itself
+                    self._batcher.drop(text.id)
+            elif text in self._waiting:
+                self._waiting.remove(text)
+            self._begin()
+        self._send_event(text, how if isinstance(how, SteerError) else Finished(how, receipt))
+
+    def _receipt(self, text: RunningRequest) -> Receipt | None:
+        try:
+            receipt = self._tally.ended(text.number)
+        except Exception as e:
+            _log.error("no receipts for the replies being written", exc_info=e)
+            self._tally = ServerReceipts()
+            return None
+        return receipt if receipt.sliders else None
+
+    def _send_event(self, text: RunningRequest, event: Event) -> None:
+        try:
+            text.on_event(event)
+        except Exception as e:
+            _log.error("a reply has lost its listener", exc_info=e)
+            text.cancelled = True
+
+    def _end_cancelled(self) -> None:
+        with self._lock:
+            cancelled = [t for t in (*self._running.values(), *self._waiting) if t.cancelled]
+        for text in cancelled:
+            self._end(text, "cancelled")
+
+    def _begin(self) -> None:
+        """Give waiting texts to the batcher while there is a place, and free pages for the whole length of each."""
+        with self._lock:
+            for text in list(self._waiting):
+                if len(self._running) >= self.max_running or self._closing:
+                    return
+                places = self.max_running - len(self._running) - 1
+                pages = self._batcher.capacity - sum(t.needs for t in self._running.values()) - text.needs
+                same_request = [text, *(t for t in self._running.values() if t.job.request is text.job.request)]
+                if len(same_request) > 1 and (len(same_request) > places or sum(t.needs for t in same_request) > pages):
+                    continue
+                if pages < 0:
+                    return  # texts further back in the queue would take the pages that this one waits for
+                self._waiting.remove(text)
+                self._running[text.id] = text
+                text.begun = time.monotonic()
+                self._batcher.add(text.id, text.job.prompt, text.job.sampler.max_new_tokens, sorted(text.ends))
+
+    def _recover(self, error: Exception) -> None:
+        """After an error in transformers' own bookkeeping: fail the running texts and go on with a new batcher.
+
+        If no text was running, the error would come again at every step, so the engine stops.
+        """
+        with self.model.steering.lock, self._lock:
+            interrupted = list(self._running.values())
+            self._running.clear()
+            try:
+                if not interrupted:
+                    raise error
+                self._batcher.close()
+                self._batcher = self._new_batcher()
+            except Exception as e:
+                _log.error("the engine has stopped", exc_info=e)
+                self._broken = f"the engine has stopped: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}"
+                self._closing = True
+        for text in interrupted:
+            self._fail(text, error)
+
+    def _new_batcher(self) -> Batcher:
+        return Batcher(self.model.hf, self.model.anatomy, self.max_running, self._wanted)

@@ -1,1 +1,0 @@
-"""Plain values that every other folder shares."""

@@ -1,0 +1,56 @@
+"""The command line in this process, which has torch loaded already, and in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer.cli.main import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> Any:
+        """What --json printed."""
+        return json.loads(self.out)
+
+
+Command = Callable[..., Outcome]
+
+
+def command_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command's entry point in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["steer", *map(str, arguments)])
+        monkeypatch.setattr(os, "environ", os.environ.copy())  # which the command changes
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Outcome(ended.value.code, out, err)
+
+    return run
+
+
+def command_outside(*arguments: object, timeout: float = 60) -> Outcome:
+    """Runs the installed command in a process of its own."""
+    command = [str(Path(sys.executable).with_name("steer")), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return Outcome(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,112 @@
+"""Directions by difference of means, on a tiny model whose weights make the answer known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_chat import save_tiny_chat
+
+from steer.core.trait import Trait
+from steer.errors import SteerError
+from steer.finding.directions import candidates, finished_direction, orthogonal
+from steer.measure.contrast import Contrast, Reply
+from steer.measure.residuals import reply_means, reply_tokens
+from steer.measure.scorer import Scorer, clear_replies
+from steer.model.steered import SteeredModel, load
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SteeredModel:
+    return load(save_tiny_chat(tiny_llama, tmp_path_factory.mktemp("find") / "chat"))
+
+
+def replies(model: SteeredModel, words: list[str]) -> tuple[Reply, ...]:
+    chat = ({"role": "user", "content": "hello"},)
+    return tuple(Reply(chat, tuple(model.tokenizer(w, add_special_tokens=False).input_ids), w) for w in words)
+
+
+@pytest.fixture(scope="module")
+def contrast(model: SteeredModel) -> Contrast:
+    lying, telling = (
+        ["lie lie ba", "ba lie be", "lie bi lie", "bo lie"],
+        ["truth ba", "be truth truth", "truth bi", "bo truth"],
+    )
+    trait = Trait("t", "s", "w", "o", ("lie",), ("a",), ("b",))
+    return Contrast(
+        trait,
+        replies(model, lying[:2]),
+        replies(model, telling[:2]),
+        replies(model, lying[2:]),
+        replies(model, telling[2:]),
+        replies(model, ["ba be bi", "bo bu da de", "di do du"]),
+    )
+
+
+def test_reply_means_are_over_response_tokens_alone_whatever_the_padding(model: SteeredModel) -> None:
+    short, long = replies(model, ["lie", "truth ba be bi bo bu"])
+    together = reply_means(model, [short, long])
+    for reply, mean in zip((short, long), together, strict=True):
+        prompt = model.prompt_ids(reply.chat)
+        with model.record() as residuals, torch.no_grad():
+            model.hf(torch.tensor([prompt + list(reply.ids)]))
+        for site in range(model.anatomy.blocks):
+            expected = residuals[site][0, len(prompt) :].float().mean(0)
+            torch.testing.assert_close(mean[site], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_vectors_are_unit_and_orthogonal_to_the_neutral_mean(model: SteeredModel, contrast: Contrast) -> None:
+    found = candidates(model, contrast)
+    neutral = reply_means(model, contrast.neutral).mean(0)
+    torch.testing.assert_close(found.vectors.norm(dim=-1), torch.ones(model.anatomy.blocks))
+    cosine = (found.vectors * neutral).sum(-1) / neutral.norm(dim=-1)
+    assert cosine.abs().max() < 1e-5
+
+
+def test_vectors_point_from_without_to_with(model: SteeredModel, contrast: Contrast) -> None:
+    found = candidates(model, contrast)
+    assert (found.with_mean > found.without_mean).all()
+    direction = finished_direction(model, found, 1, {"seed": 0})
+    assert direction.gap == pytest.approx(float(found.with_mean[1] - found.without_mean[1]))
+
+
+def test_a_trait_told_by_its_words_is_read_on_held_out_replies(model: SteeredModel, contrast: Contrast) -> None:
+    assert max(candidates(model, contrast).auroc) == 1.0
+
+
+def test_statistics_are_those_of_neutral_response_tokens(model: SteeredModel, contrast: Contrast) -> None:
+    found = candidates(model, contrast)
+    direction = finished_direction(model, found, 1, {})
+    tokens = reply_tokens(model, contrast.neutral, 1)
+    projection = tokens @ direction.vector
+    assert direction.mean == pytest.approx(float(projection.mean()), abs=1e-5)
+    assert direction.std == pytest.approx(float(projection.std()), rel=1e-4)
+    assert direction.residual_norm == pytest.approx(float(tokens.norm(dim=-1).median()), rel=1e-5)
+    assert direction.provenance["neutral_tokens"] == len(tokens)
+    assert direction.provenance["checkpoint"] == Path(model.name).name  # and not where it lies on this machine
+
+
+def test_orthogonal_leaves_nothing_along_the_other_vector() -> None:
+    torch.manual_seed(0)
+    vectors, to = torch.randn(4, 64, dtype=torch.float64), torch.randn(4, 64, dtype=torch.float64) * 100
+    assert (orthogonal(vectors, to) * to).sum(-1).abs().max() < 1e-12
+
+
+def test_replies_that_are_all_empty_are_told_before_anything_is_read(contrast: Contrast) -> None:
+    two = tuple(Reply(({"role": "user", "content": w},), (9,), w) for w in ("ba", "be"))
+    contrast = replace(contrast, fit_with=two, fit_without=two)
+    contrast.check()
+    for part, says in (("held_out_with", "found 0"), ("fit_without", "found 0"), ("neutral", "found 0")):
+        with pytest.raises(SteerError, match=f"expected replies to the topics of {part}, {says}"):
+            replace(contrast, **{part: ()}).check()
+
+
+def test_replies_without_a_word_in_common_are_an_error_of_one_line(model: SteeredModel, contrast: Contrast) -> None:
+    other = tuple(Reply(({"role": "user", "content": w},), (9,), w) for w in ("ba", "be", "bi", "bo"))
+    alike = replace(contrast, fit_with=other[:2], fit_without=other[2:])
+    for judge in (Scorer.train, clear_replies):
+        with pytest.raises(SteerError, match="expected replies that a classifier on words can learn from"):
+            judge(alike)

@@ -1,0 +1,127 @@
+"""What is refused when a checkpoint is loaded: code, weights that are not there, and what is no checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_chat import save_tiny_chat
+
+from steer.checkpoint.fetch import resolve
+from steer.errors import CheckpointError, SteerError
+from steer.model.steered import load
+
+TinyLlama = Callable[..., Path]
+
+
+@pytest.fixture
+def chat(tiny_llama: TinyLlama, tmp_path: Path) -> Path:
+    return save_tiny_chat(tiny_llama, tmp_path / "chat")
+
+
+def without(root: Path, *names: str) -> None:
+    file = root / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k not in names}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_weights_that_the_files_lack_are_named_and_never_random(chat: Path, name: str) -> None:
+    without(chat, name)
+    with pytest.raises(CheckpointError, match=rf"expected tensor {name}.*found none.*fetch the model again"):
+        load(chat)
+
+
+@pytest.mark.parametrize("blocks", [4, 1_000_000_000])
+def test_more_blocks_than_the_files_hold_are_one_line_at_once(
+    chat: Path, blocks: int, change_config: Callable[..., None]
+) -> None:
+    change_config(chat, num_hidden_layers=blocks)
+    with pytest.raises(CheckpointError, match=f"config.json says {blocks} blocks, found none with number {blocks - 1}"):
+        load(chat)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{", "null"])
+def test_a_config_that_is_no_object_is_one_line(chat: Path, text: str) -> None:
+    (chat / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: expected a JSON object") as e:
+        load(chat)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_checkpoint_never_runs_whatever_stands_on_stdin(
+    chat: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = chat / "ran"
+    (chat / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    path = chat / file
+    entries = json.loads(path.read_text())
+    if file == "config.json":
+        entries |= {"model_type": "evil", "architectures": ["LlamaForCausalLM"]}
+        entries["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    else:
+        entries |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    path.write_text(json.dumps(entries))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
+    with suppress(SteerError):
+        load(chat)  # what needs no code of its own may load without it
+    assert not mark.exists()
+
+
+def _adapter(root: Path) -> Path:
+    root.mkdir()
+    (root / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "peft_type": "LORA"}')
+    (root / "config.json").write_text("{}")
+    return root
+
+
+def _file(name: str) -> Callable[[Path], Path]:
+    def make(root: Path) -> Path:
+        root.mkdir()
+        (root / name).write_bytes(b"GGUF")
+        return root / name
+
+    return make
+
+
+CASES = {
+    "adapter": (_adapter, "a LoRA adapter of some/base; merge the two .*some/base[+]m"),
+    "gguf": (_file("a.Q4_K_M.gguf"), "a GGUF file, .*; name the checkpoint that it was converted from"),
+    "pickle": (_file("pytorch_model.bin"), "a pickle, which can run code and is never loaded"),
+    "safetensors": (_file("model.safetensors"), "weights alone; name a directory"),
+    "folder of ggufs": (lambda root: _file("a.gguf")(root).parent, r"a\.gguf, a GGUF file"),
+    "another file": (_file("notes.txt"), "a file; name the directory"),
+    "empty folder": (lambda root: _file("notes.txt")(root).parent, "no config.json; name the checkpoint's directory"),
+}
+
+
+@pytest.mark.parametrize(("make", "sentence"), CASES.values(), ids=CASES)
+def test_what_is_no_checkpoint_is_named_with_what_to_do(
+    tmp_path: Path, make: Callable[[Path], Path], sentence: str
+) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        resolve(make(tmp_path / "m"))
+
+
+def test_a_hub_id_without_owner_is_found_once_it_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--gpt2" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--gpt2" / "refs").mkdir()
+    (tmp_path / "models--gpt2" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve("gpt2") == "gpt2"
+    with pytest.raises(CheckpointError, match="steer fetch gpt2"):
+        resolve("nowhere")
+
+
+def test_a_tied_head_need_not_be_in_the_files(chat: Path) -> None:
+    without(chat, "lm_head.weight")
+    assert load(chat, dtype=torch.float32).hf.lm_head.weight.shape[0] > 0

@@ -1,0 +1,109 @@
+"""Texts that begin alike are read once, and the model knows no difference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steer.core.edit import Edit
+from steer.core.sampler import Sampler
+from steer.model import prefill as prefill_module
+from steer.model.batch import _order, generate
+from steer.model.forward import hidden_states
+from steer.model.prefill import prefill
+from steer.model.steered import SteeredModel
+
+SYSTEM, OTHER = [1, 3, 9, 8, 7, 6, 12, 13], [1, 3, 20, 21, 22, 23, 24]
+TEXTS = [
+    [*SYSTEM, 4, 50, 5],
+    [*SYSTEM, 4, 51, 52, 53, 5],
+    [*SYSTEM, 4, 51, 54, 5],
+    [*OTHER, 4, 60, 61, 5],
+    [*OTHER, 4, 62, 5],
+    [1, 4, 71, 5],
+]
+DRAWN = Sampler(max_new_tokens=14, temperature=1.0, top_k=40, repetition_penalty=1.3, seed=3)
+
+
+@pytest.fixture
+def edits(moral, make_direction) -> list[Edit | None]:
+    return [
+        None,
+        Edit(add=((moral, 1.5),)),
+        Edit((moral,)),
+        Edit(add=((make_direction("other", site=2, seed=8), -1.0),)),
+    ]
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass of the decoder is given, filling included."""
+    counts: list[int] = []
+    whole = prefill_module.decoder_pass
+
+    def counted(model, ids, *rest):
+        counts.append(ids.numel())
+        return whole(model, ids, *rest)
+
+    monkeypatch.setattr(prefill_module, "decoder_pass", counted)
+    monkeypatch.setattr(prefill_module, "PASS", 0)  # the texts are short
+    return counts
+
+
+def test_what_is_read_in_parts_is_what_is_read_whole(model64: SteeredModel, edits, fed):
+    rows = [(t, e) for e in range(len(edits)) for t in TEXTS]
+    prompts = [max(1, len(t) - 2) for t, _ in rows]
+    with model64.steering.applied(edits):
+        read = prefill(model64, [t for t, _ in rows], prompts=prompts, which=[e for _, e in rows])
+    assert sum(fed) < 0.75 * sum(len(t) for t, _ in rows)
+    assert read.mask.sum(1).tolist() == [len(t) for t, _ in rows]
+    for i, (text, e) in enumerate(rows):
+        with model64.steering.applied([edits[e]]), torch.inference_mode():
+            whole = hidden_states(model64, torch.tensor([text]))[0, prompts[i] - 1 :]
+        torch.testing.assert_close(read.hidden[i, -len(whole) :], whole, rtol=0, atol=3e-6)
+
+
+def test_texts_with_nothing_in_common_are_read_in_one_pass(model64: SteeredModel, fed):
+    texts = [[7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18]]
+    prefill(model64, texts, prompts=[4, 4, 4])
+    assert fed == [12]
+
+
+def test_replies_are_the_same_whether_or_not_their_beginnings_are_shared(model: SteeredModel, edits, fed, monkeypatch):
+    prompts, which, keys = (
+        TEXTS * 2 * len(edits),
+        [e for e in range(len(edits)) for _ in TEXTS * 2],
+        list(range(12)) * 4,
+    )
+    model.end_token_ids = frozenset(range(30, 40))  # so that rows leave the batch at different steps
+    with model.steering.applied(edits):
+        shared = generate(model, prompts, DRAWN, keys, which=which)
+        read = sum(fed)
+        monkeypatch.setattr(prefill_module, "_shared", lambda texts, *_: ([0] * len(texts), [*range(len(texts))]))
+        fed.clear()
+        assert generate(model, prompts, DRAWN, keys, which=which) == shared
+    assert read < 0.8 * sum(fed)
+    assert len({len(r) for r in shared}) > 3
+    assert DRAWN.max_new_tokens in {len(r) for r in shared}
+
+
+def test_residuals_summed_while_replies_are_written_are_those_of_a_second_pass(model64: SteeredModel):
+    model64.end_token_ids = frozenset()
+    # An end token that some rows come to.
+    model64.end_token_ids = frozenset([generate(model64, TEXTS, DRAWN)[0][4]])
+    sums = torch.zeros(model64.anatomy.blocks, len(TEXTS), model64.anatomy.width)
+    made = generate(model64, TEXTS, DRAWN, sums=sums)
+    assert {len(m) < DRAWN.max_new_tokens for m in made} == {True, False}
+    for i, (text, reply) in enumerate(zip(TEXTS, made, strict=True)):
+        with torch.inference_mode(), model64.record() as recording:
+            hidden_states(model64, torch.tensor([[*text, *reply]]))
+        for site in range(model64.anatomy.blocks):
+            expected = recording[site][0, len(text) :].sum(0).float()
+            torch.testing.assert_close(sums[site, i], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_that_leave_move_as_few_others_as_they_are():
+    assert _order([True, False, True, False, True]) == [0, 4, 2]
+    assert _order([False, False, True]) == [2]
+    assert _order([True, True]) == [0, 1]
+    assert _order([False]) == []
