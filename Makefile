@@ -5,12 +5,13 @@ STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 BENCHES := $(sort $(wildcard tests/bench/*.py))
 
-.PHONY: help demo test lint bench clean .venv
+.PHONY: help demo test test-all lint bench clean .venv
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then the whole way on the default model, into demo/"
-	@echo "make test    set up, lint, then all tests"
+	@echo "make test    set up, lint, then the quick tests"
+	@echo "make test-all    every test"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   the demo, then every benchmark in tests/bench"
 	@echo "make .venv   set up alone; PYTHON=python3.12 picks the interpreter"
@@ -19,9 +20,13 @@ help:
 demo: $(STAMP)
 	$(BIN)/steer demo --out demo
 
-# Two at a time with a thread each; then, one by one, what needs the whole machine.
+# Two at a time with a thread each: of each test with many cases a spread of them, and no slow one.
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal -m 'not alone'
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not alone'
+
+# The rest of them; then, one by one, what needs the whole machine.
+test-all: test
+	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not alone'
 	$(BIN)/pytest -m alone
 
 lint: $(STAMP)

@@ -1,4 +1,4 @@
-"""Ship what `steer demo` found: its directions into dictionaries/, its figures into README.md.
+"""Ship what `steer demo` found: its directions and figures into dictionaries/, a summary into README.md.
 
     python examples/ship.py demo
 
@@ -24,11 +24,33 @@ def main(demo: str) -> None:
     (PLACE / "directions").mkdir(parents=True, exist_ok=True)
     for file in sorted((Path(demo) / "directions").glob("*.safetensors")):
         shutil.copyfile(file, PLACE / "directions" / file.name)
-    text = tables(result)
-    for file in (ROOT / "README.md", PLACE / "README.md"):
-        old = file.read_text()
-        new = re.sub(r"(<!-- figures -->\n).*?(<!-- end -->)", lambda m: m[1] + text + m[2], old, flags=re.DOTALL)
-        file.write_text(new)
+    put(PLACE / "README.md", "figures", "end", tables(result))
+    put(ROOT / "README.md", "summary", "end of summary", summary(result))
+
+
+def put(file: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a Markdown file."""
+    marks = rf"(<!-- {begin} -->\n).*?(<!-- {end} -->)"
+    file.write_text(re.sub(marks, lambda m: m[1] + text + m[2], file.read_text(), flags=re.DOTALL))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Ten lines for README: what the sliders and the bake do, and what that costs."""
+    lines = ["| | rate | KL, nats per token | repetition |", "|---|---|---|---|"]
+    for name, points in result["dose"].items():
+        for amount, label in ((0.0, "untouched"), (-1.0, "slider at -1"), (1.0, "slider at +1")):
+            point = next(p for p in points if p["amount"] == amount)
+            lines.append(f"| {name}, {label} | {point['rate']:.2f} | {point['kl']:.3f} | {point['repetition']:.3f} |")
+        random = next(p for p in points if p["label"].startswith("random"))
+        lines.append(f"| a random direction moved as far | {random['rate']:.2f} | {random['kl']:.3f} | "
+                     f"{random['repetition']:.3f} |")  # fmt: skip
+    bake = result["bake"]
+    lines.append(
+        f"| baked without moralizing ({result['search']['chosen']['label']}) | {bake['after']['rate']:.2f} | "
+        f"{bake['kl']:.3f} | {bake['after']['repetition']:.3f} |"
+    )
+    minutes = sum(result["seconds"].values()) / 60
+    return "\n".join([*lines, "", f"The whole demo took {minutes:.1f} minutes.", ""])
 
 
 def tables(result: dict[str, Any]) -> str:

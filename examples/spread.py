@@ -13,6 +13,7 @@ inside a product or an attention stay fp32, as they do in bf16 kernels, so its f
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +22,13 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from steer.demo import NEUTRAL_PROMPTS, TRAITS
+from steer.core.trait import NeutralPrompts
 from steer.files import write_atomic
-from steer.finding import find_trait
-from steer.live.model import SteeredModel, load
+from steer.finding.traits import find_trait
 from steer.measure.dose import dose_settings, measure_settings, neutral_replies
 from steer.measure.fluency import Reference
-from steer.values.trait import NeutralPrompts
+from steer.model.steered import SteeredModel, load
+from steer.verbs.demo import NEUTRAL_PROMPTS, TRAITS
 
 ROUNDED = "bfloat16-rounded"
 
@@ -40,6 +41,7 @@ def main(
     amounts: Annotated[str, typer.Option(help="Of the slider; 0 among them.")] = "-2,-1,0,1,2",
     only: Annotated[str, typer.Option(help="One SEED,DTYPE.")] = "",
     summary: Annotated[bool, typer.Option(help="Make no run, summarise those there are.")] = False,
+    readme: Annotated[bool, typer.Option(help="Write the worst of all runs into README.md.")] = False,
 ) -> None:
     """Make the runs that are missing and print the spread of all."""
     out.mkdir(parents=True, exist_ok=True)
@@ -51,9 +53,41 @@ def main(
         missing = [t for t in TRAITS if not (out / f"{t}-{seed}-{dtype}.json").is_file()]
         if missing:
             run(in_dtype(model, dtype), seed, dtype, missing, out, [float(a) for a in amounts.split(",")])
-    told = {trait: spread([json.loads(p.read_text()) for p in sorted(out.glob(f"{trait}-*.json"))]) for trait in TRAITS}
-    write_atomic(out / "summary.json", json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    spreads = {
+        trait: spread([json.loads(p.read_text()) for p in sorted(out.glob(f"{trait}-*.json"))]) for trait in TRAITS
+    }
+    write_atomic(out / "summary.json", json.dumps(spreads, indent=1) + "\n")
+    print(json.dumps(spreads, indent=1))
+    if readme:
+        file = Path(__file__).parents[1] / "README.md"
+        marks = r"(<!-- spread -->\n).*?(<!-- end of spread -->)"
+        text = re.sub(marks, lambda m: m[1] + worst(spreads) + m[2], file.read_text(), flags=re.DOTALL)
+        write_atomic(file, text)
+
+
+def worst(spreads: dict[str, Any]) -> str:
+    """A Markdown table of what holds in every run: per trait the sites chosen and the least and most of each rate."""
+    lines = ["| trait | runs (seed, dtype) | sites | untouched rate | at -1 | at -1, of untouched | at +1 | KL at -1 |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+
+    def between(ends: dict[str, float], digits: int = 2) -> str:
+        return f"{ends['least']:.{digits}f} to {ends['most']:.{digits}f}"
+
+    for trait, found in spreads.items():
+        rates = {amount: figures["rate"] for amount, figures in found["dose"].items()}
+        cells = [
+            trait,
+            "; ".join(found["runs"]),
+            ", ".join(map(str, sorted(set(found["sites"])))),
+            between(rates["0"]),
+            between(rates["-1"]),
+            between(found["rate_at_-1_of_untouched"]),
+            between(rates["1"]),
+            between(found["dose"]["-1"]["kl"], 3),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    head = "Over several seeds and both arithmetics (`examples/spread.py`); a claim holds for its worst run:"
+    return "\n".join([head, "", *lines, ""])
 
 
 def run(model: SteeredModel, seed: int, dtype: str, traits: list[str], out: Path, amounts: list[float]) -> None:

@@ -65,11 +65,9 @@ def main(
     if ship:
         shutil.rmtree(SHIPPED, ignore_errors=True)
         shutil.copytree(out, SHIPPED)
-        # The project's README tells the same, without its head.
-        text = figures.split("\n\n", 3)[3].replace("\n## ", "\n#### ") + benches(work)
-        file = ROOT / "README.md"
-        mark = r"(<!-- dictionary -->\n).*?(<!-- end of dictionary -->)"
-        file.write_text(re.sub(mark, lambda m: m[1] + text + m[2], file.read_text(), flags=re.DOTALL))
+        file = ROOT / "tests" / "bench" / "README.md"
+        marks = r"(<!-- training -->\n).*?(<!-- end of training -->)"
+        file.write_text(re.sub(marks, lambda m: m[1] + benches(work) + m[2], file.read_text(), flags=re.DOTALL))
         print(SHIPPED)
 
 
@@ -110,10 +108,10 @@ def sae_lens_fit(activations: Path) -> dict[str, Any]:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from steer.features.options import TrainOptions
-    from steer.features.shards import Harvest
-    from steer.values.dictionary_files import from_sae
-    from steer.values.fit import measure_fit
+    from steer.core.dictionary_files import from_sae
+    from steer.core.fit import measure_fit
+    from steer.sae.options import TrainOptions
+    from steer.sae.shards import Harvest
 
     torch.manual_seed(0)
     options = TrainOptions(**OPTIONS)  # pyright: ignore[reportArgumentType]
@@ -135,7 +133,7 @@ def sae_lens_fit(activations: Path) -> dict[str, Any]:
 
 def readme(work: Path, out: Path) -> str:
     """The folder's README, every figure from the files beside it."""
-    from steer.catalogue import trait_tables
+    from steer.verbs.catalogue import trait_tables
 
     m = json.loads((out / "manifest.json").read_text())
     control = json.loads((work / "control" / "manifest.json").read_text())
