@@ -163,8 +163,8 @@ def test_a_name_or_number_that_is_none_is_bad_usage(
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own_a_mistake_is_one_line_too(refused: Callable[..., str]) -> None:
-    assert "'loud'" in refused("chat", "a", "--slider", "moralizing=loud", code=2, run=steer_process)
-    assert "nowhere" in refused("bake", "nowhere", "out", "--ablate", "moralizing", code=1, run=steer_process)
+    assert "'loud'" in refused("chat", "a", "--slider", "moralizing=loud", code=2, run=command_outside)
+    assert "nowhere" in refused("bake", "nowhere", "out", "--ablate", "moralizing", code=1, run=command_outside)
 
 
 # Files that are not there, or not what they should be
