@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from steer.core.edit import Edit
+from steer.core.method import Kernel, Strengths
 from steer.core.sampler import Sampler
 from steer.model import prefill as prefill_module
 from steer.model.batch import _order, generate
@@ -61,6 +62,24 @@ def test_what_is_read_in_parts_is_what_is_read_whole(model64: SteeredModel, edit
         with model64.steering.applied([edits[e]]), torch.inference_mode():
             whole = hidden_states(model64, torch.tensor([text]))[0, prompts[i] - 1 :]
         torch.testing.assert_close(read.hidden[i, -len(whole) :], whole, rtol=0, atol=3e-6)
+
+
+def test_an_edited_embedding_is_seen_though_the_first_blocks_are_not_edited(model64: SteeredModel, moral):
+    late = Kernel(peak=2, width=1)
+    edits = [
+        None,
+        Edit((moral,), strengths=Strengths(late, late, 1.0)),
+        Edit((moral,), strengths=Strengths(late, late)),
+    ]
+    for applied, untouched in ((edits, 0), (edits[::2], 2)):
+        rows = [(t, e) for e in range(len(applied)) for t in TEXTS]
+        with model64.steering.applied(applied):
+            assert model64.steering.untouched_blocks == untouched
+            read = prefill(model64, [t for t, _ in rows], prompts=[2] * len(rows), which=[e for _, e in rows])
+        for i, (text, e) in enumerate(rows):
+            with model64.steering.applied([applied[e]]), torch.inference_mode():
+                whole = hidden_states(model64, torch.tensor([text]))[0, 1:]
+            torch.testing.assert_close(read.hidden[i, -len(whole) :], whole, rtol=0, atol=3e-6)
 
 
 def test_texts_with_nothing_in_common_are_read_in_one_pass(model64: SteeredModel, fed):

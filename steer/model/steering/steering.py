@@ -173,8 +173,8 @@ class Steering:
 
     @property
     def untouched_blocks(self) -> int:
-        """How many of the first blocks run as without any edit; 0 where no block is edited."""
-        if self._now.writers:
+        """How many of the first blocks run as without any edit; 0 where no block, or the embedding, is edited."""
+        if self._now.writers or any(p.writes_to == -1 for p in self._programs.values()):  # -1: the embedding is edited
             return 0
         for block in range(self.anatomy.blocks):
             path = self.anatomy.block_module(block)
