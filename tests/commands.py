@@ -1,4 +1,4 @@
-"""The command line in this process, which has torch loaded already, and in a process of its own."""
+"""The command line in this process, which has torch loaded already, and in a separate process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def command_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
 
 
 def command_outside(*arguments: object, timeout: float = 60) -> Outcome:
-    """Runs the installed command in a process of its own."""
+    """Runs the installed command in a separate process."""
     command = [str(Path(sys.executable).with_name("steer")), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     return Outcome(done.returncode, done.stdout, done.stderr)

@@ -46,7 +46,7 @@ def imports(source: str, module: str) -> Iterator[str]:
 
 
 def violations(source: str, module: str) -> list[str]:
-    """What a module imports of a higher layer, or of another folder of its own."""
+    """What a module imports of a higher layer, or of another folder in the same layer."""
     here = module.split(".")[1]
 
     def wrong(dotted: str) -> bool:

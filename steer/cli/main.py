@@ -1,4 +1,4 @@
-"""The `steer` command: one verb per stage of the pipeline, without logic of its own.
+"""The `steer` command: one verb per stage of the pipeline, and no logic.
 
 Each verb parses its options, calls a function of the package, and prints the result. torch is imported inside the verbs
 that need it, so that `steer --help` is fast.

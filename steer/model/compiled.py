@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -49,7 +49,7 @@ class CompiledStep:
         if step:
             # A new tensor: the strides of a slice of all positions would differ from step to step.
             positions = torch.full_like(fed, int(positions))
-        with self._in_place(cache) if step else _as_it_is():
+        with self._in_place(cache) if step else nullcontext():
             out = self.hf(
                 input_ids=fed, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
@@ -226,8 +226,3 @@ class _Slot:
         """Add the new keys and values to the cache."""
         assert self.new is not None
         self.layer[0].update(*self.new)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield

@@ -59,7 +59,7 @@ def prefill(
     rows = list(which) if which is not None else [0] * len(texts)
     texts = [tuple(t) for t in texts]
     cache, fed = growing_cache(model.hf.config), max(map(len, texts))
-    if len(texts) > 1 and all(isinstance(layer, GrowingLayer) for layer in cache.layers):
+    if len(texts) > 1 and _only_growing(cache):
         heads, sources, tail = _heads(texts, [min(p, len(t)) - 1 for p, t in zip(prompts, texts, strict=True)], rows)
         if any(heads):
             cache, fed = _begun(model, texts, heads, sources, prompts, which), tail
@@ -95,7 +95,7 @@ class Spread:
         """The Spread for the applied edits; None where it would save nothing. `texts`: one per row."""
         block, first = model.steering.untouched_blocks, {t: i for i, t in reversed(list(enumerate(texts)))}
         unique = sorted(first.values())
-        if not block or len(unique) == len(texts) or not all(isinstance(layer, GrowingLayer) for layer in cache.layers):
+        if not block or len(unique) == len(texts) or not _only_growing(cache):
             return None
         places = {row: place for place, row in enumerate(unique)}
         place = [places[first[t]] for t in texts]
@@ -195,6 +195,11 @@ def _begun(
         start = width - heads[source]
         taken.append((rows, read.index(source), slice(start, start + head)))
     return branched(begun.cache, taken, len(texts), max(heads))
+
+
+def _only_growing(cache: Cache) -> bool:
+    """Whether every block keeps its keys and values in a GrowingLayer, whose rows can be taken apart."""
+    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
 
 
 def _mask(texts: Sequence[Sequence[int]], width: int, device: Any) -> Int[Tensor, "rows width"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ class SteeredModel(LoadedModel):
             # Each different edit is applied once, however many rows are under it.
             distinct = list(dict.fromkeys(edits[i] for i in rows)) if edits is not None else []
             which = [distinct.index(edits[i]) for i in rows] if edits is not None else None
-            with self.steering.alone(distinct) if distinct else _as_is():
+            with self.steering.alone(distinct) if distinct else nullcontext():
                 made = generate(
                     self,
                     [prompts[i] for i in rows],
@@ -229,8 +229,3 @@ class SteeredModel(LoadedModel):
         Errors: as `hooks`; MismatchError for a bridge of other sizes, or without these hook points.
         """
         return lens_hooks(self.sliders, what, bridge, reply_start)
-
-
-@contextmanager
-def _as_is() -> Iterator[None]:
-    yield
