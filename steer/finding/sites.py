@@ -5,6 +5,7 @@ Used by `find_trait` after `directions` computed a vector per site.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,14 +58,16 @@ class SiteCheck:
 
 
 def chosen(checks: Sequence[SiteCheck], depth: int) -> int:
-    """The site nearest to the middle of `depth` blocks, of those whose merit is within a standard error of the best.
+    """The site nearest to the middle of `depth` blocks, of those whose merit is not clearly lower than the best.
 
-    A few replies per site leave noise in its merit. Among sites that cannot be distinguished, which one has the best
-    number is chance and changes with the seed and the machine; the middle does not. This is the one-standard-error rule
-    (Breiman et al. 1984); that directions steer best from the middle of a model is from Rimsky et al. 2024.
+    Clearly lower means by more than two standard errors of the difference. A few replies per site leave noise in its
+    merit: among sites that cannot be distinguished, which one has the best number is chance and changes with the seed
+    and the machine; the middle does not. The rule is the one-standard-error rule (Breiman et al. 1984) with the error of
+    the difference in place of that of the best; that directions steer best from the middle of a model is from Rimsky
+    et al. 2024.
     """
     best = max(checks, key=lambda c: c.merit)
-    near = [c for c in checks if c.merit >= best.merit - best.error]
+    near = [c for c in checks if best.merit - c.merit <= 2 * math.hypot(best.error, c.error)]
     return min(near, key=lambda c: (abs(c.site - (depth - 1) / 2), c.site)).site
 
 

@@ -16,8 +16,9 @@ def check(site: int, above: float, error: float = 0.1) -> SiteCheck:
 def test_the_middle_wins_among_sites_that_cannot_be_told_apart_and_no_further() -> None:
     near = [check(5, 0.1), check(9, 0.75), check(14, 0.66), check(18, 0.7)]
     assert chosen(near, DEPTH) == chosen(near[::-1], DEPTH) == 14
-    assert chosen([check(9, 0.75), check(14, 0.64)], DEPTH) == 9
-    assert chosen([check(9, 0.75, error=0.0), check(14, 0.75 - 1e-9)], DEPTH) == 9
+    assert chosen([check(9, 0.75), check(14, 0.48)], DEPTH) == 14
+    assert chosen([check(9, 0.75), check(14, 0.46)], DEPTH) == 9
+    assert chosen([check(9, 0.75, error=0.0), check(14, 0.75 - 1e-9, error=0.0)], DEPTH) == 9
     assert chosen([check(7, -1.0)], DEPTH) == 7
 
 
