@@ -27,9 +27,9 @@ from steer.baking.outputs import finish, hub_name, save_directions, save_means, 
 from steer.baking.plan import head_is_embedding, unloaded_line
 from steer.baking.proofs import BiasProof, WriterProof
 from steer.checkpoint.ablation import Ablation, as_tensor, norm, shadow
-from steer.checkpoint.anatomy import Anatomy, Stored, Writer, WriterMap
+from steer.checkpoint.anatomy import Anatomy, Writer, WriterMap
 from steer.checkpoint.quantised import dequantised
-from steer.checkpoint.reader import INDEX, CheckpointFiles, Shard
+from steer.checkpoint.reader import INDEX, CheckpointFiles, Shard, TensorInfo
 from steer.checkpoint.staging import HashingFile, hash_file, staged, write_json
 from steer.core.edit import Edit
 from steer.core.method import Kind
@@ -252,7 +252,7 @@ class Part:
 
 
 def find_parts(
-    tensors: Mapping[str, Stored], anatomy: Anatomy, found: WriterMap, ablation: Ablation
+    tensors: Mapping[str, TensorInfo], anatomy: Anatomy, found: WriterMap, ablation: Ablation
 ) -> tuple[Part, ...]:
     """The parts of an adapter, in the order of the writers.
 
@@ -304,7 +304,7 @@ def adapter_config(base: str, anatomy: Anatomy, parts: Sequence[Part], biases: b
 
 
 def _parts(
-    tensors: Mapping[str, Stored], anatomy: Anatomy, found: WriterMap, writer: Writer, rank: int, site: int | None
+    tensors: Mapping[str, TensorInfo], anatomy: Anatomy, found: WriterMap, writer: Writer, rank: int, site: int | None
 ) -> list[Part]:
     """The parts of the adapter that one writer needs. `rank`: directions to remove; `site`: where it carries an add."""
     path = anatomy.layout.base + writer.tensor.removeprefix(found.base)
