@@ -30,7 +30,7 @@ from steer.checkpoint.ablation import Ablation, as_tensor, norm, shadow
 from steer.checkpoint.anatomy import Anatomy, Writer, WriterMap
 from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import INDEX, CheckpointFiles, Shard, TensorInfo
-from steer.checkpoint.staging import HashingFile, hash_file, staged, write_json
+from steer.checkpoint.staging import hash_file, staged, write_bytes, write_json
 from steer.core.edit import Edit
 from steer.core.method import Kind
 from steer.errors import CheckpointError, UnsupportedError
@@ -123,13 +123,12 @@ def _write(
     journal = Journal.of(work, files, plan.edit, "adapter")
     tensors, proofs = _factors(plan, work, journal)
     sources = hash_sources(files, progress, journal)
-    with HashingFile(work / ADAPTER) as f:
-        f.write(save(tensors, metadata={"format": "pt"}))
+    digest = write_bytes(work / ADAPTER, save(tensors, metadata={"format": "pt"}))
     for path in work.glob(f"{_PARTS}*"):
         path.unlink()
     base = hub_name(files.root) or str(files.root.resolve())
     config = adapter_config(base, plan.anatomy, plan.parts, plan.biases)
-    written = {ADAPTER: f.sha256, CONFIG: write_json(work / CONFIG, config)}
+    written = {ADAPTER: digest, CONFIG: write_json(work / CONFIG, config)}
     directions = save_directions(plan.edit, work, written)
     order = {name: i for i, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
     cert = Certificate(
@@ -171,10 +170,9 @@ def _factors(plan: AdapterPlan, work: Path, journal: Journal) -> tuple[dict[str,
         else:
             proven = Proofs()
             computed = dict(adapter_tensors(plan, parts, proven))
-            with HashingFile(work / name) as f:
-                f.write(save(computed))
+            digest = write_bytes(work / name, save(computed))
             sync(work / name)
-            journal.record(name, written=f.sha256, read="", **asdict(proven))
+            journal.record(name, written=digest, read="", **asdict(proven))
             tensors |= computed
         proofs.writers += proven.writers
         proofs.biases += proven.biases

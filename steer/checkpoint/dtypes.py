@@ -118,7 +118,9 @@ def computing_in(
         return Computing(asked, f"computing in {dtype_name(asked)}, as asked (stored: {dtype_name(stored)})")
     if asked == "stored" or stored is None or not _on_cpu(device_map) or is_fast(stored, torch.device("cpu")):
         return Computing(stored, f"computing in {dtype_name(stored)}, as stored")
-    needed = 0 if quantised else sum(map(_elements, files())) * torch.float32.itemsize * ROOM
+    # fp8 weights are floating point once loaded; their few scales hardly matter.
+    counted = [t for s in files() for t in s.tensors if t.dtype in (*_STORED, "F8_E4M3", "F8_E5M2")]
+    needed = 0 if quantised else sum(math.prod(t.shape) for t in counted) * torch.float32.itemsize * ROOM
     free = psutil.virtual_memory().available
     if needed > free:
         return Computing(
@@ -168,13 +170,9 @@ def _on_cpu(device_map: Any) -> bool:
 def _shards(place: str, hub: Mapping[str, Any]) -> list[Shard]:
     """The weight files. Those of a hub id are downloaded, as loading would do next. Empty for files of other
     formats."""
-    if cached_file(place, SINGLE, _raise_exceptions_for_missing_entries=False, **hub) is not None:
-        files = [cached_file(place, SINGLE, **hub)]
-    elif (index := cached_file(place, INDEX, _raise_exceptions_for_missing_entries=False, **hub)) is not None:
-        files, _ = get_checkpoint_shard_files(place, index, **hub)
-    else:
-        return []
-    return [Shard.open(Path(str(f))) for f in files or ()]
+    single, index = (cached_file(place, f, _raise_exceptions_for_missing_entries=False, **hub) for f in (SINGLE, INDEX))
+    files = [single] if single else get_checkpoint_shard_files(place, index, **hub)[0] if index else []
+    return [Shard.open(Path(str(f))) for f in files]
 
 
 def _stored_dtype(place: str, files: Callable[[], list[Shard]], hub: Mapping[str, Any]) -> torch.dtype | None:
@@ -185,8 +183,3 @@ def _stored_dtype(place: str, files: Callable[[], list[Shard]], hub: Mapping[str
     if isinstance(found, torch.dtype):
         return found
     return next((_STORED[t.dtype] for s in files() for t in s.tensors if t.dtype in _STORED), None)
-
-
-def _elements(shard: Shard) -> int:
-    """Count of the numbers that are floating point once loaded. fp8 weights count; their few scales hardly matter."""
-    return sum(math.prod(t.shape) for t in shard.tensors if t.dtype in (*_STORED, "F8_E4M3", "F8_E5M2"))

@@ -1,6 +1,6 @@
 """Writes an output directory so that it is complete or absent: in a staging directory beside it, synced, then renamed.
 
-Merges, downloads and bakes write their outputs inside of `staged`. The file writers below it hash while they write.
+Merges, downloads and bakes write their outputs inside of `staged`. The writers of small files below it return hashes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from steer.errors import OutputExistsError, SteerError
 from steer.files import sync
@@ -27,17 +27,12 @@ CHUNK = 8 << 20
 
 def check_output(out: Path) -> None:
     """Raise OutputExistsError unless `out` is absent or an empty directory."""
-    if out.is_dir():
-        try:
-            if not any(out.iterdir()):
-                return
-            found = "a directory with files in it"
-        except PermissionError:
-            found = "a directory that may not be read"
-    elif os.path.lexists(out):
-        found = "a file"
-    else:
-        return
+    try:
+        if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+            return
+        found = "a directory with files in it" if out.is_dir() else "a file"
+    except PermissionError:
+        found = "a directory that may not be read"
     raise OutputExistsError(
         f"{out}: expected a new or empty directory, found {found}; remove it or name another output"
     )
@@ -102,29 +97,6 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
             path.unlink()
 
 
-class HashingFile:
-    """A new file that computes the sha256 of everything written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by __exit__
-        self._sha = hashlib.sha256()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._file.write(data)
-        self._sha.update(data)
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of everything written so far."""
-        return self._sha.hexdigest()
-
-    def __enter__(self) -> HashingFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
 class DirectFile:
     """A new file of gigabytes, written past the page cache (O_DIRECT) if the file system supports that.
 
@@ -177,11 +149,16 @@ class DirectFile:
         return on
 
 
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write a new file and return its sha256."""
+    with open(path, "xb") as f:
+        f.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
 def write_text(path: Path, text: str) -> str:
     """Write a new file and return its sha256."""
-    with HashingFile(path) as f:
-        f.write(text.encode())
-    return f.sha256
+    return write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> str:
@@ -190,11 +167,10 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def copy_file(source: Path, target: Path) -> str:
-    """Copy a file's contents (a symlink is followed) and return their sha256."""
-    with open(source, "rb") as src, HashingFile(target) as dst:
-        while chunk := src.read(CHUNK):
-            dst.write(chunk)
-    return dst.sha256
+    """Copy a file's contents (a symlink is followed) to a new file and return their sha256."""
+    with open(source, "rb") as src, open(target, "xb") as dst:
+        shutil.copyfileobj(src, dst, CHUNK)
+    return hash_file(target)
 
 
 def hash_file(path: Path) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from steer.checkpoint.library import Checkpoint, Library, find_slider
+from steer.checkpoint.library import Checkpoint, Library
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
@@ -98,7 +98,7 @@ def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -
     for label, amount in sliders.items():
         slider = sliders.slider(label)
         when = ScheduleSpec.of(slider.when)
-        default = find_slider(sliders.model, slider.target.name).operation
+        default = Library(sliders.model).slider(slider.target.name).operation
         operation = None if slider.operation == default else slider.operation
         entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
     preset = next((n for n, p in PRESETS.items() if _alike(p, sampler)), None)

@@ -18,7 +18,7 @@ from steer.baking.form import FORMS, Form
 from steer.baking.forms import Verdict, bakeable, check_bakeable
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.fetch import resolve
-from steer.checkpoint.library import directions_of, own_place
+from steer.checkpoint.library import direction_place, directions_of
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
@@ -264,7 +264,7 @@ def find_and_keep(place: Path, trait: str, sketch: Sketch) -> Direction:
     from steer.model.steered import load
 
     direction = find(load(place), trait)
-    direction.save(own_place(sketch, direction.name))
+    direction.save(direction_place(sketch, direction.name))
     return direction
 
 

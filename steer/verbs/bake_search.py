@@ -19,7 +19,7 @@ from steer.baking.certificate import CERTIFICATE, Certificate
 from steer.baking.form import Form
 from steer.baking.plan import BakePlan
 from steer.checkpoint.dtypes import computing_in, dtype_name
-from steer.checkpoint.library import directions_of, own_place
+from steer.checkpoint.library import direction_place, directions_of
 from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import Sketch, sketch_files
@@ -127,7 +127,7 @@ class _Search:
             return old
         if now is None:
             now = find_trait(model, self.trait, seed=self.seed, contrast=contrast).direction
-            now.save(own_place(self.sketch, now.name))
+            now.save(direction_place(self.sketch, now.name))
         now.save(file)
         return now
 
