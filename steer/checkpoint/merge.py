@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from steer.checkpoint.fetch import PACKAGED, disk_errors, hub_errors, resolve
+from steer.checkpoint.fetch import disk_errors, hub_errors, resolve
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.core.small_files import read_yaml
 from steer.errors import CheckpointError, SteerError
@@ -33,6 +33,8 @@ MANIFEST = "steer_merge.json"
 _GENERATION = "generation_config.json"
 _READ = {".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Suffixes of the files that a merge depends on."""
+_CONFIGS = {"model": "config.json", "lora": "adapter_config.json"}
+"""The parts of a model reference in mergekit's long form, and the file that each must have."""
 _MODEL_KEYS = ("model", "base_model")
 _TOKENIZER_KEYS = ("source", "tokenizer_source")
 
@@ -71,9 +73,9 @@ def merge(
     raw = read_recipe(recipe)
     say("1 of 3: getting the models that the recipe names")
     located = {name: _locate(name, recipe) for name in recipe_models(raw)}
-    for name, parts in located.items():
-        _check_hub(name, parts, recipe)
-    config = _validated(_walk(deepcopy(raw), lambda name: _reference(located[name])), recipe)
+    for name, reference in located.items():
+        _check_hub(name, reference, recipe)
+    config = _validated(_walk(deepcopy(raw), lambda name: located[name]), recipe)
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
@@ -97,8 +99,8 @@ def merge(
         say("3 of 3: hashing what went in and what came out")
         manifest = {
             "recipe": raw,
-            "inputs": {name: _hashes(parts) for name, parts in located.items()},
-            "weights": _hashes((str(work),), [".safetensors"]),
+            "inputs": {name: _input_hashes(reference) for name, reference in located.items()},
+            "weights": _hashes(work),
             "versions": {p: version(p) for p in ("mergekit", "torch", "transformers")},
         }
         write_json(work / MANIFEST, manifest)
@@ -111,9 +113,9 @@ def is_merge_of(out: Path, recipe: Path) -> bool:
     if not file.is_file():
         return False
     manifest, raw = read_json_object(file, do="merge again"), read_recipe(recipe)
-    if manifest.get("recipe") != raw or manifest.get("weights") != _hashes((str(out),), [".safetensors"]):
+    if manifest.get("recipe") != raw or manifest.get("weights") != _hashes(out):
         return False
-    return manifest.get("inputs") == {n: _hashes(_locate(n, recipe)) for n in recipe_models(raw)}
+    return manifest.get("inputs") == {n: _input_hashes(_locate(n, recipe)) for n in recipe_models(raw)}
 
 
 def _validated(raw: Any, path: Path) -> Any:
@@ -151,23 +153,21 @@ def _model_name(value: Any) -> str | None:
     return str(ModelReference.model_validate(value))
 
 
-def _locate(name: str, recipe: Path) -> tuple[str, ...]:
-    """Split a model reference of the recipe into (model,) or (model, adapter), with absolute paths."""
+def _locate(name: str, recipe: Path) -> dict[str, dict[str, str | None]]:
+    """A model reference in mergekit's long form, with absolute paths. These may contain `+` and `@`, which are separators
+    in the short form."""
     parts = [name] if _beside(name, recipe) else name.split("+")
-    return tuple(_locate_one(p, recipe, adapter=i > 0) for i, p in enumerate(parts))
+    return {key: _locate_one(part, recipe, _CONFIGS[key]) for key, part in zip(_CONFIGS, parts, strict=False)}
 
 
-def _locate_one(name: str, recipe: Path, adapter: bool) -> str:
+def _locate_one(name: str, recipe: Path, wanted: str) -> dict[str, str | None]:
     if place := _beside(name, recipe):
-        wanted = "adapter_config.json" if adapter else "config.json"
         if not (place / wanted).is_file():
             raise CheckpointError(f"{recipe}: {name}: expected {wanted} in {place}, found none; name a whole model")
-        return str(place.resolve())
-    if name in PACKAGED:
-        return resolve(name)
+        return {"path": str(place.resolve()), "revision": None}
+    repo, _, revision = name.partition("@")
     try:
-        repo, at, revision = name.partition("@")
-        return resolve(repo) + at + revision
+        return {"path": resolve(repo), "revision": revision or None}
     except CheckpointError as e:
         raise CheckpointError(f"{recipe}: names a model that is not there: {e}") from e
 
@@ -176,39 +176,27 @@ def _beside(name: str, recipe: Path) -> Path | None:
     return next((p for p in (recipe.parent / name, Path(name)) if p.is_dir()), None)
 
 
-def _reference(parts: tuple[str, ...]) -> dict[str, Any]:
-    """A model reference in mergekit's long form, where paths may contain `+` and `@`, which are separators in the short
-    form."""
-    out = {}
-    for key, part in zip(("model", "lora"), parts, strict=False):
-        path, _, revision = (part, "", "") if Path(part).is_dir() else part.partition("@")
-        out[key] = {"path": path, "revision": revision or None}
-    return out
-
-
-def _check_hub(name: str, parts: tuple[str, ...], recipe: Path) -> None:
+def _check_hub(name: str, reference: Mapping[str, Mapping[str, Any]], recipe: Path) -> None:
     """Raise CheckpointError if a hub id cannot be downloaded, before gigabytes of other models are."""
     from huggingface_hub import hf_hub_download
 
-    for part, file in zip(parts, ("config.json", "adapter_config.json"), strict=False):
-        if Path(part).is_dir():
-            continue
-        repo, _, revision = part.partition("@")
-        with hub_errors(f"{recipe}: names a model that is neither beside it nor on the hub: {name}"):
-            hf_hub_download(repo, file, revision=revision or None)
+    for key, part in reference.items():
+        if not Path(part["path"]).is_dir():
+            with hub_errors(f"{recipe}: names a model that is neither beside it nor on the hub: {name}"):
+                hf_hub_download(part["path"], _CONFIGS[key], revision=part["revision"])
 
 
-def _hashes(parts: tuple[str, ...], suffixes: Collection[str] = _READ) -> dict[str, str]:
-    """sha256 of every file with one of the suffixes in local directories. Hub ids have no hashes; their names stand for
-    them."""
-    folders = [Path(p) for p in parts if Path(p).is_dir()]
+def _input_hashes(reference: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """sha256 of every file that a merge may read. Hub ids have no hashes; their names stand for them."""
+    folders = [Path(part["path"]) for part in reference.values() if Path(part["path"]).is_dir()]
     # Keyed by the position in the reference, because paths differ between machines and the files do not.
-    return {
-        f"{i}/{f.name}": hash_file(f)
-        for i, d in enumerate(folders)
-        for f in sorted(d.iterdir())
-        if f.suffix in suffixes and not f.name.startswith(".") and f.is_file()
-    }
+    return {name: digest for i, d in enumerate(folders) for name, digest in _hashes(d, _READ, i).items()}
+
+
+def _hashes(folder: Path, suffixes: Collection[str] = (".safetensors",), number: int = 0) -> dict[str, str]:
+    """sha256 of the files with these suffixes in a directory."""
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in suffixes and f.is_file()]
+    return {f"{number}/{f.name}": hash_file(f) for f in files if not f.name.startswith(".")}
 
 
 def _check_finite(work: Path, recipe: Path) -> None:
@@ -288,10 +276,10 @@ def _files_closed() -> Iterator[None]:
         LoaderCache.loaders.clear()
 
 
-def _carry_side_files(raw: dict[str, Any], located: dict[str, tuple[str, ...]], work: Path) -> None:
+def _carry_side_files(raw: dict[str, Any], located: Mapping[str, Mapping[str, Any]], work: Path) -> None:
     """Copy the base model's generation_config.json, which holds the ids that end a reply and which mergekit leaves out,
     and its chat template file, which mergekit may leave out."""
-    base = Path(located[_model_name(raw.get("base_model")) or recipe_models(raw)[0]][0])
+    base = Path(located[_model_name(raw.get("base_model")) or next(iter(located))]["model"]["path"])
     tokenizer = raw.get("tokenizer_source") or (raw.get("tokenizer") or {}).get("source")
     renumbered = tokenizer not in (None, "base")
     for name, wanted in (("chat_template.jinja", not raw.get("chat_template")), (_GENERATION, not renumbered)):
@@ -300,11 +288,12 @@ def _carry_side_files(raw: dict[str, Any], located: dict[str, tuple[str, ...]], 
             target.write_bytes(source.read_bytes())
 
 
-def _mend_card(card: Path, title: str, located: dict[str, tuple[str, ...]]) -> None:
+def _mend_card(card: Path, title: str, located: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the card's title, which mergekit takes from the staging directory, and this machine's paths in model
     names."""
     text = re.sub("^# .*$", f"# {title}", card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
-    places = {p: n for name, parts in located.items() for p, n in zip(parts, name.split("+"), strict=False)}
+    parts = [pair for name, ref in located.items() for pair in zip(ref.values(), name.split("+"), strict=False)]
+    places = {part["path"]: name for part, name in parts if Path(part["path"]).is_dir()}
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place, places[place])
     card.write_text(text, encoding="utf-8")
