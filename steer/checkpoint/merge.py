@@ -154,8 +154,8 @@ def _model_name(value: Any) -> str | None:
 
 
 def _locate(name: str, recipe: Path) -> dict[str, dict[str, str | None]]:
-    """A model reference in mergekit's long form, with absolute paths. These may contain `+` and `@`, which are separators
-    in the short form."""
+    """A model reference in mergekit's long form, with absolute paths. These may contain `+` and `@`, which separate the
+    parts of the short form."""
     parts = [name] if _beside(name, recipe) else name.split("+")
     return {key: _locate_one(part, recipe, _CONFIGS[key]) for key, part in zip(_CONFIGS, parts, strict=False)}
 

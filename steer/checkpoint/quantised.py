@@ -137,10 +137,11 @@ def _decode(
 
 def _index(index: Mapping[str, Any], plain: CheckpointFiles) -> dict[str, Any]:
     """The index without the scales, with totals for the decoded tensors."""
-    counts = dict(index.get("metadata") or {})
-    for key, sizes in (("total_size", [t.nbytes for t in plain.tensors.values()]),
-                    ("total_parameters", [math.prod(t.shape) for t in plain.tensors.values()])):  # fmt: skip
-        if key in counts:
-            counts[key] = sum(sizes)
+    tensors = plain.tensors.values()
+    totals = {
+        "total_size": sum(t.nbytes for t in tensors),
+        "total_parameters": sum(math.prod(t.shape) for t in tensors),
+    }
+    counts = {key: totals.get(key, value) for key, value in (index.get("metadata") or {}).items()}
     weight_map = {name: file for name, file in index["weight_map"].items() if name in plain.tensors}
     return {**index, "metadata": counts, "weight_map": weight_map}
