@@ -65,18 +65,15 @@ class Library:
 
     @cached_property
     def directions(self) -> dict[str, Direction]:
-        """The directions found on this checkpoint, by name."""
         return directions_of(self.model.sketch())
 
     @cached_property
     def dictionaries(self) -> dict[str, Path]:
-        """The directories of the dictionaries trained on this checkpoint, by name."""
         return dictionaries_of(self.model.sketch())
 
     @cached_property
     def rows(self) -> dict[str, tuple[Path, dict[str, Any]]]:
-        """The named sliders of those dictionaries: name -> (the dictionary's directory, the row of its
-        sliders.yaml)."""
+        """Named features: name -> (the dictionary's directory, the row of its sliders.yaml)."""
         out: dict[str, tuple[Path, dict[str, Any]]] = {}
         for place in self.dictionaries.values():
             for row in _read_or_skip(place, slider_rows) or ():
@@ -153,9 +150,8 @@ def dictionaries_of(sketch: Sketch) -> dict[str, Path]:
 
 
 def register_dictionary(place: Path, name: str, sketch: Sketch) -> None:
-    """Make a dictionary findable by name on the checkpoint with this sketch. Dictionaries are large, so it stays where
-    it is, and the library stores only its path. A later registration replaces an earlier one of the same name. If the
-    library cannot be written, there is a warning."""
+    """Make a dictionary findable by name on the checkpoint with this sketch. It is large, so the library stores only
+    its path, in place of an earlier one of the same name. If the library cannot be written, there is a warning."""
     place = place.resolve()
     if place in [p.resolve() for p in dictionaries_of(sketch).values()]:
         return

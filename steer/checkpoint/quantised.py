@@ -1,8 +1,8 @@
 """Quantised checkpoints: fp8 weights with one scale per block are read as bf16; every other kind is refused.
 
-Rounding an edited weight to few bits again would undo most of the edit, so the edit is applied to the dequantised
-weights. A block of fp8 and its scale stand for `weight * weight_scale_inv`, whichever program made them; four-bit kinds
-each have their own packing. `dequantised` makes a checkpoint whose tensors the bakes can read as usual.
+Rounding an edited weight to few bits again would undo most of the edit, so the dequantised weights are edited. A block
+of fp8 and its scale stand for `weight * weight_scale_inv`, whichever program made them; four-bit kinds each have their
+own packing.
 """
 
 from __future__ import annotations
@@ -67,10 +67,8 @@ def quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def dequantised(files: CheckpointFiles) -> CheckpointFiles:
-    """The same checkpoint, with fp8 weights read as bf16 tensors and without their scales. A checkpoint that is not
-    quantised is returned unchanged.
-
-    Config and index are adapted to the bf16 tensors.
+    """The same checkpoint, with fp8 weights read as bf16 tensors and without their scales; config and index go along.
+    A checkpoint that is not quantised is returned unchanged.
 
     Errors: UnsupportedError for every other kind of quantisation, CheckpointError for scales that are missing or do not
     fit.

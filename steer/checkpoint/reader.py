@@ -51,7 +51,6 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Size of the data in bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
     @property
@@ -62,8 +61,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class DecodedTensor(TensorInfo):
-    """A tensor that is stored in another form than it is read in. `dtype` and `nbytes` describe the form it is read
-    in."""
+    """A tensor that is stored in another form than it is read in, which `dtype` and `nbytes` describe."""
 
     stored: TensorInfo
     """The tensor as described in the header."""
@@ -72,7 +70,6 @@ class DecodedTensor(TensorInfo):
 
     @property
     def end(self) -> int:
-        """Offset of the byte after the last, in the file."""
         return self.stored.end
 
 
@@ -88,7 +85,6 @@ class NewTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of the data in bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
@@ -110,7 +106,6 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Name of the file."""
         return self.path.name
 
     @classmethod
@@ -150,8 +145,7 @@ class CheckpointFiles:
     index: dict[str, Any] | None
     """Contents of model.safetensors.index.json; None for a checkpoint in a single file."""
     decoded: dict[str, Any] = field(default_factory=dict)
-    """Changes to config.json that are needed because quantised weights are read dequantised. A value of None means that
-    the key is deleted."""
+    """Changes to config.json that go with dequantised weights. A value of None means that the key is deleted."""
 
     @classmethod
     def open(cls, root: Path) -> CheckpointFiles:
@@ -236,8 +230,6 @@ def _open_shards(root: Path, index: dict[str, Any]) -> tuple[Shard, ...]:
                 f"{root / INDEX}: expected names of safetensors files in the same directory, found {name!r}; "
                 "do not use this checkpoint"
             )
-        if not (root / name).exists():
-            raise CheckpointError(f"{root / name}: the index names it, but it is missing; fetch the model again")
     return tuple(Shard.open(root / name) for name in names)
 
 
