@@ -64,7 +64,7 @@ class Layout:
     mlp_norm: str | None = None
     gain_offset: float = 0.0
     """Number added to a norm's stored weight to get its gain."""
-    own_scores: bool = False
+    softcap_or_sinks: bool = False
     """Whether attention does more with its scores than scale, mask and softmax: a softcap, which transformers' `sdpa`
     silently leaves out, or sinks, which it refuses."""
     final_norm: str = "norm"
@@ -109,7 +109,7 @@ save them like this."""
 _EXPERTS = Part("mlp.experts.{}.down_proj.weight")
 _SHARED = linear("mlp.shared_expert.down_proj")
 _NUMBERS = ("num_experts", "num_local_experts")
-_AFTER_ATTENTION, _AFTER_MLP = "post_attention_layernorm", "post_feedforward_layernorm"
+_POST_ATTENTION, _POST_MLP = "post_attention_layernorm", "post_feedforward_layernorm"
 
 LAYOUTS: dict[str, Layout] = {
     "LlamaForCausalLM": Layout("llama", mlp_bias="mlp_bias"),
@@ -117,15 +117,14 @@ LAYOUTS: dict[str, Layout] = {
     "Qwen2ForCausalLM": Layout("qwen2"),
     "Qwen3ForCausalLM": Layout("qwen3"),
     "Phi3ForCausalLM": Layout("phi3"),
-    # Gemma multiplies the embedding's output by sqrt(d). Directions are unchanged by that, so the rows are edited like
-    # any.
+    # Gemma multiplies the embedding's output by sqrt(d), which leaves directions as they are.
     "Gemma2ForCausalLM": Layout(
-        "gemma2", tied=True, attention_norm=_AFTER_ATTENTION, mlp_norm=_AFTER_MLP, gain_offset=1.0, own_scores=True
+        "gemma2", tied=True, attention_norm=_POST_ATTENTION, mlp_norm=_POST_MLP, gain_offset=1.0, softcap_or_sinks=True
     ),
     "Gemma3ForCausalLM": Layout(
-        "gemma3_text", tied=True, attention_norm=_AFTER_ATTENTION, mlp_norm=_AFTER_MLP, gain_offset=1.0
+        "gemma3_text", tied=True, attention_norm=_POST_ATTENTION, mlp_norm=_POST_MLP, gain_offset=1.0
     ),
-    "Olmo2ForCausalLM": Layout("olmo2", attention_norm=_AFTER_ATTENTION, mlp_norm=_AFTER_MLP),
+    "Olmo2ForCausalLM": Layout("olmo2", attention_norm=_POST_ATTENTION, mlp_norm=_POST_MLP),
     "GPT2LMHeadModel": Layout(
         "gpt2",
         base="transformer.",
@@ -170,7 +169,7 @@ LAYOUTS: dict[str, Layout] = {
         "gpt_oss",
         mlp=((Part("mlp.experts.down_proj", axis=2, bias="mlp.experts.down_proj_bias", stacked=True),),),
         mlp_bias="always",
-        own_scores=True,
+        softcap_or_sinks=True,
         experts_keys=("num_local_experts", "num_experts"),
     ),
 }
