@@ -314,12 +314,15 @@ class _Search:
                 f"{self.anatomy.where}: holds the MLP of block {block} twice, as {forms[0][0].weight} and as "
                 f"{forms[1][0].weight}; expected one of them, fetch the model again"
             )
-        parts: list[tuple[Kind, str | None, Part]] = [("attention", layout.attention_norm, layout.attention)]
-        parts += [("mlp", layout.mlp_norm, part) for part in (forms or layout.mlp)[0]]
-        for kind, norm, part in parts:
-            bias = part.bias and path + part.bias
-            for name in names(part):
-                yield Writer(kind, block, name, part.axis, bias, part.stacked, norm and f"{path}{norm}.weight")
+        kinds: tuple[tuple[Kind, str | None, tuple[Part, ...]], ...] = (
+            ("attention", layout.attention_norm, (layout.attention,)),
+            ("mlp", layout.mlp_norm, (forms or layout.mlp)[0]),
+        )
+        for kind, norm, parts in kinds:
+            for part in parts:
+                bias = part.bias and path + part.bias
+                for name in names(part):
+                    yield Writer(kind, block, name, part.axis, bias, part.stacked, norm and f"{path}{norm}.weight")
 
     def _check_writer(self, writer: Writer) -> None:
         rank = 2 + writer.stacked

@@ -170,7 +170,7 @@ def _shards(place: str, hub: Mapping[str, Any]) -> list[Shard]:
     formats."""
     single, index = (cached_file(place, f, _raise_exceptions_for_missing_entries=False, **hub) for f in (SINGLE, INDEX))
     files = [single] if single else get_checkpoint_shard_files(place, index, **hub)[0] if index else []
-    return [Shard.open(Path(str(f))) for f in files]
+    return [Shard.open(Path(str(f))) for f in files or ()]
 
 
 def _stored_dtype(place: str, files: Callable[[], list[Shard]], hub: Mapping[str, Any]) -> torch.dtype | None:
