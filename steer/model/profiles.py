@@ -84,9 +84,8 @@ def _slider(library: Library, profile: Profile, text: str) -> Slider:
 def _when(library: Library, profile: Profile, entry: ProfileSlider) -> Schedule:
     if entry.when is None:
         return ALWAYS
-    named = entry.when.while_slider
-    target: Direction | Feature | None = None if named is None else _slider(library, profile, named).target
-    return entry.when.on(target)
+    gate = entry.when.gate
+    return entry.when.on(None if gate is None else _slider(library, profile, gate.slider).target)
 
 
 def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -> Profile:
