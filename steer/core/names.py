@@ -34,8 +34,8 @@ def _checked(name: Any) -> str:
 
 
 Name = Annotated[str, Field(strict=True), AfterValidator(_checked)]
-"""A letter or digit, then letters, digits, `_`, `.` and `-`, at most 64 characters. Letters may be of any script. Paths,
-names with a file's ending and commands of the chat are refused."""
+"""A letter or digit, then letters, digits, `_`, `.` and `-`, at most 64 characters. Letters may be of any script.
+Paths, names with a file's ending and commands of the chat are refused."""
 
 
 def check_name(name: Any, where: str) -> str:

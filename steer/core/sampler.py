@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from steer.core.small_files import shown
-from steer.core.validation import Count, Number, Whole, checked
+from steer.core.validation import Count, Number, Share, Whole, checked
 from steer.errors import UsageError
 
 Stage = Literal["penalties", "dry", "temperature", "top_k", "top_p", "min_p", "typical_p", "xtc"]
@@ -49,7 +49,6 @@ def _different(given: tuple[Any, ...]) -> tuple[Any, ...]:
     return given
 
 
-Share = Annotated[Number, Field(ge=0, le=1)]
 _PositiveShare = Annotated[Number, Field(gt=0, le=1)]
 _Additive = Annotated[Number, Field(ge=-2, le=2)]
 # Every breaker is searched for in every token of the vocabulary, so their number and length are limited.

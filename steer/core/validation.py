@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field, fields
 from functools import wraps
 from numbers import Integral
 from typing import Annotated, Any, TypeVar, dataclass_transform
@@ -37,6 +37,7 @@ _MESSAGES = {
     "too_short": ("at least {min_length} of them", "add some"),
     "too_long": ("at most {max_length} of them", "delete some"),
     "dict_type": ("a mapping", ""),
+    "model_type": ("a mapping", ""),
     "unexpected_keyword_argument": ("no argument of that name", ""),
     "literal_error": ("one of {expected}", ""),
     "greater_than": ("a number above {gt:g}", ""),
@@ -47,26 +48,24 @@ _MESSAGES = {
 """Type of a pydantic error -> what was expected, and what to do. Other types keep pydantic's own words."""
 
 
-def error_line(e: ValidationError, positional: Iterable[str] = ()) -> str:
+def error_line(e: ValidationError, positional: Sequence[str] = ()) -> str:
     """The first mistake that pydantic found, as `key: inner[0]: expected ..., found ...; what to do`.
 
     A validator that raises ValueError gives the words after the path itself. `positional` names the arguments of a call
     that were given without names.
     """
     first = e.errors(include_url=False)[0]
-    names = list(positional)
-    path = ""
-    for place, key in enumerate(first["loc"]):
-        if place == 0 and isinstance(key, int) and names:
-            key = names[key]
-        path += f"[{key}]" if isinstance(key, int) else f": {key}" if path else key
-    context = first.get("ctx", {})
+    keys, context = list(first["loc"]), first.get("ctx", {})
+    if positional and keys and isinstance(keys[0], int):
+        keys[0] = positional[keys[0]]
+    path = "".join(f"[{key}]" if isinstance(key, int) else f": {key}" for key in keys).removeprefix(": ")
     if first["type"] == "value_error":
         text = str(context["error"])
     else:
         found = "none" if first["type"] == "missing" else shown(first["input"])
         expected, do = _MESSAGES.get(first["type"], (first["msg"].removeprefix("Input should be "), ""))
-        expected = expected.format(**context).replace("'", "").replace(" or ", ", ") if context else expected
+        if first["type"] in _MESSAGES:  # 'a', 'b' or 'c' is written as a, b, c
+            expected = expected.format(**context).replace("'", "").replace(" or ", ", ")
         text = f"expected {expected}, found {found}" + (do and f"; {do}")
     return (f"{path}: {text}" if path else text)[:500]
 
@@ -98,7 +97,7 @@ def known_keys(data: Any, keys: Iterable[str], path: str = "") -> dict[str, Any]
     return {k: v for k, v in data.items() if v is not None}
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+@dataclass_transform(frozen_default=True, field_specifiers=(Field, field))
 def checked(cls: type[_T]) -> type[_T]:
     """Decorator: a frozen dataclass whose fields have the types and bounds of their annotations.
 
@@ -109,11 +108,11 @@ def checked(cls: type[_T]) -> type[_T]:
     def from_mapping(kind: Any, data: Any) -> Any:
         if isinstance(data, ArgsKwargs | kind):
             return data
-        return known_keys(data, (field.alias or name for name, field in kind.__pydantic_fields__.items()))
+        return known_keys(data, (info.alias or name for name, info in kind.__pydantic_fields__.items()))
 
     if "from_mapping" not in vars(cls):
         cls.from_mapping = model_validator(mode="before")(classmethod(from_mapping))  # pyright: ignore
-    config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True)
+    config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
     made = dataclass(frozen=True, config=config)(cls)
     build, names = made.__init__, [f.name for f in fields(made)]  # pyright: ignore[reportArgumentType]
 
@@ -144,6 +143,7 @@ def _filled(text: str) -> str:
 Bool = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number; not text, true or false."""
+Share = Annotated[Number, Field(ge=0, le=1)]
 Whole = Annotated[
     int,
     Field(strict=True, ge=-(2**63), lt=2**63),

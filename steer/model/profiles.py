@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from steer.checkpoint.library import Checkpoint, Library, find_slider
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.feature import Feature
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import PRESETS, Sampler
 from steer.core.schedule import ALWAYS, Schedule
