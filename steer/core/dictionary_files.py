@@ -163,10 +163,9 @@ def _from_disk(path: Path) -> Dictionary:
     try:
         tensors = load_file(path / WEIGHTS)
     except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(
-            f"{path / WEIGHTS}: expected a safetensors file, found something unreadable ({one_line(e)}); {_AGAIN}"
-        ) from e
-    return _build(config, tensors, str(path), path, read_manifest(path))
+        found = f"something unreadable ({one_line(e)})"
+        raise CheckpointError(f"{path / WEIGHTS}: expected a safetensors file, found {found}; {_AGAIN}") from e
+    return _build(config, tensors, str(path), path)
 
 
 def _from_release(text: str) -> Dictionary:
@@ -191,15 +190,9 @@ def _from_release(text: str) -> Dictionary:
     return from_sae(sae, text)
 
 
-def _build(
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    where: str,
-    place: Path | None = None,
-    manifest: dict[str, Any] | None = None,
-) -> Dictionary:
+def _build(config: dict[str, Any], tensors: dict[str, Tensor], where: str, place: Path | None = None) -> Dictionary:
     """Check config and tensors, and make the Dictionary. `where` names it in errors."""
-    config, manifest = _modern(config, where), manifest or {}
+    config, manifest = _modern(config, where), {} if place is None else read_manifest(place)
     architecture: Any = config.get("architecture")
     normalize = config.get("normalize_activations") or "none"
     if architecture not in get_args(Architecture):
@@ -215,10 +208,8 @@ def _build(
     metadata = config.get("metadata") or {}
     d, m = tensors["W_enc"].shape if tensors["W_enc"].ndim == 2 else (-1, -1)
     if (config.get("d_in", d), config.get("d_sae", m)) != (d, m):
-        raise CheckpointError(
-            f"{where}: {CONFIG} says width {config.get('d_in')} and {config.get('d_sae')} latents, W_enc has shape "
-            f"{list(tensors['W_enc'].shape)}; fetch or train it again"
-        )
+        says = f"{CONFIG} says width {config.get('d_in')} and {config.get('d_sae')} latents"
+        raise CheckpointError(f"{where}: {says}, W_enc has shape {list(tensors['W_enc'].shape)}; {_AGAIN}")
     k = config.get("k") if architecture == "topk" else None
     norm = manifest.get("norm", metadata.get("residual_norm"))
     return Dictionary(
@@ -254,7 +245,10 @@ def _modern(config: dict[str, Any], where: str) -> dict[str, Any]:
         return config  # refused by its architecture
     from sae_lens.loading.pretrained_sae_loaders import handle_pre_6_0_config
 
-    return handle_pre_6_0_config(config)
+    try:
+        return handle_pre_6_0_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{where}: {CONFIG}: expected a config of sae_lens, found {one_line(e)}; {_AGAIN}") from e
 
 
 def _known(tensors: dict[str, Tensor], architecture: str, where: str) -> dict[str, Tensor]:
@@ -271,10 +265,8 @@ def _known(tensors: dict[str, Tensor], architecture: str, where: str) -> dict[st
             raise _refused(where, "no finetuning factors", f"{name} other than 1; fold them into W_dec first")
     wanted = {"W_enc", "W_dec", "b_dec", *_TENSORS[architecture]}
     if missing := sorted(wanted - set(tensors)):
-        raise CheckpointError(
-            f"{where}: expected tensor {missing[0]} in a {architecture} dictionary, found "
-            f"{', '.join(sorted(tensors))}; fetch or train it again"
-        )
+        expected = f"tensor {missing[0]} in a {architecture} dictionary"
+        raise CheckpointError(f"{where}: expected {expected}, found {', '.join(sorted(tensors))}; {_AGAIN}")
     if unknown := sorted(set(tensors) - wanted):
         raise _refused(where, f"the tensors {', '.join(sorted(wanted))}", f"{unknown[0]} too")
     return {name: tensors[name] for name in wanted}

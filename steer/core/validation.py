@@ -64,8 +64,9 @@ def error_line(e: ValidationError, positional: Sequence[str] = ()) -> str:
     else:
         found = "none" if first["type"] == "missing" else shown(first["input"])
         expected, do = _MESSAGES.get(first["type"], (first["msg"].removeprefix("Input should be "), ""))
-        if first["type"] in _MESSAGES:  # 'a', 'b' or 'c' is written as a, b, c
-            expected = expected.format(**context).replace("'", "").replace(" or ", ", ")
+        if first["type"] in _MESSAGES:
+            choices = context.get("expected", "").replace("'", "").replace(" or ", ", ")
+            expected = expected.format(**context | {"expected": choices})
         text = f"expected {expected}, found {found}" + (do and f"; {do}")
     return (f"{path}: {text}" if path else text)[:500]
 
