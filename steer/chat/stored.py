@@ -1,7 +1,6 @@
 """Conversations on disk, under $STEER_HOME/chats: one JSON file per chat, written atomically.
 
-`steer.chat.talk` saves and loads chats with it; the page's list of old chats is `saved_chats`. Every field is checked
-when a file is read.
+The page's list of old chats is `saved_chats`. Every field is checked when a file is read.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ class _Message(BaseModel):
 class _Chat(BaseModel):
     """The contents of a chat's file."""
 
-    steer_chat: Literal[1] = 1
+    steer_chat: Literal[1]
     """Version of the format."""
     model: str
     system: str | None = None
@@ -166,9 +165,12 @@ def load_chat(place: Path) -> Stored:
     try:
         chat = _Chat.model_validate(parse_json(data))
         for m in chat.messages:
-            spans = m.written and tuple(SettingsSpan(*span) for span in m.written.stretches)
-            written = m.written and Written(**vars(m.written) | {"stretches": spans})
-            c.put(Message(**vars(m) | {"written": written}))
+            fields: dict[str, Any] = dict(vars(m))
+            if m.written is not None:
+                spans = tuple(SettingsSpan(*span) for span in m.written.stretches)
+                written: dict[str, Any] = vars(m.written) | {"stretches": spans}
+                fields["written"] = Written(**written)
+            c.put(Message(**fields))
         if chat.page:
             c.choose(chat.page[-1])
     except (ValueError, SteerError) as e:

@@ -308,14 +308,15 @@ def _with_profile(data: bytes, profile: Profile, where: str) -> bytes:
     one and some the other."""
 
     def changed(raw: dict[str, Any], where: str, **layout: Any) -> bytes:
-        data, _ = _fields(raw, where, None)
-        extensions = data.get("extensions") or {}
+        fields, _ = _fields(raw, where, None)
+        extensions = fields.get("extensions") or {}
         steer = (extensions.get("steer") or {}) | {"profile": profile.dump()}
-        made = {"data": data | {"extensions": extensions | {"steer": steer}}}
-        if data is raw:
-            made = {"spec": "chara_card_v2", "spec_version": "2.0", "data": _V2_EMPTY | made["data"]}
+        made = fields | {"extensions": extensions | {"steer": steer}}
+        card = raw | {"data": made}
+        if fields is raw:
+            card |= {"spec": "chara_card_v2", "spec_version": "2.0", "data": _V2_EMPTY | made}
         # JSON can escape half of a surrogate pair, but UTF-8 cannot hold it.
-        text = json.dumps(raw | made, ensure_ascii=False, **layout)
+        text = json.dumps(card, ensure_ascii=False, **layout)
         return _SURROGATE.sub(lambda m: f"\\u{ord(m[0]):04x}", text).encode()
 
     if not data.startswith(_SIGNATURE):

@@ -125,7 +125,7 @@ def checked(cls: type[_T]) -> type[_T]:
             raise UsageError(error_line(e, names)) from e
 
     made.__init__ = init
-    return made
+    return made  # pyright: ignore[reportReturnType]
 
 
 def _plain_text(text: str, allowed: str = "") -> str:
