@@ -133,11 +133,7 @@ class Dictionary:
         return pre.relu()
 
     def encode_rows(self, x: Float[Tensor, "... d"], indices: Sequence[int]) -> Float[Tensor, "... n"]:
-        """The columns `indices` of `encode(x)`, computed from those latents' rows of the encoder alone.
-
-        Topk: where one of these latents has a positive pre-activation, the whole encoder is read for that token,
-        because other latents decide whether it is among the top k.
-        """
+        """The columns `indices` of `encode(x)`, from those latents' rows of the encoder wherever they decide it."""
         return self.rows(indices)(x)
 
     def rows(self, indices: Sequence[int]) -> EncoderRows:
