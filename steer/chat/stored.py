@@ -1,6 +1,7 @@
 """Conversations on disk, under $STEER_HOME/chats: one JSON file per chat, written atomically.
 
-The page's list of old chats is `saved_chats`. Every field is checked when a file is read.
+`steer.chat.chat` saves and loads chats with it; the page's list of old chats is `saved_chats`. Every field is checked
+when a file is read.
 """
 
 from __future__ import annotations
