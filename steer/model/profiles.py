@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from steer.checkpoint.library import Checkpoint, Library
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.feature import Feature
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import PRESETS, Sampler
 from steer.core.schedule import ALWAYS, Schedule
@@ -84,9 +83,8 @@ def _slider(library: Library, profile: Profile, text: str) -> Slider:
 def _when(library: Library, profile: Profile, entry: ProfileSlider) -> Schedule:
     if entry.when is None:
         return ALWAYS
-    named = entry.when.while_slider
-    target: Direction | Feature | None = None if named is None else _slider(library, profile, named).target
-    return entry.when.on(target)
+    gate = entry.when.gate
+    return entry.when.on(None if gate is None else _slider(library, profile, gate.slider).target)
 
 
 def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -> Profile:
