@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from steer.progress import Advance, bar
 from steer.sae.logit_lens import logit_lens
 from steer.sae.pooling import check_fits, encoded, kept
 from steer.sae.records import Context, FeatureRecord
-from steer.sae.shards import Harvest
+from steer.sae.shards import Activations, Harvest
 
 BEFORE, AFTER = 12, 6
 """Tokens of context shown before and after the token."""
@@ -36,30 +35,10 @@ LOOKED_AT = 256
 NEAREST = 5
 """Number of most similar latents in a record."""
 MOST_FIRINGS = 40_000_000
-"""Largest number of firings in memory, sixteen bytes each, several times that while they are sorted. For a dictionary
+"""Largest number of firings in memory, twenty bytes each, several times that while they are sorted. For a dictionary
 with more firings, fewer tokens are read."""
 _CHUNK = 4096
 """Tokens read at a time."""
-_TOP = np.int64(0x7FFFFFFF)
-
-
-@dataclass(frozen=True, eq=False)
-class Firings:
-    """Every activation above zero, sorted by latent and then from the highest down."""
-
-    latent: Int[np.ndarray, " firings"]
-    row: Int[np.ndarray, " firings"]
-    """The token's row in the harvest."""
-    value: Float[np.ndarray, " firings"]
-    """The activation."""
-    tokens: int
-    """Number of tokens read."""
-
-    def each(self) -> Iterator[tuple[int, Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
-        """Yield (latent, rows, activations) of each live latent."""
-        live, starts, counts = np.unique(self.latent, return_index=True, return_counts=True)
-        for j, start, end in zip(live.tolist(), starts, starts + counts, strict=True):
-            yield j, self.row[start:end], self.value[start:end]
 
 
 def label_latents(
@@ -78,11 +57,16 @@ def label_latents(
     0.5 quantile of the latent's positive activations.
     Errors: those of `check_fits`, and MismatchError for a harvest of another width or of other sites.
     """
-    check_fits(model, dictionary)
-    rows = rows_to_read(dictionary, harvest, tokens)
+    site = check_fits(model, dictionary)
+    if harvest.width != dictionary.width:
+        raise MismatchError(
+            f"{harvest.place}: expected a harvest of width {dictionary.width}, that of dictionary {dictionary.name}, "
+            f"found {harvest.width}; harvest the checkpoint that the dictionary was trained on"
+        )
+    stream = harvest.activations(site)
+    rows = _rows_to_read(dictionary, stream, harvest.document.numpy(), tokens)
     with progress("Label", len(rows), "tokens") as advance:
-        found = firings(dictionary, harvest, rows, advance)
-    latents = list(found.each())
+        latents = list(_by_latent(dictionary, stream, rows, advance))
     live = [j for j, _, _ in latents]
     decoder = dictionary.decoder_rows(live)
     top, bottom = logit_lens(model, decoder)
@@ -91,59 +75,49 @@ def label_latents(
     return [
         FeatureRecord(
             index=j,
-            rate=len(rows) / found.tokens,
+            rate=len(fired) / len(rows),
             unit=float(np.quantile(values, UNIT_QUANTILE)),
             max=float(values[0]),
             top_tokens=top[i],
             bottom_tokens=bottom[i],
-            contexts=[text.context(rows[at], values[at]) for at in text.spread(rows, per_latent)],
+            contexts=[text.context(fired[at], values[at]) for at in text.spread(fired, per_latent)],
             nearest=[(live[n], cosine) for n, cosine in near[i]],
         )
-        for i, (j, rows, values) in enumerate(latents)
+        for i, (j, fired, values) in enumerate(latents)
     ]
 
 
-@torch.inference_mode()
-def rows_to_read(dictionary: Dictionary, harvest: Harvest, tokens: int) -> Int[np.ndarray, " rows"]:
+def _rows_to_read(
+    dictionary: Dictionary, stream: Activations, document: Int[np.ndarray, " tokens"], tokens: int
+) -> Int[np.ndarray, " rows"]:
     """Rows of whole documents with about `tokens` tokens in total, fewer if the firings would not fit in memory."""
-    if harvest.width != dictionary.width:
-        raise MismatchError(
-            f"{harvest.place}: expected a harvest of width {dictionary.width}, that of dictionary {dictionary.name}, "
-            f"found {harvest.width}; harvest the checkpoint that the dictionary was trained on"
-        )
-    assert dictionary.site is not None
-    document = harvest.document.numpy()
     rows = spread_rows(document, tokens)
     probe = rows[:: max(1, len(rows) // _CHUNK)]
-    stream = harvest.activations(dictionary.site)
-    l0 = sum(len(values) for _, _, values in _fired(dictionary, stream, probe)) / len(probe)
+    l0 = sum(len(values) for _, _, values in _firings(dictionary, stream, probe)) / len(probe)
     return rows if l0 * len(rows) <= MOST_FIRINGS else spread_rows(document, int(MOST_FIRINGS / l0))
 
 
-@torch.inference_mode()
-def firings(
-    dictionary: Dictionary, harvest: Harvest, rows: Int[np.ndarray, " rows"], advance: Advance = lambda n: None
-) -> Firings:
-    """Encode `rows` of the harvest and return the activations above zero."""
-    assert dictionary.site is not None
-    stream = harvest.activations(dictionary.site)
-    keys, where = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+def _by_latent(
+    dictionary: Dictionary, stream: Activations, rows: Int[np.ndarray, " rows"], advance: Advance
+) -> Iterator[tuple[int, Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
+    """Yield (latent, rows it fires on, activations from the highest down) of each latent that fires on `rows`."""
+    found = []
     for start in range(0, len(rows), _CHUNK):
         part = rows[start : start + _CHUNK]
-        for at, latent, value in _fired(dictionary, stream, part):
-            # One integer key sorts by latent, then by descending value: the bits of positive floats sort as integers.
-            keys.append(latent.astype(np.int64) << 32 | (_TOP - value.view(np.int32)))
-            where.append(at)
+        found += _firings(dictionary, stream, part)
         advance(len(part))
-    key, row = np.concatenate(keys), np.concatenate(where)
-    order = np.argsort(key, kind="stable")
-    key, row = key[order], row[order]
-    value = (_TOP - (key & 0xFFFFFFFF)).astype(np.int32).view(np.float32)
-    return Firings(key >> 32, row, value, len(rows))
+    row, latent, value = (np.concatenate(column) for column in zip(*found, strict=True))
+    del found
+    order = np.lexsort((-value, latent))
+    row, latent, value = row[order], latent[order], value[order]
+    live, starts, counts = np.unique(latent, return_index=True, return_counts=True)
+    for j, start, end in zip(live.tolist(), starts, starts + counts, strict=True):
+        yield j, row[start:end], value[start:end]
 
 
-def _fired(
-    dictionary: Dictionary, stream: Any, rows: Int[np.ndarray, " n"]
+@torch.inference_mode()
+def _firings(
+    dictionary: Dictionary, stream: Activations, rows: Int[np.ndarray, " n"]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (row, latent, value) of the firings on `rows`. On outliers no latent fires; a harvest should have none."""
     x = stream[torch.from_numpy(rows)]

@@ -1,14 +1,15 @@
-"""Forward passes over documents that stop after the last site needed: documents batched by length, no LM head, no
-KV cache.
+"""Forward passes over documents, batched by length and stopped after the last site that is needed.
 
-Between `documents` and the two consumers of activations, `harvest` (to disk) and `stream` (to a buffer).
+`harvest` writes the residual streams to disk, `stream` puts them into a shuffle buffer.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +27,7 @@ WINDOW = 1 << 17
 
 Numbered = tuple[int, Document]
 """(number of the document in the text, document)."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,32 +54,32 @@ class Pass:
         wide = torch.promote_types(h.dtype, torch.float32)
         return torch.linalg.vector_norm(h, dim=-1, dtype=wide).cpu()
 
-    def outliers(self, limits: Limits) -> dict[int, Bool[Tensor, " n"]]:
+    def outliers(self, limits: Mapping[int, float]) -> dict[int, Bool[Tensor, " n"]]:
         """Site -> mask of the tokens whose norm is over the limit; a norm that is not a number counts as over it."""
-        return {site: ~(self.norms(site) <= limit) for site, limit in limits.limit.items()}
+        return {site: ~(self.norms(site) <= limit) for site, limit in limits.items()}
 
     def __len__(self) -> int:
         return len(self.place)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Per site, the norm above which a token is left out as an outlier; measured on the first tokens of a text."""
+def norm_limits(passes: Sequence[Pass]) -> tuple[dict[int, float], dict[int, float]]:
+    """(site -> norm above which a token is left out as an outlier, ten times the median over these passes, site ->
+    median norm of the other tokens). The passes must have at least one token."""
+    limits, medians = {}, {}
+    for site in passes[0].residuals:
+        norms = torch.cat([p.norms(site) for p in passes])
+        limits[site] = OUTLIER * float(norms.nanmedian())
+        medians[site] = float(norms[norms <= limits[site]].median())
+    return limits, medians
 
-    limit: dict[int, float]
-    """Site -> largest norm that is kept."""
-    norm: dict[int, float]
-    """Site -> median norm of the tokens that are kept."""
 
-    @classmethod
-    def measure(cls, passes: Sequence[Pass]) -> Limits:
-        """Limits of ten times the median norm over these passes, which must have at least one token."""
-        limit, norm = {}, {}
-        for site in passes[0].residuals:
-            norms = torch.cat([p.norms(site) for p in passes])
-            limit[site] = OUTLIER * float(norms.nanmedian())
-            norm[site] = float(norms[norms <= limit[site]].median())
-        return cls(limit, norm)
+def first_tokens(items: Iterator[T], wanted: int, tokens_of: Callable[[T], int]) -> list[T]:
+    """Take the first items from an iterator, with `wanted` tokens together, or all if there are fewer."""
+    taken: list[T] = []
+    while wanted > 0 and (item := next(items, None)) is not None:
+        taken.append(item)
+        wanted -= tokens_of(item)
+    return taken
 
 
 def check_sites(model: SteeredModel, sites: Sequence[int]) -> list[int]:
@@ -105,12 +107,14 @@ def passes(
     only on the documents and on `batch_tokens`.
     Errors: CheckpointError when most residual streams of the first pass are not finite.
     """
-    batches = enumerate(batches_by_length(numbered, batch_tokens))
-    number, batch = next(((n, b) for n, b in batches if n >= skip), (0, None))
+    batches = islice(enumerate(batches_by_length(numbered, batch_tokens)), skip, None)
+    number, batch = next(batches, (0, None))
     checked = False
     while batch is not None:
         ids, _ = padded([d.ids for _, d in batch])  # no mask: see `tokens.padded`
-        found = cut_forward(model, ids.to(model.device), sites)
+        found: dict[int, Tensor] = {}
+        with torch.no_grad(), model.untouched():
+            read_residuals(model, ids.to(model.device), sites, found.__setitem__)
         lengths = torch.tensor([len(d.ids) for _, d in batch])
         real = torch.arange(ids.shape[1]) < lengths[:, None]
         special = torch.tensor([s for _, d in batch for s in d.special])
@@ -137,34 +141,13 @@ def passes(
 
 def batches_by_length(numbered: Iterable[Numbered], batch_tokens: int) -> Iterator[list[Numbered]]:
     """Batches of documents of similar length, at most `batch_tokens` tokens per batch with padding, or one document."""
-    window: list[Numbered] = []
-    size = 0
-    for item in numbered:
-        window.append(item)
-        size += len(item[1].ids)
-        if size >= WINDOW:
-            yield from _cut(window, batch_tokens)
-            window, size = [], 0
-    yield from _cut(window, batch_tokens)
-
-
-def cut_forward(
-    model: SteeredModel, ids: Int[Tensor, "rows seq"], sites: Sequence[int]
-) -> dict[int, Float[Tensor, "rows seq d"]]:
-    """Site -> unsteered residual stream after its block. Standing sliders are off, and no block after the last of
-    `sites` runs."""
-    found: dict[int, Tensor] = {}
-    with torch.no_grad(), model.untouched():
-        read_residuals(model, ids, sites, found.__setitem__)
-    return found
-
-
-def _cut(window: list[Numbered], batch_tokens: int) -> list[list[Numbered]]:
-    out: list[list[Numbered]] = []
-    for item in sorted(window, key=lambda item: -len(item[1].ids)):
-        if not out or (len(out[-1]) + 1) * len(out[-1][0][1].ids) > batch_tokens:
-            out.append([])
-        out[-1].append(item)
-    # Shuffled, or training from a stream would see long texts first and short ones last in every window.
-    random.Random(len(window)).shuffle(out)
-    return out
+    numbered = iter(numbered)
+    while window := first_tokens(numbered, WINDOW, lambda item: len(item[1].ids)):
+        batches: list[list[Numbered]] = []
+        for item in sorted(window, key=lambda item: -len(item[1].ids)):
+            if not batches or (len(batches[-1]) + 1) * len(batches[-1][0][1].ids) > batch_tokens:
+                batches.append([])
+            batches[-1].append(item)
+        # Shuffled, or training from a stream would see long texts first and short ones last in every window.
+        random.Random(len(window)).shuffle(batches)
+        yield from batches

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import BFloat16
 from torch import Tensor
 
-from steer.errors import MismatchError, UsageError
+from steer.errors import UsageError
 from steer.model.steered import SteeredModel
-from steer.sae.documents import Document, as_sources, documents
-from steer.sae.passes import Limits, Pass, check_sites, default_batch_tokens, passes
-from steer.sae.shards import check_batch, is_held_out
+from steer.sae.documents import as_sources, documents
+from steer.sae.passes import Pass, check_sites, default_batch_tokens, first_tokens, norm_limits, passes
+from steer.sae.shards import check_batch, check_source, is_held_out
 
 
 class ModelStream:
@@ -62,11 +62,13 @@ class ModelStream:
         if buffer < batch:
             raise UsageError(f"buffer: expected at least a batch of {batch} tokens, found {buffer}")
         self.model, self.sources, self.site, self.context = model, as_sources(sources), site, context
-        self.batch, self.size, self.seed, self.share = batch // world, buffer // world, seed, held_out
+        self.batch, self.size, self.share = batch // world, buffer // world, held_out
         self.rank, self.world = rank, world
         self.batch_tokens = batch_tokens or default_batch_tokens(model)
-        self.left_out = {"special": 0, "outliers": 0}
-        """Tokens left out so far."""
+        self._source = {
+            "text": ", ".join(self.sources), "site": site, "batch": self.batch, "size": self.size, "context": context,
+            "batch_tokens": self.batch_tokens, "seed": seed, "held_out": held_out, "rank": rank, "world": world,
+        }  # fmt: skip
         self.epoch = 0
         """How many times the text has been read to its end."""
         self._passes = 0
@@ -74,27 +76,16 @@ class ModelStream:
         self._waiting = torch.empty(0, model.anatomy.width, dtype=torch.bfloat16)
         self._buffer: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)
-        self._limits: Limits
+        self._limit: dict[int, float]
+        self.norm: float
+        """Median residual norm of the held-out tokens."""
         self.held_out: BFloat16[Tensor, "n d"] = self._held_out_rows(held_out_tokens)
         """The first tokens of held-out documents, which are never in a batch; the same in every process."""
-
-    @property
-    def norm(self) -> float:
-        """Median residual norm of the held-out tokens."""
-        return self._limits.norm[self.site]
 
     @property
     def width(self) -> int:
         """Width of the residual stream."""
         return self._waiting.shape[1]
-
-    @property
-    def buffered(self) -> int:
-        """Tokens in the buffer now: 0 before the first batch, then always the buffer's size."""
-        return 0 if self._buffer is None else len(self._buffer)
-
-    def __iter__(self) -> ModelStream:
-        return self
 
     def peek(self, tokens: int = 16384) -> BFloat16[Tensor, "n d"]:
         """The first `tokens` tokens of the buffer, copied and not removed: a sample of the training data."""
@@ -116,44 +107,23 @@ class ModelStream:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next batches depend on, including a copy of the buffer."""
         return {
-            **self._source(),
+            **self._source,
             "epoch": self.epoch,
             "passes": self._passes,
             "generator": self._generator.get_state(),
             "waiting": self._waiting.clone(),
             "buffer": self._waiting[:0].clone() if self._buffer is None else self._buffer.clone(),
-            "limit": self._limits.limit[self.site],
+            "limit": self._limit,
             "norm": self.norm,
-            **self.left_out,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, ours in self._source().items():
-            if state.get(name) != ours:
-                raise MismatchError(
-                    f"stream: expected to go on with {name} {state.get(name)}, found {ours}; "
-                    "resume with the text and options that the training began with"
-                )
+        check_source(state, self._source)
         self.epoch, self._passes, self._made = state["epoch"], state["passes"], None
         self._generator.set_state(state["generator"])
         self._waiting = state["waiting"].clone()
         self._buffer = state["buffer"].clone() if len(state["buffer"]) else None
-        self._limits = Limits({self.site: state["limit"]}, {self.site: state["norm"]})
-        self.left_out = {name: state[name] for name in self.left_out}
-
-    def _source(self) -> dict[str, Any]:
-        return {
-            "text": ", ".join(self.sources),
-            "site": self.site,
-            "batch": self.batch,
-            "size": self.size,
-            "context": self.context,
-            "batch_tokens": self.batch_tokens,
-            "seed": self.seed,
-            "held_out": self.share,
-            "rank": self.rank,
-            "world": self.world,
-        }
+        self._limit, self.norm = state["limit"], state["norm"]
 
     def _refill(self, buffer: Tensor, places: Tensor) -> None:
         """Write the next tokens of the text into `places` of the buffer."""
@@ -169,7 +139,7 @@ class ModelStream:
         ended = 0
         while ended < 2:
             if self._made is None:
-                self._made = self._run(self._documents(held=False), skip=self._passes)
+                self._made = self._run(held=False, skip=self._passes)
             p = next(self._made, None)
             if p is None:
                 self.epoch, self._passes, self._made = self.epoch + 1, 0, None
@@ -183,35 +153,25 @@ class ModelStream:
         )
 
     def _kept(self, p: Pass) -> Tensor:
-        far = p.outliers(self._limits)[self.site]
-        self.left_out["special"] += int(p.special.sum())
-        self.left_out["outliers"] += int(far.sum())
+        far = p.outliers(self._limit)[self.site]
         h = p.residuals[self.site]
         return h[(~far).to(h.device)].to("cpu", torch.bfloat16)
 
     def _held_out_rows(self, wanted: int) -> Tensor:
-        held: list[Pass] = []
-        left = wanted
-        for p in self._run(self._documents(held=True)):
-            held.append(p)
-            left -= len(p)
-            if left <= 0:
-                break
-        if not any(map(len, held)):
+        found = first_tokens(self._run(held=True), wanted, len)
+        if not any(map(len, found)):
             raise UsageError(
                 f"{', '.join(self.sources)}: expected held-out documents, found none in all of the text; give more text"
             )
-        self._limits = Limits.measure(held)
-        rows = torch.cat([self._kept(p) for p in held])[:wanted]
-        self.left_out = dict.fromkeys(self.left_out, 0)
-        return rows
+        self._limit, norms = norm_limits(found)
+        self.norm = norms[self.site]
+        return torch.cat([self._kept(p) for p in found])[:wanted]
 
-    def _run(self, text: Iterator[tuple[int, Document]], skip: int = 0) -> Iterator[Pass]:
-        return passes(self.model, text, [self.site], batch_tokens=self.batch_tokens, skip=skip)
-
-    def _documents(self, held: bool) -> Iterator[tuple[int, Document]]:
-        for n, document in enumerate(documents(self.model, self.sources, context=self.context)):
-            if bool(is_held_out(torch.tensor([n]), self.share)) is not held:
-                continue
-            if held or n % self.world == self.rank:
-                yield n, document
+    def _run(self, held: bool, skip: int = 0) -> Iterator[Pass]:
+        """Run the documents that are held out, the same in every process, or those that this process trains on."""
+        numbered = (
+            (n, document)
+            for n, document in enumerate(documents(self.model, self.sources, context=self.context))
+            if bool(is_held_out(torch.tensor([n]), self.share)) is held and (held or n % self.world == self.rank)
+        )
+        return passes(self.model, numbered, [self.site], batch_tokens=self.batch_tokens, skip=skip)

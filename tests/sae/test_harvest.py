@@ -280,7 +280,7 @@ def test_a_bad_row_far_into_the_text_keeps_the_finished_shards(
 
 def test_a_missing_or_cut_shard_is_seen_on_opening(model: SteeredModel, text: str, tmp_path: Path) -> None:
     place = run(model, text, tmp_path / "h").place
-    shard = place / "shard-00001.site0.safetensors"
+    shard = place / "shard-00001.safetensors"
     os.truncate(shard, shard.stat().st_size - 2)
     with pytest.raises(CheckpointError, match=shard.name):
         Harvest.open(place)
@@ -304,7 +304,7 @@ def test_reading_maps_the_shards_instead_of_loading_them(made: Harvest) -> None:
     shard = made.activations(0).shards[0]
     maps = Path("/proc/self/maps").read_text()
     assert made.place.name in maps
-    assert "shard-00000.site0" in maps
+    assert "shard-00000.safetensors" in maps
     assert shard.dtype == torch.bfloat16
 
 
