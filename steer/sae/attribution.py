@@ -26,7 +26,7 @@ from steer.progress import Advance
 from steer.sae.logit_lens import lens_topk
 from steer.sae.pooling import check_fits, kept
 
-OWN_TOKENS = 8
+TOP_TOKENS = 8
 """Number of a feature's top tokens that its output score is computed over."""
 
 
@@ -53,22 +53,17 @@ def attribution(
 
     def mean(replies: Sequence[Reply]) -> Tensor:
         rows = sorted(replies, key=lambda r: len(r.ids))
-        parts = [
-            _reply_attributions(model, dictionary, site, rows[start : start + batch], indices, on_rows)
-            for start in range(0, len(rows), batch)
-        ]
+        parts = []
+        for start in range(0, len(rows), batch):
+            parts.append(_reply_attributions(model, dictionary, site, rows[start : start + batch], indices))
+            on_rows(len(parts[-1]))
         return torch.cat(parts).mean(0) if parts else torch.zeros(len(indices))
 
     return mean(with_replies) - mean(without_replies)
 
 
 def _reply_attributions(
-    model: SteeredModel,
-    dictionary: Dictionary,
-    site: int,
-    replies: Sequence[Reply],
-    indices: Sequence[int],
-    on_rows: Advance,
+    model: SteeredModel, dictionary: Dictionary, site: int, replies: Sequence[Reply], indices: Sequence[int]
 ) -> Float[Tensor, "replies latents"]:
     prompts = [model.prompt_ids(r.chat) for r in replies]
     full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
@@ -98,7 +93,6 @@ def _reply_attributions(
         effect = dictionary.encode_rows(h[use].to(device), indices) * along
         of = use.nonzero()[:, 0].cpu()
         out = torch.zeros(len(replies), len(indices)).index_add_(0, of, effect.float().cpu())
-    on_rows(len(replies))
     return out / response.sum(1, keepdim=True)
 
 
@@ -157,22 +151,19 @@ def output_scores(
     chats = [model.prompt_ids(as_messages(p)) for p in prompts]
     if not features or not chats:
         return [0.0 for _ in features]
-    top_ids = lens_topk(model, torch.stack([f.direction.vector for f in features]), OWN_TOKENS)[0][1]
-    edits = [Edit(moves=(Intervention(f, "add", 1.0),)) for f in features]
-    base: list[Tensor] = []
-    for start in range(0, len(chats), batch):
-        part = chats[start : start + batch]
-        base.extend(_next_logprobs(model, part, [None] * len(part)))
-    rows = [(f, p) for p in range(len(chats)) for f in range(len(features))]
+    top_ids = lens_topk(model, torch.stack([f.direction.vector for f in features]), TOP_TOKENS)[0][1]
+    edits = [None, *(Edit(moves=(Intervention(f, "add", 1.0),)) for f in features)]
+    rows = [(e, p) for p in range(len(chats)) for e in range(len(edits))]
     rows.sort(key=lambda row: len(chats[row[1]]))
-    totals = torch.zeros(len(features))
+    # Row e: the mean log-probability of every feature's tokens under edit e, summed over the prompts.
+    totals = torch.zeros(len(edits), len(features), dtype=torch.float64)
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        steered = _next_logprobs(model, [chats[p] for _, p in part], [edits[f] for f, _ in part])
-        for (f, p), logprobs in zip(part, steered, strict=True):
-            totals[f] += (logprobs[top_ids[f]] - base[p][top_ids[f]]).mean()
-        on_rows(len(part))
-    return (totals / len(chats)).tolist()
+        found = _next_logprobs(model, [chats[p] for _, p in part], [edits[e] for e, _ in part])
+        for (e, _), logprobs in zip(part, found, strict=True):
+            totals[e] += logprobs[top_ids].mean(1)
+        on_rows(sum(e > 0 for e, _ in part))
+    return ((totals[1:].diagonal() - totals[0]) / len(chats)).tolist()
 
 
 def _next_logprobs(

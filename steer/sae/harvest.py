@@ -64,7 +64,7 @@ def harvest(
     Special tokens are left out, and so are tokens whose norm is over ten times the median at any of the sites. The
     manifest counts both, and its `ended` is "text" if the text ended before `tokens` were found, else "tokens". Each
     forward pass takes `batch_tokens` tokens, padding included; lower it if memory is short. A shard holds
-    `shard_tokens` tokens; an interruption loses only shards that are not finished.
+    `shard_tokens` tokens or a few more; an interruption loses only shards that are not finished.
 
     Called again after an interruption, it continues from the finished shards and ends in the same bytes. If `out` is a
     finished harvest, it is returned unchanged.
@@ -91,7 +91,6 @@ def harvest(
         "batch_tokens": batch_tokens or default_batch_tokens(model),
         "shard_tokens": shard_tokens,
         "dtype": dtype_name(model.hf.dtype),
-        "steered": False,  # a harvest that an earlier version began with sliders on must not be continued
     }
     with _locked(out):
         record = _begun(out, sketch | inputs)
@@ -99,10 +98,10 @@ def harvest(
             return Harvest.open(out)
         with (
             progress("Harvest", tokens, "tokens") as advance,
-            _Shards(out, record, sites, model.anatomy.width) as shards,
+            _Shards(out, record, shard_tokens) as shards,
         ):
             advance(shards.total)
-            made = passes(model, text, sites, batch_tokens=inputs["batch_tokens"], skip=record["cursor"]["pass"])
+            made = passes(model, text, sites, batch_tokens=inputs["batch_tokens"], skip=record["cursor"])
             ended, counts = _fill(shards, made, ", ".join(sources), tokens, advance)
             files = shards.finish()
         manifest = {
@@ -119,7 +118,6 @@ def harvest(
             "left_out": {"special": counts["special"], "outliers": counts["outliers"], "outliers_at": counts["at"]},
             "norm": record["norm"],
             "limit": record["limit"],
-            "shard_tokens": shard_tokens,
             "shards": files,
             "inputs": inputs,
             "versions": {p: version(p) for p in ("steer", "torch", "transformers")},
@@ -137,29 +135,30 @@ def _fill(
     The outlier limits are measured on the first passes, of one shard in all; a resumed harvest has them in its record.
     """
     record = shards.record
-    resumed, counts = record["cursor"], record["counts"]
+    counts = record["counts"]
+    if tokens is not None and shards.total >= tokens:
+        return "tokens", counts
     if not record["limit"]:
         made = _measured(record, made, text, shards.size if tokens is None else min(tokens, shards.size))
     for p in made:
         outliers = p.outliers(record["limit"])
         left_out = torch.stack(list(outliers.values())).any(0)
         used = (~left_out).nonzero()[:, 0]
-        already = resumed["row"] if p.number == resumed["pass"] else 0
-        # How many tokens of this pass are needed, including those that an earlier run wrote.
-        room = len(used) + 1 if tokens is None else tokens - (shards.total - already)
-        used, last = used[:room], room <= len(used)
-        end = int(used[-1]) + 1 if last else len(p)
-        seen = int(p.place[end - 1]) + 1 if last else len(p.special)
-        before = counts
+        end, seen = len(p), len(p.special)
+        last = tokens is not None and shards.total + len(used) >= tokens
+        if last:
+            used = used[: tokens - shards.total]
+            end = int(used[-1]) + 1
+            seen = int(p.place[end - 1]) + 1
         counts = {
-            "seen": before["seen"] + seen,
-            "special": before["special"] + int(p.special[:seen].sum()),
-            "outliers": before["outliers"] + int(left_out[:end].sum()),
-            "at": {s: before["at"].get(s, 0) + int(o[:end].sum()) for s, o in outliers.items()},
-            "documents": before["documents"] + len(p.document[used].unique()),
+            "seen": counts["seen"] + seen,
+            "special": counts["special"] + int(p.special[:seen].sum()),
+            "outliers": counts["outliers"] + int(left_out[:end].sum()),
+            "at": {s: counts["at"].get(s, 0) + int(o[:end].sum()) for s, o in outliers.items()},
+            "documents": counts["documents"] + len(p.document[used].unique()),
         }
-        shards.add(p, used, already, before)
-        advance(max(0, len(used) - already))
+        shards.add(p, used, counts)
+        advance(len(used))
         if last:
             return "tokens", counts
     if not shards.total:
@@ -180,39 +179,26 @@ def _measured(record: dict[str, Any], made: Iterator[Pass], text: str, wanted: i
 
 
 class _Shards:
-    """Fills shards of fixed size; a thread writes the last full shard while the next one is filled."""
+    """Collects the tokens of passes into shards of at least `size` tokens. A thread writes the last full shard while
+    the next one is collected."""
 
-    def __init__(self, out: Path, record: dict[str, Any], sites: Sequence[int], width: int) -> None:
-        self.out, self.record, self.sites, self.width = out, record, sites, width
-        self.size: int = record["inputs"]["shard_tokens"]
+    def __init__(self, out: Path, record: dict[str, Any], size: int) -> None:
+        self.out, self.record, self.size = out, record, size
         self.total: int = sum(s["tokens"] for s in record["shards"])
         """Tokens in all shards, including the unfinished one."""
         self._number, self._fill = len(record["shards"]), 0
-        self._tensors: dict[str, Tensor] = {}
+        self._parts: list[dict[str, Tensor]] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="harvest")
         self._writing: Future[None] | None = None
 
-    def add(self, p: Pass, rows: Int[Tensor, " n"], start: int, counts: dict[str, Any]) -> None:
-        """Append `rows` of a pass, beginning with the `start`-th of them. `counts` are those before the pass, stored
-        with the cursor when a shard is full."""
-        while start < len(rows):
-            if not self._fill:
-                shape = (self.size, self.width)
-                self._tensors = {f"site{s}": torch.empty(shape, dtype=torch.bfloat16) for s in self.sites}
-                self._tensors |= {c: torch.empty(self.size, dtype=torch.int32) for c in COLUMNS}
-            part = rows[start : start + self.size - self._fill]
-            place = slice(self._fill, self._fill + len(part))
-            for site in self.sites:
-                h = p.residuals[site]
-                chosen = h if len(part) == len(h) else h.index_select(0, part.to(h.device))
-                self._tensors[f"site{site}"][place] = chosen
-            for name in COLUMNS:
-                self._tensors[name][place] = getattr(p, name)[part].int()
-            start += len(part)
-            self._fill += len(part)
-            self.total += len(part)
-            if self._fill == self.size:
-                self._submit({"cursor": {"pass": p.number, "row": start}, "counts": counts})
+    def add(self, p: Pass, rows: Int[Tensor, " n"], counts: dict[str, Any]) -> None:
+        """Append `rows` of a pass. `counts` are those after it, and are stored when the shard is full."""
+        part = {f"site{s}": h[rows.to(h.device)].to("cpu", torch.bfloat16) for s, h in p.residuals.items()}
+        self._parts.append(part | {name: getattr(p, name)[rows].int() for name in COLUMNS})
+        self._fill += len(rows)
+        self.total += len(rows)
+        if self._fill >= self.size:
+            self._submit({"cursor": p.number + 1, "counts": counts})
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the last, partly filled shard. Returns the manifest entries of all shards."""
@@ -236,18 +222,17 @@ class _Shards:
 
     def _submit(self, state: dict[str, Any] | None) -> None:
         self._wait()
-        tensors = {name: t[: self._fill] for name, t in self._tensors.items()}
-        self._writing = self._pool.submit(
-            self._write, self.out / f"shard-{self._number:05}.safetensors", tensors, state
-        )
-        self._number, self._fill, self._tensors = self._number + 1, 0, {}
+        file = self.out / f"shard-{self._number:05}.safetensors"
+        self._writing = self._pool.submit(self._write, file, self._parts, state)
+        self._number, self._fill, self._parts = self._number + 1, 0, []
 
     def _wait(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _write(self, file: Path, tensors: dict[str, Tensor], state: dict[str, Any] | None) -> None:
+    def _write(self, file: Path, parts: list[dict[str, Tensor]], state: dict[str, Any] | None) -> None:
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         with replacing(file) as work:
             try:
                 save_file(tensors, work)
@@ -281,8 +266,7 @@ def _begun(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
         return record
     check_output(out)
     counts = {"seen": 0, "special": 0, "outliers": 0, "at": {}, "documents": 0}
-    cursor = {"pass": 0, "row": 0}
-    record = {"inputs": inputs, "limit": {}, "norm": {}, "shards": [], "cursor": cursor, "counts": counts}
+    record = {"inputs": inputs, "limit": {}, "norm": {}, "shards": [], "cursor": 0, "counts": counts}
     _write_record(out / PARTIAL, record)
     return record
 

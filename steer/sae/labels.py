@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from steer.core.dictionary import Dictionary
@@ -137,18 +138,14 @@ def spread_rows(document: Int[np.ndarray, " tokens"], tokens: int) -> Int[np.nda
     return np.flatnonzero((np.floor((number + 1) * share) > np.floor(number * share)) | (number == 0))
 
 
-@torch.inference_mode()
 def nearest(rows: Float[Tensor, "n d"], count: int) -> list[list[tuple[int, float]]]:
     """Per row, (index, cosine) of the `count` most similar other rows."""
-    unit = rows.float() / rows.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    out = []
-    for start in range(0, len(unit), 2048):
-        cosine = unit[start : start + 2048] @ unit.T
-        local = torch.arange(len(cosine))
-        cosine[local, local + start] = -torch.inf  # each row's cosine with itself
-        values, at = cosine.topk(min(count, len(unit) - 1))
-        out += [list(zip(a, v, strict=True)) for a, v in zip(at.tolist(), values.tolist(), strict=True)]
-    return out
+    count = min(count, len(rows) - 1)
+    if count < 1:
+        return [[] for _ in rows]
+    found = NearestNeighbors(n_neighbors=count, metric="cosine").fit(rows.float().cpu().numpy())
+    distances, indices = found.kneighbors()  # without rows to look up, each fitted row's neighbours except itself
+    return [list(zip(i, c, strict=True)) for i, c in zip(indices.tolist(), (1 - distances).tolist(), strict=True)]
 
 
 class _Text:

@@ -71,11 +71,6 @@ class TrainOptions:
         """Number of optimiser steps."""
         return self.tokens // self.batch
 
-    @property
-    def nested(self) -> list[int]:
-        """The nested widths of matryoshka: `widths` if given, else latents / 16, latents / 4 and latents."""
-        return list(self.widths) or [max(1, self.latents // 16), max(2, self.latents // 4), self.latents]
-
     def rate_at(self, step: int) -> float:
         """The learning rate of a step as a share of `lr`: it rises, stays constant, and falls to zero."""
         rise, fall = round(self.warmup * self.steps), round(self.decay * self.steps)

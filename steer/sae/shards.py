@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +22,6 @@ from steer.files import read_json_object
 
 IN_MEMORY = 4 << 30
 """Activations of a site of at most this many bytes (4 GiB) are read into memory once, for faster batches."""
-
-
-class Batches(Protocol):
-    """An endless source of training rows whose position can be saved and restored."""
-
-    def __next__(self) -> BFloat16[Tensor, "batch d"]:
-        """The next batch; with several processes, this process's slice of it."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the source: tensors, numbers and strings."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with the batch after the saved state. Errors: MismatchError for the state of another source."""
-        ...
 
 
 def check_source(state: Mapping[str, Any], source: Mapping[str, Any]) -> None:
@@ -53,9 +37,10 @@ def check_source(state: Mapping[str, Any], source: Mapping[str, Any]) -> None:
 class Activations:
     """`[tokens, d]` in bf16 over memory-mapped shards; indexing it with a slice or row numbers reads those rows."""
 
-    def __init__(self, shards: list[Tensor], shard_tokens: int, width: int) -> None:
-        self.shards, self.shard_tokens = shards, shard_tokens
-        self.shape = torch.Size([sum(len(s) for s in shards), width])
+    def __init__(self, shards: list[Tensor]) -> None:
+        self.shards = shards
+        self._starts = torch.tensor([0, *map(len, shards)]).cumsum(0)
+        self.shape = torch.Size([int(self._starts[-1]), shards[0].shape[1]])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -67,10 +52,10 @@ class Activations:
             return self.shards[0].index_select(0, rows)
         # Sorted, so that each shard is read once, from its beginning to its end.
         rows, order = rows.sort()
-        bounds = torch.searchsorted(rows, torch.arange(len(self.shards) + 1) * self.shard_tokens).tolist()
+        bounds = torch.searchsorted(rows, self._starts).tolist()
         parts = [
-            shard.index_select(0, rows[a:b] - n * self.shard_tokens)
-            for n, (shard, a, b) in enumerate(zip(self.shards, bounds, bounds[1:], strict=False))
+            shard.index_select(0, rows[a:b] - start)
+            for shard, start, a, b in zip(self.shards, self._starts, bounds, bounds[1:], strict=False)
             if b > a
         ]
         out = torch.empty(len(rows), self.shape[1], dtype=torch.bfloat16)
@@ -78,9 +63,7 @@ class Activations:
 
     def loaded(self, limit: int = IN_MEMORY) -> Activations:
         """The same activations in memory, or this object itself if they are larger than `limit` bytes."""
-        if len(self) * self.shape[1] * 2 > limit:
-            return self
-        return Activations([torch.cat(self.shards)], max(len(self), 1), self.shape[1])
+        return self if self.shape.numel() * 2 > limit else Activations([torch.cat(self.shards)])
 
 
 class ShuffledRows:
@@ -101,15 +84,18 @@ class ShuffledRows:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def __next__(self) -> BFloat16[Tensor, "batch d"]:
+        """The next batch; with several processes, this process's slice of it."""
         share = self.batch // self.world
         start = self.step * self.batch + self.rank * share
         self.step += 1
         return self.data[self.rows[self._span(start, start + share)]]
 
     def state_dict(self) -> dict[str, Any]:
+        """The position in the rows."""
         return {"step": self.step, **self._source}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the batch after the saved state. Errors: MismatchError for the state of another source."""
         check_source(state, self._source)
         self.step = state["step"]
 
@@ -176,12 +162,11 @@ class Harvest:
         place = Path(place)
         file = place / MANIFEST
         if not file.is_file():
+            found, do = f"no {MANIFEST}", "make one with steer harvest"
             if (place / PARTIAL).is_file():
-                raise CheckpointError(
-                    f"{place}: expected a finished harvest, found one that was stopped; "
-                    "run the same steer harvest again and it goes on from its finished shards"
-                )
-            raise CheckpointError(f"{place}: expected a harvest, found no {MANIFEST}; make one with steer harvest")
+                found = "one that was stopped"
+                do = "run the same steer harvest again and it goes on from its finished shards"
+            raise CheckpointError(f"{place}: expected a finished harvest, found {found}; {do}")
         manifest = read_record(file)
         if manifest.get("format") != FORMAT or "shards" not in manifest:
             raise CheckpointError(f"{file}: expected the manifest of a harvest, found another; harvest anew")
@@ -211,7 +196,7 @@ class Harvest:
     def activations(self, site: int) -> Activations:
         """The residual stream at a site, memory-mapped. Errors: MismatchError for a site that was not harvested."""
         self._check_site(site)
-        return Activations(self._mapped(f"site{site}"), self.manifest["shard_tokens"], self.width)
+        return Activations(self._mapped(f"site{site}"))
 
     @cached_property
     def token_ids(self) -> Int[Tensor, " tokens"]:
@@ -236,7 +221,7 @@ class Harvest:
 
     def batches(
         self, site: int, batch: int, *, seed: int = 0, held_out: float = 0.05, rank: int = 0, world: int = 1
-    ) -> Batches:
+    ) -> ShuffledRows:
         """Batches of a site's training rows, exactly shuffled with a new permutation in each epoch.
 
         With several processes `batch` is the size of the joint batch, of which process `rank` of `world` gets a slice.

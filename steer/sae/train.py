@@ -41,9 +41,9 @@ from steer.sae import parallel
 from steer.sae.documents import documents
 from steer.sae.objectives import Objective, Stopwatch, objective_for, settled, start_from
 from steer.sae.options import TrainOptions
-from steer.sae.shards import MANIFEST, PARTIAL, Batches, Harvest, is_held_out
+from steer.sae.passes import ModelStream
+from steer.sae.shards import MANIFEST, PARTIAL, Harvest, ShuffledRows, is_held_out
 from steer.sae.splice import Spliced, cross_entropies
-from steer.sae.stream import ModelStream
 from steer.sae.training_log import FileLog, TrainingLog, sink_for
 
 HELD_OUT = 50_000
@@ -66,7 +66,7 @@ CHECK_TOKENS = 16_384
 class TrainingData:
     """Residual streams of one site, from a harvest or straight from a model."""
 
-    batches: Batches
+    batches: ShuffledRows | ModelStream
     """An endless source of this process's slice of every batch."""
     held_out: Float[Tensor, "n d"]
     """Rows that are never trained on."""

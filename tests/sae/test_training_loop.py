@@ -37,9 +37,7 @@ def rows(count: int = 2000, seed: int = 0) -> torch.Tensor:
 
 def data(batch: int = 64, **shares: int) -> TrainingData:
     x = rows()
-    batches = ShuffledRows(
-        Activations([x], len(x), WIDTH), torch.arange(len(x)), batch, 0, **{"rank": 0, "world": 1} | shares
-    )
+    batches = ShuffledRows(Activations([x]), torch.arange(len(x)), batch, 0, **{"rank": 0, "world": 1} | shares)
     return TrainingData(batches, rows(500, seed=1), x[:1000], {"kind": "test"})
 
 
