@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import TemplateError
@@ -220,7 +221,8 @@ def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
 def _streamed_file(file: Path, kind: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a file that may be compressed; `kind` is text (a row is a line), csv or parquet."""
     # Not by `load_dataset`, which counts its calls on a server.
-    return _streamed(str(file), f"Dataset.from_{kind}", glob.escape(str(file)))
+    with TemporaryDirectory() as cache:  # gets a lock file, nothing else
+        yield from _streamed(str(file), f"Dataset.from_{kind}", glob.escape(str(file)), cache_dir=cache)
 
 
 def _streamed(source: str, reader: str, *args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,19 +29,12 @@ from steer.checkpoint.sketch import Sketch
 from steer.checkpoint.staging import check_output, hash_file
 from steer.core.lists import as_list
 from steer.errors import MismatchError, OutputExistsError, SteerError, UsageError
-from steer.files import one_line, replacing, write_atomic
+from steer.files import one_line, read_json_object, replacing, write_atomic
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, bar
 from steer.sae.documents import as_sources, documents, source_file
 from steer.sae.passes import Pass, check_sites, default_batch_tokens, first_tokens, norm_limits, passes
-from steer.sae.shards import (
-    FORMAT,
-    MANIFEST,
-    PARTIAL,
-    Harvest,
-    check_shards,
-    read_record,
-)
+from steer.sae.shards import FORMAT, MANIFEST, PARTIAL, Harvest, check_shards
 
 COLUMNS = ("token_ids", "document", "position")
 """Columns stored for every token beside its residual streams, int32."""
@@ -102,7 +96,7 @@ def harvest(
         ):
             advance(shards.total)
             made = passes(model, text, sites, batch_tokens=inputs["batch_tokens"], skip=record["cursor"])
-            ended, counts = _fill(shards, made, ", ".join(sources), tokens, advance)
+            ended, counts = _fill(shards, made, ", ".join(sources), tokens or sys.maxsize, advance)
             files = shards.finish()
         manifest = {
             "format": FORMAT,
@@ -128,7 +122,7 @@ def harvest(
 
 
 def _fill(
-    shards: _Shards, made: Iterator[Pass], text: str, tokens: int | None, advance: Advance
+    shards: _Shards, made: Iterator[Pass], text: str, tokens: int, advance: Advance
 ) -> tuple[str, dict[str, Any]]:
     """Move tokens from the passes `made` to `shards` until `tokens` are there. Returns (why it ended, the counts).
 
@@ -136,16 +130,16 @@ def _fill(
     """
     record = shards.record
     counts = record["counts"]
-    if tokens is not None and shards.total >= tokens:
+    if shards.total >= tokens:
         return "tokens", counts
     if not record["limit"]:
-        made = _measured(record, made, text, shards.size if tokens is None else min(tokens, shards.size))
+        made = _measured(record, made, text, min(tokens, shards.size))
     for p in made:
         outliers = p.outliers(record["limit"])
         left_out = torch.stack(list(outliers.values())).any(0)
         used = (~left_out).nonzero()[:, 0]
         end, seen = len(p), len(p.special)
-        last = tokens is not None and shards.total + len(used) >= tokens
+        last = shards.total + len(used) >= tokens
         if last:
             used = used[: tokens - shards.total]
             end = int(used[-1]) + 1
@@ -251,14 +245,14 @@ class _Shards:
 def _begun(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The record of an unfinished harvest to continue, or a new record; None if the harvest is finished."""
     if (out / MANIFEST).is_file():
-        found = read_record(out / MANIFEST)
+        found = read_json_object(out / MANIFEST, do="harvest anew")
         if not isinstance(found.get("inputs"), dict) or "shards" not in found:
             check_output(out)
         _check_inputs(out, {"sketch": found.get("sketch", ""), **found["inputs"]}, inputs)
         (out / PARTIAL).unlink(missing_ok=True)
         return None
     if (out / PARTIAL).is_file():
-        record = read_record(out / PARTIAL)
+        record = read_json_object(out / PARTIAL, do="harvest anew")
         _check_inputs(out, record["inputs"], inputs)
         check_shards(out, record["shards"])
         for values, name in ((record, "limit"), (record, "norm"), (record["counts"], "at")):

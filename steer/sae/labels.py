@@ -28,6 +28,8 @@ BEFORE, AFTER = 12, 6
 """Tokens of context shown before and after the token."""
 UNIT_QUANTILE = 0.99
 """Quantile of a latent's positive activations that is its unit."""
+CONTEXTS = 6
+"""Contexts in a record."""
 LOWER_QUANTILES = (0.9, 0.5)
 """Quantiles that the last contexts of a latent come from: the highest activations alone make a latent look more
 specific than it is."""
@@ -48,12 +50,11 @@ def label_latents(
     harvest: Harvest,
     *,
     tokens: int = 300_000,
-    per_latent: int = 6,
     progress: Callable[..., AbstractContextManager[Advance]] = bar,
 ) -> list[FeatureRecord]:
     """A record of each latent that fires on about `tokens` tokens of the harvest (whole documents, evenly spread).
 
-    Firing rate, 0.99 quantile and maximum are exact over those tokens. A record has up to `per_latent` contexts, at
+    Firing rate, 0.99 quantile and maximum are exact over those tokens. A record has up to `CONTEXTS` contexts, at
     most one per document and no two alike: those of the highest activations, and the last two from near the 0.9 and the
     0.5 quantile of the latent's positive activations.
     Errors: those of `check_fits`, and MismatchError for a harvest of another width or of other sites.
@@ -81,7 +82,7 @@ def label_latents(
             max=float(values[0]),
             top_tokens=top[i],
             bottom_tokens=bottom[i],
-            contexts=[text.context(fired[at], values[at]) for at in text.spread(fired, per_latent)],
+            contexts=[text.context(fired[at], values[at]) for at in text.spread(fired)],
             nearest=[(live[n], cosine) for n, cosine in near[i]],
         )
         for i, (j, fired, values) in enumerate(latents)
@@ -156,15 +157,15 @@ class _Text:
         self.ids = harvest.token_ids.numpy()
         self.document = harvest.document.numpy()
 
-    def spread(self, rows: Int[np.ndarray, " n"], count: int) -> list[int]:
-        """Indices of up to `count` of a latent's firings to show, `rows` being sorted by descending activation: one per
-        document, and no two with the same passage."""
-        lower = [int((1 - q) * (len(rows) - 1)) for q in LOWER_QUANTILES] if count > len(LOWER_QUANTILES) else []
+    def spread(self, rows: Int[np.ndarray, " n"]) -> list[int]:
+        """Indices of up to `CONTEXTS` of a latent's firings to show, `rows` being sorted by descending activation: one
+        per document, and no two with the same passage."""
+        lower = [int((1 - q) * (len(rows) - 1)) for q in LOWER_QUANTILES]
         taken: list[int] = []
         seen: set[Any] = set()
-        for start, wanted in [(0, count - len(lower)), *((at, 1) for at in lower), (0, count)]:
+        for start, wanted in [(0, CONTEXTS - len(lower)), *((at, 1) for at in lower), (0, CONTEXTS)]:
             for at in range(start, min(start + LOOKED_AT, len(rows))):
-                if wanted == 0 or len(taken) == count:
+                if wanted == 0 or len(taken) == CONTEXTS:
                     break
                 row = int(rows[at])
                 marks = {int(self.document[row]), self._passage(row)}

@@ -15,7 +15,7 @@ import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,7 +86,7 @@ class Objective(nn.Module, ABC):
     root of the width, which makes one learning rate fit every model; in the finished dictionary the scale is folded
     into the weights. `state_dict` holds everything that the next step depends on."""
 
-    weights: Mapping[str, nn.Parameter]
+    weights: dict[str, nn.Parameter] | nn.ParameterDict
     """Among them "encoder" and "decoder", which start as the same rows, and "b_dec"."""
     scale: float
     """Factor from raw to scaled activations."""

@@ -167,7 +167,7 @@ class Harvest:
                 found = "one that was stopped"
                 do = "run the same steer harvest again and it goes on from its finished shards"
             raise CheckpointError(f"{place}: expected a finished harvest, found {found}; {do}")
-        manifest = read_record(file)
+        manifest = read_json_object(file, do="harvest anew")
         if manifest.get("format") != FORMAT or "shards" not in manifest:
             raise CheckpointError(f"{file}: expected the manifest of a harvest, found another; harvest anew")
         check_shards(place, manifest["shards"])
@@ -261,11 +261,6 @@ class Harvest:
             except (OSError, SafetensorError) as e:
                 raise CheckpointError(f"{file}: expected a shard of a harvest, found {e}; harvest anew") from e
         return out
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Errors: CheckpointError for anything else."""
-    return read_json_object(file, do="harvest anew")
 
 
 def check_shards(place: Path, shards: list[dict[str, Any]]) -> None:
