@@ -5,7 +5,6 @@ The first stage of `steer harvest` and of training from a model; `steer.sae.pass
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 import logging
@@ -222,7 +221,10 @@ def _streamed_file(file: Path, kind: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a file that may be compressed; `kind` is text (a row is a line), csv or parquet."""
     # Not by `load_dataset`, which counts its calls on a server.
     with TemporaryDirectory() as cache:  # gets a lock file, nothing else
-        yield from _streamed(str(file), f"Dataset.from_{kind}", glob.escape(str(file)), cache_dir=cache)
+        # A link, since `datasets` reads the name of a file as a pattern or a URL.
+        link = Path(cache, "rows.gz" if file.suffix.lower() == ".gz" else "rows")
+        link.symlink_to(file.resolve())
+        yield from _streamed(str(file), f"Dataset.from_{kind}", str(link), cache_dir=cache)
 
 
 def _streamed(source: str, reader: str, *args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:

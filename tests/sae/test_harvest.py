@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_chat import WORDS, hooks_on, save_tiny_chat
 
 from steer.errors import CheckpointError, MismatchError, OutputExistsError, SteerError, UsageError
@@ -277,6 +278,19 @@ def test_a_bad_row_far_into_the_text_keeps_the_finished_shards(
     with pytest.raises(SteerError, match="line 361"):
         run(model, str(tmp_path / "bad.jsonl"), tmp_path / "h")
     assert json.loads((tmp_path / "h" / PARTIAL).read_text())["shards"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    model: SteeredModel, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("steer.sae.harvest.save_file", full)
+    with pytest.raises(SteerError, match=r"shard-00000.*could not be written .*No space left") as e:
+        run(model, text, tmp_path / "h")
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "h").exists()
 
 
 def test_a_missing_or_cut_shard_is_seen_on_opening(model: SteeredModel, text: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer.errors import MismatchError, OutputExistsError, StoppedError
+from steer.errors import CheckpointError, MismatchError, OutputExistsError, StoppedError
 from steer.sae.options import TrainOptions
 from steer.sae.shards import Activations, ShuffledRows
 from steer.sae.train import STATE, TrainingData, train, training_place
@@ -121,6 +121,16 @@ def test_a_run_resumed_with_other_options_or_data_is_refused(tmp_path):
         train(data(), tmp_path / "d", replace(OPTIONS, lr=0.01), resume=True)
     with pytest.raises(MismatchError, match="expected kind = 'test'"):
         train(replace(data(), inputs={"kind": "other"}), tmp_path / "d", OPTIONS, resume=True)
+
+
+def test_a_state_that_cannot_be_read_is_one_line(tmp_path):
+    place = training_place(tmp_path / "d")
+    place.mkdir()
+    for rubbish in (b"", b"no state", b"PK\x03\x04 cut"):
+        (place / STATE).write_bytes(rubbish)
+        with pytest.raises(CheckpointError, match="expected the state of a stopped training") as e:
+            train(data(), tmp_path / "d", OPTIONS, resume=True)
+        assert "\n" not in str(e.value)
 
 
 def test_the_log_holds_each_step_once_across_a_stop(tmp_path):
