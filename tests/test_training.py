@@ -106,7 +106,7 @@ def test_sigterm_leaves_a_state_that_resume_goes_on_from(run, place, tmp_path):
     out = tmp_path / "dictionary"
     command = ["train", place / "harvest", out, *SMALL, "--tokens", 64 * 3000, "--every", "0.2"]
     process = subprocess.Popen([STEER, *map(str, command)], stderr=subprocess.PIPE, text=True)
-    state = tmp_path / "dictionary.training" / "state.safetensors"
+    state = tmp_path / "dictionary.training" / "state.pt"
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
         assert process.poll() is None

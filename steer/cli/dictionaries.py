@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -72,19 +72,22 @@ def features(
     emit(result, as_json, text)
 
 
-def _train(
-    source: str,
-    out: Path,
-    site: int | None,
-    text: list[str],
-    context: int,
-    parent: str | None,
-    model: str | None,
-    resume: bool,
-    every: float,
-    track: Any,
-    dtype: str | None,
-    as_json: bool,
+def train(
+    source: Annotated[str, typer.Argument(help="What steer harvest wrote, or a checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
+    site: Annotated[int | None, typer.Option(help="The site to train on; needed if there are several.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text that the checkpoint reads; for training on a checkpoint.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Most tokens of a document, for training on a checkpoint.")] = 512,
+    parent: Annotated[str | None, typer.Option("--from", help="Dictionary to start from; its fit is shown.")] = None,
+    model: Annotated[str | None, typer.Option(help="The checkpoint harvested, if it has moved.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")] = 120.0,
+    track: Annotated[str | None, typer.Option(help="tensorboard or wandb, beside the CSV file.")] = None,
+    dtype: Dtype = None,
+    *,
+    as_json: Json = False,
     **options: Any,
 ) -> None:
     """Train a dictionary on a harvest, or on a model that reads a text."""
@@ -96,12 +99,11 @@ def _train(
     if isinstance(widths := options.pop("widths"), str):
         options["widths"] = _widths(widths)
     made = train_dictionary(
-        source, out, TrainOptions(**options), site=site, text=text, context=context, parent=parent, model=model,
-        resume=resume, every=every, track=track,
+        source, out, TrainOptions(**options), site=site, text=text or (), context=context, parent=parent, model=model,
+        resume=resume, every=every, track=cast(Any, track),
     )  # fmt: skip
-    if not parallel.launched_first():
-        return
-    emit({"dictionary": str(out), **made.as_json()}, as_json, f"{training_table(made)}\n{out}: written")
+    if parallel.launched_first():
+        emit({"dictionary": str(out), **made.as_json()}, as_json, f"{training_table(made)}\n{out}: written")
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -111,49 +113,25 @@ def _widths(text: str) -> tuple[int, ...]:
         raise UsageError(f"widths: expected numbers with commas, as in 288,1152,4608, found {text!r}") from None
 
 
-def _train_command() -> Callable[..., None]:
-    """Return `_train` as a command with an option for every field of TrainOptions."""
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of TrainOptions in place of its `**options`."""
     from steer.sae.options import TrainOptions
 
-    fixed_options = {
-        "source": Annotated[str, typer.Argument(help="What steer harvest wrote, or a checkpoint.")],
-        "out": Annotated[Path, typer.Argument(help="A new directory; complete or absent afterwards.")],
-        "site": Annotated[int | None, typer.Option(help="The site to train on; needed if there are several.")],
-        "text": Annotated[
-            list[str], typer.Option(help="Text that the checkpoint reads; for training on a checkpoint.")
-        ],
-        "context": Annotated[int, typer.Option(help="Most tokens of a document, for training on a checkpoint.")],
-        "parent": Annotated[str | None, typer.Option("--from", help="Dictionary to start from; its fit is shown.")],
-        "model": Annotated[str | None, typer.Option(help="The checkpoint harvested, if it has moved.")],
-        "resume": Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")],
-        "every": Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")],
-        "track": Annotated[str | None, typer.Option(help="tensorboard or wandb, beside the CSV file.")],
-        "dtype": Dtype,
-    }
-    defaults = {"site": None, "text": [], "context": 512, "parent": None, "model": None, "resume": False,
-                "every": 120.0, "track": None, "dtype": None}  # fmt: skip
-    parameters = [_parameter(n, t, defaults.get(n, inspect.Parameter.empty)) for n, t in fixed_options.items()]
-    types, texts = get_type_hints(TrainOptions), TrainOptions.help()
+    *fixed, as_json, _ = inspect.signature(command, eval_str=True).parameters.values()
+    hints = get_type_hints(TrainOptions, include_extras=True)
+    added = []
     for field in fields(TrainOptions):
-        kind, default = types[field.name], field.default
+        (kind, text), default = get_args(hints[field.name]), field.default
         if get_origin(kind) is tuple:
             kind, default = str, ""
         elif get_args(kind):  # a Literal
             kind = str
-        parameters.append(_parameter(field.name, Annotated[kind, typer.Option(help=texts[field.name])], default))
-    parameters.append(_parameter("as_json", Json, False))
-
-    def train(**arguments: Any) -> None:
-        _train(**arguments)
-
-    train.__doc__ = _train.__doc__
-    train.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    train.__annotations__ = {p.name: p.annotation for p in parameters}
-    return train
-
-
-def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        hint = Annotated[kind, typer.Option(help=text)]
+        added.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+    parameters = [*fixed, *added, as_json]
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
 
 
 def register(app: typer.Typer) -> None:
@@ -163,5 +141,5 @@ def register(app: typer.Typer) -> None:
         "train",
         epilog="Examples: `steer train activations dictionary --k 32` · "
         "`steer train merged dictionary --site 14 --text corpus/chats.jsonl.gz`",
-    )(_train_command())
+    )(_with_options(train))
     app.command(epilog="Example: `steer features dictionary --search lighthouse --html features.html`")(features)

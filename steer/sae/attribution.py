@@ -6,7 +6,7 @@ adding a latent on the probability of its own top tokens. `steer.finding.choosin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,10 +22,11 @@ from steer.model.forward import changed_output, chunks, hidden_states, logits
 from steer.model.loaded import Message, as_messages
 from steer.model.steered import SteeredModel
 from steer.model.tokens import padded
+from steer.progress import Advance
 from steer.sae.logit_lens import lens_topk
 from steer.sae.pooling import check_fits, kept
 
-OWN_TOKENS = 8
+TOP_TOKENS = 8
 """Number of a feature's top tokens that its output score is computed over."""
 
 
@@ -37,7 +38,7 @@ def attribution(
     indices: Sequence[int],
     *,
     batch: int = 16,
-    on_rows: Callable[[int], None] | None = None,
+    on_rows: Advance = lambda n: None,
 ) -> Float[Tensor, " latents"]:
     """How much more the model's replies with the trait depend on each latent than its replies without, nats per token.
 
@@ -49,28 +50,20 @@ def attribution(
     Errors: those of `check_fits`.
     """
     site = check_fits(model, dictionary)
-    means = [
-        torch.cat(
-            [
-                _reply_attributions(model, dictionary, site, part, indices, on_rows)
-                for start in range(0, len(ordered), batch)
-                if (part := ordered[start : start + batch])
-            ]
-            or [torch.zeros(1, len(indices))]
-        ).mean(0)
-        for replies in (with_replies, without_replies)
-        for ordered in [sorted(replies, key=lambda r: len(r.ids))]
-    ]
-    return means[0] - means[1]
+
+    def mean(replies: Sequence[Reply]) -> Tensor:
+        rows = sorted(replies, key=lambda r: len(r.ids))
+        parts = []
+        for start in range(0, len(rows), batch):
+            parts.append(_reply_attributions(model, dictionary, site, rows[start : start + batch], indices))
+            on_rows(len(parts[-1]))
+        return torch.cat(parts).mean(0) if parts else torch.zeros(len(indices))
+
+    return mean(with_replies) - mean(without_replies)
 
 
 def _reply_attributions(
-    model: SteeredModel,
-    dictionary: Dictionary,
-    site: int,
-    replies: Sequence[Reply],
-    indices: Sequence[int],
-    on_rows: Callable[[int], None] | None,
+    model: SteeredModel, dictionary: Dictionary, site: int, replies: Sequence[Reply], indices: Sequence[int]
 ) -> Float[Tensor, "replies latents"]:
     prompts = [model.prompt_ids(r.chat) for r in replies]
     full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
@@ -100,8 +93,6 @@ def _reply_attributions(
         effect = dictionary.encode_rows(h[use].to(device), indices) * along
         of = use.nonzero()[:, 0].cpu()
         out = torch.zeros(len(replies), len(indices)).index_add_(0, of, effect.float().cpu())
-    if on_rows is not None:
-        on_rows(len(replies))
     return out / response.sum(1, keepdim=True)
 
 
@@ -128,9 +119,9 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     """Turn off `requires_grad` of all parameters inside, so that the blocks below the site store nothing for a backward
     pass."""
     trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
     try:
-        for p in trainable:
-            p.requires_grad_(False)
         yield
     finally:
         for p in trainable:
@@ -145,7 +136,7 @@ def output_scores(
     prompts: Sequence[str | Sequence[Message]],
     *,
     batch: int = 64,
-    on_rows: Callable[[int], None] | None = None,
+    on_rows: Advance = lambda n: None,
 ) -> list[float]:
     """How much adding a feature raises the probability of the feature's own tokens, in nats; one number per feature.
 
@@ -160,23 +151,19 @@ def output_scores(
     chats = [model.prompt_ids(as_messages(p)) for p in prompts]
     if not features or not chats:
         return [0.0 for _ in features]
-    top_ids = lens_topk(model, torch.stack([f.direction.vector for f in features]), OWN_TOKENS)[0][1]
-    edits = [Edit(moves=(Intervention(f, "add", 1.0),)) for f in features]
-    base = torch.cat(
-        [_next_logprobs(model, chats[i : i + batch], [None] * len(chats[i : i + batch]))
-         for i in range(0, len(chats), batch)]
-    )  # fmt: skip
-    rows = [(f, p) for p in range(len(chats)) for f in range(len(features))]
+    top_ids = lens_topk(model, torch.stack([f.direction.vector for f in features]), TOP_TOKENS)[0][1]
+    edits = [None, *(Edit(moves=(Intervention(f, "add", 1.0),)) for f in features)]
+    rows = [(e, p) for p in range(len(chats)) for e in range(len(edits))]
     rows.sort(key=lambda row: len(chats[row[1]]))
-    totals = torch.zeros(len(features))
+    # Row e: the mean log-probability of every feature's tokens under edit e, summed over the prompts.
+    totals = torch.zeros(len(edits), len(features), dtype=torch.float64)
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        steered = _next_logprobs(model, [chats[p] for _, p in part], [edits[f] for f, _ in part])
-        for (f, p), logprobs in zip(part, steered, strict=True):
-            totals[f] += (logprobs[top_ids[f]] - base[p][top_ids[f]]).mean()
-        if on_rows is not None:
-            on_rows(len(part))
-    return (totals / len(chats)).tolist()
+        found = _next_logprobs(model, [chats[p] for _, p in part], [edits[e] for e, _ in part])
+        for (e, _), logprobs in zip(part, found, strict=True):
+            totals[e] += logprobs[top_ids].mean(1)
+        on_rows(sum(e > 0 for e, _ in part))
+    return ((totals[1:].diagonal() - totals[0]) / len(chats)).tolist()
 
 
 def _next_logprobs(

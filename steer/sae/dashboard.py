@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader
 
 from steer.files import without_nan, write_atomic
@@ -60,10 +62,9 @@ def script_json(value: Any) -> str:
 def rate_histogram(rates: Sequence[float]) -> dict[str, Any]:
     """A histogram of firing rates with bins of equal width on a log10 axis, as the template draws it."""
     logs = [math.log10(r) for r in rates if 1e-300 < r < math.inf]
-    low, high = (math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)) if logs else (-1, 0)
-    counts = [0] * ((high - low) * BINS_A_DECADE)
-    for value in logs:
-        counts[min(int((value - low) * BINS_A_DECADE), len(counts) - 1)] += 1
+    low = math.floor(min(logs, default=-1))
+    high = max(math.ceil(max(logs, default=0)), low + 1)
+    counts = np.histogram(logs, (high - low) * BINS_A_DECADE, (low, high))[0].tolist()
     return {
         "counts": counts,
         "most": max(*counts, 1),
@@ -75,17 +76,9 @@ def rate_histogram(rates: Sequence[float]) -> dict[str, Any]:
 def _packed(r: FeatureRecord) -> list[Any]:
     """A record as a list, as the page's script reads it: with names, the page would be twice as large."""
     row = without_nan(r.to_json())
-    return [
-        r.index,
-        row["rate"],
-        row["unit"],
-        row["max"],
-        row["top_tokens"],
-        row["bottom_tokens"],
-        [list(c.values()) for c in row["contexts"]],
-        row["nearest"],
-        {name: list(score.values()) for name, score in row["traits"].items()},
-    ]
+    row["contexts"] = [list(c.values()) for c in row["contexts"]]
+    row["traits"] = {name: list(score.values()) for name, score in row["traits"].items()}
+    return [row[f.name] for f in fields(r)]
 
 
 def _cell(value: Any) -> str:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+import operator
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any, TextIO
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -22,8 +25,6 @@ from steer.files import one_line, parse_json
 from steer.model.steered import SteeredModel
 from steer.model.tokens import ids_of
 
-TABLES = {".csv": "csv", ".parquet": "parquet"}
-"""File suffix -> builder of `datasets` that reads such files."""
 _TEXTS = 64
 """Number of texts per call of the tokenizer."""
 
@@ -46,14 +47,13 @@ def documents(model: SteeredModel, sources: str | Sequence[str], *, context: int
 
     A source is
 
-    - a `.jsonl` or `.json` file (also `.gz`) with rows `{"text": ...}` or `{"messages": [...]}`; chats go through
-      the chat template,
+    - a `.jsonl` or `.json` file with rows `{"text": ...}` or `{"messages": [...]}`; chats go through the chat template,
     - a `.csv` or `.parquet` file with a column `text` or `messages`,
-    - any other file (also `.gz`): plain text; its passages, separated by blank lines, are packed up to `context`,
+    - any other file: plain text; its passages, separated by blank lines, are packed up to `context`,
     - else `NAME[:CONFIG[:SPLIT[:COLUMN]]]`, a folder or id that `datasets.load_dataset` resolves, streamed.
 
-    A text of more than `context` tokens becomes several documents. Errors: UsageError when a source does not exist,
-    SteerError that names file and line for a row that cannot be read.
+    Files may be compressed (`.gz`). A text of more than `context` tokens becomes several documents. Errors: UsageError
+    when a source does not exist, SteerError that names file and line for a row that cannot be read.
 
         for document in documents(model, "text.jsonl", context=256):
             print(len(document.ids))
@@ -76,7 +76,8 @@ def source_file(source: str) -> Path | None:
     path, folder = Path(source).expanduser(), Path(source.split(":")[0]).expanduser()
     if path.is_file():
         return path
-    if not folder.is_dir() and (_kind(path) or source.startswith(("/", "./", "../", "~"))):
+    known = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".md")
+    if not folder.is_dir() and (_suffix(path) in known or source.startswith(("/", "./", "../", "~"))):
         raise UsageError(f"{source}: expected a file, found none; check the path")
     return None
 
@@ -93,25 +94,28 @@ class _Reader:
         start = next((n for n in range(len(framed)) if framed[n : n + len(plain)] == plain), 0)
         self.prefix = framed[: min(start, self.context - 1)]
         added = self.tokenizer.added_tokens_decoder
-        self.special = {*self.tokenizer.all_special_ids, *self.prefix} | {
-            i for i, token in added.items() if token.special
-        }
+        self.special = {*self.tokenizer.all_special_ids, *self.prefix, *(i for i, t in added.items() if t.special)}
         if self.tokenizer.chat_template:
             # Some fine-tunes use added tokens in their chat template that are not marked as special.
-            self.special |= {i for i in self._frame() if i in added}
+            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+            try:
+                (ids,) = self._encode([self.tokenizer.apply_chat_template(chat, tokenize=False)])
+                self.special |= {i for i in ids if i in added}
+            except TemplateError:
+                pass  # the template refuses such a chat
 
     def read(self, source: str) -> Iterator[Document]:
         file = source_file(source)
-        kind = _kind(file) if file else ""
         if file is None:
             name, config, split, column, *_ = [*source.split(":"), "", "", ""]
-            yield from self._rows(_dataset(source, name, config or None, split or "train"), column)
-        elif kind in (".json", ".jsonl"):
-            yield from self._rows(_json_rows(file), "")
-        elif kind in TABLES:
-            yield from self._rows(_dataset(source, TABLES[kind], None, "train", data_files=str(file)), "")
-        else:
-            yield from self._packed(_passages(file))
+            rows = _streamed(source, "load_dataset", name, config or None, split=split or "train")
+            return self._rows(_numbered(source, rows), column)
+        suffix = _suffix(file)
+        if suffix in (".json", ".jsonl"):
+            return self._rows(_json_rows(file), "")
+        if suffix in (".csv", ".parquet"):
+            return self._rows(_numbered(source, _streamed_file(file, suffix[1:])), "")
+        return self._packed(_passages(file))
 
     def _rows(self, rows: Iterable[Row], column: str) -> Iterator[Document]:
         # A text gets the tokenizer's prefix; a chat template has written it already.
@@ -158,16 +162,8 @@ class _Reader:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return ids_of(self.tokenizer, texts, self.model.vocabulary, self.model.name)
 
-    def _frame(self) -> set[int]:
-        """The token ids of a short chat in the model's chat template; empty if the template refuses it."""
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-        try:
-            return set(self._encode([self.tokenizer.apply_chat_template(chat, tokenize=False)])[0])
-        except TemplateError:
-            return set()
 
-
-def _values(rows: Iterable[Row], column: str) -> Iterator[tuple[str, Any]]:
+def _values(rows: Iterable[Row], column: str) -> Iterator[Row]:
     """(position, text or chat) of each row; empty ones are skipped."""
     for at, row in rows:
         if not isinstance(row, Mapping):
@@ -187,19 +183,21 @@ def _values(rows: Iterable[Row], column: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(file: Path) -> Iterator[Row]:
-    """The rows of a JSONL file, or of a JSON file that holds one list."""
-    with _opened(file) as f:
-        if _kind(file) == ".json":
-            text = f.read()
-            if text.lstrip().startswith("["):
-                yield from ((f"{file}, row {n}", row) for n, row in enumerate(_parsed(f"{file}", text), 1))
-                return
-            lines: Iterable[str] = text.splitlines()
-        else:
-            lines = f
-        for n, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"{file}, line {n}", _parsed(f"{file}, line {n}", line)
+    """The rows of a JSONL file, or of a JSON file that holds one list.
+
+    `datasets` opens the file and splits it into lines. Its own JSON reader names no lines, and wants every 10 MB of a
+    file to have the same columns.
+    """
+    lines: Iterable[str] = (row["text"] for row in _streamed_file(file, "text"))
+    if _suffix(file) == ".json":
+        lines = list(lines)
+        text = "\n".join(lines).lstrip()
+        if text.startswith("["):
+            yield from _numbered(str(file), _parsed(str(file), text))
+            return
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{file}, line {n}", _parsed(f"{file}, line {n}", line)
 
 
 def _parsed(at: str, text: str) -> Any:
@@ -211,62 +209,47 @@ def _parsed(at: str, text: str) -> Any:
 
 def _passages(file: Path) -> Iterator[str]:
     """The passages of a text file, each with the blank line that ends it."""
-    held: list[str] = []
-    with _opened(file) as f:
-        for line in f:
-            if line.strip():
-                held.append(line.rstrip("\n"))
-            elif held:
-                yield "\n".join(held) + "\n\n"
-                held = []
-    if held:
-        yield "\n".join(held) + "\n\n"
+    lines = (row["text"] for row in _streamed_file(file, "text"))
+    return ("\n".join(held) + "\n\n" for blank, held in groupby(lines, lambda line: not line.strip()) if not blank)
 
 
-class _opened:
-    """Context manager: open a text file, decompressed if it is `.gz`. Read errors become a SteerError that names it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> TextIO:
-        opener: Callable[..., Any] = gzip.open if self.file.suffix.lower() == ".gz" else open
-        try:
-            self.stream = opener(self.file, "rt", encoding="utf-8")
-        except OSError as e:
-            raise SteerError(f"{self.file}: could not be read, {e.strerror}; check its permissions") from e
-        return self.stream
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.stream.close()
-        if isinstance(error, UnicodeDecodeError):
-            raise SteerError(f"{self.file}: expected text in UTF-8, found other bytes; convert it") from error
-        if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)):
-            raise SteerError(f"{self.file}: expected a whole gzip file, found a broken one; copy it again") from error
+def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
+    return ((f"{source}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
-def _dataset(source: str, name: str, config: str | None, split: str, **kwargs: Any) -> Iterator[Row]:
-    """The rows of a dataset, streamed."""
-    import datasets  # here, as it is slow to import and rarely needed
+def _streamed_file(file: Path, kind: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file that may be compressed; `kind` is text (a row is a line), csv or parquet."""
+    # Not by `load_dataset`, which counts its calls on a server.
+    with TemporaryDirectory() as cache:  # gets a lock file, nothing else
+        # A link, since `datasets` reads the name of a file as a pattern or a URL.
+        link = Path(cache, "rows.gz" if file.suffix.lower() == ".gz" else "rows")
+        link.symlink_to(file.resolve())
+        yield from _streamed(str(file), f"Dataset.from_{kind}", str(link), cache_dir=cache)
 
+
+def _streamed(source: str, reader: str, *args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows that a reader of `datasets` returns. Errors: SteerError of one line that names the source."""
+    import datasets  # here, as it is slow to import
+
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error before it raises the same
     try:
-        rows = iter(datasets.load_dataset(name, config, split=split, streaming=True, **kwargs))
-        for n in range(1, 1 << 62):
-            row = next(rows, None)
-            if row is None:
-                return
-            yield f"{source}, row {n}", row
+        yield from operator.attrgetter(reader)(datasets)(*args, streaming=True, **kwargs)
+    except UnicodeDecodeError as e:
+        raise SteerError(f"{source}: expected text in UTF-8, found other bytes; convert it") from e
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise SteerError(f"{source}: expected a whole gzip file, found a broken one; copy it again") from e
+    except PermissionError as e:
+        raise SteerError(f"{source}: could not be read, {e.strerror}; check its permissions") from e
     except Exception as e:  # datasets passes on any error of its readers
         raise SteerError(
-            f"{source}: expected a file, or a dataset that `datasets` can load, found "
-            f"{type(e).__name__}: {' '.join(str(e).split())[:200]}; check the name"
+            f"{source}: expected a file, or a dataset that `datasets` can load, found {type(e).__name__}: "
+            f"{one_line(e)}; check the name"
         ) from e
 
 
-def _kind(path: Path) -> str:
-    """The type of a file by its name: `.jsonl` for `a.jsonl.gz`; "" for an unknown suffix."""
-    kind = path.with_suffix("").suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
-    return kind if kind in (".json", ".jsonl", ".txt", ".md", *TABLES) else ""
+def _suffix(path: Path) -> str:
+    """The suffix of a file's name in lower case, without `.gz`: `.jsonl` for `a.jsonl.gz`."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _shown(value: Any) -> str:

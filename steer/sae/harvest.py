@@ -7,9 +7,11 @@ writes shards in a background thread. `shards.Harvest` reads the result; `train`
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import version
@@ -18,27 +20,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from steer.checkpoint.dtypes import dtype_name
 from steer.checkpoint.sketch import Sketch
 from steer.checkpoint.staging import check_output, hash_file
+from steer.core.lists import as_list
 from steer.errors import MismatchError, OutputExistsError, SteerError, UsageError
+from steer.files import one_line, read_json_object, replacing, write_atomic
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, bar
 from steer.sae.documents import as_sources, documents, source_file
-from steer.sae.passes import Limits, Pass, check_sites, default_batch_tokens, passes
-from steer.sae.shards import (
-    FORMAT,
-    MANIFEST,
-    PARTIAL,
-    Harvest,
-    check_shards,
-    read_record,
-    shard_name,
-    write_record,
-    write_tensors,
-)
+from steer.sae.passes import Pass, check_sites, default_batch_tokens, first_tokens, norm_limits, passes
+from steer.sae.shards import FORMAT, MANIFEST, PARTIAL, Harvest, check_shards
 
 COLUMNS = ("token_ids", "document", "position")
 """Columns stored for every token beside its residual streams, int32."""
@@ -62,7 +58,7 @@ def harvest(
     Special tokens are left out, and so are tokens whose norm is over ten times the median at any of the sites. The
     manifest counts both, and its `ended` is "text" if the text ended before `tokens` were found, else "tokens". Each
     forward pass takes `batch_tokens` tokens, padding included; lower it if memory is short. A shard holds
-    `shard_tokens` tokens; an interruption loses only shards that are not finished.
+    `shard_tokens` tokens or a few more; an interruption loses only shards that are not finished.
 
     Called again after an interruption, it continues from the finished shards and ends in the same bytes. If `out` is a
     finished harvest, it is returned unchanged.
@@ -78,9 +74,10 @@ def harvest(
     if (tokens is not None and tokens < 1) or shard_tokens < 1:
         raise UsageError(f"tokens: expected at least 1, found {tokens if shard_tokens >= 1 else shard_tokens}")
     sources, sites = as_sources(sources), check_sites(model, sites)
-    text = documents(model, sources, context=context)
-    sketch = model.sketch()
+    text = enumerate(documents(model, sources, context=context))
+    sketch = {"sketch": model.sketch().to_header()}
     inputs = {
+        "format": FORMAT,
         "sites": sites,
         "text": [_named(s) for s in sources],
         "tokens": tokens,
@@ -88,27 +85,24 @@ def harvest(
         "batch_tokens": batch_tokens or default_batch_tokens(model),
         "shard_tokens": shard_tokens,
         "dtype": dtype_name(model.hf.dtype),
-        "steered": False,  # a harvest that an earlier version began with sliders on must not be continued
     }
     with _locked(out):
-        record = _begun(out, {"sketch": sketch.to_header(), **inputs})
+        record = _begun(out, sketch | inputs)
         if record is None:
             return Harvest.open(out)
-        cursor = record["cursor"]
-        text = enumerate(documents(model, sources, context=context))
         with (
             progress("Harvest", tokens, "tokens") as advance,
-            _Shards(out, record, sites, model.anatomy.width) as shards,
+            _Shards(out, record, shard_tokens) as shards,
         ):
             advance(shards.total)
-            made = passes(model, text, sites, batch_tokens=inputs["batch_tokens"], skip=cursor["pass"])
-            ended, counts = _fill(shards, made, ", ".join(sources), tokens, advance)
+            made = passes(model, text, sites, batch_tokens=inputs["batch_tokens"], skip=record["cursor"])
+            ended, counts = _fill(shards, made, ", ".join(sources), tokens or sys.maxsize, advance)
             files = shards.finish()
         manifest = {
             "format": FORMAT,
             "checkpoint": model.name,
-            "sources": list(sources),
-            "sketch": sketch.to_header(),
+            "sources": sources,
+            **sketch,
             "sites": sites,
             "width": model.anatomy.width,
             "tokens": shards.total,
@@ -118,61 +112,47 @@ def harvest(
             "left_out": {"special": counts["special"], "outliers": counts["outliers"], "outliers_at": counts["at"]},
             "norm": record["norm"],
             "limit": record["limit"],
-            "shard_tokens": shard_tokens,
             "shards": files,
             "inputs": inputs,
             "versions": {p: version(p) for p in ("steer", "torch", "transformers")},
         }
-        write_record(out / MANIFEST, manifest)
+        _write_record(out / MANIFEST, manifest)
         (out / PARTIAL).unlink()
     return Harvest.open(out)
 
 
 def _fill(
-    shards: _Shards, made: Iterator[Pass], text: str, tokens: int | None, advance: Advance
+    shards: _Shards, made: Iterator[Pass], text: str, tokens: int, advance: Advance
 ) -> tuple[str, dict[str, Any]]:
     """Move tokens from the passes `made` to `shards` until `tokens` are there. Returns (why it ended, the counts).
 
-    The first passes, of one shard in all, are held back to measure the outlier limits; a resumed harvest has them in
-    its record.
+    The outlier limits are measured on the first passes, of one shard in all; a resumed harvest has them in its record.
     """
     record = shards.record
-    resumed, counts = record["cursor"], record["counts"]
-    held: deque[Pass] = deque()
-    if record["limit"] is None:
-        wanted = shards.size if tokens is None else min(tokens, shards.size)
-        for p in made:
-            held.append(p)
-            if (wanted := wanted - len(p)) <= 0:
-                break
-        if not any(map(len, held)):
-            found = sum(len(p.special) for p in held)
-            raise UsageError(f"{text}: expected text, found {f'{found} tokens, all special' if found else 'none'}")
-        limits = Limits.measure(held)
-        record["limit"] = {str(s): x for s, x in limits.limit.items()}
-        record["norm"] = {str(s): x for s, x in limits.norm.items()}
-    limits = Limits(*({int(s): x for s, x in record[name].items()} for name in ("limit", "norm")))
-
-    while (p := held.popleft() if held else next(made, None)) is not None:
-        outliers = p.outliers(limits)
+    counts = record["counts"]
+    if shards.total >= tokens:
+        return "tokens", counts
+    if not record["limit"]:
+        made = _measured(record, made, text, min(tokens, shards.size))
+    for p in made:
+        outliers = p.outliers(record["limit"])
         left_out = torch.stack(list(outliers.values())).any(0)
         used = (~left_out).nonzero()[:, 0]
-        already = resumed["row"] if p.number == resumed["pass"] else 0
-        # How many tokens of this pass are needed, including those that an earlier run wrote.
-        room = len(used) + 1 if tokens is None else tokens - (shards.total - already)
-        used, last = used[:room], room <= len(used)
-        end = int(used[-1]) + 1 if last else len(p)
-        seen = int(p.place[end - 1]) + 1 if last else len(p.special)
-        before = counts
+        end, seen = len(p), len(p.special)
+        last = shards.total + len(used) >= tokens
+        if last:
+            used = used[: tokens - shards.total]
+            end = int(used[-1]) + 1
+            seen = int(p.place[end - 1]) + 1
         counts = {
-            "seen": before["seen"] + seen,
-            "special": before["special"] + int(p.special[:seen].sum()),
-            "outliers": before["outliers"] + int(left_out[:end].sum()),
-            "at": {str(s): before["at"].get(str(s), 0) + int(o[:end].sum()) for s, o in outliers.items()},
-            "documents": before["documents"] + len(p.document[used].unique()),
+            "seen": counts["seen"] + seen,
+            "special": counts["special"] + int(p.special[:seen].sum()),
+            "outliers": counts["outliers"] + int(left_out[:end].sum()),
+            "at": {s: counts["at"].get(s, 0) + int(o[:end].sum()) for s, o in outliers.items()},
+            "documents": counts["documents"] + len(p.document[used].unique()),
         }
-        shards.add(p, used, already, before)
-        advance(max(0, len(used) - already))
+        shards.add(p, used, counts)
+        advance(len(used))
         if last:
             return "tokens", counts
     if not shards.total:
@@ -180,39 +160,39 @@ def _fill(
     return "text", counts
 
 
-class _Shards:
-    """Fills shards of fixed size; a thread writes the last full shard while the next one is filled."""
+def _measured(record: dict[str, Any], made: Iterator[Pass], text: str, wanted: int) -> Iterator[Pass]:
+    """The same passes, after the outlier limits were measured on the first `wanted` tokens and put into `record`."""
+    held = deque(first_tokens(made, wanted, len))
+    if not any(map(len, held)):
+        found = sum(len(p.special) for p in held)
+        raise UsageError(f"{text}: expected text, found {f'{found} tokens, all special' if found else 'none'}")
+    record["limit"], record["norm"] = norm_limits(held)
+    while held:
+        yield held.popleft()
+    yield from made
 
-    def __init__(self, out: Path, record: dict[str, Any], sites: Sequence[int], width: int) -> None:
-        self.out, self.record, self.sites, self.width = out, record, sites, width
-        self.size: int = record["inputs"]["shard_tokens"]
+
+class _Shards:
+    """Collects the tokens of passes into shards of at least `size` tokens. A thread writes the last full shard while
+    the next one is collected."""
+
+    def __init__(self, out: Path, record: dict[str, Any], size: int) -> None:
+        self.out, self.record, self.size = out, record, size
         self.total: int = sum(s["tokens"] for s in record["shards"])
         """Tokens in all shards, including the unfinished one."""
         self._number, self._fill = len(record["shards"]), 0
-        self._residuals: dict[int, Tensor] = {}
-        self._columns: dict[str, Tensor] = {}
+        self._parts: list[dict[str, Tensor]] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="harvest")
         self._writing: Future[None] | None = None
 
-    def add(self, p: Pass, rows: Int[Tensor, " n"], start: int, counts: dict[str, Any]) -> None:
-        """Append `rows` of a pass, beginning with the `start`-th of them. `counts` are those before the pass, stored
-        with the cursor when a shard is full."""
-        while start < len(rows):
-            if not self._fill:
-                self._residuals = {s: torch.empty(self.size, self.width, dtype=torch.bfloat16) for s in self.sites}
-                self._columns = {c: torch.empty(self.size, dtype=torch.int32) for c in COLUMNS}
-            part = rows[start : start + self.size - self._fill]
-            place = slice(self._fill, self._fill + len(part))
-            for site, buffer in self._residuals.items():
-                h = p.residuals[site]
-                buffer[place] = h if len(part) == len(h) else h.index_select(0, part.to(h.device))
-            for name, buffer in self._columns.items():
-                buffer[place] = getattr(p, name)[part].int()
-            start += len(part)
-            self._fill += len(part)
-            self.total += len(part)
-            if self._fill == self.size:
-                self._submit({"cursor": {"pass": p.number, "row": start}, "counts": counts})
+    def add(self, p: Pass, rows: Int[Tensor, " n"], counts: dict[str, Any]) -> None:
+        """Append `rows` of a pass. `counts` are those after it, and are stored when the shard is full."""
+        part = {f"site{s}": h[rows.to(h.device)].to("cpu", torch.bfloat16) for s, h in p.residuals.items()}
+        self._parts.append(part | {name: getattr(p, name)[rows].int() for name in COLUMNS})
+        self._fill += len(rows)
+        self.total += len(rows)
+        if self._fill >= self.size:
+            self._submit({"cursor": p.number + 1, "counts": counts})
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the last, partly filled shard. Returns the manifest entries of all shards."""
@@ -226,9 +206,7 @@ class _Shards:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         self._pool.shutdown()
-        if kind is None:
-            self._wait()
-        elif not self.record["shards"]:
+        if kind is not None and not self.record["shards"]:
             # No shard was finished, so there is nothing to continue from: remove everything.
             with suppress(OSError):
                 for stray in self.out.glob("shard-*"):
@@ -238,70 +216,72 @@ class _Shards:
 
     def _submit(self, state: dict[str, Any] | None) -> None:
         self._wait()
-        self._writing = self._pool.submit(self._write, self._number, self._residuals, self._columns, self._fill, state)
-        self._number, self._fill = self._number + 1, 0
-        self._residuals, self._columns = {}, {}
+        file = self.out / f"shard-{self._number:05}.safetensors"
+        self._writing = self._pool.submit(self._write, file, self._parts, state)
+        self._number, self._fill, self._parts = self._number + 1, 0, []
 
     def _wait(self) -> None:
-        if self._writing is None:
-            return
-        try:
-            self._writing.result()
-        except OSError as e:
-            raise SteerError(
-                f"{self.out}: could not be written, {e.strerror}; make room or mend it, then run the same harvest again"
-            ) from e
-        finally:
-            self._writing = None
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
-    def _write(self, number: int, residuals: dict[int, Tensor], columns: dict[str, Tensor], n: int, state: Any) -> None:
-        parts = {f"site{s}": {"residual": h[:n]} for s, h in residuals.items()}
-        parts["tokens"] = {name: c[:n] for name, c in columns.items()}
-        files = [write_tensors(self.out / shard_name(number, part), tensors) for part, tensors in parts.items()]
-        self.record["shards"].append({"tokens": n, "files": files})
+    def _write(self, file: Path, parts: list[dict[str, Tensor]], state: dict[str, Any] | None) -> None:
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        with replacing(file) as work:
+            try:
+                save_file(tensors, work)
+            except SafetensorError as e:
+                raise SteerError(
+                    f"{file}: could not be written ({one_line(e)}); free space, then run the same harvest again"
+                ) from e
+            size, sha256 = work.stat().st_size, hash_file(work)
+        tokens = len(tensors["token_ids"])
+        self.record["shards"].append({"file": file.name, "tokens": tokens, "bytes": size, "sha256": sha256})
         if state is not None:  # None for the last, shorter shard: a harvest is never continued from it
             self.record.update(state)
-            write_record(self.out / PARTIAL, self.record)
+            _write_record(self.out / PARTIAL, self.record)
 
 
 def _begun(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The record of an unfinished harvest to continue, or a new record; None if the harvest is finished."""
     if (out / MANIFEST).is_file():
-        found = read_record(out / MANIFEST)
+        found = read_json_object(out / MANIFEST, do="harvest anew")
         if not isinstance(found.get("inputs"), dict) or "shards" not in found:
             check_output(out)
         _check_inputs(out, {"sketch": found.get("sketch", ""), **found["inputs"]}, inputs)
         (out / PARTIAL).unlink(missing_ok=True)
         return None
     if (out / PARTIAL).is_file():
-        record = read_record(out / PARTIAL)
+        record = read_json_object(out / PARTIAL, do="harvest anew")
         _check_inputs(out, record["inputs"], inputs)
         check_shards(out, record["shards"])
+        for values, name in ((record, "limit"), (record, "norm"), (record["counts"], "at")):
+            values[name] = {int(site): x for site, x in (values[name] or {}).items()}  # keys of JSON are text
         return record
     check_output(out)
     counts = {"seen": 0, "special": 0, "outliers": 0, "at": {}, "documents": 0}
-    cursor = {"pass": 0, "row": 0}
-    record = {"inputs": inputs, "limit": None, "norm": None, "shards": [], "cursor": cursor, "counts": counts}
-    write_record(out / PARTIAL, record)
+    record = {"inputs": inputs, "limit": {}, "norm": {}, "shards": [], "cursor": 0, "counts": counts}
+    _write_record(out / PARTIAL, record)
     return record
 
 
 def _check_inputs(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise MismatchError unless the recorded inputs `theirs` are the same as those of this call, `ours`."""
+    do = "give what it began with, or another output"
+    now, then = Sketch.from_header(ours), Sketch.from_header(theirs)
+    if not now.same_as(then):
+        raise MismatchError(
+            f"{out}: expected the checkpoint it began with, found one whose weights differ by "
+            f"{now.distance(then):.1%}; {do}"
+        )
     for name in ours:
-        if name == "sketch":
-            distance = Sketch.from_header(ours).distance(Sketch.from_header(theirs))
-            same = Sketch.from_header(ours).same_as(Sketch.from_header(theirs))
-            begun, found = "the checkpoint it began with", f"one whose weights differ by {distance:.1%}"
-        else:
-            same = theirs.get(name) == ours[name]
-            begun, found = f"{name} {_shown(theirs.get(name))} as it began with", _shown(ours[name])
-        if not same:
-            raise MismatchError(f"{out}: expected {begun}, found {found}; give what it began with, or another output")
+        if name != "sketch" and theirs.get(name) != ours[name]:
+            begun, found = (", ".join(map(str, as_list(side.get(name)))) for side in (theirs, ours))
+            raise MismatchError(f"{out}: expected {name} {begun} as it began with, found {found}; {do}")
 
 
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _write_record(file: Path, value: Mapping[str, Any]) -> None:
+    write_atomic(file, json.dumps(value, indent=2) + "\n")
 
 
 def _named(source: str) -> str:
@@ -313,21 +293,18 @@ def _named(source: str) -> str:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Lock a directory against other harvests, creating it if needed. The lock ends with the process."""
-    if out.is_dir() and not ((out / PARTIAL).is_file() or (out / MANIFEST).is_file()):
+    if not ((out / PARTIAL).is_file() or (out / MANIFEST).is_file()):
         check_output(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = os.open(out, os.O_RDONLY)
-    except FileExistsError:
-        check_output(out)
-        raise
+        lock = os.open(out, os.O_RDONLY)
     except OSError as e:
         raise SteerError(f"{out}: could not be written, {e.strerror}; name an output where you may write") from e
     try:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise OutputExistsError(f"{out}: is being written by another harvest; wait, or name another output") from e
         yield
     finally:
-        os.close(held)
+        os.close(lock)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from steer.core.dictionary import Dictionary
@@ -22,12 +22,14 @@ from steer.progress import Advance, bar
 from steer.sae.logit_lens import logit_lens
 from steer.sae.pooling import check_fits, encoded, kept
 from steer.sae.records import Context, FeatureRecord
-from steer.sae.shards import Harvest
+from steer.sae.shards import Activations, Harvest
 
 BEFORE, AFTER = 12, 6
 """Tokens of context shown before and after the token."""
 UNIT_QUANTILE = 0.99
 """Quantile of a latent's positive activations that is its unit."""
+CONTEXTS = 6
+"""Contexts in a record."""
 LOWER_QUANTILES = (0.9, 0.5)
 """Quantiles that the last contexts of a latent come from: the highest activations alone make a latent look more
 specific than it is."""
@@ -36,30 +38,10 @@ LOOKED_AT = 256
 NEAREST = 5
 """Number of most similar latents in a record."""
 MOST_FIRINGS = 40_000_000
-"""Largest number of firings in memory, sixteen bytes each, several times that while they are sorted. For a dictionary
+"""Largest number of firings in memory, twenty bytes each, several times that while they are sorted. For a dictionary
 with more firings, fewer tokens are read."""
 _CHUNK = 4096
 """Tokens read at a time."""
-_TOP = np.int64(0x7FFFFFFF)
-
-
-@dataclass(frozen=True, eq=False)
-class Firings:
-    """Every activation above zero, sorted by latent and then from the highest down."""
-
-    latent: Int[np.ndarray, " firings"]
-    row: Int[np.ndarray, " firings"]
-    """The token's row in the harvest."""
-    value: Float[np.ndarray, " firings"]
-    """The activation."""
-    tokens: int
-    """Number of tokens read."""
-
-    def each(self) -> Iterator[tuple[int, Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
-        """Yield (latent, rows, activations) of each live latent."""
-        live, starts, counts = np.unique(self.latent, return_index=True, return_counts=True)
-        for j, start, end in zip(live.tolist(), starts, starts + counts, strict=True):
-            yield j, self.row[start:end], self.value[start:end]
 
 
 def label_latents(
@@ -68,21 +50,25 @@ def label_latents(
     harvest: Harvest,
     *,
     tokens: int = 300_000,
-    per_latent: int = 6,
     progress: Callable[..., AbstractContextManager[Advance]] = bar,
 ) -> list[FeatureRecord]:
     """A record of each latent that fires on about `tokens` tokens of the harvest (whole documents, evenly spread).
 
-    Firing rate, 0.99 quantile and maximum are exact over those tokens. A record has up to `per_latent` contexts, at
+    Firing rate, 0.99 quantile and maximum are exact over those tokens. A record has up to `CONTEXTS` contexts, at
     most one per document and no two alike: those of the highest activations, and the last two from near the 0.9 and the
     0.5 quantile of the latent's positive activations.
     Errors: those of `check_fits`, and MismatchError for a harvest of another width or of other sites.
     """
-    check_fits(model, dictionary)
-    rows = rows_to_read(dictionary, harvest, tokens)
+    site = check_fits(model, dictionary)
+    if harvest.width != dictionary.width:
+        raise MismatchError(
+            f"{harvest.place}: expected a harvest of width {dictionary.width}, that of dictionary {dictionary.name}, "
+            f"found {harvest.width}; harvest the checkpoint that the dictionary was trained on"
+        )
+    stream = harvest.activations(site)
+    rows = _rows_to_read(dictionary, stream, harvest.document.numpy(), tokens)
     with progress("Label", len(rows), "tokens") as advance:
-        found = firings(dictionary, harvest, rows, advance)
-    latents = list(found.each())
+        latents = list(_by_latent(dictionary, stream, rows, advance))
     live = [j for j, _, _ in latents]
     decoder = dictionary.decoder_rows(live)
     top, bottom = logit_lens(model, decoder)
@@ -91,59 +77,49 @@ def label_latents(
     return [
         FeatureRecord(
             index=j,
-            rate=len(rows) / found.tokens,
+            rate=len(fired) / len(rows),
             unit=float(np.quantile(values, UNIT_QUANTILE)),
             max=float(values[0]),
             top_tokens=top[i],
             bottom_tokens=bottom[i],
-            contexts=[text.context(rows[at], values[at]) for at in text.spread(rows, per_latent)],
+            contexts=[text.context(fired[at], values[at]) for at in text.spread(fired)],
             nearest=[(live[n], cosine) for n, cosine in near[i]],
         )
-        for i, (j, rows, values) in enumerate(latents)
+        for i, (j, fired, values) in enumerate(latents)
     ]
 
 
-@torch.inference_mode()
-def rows_to_read(dictionary: Dictionary, harvest: Harvest, tokens: int) -> Int[np.ndarray, " rows"]:
+def _rows_to_read(
+    dictionary: Dictionary, stream: Activations, document: Int[np.ndarray, " tokens"], tokens: int
+) -> Int[np.ndarray, " rows"]:
     """Rows of whole documents with about `tokens` tokens in total, fewer if the firings would not fit in memory."""
-    if harvest.width != dictionary.width:
-        raise MismatchError(
-            f"{harvest.place}: expected a harvest of width {dictionary.width}, that of dictionary {dictionary.name}, "
-            f"found {harvest.width}; harvest the checkpoint that the dictionary was trained on"
-        )
-    assert dictionary.site is not None
-    document = harvest.document.numpy()
     rows = spread_rows(document, tokens)
     probe = rows[:: max(1, len(rows) // _CHUNK)]
-    stream = harvest.activations(dictionary.site)
-    l0 = sum(len(values) for _, _, values in _fired(dictionary, stream, probe)) / len(probe)
+    l0 = sum(len(values) for _, _, values in _firings(dictionary, stream, probe)) / len(probe)
     return rows if l0 * len(rows) <= MOST_FIRINGS else spread_rows(document, int(MOST_FIRINGS / l0))
 
 
-@torch.inference_mode()
-def firings(
-    dictionary: Dictionary, harvest: Harvest, rows: Int[np.ndarray, " rows"], advance: Advance = lambda n: None
-) -> Firings:
-    """Encode `rows` of the harvest and return the activations above zero."""
-    assert dictionary.site is not None
-    stream = harvest.activations(dictionary.site)
-    keys, where = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+def _by_latent(
+    dictionary: Dictionary, stream: Activations, rows: Int[np.ndarray, " rows"], advance: Advance
+) -> Iterator[tuple[int, Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
+    """Yield (latent, rows it fires on, activations from the highest down) of each latent that fires on `rows`."""
+    found = []
     for start in range(0, len(rows), _CHUNK):
         part = rows[start : start + _CHUNK]
-        for at, latent, value in _fired(dictionary, stream, part):
-            # One integer key sorts by latent, then by descending value: the bits of positive floats sort as integers.
-            keys.append(latent.astype(np.int64) << 32 | (_TOP - value.view(np.int32)))
-            where.append(at)
+        found += _firings(dictionary, stream, part)
         advance(len(part))
-    key, row = np.concatenate(keys), np.concatenate(where)
-    order = np.argsort(key, kind="stable")
-    key, row = key[order], row[order]
-    value = (_TOP - (key & 0xFFFFFFFF)).astype(np.int32).view(np.float32)
-    return Firings(key >> 32, row, value, len(rows))
+    row, latent, value = (np.concatenate(column) for column in zip(*found, strict=True))
+    del found
+    order = np.lexsort((-value, latent))
+    row, latent, value = row[order], latent[order], value[order]
+    live, starts, counts = np.unique(latent, return_index=True, return_counts=True)
+    for j, start, end in zip(live.tolist(), starts, starts + counts, strict=True):
+        yield j, row[start:end], value[start:end]
 
 
-def _fired(
-    dictionary: Dictionary, stream: Any, rows: Int[np.ndarray, " n"]
+@torch.inference_mode()
+def _firings(
+    dictionary: Dictionary, stream: Activations, rows: Int[np.ndarray, " n"]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (row, latent, value) of the firings on `rows`. On outliers no latent fires; a harvest should have none."""
     x = stream[torch.from_numpy(rows)]
@@ -163,18 +139,14 @@ def spread_rows(document: Int[np.ndarray, " tokens"], tokens: int) -> Int[np.nda
     return np.flatnonzero((np.floor((number + 1) * share) > np.floor(number * share)) | (number == 0))
 
 
-@torch.inference_mode()
 def nearest(rows: Float[Tensor, "n d"], count: int) -> list[list[tuple[int, float]]]:
     """Per row, (index, cosine) of the `count` most similar other rows."""
-    unit = rows.float() / rows.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    out = []
-    for start in range(0, len(unit), 2048):
-        cosine = unit[start : start + 2048] @ unit.T
-        local = torch.arange(len(cosine))
-        cosine[local, local + start] = -torch.inf  # each row's cosine with itself
-        values, at = cosine.topk(min(count, len(unit) - 1))
-        out += [list(zip(a, v, strict=True)) for a, v in zip(at.tolist(), values.tolist(), strict=True)]
-    return out
+    count = min(count, len(rows) - 1)
+    if count < 1:
+        return [[] for _ in rows]
+    found = NearestNeighbors(n_neighbors=count, metric="cosine").fit(rows.float().cpu().numpy())
+    distances, indices = found.kneighbors()  # without rows to look up, each fitted row's neighbours except itself
+    return [list(zip(i, c, strict=True)) for i, c in zip(indices.tolist(), (1 - distances).tolist(), strict=True)]
 
 
 class _Text:
@@ -185,15 +157,15 @@ class _Text:
         self.ids = harvest.token_ids.numpy()
         self.document = harvest.document.numpy()
 
-    def spread(self, rows: Int[np.ndarray, " n"], count: int) -> list[int]:
-        """Indices of up to `count` of a latent's firings to show, `rows` being sorted by descending activation: one per
-        document, and no two with the same passage."""
-        lower = [int((1 - q) * (len(rows) - 1)) for q in LOWER_QUANTILES] if count > len(LOWER_QUANTILES) else []
+    def spread(self, rows: Int[np.ndarray, " n"]) -> list[int]:
+        """Indices of up to `CONTEXTS` of a latent's firings to show, `rows` being sorted by descending activation: one
+        per document, and no two with the same passage."""
+        lower = [int((1 - q) * (len(rows) - 1)) for q in LOWER_QUANTILES]
         taken: list[int] = []
         seen: set[Any] = set()
-        for start, wanted in [(0, count - len(lower)), *((at, 1) for at in lower), (0, count)]:
+        for start, wanted in [(0, CONTEXTS - len(lower)), *((at, 1) for at in lower), (0, CONTEXTS)]:
             for at in range(start, min(start + LOOKED_AT, len(rows))):
-                if wanted == 0 or len(taken) == count:
+                if wanted == 0 or len(taken) == CONTEXTS:
                     break
                 row = int(rows[at])
                 marks = {int(self.document[row]), self._passage(row)}

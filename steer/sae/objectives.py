@@ -1,29 +1,70 @@
 """Training objectives: the loss of a step and the gradients of a dictionary's weights.
 
-`trainer` calls `Objective.step` per batch and then the optimiser. `SparseObjective` is TopK and BatchTopK;
-`architectures` adds those of sae_lens.
+`train` calls `Objective.step` per batch and then the optimiser. `SparseObjective` is TopK and BatchTopK;
+`LensObjective` leaves JumpReLU and Matryoshka-BatchTopK to sae_lens.
+
+`SparseObjective` chooses the active latents, and then runs the forward and backward pass over those only. An inactive
+latent has zero gradient, so nothing is approximated: per token a dense step takes `12 d m` FLOPs, this one
+`2 d m + 10 d k`. The remaining dense product, that of the encoder, is used only to choose the latents, so it may run in
+bf16; the chosen values are computed again in fp32.
 """
 
 from __future__ import annotations
 
+import math
+import time
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from steer.checkpoint.dtypes import is_fast
 from steer.core.dictionary import Dictionary
-from steer.errors import MismatchError
+from steer.errors import MismatchError, UnsupportedError
 from steer.sae import parallel
 from steer.sae.options import TrainOptions
-from steer.sae.sparse import Active, ByLatent, above, decode, largest, products, top_k
-from steer.sae.stopwatch import Stopwatch
+
+# torch warns once per process whatever part of CSR is used. The one product used here is covered by tests.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 THRESHOLD_RATE = 0.01
 """Weight of a batch's smallest activation in the running mean that is BatchTopK's threshold."""
+GROUPS = 16
+"""Elements per strided group; the first pass of `top_k` compares the groups' maxima."""
+
+
+class Stopwatch:
+    """Sums the seconds spent in named parts of a training step: `with watch("gradients"): ...`.
+
+    Given a CUDA `device`, it waits for the GPU before it reads the clock.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._cuda = device is not None and device.type == "cuda"
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - start
+
+    def shares(self) -> dict[str, float]:
+        """Each part's share of the time that was measured, the largest first."""
+        total = sum(self.seconds.values()) or 1.0
+        return {p: s / total for p, s in sorted(self.seconds.items(), key=lambda x: -x[1])}
+
+    def _now(self) -> float:
+        if self._cuda:  # kernels run on after the call that launched them returned
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +81,13 @@ class Step:
     """Latents that were active on at least one token."""
 
 
-class Objective(ABC):
+class Objective(nn.Module, ABC):
     """A dictionary's weights in training, and their loss. Activations are scaled so that their mean norm is the square
     root of the width, which makes one learning rate fit every model; in the finished dictionary the scale is folded
-    into the weights."""
+    into the weights. `state_dict` holds everything that the next step depends on."""
 
-    weights: dict[str, nn.Parameter]
+    weights: dict[str, nn.Parameter] | nn.ParameterDict
+    """Among them "encoder" and "decoder", which start as the same rows, and "b_dec"."""
     scale: float
     """Factor from raw to scaled activations."""
 
@@ -67,13 +109,19 @@ class Objective(ABC):
         the final `dictionary()`."""
         return
 
-    def buffers(self) -> dict[str, Tensor]:
-        """State besides the weights that a checkpoint must hold."""
-        return {}
 
-    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """Restore the state that `buffers` returned."""
-        return
+def objective_for(options: TrainOptions, width: int, scale: float, mean: Tensor, device: torch.device) -> Objective:
+    """The objective for `options`, with weights initialised from the seed.
+
+    `width` is that of the residual stream, `scale` the factor that activations are multiplied by in training, `mean`
+    the mean activation before scaling.
+    """
+    options = settled(options, device)
+    # Small rows of equal norm are the initialisation of Anthropic's circuits update of April 2024.
+    rows = torch.randn(options.latents, width, generator=torch.Generator().manual_seed(options.seed))
+    decoder = 0.1 * rows / rows.norm(dim=1, keepdim=True)
+    kind = SparseObjective if options.architecture in ("topk", "batchtopk") else LensObjective
+    return kind(options, decoder, (mean.double() * scale).float(), scale=scale, device=device)
 
 
 def settled(options: TrainOptions, device: torch.device) -> TrainOptions:
@@ -81,17 +129,6 @@ def settled(options: TrainOptions, device: torch.device) -> TrainOptions:
     if options.products != "auto":
         return options
     return replace(options, products="bfloat16" if is_fast(torch.bfloat16, device) else "float32")
-
-
-def initial_weights(
-    options: TrainOptions, width: int, scale: float, mean: Tensor
-) -> tuple[Float[Tensor, "m d"], Float[Tensor, " d"]]:
-    """(random decoder rows of norm 0.1, from which the encoder starts as well; decoder bias: the data's scaled mean).
-
-    Small rows of equal norm are the initialisation of Anthropic's circuits update of April 2024.
-    """
-    rows = torch.randn(options.latents, width, generator=torch.Generator().manual_seed(options.seed))
-    return 0.1 * rows / rows.norm(dim=1, keepdim=True), (mean.double() * scale).float()
 
 
 class SparseObjective(Objective):
@@ -104,22 +141,21 @@ class SparseObjective(Objective):
     def __init__(
         self, options: TrainOptions, decoder: Tensor, b_dec: Tensor, *, scale: float, device: torch.device
     ) -> None:
-        self.options, self.scale, self.device = options, scale, device
-        m = len(decoder)
+        super().__init__()
+        self.options, self.scale = options, scale
         decoder = decoder.to(device)
-        self.weights = {
-            # Transposed, so that the encoder weights of a latent are contiguous, as its decoder weights are.
-            "encoder": nn.Parameter(decoder.clone()),
-            "b_enc": nn.Parameter(torch.zeros(m, device=device)),
-            "decoder": nn.Parameter(decoder.clone(), requires_grad=not options.frozen_decoder),
-            "b_dec": nn.Parameter(b_dec.to(device)),
-        }
-        if options.frozen_decoder:
-            self.weights["decoder"].data /= 0.1
+        self.weights = nn.ParameterDict(
+            [  # pairs, whose order stays: that of a dict would be sorted, and clipping would round in another order
+                # Transposed, so that the encoder weights of a latent are contiguous, as its decoder weights are.
+                ("encoder", nn.Parameter(decoder.clone())),
+                ("b_enc", nn.Parameter(torch.zeros(len(decoder), device=device))),
+                ("decoder", nn.Parameter(decoder.clone(), requires_grad=not options.frozen_decoder)),
+                ("b_dec", nn.Parameter(b_dec.to(device))),
+            ]
+        )
         # Running mean of the smallest activation kept in a batch, in scaled units. After training it replaces the
         # choice within a batch.
-        self.threshold = torch.zeros((), dtype=torch.float64)
-        self.half = options.products == "bfloat16"
+        self.threshold = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def step(self, x: Tensor, dead: Tensor, number: int, watch: Stopwatch) -> Step:
@@ -129,7 +165,8 @@ class SparseObjective(Objective):
         centred = xs - w["b_dec"]
         norms = w["decoder"].norm(dim=1)
         with watch("encoder product"):
-            scores = self._scores(x, centred, w, norms)
+            # In bf16 where that is fast, as the scores are only used to choose latents.
+            scores = self._scores(centred, norms, getattr(torch, self.options.products))
         with watch("choice of latents"):
             active = self._choose(scores)
         with watch("values and reconstruction"):
@@ -141,12 +178,13 @@ class SparseObjective(Objective):
             by_latent = ByLatent.of(active, m)
             slope = error * (2 / n)
             into = products(slope, w["decoder"], active) * (u > 0)
-            self._gradient("encoder", by_latent.gradient(into, centred))
-            self._gradient("decoder", by_latent.gradient(values, slope))
+            self.weights["encoder"].grad = by_latent.gradient(into, centred)
+            if not self.options.frozen_decoder:
+                self.weights["decoder"].grad = by_latent.gradient(values, slope)
             into_bias = torch.zeros_like(w["b_enc"]).index_add_(0, active.latents, into)
-            self._gradient("b_enc", into_bias)
+            self.weights["b_enc"].grad = into_bias
             # The bias is also subtracted from the input, so it gets a gradient through every active encoder row.
-            self._gradient("b_dec", slope.sum(0) - into_bias @ w["encoder"])
+            self.weights["b_dec"].grad = slope.sum(0) - into_bias @ w["encoder"]
         aux = 0.0
         if self.options.aux and bool(dead.any()):
             with watch("dead latents"):
@@ -159,12 +197,10 @@ class SparseObjective(Objective):
         mse, aux, l0 = parallel.means(float(mse), aux, float(on.sum()) / n)
         return Step(mse, aux, l0, parallel.any_of(fired))
 
-    def _scores(self, x: Tensor, centred: Tensor, w: dict[str, Tensor], norms: Tensor) -> Float[Tensor, "n m"]:
-        """Pre-activation times decoder norm, in bf16 where that is fast: the scores are only used to choose latents."""
-        if not self.half:
-            return F.linear(centred, w["encoder"] * norms[:, None], w["b_enc"] * norms)
-        encoder = (w["encoder"] * norms[:, None]).bfloat16()
-        return F.linear(centred.bfloat16(), encoder, (w["b_enc"] * norms).bfloat16())
+    def _scores(self, centred: Tensor, norms: Tensor, dtype: torch.dtype) -> Float[Tensor, "n m"]:
+        """Pre-activation times decoder norm."""
+        encoder, bias = self.weights["encoder"].data * norms[:, None], self.weights["b_enc"].data * norms
+        return F.linear(centred.to(dtype), encoder.to(dtype), bias.to(dtype))
 
     def _choose(self, scores: Tensor) -> Active:
         if self.options.architecture == "topk":
@@ -173,16 +209,11 @@ class SparseObjective(Objective):
         places, values = above(scores, 0.8 * float(self.threshold))
         if parallel.total(len(values)) < count * parallel.world():
             places, values = above(scores, 0.0)
-        least = parallel.joint_least(values, count)
-        if least is not None:
+        if parallel.world() > 1:
             # The batch is that of all processes together, and so is the threshold within it.
-            chosen = values >= least
-            return largest(scores, places[chosen], values[chosen], int(chosen.sum()))
+            chosen = values >= parallel.joint_least(values, count)
+            places, values, count = places[chosen], values[chosen], int(chosen.sum())
         return largest(scores, places, values, count)
-
-    def _gradient(self, name: str, value: Tensor) -> None:
-        if self.weights[name].requires_grad:
-            self.weights[name].grad = value
 
     def _revive(self, centred: Tensor, error: Tensor, dead: Tensor, norms: Tensor) -> float:
         """The loss of predicting the reconstruction error from dead latents (Gao et al. 2024, appendix A.2); its
@@ -215,8 +246,8 @@ class SparseObjective(Objective):
 
     def _follow(self, activations: Tensor) -> None:
         """Move the running threshold towards the smallest of the activations kept in this batch."""
-        least = parallel.least(activations.min().double().cpu() if len(activations) else None)
-        if least is not None:
+        least = parallel.least(float(activations.min()) if len(activations) else math.inf)
+        if least < math.inf:
             rate = THRESHOLD_RATE if float(self.threshold) else 1.0
             self.threshold = (1 - rate) * self.threshold + rate * least
 
@@ -228,13 +259,12 @@ class SparseObjective(Objective):
         """
         if self.options.architecture != "batchtopk":
             return
-        w = {name: p.data for name, p in self.weights.items()}
-        norms = w["decoder"].norm(dim=1)
+        norms = self.weights["decoder"].data.norm(dim=1)
         best = torch.zeros(0, device=x.device)
         wanted = self.options.k * len(x)
         for part in x.split(2048):
-            centred = part.float() * self.scale - w["b_dec"]
-            scores = F.linear(centred, w["encoder"] * norms[:, None], w["b_enc"] * norms).flatten()
+            centred = part.float() * self.scale - self.weights["b_dec"].data
+            scores = self._scores(centred, norms, torch.float32).flatten()
             best = torch.cat([best, scores[scores > 0]])
             if len(best) > wanted:
                 best = best.topk(wanted, sorted=False).values
@@ -258,11 +288,91 @@ class SparseObjective(Objective):
             subtract_b_dec=True,
         )
 
-    def buffers(self) -> dict[str, Tensor]:
-        return {"threshold": self.threshold}
 
-    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
-        self.threshold = buffers["threshold"]
+class LensObjective(Objective):
+    """JumpReLU or Matryoshka-BatchTopK, by a training class of sae_lens."""
+
+    def __init__(
+        self, options: TrainOptions, decoder: Tensor, b_dec: Tensor, *, scale: float, device: torch.device
+    ) -> None:
+        import sae_lens  # here, as it is slow to import
+
+        if options.architecture == "matryoshka" and parallel.world() > 1:
+            raise UnsupportedError(
+                "architecture matryoshka: expected one process, found several; sae_lens chooses its latents in the "
+                "batch of one process, so train in one, or take batchtopk"
+            )
+        super().__init__()
+        self.options, self.scale = options, scale
+        shape = {
+            "d_in": decoder.shape[1], "d_sae": options.latents, "device": str(device), "apply_b_dec_to_input": True,
+        }  # fmt: skip
+        if options.architecture == "matryoshka":
+            m = options.latents
+            widths = list(options.widths) or [max(1, m // 16), max(2, m // 4), m]
+            config = sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(
+                **shape, k=float(options.k), matryoshka_widths=widths, aux_loss_coefficient=options.aux
+            )
+            self.sae: Any = sae_lens.MatryoshkaBatchTopKTrainingSAE(config)
+        else:
+            config = sae_lens.JumpReLUTrainingSAEConfig(
+                **shape,
+                l0_coefficient=options.l0_weight,
+                l0_warm_up_steps=round(0.1 * options.steps),
+                jumprelu_bandwidth=options.bandwidth,
+                jumprelu_sparsity_loss_mode="quadratic",
+                target_l0=float(options.k),
+                jumprelu_ste_to_input=True,
+            )
+            self.sae = sae_lens.JumpReLUTrainingSAE(config)
+        with torch.no_grad():
+            self.sae.W_dec.copy_(decoder)
+            self.sae.W_enc.copy_(decoder.T)
+            self.sae.b_dec.copy_(b_dec)
+        self.weights = dict(self.sae.named_parameters())
+        self.weights["encoder"], self.weights["decoder"] = self.weights.pop("W_enc"), self.weights.pop("W_dec")
+
+    def step(self, x: Tensor, dead: Tensor, number: int, watch: Stopwatch) -> Step:
+        from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
+
+        coefficients = {}
+        for name, c in self.sae.get_coefficients().items():
+            value, rise = (c.value, c.warm_up_steps) if isinstance(c, TrainCoefficientConfig) else (c, 0)
+            coefficients[name] = value * min(1.0, number / rise) if rise else value
+        for weight in self.weights.values():
+            weight.grad = None
+        with watch("sae_lens forward"):
+            out = self.sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=x.float() * self.scale,
+                    dead_neuron_mask=dead,
+                    coefficients=coefficients,
+                    n_training_steps=number,
+                    is_logging_step=False,
+                )
+            )
+        with watch("sae_lens backward"):
+            out.loss.backward()
+        mse = float(out.losses["mse_loss"].detach())
+        on = out.feature_acts.detach() > 0
+        mse, aux, l0 = parallel.means(mse, float(out.loss.detach()) - mse, float(on.sum()) / len(x))
+        return Step(mse, aux, l0, parallel.any_of(on.any(0)))
+
+    @torch.no_grad()
+    def dictionary(self) -> Dictionary:
+        state = {name: t.detach().clone() for name, t in self.sae.state_dict().items()}
+        # This folds the decoder norm into the weights and converts BatchTopK's threshold to that of JumpReLU.
+        self.sae.process_state_dict_for_saving_inference(state)
+        norms = state["W_dec"].float().norm(dim=1).clamp(min=1e-8)
+        return Dictionary(
+            architecture="jumprelu",
+            W_enc=(state["W_enc"].float() * norms).cpu(),
+            b_enc=(state["b_enc"].float() * norms / self.scale).cpu(),
+            W_dec=(state["W_dec"].float() / norms[:, None]).cpu(),
+            b_dec=(state["b_dec"].float() / self.scale).cpu(),
+            threshold=(state["threshold"].float().clamp(min=0) * norms / self.scale).cpu(),
+            subtract_b_dec=True,
+        )
 
 
 def start_from(objective: Objective, parent: Dictionary) -> None:
@@ -286,3 +396,109 @@ def start_from(objective: Objective, parent: Dictionary) -> None:
     with torch.no_grad():
         for name, value in new.items():
             objective.weights[name].copy_(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """The active latents of a batch, as the entries of a sparse matrix `[n tokens, m latents]` in row order (CSR)."""
+
+    rows: Int[Tensor, " entries"]
+    """The token of each entry, ascending."""
+    latents: Int[Tensor, " entries"]
+    """The latent of each entry."""
+    offsets: Int[Tensor, " n+1"]
+    """Index of each token's first entry; the last element is the number of entries."""
+
+
+def top_k(scores: Float[Tensor, "n m"], k: int) -> Active:
+    """The k largest scores of every row, exactly; which of equal scores is taken is not defined.
+
+    The k largest values lie in the k groups with the largest maxima, so two small top-k passes replace a large one.
+    """
+    n, m = scores.shape
+    groups = m // GROUPS
+    if m % GROUPS or groups < 2 * k:
+        chosen = scores.topk(k, dim=1, sorted=False).indices
+    else:
+        # Strided groups, so that the maximum over a group reads contiguous memory.
+        grouped = scores.view(n, GROUPS, groups)
+        best = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+        candidates = grouped.gather(2, best[:, None].expand(n, GROUPS, k)).reshape(n, GROUPS * k)
+        inside = candidates.topk(k, dim=1, sorted=False).indices
+        chosen = (inside // k) * groups + best.gather(1, inside % k)
+    rows = torch.arange(n, device=scores.device).repeat_interleave(k)
+    offsets = torch.arange(0, n * k + 1, k, device=scores.device)
+    return Active(rows, chosen.reshape(-1), offsets)
+
+
+def above(scores: Float[Tensor, "n m"], floor: float) -> tuple[Int[Tensor, " found"], Float[Tensor, " found"]]:
+    """(flat indices, values as fp32) of the scores above `floor`."""
+    flat = scores.reshape(-1)
+    places = torch.nonzero(flat > floor).squeeze(1)
+    return places, flat[places].float()
+
+
+def largest(scores: Float[Tensor, "n m"], places: Tensor, values: Float[Tensor, " found"], count: int) -> Active:
+    """The `count` largest of the values that `above` returned, as entries in row order."""
+    n, m = scores.shape
+    if len(values) > count:
+        places = places[values.topk(count, sorted=False).indices].sort().values
+    rows = places // m
+    offsets = torch.zeros(n + 1, dtype=torch.long, device=scores.device)
+    offsets[1:] = torch.bincount(rows, minlength=n).cumsum(0)
+    return Active(rows, places - rows * m, offsets)
+
+
+def products(x: Float[Tensor, "n d"], table: Float[Tensor, "m d"], active: Active) -> Float[Tensor, " entries"]:
+    """`x[row] . table[latent]` for every entry."""
+    if x.device.type == "cpu" and torch.backends.mkl.is_available() and x.dtype == torch.float32:
+        n, m = len(x), len(table)
+        zeros = torch.zeros(len(active.latents))
+        wanted = torch.sparse_csr_tensor(active.offsets, active.latents, zeros, (n, m), check_invariants=False)
+        return torch.sparse.sampled_addmm(wanted, x, table.T, beta=0.0).values()
+    chunk = max(1, (1 << 22) // x.shape[1])
+    parts = [
+        (x[active.rows[a : a + chunk]] * table[active.latents[a : a + chunk]]).sum(1)
+        for a in range(0, len(active.rows), chunk)
+    ]
+    return torch.cat(parts) if parts else x.new_zeros(0)
+
+
+def weighted_sums(
+    values: Float[Tensor, " entries"], picks: Int[Tensor, " entries"], offsets: Tensor, table: Float[Tensor, "rows d"]
+) -> Float[Tensor, "bags d"]:
+    """For every bag of entries the sum of `value * table[pick]`: a sparse matrix times a dense one. Bag i holds the
+    entries from `offsets[i]` to `offsets[i + 1]`."""
+    if not len(picks):
+        return table.new_zeros(len(offsets) - 1, table.shape[1])
+    return F.embedding_bag(picks, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+
+
+def decode(values: Float[Tensor, " entries"], active: Active, W_dec: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
+    """The weighted sum of each token's decoder rows, without bias."""
+    return weighted_sums(values, active.latents, active.offsets, W_dec)
+
+
+@dataclass(frozen=True, eq=False)
+class ByLatent:
+    """The entries of an `Active` in the order of their latents (CSC), in which weight gradients are summed."""
+
+    order: Int[Tensor, " entries"]
+    """Index of each entry in the row order of `Active`."""
+    rows: Int[Tensor, " entries"]
+    """The token of each entry."""
+    offsets: Int[Tensor, " m+1"]
+    """Index of each latent's first entry; the last element is the number of entries."""
+
+    @classmethod
+    def of(cls, active: Active, latents: int) -> ByLatent:
+        """Sort the entries once; both weight gradients use the order."""
+        # Stable, so that the order of each sum, and with it the rounding, is the same in every run.
+        order = torch.sort(active.latents.int(), stable=True).indices
+        offsets = torch.zeros(latents + 1, dtype=torch.long, device=order.device)
+        offsets[1:] = torch.bincount(active.latents, minlength=latents).cumsum(0)
+        return cls(order, active.rows[order], offsets)
+
+    def gradient(self, values: Float[Tensor, " entries"], per_row: Float[Tensor, "n d"]) -> Float[Tensor, "m d"]:
+        """`sum over tokens of value[token, latent] * per_row[token]`, for every latent."""
+        return weighted_sums(values[self.order], self.rows, self.offsets, per_row)

@@ -3,8 +3,8 @@ command line."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 from steer.errors import UsageError
 
@@ -42,8 +42,7 @@ class TrainOptions:
     seed: Annotated[int, "Seed of the initial weights and of the order of the data."] = 0
 
     def __post_init__(self) -> None:
-        positive = ("latents", "k", "tokens", "batch", "lr", "dead_tokens", "bandwidth", "buffer")
-        for name in positive:
+        for name in ("latents", "k", "tokens", "batch", "lr", "dead_tokens", "bandwidth", "buffer"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}: expected a number above 0, found {getattr(self, name)}")
         for name in ("warmup", "decay", "held_out"):
@@ -51,11 +50,7 @@ class TrainOptions:
                 raise UsageError(f"{name}: expected a share from 0 to below 1, found {getattr(self, name)}")
         if self.warmup + self.decay > 1:
             raise UsageError(f"warmup and decay: expected at most 1 together, found {self.warmup + self.decay:g}")
-        choices = {
-            "architecture": ("topk", "batchtopk", "jumprelu", "matryoshka"),
-            "products": ("auto", "bfloat16", "float32"),
-        }
-        for name, known in choices.items():
+        for name, known in (("architecture", get_args(Architecture)), ("products", get_args(Products))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name}: expected one of {', '.join(known)}, found {getattr(self, name)!r}")
         if self.k > self.latents:
@@ -76,24 +71,9 @@ class TrainOptions:
         """Number of optimiser steps."""
         return self.tokens // self.batch
 
-    @property
-    def nested(self) -> list[int]:
-        """The nested widths of matryoshka: `widths` if given, else latents / 16, latents / 4 and latents."""
-        return list(self.widths) or [max(1, self.latents // 16), max(2, self.latents // 4), self.latents]
-
     def rate_at(self, step: int) -> float:
         """The learning rate of a step as a share of `lr`: it rises, stays constant, and falls to zero."""
         rise, fall = round(self.warmup * self.steps), round(self.decay * self.steps)
         up = min(1.0, (step + 1) / rise) if rise else 1.0
         down = min(1.0, (self.steps - step) / fall) if fall else 1.0
         return up * down
-
-    def as_json(self) -> dict[str, Any]:
-        """The options as JSON, for manifests and checkpoints."""
-        return asdict(self) | {"widths": list(self.widths)}
-
-    @classmethod
-    def help(cls) -> dict[str, str]:
-        """Field name -> help text."""
-        hints = get_type_hints(cls, include_extras=True)
-        return {f.name: hints[f.name].__metadata__[0] for f in fields(cls)}

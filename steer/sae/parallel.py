@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,62 +58,41 @@ def average_gradients(weights: Iterable[nn.Parameter]) -> None:
 
 def means(*values: float) -> tuple[float, ...]:
     """The mean of each number over the processes."""
-    if world() == 1:
-        return values
-    sums = torch.tensor(values, dtype=torch.float64, device=_device())
-    dist.all_reduce(sums)
-    return tuple((sums / world()).tolist())
+    return tuple((_reduced(torch.tensor(values, dtype=torch.float64)) / world()).tolist())
 
 
 def total(count: int) -> int:
     """The sum of a count over the processes."""
-    return round(means(float(count))[0] * world())
+    return int(_reduced(torch.tensor(count)))
 
 
 def any_of(flags: Tensor) -> Tensor:
     """Elementwise "or" over the processes."""
-    if world() == 1:
-        return flags
-    seen = flags.int()
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return seen.bool()
+    return flags if world() == 1 else _reduced(flags.int(), dist.ReduceOp.MAX).bool()
 
 
-def least(value: Tensor | None) -> Tensor | None:
-    """The smallest value over the processes, of which some may have None; None if all have None."""
-    if world() == 1:
-        return value
-    found = torch.tensor(float("inf") if value is None else float(value), dtype=torch.float64, device=_device())
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return None if bool(found.isinf()) else found.cpu()
+def least(value: float) -> float:
+    """The smallest value over the processes."""
+    return float(_reduced(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MIN))
 
 
-def joint_least(values: Tensor, count: int) -> float | None:
-    """The `world * count`-th largest of the values of all processes together, or 0 if they have fewer values.
-
-    None if there is only one process.
-    """
-    if world() == 1:
-        return None
+def joint_least(values: Tensor, count: int) -> float:
+    """The `world * count`-th largest of the positive values of all processes together, or 0 if they have fewer."""
     wanted = world() * count
     if len(values) > wanted:
         values = values.topk(wanted, sorted=False).values
-    sizes = torch.zeros(world(), dtype=torch.long, device=values.device)
-    sizes[rank()] = len(values)
-    dist.all_reduce(sizes)
-    padded = values.new_full((int(sizes.max()),), -torch.inf)
+    longest = _reduced(torch.tensor(len(values)), dist.ReduceOp.MAX)
+    padded = values.new_zeros(int(longest))
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in range(world())]
     dist.all_gather(parts, padded)
     joined = torch.cat(parts)
-    if int(sizes.sum()) < wanted:
-        return 0.0
-    return float(joined.topk(wanted, sorted=False).values.min())
+    return float(joined.topk(wanted, sorted=False).values.min()) if len(joined) >= wanted else 0.0
 
 
-def stop_requested(here: bool) -> bool:
-    """Whether any process was asked to stop, so that all stop after the same step. `here` says whether this one was."""
-    return bool(any_of(torch.tensor([here], device=_device())).item())
+def stop_requested(asked: bool) -> bool:
+    """Whether any process was asked to stop, so that all stop after the same step."""
+    return bool(any_of(torch.tensor(asked)))
 
 
 def barrier() -> None:
@@ -121,11 +101,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _device() -> torch.device:
-    return local_device() if dist.is_initialized() and dist.get_backend() == "nccl" else torch.device("cpu")
-
-
 def launched_first() -> bool:
     """Whether this is the launcher's first process, or there is no launcher. Unlike `rank`, it works outside
     `process_group`."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _reduced(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    if world() > 1:
+        values = values.to(local_device() if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values, op)
+    return values

@@ -63,31 +63,30 @@ def rank(
     Error: UsageError when one of the four groups is empty.
     """
     groups = (fit_with, fit_without, held_with, held_without)
-    if not all(len(g) for g in groups):
+    if not all(map(len, groups)):
         counts = ", ".join(str(len(g)) for g in groups)
         raise UsageError(
             "ranking: expected replies with and without the trait on fit and on held-out topics, "
             f"found {counts}; give the trait more topics"
         )
-    fit = {p: _sides(fit_with, fit_without, p) for p in ("max", "mean")}
-    held = {p: _sides(held_with, held_without, p) for p in ("max", "mean")}
-    fit_auroc = {p: auroc(*fit[p]) for p in fit}
-    held_ranks = {p: _ranks(*held[p]) for p in held}
+    fit = {p: auroc(_values(fit_with, p), _values(fit_without, p)) for p in ("max", "mean")}
+    ranks = {p: _ranks(_values(held_with, p), _values(held_without, p)) for p in ("max", "mean")}
     labels = np.array([True] * len(held_with) + [False] * len(held_without))
+    held = {p: _from_ranks(r, labels[None])[0] for p, r in ranks.items()}
 
-    by_max = np.abs(fit_auroc["max"] - 0.5) >= np.abs(fit_auroc["mean"] - 0.5)
-    distance = np.abs(np.where(by_max, fit_auroc["max"], fit_auroc["mean"]) - 0.5)
-    ranks = np.where(by_max, held_ranks["max"], held_ranks["mean"])
+    by_max = np.abs(fit["max"] - 0.5) >= np.abs(fit["mean"] - 0.5)
+    chosen = np.where(by_max, held["max"], held["mean"])
     permuted = permuted_labels(labels, (*held_with.topics, *held_without.topics), permutations, seed)
+    null = _from_ranks(np.where(by_max, ranks["max"], ranks["mean"]), permuted)
     return Ranking(
-        fit_auroc_max=fit_auroc["max"],
-        fit_auroc_mean=fit_auroc["mean"],
-        auroc_max=_from_ranks(held_ranks["max"], labels[None])[0],
-        auroc_mean=_from_ranks(held_ranks["mean"], labels[None])[0],
+        fit_auroc_max=fit["max"],
+        fit_auroc_mean=fit["mean"],
+        auroc_max=held["max"],
+        auroc_mean=held["mean"],
         pooling=np.where(by_max, "max", "mean"),
-        auroc=_from_ranks(ranks, labels[None])[0],
-        q=false_discovery_rates(_from_ranks(ranks, labels[None])[0], _from_ranks(ranks, permuted)),
-        order=np.argsort(-distance, kind="stable"),
+        auroc=chosen,
+        q=false_discovery_rates(chosen, null),
+        order=np.argsort(-np.abs(np.where(by_max, fit["max"], fit["mean"]) - 0.5), kind="stable"),
         replies=(len(fit_with), len(fit_without), len(held_with), len(held_without)),
     )
 
@@ -136,8 +135,8 @@ def false_discovery_rates(
     return out
 
 
-def _sides(with_: Pooled, without: Pooled, pooling: str) -> tuple[np.ndarray, np.ndarray]:
-    return getattr(with_, pooling).numpy(), getattr(without, pooling).numpy()
+def _values(group: Pooled, pooling: str) -> Float[np.ndarray, "replies latents"]:
+    return getattr(group, pooling).numpy()
 
 
 def _ranks(positive: np.ndarray, negative: np.ndarray) -> Float[np.ndarray, "replies latents"]:

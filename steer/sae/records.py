@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from steer.errors import SteerError, UsageError
-from steer.files import parse_json, replacing
+from steer.files import one_line, parse_json, replacing
 
 if TYPE_CHECKING:  # listing and searching labels must not import torch
     from steer.sae.ranking import Ranking
@@ -72,7 +74,7 @@ class FeatureRecord:
     @property
     def best_trait(self) -> str | None:
         """The trait whose AUROC is furthest from chance, for or against; None if no trait was measured."""
-        return max(self.traits, key=lambda t: self.distance(t), default=None)
+        return max(self.traits, key=self.distance, default=None)
 
     @property
     def best_auroc(self) -> float | None:
@@ -85,48 +87,12 @@ class FeatureRecord:
         return abs(self.traits[trait].auroc - 0.5) if trait in self.traits else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The record's line in features.jsonl as JSON, numbers rounded to five significant digits."""
-        return {
-            "index": self.index,
-            "rate": _short(self.rate),
-            "unit": _short(self.unit),
-            "max": _short(self.max),
-            "top_tokens": [[text, _short(logit)] for text, logit in self.top_tokens],
-            "bottom_tokens": [[text, _short(logit)] for text, logit in self.bottom_tokens],
-            "contexts": [
-                {"before": c.before, "token": c.token, "after": c.after, "activation": _short(c.activation)}
-                for c in self.contexts
-            ],
-            "nearest": [[index, _short(cosine)] for index, cosine in self.nearest],
-            "traits": {
-                name: {k: _short(getattr(s, k)) for k in ("auroc", "auroc_max", "auroc_mean", "q")}
-                for name, s in self.traits.items()
-            },
-            "best_trait": self.best_trait,
-            "best_auroc": None if self.best_auroc is None else _short(self.best_auroc),
-        }
+        """The record's line in features.jsonl as JSON, numbers rounded to five significant digits: the file is for
+        people to read, and is a tenth of the dictionary's size."""
+        return _rounded(vars(self) | {"best_trait": self.best_trait, "best_auroc": self.best_auroc})
 
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> FeatureRecord:
-        """The record from a line of features.jsonl. Errors: KeyError, TypeError, ValueError or OverflowError for a line
-        that is not a record."""
-        return cls(
-            index=_whole(row["index"]),
-            rate=float(row["rate"]),
-            unit=float(row["unit"]),
-            max=float(row["max"]),
-            top_tokens=[(str(text), float(logit)) for text, logit in row["top_tokens"]],
-            bottom_tokens=[(str(text), float(logit)) for text, logit in row["bottom_tokens"]],
-            contexts=[
-                Context(str(c["before"]), str(c["token"]), str(c["after"]), float(c["activation"]))
-                for c in row["contexts"]
-            ],
-            nearest=[(_whole(index), float(cosine)) for index, cosine in row["nearest"]],
-            traits={
-                str(name): TraitScore(**{k: float(s[k]) for k in ("auroc", "auroc_max", "auroc_mean", "q")})
-                for name, s in row.get("traits", {}).items()
-            },
-        )
+
+_RECORD = TypeAdapter(FeatureRecord)
 
 
 def write_records(path: str | Path, records: Iterable[FeatureRecord]) -> Path:
@@ -148,32 +114,26 @@ def read_records(path: str | Path) -> list[FeatureRecord]:
         if not line.strip():
             continue
         try:
-            out.append(FeatureRecord.from_json(parse_json(line)))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            what = f"no {e.args[0]!r}" if isinstance(e, KeyError) else " ".join(str(e).split())
+            out.append(_RECORD.validate_python(parse_json(line)))
+        except ValueError as e:
+            found = one_line(e)
+            if isinstance(e, ValidationError):
+                first = e.errors()[0]
+                name = ".".join(map(str, first["loc"]))
+                found = f"no {name!r}" if first["type"] == "missing" else f"{name} {first['input']!r:.60}".strip()
             raise SteerError(
-                f"{path}, line {number}: expected a latent's record, found {what}; label the dictionary again"
+                f"{path}, line {number}: expected a latent's record, found {found}; label the dictionary again"
             ) from e
     return out
 
 
 def with_trait(records: Sequence[FeatureRecord], trait: str, ranking: Ranking) -> list[FeatureRecord]:
     """The records with the scores of one trait added, or replaced if they had some."""
-    return [
-        replace(
-            r,
-            traits=r.traits
-            | {
-                trait: TraitScore(
-                    auroc=float(ranking.auroc[r.index]),
-                    auroc_max=float(ranking.auroc_max[r.index]),
-                    auroc_mean=float(ranking.auroc_mean[r.index]),
-                    q=float(ranking.q[r.index]),
-                )
-            },
-        )
-        for r in records
-    ]
+
+    def score(latent: int) -> TraitScore:
+        return TraitScore(*(float(getattr(ranking, f.name)[latent]) for f in fields(TraitScore)))
+
+    return [replace(r, traits=r.traits | {trait: score(r.index)}) for r in records]
 
 
 def search(
@@ -213,12 +173,11 @@ def _text(record: FeatureRecord) -> str:
     return "\n".join([*tokens, *(c.before + c.token + c.after for c in record.contexts), *record.traits]).lower()
 
 
-def _short(value: float) -> float:
-    """Round to five significant digits: the file is for people to read, and is a tenth of the dictionary's size."""
-    return float(f"{value:.5g}")
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} where a latent's number should be")
-    return value
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Context | TraitScore):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

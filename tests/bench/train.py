@@ -22,10 +22,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from steer.sae.architectures import objective_for
+from steer.sae.objectives import Stopwatch, objective_for
 from steer.sae.options import TrainOptions
 from steer.sae.shards import Harvest
-from steer.sae.stopwatch import Stopwatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[torch.Tensor], float]

@@ -99,6 +99,13 @@ def test_the_datasets_package_reads_folders_and_tables(model: SteeredModel, tmp_
     assert [words(model, d) for d in documents(model, str(tmp_path / "a.csv"))] == ["bu"]
 
 
+def test_tables_may_be_compressed_and_a_name_is_no_pattern(model: SteeredModel, tmp_path: Path) -> None:
+    (tmp_path / "a[1].csv.gz").write_bytes(gzip.compress(b"text\nba\n"))
+    (tmp_path / "b*.txt").write_text("be")
+    sources = [str(tmp_path / "a[1].csv.gz"), str(tmp_path / "b*.txt")]
+    assert [words(model, d) for d in documents(model, sources)] == ["ba", "be"]
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [

@@ -13,8 +13,8 @@ from tiny_chat import SPECIAL, WORDS, save_tiny_chat
 from steer.errors import MismatchError, UsageError
 from steer.model.steered import SteeredModel, load
 from steer.sae.harvest import harvest
-from steer.sae.shards import Activations, Batches, Harvest, ShuffledRows, is_held_out
-from steer.sae.stream import ModelStream
+from steer.sae.passes import ModelStream
+from steer.sae.shards import Activations, Harvest, ShuffledRows, is_held_out
 
 ROWS, BATCH = 103, 10
 HELD = [2, 32, 33, 42, 53]
@@ -48,14 +48,14 @@ def made(model: SteeredModel, text: str, tmp_path_factory: pytest.TempPathFactor
 
 def numbered(shard: int = 25) -> Activations:
     """Row n holds n."""
-    return Activations(list(torch.arange(ROWS).bfloat16()[:, None].split(shard)), shard, 1)
+    return Activations(list(torch.arange(ROWS).bfloat16()[:, None].split(shard)))
 
 
 def shuffled(rank: int = 0, world: int = 1, seed: int = 0) -> ShuffledRows:
     return ShuffledRows(numbered(), torch.arange(ROWS), BATCH, seed, rank, world)
 
 
-def take(batches: Batches, count: int) -> torch.Tensor:
+def take(batches: ShuffledRows | ModelStream, count: int) -> torch.Tensor:
     return torch.cat([next(batches) for _ in range(count)])
 
 
@@ -135,8 +135,8 @@ def fed(model: SteeredModel, text: str, monkeypatch: pytest.MonkeyPatch, **optio
     """A stream, and every row that its forward passes made for training, in order."""
     stream = streamed(model, text, **options)
     rows: list[torch.Tensor] = []
-    kept = stream._kept
-    monkeypatch.setattr(stream, "_kept", lambda p: rows.append(kept(p)) or rows[-1])
+    inliers = stream._inliers
+    monkeypatch.setattr(stream, "_inliers", lambda p: rows.append(inliers(p)) or rows[-1])
     return stream, rows
 
 
@@ -144,11 +144,10 @@ def test_the_buffer_holds_what_it_says_and_no_token_is_lost_or_given_twice(
     model: SteeredModel, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream, rows = fed(model, text, monkeypatch)
-    assert stream.buffered == 0
     given = []
     for _ in range(60):
         given.append(next(stream))
-        assert stream.buffered == 300
+        assert len(stream.state_dict()["buffer"]) == 300
         # What was made = what was given + the buffer + less than a pass that waits.
         waiting = len(torch.cat(rows)) - 300 - 20 * len(given)
         assert 0 <= waiting < 128

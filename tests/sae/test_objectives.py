@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from steer.errors import MismatchError, UsageError
-from steer.sae.architectures import objective_for
-from steer.sae.objectives import SparseObjective, start_from
+from steer.sae.objectives import SparseObjective, Stopwatch, objective_for, start_from
 from steer.sae.options import TrainOptions
-from steer.sae.stopwatch import Stopwatch
 
 WIDTH, LATENTS, TOKENS = 48, 256, 64
 

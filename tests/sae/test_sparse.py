@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steer.sae.sparse import Active, ByLatent, above, decode, largest, products, top_k
+from steer.sae.objectives import Active, ByLatent, above, decode, largest, products, top_k
 
 
 def dense(active: Active, values: torch.Tensor, m: int) -> torch.Tensor:
