@@ -62,9 +62,8 @@ def chosen(checks: Sequence[SiteCheck], depth: int) -> int:
 
     Clearly lower means by more than two standard errors of the difference. A few replies per site leave noise in its
     merit: among sites that cannot be distinguished, which one has the best number is chance and changes with the seed
-    and the machine; the middle does not. The rule is the one-standard-error rule (Breiman et al. 1984) with the error of
-    the difference in place of that of the best; that directions steer best from the middle of a model is from Rimsky
-    et al. 2024.
+    and the machine; the middle does not. This is the one-standard-error rule (Breiman et al. 1984) with the error of
+    the difference in place of that of the best; that directions steer best from the middle is from Rimsky et al. 2024.
     """
     best = max(checks, key=lambda c: c.merit)
     near = [c for c in checks if best.merit - c.merit <= 2 * math.hypot(best.error, c.error)]
