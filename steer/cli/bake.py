@@ -78,7 +78,9 @@ def bake(
     command, added = shlex.join(["steer", *sys.argv[1:]]), dict(parse_amount(a) for a in add)
     plan: list[str] = []
     say: Callable[[str], None] = plan.append if as_json else lambda line: typer.echo(plain(line))
-    strengths = {n: parse_strength(s, f"--{n}") for n, s in _given(attention=attention, mlp=mlp).items()}
+    strengths: dict[str, Any] = {
+        n: parse_strength(s, f"--{n}") for n, s in _given(attention=attention, mlp=mlp).items()
+    }
     how = {
         "strength": strength,
         "blocks": _blocks(blocks),

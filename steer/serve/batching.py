@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
 
 _log = logging.getLogger(__name__)
+_CLOSED = "the engine is closed; start another"
 
 
 @dataclass(eq=False)
@@ -88,10 +90,9 @@ class BatchingEngine:
             if value is not None and value < least:
                 raise UsageError(f"{name}: expected a whole number of at least {least}, found {value}")
         self.model, self.max_running, self.max_waiting = model, max_running, max_waiting
-        most = model.context
-        if model.anatomy.rotary_limit is not None:  # a longer text would change the rotary embedding of the whole step
-            most = min(most, model.anatomy.rotary_limit)
-        self._wanted = most if context is None else min(context, most)
+        # A text beyond the rotary limit would change the rotary embedding of the whole step.
+        longest = min(n for n in (context, model.context, model.anatomy.rotary_limit) if n is not None)
+        self._new_batcher = partial(Batcher, model.hf, model.anatomy, max_running, longest)
         self._wake = threading.Event()
         """Set when there may be something to do; the engine's thread waits for it."""
         self._lock = threading.RLock()
@@ -99,13 +100,12 @@ class BatchingEngine:
         self._running: dict[str, _Text] = {}
         self._waiting: list[_Text] = []
         self._numbers = count()
-        self._closing = False
-        self._broken: str | None = None
-        """Why the engine stopped; None while it works."""
+        self.problem: str | None = None
+        """Why the engine accepts no more jobs; None while it accepts them."""
         self._seconds = 1.0
         """Seconds that a text takes from its first step to its end, a running mean."""
         self._tally = _Receipts()
-        self._routing: tuple[object, Tensor | None, Tensor | None] = (None, None, None)
+        self._routing: tuple[object, Tensor, Tensor] = (None, torch.empty(0), torch.empty(0))
         """The texts and edits of the last step; for each packed token the index of its edit, and the position in its
         text that writes the first token of the reply. Reused while the former stay the same."""
         self._batcher = self._new_batcher()
@@ -121,12 +121,8 @@ class BatchingEngine:
         self._thread.start()
 
     @property
-    def problem(self) -> str | None:
-        """See `Engine`, as for the other public methods."""
-        return (self._broken or "the engine is closed; start another") if self._closing else None
-
-    @property
     def running(self) -> int:
+        """See `Engine`, as for the other public methods."""
         return len(self._running)
 
     @property
@@ -144,8 +140,8 @@ class BatchingEngine:
             self._wake.set()
 
         with self._lock:
-            if self._closing:
-                raise SteerError(self.problem or "")
+            if self.problem is not None:
+                raise SteerError(self.problem)
             self._waiting.append(text)
             self._begin()
             # Free places count as room in the queue: a text may wait beside them because its request has its share.
@@ -160,7 +156,7 @@ class BatchingEngine:
 
     def close(self) -> None:
         with self._lock:
-            self._closing = True
+            self.problem = self.problem or _CLOSED
         self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -181,7 +177,7 @@ class BatchingEngine:
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while self.problem is None:
                 self._wake.clear()
                 with self._lock:
                     cancelled = [t for t in (*self._running.values(), *self._waiting) if t.cancelled]
@@ -192,17 +188,17 @@ class BatchingEngine:
                 except Exception as e:
                     self._recover(e)
                     worked = True
-                if not worked and not self._closing:
+                if not worked and self.problem is None:
                     self._wake.wait()
         except BaseException as e:
-            self._broken = f"the engine has stopped: {type(e).__name__}"
+            self.problem = f"the engine has stopped: {type(e).__name__}"
             raise
         finally:
             # Every open job gets its last event, so that no client waits for a reply that will not come.
-            with self._lock:
-                self._closing = True
-            for text in [*self._running.values(), *self._waiting]:
-                self._end(text, SteerError(self._broken) if self._broken else "cancelled")
+            with self._lock:  # waits for a job that is just being accepted
+                texts = [*self._running.values(), *self._waiting]
+            for text in texts:
+                self._end(text, "cancelled" if self.problem == _CLOSED else SteerError(self.problem))
             with self.model.steering.lock:
                 self._batcher.close()
 
@@ -213,7 +209,14 @@ class BatchingEngine:
             return False
         texts = [self._running[p.id] for p in parts]
         for text in texts:
-            self._update_edit(text)
+            try:
+                edit = text.job.edit()
+                if edit is not None and edit is not text.edit:
+                    # Prepared here, so that an error in this edit fails this text alone.
+                    self.model.steering.work_out(edit)
+                text.edit = edit
+            except Exception as e:
+                self._fail(text, e)
         writing = [text for text, part in zip(texts, parts, strict=True) if part.writes]
         try:
             logits = self._forward(parts, texts)
@@ -233,16 +236,6 @@ class BatchingEngine:
             elif not text.over:
                 self._send_token(text, token, row)
         return True
-
-    def _update_edit(self, text: _Text) -> None:
-        try:
-            edit = text.job.edit()
-            if edit is not None and edit is not text.edit:
-                # Prepared here, so that an error in this edit fails this text alone.
-                self.model.steering.work_out(edit)
-            text.edit = edit
-        except Exception as e:
-            self._fail(text, e)
 
     def _forward(self, parts: list[Part], texts: Sequence[_Text]) -> Float[Tensor, "writing vocab"]:
         steering, batcher = self.model.steering, self._batcher
@@ -286,7 +279,11 @@ class BatchingEngine:
         if text.over:
             return
         text.over = True
-        receipt = self._receipt(text)
+        try:
+            receipt = self._tally.ended(text.number)
+        except Exception as e:
+            _log.error("no receipts for the replies being written", exc_info=e)
+            self._tally, receipt = _Receipts(), Receipt(0)
         with self._lock:
             if self._running.pop(text.id, None) is not None:
                 self._seconds += 0.2 * (time.monotonic() - text.begun - self._seconds)
@@ -295,16 +292,9 @@ class BatchingEngine:
             elif text in self._waiting:
                 self._waiting.remove(text)
             self._begin()
-        self._send_event(text, how if isinstance(how, SteerError) else Finished(how, receipt))
-
-    def _receipt(self, text: _Text) -> Receipt | None:
-        try:
-            receipt = self._tally.ended(text.number)
-        except Exception as e:
-            _log.error("no receipts for the replies being written", exc_info=e)
-            self._tally = _Receipts()
-            return None
-        return receipt if receipt.sliders else None
+        self._send_event(
+            text, how if isinstance(how, SteerError) else Finished(how, receipt if receipt.sliders else None)
+        )
 
     def _send_event(self, text: _Text, event: Event) -> None:
         try:
@@ -317,7 +307,7 @@ class BatchingEngine:
         """Give waiting texts to the batcher while there is a place, and free pages for the whole length of each."""
         with self._lock:
             for text in list(self._waiting):
-                if len(self._running) >= self.max_running or self._closing:
+                if len(self._running) >= self.max_running or self.problem is not None:
                     return
                 places = self.max_running - len(self._running) - 1
                 pages = self._batcher.capacity - sum(t.pages for t in self._running.values()) - text.pages
@@ -348,13 +338,9 @@ class BatchingEngine:
                 self._batcher = self._new_batcher()
             except Exception as e:
                 _log.error("the engine has stopped", exc_info=e)
-                self._broken = f"the engine has stopped: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}"
-                self._closing = True
+                self.problem = f"the engine has stopped: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}"
         for text in interrupted:
             self._fail(text, error)
-
-    def _new_batcher(self) -> Batcher:
-        return Batcher(self.model.hf, self.model.anatomy, self.max_running, self._wanted)
 
 
 class _Receipts(Tally):

@@ -68,28 +68,22 @@ def failed(error: Exception) -> ApiError:
 def handle_errors(app: FastAPI) -> None:
     """Make an app answer every error in OpenAI's format."""
 
-    @app.exception_handler(ApiError)
-    async def _(request: Request, e: ApiError) -> JSONResponse:
-        return e.response()
+    async def answer(request: Request, e: Exception) -> JSONResponse:
+        if isinstance(e, RequestValidationError):
+            e = _invalid(e)
+        elif isinstance(e, HTTPException):
+            known = {
+                404: ("there is no such path", "not_found"),
+                405: ("this path has other methods", "method_not_allowed"),
+            }
+            detail, code = known.get(e.status_code, (e.detail, None))
+            message = f"{request.method} {request.url.path}: {detail}"
+            e = ApiError(e.status_code, message, code=code, headers=e.headers)
+        # Starlette raises any other exception again after this response is sent, and uvicorn logs it.
+        return (e if isinstance(e, ApiError) else _internal_error()).response()
 
-    @app.exception_handler(RequestValidationError)
-    async def _(request: Request, e: RequestValidationError) -> JSONResponse:
-        return _invalid(e).response()
-
-    @app.exception_handler(HTTPException)
-    async def _(request: Request, e: HTTPException) -> JSONResponse:
-        known = {
-            404: ("there is no such path", "not_found"),
-            405: ("this path has other methods", "method_not_allowed"),
-        }
-        detail, code = known.get(e.status_code, (e.detail, None))
-        message = f"{request.method} {request.url.path}: {detail}"
-        return ApiError(e.status_code, message, code=code, headers=e.headers).response()
-
-    @app.exception_handler(Exception)
-    async def _(request: Request, e: Exception) -> JSONResponse:
-        # Starlette raises the exception again after this response is sent, and uvicorn logs it.
-        return _internal_error().response()
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
 
 
 def _internal_error() -> ApiError:

@@ -130,8 +130,8 @@ class Batcher:
 
         Together, the added texts may need at most `capacity` pages; then no text is evicted and read again.
         """
-        ends = list(ends) or -1
-        if self._manager.add_request(list(prompt), request_id=id, max_new_tokens=new, eos_token_id=ends) is None:
+        options = {"request_id": id, "max_new_tokens": new, "eos_token_id": list(ends) or -1}
+        if self._manager.add_request(list(prompt), **options) is None:
             raise SteerError("transformers' continuous batching takes no more texts")
 
     def drop(self, id: str) -> None:

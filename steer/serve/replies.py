@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -53,10 +52,10 @@ class Replies:
     """Answers requests for text from one model."""
 
     def __init__(
-        self, model: SteeredModel, engine: Engine, board: LiveSettings, metrics: Metrics, name: str, limits: Limits
+        self, model: SteeredModel, engine: Engine, settings: LiveSettings, metrics: Metrics, name: str, limits: Limits
     ) -> None:
         """`name`: the model's name for clients."""
-        self._model, self._engine, self._board, self._metrics = model, engine, board, metrics
+        self._model, self._engine, self._settings, self._metrics = model, engine, settings, metrics
         self._name, self._limits = name, limits
         # Planning (templates, tokenisation, looking up directions) runs in threads beside the event loop. Several
         # requests are planned at a time, so that one that takes seconds to tokenise does not delay the others.
@@ -65,8 +64,9 @@ class Replies:
 
     async def answer(self, http: HttpRequest, request: ChatRequest | CompletionRequest) -> Response:
         """Return the response to a request. Errors: ApiError."""
-        planning = partial(anyio.to_thread.run_sync, self._plan, request, limiter=self._planning_limiter)
-        plan: RequestPlan | None = await _unless_hung_up(http, planning)
+        plan = await _unless_hung_up(
+            http, lambda: anyio.to_thread.run_sync(self._plan, request, limiter=self._planning_limiter)
+        )
         if plan is None:
             return self._client_left()
         writing = Writing(self._engine, plan.jobs, self._model.tokenizer, request.stop or [], self._metrics)
@@ -75,7 +75,7 @@ class Replies:
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return _Stream(self._chunks(plan, writing, with_usage), writing, self._metrics)
         try:
-            reply = await _unless_hung_up(http, partial(self._whole, plan, writing))
+            reply = await _unless_hung_up(http, lambda: self._whole(plan, writing))
         except SteerError as e:
             raise failed(e) from e
         finally:
@@ -95,33 +95,36 @@ class Replies:
         if not model or model in names:
             return None
         base, _, profile = model.rpartition("@")
-        if base in names and profile in self._board.profiles:
+        if base in names and profile in self._settings.profiles:
             return profile
-        known_names = ", ".join([self._name, *(f"{self._name}@{p}" for p in self._board.profiles)])
+        known_names = ", ".join([self._name, *(f"{self._name}@{p}" for p in self._settings.profiles)])
         message = f"model {shown(model)}: expected one of {known_names}; see GET /v1/models"
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def _plan(self, request: ChatRequest | CompletionRequest) -> RequestPlan:
         model, limits, context = self._model, self._limits, self._engine.context
         check(request, limits, context, self._longest)
-        setting = self._board.setting_for(self.profile_of(request.model), request.steering or Steering())
-        sampler = sampler_of(request, (setting or self._board.live).sampler, limits, len(model.tokenizer))
+        setting = self._settings.setting_for(self.profile_of(request.model), request.steering or Steering())
+        sampler = sampler_of(request, (setting or self._settings.live).sampler, limits, len(model.tokenizer))
         prompts = prompts_of(model, request, context)
         if sampler.dry_multiplier:
             breaker_ids(model.tokenizer, sampler.dry_sequence_breakers)  # fills its cache in this thread, not the loop
 
         def edit() -> Edit | None:
-            return (setting or self._board.live).sliders.current
+            return (setting or self._settings.live).sliders.current
 
+        if isinstance(request, ChatRequest):
+            kind, top = ChatFormat, (request.top_logprobs or 0) if request.logprobs else None
+        else:
+            kind, top = CompletionFormat, request.logprobs
         one_request, n = object(), request.n or 1
         jobs = []
         for prompt in prompts:
             longest = min(sampler.max_new_tokens, context - len(prompt.ids))
             cut = replace(sampler, max_new_tokens=longest)
-            jobs += [Job(prompt.ids, cut, edit, key, prompt.begun, request.top, one_request) for key in range(n)]
-        kind = ChatFormat if isinstance(request, ChatRequest) else CompletionFormat
+            jobs += [Job(prompt.ids, cut, edit, key, prompt.begun, top, one_request) for key in range(n)]
         choices = [prompt for prompt in prompts for _ in range(n)]
-        shape = kind(request.model or self._name, model.tokenizer, choices, request.top is not None)
+        shape = kind(request.model or self._name, model.tokenizer, choices, top is not None)
         return RequestPlan(jobs, prompts, shape, setting)
 
     async def _whole(self, plan: RequestPlan, writing: Writing) -> Response:
@@ -161,7 +164,7 @@ class Replies:
     def _summary(self, plan: RequestPlan, writing: Writing) -> dict[str, Any]:
         """Return what a reply reports at its end: its usage, and the extension `steering`, which holds its final
         sliders, what they did, and the seed to repeat it."""
-        setting = plan.setting or self._board.live
+        setting = plan.setting or self._settings.live
         receipts = [c.receipt for c in writing.choices]
         rows = [None if r is None else r.describe() for r in receipts]
         warnings = [w for r in receipts if r is not None for w in r.warnings]

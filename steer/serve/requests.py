@@ -65,7 +65,7 @@ Sliders = Annotated[dict[SliderName, Amount | None], BeforeValidator(_check_coun
 
 
 class _Strict(BaseModel, strict=True):
-    """Base of all bodies: no conversion between numbers and texts."""
+    """Base of all bodies: numbers and texts are not converted into each other."""
 
 
 class StreamOptions(_Strict):
@@ -178,11 +178,6 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    @property
-    def top(self) -> int | None:
-        """How many of the likeliest tokens to report beside each token; None for no logprobs."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
 
 class CompletionRequest(Request):
     """The body of /v1/completions."""
@@ -196,11 +191,6 @@ class CompletionRequest(Request):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
-
-    @property
-    def top(self) -> int | None:
-        """As in a chat."""
-        return self.logprobs
 
     @property
     def prompts(self) -> list[Any]:

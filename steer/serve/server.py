@@ -121,8 +121,8 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     options = options or Options()
     # Clients know a directory by the last part of its path, and a hub id unchanged.
     name = Path(model.name).resolve().name if Path(model.name).is_dir() else model.name
-    board, metrics = LiveSettings(model, options.profiles), Metrics(engine)
-    replies = Replies(model, engine, board, metrics, name, options.limits)
+    settings, metrics = LiveSettings(model, options.profiles), Metrics(engine)
+    replies = Replies(model, engine, settings, metrics, name, options.limits)
     # FastAPI's documentation pages are switched off, because they load scripts from other hosts.
     app = FastAPI(title="steer", docs_url=None, redoc_url=None)
     handle_errors(app)
@@ -142,23 +142,21 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [described(p) for p in (None, *board.profiles)]}
+        return {"object": "list", "data": [described(p) for p in (None, *settings.profiles)]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         return described(replies.profile_of(name))
 
+    # FastAPI calls these two in a thread, because they are no coroutines: they may read a dictionary from disk.
     @app.get("/v1/steering")
-    async def steering() -> dict[str, Any]:
-        return await anyio.to_thread.run_sync(board.describe)
+    def steering() -> dict[str, Any]:
+        return settings.describe()
 
     @app.put("/v1/steering")
-    async def steer(update: Steering) -> dict[str, Any]:
-        def change() -> dict[str, Any]:
-            board.change(update)
-            return board.describe()
-
-        return await anyio.to_thread.run_sync(change)
+    def steer(update: Steering) -> dict[str, Any]:
+        settings.change(update)
+        return settings.describe()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
