@@ -76,11 +76,8 @@ class BatchingEngine:
         """Allocate the KV cache, check packed logits against plain ones, and start the engine's thread.
 
         `max_running`: texts that are written at the same time. `max_waiting`: texts that may queue behind them.
-        `context`: most tokens of a prompt and its reply together; by default the model's own context. It is less if a
-        quarter of the free memory cannot hold that many.
-
-        Errors: SteerError without memory, UnsupportedError for a transformers version with a different continuous
-        batching.
+        `context`: most tokens of a prompt and its reply together, by default the model's; less if a quarter of the free
+        memory cannot hold that many. Errors: SteerError without memory, UnsupportedError for another transformers.
         """
         for name, value, least in (
             ("max_running", max_running, 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from steer.serve.engine import Engine
 
@@ -37,7 +37,3 @@ class Metrics:
         """Count a token of a reply. `seconds`: since the last one, or for the first since its job was submitted."""
         (self._first_token if first else self._each_token).observe(seconds)
         self._reply_tokens.inc()
-
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus's exposition format."""
-        return generate_latest(self.registry)

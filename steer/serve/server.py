@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from openai.types import Model
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from steer.core.profile import Profile
 from steer.errors import SteerError, UsageError, skip
@@ -166,7 +166,7 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
 
     @app.get("/metrics")
     async def measured() -> Response:
-        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app.add_middleware(Guard, host=options.host, api_key=options.api_key, max_body=options.limits.body, metrics=metrics)
     return app
