@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from steer.core.edit import Edit
@@ -12,7 +12,7 @@ from steer.model.decode import decode
 from steer.model.steered import SteeredModel
 from steer.model.steering.receipts import Tally
 from steer.serve.batching import BatchingEngine
-from steer.serve.engine import Event, Handle, Job, Token
+from steer.serve.engine import Event, Job, Token
 
 GREEDY = Sampler(max_new_tokens=12, temperature=0, repetition_penalty=1.0)
 DRAWN = Sampler(max_new_tokens=14, temperature=1.0, min_p=0.02, repetition_penalty=1.3, seed=3)
@@ -24,10 +24,11 @@ PATIENCE = 60.0
 class Listener:
     """Hears what becomes of a job."""
 
+    cancel: Callable[[], None]
+
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.heard = threading.Condition()
-        self.handle: Handle | None = None
 
     def __call__(self, event: Event) -> None:
         with self.heard:
@@ -58,7 +59,7 @@ class Listener:
 
 def ask(engine: BatchingEngine, job: Job) -> Listener:
     listener = Listener()
-    listener.handle = engine.submit(job, listener)
+    listener.cancel = engine.submit(job, listener)
     return listener
 
 

@@ -13,10 +13,9 @@ import httpx
 from openai import OpenAI
 
 from steer.model.steered import SteeredModel
-from steer.serve.app import Options
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Engine
-from steer.serve.server import Server, address, listen
+from steer.serve.server import Options, Server, address, listen
 
 NO_END = {"2": -100}
 """The logit bias without which a random model ends its replies where it likes."""

@@ -32,8 +32,8 @@ from steer.model.steering.low_rank import encoder_rows
 from steer.sae.options import TrainOptions
 from steer.sae.records import FeatureRecord, write_records
 from steer.sae.train import train_dictionary
-from steer.serve.app import create_app
 from steer.serve.batching import BatchingEngine
+from steer.serve.server import create_app
 from steer.verbs.bake import OnDisk
 
 TRAIT = Trait(

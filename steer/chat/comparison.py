@@ -22,10 +22,9 @@ from steer.core.profile import Profile
 from steer.core.sampler import Sampler
 from steer.errors import SteerError, UsageError
 from steer.model.decode import Step, decode
+from steer.model.detokenise import Detokeniser
 from steer.model.profiles import as_profile, edit_of
 from steer.model.steering.receipts import Tally
-from steer.serve.engine import Token
-from steer.serve.texts import ReplyText
 
 if TYPE_CHECKING:
     from steer.model.sliders import Sliders
@@ -180,7 +179,7 @@ class _Row:
     def __init__(self, model: SteeredModel) -> None:
         self.text = ""
         self.ids: list[int] = []
-        self.pieces = ReplyText(model.tokenizer, [])
+        self.pieces = Detokeniser(model.tokenizer, [])
 
 
 class PairDraft:
@@ -221,11 +220,11 @@ class PairDraft:
         for number, token in zip(step.rows, step.tokens, strict=True):
             row = self.rows[number]
             if token in model.end_token_ids:
-                row.text += row.pieces.end().text
+                row.text += row.pieces.end()
                 row.ended = True
             else:
                 row.ids.append(token)
-                row.text += row.pieces.add(Token(token, None, (), False)).text
+                row.text += row.pieces.add(token)
                 self.tokens += 1
         return True
 

@@ -20,13 +20,12 @@ from steer.core.edit import Edit
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import Sampler
 from steer.model.decode import decode
+from steer.model.detokenise import Detokeniser
 from steer.model.kv_cache import PrefixCache
 from steer.model.profiles import as_profile, use
 from steer.model.sampling import BAN
 from steer.model.sliders import Sliders
 from steer.model.steering.receipts import Tally
-from steer.serve.engine import Token
-from steer.serve.texts import ReplyText
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
@@ -111,7 +110,7 @@ class LocalDraft:
         self._stretches: list[SettingsSpan] = []
         self._tally = Tally()
         # Decoded without the prompt, because the first word of a reply has no space before it.
-        self._pieces = ReplyText(voice.model.tokenizer, begun)
+        self._pieces = Detokeniser(voice.model.tokenizer, begun)
         room = voice.context - len(prompt) - len(begun)
         self._steps = self._decode(prompt, replace(task.sampler, max_new_tokens=self._length(room)), task.nudge)
 
@@ -139,11 +138,11 @@ class LocalDraft:
         if token is None or end:
             self.ending = "ended" if end else "length"
             # A reply that may be continued holds back an incomplete character, for the tokens that complete it.
-            self.text += self._pieces.end().text if end else ""
+            self.text += self._pieces.end() if end else ""
             return False
         self._ids.append(token)
         self.tokens += 1
-        self.text += self._pieces.add(Token(token, None, (), False)).text
+        self.text += self._pieces.add(token)
         return True
 
     def close(self) -> None:

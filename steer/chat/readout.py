@@ -25,11 +25,10 @@ from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import Sampler
 from steer.errors import SteerError, UsageError
+from steer.model.detokenise import Detokeniser
 from steer.model.profiles import edit_of
 from steer.model.record import reading
 from steer.model.steering.low_rank import ForwardContext, amounts
-from steer.serve.engine import Token
-from steer.serve.texts import ReplyText
 
 if TYPE_CHECKING:
     from steer.chat.local import LocalVoice
@@ -114,9 +113,9 @@ def look_inside(
 
 def pieces_of(model: SteeredModel, reply: Sequence[int]) -> list[str]:
     """Return the text of each token of a reply; joined they give the reply."""
-    text = ReplyText(model.tokenizer, [])
-    out = [text.add(Token(token, None, (), False)).text for token in reply]
-    out[-1] += text.end().text
+    text = Detokeniser(model.tokenizer, [])
+    out = [text.add(token) for token in reply]
+    out[-1] += text.end()
     return out
 
 

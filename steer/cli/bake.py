@@ -20,8 +20,6 @@ from steer.plain_text import plain
 
 if TYPE_CHECKING:
     from steer.baking.certificate import Certificate
-    from steer.core.method import Strengths
-    from steer.verbs.bake_search import Searched
 
 
 def bake(
@@ -70,42 +68,47 @@ def bake(
 
     if not search:
         check_output(out)  # before torch is imported
+    from steer.core.method import PROJECTIONS, Strengths
     from steer.core.slider import parse_amount
     from steer.progress import byte_bar
-    from steer.verbs.bake import HowToAblate
+    from steer.verbs.bake import HowToAblate, parse_strength
     from steer.verbs.bake import bake as run
 
     what: Form = _one_of("--as", form, FORMS)
     command, added = shlex.join(["steer", *sys.argv[1:]]), dict(parse_amount(a) for a in add)
     plan: list[str] = []
     say: Callable[[str], None] = plan.append if as_json else lambda line: typer.echo(plain(line))
+    strengths: dict[str, Any] = {
+        n: parse_strength(s, f"--{n}") for n, s in _given(attention=attention, mlp=mlp).items()
+    }
     how = {
         "strength": strength,
         "blocks": _blocks(blocks),
-        "strengths": _strengths(attention, mlp),
-        "method": _method(method),
+        "strengths": Strengths(**strengths) if strengths else None,
+        "method": _one_of("--method", method, PROJECTIONS),
         "norm_preserving": norm_preserving,
         "neutral": neutral,
     }
-    searched = None
     wishes = {
-        "trials": trials,
-        "tolerance": tolerance,
-        "goal": goal,
-        "max_kl": max_kl,
-        "folder": search_dir,
-        "seed": seed,
-    }
-    wishes = {name: value for name, value in wishes.items() if value is not None} | ({"keep": keep} if keep else {})
+        "--trials": trials, "--tolerance": tolerance, "--goal": goal, "--max-kl": max_kl, "--search-dir": search_dir,
+        "--seed": seed, "--keep": keep or None,
+    }  # fmt: skip
+    searched = None
     if search:
         if len(ablate) != 1 or added or profile or force or HowToAblate(**how) != HowToAblate():
             raise UsageError("--search: expected one --ablate TRAIT beside it and nothing else that it would choose")
-        searched = _searched(model, out, ablate[0], form=what, command=command, say=say, **wishes)
+        from steer.measure.search.choice import Goal
+        from steer.verbs.bake_search import search_bake
+
+        searched = search_bake(
+            model, out, ablate[0], keep=keep, form=what, command=command, say=say,
+            goal=Goal(**_given(share=goal, max_kl=max_kl, tolerance=tolerance)),
+            **_given(trials=trials, folder=search_dir, seed=seed),
+        )  # fmt: skip
         cert = searched.certificate
+    elif names := ", ".join(_given(**wishes)):
+        raise UsageError(f"{names}: expected --search beside it, found none")
     else:
-        if wishes:
-            names = ", ".join({"max_kl": "--max-kl", "folder": "--search-dir"}.get(n, f"--{n}") for n in wishes)
-            raise UsageError(f"{names}: expected --search beside it, found none")
         stop_message = (
             "nothing is written yet" if what == "gguf" else "what is finished is kept, run the same command to go on"
         )
@@ -173,13 +176,9 @@ def _summary(cert: Certificate, out: Path) -> str:
     return f"{out}: {'; '.join(facts)}\nCheck it: steer verify {out}"
 
 
-def _searched(model: str, out: Path, trait: str, **wishes: Any) -> Searched:
-    from steer.measure.search.choice import Goal
-    from steer.verbs.bake_search import search_bake
-
-    names = {"goal": "share", "max_kl": "max_kl", "tolerance": "tolerance"}
-    goal = Goal(**{field: wishes.pop(name) for name, field in names.items() if name in wishes})
-    return search_bake(model, out, trait, goal=goal, **wishes)
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given; for the others the library has defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _one_of(option: str, text: str, names: tuple[Any, ...]) -> Any:
@@ -188,38 +187,10 @@ def _one_of(option: str, text: str, names: tuple[Any, ...]) -> Any:
     return text
 
 
-def _method(text: str) -> Any:
-    from steer.core.method import PROJECTIONS
-
-    return _one_of("--method", text, PROJECTIONS)
-
-
-def _strengths(attention: str | None, mlp: str | None) -> Strengths | None:
-    if attention is None and mlp is None:
-        return None
-    from steer.core.method import Strengths
-    from steer.verbs.bake import parse_strength
-
-    return Strengths(
-        attention=1.0 if attention is None else parse_strength(attention, "--attention"),
-        mlp=1.0 if mlp is None else parse_strength(mlp, "--mlp"),
-    )
-
-
 def _blocks(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    first, dash, last = text.partition("-")
-    if not dash or not first.isdigit() or not last.isdigit():
+    first, _, last = text.partition("-")
+    if not first.isdigit() or not last.isdigit():
         raise UsageError(f"blocks: expected FIRST-LAST, as in 8-20, found {text!r}")
     return int(first), int(last)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    app.command(
-        epilog="Examples: `steer bake merged calm --ablate moralizing` · "
-        "`steer bake merged calm --ablate moralizing --as adapter --blocks 8-20` · "
-        "`steer bake merged calm --ablate moralizing --search --keep compliance`"
-    )(bake)
-    app.command(epilog="Example: `steer verify calm`")(verify)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from steer.chat.session import Session
     from steer.core.sampler import Sampler
 
-_Slider = Annotated[list[str], typer.Option("--slider", help="NAME=AMOUNT or NAME:OPERATION=AMOUNT; may be repeated.")]
-_Profile = Annotated[Path | None, typer.Option(help="A profile: sliders and a sampler, in YAML.")]
+_Server = Annotated[
+    str | None, typer.Option(help="Talk to the model that `steer serve` runs at this URL; its key is STEER_API_KEY.")
+]
 PAGE = Path(__file__).with_name("page.py")
 """The script that streamlit runs."""
 
@@ -30,12 +32,9 @@ def chat(
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint directory or hub id; with --server, one of its models.")
     ] = None,
-    server: Annotated[
-        str | None,
-        typer.Option(help="Talk to the model that `steer serve` runs at this URL; its key is STEER_API_KEY."),
-    ] = None,
-    slider: _Slider = [],  # noqa: B006
-    profile: _Profile = None,
+    server: _Server = None,
+    slider: Annotated[list[str], typer.Option(help="NAME=AMOUNT or NAME:OPERATION=AMOUNT; may be repeated.")] = [],  # noqa: B006
+    profile: Annotated[Path | None, typer.Option(help="A profile: sliders and a sampler, in YAML.")] = None,
     card: Annotated[Path | None, typer.Option(help="A character card, PNG or JSON: who the model plays.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.", callback=unicode_option)] = None,
     sampler: Annotated[str | None, typer.Option(help="greedy, plain, wild or near-greedy.")] = None,
@@ -49,11 +48,13 @@ def chat(
     """Talk to a model with its sliders at hand: /moralizing 0.5, /sliders, /undo, /receipt, /help, /quit."""
     from steer.core.cards import load_card
     from steer.core.profile import Profile
+    from steer.core.sampler import preset
     from steer.core.slider import parse_amount
 
     amounts = dict(parse_amount(s) for s in slider)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
-    chosen = _sampler(sampler, settings | ({} if temperature is None else {"temperature": temperature}))
+    chosen = replace(preset(sampler or "plain"), max_new_tokens=max_new_tokens, seed=seed)
+    if temperature is not None:
+        chosen = replace(chosen, temperature=temperature)
     loaded_card = None if card is None else load_card(card)
     loaded_profile = None if profile is None else Profile.load(profile)
     session = _session(model, server, chosen, device_map, four_bit)
@@ -148,9 +149,8 @@ def serve(
 ) -> None:
     """Answer OpenAI's API with sliders in every request: SillyTavern, the openai client, curl."""
     from steer.model.compile_limits import keep_few_shapes
-    from steer.serve.app import Options
     from steer.serve.limits import Limits
-    from steer.serve.server import load_profiles
+    from steer.serve.server import Options, load_profiles
     from steer.serve.server import serve as run
 
     keep_few_shapes()
@@ -170,10 +170,7 @@ def ui(
         str | None,
         typer.Argument(help="Checkpoint directory or hub id; without one the page offers the default merge."),
     ] = None,
-    server: Annotated[
-        str | None,
-        typer.Option(help="Talk to the model that `steer serve` runs at this URL; its key is STEER_API_KEY."),
-    ] = None,
+    server: _Server = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8501,
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
     device_map: DeviceMap = None,
@@ -204,21 +201,3 @@ def ui(
     ]  # fmt: skip
     # Replaces this process, so that stopping `steer ui` stops the page itself.
     os.execv(sys.executable, command)
-
-
-def _sampler(name: str | None, settings: dict[str, Any]) -> Sampler:
-    from dataclasses import replace
-
-    from steer.core.sampler import preset
-
-    return replace(preset(name or "plain"), **settings)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    app.command(epilog="Examples: `steer chat merged --slider moralizing=-1` · `steer chat merged --card duke.png`")(
-        chat
-    )
-    app.command(epilog="Example: `steer calibrate merged --profile noir.yaml`")(calibrate)
-    app.command(epilog="Example: `steer serve merged --profile profiles/`")(serve)
-    app.command(epilog="Examples: `steer ui merged` · `steer ui --server http://127.0.0.1:8321`")(ui)

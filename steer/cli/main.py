@@ -143,9 +143,12 @@ def find(
 
 
 cli_dictionaries.register(app)
-
-
-cli_bake.register(app)
+app.command(
+    epilog="Examples: `steer bake merged calm --ablate moralizing` · "
+    "`steer bake merged calm --ablate moralizing --as adapter --blocks 8-20` · "
+    "`steer bake merged calm --ablate moralizing --search --keep compliance`"
+)(cli_bake.bake)
+app.command(epilog="Example: `steer verify calm`")(cli_bake.verify)
 
 
 @app.command(epilog="Example: `steer demo --out demo`")
@@ -165,7 +168,12 @@ def demo(
     typer.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
 
 
-cli_live.register(app)
+app.command(epilog="Examples: `steer chat merged --slider moralizing=-1` · `steer chat merged --card duke.png`")(
+    cli_live.chat
+)
+app.command(epilog="Example: `steer calibrate merged --profile noir.yaml`")(cli_live.calibrate)
+app.command(epilog="Example: `steer serve merged --profile profiles/`")(cli_live.serve)
+app.command(epilog="Examples: `steer ui merged` · `steer ui --server http://127.0.0.1:8321`")(cli_live.ui)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Literal
 
@@ -19,18 +20,46 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steer.core.edit import Edit
 from steer.errors import SteerError, UsageError
 from steer.model.sampling import Draw, choose, logprobs, nothing_to_draw
 from steer.model.steering.low_rank import ForwardContext
-from steer.model.steering.receipts import Receipt
+from steer.model.steering.receipts import Receipt, Tally
 from steer.serve.engine import Busy, Event, Finished, Job, Token
 from steer.serve.packed import Batcher, Part
-from steer.serve.running import RunningRequest, ServerReceipts, TokenRouting
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
 
 _log = logging.getLogger(__name__)
+_CLOSED = "the engine is closed; start another"
+
+
+@dataclass(eq=False)
+class _Text:
+    """A job that the engine has accepted, waiting or running."""
+
+    number: int
+    job: Job
+    on_event: Callable[[Event], None]
+    draw: Draw
+    pages: int
+    """Pages of the KV cache that the job takes at most."""
+    edit: Edit | None = None
+    """The edit applied in the current step."""
+    written: int = 0
+    """Tokens written so far."""
+    begun: float = 0.0
+    """When the job left the queue, in seconds of the monotonic clock."""
+    cancelled: bool = False
+    """The job ends before the next step."""
+    over: bool = False
+    """Whether the last event is sent, or is being sent."""
+
+    @property
+    def id(self) -> str:
+        """The batcher's id of this text: its request's identity, and its number among all texts."""
+        return f"{id(self.job.request)} {self.number}"
 
 
 class BatchingEngine:
@@ -47,11 +76,8 @@ class BatchingEngine:
         """Allocate the KV cache, check packed logits against plain ones, and start the engine's thread.
 
         `max_running`: texts that are written at the same time. `max_waiting`: texts that may queue behind them.
-        `context`: most tokens of a prompt and its reply together; by default the model's own context. It is less if a
-        quarter of the free memory cannot hold that many.
-
-        Errors: SteerError without memory, UnsupportedError for a transformers version with a different continuous
-        batching.
+        `context`: most tokens of a prompt and its reply together, by default the model's; less if a quarter of the free
+        memory cannot hold that many. Errors: SteerError without memory, UnsupportedError for another transformers.
         """
         for name, value, least in (
             ("max_running", max_running, 1),
@@ -61,24 +87,24 @@ class BatchingEngine:
             if value is not None and value < least:
                 raise UsageError(f"{name}: expected a whole number of at least {least}, found {value}")
         self.model, self.max_running, self.max_waiting = model, max_running, max_waiting
-        most = model.context
-        if model.anatomy.rotary_limit is not None:  # a longer text would change the rotary embedding of the whole step
-            most = min(most, model.anatomy.rotary_limit)
-        self._wanted = most if context is None else min(context, most)
+        # A text beyond the rotary limit would change the rotary embedding of the whole step.
+        longest = min(n for n in (context, model.context, model.anatomy.rotary_limit) if n is not None)
+        self._new_batcher = partial(Batcher, model.hf, model.anatomy, max_running, longest)
         self._wake = threading.Event()
         """Set when there may be something to do; the engine's thread waits for it."""
         self._lock = threading.RLock()
         """Guards `_running` and `_waiting`, and adding texts to `_batcher`."""
-        self._running: dict[str, RunningRequest] = {}
-        self._waiting: deque[RunningRequest] = deque()
+        self._running: dict[str, _Text] = {}
+        self._waiting: list[_Text] = []
         self._numbers = count()
-        self._closing = False
-        self._broken: str | None = None
-        """Why the engine stopped; None while it works."""
+        self.problem: str | None = None
+        """Why the engine accepts no more jobs; None while it accepts them."""
         self._seconds = 1.0
         """Seconds that a text takes from its first step to its end, a running mean."""
-        self._tally = ServerReceipts()
-        self._places: TokenRouting | None = None
+        self._tally = _Receipts()
+        self._routing: tuple[object, Tensor, Tensor] = (None, torch.empty(0), torch.empty(0))
+        """The texts and edits of the last step; for each packed token the index of its edit, and the position in its
+        text that writes the first token of the reply. Reused while the former stay the same."""
         self._batcher = self._new_batcher()
         self.context = self._batcher.context
         """Most tokens of a prompt and its reply together."""
@@ -92,32 +118,27 @@ class BatchingEngine:
         self._thread.start()
 
     @property
-    def problem(self) -> str | None:
-        """Why the engine accepts no more jobs; None while it accepts them."""
-        return (self._broken or "the engine is closed; start another") if self._closing else None
-
-    @property
     def running(self) -> int:
-        """Number of jobs that are being written."""
+        """See `Engine`, as for the other public methods."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Number of jobs that were accepted and have not begun."""
         return len(self._waiting)
 
-    def submit(self, job: Job, on_event: Callable[[Event], None]) -> RunningRequest:
-        """Accept a job and return its handle; see `Engine.submit`.
-
-        Errors: Busy when the queue is full, UsageError for a job that can never fit, SteerError after `close`.
-        """
+    def submit(self, job: Job, on_event: Callable[[Event], None]) -> Callable[[], None]:
         self._check(job)
         draw = Draw(job.sampler, job.prompt, job.key, self.model.tokenizer, job.begun)
-        needs = self._batcher.need(len(job.prompt) + job.sampler.max_new_tokens)
-        text = RunningRequest(next(self._numbers), job, on_event, draw, self.model.end_token_ids, needs, self._wake)
+        pages = self._batcher.pages(len(job.prompt) + job.sampler.max_new_tokens)
+        text = _Text(next(self._numbers), job, on_event, draw, pages)
+
+        def cancel() -> None:
+            text.cancelled = True
+            self._wake.set()
+
         with self._lock:
-            if self._closing:
-                raise SteerError(self.problem or "")
+            if self.problem is not None:
+                raise SteerError(self.problem)
             self._waiting.append(text)
             self._begin()
             # Free places count as room in the queue: a text may wait beside them because its request has its share.
@@ -128,12 +149,11 @@ class BatchingEngine:
                     min(max(self._seconds / self.max_running, 1.0), 60.0),
                 )
         self._wake.set()
-        return text
+        return cancel
 
     def close(self) -> None:
-        """Cancel all jobs and end the engine's thread. Every open job receives `Finished("cancelled")`."""
         with self._lock:
-            self._closing = True
+            self.problem = self.problem or _CLOSED
         self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -154,25 +174,28 @@ class BatchingEngine:
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while self.problem is None:
                 self._wake.clear()
+                with self._lock:
+                    cancelled = [t for t in (*self._running.values(), *self._waiting) if t.cancelled]
                 try:
-                    self._end_cancelled()
+                    for text in cancelled:
+                        self._end(text, "cancelled")
                     worked = self._step()
                 except Exception as e:
                     self._recover(e)
                     worked = True
-                if not worked and not self._closing:
+                if not worked and self.problem is None:
                     self._wake.wait()
         except BaseException as e:
-            self._broken = f"the engine has stopped: {type(e).__name__}"
+            self.problem = f"the engine has stopped: {type(e).__name__}"
             raise
         finally:
             # Every open job gets its last event, so that no client waits for a reply that will not come.
-            with self._lock:
-                self._closing = True
-            for text in [*self._running.values(), *self._waiting]:
-                self._end(text, SteerError(self._broken) if self._broken else "cancelled")
+            with self._lock:  # waits for a job that is just being accepted
+                texts = [*self._running.values(), *self._waiting]
+            for text in texts:
+                self._end(text, "cancelled" if self.problem == _CLOSED else SteerError(self.problem))
             with self.model.steering.lock:
                 self._batcher.close()
 
@@ -183,7 +206,14 @@ class BatchingEngine:
             return False
         texts = [self._running[p.id] for p in parts]
         for text in texts:
-            self._update_edit(text)
+            try:
+                edit = text.job.edit()
+                if edit is not None and edit is not text.edit:
+                    # Prepared here, so that an error in this edit fails this text alone.
+                    self.model.steering.work_out(edit)
+                text.edit = edit
+            except Exception as e:
+                self._fail(text, e)
         writing = [text for text, part in zip(texts, parts, strict=True) if part.writes]
         try:
             logits = self._forward(parts, texts)
@@ -204,56 +234,53 @@ class BatchingEngine:
                 self._send_token(text, token, row)
         return True
 
-    def _update_edit(self, text: RunningRequest) -> None:
-        try:
-            edit = text.job.edit()
-            if edit is not None and edit is not text.edit:
-                # Prepared here, so that an error in this edit fails this text alone.
-                self.model.steering.work_out(edit)
-            text.edit = edit
-        except Exception as e:
-            self._fail(text, e)
-
-    def _forward(self, parts: list[Part], texts: Sequence[RunningRequest]) -> Float[Tensor, "writing vocab"]:
+    def _forward(self, parts: list[Part], texts: Sequence[_Text]) -> Float[Tensor, "writing vocab"]:
         steering, batcher = self.model.steering, self._batcher
         # Texts with the same edit share a row, so that nothing is prepared again when one of them comes or goes.
         rows = list(dict.fromkeys(text.edit for text in texts))
         row_of_text = [rows.index(text.edit) for text in texts]
-        if self._places is None or self._places.key != (parts, row_of_text):
-            self._places = TokenRouting.of(parts, row_of_text, texts, batcher.positions.device)
+        if self._routing[0] != (parts, row_of_text):
+            counts = torch.tensor([p.tokens.stop - p.tokens.start for p in parts])
+            firsts = torch.tensor([len(t.job.prompt) - t.job.begun - 1 for t in texts])
+            device = batcher.positions.device
+            row, first = (x.repeat_interleave(counts).to(device) for x in (torch.tensor(row_of_text), firsts))
+            self._routing = (parts, row_of_text), row, first
+        _, row, first = self._routing
         with steering.alone(rows), torch.inference_mode():
-            forward_context = ForwardContext(
-                row=self._places.row if len(rows) > 1 else None, packed=True, tally=self._tally
-            )
+            context = ForwardContext(row=row if len(rows) > 1 else None, packed=True, tally=self._tally)
             if steering.timed:
-                forward_context.index = batcher.positions - self._places.first
-            brings = [(text.number, row, p.tokens) for text, row, p in zip(texts, row_of_text, parts, strict=True)]
-            self._tally.begin(brings, rows)
-            with steering.passing(forward_context):
+                context.index = batcher.positions - first
+            reads = [(text.number, row, p.tokens) for text, row, p in zip(texts, row_of_text, parts, strict=True)]
+            self._tally.begin(reads, rows)
+            with steering.passing(context):
                 return batcher.forward()
 
-    def _send_token(self, text: RunningRequest, token: int, logits: Float[Tensor, " vocab"]) -> None:
-        job, end = text.job, token in text.ends
+    def _send_token(self, text: _Text, token: int, logits: Float[Tensor, " vocab"]) -> None:
+        job, end = text.job, token in self.model.end_token_ids
         logprob, top = (None, []) if job.top_logprobs is None else logprobs(logits, token, job.top_logprobs)
         if not text.cancelled:
             self._send_event(text, Token(token, logprob, tuple(top), end))
-        text.made += 1
-        if not text.cancelled and (end or text.made >= job.sampler.max_new_tokens):
+        text.written += 1
+        if not text.cancelled and (end or text.written >= job.sampler.max_new_tokens):
             self._end(text, "stop" if end else "length")
 
-    def _fail(self, text: RunningRequest, error: Exception) -> None:
+    def _fail(self, text: _Text, error: Exception) -> None:
         if not isinstance(error, SteerError):
             _log.error("a reply could not be written", exc_info=error)
             found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             error = SteerError(f"the reply could not be written: {found}")
         self._end(text, error)
 
-    def _end(self, text: RunningRequest, how: Literal["stop", "length", "cancelled"] | SteerError) -> None:
+    def _end(self, text: _Text, how: Literal["stop", "length", "cancelled"] | SteerError) -> None:
         """End a text: free its pages, begin the texts that waited, and send the job its last event."""
         if text.over:
             return
         text.over = True
-        receipt = self._receipt(text)
+        try:
+            receipt = self._tally.ended(text.number)
+        except Exception as e:
+            _log.error("no receipts for the replies being written", exc_info=e)
+            self._tally, receipt = _Receipts(), Receipt(0)
         with self._lock:
             if self._running.pop(text.id, None) is not None:
                 self._seconds += 0.2 * (time.monotonic() - text.begun - self._seconds)
@@ -262,47 +289,36 @@ class BatchingEngine:
             elif text in self._waiting:
                 self._waiting.remove(text)
             self._begin()
-        self._send_event(text, how if isinstance(how, SteerError) else Finished(how, receipt))
+        self._send_event(
+            text, how if isinstance(how, SteerError) else Finished(how, receipt if receipt.sliders else None)
+        )
 
-    def _receipt(self, text: RunningRequest) -> Receipt | None:
-        try:
-            receipt = self._tally.ended(text.number)
-        except Exception as e:
-            _log.error("no receipts for the replies being written", exc_info=e)
-            self._tally = ServerReceipts()
-            return None
-        return receipt if receipt.sliders else None
-
-    def _send_event(self, text: RunningRequest, event: Event) -> None:
+    def _send_event(self, text: _Text, event: Event) -> None:
         try:
             text.on_event(event)
         except Exception as e:
             _log.error("a reply has lost its listener", exc_info=e)
             text.cancelled = True
 
-    def _end_cancelled(self) -> None:
-        with self._lock:
-            cancelled = [t for t in (*self._running.values(), *self._waiting) if t.cancelled]
-        for text in cancelled:
-            self._end(text, "cancelled")
-
     def _begin(self) -> None:
         """Give waiting texts to the batcher while there is a place, and free pages for the whole length of each."""
         with self._lock:
             for text in list(self._waiting):
-                if len(self._running) >= self.max_running or self._closing:
+                if len(self._running) >= self.max_running or self.problem is not None:
                     return
                 places = self.max_running - len(self._running) - 1
-                pages = self._batcher.capacity - sum(t.needs for t in self._running.values()) - text.needs
+                pages = self._batcher.capacity - sum(t.pages for t in self._running.values()) - text.pages
                 same_request = [text, *(t for t in self._running.values() if t.job.request is text.job.request)]
-                if len(same_request) > 1 and (len(same_request) > places or sum(t.needs for t in same_request) > pages):
+                if len(same_request) > 1 and (len(same_request) > places or sum(t.pages for t in same_request) > pages):
                     continue
                 if pages < 0:
                     return  # texts further back in the queue would take the pages that this one waits for
                 self._waiting.remove(text)
                 self._running[text.id] = text
                 text.begun = time.monotonic()
-                self._batcher.add(text.id, text.job.prompt, text.job.sampler.max_new_tokens, sorted(text.ends))
+                self._batcher.add(
+                    text.id, text.job.prompt, text.job.sampler.max_new_tokens, sorted(self.model.end_token_ids)
+                )
 
     def _recover(self, error: Exception) -> None:
         """After an error in transformers' own bookkeeping: fail the running texts and go on with a new batcher.
@@ -319,10 +335,16 @@ class BatchingEngine:
                 self._batcher = self._new_batcher()
             except Exception as e:
                 _log.error("the engine has stopped", exc_info=e)
-                self._broken = f"the engine has stopped: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}"
-                self._closing = True
+                self.problem = f"the engine has stopped: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}"
         for text in interrupted:
             self._fail(text, error)
 
-    def _new_batcher(self) -> Batcher:
-        return Batcher(self.model.hf, self.model.anatomy, self.max_running, self._wanted)
+
+class _Receipts(Tally):
+    """The receipts of all texts that are being written, by the text's number."""
+
+    def ended(self, text: int) -> Receipt:
+        """Return a text's receipt and forget the text."""
+        receipt = self.receipt(text)
+        self._texts.pop(text, None)
+        return receipt

@@ -1,4 +1,4 @@
-"""The interface between the HTTP server and the engine that makes tokens: values and two protocols, nothing else.
+"""The interface between the HTTP server and the engine that makes tokens: values and one protocol, nothing else.
 
 The server turns a request into jobs, one per choice, and receives the events of each job through a callback. It knows
 nothing of batches, caches or schedulers. Any object with the methods of `Engine` can serve it;
@@ -26,7 +26,7 @@ class Job:
     prompt: tuple[int, ...]
     """Token ids, including the BOS if the model expects one."""
     sampler: Sampler
-    """How tokens are drawn. `max_new_tokens` limits the text; `seed` and `key` select the random stream."""
+    """`max_new_tokens` limits the text; `seed` and `key` select the random stream."""
     edit: Callable[[], Edit | None]
     """Called before every token, in the engine's thread, so that a slider that moves affects replies in progress."""
     key: int = 0
@@ -67,24 +67,11 @@ Event = Token | Finished | SteerError
 
 
 class Busy(SteerError):
-    """The queue is full; the job was not accepted."""
+    """The queue is full; the job was not accepted. There is likely to be room after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
-        """Seconds after which there is likely to be room."""
-
-
-class Handle(Protocol):
-    """A job that was accepted."""
-
-    def cancel(self) -> None:
-        """Ask the engine to stop the job after the current token, and return at once.
-
-        `Finished("cancelled")` follows, unless the job has ended by itself. May be called from any thread, any number
-        of times.
-        """
-        ...
 
 
 class Engine(Protocol):
@@ -110,13 +97,14 @@ class Engine(Protocol):
         """Number of jobs that were accepted and have not begun."""
         ...
 
-    def submit(self, job: Job, on_event: Callable[[Event], None]) -> Handle:
-        """Accept a job and return its handle at once.
+    def submit(self, job: Job, on_event: Callable[[Event], None]) -> Callable[[], None]:
+        """Accept a job and return at once, with the function that cancels it.
 
         `on_event` is called from the engine's thread: once per Token, then once with the Finished or SteerError that
-        ends the job.
+        ends the job. Cancelling stops the job after the current token; `Finished("cancelled")` follows unless it has
+        ended by itself. It may be called from any thread, any number of times.
 
-        Errors: Busy when the queue is full, UsageError for a job that can never fit.
+        Errors: Busy when the queue is full, UsageError for a job that can never fit, SteerError after `close`.
         """
         ...
 

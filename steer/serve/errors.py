@@ -6,8 +6,6 @@ Handlers raise `ApiError`; `handle_errors` makes a FastAPI app answer every erro
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -18,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError
-from steer.serve.engine import Busy
 
 log = logging.getLogger("steer.serve")
 
@@ -31,15 +28,9 @@ class ApiError(Exception):
     """The error response to a request that cannot be answered."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, *, code: str | None, param: str | None = None, headers: Any = None
     ) -> None:
-        """`status`: the HTTP status. `param`: the field of the body that is wrong. `code`: the error, for programs."""
+        """`status`: the HTTP status. `code`: the error, for programs. `param`: the field of the body that is wrong."""
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
@@ -71,42 +62,32 @@ def failed(error: Exception) -> ApiError:
     if isinstance(error, SteerError):
         return ApiError(500, str(error), code="engine_error")
     log.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed on this request; its log has the details", code="internal_error")
-
-
-def busy(error: Busy) -> ApiError:
-    """Return the error for a full queue, with the header Retry-After."""
-    after = str(max(1, math.ceil(error.retry_after)))
-    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": after})
+    return _internal_error()
 
 
 def handle_errors(app: FastAPI) -> None:
     """Make an app answer every error in OpenAI's format."""
 
-    @app.exception_handler(ApiError)
-    async def _(request: Request, e: ApiError) -> JSONResponse:
-        return e.response()
+    async def answer(request: Request, e: Exception) -> JSONResponse:
+        if isinstance(e, RequestValidationError):
+            e = _invalid(e)
+        elif isinstance(e, HTTPException):
+            known = {
+                404: ("there is no such path", "not_found"),
+                405: ("this path has other methods", "method_not_allowed"),
+            }
+            detail, code = known.get(e.status_code, (e.detail, None))
+            message = f"{request.method} {request.url.path}: {detail}"
+            e = ApiError(e.status_code, message, code=code, headers=e.headers)
+        # Starlette raises any other exception again after this response is sent, and uvicorn logs it.
+        return (e if isinstance(e, ApiError) else _internal_error()).response()
 
-    @app.exception_handler(RequestValidationError)
-    async def _(request: Request, e: RequestValidationError) -> JSONResponse:
-        return _invalid(e).response()
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
 
-    @app.exception_handler(HTTPException)
-    async def _(request: Request, e: HTTPException) -> JSONResponse:
-        where = f"{request.method} {request.url.path}"
-        known = {
-            404: ("there is no such path", "not_found"),
-            405: ("this path has other methods", "method_not_allowed"),
-        }
-        detail, code = known.get(e.status_code, (e.detail, None))
-        return ApiError(e.status_code, f"{where}: {detail}", code=code, headers=e.headers).response()
 
-    @app.exception_handler(Exception)
-    async def _(request: Request, e: Exception) -> JSONResponse:
-        # Starlette raises the exception again after this response is sent, and uvicorn logs it.
-        return ApiError(
-            500, "the server failed on this request; its log has the details", code="internal_error"
-        ).response()
+def _internal_error() -> ApiError:
+    return ApiError(500, "the server failed on this request; its log has the details", code="internal_error")
 
 
 def _invalid(e: RequestValidationError) -> ApiError:
@@ -114,16 +95,14 @@ def _invalid(e: RequestValidationError) -> ApiError:
     errors = e.errors()
     first = errors[0]
     if first["type"] == "json_invalid":
-        return ApiError(
-            400, f"body: expected JSON, found none: {first['ctx']['error']} at {first['loc'][-1]}", code="invalid_json"
-        )
+        message = f"body: expected JSON, found none: {first['ctx']['error']} at {first['loc'][-1]}"
+        return ApiError(400, message, code="invalid_json")
     if len(first["loc"]) == 1:
-        return ApiError(
-            400, "body: expected a JSON object, with the header Content-Type: application/json", code="invalid_json"
-        )
+        message = "body: expected a JSON object, with the header Content-Type: application/json"
+        return ApiError(400, message, code="invalid_json")
     field = _field(first["loc"])
-    same = [x for x in errors if x["loc"][1:] and _field(x["loc"]) == field]
-    expected = " or ".join(dict.fromkeys(_lower(x["msg"]) for x in same))
+    texts = [x["msg"].removeprefix("Value error, ") for x in errors if x["loc"][1:] and _field(x["loc"]) == field]
+    expected = " or ".join(dict.fromkeys(text[:1].lower() + text[1:] for text in texts))
     found = "" if first["type"] == "missing" else f", found {shown(first['input'])}"
     return ApiError(400, f"{field}: {expected}{found}", param=field, code="invalid_value")
 
@@ -146,8 +125,3 @@ def _field(loc: tuple[int | str, ...]) -> str:
     """
     path = takewhile(lambda p: isinstance(p, int) or (p != "str" and p.isidentifier()), loc[1:])
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-
-
-def _lower(text: str) -> str:
-    text = text.removeprefix("Value error, ")
-    return text[:1].lower() + text[1:]

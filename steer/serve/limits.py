@@ -1,10 +1,9 @@
-"""Access checks of the server, before a request reaches a route: host name, API key, body size; and `Limits`."""
+"""Checks of a request before it reaches a route: host name, API key, size of the body; and `Limits`."""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -13,11 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.core.small_files import shown
 from steer.errors import UsageError
 from steer.serve.errors import ApiError
+from steer.serve.metrics import Metrics
 
 MAX_MESSAGES = 10_000
 """Largest value of `Limits.messages`: a longer list of messages is not parsed."""
-OPEN_PATHS = frozenset({"/health"})
-"""Paths that are answered without a key; they reveal only that the server is running."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,7 @@ class Limits:
     """Tokens of each reply; None for as many as the context leaves."""
 
     def __post_init__(self) -> None:
-        for name in ("body", "messages", "choices", "tokens"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"max {name}: expected a whole number of at least 1, found {value!r}")
         if self.messages > MAX_MESSAGES:
@@ -44,10 +41,8 @@ class Limits:
 
 def is_loopback(host: str) -> bool:
     """Return whether a server bound to `host` can be reached from this machine only."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -58,91 +53,68 @@ def host_name(header: str) -> str:
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
-def check_exposure(host: str, api_key: str | None) -> None:
-    """Raise UsageError for a server that others could reach without a key, and for a key that no header can hold."""
-    if api_key is not None and not (api_key.strip() == api_key != "" and api_key.isascii() and api_key.isprintable()):
-        raise UsageError("--api-key: expected printable ASCII without spaces around it, found something else")
-    if api_key is None and not is_loopback(host):
-        raise UsageError(f"--host {host}: expected --api-key beside it, as others can reach it, found none; give a key")
+class Guard:
+    """Middleware that refuses requests before their body is read, and counts all requests by route and status.
 
-
-class KnownHost:
-    """Middleware that answers 400 if the Host header is not one of `hosts`.
-
-    Against DNS rebinding: a page of another site can make its own host name point to this machine.
+    It answers 401 without the server's key, except at /health, which reveals only that the server is running, and 413
+    for a body of more than `max_body` bytes. On loopback it answers 400 for a Host header other than this machine's,
+    against DNS rebinding: a page of another site can make its own host name point to this machine.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
-        self.app, self._hosts = app, {h.lower() for h in hosts}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            name = host_name(Headers(scope=scope).get("host", ""))
-            if name not in self._hosts:
-                error = ApiError(400, f"host {shown(name)}: expected this machine's, as localhost", code="invalid_host")
-                await error.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-class KeyRequired:
-    """Middleware that answers 401 if a request does not send the key; the body is not read then."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app, self._key = app, key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            # compare_digest takes the same time wherever two keys differ, so its timing reveals nothing of the key.
-            right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key)
-            if scheme.lower() != "bearer" or not right:
-                what = "another" if given else "none"
-                error = ApiError(
-                    401,
-                    f"expected the header Authorization: Bearer with the server's key, found {what}",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-                await error.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-class BodyLimit:
-    """Middleware that answers 413 for a body of more than `limit` bytes.
-
-    It counts the bytes as they arrive, because the Content-Length header may be wrong.
-    """
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp, host: str, api_key: str | None, max_body: int, metrics: Metrics) -> None:
+        self.app, self._key, self._max_body, self._metrics = app, api_key, max_body, metrics
+        self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self.limit:
-            await self._too_large().response()(scope, receive, send)
-            return
+        status = 500  # what the client receives for an exception that no handler caught
         seen = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
 
         async def counted() -> Message:
             nonlocal seen
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.limit:
+            seen += len(message.get("body", b""))  # counted as they arrive, as the Content-Length may be wrong
+            if seen > self._max_body:
                 raise _TooLarge
             return message
 
         try:
-            await self.app(scope, counted, send)
+            if (refusal := self._refusal(scope["path"], Headers(scope=scope))) is None:
+                await self.app(scope, counted, noted)
+            else:
+                await refusal.response()(scope, receive, noted)
         except _TooLarge:
-            await self._too_large().response()(scope, receive, send)
+            await self._too_large().response()(scope, receive, noted)
+        finally:
+            # The label is the route's path, not the request's: unknown paths would each make a new time series.
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
+
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        name = host_name(headers.get("host", ""))
+        if self._hosts is not None and name not in self._hosts:
+            return ApiError(400, f"host {shown(name)}: expected this machine's, as localhost", code="invalid_host")
+        if self._key is not None and path != "/health":
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            # compare_digest takes the same time wherever two keys differ, so its timing reveals nothing of the key.
+            right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key.encode())
+            if scheme.lower() != "bearer" or not right:
+                found = "another" if given else "none"
+                message = f"expected the header Authorization: Bearer with the server's key, found {found}"
+                return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        declared = headers.get("content-length", "")
+        return self._too_large() if declared.isdecimal() and int(declared[:20]) > self._max_body else None
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"body: expected at most {self.limit:,} bytes, found more", code="request_too_large")
+        return ApiError(413, f"body: expected at most {self._max_body:,} bytes, found more", code="request_too_large")
 
 
 class _TooLarge(BaseException):

@@ -1,4 +1,4 @@
-"""Replies as JSON in OpenAI's format, whole or as chunks of a stream.
+"""Replies in OpenAI's format, whole or as chunks of a stream, as the types of OpenAI's client library.
 
 Input are the `Update`s of `steer.serve.writing`; `steer.serve.replies` sends the output.
 """
@@ -6,149 +6,144 @@ Input are the `Update`s of `steer.serve.writing`; `steer.serve.replies` sends th
 from __future__ import annotations
 
 import math
+import re
 import time
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import starmap
 from typing import Any
 
-from steer.serve.engine import Token
-from steer.serve.prompts import Prompt
-from steer.serve.texts import Piece, TokenText, token_bytes
-from steer.serve.writing import Update
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from steer.serve.requests import Prompt
+from steer.serve.writing import Reason, Update
 
 Json = dict[str, Any]
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _NEVER = -9999.0
 """The logprob that OpenAI reports for a token of probability 0."""
 
 
-def usage(prompts: Sequence[Prompt], written: int) -> Json:
+def usage(prompts: Sequence[Prompt], written: int) -> CompletionUsage:
     """Return the `usage` object. Each prompt counts once, however many choices it has; `written`: reply tokens."""
     read = sum(len(p.ids) for p in prompts)
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return CompletionUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
 
-class Shape(ABC):
-    """Common fields of one OpenAI response. Subclasses fill in each choice."""
+class ChatFormat:
+    """Writes the responses of /v1/chat/completions. `more` holds further fields of one, such as `steering`."""
 
-    whole_object: str
-    chunk_object: str
-    prefix: str
+    prefix = "chatcmpl"
 
     def __init__(self, model: str, tokenizer: Any, choices: Sequence[Prompt], logprobs: bool) -> None:
         """`choices`: the prompt of each choice. `logprobs`: whether choices report them."""
-        self._tokenizer, self._choices, self._logprobs = tokenizer, choices, logprobs
+        self._tokenizer, self._choices, self._with_logprobs = tokenizer, choices, logprobs
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, choices: Sequence[Sequence[Update]], more: Json) -> Json:
-        """Return a whole reply, from all updates of every choice; `more` is merged into the top level."""
-        made = []
-        for index, updates in enumerate(choices):
-            piece = Piece("".join(u.piece.text for u in updates), tuple(t for u in updates for t in u.piece.tokens))
-            made.append({"index": index, **self._whole(index, piece), "finish_reason": updates[-1].reason})
-        return {**self._head, "object": self.whole_object, "choices": made, **more}
+    def whole(self, choices: Sequence[Update], more: Json) -> str:
+        """Return a whole reply; `choices`: the whole text of each."""
+        messages = [{"role": "assistant", "content": u.piece.text, "refusal": None} for u in choices]
+        made = [self._choice(u, message=message) for u, message in zip(choices, messages, strict=True)]
+        return self._response(ChatCompletion, "chat.completion", made, more)
 
-    def chunk(self, update: Update | None = None, more: Json | None = None) -> Json:
+    def chunk(self, update: Update | None, more: Json) -> str:
         """Return a chunk of a streamed reply; without an update its list of choices is empty."""
         made = []
         if update is not None:
-            made.append(
-                {"index": update.choice, **self._delta(update.choice, update.piece), "finish_reason": update.reason}
-            )
-        return {**self._head, "object": self.chunk_object, "choices": made, **(more or {})}
+            made.append(self._choice(update, delta={"content": update.piece.text} if update.piece.text else {}))
+        return self._response(ChatCompletionChunk, "chat.completion.chunk", made, more)
 
-    def opening(self) -> list[Json]:
-        """Return the chunks to send before any token: the role of a chat's reply, or the echoed prompt."""
-        made = ((i, self._opening(i)) for i in range(len(self._choices)))
-        return [
-            self.chunk() | {"choices": [{"index": i, **first, "logprobs": None, "finish_reason": None}]}
-            for i, first in made
-            if first
+    def opening(self, more: Json) -> Iterator[str]:
+        """Yield the chunks to send before any token: the role of a chat's reply, or the echoed prompt."""
+        for index in range(len(self._choices)):
+            delta = {"role": "assistant", "content": ""}
+            first = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield self._response(ChatCompletionChunk, "chat.completion.chunk", [first], more)
+
+    def _response(self, form: type[BaseModel], name: str, choices: list[Json], more: Json) -> str:
+        made = form.model_validate({**self._head, "object": name, "choices": choices, **more})
+        # ASCII only: some readers take a Unicode line separator in a text for the end of an event's line.
+        return made.model_dump_json(exclude_unset=True, ensure_ascii=True)
+
+    def _choice(self, update: Update, **text: Any) -> Json:
+        logprobs = self._logprobs(update) if self._with_logprobs else None
+        return {"index": update.choice, **text, "logprobs": logprobs, "finish_reason": update.reason}
+
+    def _logprobs(self, update: Update) -> Json:
+        rows = [
+            self._logprob(t.token.id, t.token.logprob) | {"top_logprobs": list(starmap(self._logprob, t.token.top))}
+            for t in update.piece.tokens
         ]
+        return {"content": rows, "refusal": None}
 
-    @abstractmethod
-    def _whole(self, index: int, piece: Piece) -> Json: ...
-
-    @abstractmethod
-    def _delta(self, index: int, piece: Piece) -> Json: ...
-
-    @abstractmethod
-    def _opening(self, index: int) -> Json: ...
-
-    def _token_text(self, token: int) -> tuple[str, bytes]:
+    def _logprob(self, token: int, logprob: float | None) -> Json:
         raw = token_bytes(self._tokenizer, token)
-        return raw.decode("utf-8", "replace"), raw
+        finite = logprob if logprob is not None and math.isfinite(logprob) else _NEVER  # JSON has no infinities
+        return {"token": raw.decode("utf-8", "replace"), "logprob": finite, "bytes": list(raw)}
 
 
-class ChatShape(Shape):
-    """Responses of /v1/chat/completions."""
+class CompletionFormat(ChatFormat):
+    """Writes the responses of /v1/completions. An echoed prompt precedes each text, and text offsets count from its
+    beginning."""
 
-    whole_object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    prefix = "cmpl"
 
-    def _whole(self, index: int, piece: Piece) -> Json:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {"message": message, "logprobs": self._logprob_fields(piece.tokens)}
+    def whole(self, choices: Sequence[Update], more: Json) -> str:
+        made = [self._choice(u, text=self._choices[u.choice].echo + u.piece.text) for u in choices]
+        return self._response(_Completion, "text_completion", made, more)
 
-    def _delta(self, index: int, piece: Piece) -> Json:
-        return {"delta": {"content": piece.text} if piece.text else {}, "logprobs": self._logprob_fields(piece.tokens)}
+    def chunk(self, update: Update | None, more: Json) -> str:
+        made = [] if update is None else [self._choice(update, text=update.piece.text)]
+        return self._response(_Completion, "text_completion", made, more)
 
-    def _opening(self, index: int) -> Json:
-        return {"delta": {"role": "assistant", "content": ""}}
+    def opening(self, more: Json) -> Iterator[str]:
+        for index, prompt in enumerate(self._choices):
+            if prompt.echo:
+                first = {"index": index, "text": prompt.echo, "logprobs": None, "finish_reason": None}
+                yield self._response(_Completion, "text_completion", [first], more)
 
-    def _logprob_fields(self, tokens: Sequence[TokenText]) -> Json | None:
-        if not self._logprobs:
-            return None
-        content = [
-            {
-                **self._token_json(t.token.id, t.token.logprob),
-                "top_logprobs": [self._token_json(i, p) for i, p in t.token.top],
-            }
-            for t in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token_json(self, token: int, logprob: float | None) -> Json:
-        text, raw = self._token_text(token)
-        return {"token": text, "logprob": _finite_logprob(logprob), "bytes": list(raw)}
-
-
-class CompletionShape(Shape):
-    """Responses of /v1/completions. An echoed prompt precedes each text, and text offsets count from its beginning."""
-
-    whole_object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
-
-    def _whole(self, index: int, piece: Piece) -> Json:
-        return {"text": self._choices[index].echo + piece.text, "logprobs": self._logprob_fields(index, piece.tokens)}
-
-    def _delta(self, index: int, piece: Piece) -> Json:
-        return {"text": piece.text, "logprobs": self._logprob_fields(index, piece.tokens)}
-
-    def _opening(self, index: int) -> Json:
-        echo = self._choices[index].echo
-        return {"text": echo} if echo else {}
-
-    def _logprob_fields(self, index: int, tokens: Sequence[TokenText]) -> Json | None:
-        if not self._logprobs:
-            return None
-        begin = len(self._choices[index].echo)
+    def _logprobs(self, update: Update) -> Json:
+        begin, rows = len(self._choices[update.choice].echo), super()._logprobs(update)["content"]
         return {
-            "tokens": [self._token_text(t.token.id)[0] for t in tokens],
-            "token_logprobs": [_finite_logprob(t.token.logprob) for t in tokens],
-            "top_logprobs": [self._top(t.token) for t in tokens],
-            "text_offset": [begin + t.start for t in tokens],
+            "tokens": [row["token"] for row in rows],
+            "token_logprobs": [row["logprob"] for row in rows],
+            "top_logprobs": [self._top(row) for row in rows],
+            "text_offset": [begin + t.start for t in update.piece.tokens],
         }
 
-    def _top(self, token: Token) -> dict[str, float]:
-        """Return text -> logprob of the likeliest tokens and the written one.
-
-        If two tokens have the same text, the likelier one counts.
-        """
+    def _top(self, row: Json) -> dict[str, float]:
+        """Return text -> logprob of the likeliest tokens and the written one; of two with one text the likelier."""
         out: dict[str, float] = {}
-        for i, p in (*token.top, (token.id, token.logprob)):
-            out.setdefault(self._token_text(i)[0], _finite_logprob(p))
+        for token in (*row["top_logprobs"], row):
+            out.setdefault(token["token"], token["logprob"])
         return out
 
 
-def _finite_logprob(logprob: float | None) -> float:
-    """Return a logprob as JSON can hold it: minus infinity becomes -9999, as in OpenAI's replies."""
-    return logprob if logprob is not None and math.isfinite(logprob) else _NEVER
+class _CompletionChoice(CompletionChoice):
+    finish_reason: Reason | None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    """Null in the chunks of a stream that goes on, which OpenAI's type does not foresee."""
+
+
+class _Completion(Completion):
+    choices: list[_CompletionChoice]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """Return the bytes of a token's text, which may be part of a character.
+
+    An id without a token, as an embedding larger than the vocabulary has, gives no bytes.
+    """
+    piece: str | None = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:
+        return b""
+    if token in tokenizer.all_special_ids:
+        return piece.encode()
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    # Byte-level vocabularies write each byte as one of 256 printable characters; other vocabularies hold plain text.
+    if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) and all(c in _BYTES for c in piece):
+        return bytes(_BYTES[c] for c in piece)
+    return piece.replace("\u2581", " ").encode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,9 +52,13 @@ class Part:
     """Whether the step chooses the text's next token. If not, part of its prompt is still to be read."""
 
 
-def text_id(request: object, number: int) -> str:
-    """Return a text's id for the batcher: its request's identity, and its number among all texts."""
-    return f"{id(request)} {number}"
+@contextmanager
+def _known_names() -> Iterator[None]:
+    """Turn errors of a transformers version with other names into an UnsupportedError that names both versions."""
+    try:
+        yield
+    except (AttributeError, TypeError, KeyError, ImportError) as e:
+        raise _unsupported(f"{type(e).__name__}: {e}") from e
 
 
 class Batcher:
@@ -72,7 +77,8 @@ class Batcher:
         # On a GPU transformers' attention is faster; it is used unless the architecture computes scores in its own way.
         self._packs_attention = hf.device.type == "cpu" or anatomy.layout.softcap_or_sinks
         try:
-            with _known_names(), _random_state():
+            # transformers seeds torch's global generators for its own, unused sampling.
+            with _known_names(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 self._manager: Any = self._new_manager(places, context)
                 self._processor: Any = self._manager.batch_processor
                 self._scheduler: Any = self._processor.scheduler
@@ -80,8 +86,10 @@ class Batcher:
                 self._allocators: list[Any] = list(self._processor.cache.cache_allocators.values())
                 self.capacity: int = self._processor.cache.num_sectors
                 """Total number of pages."""
-                self.context = self._longest(context, min(2, places))
-                """Most tokens of one text: so many that a second text of this length fits beside it."""
+                # So many that a second text of this length fits beside it.
+                pages = self.capacity // min(2, places)
+                self.context = bisect_right(range(1, context + 1), pages, key=self.pages)
+                """Most tokens of one text."""
         except BaseException:
             self._hf.set_attn_implementation(self._original_attention)
             raise
@@ -113,14 +121,7 @@ class Batcher:
             raise SteerError(f"no room for the KV cache: {e}; free memory, or serve a smaller context") from e
         return manager
 
-    def _longest(self, context: int, texts: int) -> int:
-        low, high = 0, context
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if texts * self.need(middle) <= self.capacity else (low, middle - 1)
-        return low
-
-    def need(self, tokens: int) -> int:
+    def pages(self, tokens: int) -> int:
         """Return the most pages, of `capacity`, that a text of `tokens` tokens takes."""
         return sum(math.ceil(a.needs_new_blocks("", 0, tokens) / a.blocks_per_sector) for a in self._allocators)
 
@@ -129,11 +130,8 @@ class Batcher:
 
         Together, the added texts may need at most `capacity` pages; then no text is evicted and read again.
         """
-        with _known_names():
-            taken = self._manager.add_request(
-                list(prompt), request_id=id, max_new_tokens=new, eos_token_id=list(ends) or -1
-            )
-        if taken is None:
+        options = {"request_id": id, "max_new_tokens": new, "eos_token_id": list(ends) or -1}
+        if self._manager.add_request(list(prompt), **options) is None:
             raise SteerError("transformers' continuous batching takes no more texts")
 
     def drop(self, id: str) -> None:
@@ -142,25 +140,22 @@ class Batcher:
 
     def next(self) -> list[Part]:
         """Prepare the next step and return its texts; an empty list if there is nothing to do."""
-        with _known_names():
-            if not self._processor.prepare_next_batch():
-                return []
-            io = self._processor.inputs_and_outputs
-            parts, start = [], 0
-            for request in io.requests_in_batch:
-                tokens = slice(start, start := start + request.query_length)
-                parts.append(Part(request.state.request_id, tokens, request.has_new_token))
-            self._inputs: dict[str, Any] = dict(io.get_model_kwargs(use_padding=False))
-            self.positions: Int[Tensor, "1 tokens"] = self._inputs["position_ids"]
-            """Position of each of the step's tokens in its text."""
-            self._writes = sum(p.writes for p in parts)
-            self._since = time.perf_counter()
-            self._inputs["logits_to_keep"] = self._inputs["logits_indices"][: self._writes]
-            if self._packs_attention:
-                self._inputs |= packing(
-                    self._inputs, getattr(self._hf.config.get_text_config(), "sliding_window", None)
-                )
-            return parts
+        if not self._processor.prepare_next_batch():
+            return []
+        io = self._processor.inputs_and_outputs
+        parts, start = [], 0
+        for request in io.requests_in_batch:
+            tokens = slice(start, start := start + request.query_length)
+            parts.append(Part(request.state.request_id, tokens, request.has_new_token))
+        self._inputs: dict[str, Any] = dict(io.get_model_kwargs(use_padding=False))
+        self.positions: Int[Tensor, "1 tokens"] = self._inputs["position_ids"]
+        """Position of each of the step's tokens in its text."""
+        self._writes = sum(p.writes for p in parts)
+        self._since = time.perf_counter()
+        self._inputs["logits_to_keep"] = self._inputs["logits_indices"][: self._writes]
+        if self._packs_attention:
+            self._inputs |= packing(self._inputs, getattr(self._hf.config.get_text_config(), "sliding_window", None))
+        return parts
 
     def forward(self) -> Float[Tensor, "writes vocab"]:
         """Run the step and return the logits of the texts that write."""
@@ -171,18 +166,18 @@ class Batcher:
     def take(self, tokens: Sequence[int]) -> None:
         """End the step: append the chosen tokens to the texts that write."""
         self._scheduler.took(time.perf_counter() - self._since)
-        with _known_names():
-            io = self._processor.inputs_and_outputs
-            io.output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=io.output_ids.dtype)
-            self._processor.update_batch()
-            while self._manager.get_result(timeout=0) is not None:
-                pass  # finished replies, which the manager would keep until they are fetched
+        output = self._processor.inputs_and_outputs.output_ids
+        output[0, : len(tokens)] = torch.tensor(tokens, dtype=output.dtype)
+        self._processor.update_batch()
+        while self._manager.get_result(timeout=0) is not None:
+            pass  # finished replies, which the manager would keep until they are fetched
 
+    @_known_names()
     @torch.inference_mode()
     def check(self) -> None:
         """Write two tokens to each of two short texts, packed, and compare the logits with those of each text alone.
 
-        Errors: UnsupportedError if they differ.
+        Errors: UnsupportedError if they differ, and for a transformers version that works otherwise.
         """
         vocab = self._hf.config.get_text_config().vocab_size
         ids = [101 * n % vocab for n in range(2, 11)]
@@ -229,15 +224,6 @@ def _pages(hf: Any, places: int, context: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _known_names() -> Iterator[None]:
-    """Turn errors of a transformers version with other names into an UnsupportedError that names both versions."""
-    try:
-        yield
-    except (AttributeError, TypeError, KeyError, ImportError) as e:
-        raise _unsupported(f"{type(e).__name__}: {e}") from e
-
-
 def _unsupported(found: str) -> UnsupportedError:
     return UnsupportedError(
         f"transformers {transformers.__version__}: expected the continuous batching of {_WRITTEN_FOR}, "
@@ -245,28 +231,11 @@ def _unsupported(found: str) -> UnsupportedError:
     )
 
 
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """Restore torch's global generators, which transformers seeds for its own, unused sampling."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
-
-
 NAME = "steer_packed"
-_PAGED = frozenset(
-    {
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "read_index",
-        "write_index",
-        "block_table",
-        "is_causal",
-        "logits_indices",
-        "logits_processor_args",
-    }
-)
+_PAGED = frozenset({
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "read_index", "write_index", "block_table",
+    "is_causal", "logits_indices", "logits_processor_args",
+})  # fmt: skip
 """Arguments that transformers passes for a paged cache; `packed_attention` uses `packings` in their place."""
 
 
@@ -274,11 +243,10 @@ _PAGED = frozenset(
 class Reading:
     """Texts whose new tokens attend to their keys in one call."""
 
-    tokens: slice | Int[Tensor, " texts"]
+    tokens: Int[Tensor, "texts new"]
     """Places among the packed tokens: all new tokens of one text, or one token for each of several texts."""
     keys: slice
     """Places among the fetched keys. Several texts are padded to one length."""
-    texts: int
     mask: Bool[Tensor, "texts 1 new seq"] | None
     """True where a token attends to a key. None: a single new token attends to all keys, several new tokens of one text
     attend causally."""
@@ -335,8 +303,8 @@ def _readings(
         order.append((starts[:, None] + torch.minimum(places, lengths[:, None] - 1)).flatten())
         padded = min(seq[i] for i in group) < width
         mask = (places < lengths[:, None])[:, None, None] if padded else None
-        tokens = torch.tensor([ends_q[i] for i in group], device=device)
-        readings.append(Reading(tokens, slice(at, at := at + len(group) * width), len(group), mask))
+        tokens = torch.tensor([[ends_q[i]] for i in group], device=device)
+        readings.append(Reading(tokens, slice(at, at := at + len(group) * width), mask))
     for i in sorted(set(range(len(new))) - set(singles)):
         order.append(torch.arange(ends_k[i], ends_k[i + 1], device=device))
         mask = None
@@ -345,7 +313,8 @@ def _readings(
             behind = torch.arange(seq[i] - new[i], seq[i], device=device)[:, None] - torch.arange(seq[i], device=device)
             mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
             mask = mask[None, None]
-        readings.append(Reading(slice(ends_q[i], ends_q[i + 1]), slice(at, at := at + seq[i]), 1, mask))
+        tokens = torch.arange(ends_q[i], ends_q[i + 1], device=device)[None]
+        readings.append(Reading(tokens, slice(at, at := at + seq[i]), mask))
     return tuple(readings), torch.cat(order) if fetched.numel() else None
 
 
@@ -381,8 +350,7 @@ def packed_attention(
     if cache is None or packings is None:
         return grouped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, **more)
     check_known(module, {name: value for name, value in more.items() if name not in _PAGED})
-    layer_type = cache.layer_to_allocator[module.layer_idx].layer_type
-    packed = packings[layer_type]
+    packed = packings[cache.layer_to_allocator[module.layer_idx].layer_type]
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=more)
     heads, new, d = query.shape[1:]
     groups = key.shape[1]
@@ -391,17 +359,15 @@ def packed_attention(
         keys, values = keys[packed.order], values[packed.order]
     out = query.new_empty(new, heads, d)
     for r in packed.readings:
-        k, v = (x[r.keys].view(r.texts, -1, groups, d).transpose(1, 2) for x in (keys, values))
-        if isinstance(r.tokens, slice):
-            q = queries[r.tokens].transpose(0, 1)[None]
-            out[r.tokens] = attend(q, k, v, r.mask, scaling, softcap, s_aux)[0].transpose(0, 1)
-        elif softcap is None and s_aux is None:
+        q, (texts, count) = queries[r.tokens], r.tokens.shape
+        k, v = (x[r.keys].view(texts, -1, groups, d).transpose(1, 2) for x in (keys, values))
+        if count == 1 and softcap is None and s_aux is None:
             # Query heads that share keys are treated as queries of one head, so that the keys are read once.
-            q = queries[r.tokens].view(r.texts, groups, heads // groups, d)
+            q = q.view(texts, groups, heads // groups, d)
             read = scaled_dot_product_attention(q, k, v, attn_mask=r.mask, scale=scaling)
-            out[r.tokens] = read.reshape(r.texts, heads, d)
+            out[r.tokens] = read.reshape(texts, 1, heads, d)
         else:
-            out[r.tokens] = attend(queries[r.tokens][:, :, None], k, v, r.mask, scaling, softcap, s_aux)[:, :, 0]
+            out[r.tokens] = attend(q.transpose(1, 2), k, v, r.mask, scaling, softcap, s_aux).transpose(1, 2)
     return out[None], None
 
 

@@ -1,43 +1,40 @@
 """One request for text, from its parsed body to its reply, whole or streamed; cancelled if its client hangs up.
 
-`Replies.answer` is what the routes in `steer.serve.app` call. It plans the request (prompt, sampler, sliders, jobs),
+`Replies.answer` is what the routes in `steer.serve.server` call. It plans the request (prompt, sampler, sliders, jobs),
 submits the jobs through `steer.serve.writing`, and sends the updates as OpenAI's JSON.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from steer.core.edit import Edit
 from steer.core.small_files import shown
 from steer.errors import SteerError
-from steer.files import without_nan
 from steer.model.sampling import breaker_ids
 from steer.serve.engine import Engine, Job
-from steer.serve.errors import ApiError, failed, invalid
+from steer.serve.errors import ApiError, failed
 from steer.serve.limits import Limits
 from steer.serve.metrics import Metrics
-from steer.serve.openai_json import ChatShape, CompletionShape, Shape, usage
-from steer.serve.prompts import Prompt, chat_prompt, check_size, completion_prompts, room_for, sampler_of
-from steer.serve.schemas import ChatRequest, CompletionRequest
-from steer.serve.steering import LiveSettings, Steered
-from steer.serve.writing import Update, Writing
+from steer.serve.openai_json import ChatFormat, CompletionFormat, usage
+from steer.serve.requests import ChatRequest, CompletionRequest, Prompt, Steering, check, prompts_of, sampler_of
+from steer.serve.steering import LiveSettings, Setting
+from steer.serve.writing import Piece, Update, Writing
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
 
 PLANNED = 4
 """How many requests are planned at the same time, each in a thread."""
-_PING = b": still here\n\n"
-_DONE = b"data: [DONE]\n\n"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,20 @@ class RequestPlan:
 
     jobs: list[Job]
     prompts: list[Prompt]
-    shape: Shape
-    steered: Steered
-    stop: list[str]
-    stream: bool
-    stream_usage: bool
+    format: ChatFormat
+    setting: Setting | None
+    """The sliders of the request; None if it follows the live ones."""
 
 
 class Replies:
     """Answers requests for text from one model."""
 
     def __init__(
-        self, model: SteeredModel, engine: Engine, board: LiveSettings, metrics: Metrics, *, name: str, limits: Limits
+        self, model: SteeredModel, engine: Engine, settings: LiveSettings, metrics: Metrics, name: str, limits: Limits
     ) -> None:
         """`name`: the model's name for clients."""
-        self._model, self._engine, self._board, self._metrics = model, engine, board, metrics
-        self.name = name
-        self._limits = limits
+        self._model, self._engine, self._settings, self._metrics = model, engine, settings, metrics
+        self._name, self._limits = name, limits
         # Planning (templates, tokenisation, looking up directions) runs in threads beside the event loop. Several
         # requests are planned at a time, so that one that takes seconds to tokenise does not delay the others.
         self._planning_limiter = anyio.CapacityLimiter(PLANNED)
@@ -70,31 +64,23 @@ class Replies:
 
     async def answer(self, http: HttpRequest, request: ChatRequest | CompletionRequest) -> Response:
         """Return the response to a request. Errors: ApiError."""
-        plan = await self._planned(http, request)
+        plan = await _unless_hung_up(
+            http, lambda: anyio.to_thread.run_sync(self._plan, request, limiter=self._planning_limiter)
+        )
         if plan is None:
             return self._client_left()
-        writing = Writing(self._engine, plan.jobs, self._model.tokenizer, plan.stop, self._metrics)
+        writing = Writing(self._engine, plan.jobs, self._model.tokenizer, request.stop or [], self._metrics)
         self._metrics.prompt_tokens.inc(sum(len(p.ids) for p in plan.prompts))
-        if plan.stream:
-            return _Stream(self._chunks(plan, writing), writing, self._metrics)
+        if request.stream:
+            with_usage = bool(request.stream_options and request.stream_options.include_usage)
+            return _Stream(self._chunks(plan, writing, with_usage), writing, self._metrics)
         try:
-            return await self._whole(http, plan, writing)
+            reply = await _unless_hung_up(http, lambda: self._whole(plan, writing))
+        except SteerError as e:
+            raise failed(e) from e
         finally:
             writing.cancel()
-
-    async def _planned(self, http: HttpRequest, request: ChatRequest | CompletionRequest) -> RequestPlan | None:
-        """Plan a request in a thread. Return None if the client hung up before its turn came. Errors: ApiError."""
-        plan: RequestPlan | None = None
-        problem: ApiError | None = None
-        async with _until_hung_up(http) as scope:
-            try:
-                plan = await anyio.to_thread.run_sync(self._plan, request, limiter=self._planning_limiter)
-            except ApiError as e:
-                problem = e
-            scope.cancel()
-        if problem is not None:
-            raise problem
-        return plan
+        return reply or self._client_left()
 
     def _client_left(self) -> Response:
         self._metrics.hung_up.inc()
@@ -105,129 +91,97 @@ class Replies:
 
         Errors: ApiError for a model that the server does not have.
         """
-        if not model or model in (self.name, self._model.name):
+        names = (self._name, self._model.name)
+        if not model or model in names:
             return None
-        base, at, profile = model.rpartition("@")
-        if at and base in (self.name, self._model.name) and profile in self._board.profiles:
+        base, _, profile = model.rpartition("@")
+        if base in names and profile in self._settings.profiles:
             return profile
-        known_names = ", ".join([self.name, *(f"{self.name}@{p}" for p in self._board.profiles)])
-        raise ApiError(
-            404,
-            f"model {shown(model)}: expected one of {known_names}; see GET /v1/models",
-            param="model",
-            code="model_not_found",
-        )
+        known_names = ", ".join([self._name, *(f"{self._name}@{p}" for p in self._settings.profiles)])
+        message = f"model {shown(model)}: expected one of {known_names}; see GET /v1/models"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
     def _plan(self, request: ChatRequest | CompletionRequest) -> RequestPlan:
-        model, limits = self._model, self._limits
-        check_size(request, limits, self._engine.context, self._longest)
-        steered = self._board.steered(self.profile_of(request.model), request.steering)
-        sampler = sampler_of(request, steered.setting.sampler, limits, len(model.tokenizer))
-        top, prompts, kind = self._read(request)
+        model, limits, context = self._model, self._limits, self._engine.context
+        check(request, limits, context, self._longest)
+        setting = self._settings.setting_for(self.profile_of(request.model), request.steering or Steering())
+        sampler = sampler_of(request, (setting or self._settings.live).sampler, limits, len(model.tokenizer))
+        prompts = prompts_of(model, request, context)
         if sampler.dry_multiplier:
             breaker_ids(model.tokenizer, sampler.dry_sequence_breakers)  # fills its cache in this thread, not the loop
-        n = request.n or 1
-        param = "messages" if isinstance(request, ChatRequest) else "prompt"
-        one_request = object()
-        jobs = [
-            Job(
-                prompt.ids,
-                replace(
-                    sampler, max_new_tokens=min(sampler.max_new_tokens, room_for(prompt, self._engine.context, param))
-                ),
-                steered.edit,
-                key,
-                prompt.begun,
-                top,
-                one_request,
-            )
-            for prompt in prompts
-            for key in range(n)
-        ]
-        choices = [prompt for prompt in prompts for _ in range(n)]
-        options = request.stream_options
-        return RequestPlan(
-            jobs,
-            prompts,
-            kind(request.model or self.name, model.tokenizer, choices, top is not None),
-            steered,
-            request.stop or [],
-            bool(request.stream),
-            bool(options and options.include_usage),
-        )
 
-    def _read(self, request: ChatRequest | CompletionRequest) -> tuple[int | None, list[Prompt], type[Shape]]:
-        """Return the number of logprobs (None for none), the prompts, and the class that writes the response."""
+        def edit() -> Edit | None:
+            return (setting or self._settings.live).sliders.current
+
         if isinstance(request, ChatRequest):
-            if request.top_logprobs and not request.logprobs:
-                raise invalid("top_logprobs", "logprobs true beside it", "none")
-            top = (request.top_logprobs or 0) if request.logprobs else None
-            return top, [chat_prompt(self._model, request)], ChatShape
-        if request.suffix:
-            raise invalid("suffix", "none, as gaps are not filled", "a text", "unsupported_value")
-        if request.echo and request.logprobs is not None:
-            raise invalid("echo", "no logprobs beside it, as a prompt's are not told", "both", "unsupported_value")
-        return request.logprobs, completion_prompts(self._model, request, self._engine.context), CompletionShape
+            kind, top = ChatFormat, (request.top_logprobs or 0) if request.logprobs else None
+        else:
+            kind, top = CompletionFormat, request.logprobs
+        one_request, n = object(), request.n or 1
+        jobs = []
+        for prompt in prompts:
+            longest = min(sampler.max_new_tokens, context - len(prompt.ids))
+            cut = replace(sampler, max_new_tokens=longest)
+            jobs += [Job(prompt.ids, cut, edit, key, prompt.begun, top, one_request) for key in range(n)]
+        choices = [prompt for prompt in prompts for _ in range(n)]
+        shape = kind(request.model or self._name, model.tokenizer, choices, top is not None)
+        return RequestPlan(jobs, prompts, shape, setting)
 
-    async def _whole(self, http: HttpRequest, plan: RequestPlan, writing: Writing) -> Response:
-        """Wait for all choices and return the whole reply, unless the client hangs up first."""
-        choices: list[list[Update]] = [[] for _ in plan.jobs]
-        problem = None
-        async with _until_hung_up(http) as scope:
-            try:
-                async for update in writing.updates():
-                    if update is not None:
-                        choices[update.choice].append(update)
-            except (SteerError, ApiError) as e:
-                problem = e
-            scope.cancel()
-        if problem is not None:
-            raise failed(problem)
-        if not writing.finished:
-            return self._client_left()
-        extra = {"usage": usage(plan.prompts, writing.tokens), "steering": self._steering(plan, writing)}
-        return JSONResponse(plan.shape.whole(choices, extra))
+    async def _whole(self, plan: RequestPlan, writing: Writing) -> Response:
+        """Return the whole reply once all choices have ended."""
+        pieces: list[list[Piece]] = [[] for _ in plan.jobs]
+        reasons = {}
+        async for update in writing.updates():
+            if update is not None:
+                pieces[update.choice].append(update.piece)
+                reasons[update.choice] = update.reason
+        choices = [
+            Update(i, Piece("".join(p.text for p in parts), tuple(t for p in parts for t in p.tokens)), reasons[i])
+            for i, parts in enumerate(pieces)
+        ]
+        return Response(plan.format.whole(choices, self._summary(plan, writing)), media_type="application/json")
 
-    async def _chunks(self, plan: RequestPlan, writing: Writing) -> AsyncIterator[bytes]:
+    async def _chunks(self, plan: RequestPlan, writing: Writing, with_usage: bool) -> AsyncIterator[bytes]:
         """Yield the reply as server-sent events. If usage is asked for, it is sent in an extra chunk at the end."""
-        shape, last = plan.shape, {"usage": None} if plan.stream_usage else {}
+        more: dict[str, Any] = {"usage": None} if with_usage else {}
         try:
-            for chunk in shape.opening():
-                yield _event(chunk | last)
+            for chunk in plan.format.opening(more):
+                yield _event(chunk)
             async for update in writing.updates():
                 if update is None:
-                    yield _PING
-                elif writing.finished and not plan.stream_usage:
-                    yield _event(shape.chunk(update, {"steering": self._steering(plan, writing)}))
-                else:
-                    yield _event(shape.chunk(update, last))
-            if plan.stream_usage:
-                last_fields = {"usage": usage(plan.prompts, writing.tokens), "steering": self._steering(plan, writing)}
-                yield _event(shape.chunk(None, last_fields))
+                    yield b": still here\n\n"
+                    continue
+                if writing.finished and not with_usage:
+                    more = {"steering": self._summary(plan, writing)["steering"]}
+                yield _event(plan.format.chunk(update, more))
+            if with_usage:
+                yield _event(plan.format.chunk(None, self._summary(plan, writing)))
         except Exception as e:
             # The status has been sent already, so the error is sent as an event, as OpenAI's clients expect.
-            yield _event(failed(e).body())
-        yield _DONE
+            yield _event(json.dumps(failed(e).body()))
+        yield _event("[DONE]")
 
-    def _steering(self, plan: RequestPlan, writing: Writing) -> dict[str, Any]:
-        """Return the extension `steering` of a reply: its final sliders, what they did, and the seed to repeat it."""
-        setting = plan.steered.setting
-        receipts = writing.receipts
+    def _summary(self, plan: RequestPlan, writing: Writing) -> dict[str, Any]:
+        """Return what a reply reports at its end: its usage, and the extension `steering`, which holds its final
+        sliders, what they did, and the seed to repeat it."""
+        setting = plan.setting or self._settings.live
+        receipts = [c.receipt for c in writing.choices]
+        rows = [None if r is None else r.describe() for r in receipts]
         warnings = [w for r in receipts if r is not None for w in r.warnings]
-        receipt_rows = [without_nan(r.describe()) if r is not None else None for r in receipts]
-        return {
+        steering = {
             "profile": setting.profile,
-            "live": plan.steered.live,
+            "live": plan.setting is None,
             "sliders": dict(setting.sliders),
             "seed": plan.jobs[0].sampler.seed,
-            "receipt": receipt_rows[0] if len(receipt_rows) == 1 else receipt_rows,
+            "receipt": rows[0] if len(rows) == 1 else rows,
             "warnings": list(dict.fromkeys([*setting.warnings(), *warnings])),
         }
+        return {"usage": usage(plan.prompts, sum(c.tokens for c in writing.choices)), "steering": steering}
 
 
-@asynccontextmanager
-async def _until_hung_up(http: HttpRequest) -> AsyncIterator[anyio.CancelScope]:
-    """Cancel the block when the client hangs up. The block must cancel the yielded scope at its own end."""
+async def _unless_hung_up(http: HttpRequest, work: Callable[[], Awaitable[T]]) -> T | None:
+    """Return what `work` returns, or None if the client hangs up first, which cancels it. Errors: those of `work`."""
+    result = problem = None
     async with anyio.create_task_group() as tasks:
 
         async def watch() -> None:
@@ -236,7 +190,14 @@ async def _until_hung_up(http: HttpRequest) -> AsyncIterator[anyio.CancelScope]:
             tasks.cancel_scope.cancel()
 
         tasks.start_soon(watch)
-        yield tasks.cancel_scope
+        try:
+            result = await work()
+        except Exception as e:
+            problem = e  # raised below, where the task group does not wrap it in an ExceptionGroup
+        tasks.cancel_scope.cancel()
+    if problem is not None:
+        raise problem
+    return result
 
 
 class _Stream(StreamingResponse):
@@ -257,6 +218,5 @@ class _Stream(StreamingResponse):
             self._writing.cancel()
 
 
-def _event(chunk: dict[str, Any]) -> bytes:
-    # ASCII only: some readers take a Unicode line separator in a text for the end of the event's line.
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+def _event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()

@@ -1,32 +1,63 @@
-"""`steer serve`: opens the port, starts the engine, and runs the app of `steer.serve.app` on uvicorn.
+"""`steer serve`: OpenAI's API for one model, `/v1/steering` for its sliders, `/health` and `/metrics`, on uvicorn.
 
-`steer.cli.live.serve` is the command that calls `serve`.
+`serve` opens the port and starts the engine; `steer.cli.live.serve` is the command that calls it. `create_app` makes
+the routes and connects them to the other parts of `steer.serve`.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import uvicorn
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from openai.types import Model
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from steer.core.profile import Profile
-from steer.errors import SteerError, skip
+from steer.errors import SteerError, UsageError, skip
 from steer.model.sliders import as_edit
-from steer.serve.app import Options, create_app
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Engine
+from steer.serve.errors import ApiError, handle_errors
+from steer.serve.limits import Guard, Limits, is_loopback
+from steer.serve.metrics import Metrics
+from steer.serve.replies import Replies
+from steer.serve.requests import ChatRequest, CompletionRequest, Steering
+from steer.serve.steering import LiveSettings
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
 
-GRACE = 5
-"""Seconds that open connections have to end after the server is asked to stop."""
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one server."""
+
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    """The bearer token that every request must send; required if other machines can reach `host`."""
+    profiles: Sequence[Profile] = ()
+    """Profiles that clients choose by model name, as in `merged@noir`."""
+    limits: Limits = field(default_factory=Limits)
+    """How much one request may ask for."""
+
+    def __post_init__(self) -> None:
+        key = self.api_key
+        if key is not None and not (key.strip() == key != "" and key.isascii() and key.isprintable()):
+            raise UsageError("--api-key: expected printable ASCII without spaces around it, found something else")
+        if key is None and not is_loopback(self.host):
+            raise UsageError(
+                f"--host {self.host}: expected --api-key beside it, as others can reach it, found none; give a key"
+            )
 
 
 def serve(
@@ -70,8 +101,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, model: SteeredModel, engine: Engine, options: Options) -> None:
         app = create_app(model, engine, options)
+        # Open connections have 5 seconds to end after the server is asked to stop.
         super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off")
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
         )
         self._engine = engine
 
@@ -81,6 +113,65 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def create_app(model: SteeredModel, engine: Engine, options: Options | None = None) -> FastAPI:
+    """Return an ASGI application that serves `model` with texts that `engine` writes. It closes neither of them.
+
+    Errors: SteerError for profiles that do not fit the model.
+    """
+    options = options or Options()
+    # Clients know a directory by the last part of its path, and a hub id unchanged.
+    name = Path(model.name).resolve().name if Path(model.name).is_dir() else model.name
+    settings, metrics = LiveSettings(model, options.profiles), Metrics(engine)
+    replies = Replies(model, engine, settings, metrics, name, options.limits)
+    # FastAPI's documentation pages are switched off, because they load scripts from other hosts.
+    app = FastAPI(title="steer", docs_url=None, redoc_url=None)
+    handle_errors(app)
+    started = int(time.time())
+
+    def described(profile: str | None) -> dict[str, Any]:
+        id = name if profile is None else f"{name}@{profile}"
+        return Model(id=id, object="model", created=started, owned_by="steer").to_dict()
+
+    @app.post("/v1/chat/completions")
+    async def chat(http: HttpRequest, request: ChatRequest) -> Response:
+        return await replies.answer(http, request)
+
+    @app.post("/v1/completions")
+    async def complete(http: HttpRequest, request: CompletionRequest) -> Response:
+        return await replies.answer(http, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [described(p) for p in (None, *settings.profiles)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return described(replies.profile_of(name))
+
+    # FastAPI calls these two in a thread, because they are no coroutines: they may read a dictionary from disk.
+    @app.get("/v1/steering")
+    def steering() -> dict[str, Any]:
+        return settings.describe()
+
+    @app.put("/v1/steering")
+    def steer(update: Steering) -> dict[str, Any]:
+        settings.change(update)
+        return settings.describe()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if engine.problem is not None:
+            raise ApiError(503, engine.problem, code="engine_error")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def measured() -> Response:
+        return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app.add_middleware(Guard, host=options.host, api_key=options.api_key, max_body=options.limits.body, metrics=metrics)
+    return app
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Errors: SteerError for an address that cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -88,9 +179,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as e:
         why = getattr(e, "strerror", None) or str(e)
-        raise SteerError(
-            f"{host}:{port}: expected an address to listen on, found it unusable ({why}); choose another --port"
-        ) from e
+        message = f"{host}:{port}: expected an address to listen on, found it unusable ({why}); choose another --port"
+        raise SteerError(message) from e
 
 
 def address(listening: socket.socket) -> str:

@@ -1,7 +1,7 @@
 """The sliders that steer a reply: the server's live ones, one of its profiles, or those of the request itself.
 
-`LiveSettings` holds the live sliders and the profiles of one server; `steer.serve.replies` gets a `Steered` from it
-for each request, whose `edit` the engine calls before every token.
+`LiveSettings` holds the live sliders and the profiles of one server. `steer.serve.replies` asks it for the `Setting` of
+each request.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.profile import Profile
 from steer.core.sampler import PRESETS, Sampler
@@ -20,55 +19,29 @@ from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError, skip
 from steer.model.profiles import use
 from steer.model.sliders import Sliders
-from steer.serve.errors import ApiError
-from steer.serve.schemas import Steering, SteeringUpdate
+from steer.serve.errors import ApiError, invalid
+from steer.serve.requests import Steering
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
 
-NO_PROFILE = PRESETS["plain"]
-
 
 @dataclass(frozen=True)
 class Setting:
-    """Slider amounts and a sampler. A Setting is not changed once a reply uses it; a new one replaces it."""
+    """Slider amounts and a sampler. A Setting is never changed; a new one replaces it."""
 
     profile: str | None
     sliders: Sliders
-    sampler: Sampler = NO_PROFILE
+    sampler: Sampler = PRESETS["plain"]
 
     def warnings(self) -> list[str]:
         """Return a line for each site that is moved too far, and each slider beyond its calibrated range."""
-        return [
-            *self.sliders.warnings(),
-            *(
-                f"slider {name!r} stands at {amount:g}, its calibrated range is {low:g} to {high:g}"
-                for name, amount in self.sliders.items()
-                for low, high in [self.sliders.ranges.get(name, (-math.inf, math.inf))]
-                if not low <= amount <= high
-            ),
-        ]
-
-
-class Steered:
-    """Gives a reply its setting at every token: a fixed one, or the server's live one."""
-
-    def __init__(self, board: LiveSettings, own: Setting | None) -> None:
-        self._board, self._fixed = board, own
-
-    @property
-    def setting(self) -> Setting:
-        """The reply's fixed setting, or the server's live one as it is now."""
-        return self._board.live if self._fixed is None else self._fixed
-
-    @property
-    def live(self) -> bool:
-        """Whether the reply follows the server's live sliders."""
-        return self._fixed is None
-
-    def edit(self) -> Edit | None:
-        """Return the edit to apply for the next token."""
-        return self.setting.sliders.current
+        lines = self.sliders.warnings()
+        for name, amount in self.sliders.items():
+            low, high = self.sliders.ranges.get(name, (-math.inf, math.inf))
+            if not low <= amount <= high:
+                lines.append(f"slider {name!r} stands at {amount:g}, its calibrated range is {low:g} to {high:g}")
+        return lines
 
 
 class LiveSettings:
@@ -105,40 +78,35 @@ class LiveSettings:
         """The profiles' names."""
         return list(self._profiles)
 
-    def steered(self, profile: str | None, asked: Steering | None) -> Steered:
-        """Return the settings for a request. `profile`: from its model's name. `asked`: `steering` in its body.
+    def setting_for(self, profile: str | None, asked: Steering) -> Setting | None:
+        """Return the setting of a request, or None if it follows the live one.
 
-        A request with sliders, even an empty object (`{}`), does not follow the live sliders: its sliders apply on top
-        of its profile's, or alone if it names no profile. Errors: ApiError.
+        `profile`: from its model's name. `asked`: `steering` in its body. A request with sliders, even an empty object
+        (`{}`), does not follow the live sliders: its sliders apply on top of its profile's, or alone if it names no
+        profile. Errors: ApiError.
         """
-        if asked is not None and asked.profile is not None:
+        if asked.profile is not None:
             if profile not in (None, asked.profile):
-                raise ApiError(
-                    400,
-                    f"steering.profile: expected {profile!r}, as the model's name has it, found {shown(asked.profile)}",
-                    param="steering.profile",
-                    code="invalid_value",
-                )
+                expected = f"{profile!r}, as the model's name has it"
+                raise invalid("steering.profile", expected, shown(asked.profile))
             profile = asked.profile
-        sliders = asked.sliders if asked is not None else None
-        if profile is None and sliders is None:
-            return Steered(self, None)
-        return Steered(self, self._moved(self._start(profile), sliders or {}, "steering.sliders"))
+        if profile is None and asked.sliders is None:
+            return None
+        return self._moved(self._start(profile), asked.sliders or {}, "steering.sliders")
 
-    def change(self, update: SteeringUpdate) -> None:
+    def change(self, update: Steering) -> None:
         """Apply an update to the live sliders, wholly or not at all. Errors: ApiError."""
         with self._lock:
             start = self._start(update.profile) if "profile" in update.model_fields_set else self.live
-            self.live = self._moved(start, update.sliders, "sliders")
+            self.live = self._moved(start, update.sliders or {}, "sliders")
 
     def describe(self) -> dict[str, Any]:
         """Return the live setting and every slider that can be moved, as JSON."""
         setting = self.live
-        sliders = setting.sliders
-        rows_by_name = {n: sliders.slider(n) for n in sliders} | self._model.sliders.known()
+        sliders, amounts = setting.sliders, dict(setting.sliders)
         rows = []
-        for name, slider in rows_by_name.items():
-            amount = sliders[name] if name in set(sliders) else slider.neutral
+        for name, slider in ({n: sliders.slider(n) for n in amounts} | self._model.sliders.known()).items():
+            amount = amounts.get(name, slider.neutral)
             rows.append(
                 {
                     "name": name,
@@ -152,24 +120,16 @@ class LiveSettings:
                     "site": slider.site,
                 }
             )
-        return {
-            "profile": setting.profile,
-            "profiles": self.profiles,
-            "sliders": rows,
-            "warnings": setting.warnings(),
-        }
+        warnings = setting.warnings()
+        return {"profile": setting.profile, "profiles": self.profiles, "sliders": rows, "warnings": warnings}
 
     def _start(self, profile: str | None) -> Setting:
         if profile is None:
             return self._none
         if profile not in self._profiles:
             choices = f"one of {', '.join(self._profiles)}" if self._profiles else "none, as the server has none"
-            raise ApiError(
-                404,
-                f"profile {shown(profile)}: expected {choices}; GET /v1/models lists them",
-                param="profile",
-                code="profile_not_found",
-            )
+            message = f"profile {shown(profile)}: expected {choices}; GET /v1/models lists them"
+            raise ApiError(404, message, param="profile", code="profile_not_found")
         return self._profiles[profile]
 
     def _moved(self, start: Setting, changes: Mapping[str, float | None], param: str) -> Setting:

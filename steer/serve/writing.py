@@ -1,26 +1,107 @@
-"""The choices of one request while the engine writes them: engine callbacks become an asynchronous stream of updates.
+"""The choices of one request while the engine writes them: from the engine's tokens to text that can be sent.
 
-`steer.serve.replies` makes a `Writing` from a request's jobs and sends its updates to the client.
+`ReplyText` makes whole characters of tokens and finds stop strings. `Writing` submits a request's jobs and turns the
+engine's callbacks into an asynchronous stream of updates, which `steer.serve.replies` sends to the client.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from steer.errors import SteerError, UsageError
+from steer.model.detokenise import Detokeniser
 from steer.model.steering.receipts import Receipt
-from steer.serve.engine import Busy, Engine, Event, Finished, Handle, Job, Token
-from steer.serve.errors import ApiError, busy
-from steer.serve.metrics import Metrics, RequestTimer
-from steer.serve.texts import Piece, ReplyText
+from steer.serve.engine import Busy, Engine, Event, Finished, Job, Token
+from steer.serve.errors import ApiError
+from steer.serve.metrics import Metrics
 
 Reason = Literal["stop", "length"]
 PING = 15.0
 """Seconds without an update after which a stream sends a keep-alive comment."""
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A written token and its place in the reply's text."""
+
+    token: Token
+    start: int
+    """Place of the token's first character, in characters from the start of the reply. For a token inside a character,
+    the place of that character."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is final, and the tokens that begin in it."""
+
+    text: str
+    tokens: tuple[TokenText, ...] = ()
+
+
+class ReplyText:
+    """The text of one reply, built token by token.
+
+    A piece never ends within a character. Text that may be the beginning of a stop string is held back until that is
+    decided. The reply ends before the first complete stop string, so no piece contains any part of one.
+
+        text = ReplyText(tokenizer, prompt, stop=["\\n\\n"])
+        for token in tokens:
+            print(text.add(token).text, end="")
+        print(text.end().text)
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        """`tokenizer`: a transformers tokenizer with a fast backend. `prompt`: the token ids before the reply."""
+        self._decoder = Detokeniser(tokenizer, prompt)
+        self._stop = tuple(stop)
+        self._held = ""
+        self._sent = 0
+        self._tokens: list[TokenText] = []
+        self.stopped = False
+        """Whether a stop string has ended the reply; later tokens are ignored."""
+
+    def add(self, token: Token) -> Piece:
+        """Add a token and return the text that can be sent now. An end token adds nothing."""
+        if self.stopped or token.end:
+            return Piece("")
+        self._tokens.append(TokenText(token, self._sent + len(self._held)))
+        return self._take(self._decoder.add(token.id))
+
+    def end(self) -> Piece:
+        """Return the text that was held back; no more tokens follow."""
+        return Piece("") if self.stopped else self._take(self._decoder.end(), last=True)
+
+    def _take(self, text: str, last: bool = False) -> Piece:
+        self._held += text
+        cut = find_stop(self._held, self._stop)
+        self.stopped = cut is not None
+        if cut is None:
+            cut = len(self._held) if last else len(self._held) - begun(self._held, self._stop)
+        out, self._held = self._held[:cut], "" if self.stopped else self._held[cut:]
+        self._sent += len(out)
+        # A token that only begins a character is reported together with that character.
+        ready = [t for t in self._tokens if t.start < self._sent or (last and not self.stopped)]
+        self._tokens = self._tokens[len(ready) :]
+        return Piece(out, tuple(ready))
+
+
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first stop string in a text begins; None if there is none."""
+    found = [at for s in stop if (at := text.find(s)) >= 0]
+    return min(found, default=None)
+
+
+def begun(text: str, stop: Sequence[str]) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop string."""
+    longest = min(max(map(len, stop), default=1) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
 
 
 @dataclass(frozen=True)
@@ -30,16 +111,23 @@ class Update:
     choice: int
     piece: Piece
     reason: Reason | None = None
-    """Why the choice ended; None while it goes on."""
+    """None while the choice goes on."""
 
 
-class _Choice:
-    def __init__(self, job: Job, text: ReplyText, metrics: Metrics) -> None:
-        self.job, self.text, self.watch = job, text, RequestTimer(metrics)
-        self.tokens = 0
-        self.handle: Handle | None = None
-        self.receipt: Receipt | None = None
-        self.open = True
+@dataclass(eq=False)
+class Choice:
+    """One text of a request while it is written."""
+
+    number: int
+    text: ReplyText
+    since: float = field(default_factory=time.perf_counter)
+    """When its last token came, or else when its job was submitted."""
+    tokens: int = 0
+    """How many were written, including an end token and the tokens of a stop string."""
+    cancel: Callable[[], None] = lambda: None
+    receipt: Receipt | None = None
+    """What the sliders did; None until the choice has ended."""
+    open: bool = True
 
 
 class Writing:
@@ -56,41 +144,32 @@ class Writing:
         Errors: ApiError, with status 429 when the queue is full.
         """
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[_Choice, Event]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[Choice, Event]] = asyncio.Queue()
         self._metrics = metrics
         self.failed = False
         """Whether the request ended with an error."""
-        self._choices = [_Choice(job, ReplyText(tokenizer, job.prompt, stop), metrics) for job in jobs]
+        self.choices = [Choice(i, ReplyText(tokenizer, job.prompt, stop)) for i, job in enumerate(jobs)]
         try:
-            for choice in self._choices:
-                choice.handle = engine.submit(choice.job, self._listener(choice))
+            for choice, job in zip(self.choices, jobs, strict=True):
+                choice.cancel = engine.submit(job, partial(self._receive, choice))
+        except Busy as e:
+            self.cancel()
+            after = str(max(1, math.ceil(e.retry_after)))
+            raise ApiError(429, str(e), code="queue_full", headers={"Retry-After": after}) from e
         except SteerError as e:
             self.cancel()
-            if isinstance(e, Busy):
-                raise busy(e) from e
-            status = 400 if isinstance(e, UsageError) else 503
-            raise ApiError(status, str(e), code="not_taken") from e
-
-    @property
-    def receipts(self) -> list[Receipt | None]:
-        """What the sliders did, one entry per choice; None until the choice has ended."""
-        return [c.receipt for c in self._choices]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens written so far in all choices, including end tokens and the tokens of stop strings."""
-        return sum(c.tokens for c in self._choices)
+            raise ApiError(400 if isinstance(e, UsageError) else 503, str(e), code="not_taken") from e
 
     @property
     def finished(self) -> bool:
         """Whether every choice has ended."""
-        return not any(c.open for c in self._choices)
+        return not any(c.open for c in self.choices)
 
     def cancel(self) -> None:
         """Cancel every job that has not ended."""
-        for choice in self._choices:
-            if choice.open and choice.handle is not None:
-                choice.handle.cancel()
+        for choice in self.choices:
+            if choice.open:
+                choice.cancel()
 
     async def updates(self) -> AsyncIterator[Update | None]:
         """Yield updates until every choice has ended, and None after PING seconds without one.
@@ -110,32 +189,27 @@ class Writing:
             if update.piece.text or update.piece.tokens or update.reason:
                 yield update
 
-    def _write(self, choice: _Choice, token: Token) -> Update:
-        index = self._choices.index(choice)
-        if choice.text.stopped:
-            # The job is cancelled already; this token was on its way.
-            return Update(index, Piece(""))
-        choice.tokens += 1
-        choice.watch.token()
-        piece = choice.text.add(token)
-        if choice.text.stopped and choice.handle is not None:
-            choice.handle.cancel()
-        return Update(index, piece)
+    def _receive(self, choice: Choice, event: Event) -> None:
+        with suppress(RuntimeError):  # the event loop is closed, so nobody reads the events
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
 
-    def _finish(self, choice: _Choice, event: Finished) -> Update:
+    def _write(self, choice: Choice, token: Token) -> Update:
+        if choice.text.stopped:  # the job is cancelled already; this token was on its way
+            return Update(choice.number, Piece(""))
+        now = time.perf_counter()
+        self._metrics.token(now - choice.since, first=not choice.tokens)
+        choice.since, choice.tokens = now, choice.tokens + 1
+        piece = choice.text.add(token)
+        if choice.text.stopped:
+            choice.cancel()
+        return Update(choice.number, piece)
+
+    def _finish(self, choice: Choice, event: Finished) -> Update:
         choice.open, choice.receipt = False, event.receipt
-        stopped, piece = choice.text.stopped, choice.text.end()
-        if event.reason == "cancelled" and not stopped:
+        if event.reason == "cancelled" and not choice.text.stopped:
             self.failed = True
             raise ApiError(503, "the server is stopping; this reply is not whole", code="stopping")
-        # The text that was held back may have completed a stop string.
-        stopped = stopped or choice.text.stopped
-        reason: Reason = "length" if event.reason == "length" and not stopped else "stop"
-        return Update(self._choices.index(choice), piece, reason)
-
-    def _listener(self, choice: _Choice) -> Any:
-        def on_event(event: Event) -> None:
-            with suppress(RuntimeError):  # the event loop is closed, so nobody reads the events
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
-
-        return on_event
+        # The text that was held back may complete a stop string.
+        piece = choice.text.end()
+        stopped = choice.text.stopped or event.reason != "length"
+        return Update(choice.number, piece, "stop" if stopped else "length")

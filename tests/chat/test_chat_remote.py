@@ -15,7 +15,7 @@ from steer.chat.writer import Task
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import Sampler
 from steer.errors import SteerError, UnsupportedError, UsageError
-from steer.serve.app import Options
+from steer.serve.server import Options
 
 SAMPLER = Sampler(
     max_new_tokens=12,

@@ -16,7 +16,7 @@ from steer.model.profiles import use
 from steer.model.sliders import Sliders
 from steer.model.steered import SteeredModel
 from steer.model.steering.low_rank import ForwardContext
-from steer.serve.texts import token_bytes
+from steer.serve.openai_json import token_bytes
 
 Logprobs = np.ndarray[Any, np.dtype[np.float64]]
 ENOUGH = 0.1

@@ -29,15 +29,15 @@ def test_a_job_that_is_cancelled_leaves_its_place_to_the_next(endless):
         second, third, fourth = (ask(engine, job(sampler=DRAWN, key=k)) for k in (1, 2, 3))
         first.wait_for(3)
         assert (engine.running, engine.waiting) == (1, 3)
-        third.handle.cancel()
-        first.handle.cancel()
-        first.handle.cancel()
+        third.cancel()
+        first.cancel()
+        first.cancel()
         assert first.wait().last == third.wait().last == Finished("cancelled", None)
         assert 3 <= len(first.tokens) < 100
         assert third.tokens == []
         for k, listener in ((1, second), (3, fourth)):
             assert listener.wait().tokens == by_decoding(endless, job(sampler=DRAWN, key=k))
-        second.handle.cancel()  # over already
+        second.cancel()  # over already
         assert [isinstance(e, Token) for e in second.events].count(False) == 1
         assert (engine.running, engine.waiting) == (0, 0)
 
@@ -49,11 +49,11 @@ def test_a_job_can_be_cancelled_by_its_own_listener(endless, engine):
     def hear(event: Event) -> None:
         heard.append(event)
         if len(heard) == 5:
-            handle.cancel()
+            cancel()
         if not isinstance(event, Token):
             done.set()
 
-    handle = engine.submit(job(sampler=LONG), hear)
+    cancel = engine.submit(job(sampler=LONG), hear)
     assert done.wait(PATIENCE)
     assert [type(e) for e in heard] == [Token] * 5 + [Finished]
 
@@ -270,7 +270,7 @@ def test_texts_that_would_see_each_other_are_noticed_before_anyone_is_served(end
     def leaking(inputs, window):
         out, new = packing(inputs, window), inputs["input_ids"].shape[1]
         if not inputs["read_index"][0].numel():
-            reading = Reading(slice(0, new), slice(0, new), 1, None)
+            reading = Reading(torch.arange(new)[None], slice(0, new), None)
             out["packings"] = {"full_attention": Packing((reading,), None)}
         return out
 

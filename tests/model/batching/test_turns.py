@@ -77,12 +77,12 @@ def test_the_jobs_of_one_request_take_no_more_places_than_they_leave(endless):
         first = [ask(engine, one) for one in one_request([job(sampler=LONG, key=k) for k in range(PLACES)])]
         assert (engine.running, engine.waiting) == (4, 4)
         for listener in first:
-            listener.handle.cancel()
+            listener.cancel()
             listener.wait()
         apart = [ask(engine, job(sampler=LONG, key=k)) for k in range(PLACES)]
         assert (engine.running, engine.waiting) == (PLACES, 0)
         for listener in apart:
-            listener.handle.cancel()
+            listener.cancel()
 
 
 def test_what_a_step_reads_goes_to_the_oldest_request_and_then_to_the_shortest():

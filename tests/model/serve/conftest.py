@@ -13,8 +13,8 @@ from tiny_chat import keep_direction, save_tiny_chat
 from steer.core.direction import Direction
 from steer.core.profile import Profile
 from steer.model.steered import SteeredModel, load
-from steer.serve.app import Options
 from steer.serve.limits import Limits
+from steer.serve.server import Options
 
 NOIR = {
     "name": "noir",

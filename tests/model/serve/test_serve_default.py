@@ -12,7 +12,7 @@ from steer.checkpoint.fetch import DEFAULT_MODEL
 from steer.core.direction import Direction
 from steer.core.profile import Profile
 from steer.model.steered import load
-from steer.serve.app import Options
+from steer.serve.server import Options
 
 pytestmark = pytest.mark.model
 GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}

@@ -16,9 +16,8 @@ from serving import served, until
 from steer.core.profile import Profile
 from steer.errors import SteerError, UsageError
 from steer.model.steered import load
-from steer.serve.app import Options
 from steer.serve.limits import Limits, is_loopback
-from steer.serve.server import listen, load_profiles, serve
+from steer.serve.server import Options, listen, load_profiles, serve
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]

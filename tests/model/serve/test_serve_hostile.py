@@ -16,9 +16,9 @@ from serving import Served, served, until
 from steer.core.sampler import Sampler
 from steer.model.sampling import breaker_ids
 from steer.model.steered import SteeredModel
-from steer.serve.app import Options
 from steer.serve.limits import Limits
 from steer.serve.replies import PLANNED
+from steer.serve.server import Options
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -20,7 +20,7 @@ from steer.model.batch import generate
 from steer.model.profiles import use
 from steer.model.sliders import Sliders
 from steer.model.steered import load
-from steer.serve.app import Options
+from steer.serve.server import Options
 
 EACH = 6
 """Requests of a client."""

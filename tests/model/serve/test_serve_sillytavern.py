@@ -9,8 +9,7 @@ import pytest
 
 from steer.core.sampler import PRESETS
 from steer.serve.limits import Limits
-from steer.serve.prompts import chat_prompt, completion_prompts, sampler_of
-from steer.serve.schemas import ChatRequest, CompletionRequest
+from steer.serve.requests import ChatRequest, CompletionRequest, chat_prompt, completion_prompts, sampler_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

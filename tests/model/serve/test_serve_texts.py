@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from steer.serve.engine import Token
-from steer.serve.texts import Piece, ReplyText, begun, find_stop, token_bytes
+from steer.serve.openai_json import token_bytes
+from steer.serve.writing import Piece, ReplyText, begun, find_stop
 
 
 def token(i: int, end: bool = False) -> Token:
