@@ -1,6 +1,6 @@
 """Conversations on disk, under $STEER_HOME/chats: one JSON file per chat, written atomically.
 
-`steer.chat.talk` saves and loads chats with it; the page's list of old chats is `saved_chats`. Every field is checked
+`steer.chat.chat` saves and loads chats with it; the page's list of old chats is `saved_chats`. Every field is checked
 when a file is read.
 """
 

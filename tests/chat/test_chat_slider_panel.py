@@ -32,7 +32,7 @@ def board(chat, model, checkpoint, make_direction):
     keep_dictionary(model)
     weak = make_direction("moralizing", seed=9)
     keep_direction(checkpoint, Direction("moralizing", 2, weak.vector, with_mean=0.1, residual_norm=1.0))
-    return chat.board
+    return chat.panel
 
 
 def names(board) -> list[str]:
@@ -41,12 +41,10 @@ def names(board) -> list[str]:
 
 def test_traits_come_first_then_what_was_pinned(board):
     assert names(board) == ["moral", "moralizing"]
-    assert [r.name for r in board.offered()] == ["preach", "against"]
     board.pin("L1/5")
     board.pin("preach")
     assert names(board) == ["moral", "moralizing", "L1/5", "preach"]
     assert [(r.kind, r.pinned) for r in board.rows()] == [("trait", False)] * 2 + [("feature", True)] * 2
-    assert [r.name for r in board.offered()] == ["against"]
     board.set("preach", 1.0)
     board.unpin("preach")
     assert names(board) == ["moral", "moralizing", "L1/5"]
@@ -69,7 +67,7 @@ def test_a_slider_that_stands_somewhere_is_shown_and_one_at_rest_is_not_kept(boa
 
 
 def test_words_in_place_of_numbers(board):
-    by_name = {r.name: r for r in [*board.rows(), *board.offered(), board.row("L1/5")]}
+    by_name = {r.name: r for r in [*board.rows(), *map(board.row, ("preach", "against", "L1/5"))]}
     assert (by_name["moral"].title, by_name["moral"].description) == ("moral", "The direction 'moral'.")
     assert by_name["moralizing"].description == Trait.load("moralizing").summary
     assert by_name["preach"].title == "moralizing, 2 features"
@@ -196,14 +194,14 @@ def test_a_slider_whose_file_is_gone_is_left_out_and_the_page_is_still_drawn(boa
     board.pin("preach")
     for file in home.rglob("sliders.yaml"):
         file.unlink()
-    board._voice.sliders._known.clear()
+    board._backend.sliders._known.clear()
     assert names(board) == ["moral", "moralizing"]
 
 
 def test_profiles_are_kept_given_away_and_taken(chat, home):
     assert saved_profiles() == {}
-    chat.board.set("moral", 0.3)
-    chat.board.reshape("moral", when=Schedule("reply", first=3))
+    chat.panel.set("moral", 0.3)
+    chat.panel.reshape("moral", when=Schedule("reply", first=3))
     with pytest.raises(UsageError, match="without /"):
         chat.profile("noir/../x")
     profile = chat.profile("noir \u2603:..x")
@@ -211,11 +209,11 @@ def test_profiles_are_kept_given_away_and_taken(chat, home):
     assert place.parent == home / "profiles"
     assert list(saved_profiles()) == [place.stem]
     assert load_profile(place.stem) == profile
-    chat.board.reset_all()
+    chat.panel.reset_all()
     back = uploaded_profile(profile_bytes(profile), "noir.yaml")
     chat.use(back)
     assert chat.sliders["moral"] == 0.3
-    assert chat.board.row("moral").when.first == 3
+    assert chat.panel.row("moral").when.first == 3
     forget_profile(place.stem)
     forget_profile(place.stem)
     with pytest.raises(UsageError, match="expected one of none so far"):
