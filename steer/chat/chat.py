@@ -28,7 +28,7 @@ from steer.errors import SteerError, UnsupportedError, UsageError
 from steer.model.profiles import edit_of
 from steer.plain_text import without_surrogates
 
-_ANEW = 10_000
+_SEED_STEP = 10_000
 """Difference between the seeds of two alternatives of a reply, so that none equals the seed of another turn."""
 
 
@@ -76,10 +76,10 @@ class Chat(BaseChat):
         beside = [m.id for m in self.conversation.alternatives(message)]
         return beside.index(message), len(beside)
 
-    def swipe(self, message: int, by: int) -> bool:
-        """Show another alternative of a message: `by` places further, or back if negative. False if there is none."""
+    def swipe(self, message: int, places: int) -> bool:
+        """Show the alternative that is `places` further, or back if negative. Return False if there is none."""
         beside = self.conversation.alternatives(message)
-        at = self.place_of(message)[0] + by
+        at = self.place_of(message)[0] + places
         if not 0 <= at < len(beside):
             return False
         self.conversation.choose(beside[at].id)
@@ -330,7 +330,7 @@ class Chat(BaseChat):
     def _seed(self, to: int) -> int:
         used = [m.written.seed for m in self.conversation.below(to) if m.written is not None]
         turn = sum(m.role == "user" for m in self.conversation.upto(to)) - 1
-        return max(used) + _ANEW if used else self.sampler.seed + max(turn, 0)
+        return max(used) + _SEED_STEP if used else self.sampler.seed + max(turn, 0)
 
 
 def _cleaned(text: str) -> str:

@@ -36,7 +36,7 @@ class LocalBackend(ReplyBackend):
     """`ReplyBackend` for a model in this process: one chat's sliders and KV cache, on a model that chats may share."""
 
     local = True
-    felt = (
+    slider_note = (
         "A slider that moves is felt by the next token. What was read before stays as it was then, until the chat is "
         "read again."
     )

@@ -56,7 +56,7 @@ class RemoteBackend(ReplyBackend):
     """
 
     local = False
-    felt = (
+    slider_note = (
         "A slider that moves is felt within a few words: the server is asked to go on from there, and reads the chat "
         "again under the sliders of then."
     )
@@ -374,15 +374,11 @@ def receipt_of(steering: Mapping[str, Any] | None, tokens: int) -> Receipt:
         row = _ReceiptAnswer.model_validate((steering or {}).get("receipt"))
     except ValidationError:
         return Receipt(tokens)
+    sliders = [(s, math.nan if s.mean_share is None else s.mean_share) for s in row.sliders]
     return Receipt(
         tokens if row.tokens is None else row.tokens,
-        tuple(
-            SliderReceipt(
-                s.name, s.operation, s.amount, s.tokens, math.nan if s.mean_share is None else s.mean_share
-            )
-            for s in row.sliders
-        ),
-    )  # fmt: skip
+        tuple(SliderReceipt(s.name, s.operation, s.amount, s.tokens, share) for s, share in sliders),
+    )
 
 
 class _SliderAnswer(BaseModel):

@@ -26,7 +26,7 @@ def draw(chat: Chat) -> None:
         _rows(chat)
     with st.container():
         _budgets(chat)
-    st.caption(markdown(chat.backend.felt))
+    st.caption(markdown(chat.backend.slider_note))
     setup.draw(chat)
 
 
