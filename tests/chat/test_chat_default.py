@@ -48,9 +48,9 @@ def test_traits_that_ship_are_at_hand_in_words(chat):
 
 def test_side_by_side_and_inside_tell_the_sliders_effect(chat):
     chat.panel.set("moralizing", -1.0)
-    duel = chat.compare(QUESTION, chat.side("plain"), chat.side("now"))
-    assert duel.wait(300)
-    plain, steered = (chat.take(duel, side) for side in ("left", "right"))
+    comparison = chat.compare(QUESTION, chat.side("plain"), chat.side("now"))
+    assert comparison.wait(300)
+    plain, steered = (chat.take(comparison, side) for side in ("left", "right"))
     assert plain.text != steered.text
     look = chat.inside(steered.id, ["moralizing", "compliance"])
     assert "".join(look.pieces) == steered.text
@@ -61,17 +61,17 @@ def test_side_by_side_and_inside_tell_the_sliders_effect(chat):
 
 
 def test_features_that_fire_on_a_message_are_pinned_by_a_click(chat):
-    shelf = chat.features
-    assert shelf.traits() == ["compliance", "moralizing"]
-    found = shelf.fires_on("You should never lie. Honesty is a moral duty.")
+    features = chat.features
+    assert features.traits() == ["compliance", "moralizing"]
+    found = features.fires_on("You should never lie. Honesty is a moral duty.")
     assert len(found) == 12
     assert "".join(p for p, _ in found[0].marks) == "You should never lie. Honesty is a moral duty."
     row = chat.panel.pin(found[0].card.name)
     chat.panel.set(row.name, 0.5)
     assert chat.panel.budgets()[0].site == 14
-    best = shelf.search(trait="moralizing", limit=5)
+    best = features.search(trait="moralizing", limit=5)
     assert abs(best[0].record.traits["moralizing"].auroc - 0.5) > 0.4
-    scores = {c.record.index: c.output_score for c in shelf.search(trait="moralizing", limit=1000)}
+    scores = {c.record.index: c.output_score for c in features.search(trait="moralizing", limit=1000)}
     assert scores[3494]["moralizing"] == pytest.approx(0.642, abs=0.01)
 
 

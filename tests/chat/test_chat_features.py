@@ -24,30 +24,30 @@ def place(model):
 
 
 @pytest.fixture
-def shelf(place, chat):
+def features(place, chat):
     return chat.features
 
 
-def test_words_are_looked_for_in_tokens_and_contexts(shelf):
-    found = shelf.search("mercy US")
+def test_words_are_looked_for_in_tokens_and_contexts(features):
+    found = features.search("mercy US")
     assert [c.record.index for c in found] == [20, 15, 10, 5]
     assert found[0].title == "on \u201cmercy\u201d"
-    assert len(shelf.search("", limit=7)) == 7
-    assert shelf.search("zebra") == []
+    assert len(features.search("", limit=7)) == 7
+    assert features.search("zebra") == []
 
 
-def test_the_surest_features_of_a_trait_come_first(shelf):
-    assert shelf.traits() == ["moralizing"]
-    found = shelf.search(trait="moralizing", limit=3)
+def test_the_surest_features_of_a_trait_come_first(features):
+    assert features.traits() == ["moralizing"]
+    found = features.search(trait="moralizing", limit=3)
     assert [c.record.index for c in found] == [M - 1, M - 2, M - 3]
     assert found[0].record.traits["moralizing"].auroc == pytest.approx(0.96)
     assert found[0].record.traits["moralizing"].q == 0.01
     with pytest.raises(UsageError, match="steer find"):
-        shelf.search(trait="kindness")
+        features.search(trait="kindness")
 
 
-def test_a_card_tells_what_is_known_and_pins_by_its_name(shelf, chat, place):
-    cards = {c.record.index: c for c in shelf.search("", limit=M)}
+def test_a_card_tells_what_is_known_and_pins_by_its_name(features, chat, place):
+    cards = {c.record.index: c for c in features.search("", limit=M)}
     assert cards.keys() == set(range(2, M))
     card = cards[5]
     dictionary = dictionary_at(place)
@@ -60,7 +60,7 @@ def test_a_card_tells_what_is_known_and_pins_by_its_name(shelf, chat, place):
     assert chat.panel.pin(card.name).title == card.title
 
 
-def test_what_fires_on_a_message_is_what_the_dictionary_reads_there(shelf, model, place):
+def test_what_fires_on_a_message_is_what_the_dictionary_reads_there(features, model, place):
     ids = model.prompt_ids([{"role": "user", "content": "hello friend truth"}])
     words = model.tokenizer("hello friend truth", add_special_tokens=False).input_ids
     start = next(i for i in range(len(ids)) if ids[i : i + 3] == words)
@@ -70,7 +70,7 @@ def test_what_fires_on_a_message_is_what_the_dictionary_reads_there(shelf, model
     acts = dictionary.encode(recording[1][0, start : start + 3].float())
     units = torch.tensor([float("inf")] * 2 + [0.5 + 0.1 * i for i in range(2, M)])
     strength = acts / units
-    found = shelf.fires_on("hello friend truth", limit=5)
+    found = features.fires_on("hello friend truth", limit=5)
     wanted = strength.amax(0).sort(descending=True)
     assert [f.card.record.index for f in found] == wanted.indices[:5].tolist()
     assert [f.strength for f in found] == pytest.approx(wanted.values[:5].tolist(), rel=1e-4)
@@ -80,35 +80,35 @@ def test_what_fires_on_a_message_is_what_the_dictionary_reads_there(shelf, model
     assert hooks_on(model) == 0
 
 
-def test_sliders_have_no_say_in_what_fires(shelf, chat):
-    before = shelf.fires_on("hello friend")
+def test_sliders_have_no_say_in_what_fires(features, chat):
+    before = features.fires_on("hello friend")
     chat.panel.set("moral", 3.0)
     chat.say("hello friend")
-    again = shelf.fires_on("hello friend")
+    again = features.fires_on("hello friend")
     assert chat.writer.wait(20)
     assert [f.strength for f in again] == [f.strength for f in before]
 
 
-def test_messages_that_cannot_be_read_are_refused(shelf):
+def test_messages_that_cannot_be_read_are_refused(features):
     with pytest.raises(UsageError, match="expected some text"):
-        shelf.fires_on("  ")
+        features.fires_on("  ")
     with pytest.raises(UsageError, match="at most 512 tokens"):
-        shelf.fires_on("hello " * 600)
+        features.fires_on("hello " * 600)
 
 
 def test_a_model_without_a_dictionary_has_an_empty_shelf(chat):
-    shelf = chat.features
-    assert shelf.dictionaries == shelf.traits() == shelf.search("mercy") == shelf.fires_on("hello") == []
+    features = chat.features
+    assert features.dictionaries == features.traits() == features.search("mercy") == features.fires_on("hello") == []
 
 
 @pytest.mark.filterwarnings("ignore::steer.errors.SkippedWarning")
 def test_a_dictionary_whose_labels_are_broken_is_named_and_the_others_stay(model, place, chat):
     broken = keep_dictionary(model, "second", site=2) / "features.jsonl"
     broken.write_bytes(broken.read_bytes() + b'{"index": 3}\n')
-    shelf = chat.features
-    assert shelf.dictionaries == ["tiny"]
-    assert shelf.search("mercy")
-    (line,) = shelf.problems
+    features = chat.features
+    assert features.dictionaries == ["tiny"]
+    assert features.search("mercy")
+    (line,) = features.problems
     assert line.startswith(f"{broken}, line 23: expected a latent's record, found no 'rate'")
     assert "\n" not in line
 
