@@ -80,5 +80,5 @@ def until(condition: Any, seconds: float = 20.0) -> bool:
     while time.monotonic() < end:
         if condition():
             return True
-        time.sleep(0.01)
+        time.sleep(0.001)
     return False

@@ -125,7 +125,7 @@ def test_the_operation_and_the_tokens_a_slider_acts_on_are_set_in_its_popover(mo
     next(s for s in at.selectbox if s.label == "Operation").set_value("cap")
     next(n for n in at.number_input if n.label.startswith("Only the first")).set_value(5)
     click(at, "Apply")
-    row = chat_of(at).board.row("moral")
+    row = chat_of(at).panel.row("moral")
     assert (row.operation, row.when.first) == ("cap", 5)
     assert any("moral (cap)" in m.value and "off" in m.value for m in at.sidebar.markdown)
 
@@ -190,7 +190,7 @@ def test_a_profile_is_kept_and_loaded(moral):
 
 def test_two_tabs_share_the_model_and_not_the_sliders(moral):
     one, two = page(), page()
-    assert chat_of(one).voice.model is chat_of(two).voice.model
+    assert chat_of(one).backend.model is chat_of(two).backend.model
     plain = say(one, "hello")
     moral_slider(two).set_value(moral_slider(two).max).run()
     click(one, "New chat")
@@ -242,7 +242,7 @@ def test_a_model_that_is_not_there_is_told_of_without_a_traceback(home, monkeypa
 
 def test_a_part_that_breaks_is_one_line_and_the_rest_of_the_page_stays(moral, monkeypatch):
     at = page()
-    monkeypatch.setattr(Chat, "shelf", lambda self: 1 / 0)
+    monkeypatch.setattr(Chat, "features", property(lambda self: 1 / 0))
     at.session_state["part"] = "Features"
     at.run()
     assert not at.exception

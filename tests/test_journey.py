@@ -18,7 +18,7 @@ from tiny_chat import ENDLESS, WORDS, save_tiny_chat
 import steer
 from steer.chat.chat import Chat
 from steer.chat.feature_index import FeatureIndex
-from steer.chat.local import LocalVoice
+from steer.chat.local import LocalBackend
 from steer.chat.session import Session
 from steer.checkpoint.library import Library, dictionaries_of, dictionary_at, register_dictionary
 from steer.checkpoint.sketch import sketch_files
@@ -80,9 +80,9 @@ def test_a_trained_dictionary_and_its_sliders_are_found_by_name(folder: Path, tm
     assert {s.name for s in session.receipts[-1].sliders} == {"lying-latent", "L1/7"}
     assert FeatureIndex(model).dictionaries == ["m-L1-topk"]
     assert "lying-latent" in Library(OnDisk(str(checkpoint), sketch)).sliders()
-    with closing(Chat(LocalVoice(load(checkpoint)), keep=False)) as page:
-        assert "lying-latent" in {row.name for row in page.board.offered()}
-        assert page.board.pin("L1/7").name == "L1/7"
+    with closing(Chat(LocalBackend(load(checkpoint)), keep=False)) as page:
+        assert "lying-latent" in page.sliders.known()
+        assert page.panel.pin("L1/7").name == "L1/7"
     served = load(checkpoint)
     with closing(BatchingEngine(served)) as engine:
         client = TestClient(create_app(served, engine), base_url="http://localhost")

@@ -1,58 +1,190 @@
-"""The chat behind one browser tab: talking (`steer.chat.talk`), comparing, looking inside, features, and baking.
+"""The chat behind one browser tab: messages, replies in the background, comparing, looking inside, features, baking.
 
-The parts of `steer.page` draw a `Chat` and call its methods. What a server cannot do raises UnsupportedError.
+A `Chat` connects a `Conversation` (the tree of messages), a `Writer` (the thread that writes a reply), a `SliderPanel`
+and a `ReplyBackend` (a local model or a server). The parts of `steer.page` draw it and call its methods.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, cast
+from pathlib import Path
+from typing import Literal, cast
 
-from steer.chat.conversation import Message
-from steer.chat.talk import Talk, said
-from steer.chat.writer import Task, as_chat
+from steer.chat.comparison import Comparison, Side
+from steer.chat.conversation import Conversation, Message
+from steer.chat.feature_index import FeatureIndex
+from steer.chat.jobs import BakePlan, Form, plan
+from steer.chat.local import LocalBackend
+from steer.chat.readout import Readouts, TokenReadout
+from steer.chat.session import BaseChat
+from steer.chat.slider_panel import SliderPanel
+from steer.chat.stored import Stored, load_chat, new_place, save_chat
+from steer.chat.writer import PendingReply, ReplyBackend, Task, Writer, as_chat
+from steer.core.cards import Card
 from steer.core.profile import Profile
-from steer.errors import UnsupportedError, UsageError
+from steer.errors import SteerError, UnsupportedError, UsageError
+from steer.model.profiles import edit_of
+from steer.plain_text import without_surrogates
 
-if TYPE_CHECKING:
-    from steer.chat.comparison import Comparison, Side
-    from steer.chat.feature_index import FeatureIndex, TopActivation
-    from steer.chat.jobs import BakePlan, Form
-    from steer.chat.local import LocalVoice
-    from steer.chat.readout import Looks, TokenReadout
+_SEED_STEP = 10_000
+"""Difference between the seeds of two alternatives of a reply, so that none equals the seed of another turn."""
 
 
-class Chat(Talk):
-    """One chat with everything that the page offers."""
+class Chat(BaseChat):
+    """One chat. The page calls its methods; replies are written in a background thread.
+
+    Comparing, looking inside, features and baking raise UnsupportedError for a model behind a server.
+    """
+
+    def __init__(self, backend: ReplyBackend, *, place: Path | None = None, keep: bool = True) -> None:
+        """`place`: the file of a saved chat to open. `keep`: whether the chat is saved after every change.
+
+        Errors: SteerError for a file that is not a chat.
+        """
+        super().__init__(backend)
+        self.writer = Writer()
+        self.conversation = Conversation()
+        self.panel = SliderPanel(backend)
+        self.saved = place
+        """The chat's file; None before the first save."""
+        self._keep, self._saving = keep, threading.Lock()
+        self._problem: str | None = None
+        if place is not None:
+            self._open(load_chat(place))
+
+    @property
+    def last_error(self) -> str | None:
+        """What went wrong in the background, with the last reply or with saving; None if nothing did."""
+        return self.writer.error or self._problem
 
     def warnings(self) -> list[str]:
         """Return warnings: sites that are moved too far, sliders beyond a calibrated range or unused by the reply."""
         last = self.conversation.last
         receipt = last.written.receipt if last is not None and last.written is not None else None
-        return [*self.board.warnings(), *((receipt or {}).get("warnings") or [])]
+        return [*self.panel.warnings(), *((receipt or {}).get("warnings") or [])]
 
-    def side(self, kind: Literal["plain", "now"]) -> Side:
-        """Return a setting to compare: `plain` without sliders, `now` with this chat's sliders as they are."""
-        from steer.chat.comparison import plain_side, slider_side
+    # Messages
 
-        return plain_side() if kind == "plain" else slider_side(self.sliders, self.sampler)
+    def path(self) -> list[Message]:
+        """Return the messages on the page, first to last; the text of a reply grows while it is written."""
+        return self.conversation.path()
 
-    def side_of(self, profile: Profile) -> Side:
-        """Return a profile as a setting to compare. Errors: SteerError."""
-        from steer.chat.comparison import profile_side
+    def place_of(self, message: int) -> tuple[int, int]:
+        """Return a message's index among its alternatives, from 0, and their number."""
+        beside = [m.id for m in self.conversation.alternatives(message)]
+        return beside.index(message), len(beside)
 
-        return profile_side(self._local("duel").model, profile)
+    def swipe(self, message: int, places: int) -> bool:
+        """Show the alternative that is `places` further, or back if negative. Return False if there is none."""
+        beside = self.conversation.alternatives(message)
+        at = self.place_of(message)[0] + places
+        if not 0 <= at < len(beside):
+            return False
+        self.conversation.choose(beside[at].id)
+        self.save()
+        return True
 
-    def duel(self, text: str | None, first: Side, second: Side, *, blind: bool = False) -> Comparison:
+    def say(self, text: str) -> Message:
+        """Send a message, start to write the reply, and return the reply's message.
+
+        Errors: SteerError if the chat cannot be replied to; then the message is not added.
+        """
+        self.stop()
+        last = self.conversation.last
+        return self._ask(text, None if last is None else last.id)
+
+    def regenerate(self) -> Message:
+        """Start to write an alternative of the last reply, with another seed, or a first reply to the last message.
+
+        Errors: UsageError if there is no message to reply to.
+        """
+        self.stop()
+        last = self.conversation.last
+        to = last.parent if last is not None and last.role == "assistant" else last and last.id
+        if to is None:
+            raise UsageError("regenerate: expected a message to reply to, found none; say something first")
+        return self._reply(to)
+
+    def lengthen(self) -> Message:
+        """Continue the last reply from where it stopped. Errors: UsageError if there is none."""
+        self.stop()
+        last = self.conversation.last
+        if last is None or last.role != "assistant" or last.parent is None or not last.text:
+            raise UsageError("continue: expected a reply at the end of the chat, found none; say something first")
+        return self._reply(last.parent, into=last)
+
+    def edit(self, message: int, text: str) -> Message:
+        """Change a message's text.
+
+        A reply is changed in place and returned. A user's message stays; the new text is added as its alternative, its
+        reply is started, and that reply is returned. Errors: as `say`.
+        """
+        self.stop()
+        m = self.conversation[message]
+        if m.role == "user":
+            return self._ask(text, m.parent)
+        self.conversation.change(message, _cleaned(text))
+        self.save()
+        return m
+
+    def delete(self, message: int) -> None:
+        """Remove a message and everything after it; its alternatives stay."""
+        self.stop()
+        self.conversation.remove(message)
+        self.save()
+
+    def clear(self) -> None:
+        """Start a new chat. The file of the old one stays, and so do the sliders."""
+        self.stop()
+        super().clear()
+        self.conversation = Conversation()
+        self.writer.error = self._problem = self.saved = None
+
+    def play(self, card: Card) -> None:
+        """See `BaseChat.play`. The character's other greetings are alternatives of its first message."""
+        super().play(card)
+        greetings = [g for g in (card.first_message, *card.alternate_greetings) if g.strip()]
+        messages = [self.conversation.add("assistant", g, None) for g in greetings]
+        if messages:
+            self.conversation.choose(messages[0].id)
+
+    def stop(self) -> None:
+        """Stop the reply that is being written; its text so far stays. Errors: SteerError if it does not stop."""
+        if not self.writer.stop():
+            raise SteerError("the reply does not stop: the model is still reading; wait a moment, then try again")
+
+    def use(self, profile: Profile) -> None:
+        super().use(profile)
+        self.panel.pin_used()
+
+    # What only a model in this process offers
+
+    def side(self, setting: Literal["plain", "now"] | Profile) -> Side:
+        """Return a setting to compare: `plain` without sliders, `now` with the sliders as they are, or a profile's.
+
+        A profile's sampler is not used: both replies use the chat's, so that only the sliders differ.
+        Errors: SteerError for sliders of a profile that this checkpoint does not have.
+        """
+        if setting == "plain":
+            return Side("without sliders", None, Profile("none"))
+        backend = self._local("compare")
+        if isinstance(setting, Profile):
+            return Side(setting.name, edit_of(backend.model, setting), setting)
+        try:
+            profile = self.profile("these")
+        except SteerError:
+            profile = None
+        return Side("with these sliders", backend.sliders.current, profile)
+
+    def compare(self, text: str | None, first: Side, second: Side, *, blind: bool = False) -> Comparison:
         """Begin to write two replies to a message, one under each setting. The chat does not change.
 
         `text`: the message; None for the chat's last user message. `blind`: hide which reply has which setting.
-        Errors: UsageError if there is no message; UnsupportedError for a model behind a server.
+        Errors: UsageError if there is no message.
         """
-        from steer.chat.comparison import Comparison
-
-        voice = self._local("duel")
+        backend = self._local("compare")
         path = self.path()
         if text is None:
             while path and path[-1].role != "user":
@@ -60,17 +192,17 @@ class Chat(Talk):
             if not path:
                 raise UsageError("compare: expected a message to reply to, found none; write one")
         else:
-            path.append(Message(-1, "user", said(text), None))
+            path.append(Message(-1, "user", _cleaned(text), None))
         seed = self.sampler.seed + sum(m.role == "user" for m in path) - 1
         task = Task(as_chat(path, self.system), replace(self.sampler, seed=seed))
-        return Comparison(voice, task, (first, second), blind=blind)
+        return Comparison(backend, task, (first, second), blind=blind)
 
-    def take(self, duel: Comparison, place: Literal["left", "right"]) -> Message:
+    def take(self, comparison: Comparison, place: Literal["left", "right"]) -> Message:
         """Add one reply of a comparison to the chat, and the message before it if the chat does not end with it."""
         self.stop()
-        duel.stop()
-        text, written = duel.written(place)
-        asked = duel.task.messages[-1]["content"]
+        comparison.stop()
+        text, written = comparison.written(place)
+        asked = comparison.task.messages[-1]["content"]
         path = self.path()
         while path and path[-1].role == "assistant" and path[-1].parent is not None:
             path.pop()
@@ -82,53 +214,128 @@ class Chat(Talk):
         self.save()
         return message
 
-    def readable(self) -> list[tuple[str, str]]:
-        """Return (name, title) of every slider whose target can be read on the tokens of a reply."""
-        return [(r.name, r.title) for r in self.board.rows()]
-
     def inside(self, message: int, names: list[str]) -> TokenReadout:
         """Read traits and features on every token of a reply, once under the sliders it had and once without any.
 
-        `message`: the reply's id. `names`: sliders, as in `readable`.
-        Errors: UsageError for a message that is not a finished reply; UnsupportedError for a model behind a server.
+        `message`: the reply's id. `names`: sliders. Errors: UsageError for a message that is not a finished reply.
         """
-        looks = self._looks
+        readouts = self._readouts
         m = self.conversation[message]
-        if m.role != "assistant" or m.parent is None or not m.text or message == self._being_written():
+        written_now = self.writer.running and message == self.writer.message_id
+        if m.role != "assistant" or m.parent is None or not m.text or written_now:
             raise UsageError("inside: expected a reply that is written, found another message; choose a reply")
-        return looks.at(m, as_chat(self.conversation.upto(m.parent), self.system), self.sampler, names)
+        return readouts.at(m, as_chat(self.conversation.upto(m.parent), self.system), self.sampler, names)
 
-    def shelf(self) -> FeatureIndex:
-        """Return the features of this model's dictionaries. Errors: UnsupportedError for a model behind a server."""
-        return self._shelf
-
-    def fires_on(self, message: int, limit: int = 12) -> list[TopActivation]:
-        """Return the features that fire most on a message, which is read in its chat. Errors: as `shelf`."""
-        m = self.conversation[message]
-        before = () if m.parent is None else as_chat(self.conversation.upto(m.parent), self.system)
-        return self.shelf().fires_on(m.text, before, m.role, limit)
+    @cached_property
+    def features(self) -> FeatureIndex:
+        """The features of this model's dictionaries."""
+        return FeatureIndex(self._local("features").model)
 
     def plan_bake(self, form: Form = "checkpoint") -> BakePlan:
-        """Return which sliders can be baked into weights. Errors: UnsupportedError for a model behind a server."""
-        from steer.chat.jobs import plan
-
+        """Return which sliders can be baked into weights."""
         return plan(self._local("bake").model, self.profile("baked"), form)
 
-    def _local(self, what: str) -> LocalVoice:
-        if what not in self.voice.can:
+    def _local(self, what: str) -> LocalBackend:
+        if not self.backend.local:
             raise UnsupportedError(
-                f"{self.voice.name}: its server does not offer that ({what}); open the page on the model itself"
+                f"{self.backend.name}: its server does not offer that ({what}); open the page on the model itself"
             )
-        return cast("LocalVoice", self.voice)
+        return cast(LocalBackend, self.backend)
 
     @cached_property
-    def _looks(self) -> Looks:
-        from steer.chat.readout import Looks
+    def _readouts(self) -> Readouts:
+        return Readouts(self._local("inside"))
 
-        return Looks(self._local("inside"))
+    # Saving
 
-    @cached_property
-    def _shelf(self) -> FeatureIndex:
-        from steer.chat.feature_index import FeatureIndex
+    def save(self) -> None:
+        """Save the chat to its file, unless it has no message. An error is reported by `last_error`."""
+        if not self._keep or not len(self.conversation):
+            return
+        with self._saving:
+            try:
+                self.saved = save_chat(self.saved or new_place(), self._stored())
+                self._problem = None
+            except SteerError as e:
+                self._problem = str(e)
 
-        return FeatureIndex(self._local("features").model)
+    def close(self) -> None:
+        """Stop the reply that is being written and free the chat's KV cache."""
+        self.writer.stop()
+        self.backend.close()
+
+    def _stored(self) -> Stored:
+        try:
+            profile = self.profile("page")
+        except SteerError:
+            profile = None
+        return Stored(
+            self.conversation, self.backend.name, self.system, profile, tuple(self.panel.pinned), self.panel.on,
+            self.sampler.seed,
+        )  # fmt: skip
+
+    def _open(self, stored: Stored) -> None:
+        self.conversation, self.system = stored.conversation, stored.system
+        self.panel = SliderPanel(self.backend, stored.pinned)
+        self.panel.on = stored.on
+        if stored.profile is not None:
+            self.sampler = stored.profile.sampler
+            try:
+                self.use(stored.profile)
+            except SteerError as e:
+                # The chat was held with another checkpoint; its messages are still shown.
+                self._problem = f"the sliders of this chat are left out: {e}"
+        self.sampler = replace(self.sampler, seed=stored.seed)
+
+    # Replies
+
+    def _ask(self, text: str, after: int | None) -> Message:
+        asked = self.conversation.add("user", _cleaned(text), after)
+        try:
+            return self._reply(asked.id)
+        except BaseException:
+            self.conversation.remove(asked.id)
+            raise
+
+    def _reply(self, to: int, into: Message | None = None) -> Message:
+        """Start to write a reply to the message `to`, or to continue the reply `into`."""
+        before = into.written if into is not None else None
+        seed = self._seed(to) if before is None else before.seed
+        task = Task(as_chat(self.conversation.upto(to), self.system), replace(self.sampler, seed=seed))
+        if into is not None:
+            # A reply that was cut off just goes on. If the model had ended it, its end token is banned once.
+            ids = () if before is None else before.ids
+            task = replace(task, text=into.text, ids=ids, nudge=before is None or before.ending == "ended")
+        draft = self.backend.draft(task)
+        message = into if into is not None else self.conversation.add("assistant", "", to)
+
+        def on_text(draft: PendingReply) -> None:
+            message.text = draft.text
+
+        self.writer.start(draft, message.id, on_text=on_text, on_end=lambda d: self._end(message, d, task))
+        return message
+
+    def _end(self, message: Message, draft: PendingReply, task: Task) -> None:
+        empty = not draft.text.strip()
+        if empty:
+            self.conversation.remove(message.id)
+        else:
+            earlier = message.written.stretches if message.written is not None and task.ids else ()
+            spans = (*earlier, *draft.stretches)
+            message.written = self.writer.record(task.sampler.seed, spans, draft.ids, draft.receipt(), draft.ending)
+        self.save()
+        if empty and draft.ending in ("ended", "length"):
+            raise SteerError("the model gave an empty reply; regenerate it, or say something else")
+
+    def _seed(self, to: int) -> int:
+        used = [m.written.seed for m in self.conversation.below(to) if m.written is not None]
+        turn = sum(m.role == "user" for m in self.conversation.upto(to)) - 1
+        return max(used) + _SEED_STEP if used else self.sampler.seed + max(turn, 0)
+
+
+def _cleaned(text: str) -> str:
+    """Return a message's text, stripped, without lone surrogates. Errors: UsageError for an empty one."""
+    text = without_surrogates(text).strip()
+    if not text:
+        raise UsageError("message: expected some text, found none; write something")
+    return text

@@ -1,36 +1,39 @@
 """Two replies to one message under two settings, blind or not, the words in which they differ, and the vote.
 
-`steer.chat.chat.Chat.duel` starts a `Comparison`; the page part `compare` draws it. Both replies are decoded in one
-batch with the same random draws, so only the sliders make them differ.
+`steer.chat.chat.Chat.compare` starts a `Comparison`; the page part `compare` draws it. Both replies are decoded in one
+batch with the same random draws, so only the sliders make them differ. Votes are lines of $STEER_HOME/votes.jsonl.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import secrets
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
 
 from steer.chat.conversation import Ending, SettingsSpan, Written
-from steer.chat.local import LocalVoice
-from steer.chat.votes import Better, Vote, keep_vote
-from steer.chat.writer import Task, Writer
+from steer.chat.local import LocalBackend
+from steer.chat.writer import PendingReply, Task, Writer
+from steer.checkpoint.fetch import home
 from steer.core.edit import Edit
 from steer.core.profile import Profile
-from steer.core.sampler import Sampler
 from steer.errors import SteerError, UsageError
-from steer.model.decode import Step, decode
+from steer.files import parse_json
+from steer.model.decode import decode
 from steer.model.detokenise import Detokeniser
-from steer.model.profiles import as_profile, edit_of
 from steer.model.steering.receipts import Tally
 
-if TYPE_CHECKING:
-    from steer.model.sliders import Sliders
-    from steer.model.steered import SteeredModel
-
 Place = Literal["left", "right"]
+Better = Literal["first", "second", "neither"]
+_WRITING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -38,35 +41,9 @@ class Side:
     """One of the two settings to compare."""
 
     title: str
-    edit: Callable[[], Edit | None]
-    """Returns the edit to apply for the next token."""
+    edit: Edit | None
     profile: Profile | None
     """The sliders by name; None if they cannot be named."""
-
-
-def plain_side(title: str = "without sliders") -> Side:
-    """Return the setting without sliders."""
-    return Side(title, lambda: None, Profile("none"))
-
-
-def slider_side(sliders: Sliders, sampler: Sampler, title: str = "with these sliders") -> Side:
-    """Return the current amounts of sliders as a setting. Moves after this call have no effect on it."""
-    edit = sliders.current
-    try:
-        profile = as_profile("these", sliders, sampler)
-    except SteerError:
-        profile = None
-    return Side(title, lambda: edit, profile)
-
-
-def profile_side(model: SteeredModel, profile: Profile) -> Side:
-    """Return the sliders of a profile as a setting.
-
-    The profile's sampler is not used: both replies use the chat's, so that only the sliders differ.
-    Errors: SteerError for sliders that this checkpoint does not have.
-    """
-    edit = edit_of(model, profile)
-    return Side(profile.name, lambda: edit, profile)
 
 
 @dataclass(frozen=True)
@@ -79,40 +56,21 @@ class Shown:
     spans: list[Span]
     """The text in parts, each with whether the other reply lacks it; one part until both are written."""
     tokens: int
-    receipt: dict[str, Any] | None
 
 
-class Comparison:
-    """Two replies to one chat, written in a background thread."""
+class Comparison(Writer):
+    """Writes two replies to one chat in a background thread, and stores which one reads better."""
 
-    def __init__(self, voice: LocalVoice, task: Task, sides: tuple[Side, Side], *, blind: bool = False) -> None:
+    def __init__(self, backend: LocalBackend, task: Task, sides: tuple[Side, Side], *, blind: bool = False) -> None:
         """Errors: as `ReplyBackend.draft`."""
+        super().__init__()
         self.sides, self.blind, self.task = sides, blind, task
-        self.model = voice.name
+        self.model = backend.name
         self.left = secrets.randbelow(2) if blind else 0
         """Index of the side that is shown on the left: 0, or random if `blind`."""
         self.voted: Vote | None = None
-        self.writer = Writer()
-        self._draft = PairDraft(voice, task, sides)
-        self.writer.start(self._draft)
-
-    @property
-    def running(self) -> bool:
-        """Whether the replies are still being written."""
-        return self.writer.running
-
-    @property
-    def error(self) -> str | None:
-        """What went wrong, in one line; None if nothing did."""
-        return self.writer.error
-
-    def stop(self) -> bool:
-        """Stop writing both replies; what is written stays. Return whether the thread ended in time."""
-        return self.writer.stop()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until both are written. Return whether that happened in time."""
-        return self.writer.wait(seconds)
+        self._draft = PairDraft(backend, task, sides)
+        self.start(self._draft)
 
     @property
     def hidden(self) -> bool:
@@ -124,18 +82,12 @@ class Comparison:
         """The left and the right reply, as far as they are written."""
         rows = self._draft.rows
         texts = [row.text for row in rows]
-        spans: tuple[list[Span], list[Span]] = ([(texts[0], False)], [(texts[1], False)])
-        if not self.running:
-            spans = marked(texts[0], texts[1])
+        spans = [[(text, False)] for text in texts] if self.running else marked(*texts)
         out = [
-            Shown(
-                None if self.hidden else side.title, texts[i], spans[i], len(rows[i].ids),
-                # A receipt would reveal which reply has which setting.
-                None if self.hidden or self.running else self._draft.tally.receipt(i).describe(),
-            )
+            Shown(None if self.hidden else side.title, texts[i], spans[i], len(rows[i].ids))
             for i, side in enumerate(self.sides)
-        ]  # fmt: skip
-        return (out[1], out[0]) if self.left else (out[0], out[1])
+        ]
+        return out[self.left], out[1 - self.left]
 
     def side_at(self, place: Place) -> int:
         """Return the index of the side that is shown at a place."""
@@ -152,10 +104,11 @@ class Comparison:
             raise UsageError("vote: expected one vote a comparison, found a second; compare again")
         which: Better = "neither" if better == "neither" else ("first", "second")[self.side_at(better)]
         first, second = self.sides
-        task = self.task
+        settings = [None if side.profile is None else side.profile.dump() for side in self.sides]
+        sampler = self.task.sampler
         vote = Vote(
-            self.model, task.messages[-1]["content"], task.sampler.seed, asdict(task.sampler),
-            (first.title, second.title), (_dumped(first), _dumped(second)), which, self.blind, self.left,
+            self.model, self.task.messages[-1]["content"], sampler.seed, asdict(sampler),
+            (first.title, second.title), (settings[0], settings[1]), which, self.blind, self.left,
         )  # fmt: skip
         keep_vote(vote)
         self.voted = vote
@@ -165,63 +118,49 @@ class Comparison:
         """Return one reply's text, and the record of how it was written, to add it to a chat."""
         number = self.side_at(place)
         row, side = self._draft.rows[number], self.sides[number]
-        stretch, receipt = SettingsSpan(0, side.profile, side.edit()), self._draft.tally.receipt(number).describe()
         ending: Ending = "ended" if row.ended else self._draft.ending
-        return row.text, Written(
-            self.task.sampler.seed, side.profile, (stretch,), tuple(row.ids), receipt, ending, self.writer.seconds,
-            self.writer.first_token, self.writer.rate,
-        )  # fmt: skip
+        span, receipt = SettingsSpan(0, side.profile, side.edit), self._draft.tally.receipt(number)
+        return row.text, self.record(self.task.sampler.seed, [span], row.ids, receipt, ending)
 
 
 class _Row:
+    """One of the two replies, as far as it is written."""
+
     ended = False
 
-    def __init__(self, model: SteeredModel) -> None:
+    def __init__(self, backend: LocalBackend) -> None:
         self.text = ""
         self.ids: list[int] = []
-        self.pieces = Detokeniser(model.tokenizer, [])
+        self.pieces = Detokeniser(backend.model.tokenizer, ())
 
 
-class PairDraft:
-    """Two replies in one batch, each under its own edit, with the same random draws. A `PendingReply` for both."""
+class PairDraft(PendingReply):
+    """Two replies in one batch, each under its own edit, with the same random draws.
 
-    ending: Ending = "length"
-    """Why a reply ended that the model did not end itself."""
-    ids: tuple[int, ...] = ()
-    stretches: tuple[SettingsSpan, ...] = ()
+    `ending` is that of a reply that the model did not end itself.
+    """
 
-    def __init__(self, voice: LocalVoice, task: Task, sides: tuple[Side, Side]) -> None:
-        model = voice.model
-        prompt = voice.prompt(task, 0)
+    def __init__(self, backend: LocalBackend, task: Task, sides: tuple[Side, Side]) -> None:
+        super().__init__()
+        prompt = backend.prompt(task, 0)
         self.tally = Tally()
-        self.rows = (_Row(model), _Row(model))
-        self.tokens = 0
-        self._voice, self._sides = voice, sides
-        room = voice.context - len(prompt)
-        sampler = replace(task.sampler, max_new_tokens=max(1, min(task.sampler.max_new_tokens, room)))
-        # Both replies have the same key: as long as their texts agree they make the same draws, so only the sliders
-        # cause a difference.
-        self._steps: Generator[Step] = decode(model, [prompt, prompt], sampler, [0, 0], tally=self.tally)  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
-    def text(self) -> str:
-        """Both texts, joined, so that a change in either is noticed."""
-        return f"{self.rows[0].text}\0{self.rows[1].text}"
+        self.rows = (_Row(backend), _Row(backend))
+        self._backend, self._edits = backend, [side.edit for side in sides]
+        # Both replies have the same key: as long as their texts agree they make the same draws.
+        self._steps = decode(backend.model, [prompt, prompt], task.sampler, [0, 0], tally=self.tally)
 
     def step(self) -> bool:
         """Write one token of each reply that has not ended. Return False if both have ended."""
-        model = self._voice.model
-        with self._voice.turns.turn():
-            rows = [side.edit() for side in self._sides]
-            with model.steering.alone(rows):
-                step = next(self._steps, None)
+        model = self._backend.model
+        with self._backend.turns.turn(), model.steering.alone(self._edits):
+            step = next(self._steps, None)
         if step is None:
             return False
         for number, token in zip(step.rows, step.tokens, strict=True):
             row = self.rows[number]
-            if token in model.end_token_ids:
+            row.ended = token in model.end_token_ids
+            if row.ended:
                 row.text += row.pieces.end()
-                row.ended = True
             else:
                 row.ids.append(token)
                 row.text += row.pieces.add(token)
@@ -230,15 +169,73 @@ class PairDraft:
 
     def close(self) -> None:
         """Stop decoding."""
-        self._steps.close()
-
-    def receipt(self) -> dict[str, Any] | None:
-        """Return None: each reply has its own receipt, in `tally`."""
-        return None
+        self._steps.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _dumped(side: Side) -> dict[str, Any] | None:
-    return None if side.profile is None else side.profile.dump()
+@dataclass(frozen=True)
+class Vote:
+    """The result of one comparison, with everything needed to write both replies again."""
+
+    model: str
+    message: str
+    """The message that both replies answer."""
+    seed: int
+    sampler: dict[str, Any]
+    titles: tuple[str, str]
+    """Titles of the two settings, first and second."""
+    settings: tuple[dict[str, Any] | None, dict[str, Any] | None]
+    """Profiles of the two settings; None for sliders that cannot be named."""
+    better: Better
+    blind: bool
+    """Whether the titles were hidden until the vote."""
+    left: int
+    """Index of the setting whose reply was on the left: 0 or 1."""
+    at: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    """Time of the vote, with time zone."""
+
+
+def votes_place() -> Path:
+    """Return the file of votes."""
+    return home() / "votes.jsonl"
+
+
+def keep_vote(vote: Vote) -> None:
+    """Append a vote to the file. Errors: SteerError if it cannot be written."""
+    place = votes_place()
+    line = json.dumps(asdict(vote), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # One write in append mode, because other pages may append at the same time.
+        with _WRITING, open(place, "ab", buffering=0) as file:
+            file.write(line)
+    except OSError as e:
+        raise SteerError(f"{place}: could not be written ({e.strerror}); free some space, or set STEER_HOME") from e
+
+
+def read_votes() -> list[Vote]:
+    """Return all votes of the file. Errors: SteerError with the number of a line that is not a vote."""
+    place = votes_place()
+    out = []
+    for number, line in enumerate(place.read_bytes().split(b"\n") if place.is_file() else (), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+            first, second = row["titles"]
+            one, other = row["settings"]
+            out.append(Vote(**{**row, "titles": (first, second), "settings": (one, other)}))
+        except (ValueError, TypeError, KeyError) as e:
+            raise SteerError(f"{place}, line {number}: expected a vote, found {e}; take the line out") from e
+    return out
+
+
+def tally(votes: Iterable[Vote]) -> dict[str, tuple[int, int, int]]:
+    """Return title of a setting -> (won, lost, neither), counting blind and open votes alike."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for vote in votes:
+        for side, title in zip(("first", "second"), vote.titles, strict=True):
+            counts[title][2 if vote.better == "neither" else 0 if vote.better == side else 1] += 1
+    return {title: (won, lost, neither) for title, (won, lost, neither) in counts.items()}
 
 
 Span = tuple[str, bool]
@@ -260,29 +257,19 @@ def marked(first: str, second: str) -> tuple[list[Span], list[Span]]:
     if max(len(a), len(b)) > LONGEST:
         same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
         return _spans(a, [i >= same for i in range(len(a))]), _spans(b, [i >= same for i in range(len(b))])
-    words_a, words_b = [i for i, w in enumerate(a) if not w.isspace()], [i for i, w in enumerate(b) if not w.isspace()]
+    words_a, words_b = ([i for i, word in enumerate(words) if not word.isspace()] for words in (a, b))
     matcher = difflib.SequenceMatcher(None, [a[i] for i in words_a], [b[i] for i in words_b], autojunk=False)
-    differs = [True] * len(a), [True] * len(b)
+    differs_a, differs_b = [True] * len(a), [True] * len(b)
     for block in matcher.get_matching_blocks():
         for offset in range(block.size):
-            differs[0][words_a[block.a + offset]] = differs[1][words_b[block.b + offset]] = False
-    return _spans(a, _joined(a, differs[0])), _spans(b, _joined(b, differs[1]))
-
-
-def _joined(words: Sequence[str], differs: list[bool]) -> list[bool]:
-    """Mark a space as differing if the words on both sides of it differ."""
-    out = list(differs)
-    for i, word in enumerate(words):
-        if word.isspace():
-            out[i] = 0 < i < len(words) - 1 and differs[i - 1] and differs[i + 1]
-    return out
+            differs_a[words_a[block.a + offset]] = differs_b[words_b[block.b + offset]] = False
+    for words, differs in ((a, differs_a), (b, differs_b)):
+        for i, word in enumerate(words):
+            if word.isspace():  # a space differs if the words on both sides of it do; they are never spaces
+                differs[i] = 0 < i < len(words) - 1 and differs[i - 1] and differs[i + 1]
+    return _spans(a, differs_a), _spans(b, differs_b)
 
 
 def _spans(words: Sequence[str], differs: Sequence[bool]) -> list[Span]:
-    out: list[Span] = []
-    for word, differs_here in zip(words, differs, strict=True):
-        if out and out[-1][1] == differs_here:
-            out[-1] = (out[-1][0] + word, differs_here)
-        else:
-            out.append((word, differs_here))
-    return out
+    groups = groupby(zip(words, differs, strict=True), key=lambda pair: pair[1])
+    return [("".join(word for word, _ in group), key) for key, group in groups]

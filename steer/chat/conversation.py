@@ -1,13 +1,13 @@
 """A conversation as a tree: a message may have alternatives, and one path from the root is shown on the page.
 
-`steer.chat.talk` adds messages to it and `steer.chat.stored` saves it. Nothing here knows of models or sliders, except
+`steer.chat.chat` adds messages to it and `steer.chat.stored` saves it. Nothing here knows of models or sliders, except
 that a reply carries a record of how it was written (`Written`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -96,9 +96,6 @@ class Conversation:
     def __len__(self) -> int:
         """Number of all messages, on the page or not."""
         return len(self._messages)
-
-    def __contains__(self, message: int) -> bool:
-        return message in self._messages
 
     def __getitem__(self, message: int) -> Message:
         """Return a message by id. Errors: UsageError for an id that does not exist."""
@@ -189,33 +186,19 @@ class Conversation:
         with self.lock:
             m = self[message]
             beside = self._below[m.parent]
-            at = beside.index(message)
+            index = beside.index(message)
             beside.remove(message)
-            if self._chosen.get(m.parent) == message:
+            if self._chosen[m.parent] == message:
+                del self._chosen[m.parent]
                 if beside:
-                    self._chosen[m.parent] = beside[max(at - 1, 0)]
-                else:
-                    del self._chosen[m.parent]
-            for removed in list(self._tree(message)):
-                del self._messages[removed]
-                self._below.pop(removed, None)
-                self._chosen.pop(removed, None)
-
-    def clear(self) -> None:
-        """Remove all messages."""
-        with self.lock:
-            self._messages.clear()
-            self._below.clear()
-            self._chosen.clear()
+                    self._chosen[m.parent] = beside[max(index - 1, 0)]
+            removed = [message]
+            for at in removed:  # which grows by those below it
+                removed += self._below.pop(at, [])
+                self._chosen.pop(at, None)
+                del self._messages[at]
 
     def all(self) -> list[Message]:
         """Return every message, each after its parent."""
         with self.lock:
             return [self._messages[i] for i in sorted(self._messages)]
-
-    def _tree(self, message: int) -> Iterator[int]:
-        open_ = [message]
-        while open_:
-            at = open_.pop()
-            open_ += self._below.get(at, [])
-            yield at

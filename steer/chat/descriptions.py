@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steer.core.dictionary_files import FEATURES
 from steer.core.direction import Direction
@@ -21,17 +21,6 @@ from steer.core.trait import Trait, shipped_traits
 from steer.errors import SteerError, skip
 from steer.sae.records import FeatureRecord, read_records
 
-if TYPE_CHECKING:
-    from steer.core.intervention import Operation
-
-OPERATIONS: dict[Operation, str] = {
-    "add": "adds it",
-    "ablate": "takes it away",
-    "clamp": "holds it at",
-    "cap": "lets it be at most",
-    "scale": "multiplies it by",
-}
-"""What an operation does to its target, in words."""
 _WORDS = 4
 """Tokens that a title or a description names at most."""
 _READABLE = re.compile(r"\w{2,}")
@@ -54,7 +43,7 @@ def description_of(slider: Slider) -> str:
     """Describe what a slider moves, in a sentence or two."""
     target = slider.target
     if isinstance(target, Direction):
-        return _trait_summary(target) or f"The direction {target.name!r}."
+        return _summary(target.name) if target.name in shipped_traits() else f"The direction {target.name!r}."
     row, record = _slider_row(target), record_of(target)
     parts = []
     if row is not None and row.get("trait"):
@@ -67,28 +56,25 @@ def description_of(slider: Slider) -> str:
 
 def title(record: FeatureRecord) -> str:
     """Return a latent's title: tokens that it fires on, or else tokens that it makes likelier."""
-    tokens = fires_on(record)
-    if tokens:
-        return "on " + ", ".join(f"\u201c{t}\u201d" for t in tokens[:3])
-    raised = raises(record)
-    return "for " + ", ".join(f"\u201c{t}\u201d" for t in raised[:3]) if raised else "without words"
+    tokens, raised = _fires_on(record)[:3], _raises(record)[:3]
+    return f"on {_quoted(tokens)}" if tokens else f"for {_quoted(raised)}" if raised else "without words"
 
 
 def description(record: FeatureRecord) -> str:
     """Describe what a latent fires on, how often, and which tokens it makes likelier."""
     frequency = f"on one token in {round(1 / record.rate):,}" if record.rate > 1e-12 else "on none"
-    tokens, raised = fires_on(record), raises(record)
+    tokens, raised = _fires_on(record), _raises(record)
     sentence = f"Fires {frequency}" + (f", as on {_quoted(tokens)}" if tokens else "")
     return f"{sentence}; adding it makes {_quoted(raised)} likelier." if raised else f"{sentence}."
 
 
-def fires_on(record: FeatureRecord) -> list[str]:
+def _fires_on(record: FeatureRecord) -> list[str]:
     """Return the tokens on which a latent fires in its stored contexts, the most frequent first."""
     tokens = Counter(shown for c in record.contexts if (shown := c.token.strip().strip("\u21b5")))
     return [t for t, _ in tokens.most_common(_WORDS)]
 
 
-def raises(record: FeatureRecord) -> list[str]:
+def _raises(record: FeatureRecord) -> list[str]:
     """Return the tokens that a latent makes likelier; only those that look like words, if there are any."""
     tokens = list(dict.fromkeys(t.strip() for t, _ in record.top_tokens if t.strip() and "\ufffd" not in t))
     return ([t for t in tokens if _READABLE.search(t)] or tokens)[:_WORDS]
@@ -131,10 +117,6 @@ def _slider_row(feature: Feature) -> dict[str, Any] | None:
     except SteerError:  # the library warns about the file
         return None
     return next((r for r in rows if r["name"] == feature.name), None)
-
-
-def _trait_summary(direction: Direction) -> str:
-    return _summary(direction.name) if direction.name in shipped_traits() else ""
 
 
 @lru_cache(maxsize=64)

@@ -7,9 +7,10 @@ part `features` shows the results.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from steer.files import read_json_object
 from steer.model.forward import read_residuals
 from steer.model.steering.low_rank import encoder_rows
 from steer.sae.pooling import check_fits, encoded, kept
-from steer.sae.records import Context, FeatureRecord, Tokens, search
+from steer.sae.records import FeatureRecord, search
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
@@ -37,28 +38,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FeatureCard:
-    """Everything that is known about one latent."""
+    """A latent's record, and what the page shows with it."""
 
+    record: FeatureRecord
     name: str
     """Name of its slider, as in `L14/123`, for pinning."""
     title: str
     description: str
-    dictionary: str
     site: int
-    index: int
-    rate: float
-    """Share of tokens on which it fires."""
-    unit: float
-    """The activation that amount 1 of its slider stands for."""
     share: float
     """How far amount 1 moves the residual stream, as a share of its median norm; nan if unknown."""
-    top_tokens: Tokens
-    bottom_tokens: Tokens
-    contexts: list[Context]
     nearest: list[tuple[str, str, float]]
     """(name, title, cosine similarity) of the most similar latents."""
-    auroc: dict[str, tuple[float, float]]
-    """Trait -> (held-out AUROC, false discovery rate)."""
     output_score: dict[str, float]
     """Trait -> output score: how much likelier adding the latent makes its own top tokens. Only for measured traits."""
 
@@ -79,7 +70,7 @@ class FeatureIndex:
 
     def __init__(self, model: SteeredModel) -> None:
         self.model = model
-        self._used: dict[Path, Dictionary] = {}
+        self._in_use: dict[Path, Dictionary] = {}
         self.places: dict[str, Path] = {}
         """Dictionary name -> directory. Of several at one site only the one that names like `L14/123` refer to."""
         self.problems: list[str] = []
@@ -102,46 +93,39 @@ class FeatureIndex:
         """Return the traits by which features were ranked."""
         return sorted({t for p in self.places.values() for r in records_at(p).values() for t in r.traits})
 
-    def by_words(self, words: str, limit: int = 20) -> list[FeatureCard]:
+    def search(self, words: str = "", trait: str | None = None, limit: int = 20) -> list[FeatureCard]:
         """Return features whose tokens or contexts contain every word, those with the most occurrences first.
 
-        Without words: the features that fire most often.
+        Without words: the features that fire most often. `trait`: those that indicate it or its absence, the most
+        certain first. Errors: UsageError for a trait by which no features were ranked.
         """
-        return self._found(words, None, limit)
-
-    def by_trait(self, trait: str, limit: int = 20) -> list[FeatureCard]:
-        """Return features that indicate a trait or its absence, the most certain first.
-
-        Errors: UsageError for a trait by which no features were ranked.
-        """
-        if trait not in self.traits():
-            ranked_traits = ", ".join(self.traits()) or "none so far"
+        traits = self.traits()
+        if trait is not None and trait not in traits:
             raise UsageError(
-                f"trait {trait!r}: expected one of {ranked_traits}; rank the features first: "
+                f"trait {trait!r}: expected one of {', '.join(traits) or 'none so far'}; rank the features first: "
                 f"steer find {self.model.name} {trait} --dictionary DIR"
             )
-        return self._found(None, trait, limit)
+        found: list[tuple[Path, FeatureRecord]] = []
+        for place in self.places.values():
+            latents = dictionary_at(place).latents
+            # The file may come from a stranger: a latent without a unit, or outside the dictionary, cannot be moved.
+            records = [r for r in records_at(place).values() if r.index < latents and 0 < abs(r.unit) < math.inf]
+            if trait is None or any(trait in r.traits for r in records):
+                found += [(place, r) for r in search(records, words, trait, limit)]
+        if trait is not None:
+            found.sort(key=lambda f: -f[1].distance(trait))
+        return [self._card(place, record) for place, record in found[:limit]]
 
-    def card(self, dictionary: str, index: int) -> FeatureCard:
-        """Return one latent. Errors: UsageError for a latent that does not exist or never fired."""
-        place = self.places.get(dictionary)
-        record = None if place is None else records_at(place).get(index)
-        if place is None or record is None:
-            raise UsageError(f"latent {index} of {dictionary!r}: expected one that fires, found none; choose another")
-        return self._card(place, record)
+    def fires_on(self, text: str, limit: int = 12) -> list[TopActivation]:
+        """Return the features that fire most on a user's message, by their largest activation, the strongest first.
 
-    def fires_on(
-        self, text: str, before: Sequence[Mapping[str, str]] = (), role: str = "user", limit: int = 12
-    ) -> list[TopActivation]:
-        """Return the features that fire most on a message, by their largest activation in units, the strongest first.
-
-        `before`: the chat before the message. `role`: the message's role. The model reads both without sliders; special
-        tokens and tokens whose residual norm is an outlier are ignored. Errors: UsageError for an empty message.
+        The model reads it without sliders; special tokens and tokens whose residual norm is an outlier are ignored.
+        Errors: UsageError for a message that is empty or longer than the context.
         """
-        ids, pieces, start = self._message(text, before, role)
+        ids, pieces, start = self._message(text)
         out: list[TopActivation] = []
         for place in self.places.values():
-            dictionary = self._used[place] = dictionary_at(place)
+            dictionary = self._in_use[place] = dictionary_at(place)
             check_fits(self.model, dictionary)
             out += self._firings(place, dictionary, ids, pieces, start, limit)
         return sorted(out, key=lambda f: -f.strength)[:limit]
@@ -157,7 +141,10 @@ class FeatureIndex:
         highest = torch.zeros(dictionary.latents)
         for _, acts in encoded(dictionary, h[fine]):
             highest = torch.maximum(highest, acts.amax(0).float().cpu())
-        units = _units(place, (place / "features.jsonl").stat().st_mtime_ns, dictionary.latents)
+        units = torch.full((dictionary.latents,), math.inf)  # as for latents that never fired
+        for record in records.values():
+            if record.index < dictionary.latents and record.unit > 0:
+                units[record.index] = record.unit
         strength, latents = (highest / units).topk(min(limit, dictionary.latents))
         chosen = [(float(s), j) for s, j in zip(strength, latents.tolist(), strict=True) if s > 0]
         if not chosen:
@@ -176,74 +163,34 @@ class FeatureIndex:
             read_residuals(self.model, row, [site], lambda _, h: found.append(h[0].clone()))
         return found[0]
 
-    def _message(self, text: str, before: Sequence[Mapping[str, str]], role: str) -> tuple[list[int], list[str], int]:
-        """Return a chat that ends with the message as token ids, the text of each of the message's tokens, and the
-        index of the first one."""
+    def _message(self, text: str) -> tuple[list[int], list[str], int]:
+        """Return a chat with just the message as token ids, the text of each of the message's tokens, and the index of
+        the first one."""
         text = text.strip()
         if not text:
             raise UsageError("message: expected some text, found none; write something")
-        model = self.model
-        if role == "assistant" and before:
-            prompt, message_ids = model.prompt_ids(before), model.encode(text)
-            ids, start = [*prompt, *message_ids], len(prompt)
-        else:
-            ids = model.prompt_ids([*before, {"role": "user", "content": text}])
-            pieces = pieces_of(model, ids)
-            whole = "".join(pieces)
-            # The last occurrence, because the chat before may quote the message.
-            at = whole.rfind(text)
-            ends, start, stop = 0, None, len(ids)
-            for i, piece in enumerate(pieces):
-                ends += len(piece)
-                if start is None and ends > at:
-                    start = i
-                if ends >= at + len(text):
-                    stop = i + 1
-                    break
-            start = start or 0
-            message_ids = ids[start:stop]
-        most = model.context
-        if len(ids) > most:
-            if before:
-                return self._message(text, (), role)
-            raise UsageError(f"message: expected at most {most} tokens, found {len(ids)}; shorten it")
-        return ids, pieces_of(model, message_ids), start
+        ids = self.model.prompt_ids([{"role": "user", "content": text}])
+        if len(ids) > self.model.context:
+            raise UsageError(f"message: expected at most {self.model.context} tokens, found {len(ids)}; shorten it")
+        pieces = pieces_of(self.model, ids)
+        ends = list(accumulate(map(len, pieces)))
+        at = "".join(pieces).rfind(text)
+        start = bisect_right(ends, at)
+        message_ids = ids[start : bisect_left(ends, at + len(text)) + 1]
+        return ids, pieces_of(self.model, message_ids), start
 
-    def _found(self, words: str | None, trait: str | None, limit: int) -> list[FeatureCard]:
-        found: list[tuple[Path, FeatureRecord]] = []
-        for place in self.places.values():
-            latents = dictionary_at(place).latents
-            # The file may come from a stranger: a latent without a unit, or outside the dictionary, cannot be moved.
-            records = [r for r in records_at(place).values() if r.index < latents and 0 < abs(r.unit) < math.inf]
-            if trait is None or any(trait in r.traits for r in records):
-                found += [(place, r) for r in search(records, words, trait, limit)]
-        if trait is not None:
-            found.sort(key=lambda f: -f[1].distance(trait))
-        return [self._card(place, record) for place, record in found[:limit]]
-
-    def _card(self, place: Path, r: FeatureRecord) -> FeatureCard:
+    def _card(self, place: Path, record: FeatureRecord) -> FeatureCard:
         dictionary, records = dictionary_at(place), records_at(place)
-        feature = Feature.latent(dictionary, r.index, r.unit)
+        feature = Feature.latent(dictionary, record.index, record.unit)
 
         def name(index: int) -> str:
             return f"L{dictionary.site}/{index}"
 
+        nearest = [(name(j), title(records[j]), cosine) for j, cosine in record.nearest if j in records]
         return FeatureCard(
-            name(r.index), title(r), description(r), dictionary.name, feature.site, r.index, r.rate, r.unit,
-            feature.share(1.0), r.top_tokens, r.bottom_tokens, r.contexts,
-            [(name(j), title(records[j]), cosine) for j, cosine in r.nearest if j in records],
-            {t: (s.auroc, s.q) for t, s in r.traits.items()}, _output_scores(place, r.index),
+            record, name(record.index), title(record), description(record), feature.site, feature.share(1.0), nearest,
+            _output_scores(place, record.index),
         )  # fmt: skip
-
-
-@lru_cache(maxsize=8)
-def _units(place: Path, stamp: int, latents: int) -> Float[Tensor, " latents"]:
-    """Return the unit of each latent; infinite for latents that never fired."""
-    out = torch.full((latents,), float("inf"))
-    for index, record in records_at(place).items():
-        if index < latents and record.unit > 0:
-            out[index] = record.unit
-    return out
 
 
 def _output_scores(place: Path, index: int) -> dict[str, float]:

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from steer.checkpoint.fetch import home, resolve
 from steer.checkpoint.merge import is_merge_of
 from steer.checkpoint.shipped import RECIPE, present
 from steer.checkpoint.staging import check_output
-from steer.core.profile import Profile
+from steer.core.profile import Profile, ProfileSlider
 from steer.errors import SteerError, UnsupportedError
 from steer.files import read_json_object
 from steer.model.profiles import sliders_in
@@ -58,42 +57,33 @@ class Job:
         self.arguments = tuple(arguments)
         self.out, self.expected = out, expected
         self.began = time.monotonic()
+        self.lines: deque[str] = deque(maxlen=_LINES)
+        """The last lines of its stderr."""
+        self.cancelled = False
+        """Whether the command was stopped by `cancel`."""
         self.error: str | None = None
         """What went wrong, in one line; None if nothing did."""
         self.result: dict[str, Any] | None = None
         """The JSON object that the command printed, after it is done."""
-        self._lines: deque[str] = deque(maxlen=_LINES)
-        self._cancelled = False
-        self._progress: float | None = None
-        command = [sys.executable, "-c", _RUN, *self.arguments]
+        self._progress = 0.0
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # it is closed with this object
         # A new session, so that Ctrl-C in the page's terminal stops only the page; a job is stopped by `cancel`.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            encoding="utf-8", errors="replace", start_new_session=True,
+            [sys.executable, "-c", _RUN, *arguments], stdin=subprocess.DEVNULL, stdout=self._output,
+            stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", start_new_session=True,
         )  # fmt: skip
-        self._watching = [threading.Thread(target=work, daemon=True) for work in (self._read_errors, self._read_result)]
-        for thread in self._watching:
-            thread.start()
+        self._watching = threading.Thread(target=self._watch, daemon=True)
+        self._watching.start()
 
     @property
     def running(self) -> bool:
         """Whether the command is still running."""
-        return any(t.is_alive() for t in self._watching)
+        return self._watching.is_alive()
 
     @property
     def done(self) -> bool:
         """Whether the command has ended without an error."""
-        return not self.running and self.error is None and not self._cancelled
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the command was stopped by `cancel`."""
-        return self._cancelled
-
-    @property
-    def lines(self) -> list[str]:
-        """The last lines of its stderr."""
-        return list(self._lines)
+        return not self.running and self.error is None
 
     @property
     def progress(self) -> float | None:
@@ -101,11 +91,10 @@ class Job:
         if self.done:
             return 1.0
         if self.out is None or not self.expected:
-            steps = [m for line in self.lines if (m := _STEP.match(line))]
+            steps = [m for line in list(self.lines) if (m := _STEP.match(line))]
             return (int(steps[-1][1]) - 1) / int(steps[-1][2]) if steps else None
-        written = min(self._bytes() / self.expected, 0.99)
         # Progress never decreases, though files that are renamed or combined at the end may shrink the total.
-        self._progress = max(self._progress or 0.0, written)
+        self._progress = max(self._progress, min(self._bytes() / self.expected, 0.99))
         return self._progress
 
     @property
@@ -115,46 +104,37 @@ class Job:
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until the command has ended. Return whether that happened in time."""
-        end = None if seconds is None else time.monotonic() + seconds
-        for thread in self._watching:
-            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        self._watching.join(seconds)
         return not self.running
 
     def cancel(self) -> None:
         """Stop the command and wait until it has ended. It removes its unfinished output."""
         if not self.running:
             return
-        self._cancelled = True
-        with suppress(ProcessLookupError):
-            # Not SIGINT: a process that a shell starts in the background ignores it, and its children do too.
-            self._process.terminate()
+        self.cancelled = True
+        # Not SIGINT: a process that a shell starts in the background ignores it, and its children do too.
+        self._process.terminate()
         if not self.wait(_PATIENCE):
-            with suppress(ProcessLookupError):
-                self._process.kill()
+            self._process.kill()
             self.wait(_PATIENCE)
 
-    def _read_errors(self) -> None:
+    def _watch(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             if line.strip():
-                self._lines.append(line.rstrip())
-
-    def _read_result(self) -> None:
-        assert self._process.stdout is not None
-        output = self._process.stdout.read()
+                self.lines.append(line.rstrip())
         code = self._process.wait()
-        # The last lines of stderr are needed for the error message.
-        self._watching[0].join(_PATIENCE)
         # The command may have finished before the signal arrived.
-        self._cancelled = self._cancelled and code != 0
-        if self._cancelled:
+        self.cancelled = self.cancelled and code != 0
+        if self.cancelled:
             self.error = "stopped; nothing half-written was left"
         elif code:
-            last = next((n for n in reversed(self._lines) if n.startswith("steer: ")), "")
-            self.error = last.removeprefix("steer: ") or f"it ended with code {code}: {' '.join(self._lines)[-300:]}"
+            last = next((n for n in reversed(self.lines) if n.startswith("steer: ")), "")
+            self.error = last.removeprefix("steer: ") or f"it ended with code {code}: {' '.join(self.lines)[-300:]}"
         else:
+            self._output.seek(0)
             try:
-                found = json.loads(output)
+                found = json.load(self._output)
                 self.result = found if isinstance(found, dict) else None
             except ValueError:
                 _log.warning("steer %s printed no JSON", " ".join(self.arguments))
@@ -179,8 +159,8 @@ class BakePlan:
     form: Form
     verdicts: tuple[Verdict, ...]
     """One verdict for each slider that moves something."""
-    places: tuple[int, ...]
-    """For each verdict, the slider's index in the profile."""
+    refused: tuple[ProfileSlider, ...]
+    """The entries of the profile that cannot be baked."""
 
     @property
     def why(self) -> str | None:
@@ -199,12 +179,8 @@ class BakePlan:
 
     def without_refused(self) -> BakePlan:
         """Return the plan without the sliders that cannot be baked."""
-        refused = {place for place, v in zip(self.places, self.verdicts, strict=True) if not v.ok}
-        sliders = tuple(s for i, s in enumerate(self.profile.sliders) if i not in refused)
-        accepted = tuple(v for v in self.verdicts if v.ok)
-        remaining = [i for i in range(len(self.profile.sliders)) if i not in refused]
-        places = tuple(remaining.index(p) for p in self.places if p not in refused)
-        return replace(self, profile=replace(self.profile, sliders=sliders), verdicts=accepted, places=places)
+        profile = replace(self.profile, sliders=tuple(s for s in self.profile.sliders if s not in self.refused))
+        return replace(self, profile=profile, verdicts=tuple(v for v in self.verdicts if v.ok), refused=())
 
     def start(self, out: str | Path) -> BakingJob:
         """Start the bake into the directory `out`.
@@ -235,29 +211,24 @@ class BakingJob(Job):
             expected=weights if plan.form == "checkpoint" else None,
         )
 
-    @cached_property
-    def _read_certificate(self) -> dict[str, Any] | None:
-        assert self.out is not None
-        try:
-            return read_json_object(self.out / CERTIFICATE)
-        except SteerError:
-            return None
-
     @property
     def certificate(self) -> dict[str, Any] | None:
         """The certificate of the files that were written; None before they are complete."""
-        return self._read_certificate if self.done else None
+        assert self.out is not None
+        with suppress(SteerError):
+            return read_json_object(self.out / CERTIFICATE) if self.done else None
 
 
 def plan(model: SteeredModel, profile: Profile, form: Form = "checkpoint") -> BakePlan:
     """Return what baking a profile into the checkpoint of a loaded model would do. Errors: SteerError."""
-    moves = {
-        place: slider.at(entry.amount)
-        for place, (slider, entry) in enumerate(sliders_in(model, profile))
-        if entry.enabled and not slider.is_neutral(entry.amount)
-    }
-    verdicts = tuple(bakeable(moves.values(), form, model.anatomy))
-    return BakePlan(model.name, profile, form, verdicts, tuple(moves))
+    moving = [
+        (slider.at(entry.amount), entry)
+        for slider, entry in sliders_in(model, profile)
+        if entry.enabled and entry.amount != slider.neutral
+    ]
+    verdicts = tuple(bakeable([move for move, _ in moving], form, model.anatomy))
+    refused = tuple(entry for (_, entry), verdict in zip(moving, verdicts, strict=True) if not verdict.ok)
+    return BakePlan(model.name, profile, form, verdicts, refused)
 
 
 def default_place() -> Path:

@@ -1,83 +1,78 @@
-"""Replies from a model in this process: the `ReplyBackend` of the page when it is started with a checkpoint.
+"""Replies from a model in this process: the `ReplyBackend` of `Session`, and of the page that is started with a model.
 
-Several chats may share one model. They take turns token by token (`Turns`), each under its own sliders.
+Several chats may share one model. They take turns token by token (`Turns`), each under its own sliders. `fit` decides
+which messages are left out when the context is full.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from steer.chat.conversation import Ending, SettingsSpan
-from steer.chat.session import fit
-from steer.chat.writer import Task
+from steer.chat.conversation import SettingsSpan
+from steer.chat.writer import Messages, PendingReply, ReplyBackend, Task
 from steer.core.edit import Edit
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import Sampler
+from steer.errors import UsageError
 from steer.model.decode import decode
 from steer.model.detokenise import Detokeniser
 from steer.model.kv_cache import PrefixCache
 from steer.model.profiles import as_profile, use
 from steer.model.sampling import BAN
 from steer.model.sliders import Sliders
-from steer.model.steering.receipts import Tally
+from steer.model.steering.receipts import Receipt, Tally
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
 
 
-class LocalVoice:
+class LocalBackend(ReplyBackend):
     """`ReplyBackend` for a model in this process: one chat's sliders and KV cache, on a model that chats may share."""
 
-    can = frozenset({"inside", "duel", "bake", "features", "reread", "reshape"})
-    felt = (
+    local = True
+    slider_note = (
         "A slider that moves is felt by the next token. What was read before stays as it was then, until the chat is "
         "read again."
     )
 
-    def __init__(self, model: SteeredModel) -> None:
-        self.model = model
-        self.name = model.name
-        self.sliders = Sliders(model, live=False)
-        self.on = True
-        self.left_out = 0
+    def __init__(self, model: SteeredModel, sliders: Sliders | None = None) -> None:
+        """`sliders`: `model.sliders`, to share the model's; by default separate ones, none of which moves anything."""
+        self.model, self.name = model, model.name
+        self.sliders = Sliders(model, live=False) if sliders is None else sliders
         self.memory = PrefixCache()
         self.turns = turns_of(model)
 
-    @property
-    def edit(self) -> Edit | None:
-        """The edit to apply for the next token; None if no slider moves anything or `on` is false."""
-        return self.sliders.current if self.on else None
-
-    @property
-    def context(self) -> int:
-        """Most tokens that the model can read, including the reply."""
-        return self.model.context
-
     def draft(self, task: Task) -> LocalDraft:
-        """See `ReplyBackend`."""
         return LocalDraft(self, task)
 
     def profile(self, name: str, sampler: Sampler) -> Profile:
-        """See `ReplyBackend`."""
         return as_profile(name, self.sliders, sampler)
 
     def use(self, profile: Profile) -> None:
-        """See `ReplyBackend`."""
         use(self.sliders, profile)
 
     def reread(self) -> None:
-        """See `ReplyBackend`."""
         self.memory.forget()
 
     def close(self) -> None:
-        """See `ReplyBackend`."""
         self.memory.forget()
+
+    @contextmanager
+    def steered(self) -> Iterator[Edit | None]:
+        """Hold the model for one forward pass under the current sliders, and yield their edit."""
+        if self.sliders is self.model.sliders:  # the model applies these itself
+            yield self.sliders.current
+            return
+        with self.turns.turn():
+            edit = self.sliders.current if self.on else None
+            with self.model.steering.alone([edit]):
+                yield edit
 
     def prompt(self, task: Task, begun: int) -> list[int]:
         """Return a task's prompt as token ids, without the oldest messages if the context is too short.
@@ -85,95 +80,71 @@ class LocalVoice:
         `begun`: tokens of the reply that exist already. Sets `left_out`.
         Errors: as `SteeredModel.prompt_ids`; UsageError for a message that is too long.
         """
-        fitted = fit(
-            task.messages, self.model.prompt_ids, self.context, task.sampler.max_new_tokens, begun, self.left_out
-        )
-        self.left_out = fitted.left_out
-        return fitted.ids
-
-    def begun(self, task: Task) -> list[int]:
-        """Return the tokens that exist already of a task's reply."""
-        return list(task.ids) or self.model.encode(task.text)
+        model, wanted = self.model, task.sampler.max_new_tokens
+        ids, self.left_out = fit(task.messages, model.prompt_ids, model.context, wanted, begun, self.left_out)
+        return ids
 
 
-class LocalDraft:
+class LocalDraft(PendingReply):
     """A `PendingReply` that a model in this process writes."""
 
-    ending: Ending = "length"
-
-    def __init__(self, voice: LocalVoice, task: Task) -> None:
-        begun = voice.begun(task) if task.text else []
-        prompt = voice.prompt(task, len(begun))
-        self.text = task.text
-        self.tokens = 0
-        self._voice, self._sampler, self._ids = voice, task.sampler, begun
-        self._stretches: list[SettingsSpan] = []
+    def __init__(self, backend: LocalBackend, task: Task) -> None:
+        model, left_out = backend.model, backend.left_out
+        begun = (task.ids or model.encode(task.text)) if task.text else ()
+        super().__init__(task.text, begun)
+        prompt = backend.prompt(task, len(begun))
+        self._backend, self._sampler = backend, task.sampler
         self._tally = Tally()
+        if backend.left_out > left_out:
+            self._tally.remark(
+                f"the context of {model.context:,} tokens is full: the chat is read without its first "
+                f"{backend.left_out} messages from here on"
+            )
         # Decoded without the prompt, because the first word of a reply has no space before it.
-        self._pieces = Detokeniser(voice.model.tokenizer, begun)
-        room = voice.context - len(prompt) - len(begun)
-        self._steps = self._decode(prompt, replace(task.sampler, max_new_tokens=self._length(room)), task.nudge)
-
-    @property
-    def ids(self) -> list[int]:
-        """See `PendingReply`."""
-        return self._ids
-
-    @property
-    def stretches(self) -> list[SettingsSpan]:
-        """See `PendingReply`."""
-        return self._stretches
+        self._pieces = Detokeniser(model.tokenizer, begun)
+        self._steps = self._decode(prompt, task.nudge)
 
     def step(self) -> bool:
-        """See `PendingReply`."""
-        voice = self._voice
-        steering = voice.model.steering
-        with voice.turns.turn():
-            edit = voice.edit
-            if not self._stretches or edit is not self._stretches[-1].edit:
-                self._stretches.append(SettingsSpan(len(self._ids), named(edit, self._sampler), edit))
-            with steering.alone([edit]):
-                token = next(self._steps, None)
-        end = token is not None and token in voice.model.end_token_ids
-        if token is None or end:
-            self.ending = "ended" if end else "length"
+        with self._backend.steered() as edit:
+            if not self.stretches or edit is not self.stretches[-1].edit:
+                self.stretches.append(SettingsSpan(len(self.ids), named(edit, self._sampler), edit))
+            token = next(self._steps, None)
+        if token is None:
             # A reply that may be continued holds back an incomplete character, for the tokens that complete it.
-            self.text += self._pieces.end() if end else ""
             return False
-        self._ids.append(token)
+        if token in self._backend.model.end_token_ids:
+            self.ending = "ended"
+            self.text += self._pieces.end()
+            return False
+        self.ids.append(token)
         self.tokens += 1
         self.text += self._pieces.add(token)
         return True
 
     def close(self) -> None:
-        """See `PendingReply`."""
         self._steps.close()
 
-    def receipt(self) -> dict[str, Any]:
-        """See `PendingReply`."""
-        return self._tally.receipt().describe()
+    def receipt(self) -> Receipt:
+        return self._tally.receipt()
 
-    def _length(self, room: int) -> int:
-        return max(1, min(self._sampler.max_new_tokens, room))
-
-    def _decode(self, prompt: list[int], sampler: Sampler, nudge: bool) -> Generator[int]:
-        model, memory, text = self._voice.model, self._voice.memory, [*prompt, *self._ids]
-        begun = len(self._ids)
-        # The random stream depends on the length, or a continuation would repeat the draws of the reply's beginning.
-        keys = [begun]
+    def _decode(self, prompt: list[int], nudge: bool) -> Generator[int]:
+        model, memory, sampler = self._backend.model, self._backend.memory, self._sampler
+        text, samplers = [*prompt, *self.ids], [sampler]
         if nudge:
-            bans = tuple((t, BAN) for t in model.end_token_ids if t < len(model.tokenizer))
-            allowed_biases = tuple(b for b in sampler.logit_bias if b[0] not in model.end_token_ids)
-            first = replace(sampler, max_new_tokens=1, logit_bias=(*allowed_biases, *bans))
-            for step in decode(model, [text], first, keys, tally=self._tally, memory=memory, begun=begun):
+            ends = model.end_token_ids
+            bans = tuple((t, BAN) for t in ends if t < len(model.tokenizer))
+            biases = (*(b for b in sampler.logit_bias if b[0] not in ends), *bans)
+            samplers = [replace(sampler, max_new_tokens=1, logit_bias=biases)]
+            if sampler.max_new_tokens > 1:
+                samplers.append(replace(sampler, max_new_tokens=sampler.max_new_tokens - 1))
+        for part in samplers:
+            begun = len(text) - len(prompt)
+            if len(text) == model.context:
+                return
+            # The random stream depends on the length, or a continuation would repeat the draws of the reply's start.
+            for step in decode(model, [text[:]], part, [begun], tally=self._tally, memory=memory, begun=begun):
                 text.append(step.tokens[0])
                 yield step.tokens[0]
-            begun, keys = begun + 1, [begun + 1]
-            if sampler.max_new_tokens == 1:
-                return
-            sampler = replace(sampler, max_new_tokens=sampler.max_new_tokens - 1)
-        for step in decode(model, [text], sampler, keys, tally=self._tally, memory=memory, begun=begun):
-            yield step.tokens[0]
 
 
 def named(edit: Edit | None, sampler: Sampler) -> Profile:
@@ -181,6 +152,47 @@ def named(edit: Edit | None, sampler: Sampler) -> Profile:
     moves = edit.as_moves() if edit is not None else ()
     sliders = (ProfileSlider(m.target.name, m.amount, m.operation, ScheduleSpec.of(m.when)) for m in moves)
     return Profile("then", sampler=sampler, preset=None, sliders=tuple(sliders))
+
+
+FILLED = 0.75
+"""Share of the context to which a chat is shortened once it is too long. This frees more than the next reply needs, so
+that messages are not dropped, and the chat read again, at every turn."""
+ROOM = 0.25
+"""Largest share of the context that is reserved for a reply; a longer reply gets whatever is left."""
+
+
+def fit(
+    messages: Messages,
+    count: Callable[[Messages], list[int]],
+    context: int,
+    wanted: int,
+    begun: int = 0,
+    left_out: int = 0,
+) -> tuple[list[int], int]:
+    """Return the prompt of a chat, and how many of its oldest messages are left out so that the reply fits as well.
+
+    `count`: makes a prompt's token ids from messages. `context`: tokens that the model can read. `wanted`: tokens that
+    the reply may have. `begun`: tokens of the reply that exist already. `left_out`: how many messages were left out
+    last time; the same are left out again if that is enough, because the KV cache was made without them. The system
+    prompt always stays. Errors: UsageError if the last message alone is too long.
+    """
+    head = messages[:1] if messages and messages[0]["role"] == "system" else ()
+    rest = messages[len(head) :]
+    # A shortened chat begins with a user message, because templates need it first.
+    starts = [0, *(i for i, m in enumerate(rest) if i and m["role"] == "user")]
+    most = context - min(wanted, int(ROOM * context))
+    less = min(most, int(FILLED * context))
+    again = left_out if left_out in starts else 0
+    found = 0
+    for cut, limit in [(0, most), (again, most), *((s, less) for s in starts), (starts[-1], context - 1)]:
+        ids = count((*head, *rest[cut:]))
+        found = len(ids) + begun
+        if found <= min(limit, context - 1):
+            return ids, cut
+    raise UsageError(
+        f"the last message: expected at most {context - 1} tokens with the system prompt and the reply so far, as much "
+        f"as the model can read, found {found}; shorten it"
+    )
 
 
 class Turns:
@@ -191,26 +203,24 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._queue: deque[threading.Event] = deque()
+        self._changed = threading.Condition()
+        self._queue: deque[object] = deque()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for this thread's turn and hold it for the block. Must not be nested."""
-        my_turn = threading.Event()
+        ticket = object()
         try:
-            with self._lock:
-                self._queue.append(my_turn)
-                self._queue[0].set()
-            my_turn.wait()
+            with self._changed:
+                self._queue.append(ticket)
+                self._changed.wait_for(lambda: self._queue[0] is ticket)
             yield
         finally:
             # A thread that is interrupted while it waits leaves the queue too, or it would be given the turn for ever.
-            with self._lock:
+            with self._changed:
                 with suppress(ValueError):  # interrupted before it was in the queue
-                    self._queue.remove(my_turn)
-                if self._queue:
-                    self._queue[0].set()
+                    self._queue.remove(ticket)
+                self._changed.notify_all()
 
     @property
     def waiting(self) -> int:

@@ -40,10 +40,9 @@ def keep_profile(profile: Profile) -> Path:
 def forget_profile(name: str) -> None:
     """Delete a saved profile, if it exists. Errors: SteerError if the file cannot be deleted."""
     file = saved_profiles().get(name)
-    if file is None:
-        return
     try:
-        file.unlink(missing_ok=True)
+        if file is not None:
+            file.unlink(missing_ok=True)
     except OSError as e:
         raise SteerError(f"{file}: could not be deleted ({e.strerror}); check its permissions") from e
 

@@ -1,14 +1,12 @@
 """Readings of traits and features on every token of a reply, once under its sliders and once without any.
 
-`steer.chat.chat.Chat.inside` calls `Looks.at`, and the page part `inside` draws the `TokenReadout`.
+`steer.chat.chat.Chat.inside` calls `Readouts.at`, and the page part `inside` draws the `TokenReadout`.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +16,13 @@ from torch import Tensor
 
 from steer.chat.conversation import Message, SettingsSpan
 from steer.chat.descriptions import title_of
-from steer.chat.local import turns_of
-from steer.chat.writer import Task
+from steer.chat.local import LocalBackend, turns_of
+from steer.chat.writer import Messages, Task
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import Sampler
+from steer.core.slider import Slider
 from steer.errors import SteerError, UsageError
 from steer.model.detokenise import Detokeniser
 from steer.model.profiles import edit_of
@@ -31,12 +30,11 @@ from steer.model.record import reading
 from steer.model.steering.low_rank import ForwardContext, amounts
 
 if TYPE_CHECKING:
-    from steer.chat.local import LocalVoice
     from steer.model.steered import SteeredModel
 
 _ROWS = 64
 """Positions whose logits are converted to fp32 at the same time."""
-_KEPT = 8
+_CACHED = 8
 """How many readouts are cached."""
 
 
@@ -81,17 +79,18 @@ def look_inside(
     prompt: Sequence[int],
     reply: Sequence[int],
     stretches: Sequence[tuple[int, Edit | None]],
-    targets: dict[str, Direction | Feature],
+    sliders: Mapping[str, Slider],
 ) -> TokenReadout:
     """Read a reply twice: under the sliders with which it was written, and without sliders.
 
     `prompt`, `reply`: token ids. `stretches`: (index of the first reply token, edit) for each setting in the reply. The
-    prompt is read under the settings of the reply's first token. `targets`: name -> what to read. All targets are read
-    in the same two passes, each at its own site, after the edit there has acted. `titles` of the result are empty.
+    prompt is read under the settings of the reply's first token. `sliders`: name -> slider whose target is read. All
+    targets are read in the same two passes, each at its own site, after the edit there has acted.
     Errors: UsageError for a reply without tokens, and for a direction without a gap.
     """
     if not reply:
         raise UsageError("inside: expected a reply of at least one token, found none")
+    targets = {name: slider.target for name, slider in sliders.items()}
     for name, target in targets.items():
         if isinstance(target, Direction) and not target.gap:
             raise UsageError(f"inside: direction {name!r}: expected a gap, the unit of amounts, found 0; find it again")
@@ -99,21 +98,21 @@ def look_inside(
     start, n = len(prompt), len(reply)
     # Reply token i is predicted at the position before it, so its sliders act at that position.
     at = torch.arange(ids.shape[1], device=model.device) - (start - 1)
-    moved = [edit for _, edit in stretches] or [None]
+    edits = [edit for _, edit in stretches] or [None]
     begins = torch.tensor([first for first, _ in stretches][1:], dtype=torch.long, device=model.device)
     row = torch.bucketize(at, begins, right=True)
-    steered, steered_logits = _read(model, ids, n, tuple(moved), row, at, targets)
-    if not any(moved):
-        return TokenReadout(pieces_of(model, reply), steered, steered, [0.0] * n, dict.fromkeys(targets, ""))
-    plain, plain_logits = _read(model, ids, n, (None,), None, at, targets)
-    return TokenReadout(
-        pieces_of(model, reply), steered, plain, _divergence(steered_logits, plain_logits), dict.fromkeys(targets, "")
-    )
+    steered, steered_logits = _read(model, ids, n, edits, row, at, targets)
+    plain, kl = steered, [0.0] * n
+    if any(edits):
+        plain, plain_logits = _read(model, ids, n, [None], row, at, targets)
+        kl = _divergence(steered_logits, plain_logits)
+    titles = {name: title_of(slider) for name, slider in sliders.items()}
+    return TokenReadout(pieces_of(model, reply), steered, plain, kl, titles)
 
 
 def pieces_of(model: SteeredModel, reply: Sequence[int]) -> list[str]:
     """Return the text of each token of a reply; joined they give the reply."""
-    text = Detokeniser(model.tokenizer, [])
+    text = Detokeniser(model.tokenizer, ())
     out = [text.add(token) for token in reply]
     out[-1] += text.end()
     return out
@@ -124,31 +123,28 @@ def _read(
     model: SteeredModel,
     ids: Tensor,
     n: int,
-    rows: tuple[Edit | None, ...],
-    row: Tensor | None,
+    edits: list[Edit | None],
+    row: Tensor,
     index: Tensor,
-    targets: dict[str, Direction | Feature],
+    targets: Mapping[str, Direction | Feature],
 ) -> tuple[dict[str, list[float]], Float[Tensor, "n vocab"]]:
     """Return the readings on the last `n` tokens, and the logits from which these tokens were drawn.
 
-    `row`: for each position, the index of its edit in `rows`, as for texts packed into one pass. `index`: for each
+    `row`: for each position, the index of its edit in `edits`, as for texts packed into one pass. `index`: for each
     position, the number of the reply token that it predicts, for schedules.
     """
     found: dict[int, Tensor] = {}
-    steering = model.steering
-    with ExitStack() as stack:
-        stack.enter_context(turns_of(model).turn())
-        stack.enter_context(steering.alone(list(rows)))
-        several = row is not None and len(rows) > 1
-        forward_context = ForwardContext(row=row if several else None, packed=several)
+    steering, sites = model.steering, sorted({t.site for t in targets.values()})
+    with turns_of(model).turn(), steering.alone(edits):
+        several = len(edits) > 1
+        context = ForwardContext(row=row if several else None, packed=several)
         if steering.timed:
-            forward_context.index = index[None]
-        stack.enter_context(steering.passing(forward_context))
-        sites = sorted({t.site for t in targets.values()})
-        stack.enter_context(
-            reading(model.hf, model.anatomy, sites, lambda site, h: found.__setitem__(site, h[0, -n:].clone()))
-        )
-        logits = model.hf(input_ids=ids, use_cache=False, logits_to_keep=n + 1).logits[0, :-1]
+            context.index = index[None]
+        with (
+            steering.passing(context),
+            reading(model.hf, model.anatomy, sites, lambda site, h: found.__setitem__(site, h[0, -n:].clone())),
+        ):
+            logits = model.hf(input_ids=ids, use_cache=False, logits_to_keep=n + 1).logits[0, :-1]
     return {name: amounts(t, found[t.site]).float().tolist() for name, t in targets.items()}, logits
 
 
@@ -164,43 +160,35 @@ def _divergence(p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"]) -> lis
     return out
 
 
-class Looks:
+class Readouts:
     """Makes readouts of a chat's replies and caches the last ones."""
 
-    def __init__(self, voice: LocalVoice) -> None:
-        self._voice = voice
-        self._kept: OrderedDict[Any, TokenReadout] = OrderedDict()
+    def __init__(self, backend: LocalBackend) -> None:
+        self._backend = backend
+        self._cached: dict[Any, TokenReadout] = {}
 
-    def at(
-        self, message: Message, chat: tuple[dict[str, str], ...], sampler: Sampler, names: Sequence[str]
-    ) -> TokenReadout:
+    def at(self, message: Message, chat: Messages, sampler: Sampler, names: Sequence[str]) -> TokenReadout:
         """Return the readout of a reply. `chat`: the messages before it. `names`: the sliders whose targets are read.
 
         Errors: SteerError for an unknown name.
         """
-        voice = self._voice
-        sliders = {name: voice.sliders.slider(name) for name in names}
-        targets = {name: s.target for name, s in sliders.items()}
-        key = (message.id, message.text, json.dumps(chat), tuple((n, id(t)) for n, t in targets.items()))
-        if key not in self._kept:
+        backend = self._backend
+        sliders = {name: backend.sliders.slider(name) for name in names}
+        key = (message.id, message.text, json.dumps(chat), tuple((n, id(s.target)) for n, s in sliders.items()))
+        if key not in self._cached:
             written = message.written
-            ids = list(written.ids) if written is not None and written.ids else []
-            ids = ids or voice.model.encode(message.text)
+            ids = (written.ids if written is not None else ()) or backend.model.encode(message.text)
             # Restored afterwards, because `prompt` sets it for the chat, and this prompt is of an old reply.
-            left_out = voice.left_out
+            left_out = backend.left_out
             try:
-                prompt = voice.prompt(Task(chat, sampler), len(ids))
+                prompt = backend.prompt(Task(chat, sampler), len(ids))
             finally:
-                voice.left_out = left_out
-            stretches = written.stretches if written is not None else ()
-            edits = [(s.start, self._edit(s)) for s in stretches]
-            look = look_inside(voice.model, prompt, ids, edits, targets)
-            titles = {name: title_of(s) for name, s in sliders.items()}
-            self._kept[key] = TokenReadout(look.pieces, look.steered, look.plain, look.kl, titles)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+                backend.left_out = left_out
+            edits = [(s.start, self._edit(s)) for s in (written.stretches if written is not None else ())]
+            self._cached[key] = look_inside(backend.model, prompt, ids, edits, sliders)
+            if len(self._cached) > _CACHED:
+                del self._cached[next(iter(self._cached))]
+        return self._cached[key]
 
     def _edit(self, stretch: SettingsSpan) -> Edit | None:
         """Return the edit of a span, looked up by its profile if the chat was loaded from disk.
@@ -210,6 +198,6 @@ class Looks:
         if stretch.edit is not None or stretch.profile is None:
             return stretch.edit
         try:
-            return edit_of(self._voice.model, stretch.profile)
+            return edit_of(self._backend.model, stretch.profile)
         except SteerError as e:
             raise UsageError(f"inside: this reply was written under sliders that are not here: {e}") from e

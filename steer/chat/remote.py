@@ -1,92 +1,214 @@
-"""Replies from a model behind `steer serve`: the `ReplyBackend` of the page when it is started with --server.
+"""Replies from a model behind `steer serve`, over OpenAI's API: the `ReplyBackend` of the option `--server`.
 
 `steer.chat.local` is its counterpart for a model in this process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+import math
+import re
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, cast
 
-from steer.chat.conversation import Ending, SettingsSpan
-from steer.chat.remote_session import RemoteModel, RemotePiece, receipt_of
-from steer.chat.remote_sliders import RemoteSliders, remote_profile, use_remote
-from steer.chat.writer import Task
-from steer.core.profile import Profile
-from steer.core.sampler import Sampler
+import openai
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+
+from steer.chat.conversation import SettingsSpan
+from steer.chat.writer import PendingReply, ReplyBackend, Task
+from steer.core.intervention import OPERATIONS, Operation, check_amount, neutral_amount
+from steer.core.profile import Profile, ProfileSlider
+from steer.core.sampler import ORDER, TEMPERATURE_LAST, Sampler
+from steer.core.slider import parse_name
+from steer.errors import SteerError, UnknownNameError, UnsupportedError, UsageError
+from steer.files import one_line
+from steer.model.sliders import BUDGET, Amounts
+from steer.model.steering.receipts import Receipt, SliderReceipt
+
+_FRESH = 5.0
+"""Seconds for which the server's answer about its sliders is cached."""
+_STANDARD = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")
+"""Fields of a sampler that have the same name in OpenAI's API."""
+_STEPS = 200
+"""How many changes of the sliders can be undone."""
+_LATENT = re.compile(r"L(\d+)/\d+")
 
 
-class RemoteVoice:
-    """`ReplyBackend` for a model behind a server, with the amounts of one chat.
+@dataclass(frozen=True)
+class RemotePiece:
+    """One piece of a streamed reply."""
+
+    text: str
+    finish: str | None
+    """`stop` or `length` in the last piece, else None."""
+    steering: Mapping[str, Any] | None
+    """The server's `steering` extension (sliders, seed, receipt) in the last piece, else None."""
+
+
+class RemoteBackend(ReplyBackend):
+    """`ReplyBackend` for one model of a server, with the amounts of one chat.
 
     The server keeps nothing between requests, so each request carries the chat and the amounts. If a slider moves
-    during a reply, the server is asked again to continue from the text written so far.
+    during a reply, the server is asked again to continue from the text written so far. Errors of the server and of the
+    connection are a SteerError of one line that names the address.
     """
 
-    can: frozenset[str] = frozenset()
-    felt = (
+    local = False
+    slider_note = (
         "A slider that moves is felt within a few words: the server is asked to go on from there, and reads the chat "
         "again under the sliders of then."
     )
 
-    def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
-        """`model`: one of the server's models, by default its first. Errors: SteerError if no server answers."""
-        self.model = RemoteModel(url, api_key, model)
-        self.name = self.model.name
-        self.sliders = RemoteSliders(self.model)
-        self.on = True
-        self.left_out = 0
+    def __init__(self, url: str, api_key: str | None = None, name: str | None = None) -> None:
+        """`url`: the server's address, with or without /v1. `name`: one of its models, as in `merged@noir`; by default
+        the first. Errors: SteerError if nothing answers, or if it is not a steer server."""
+        self.url = url.rstrip("/").removesuffix("/v1")
+        try:
+            self.client = openai.OpenAI(
+                base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=openai.Timeout(120.0, connect=5.0)
+            )
+        except (openai.OpenAIError, ValueError) as e:
+            raise SteerError(f"{url}: expected the address of a server, found {e}; give http://HOST:PORT") from e
+        self._cached_answer: tuple[float, _SteeringAnswer] | None = None
+        self.name = name or self._first_model()
+        self.sliders = RemoteSliders(self)
+        self.offered()
 
     @property
-    def asked(self) -> dict[str, float]:
+    def amounts(self) -> dict[str, float]:
         """The amounts that the next request carries."""
         return dict(self.sliders) if self.on else {}
 
     def draft(self, task: Task) -> RemoteDraft:
-        """See `ReplyBackend`."""
         return RemoteDraft(self, task)
 
     def profile(self, name: str, sampler: Sampler) -> Profile:
-        """See `ReplyBackend`."""
-        return remote_profile(name, self.sliders, sampler)
+        entries = []
+        for label, amount in self.sliders.items():
+            base, operation = parse_name(label)
+            entries.append(ProfileSlider(base, amount, operation, range=self.sliders.ranges.get(label)))
+        return Profile(name, sampler=sampler, preset=None, sliders=tuple(entries))
 
     def use(self, profile: Profile) -> None:
-        """See `ReplyBackend`."""
-        use_remote(self.sliders, profile)
+        """See `ReplyBackend`. Errors: UsageError for what a request cannot express, files and schedules."""
+        amounts: dict[str, float] = {}
+        ranges: dict[str, tuple[float, float]] = {}
+        for entry in profile.sliders:
+            if entry.when is not None or profile.file_of(entry.slider) is not None:
+                what = "a slider that acts at times" if entry.when is not None else f"the file {entry.slider!r}"
+                raise UsageError(
+                    f"profile {profile.name!r}: expected sliders by name and amount, which is what a request can ask "
+                    f"{self.url} for, found {what}; start the server with it: steer serve MODEL --profile FILE"
+                )
+            usual_operation = self.sliders.slider(entry.slider).operation
+            name = entry.slider if entry.operation in (None, usual_operation) else f"{entry.slider}:{entry.operation}"
+            if entry.enabled:
+                amounts[name] = entry.amount
+            if entry.range is not None:
+                ranges[name] = entry.range
+        self.sliders.replace(amounts)
+        self.sliders.ranges |= ranges
 
     def reread(self) -> None:
         """Nothing to do: the server reads the chat anew for every reply."""
 
     def close(self) -> None:
-        """Close the connection."""
-        self.model.client.close()
+        self.client.close()
+
+    def offered(self) -> list[RemoteSlider]:
+        """Return the server's sliders: `GET /v1/steering`, cached for five seconds."""
+        if self._cached_answer is None or time.monotonic() - self._cached_answer[0] > _FRESH:
+            with self._errors():
+                found = self.client.get("/steering", cast_to=object)
+            try:
+                answer = _SteeringAnswer.model_validate(found)
+            except ValidationError as e:
+                where = ".".join(map(str, e.errors()[0]["loc"]))[:60]
+                raise SteerError(
+                    f"{self.url}: expected a steer server, found another (its answer to GET /v1/steering at "
+                    f"{where or 'its beginning'}: {e.errors()[0]['msg'][:80]}); start one with: steer serve MODEL"
+                ) from e
+            self._cached_answer = (time.monotonic(), answer)
+        return self._cached_answer[1].sliders
+
+    def write(
+        self, messages: Sequence[Mapping[str, str]], sampler: Sampler, amounts: Mapping[str, float]
+    ) -> Generator[RemotePiece]:
+        """Yield the reply to a chat in pieces, under these amounts. Closing the generator ends the request.
+
+        If the last message is the assistant's, the reply continues it.
+        """
+        fields = asdict(sampler)
+        biases, order = fields.pop("logit_bias"), fields.pop("order")
+        if order not in (ORDER, TEMPERATURE_LAST):
+            raise UnsupportedError(f"{self.url}: order: expected the usual one, temperature last or not, found {order}")
+        # A server ignores a seed below 0.
+        fields["seed"] = abs(sampler.seed)
+        standard = {name: fields.pop(name) for name in _STANDARD}
+        body = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        body |= {"temperature_last": sampler.temperature_last, "steering": {"sliders": dict(amounts)}}
+        with self._errors():
+            stream = self.client.chat.completions.create(
+                model=self.name, messages=cast(Any, list(messages)), stream=True, extra_body=body,
+                logit_bias={str(token): bias for token, bias in biases}, **standard,
+            )  # fmt: skip
+        with stream:
+            chunks = iter(stream)
+            while True:
+                with self._errors():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                piece = _piece(chunk, self.url)
+                if piece.text or piece.finish or piece.steering:
+                    yield piece
+
+    def _first_model(self) -> str:
+        with self._errors():
+            found = [getattr(m, "id", None) for m in self.client.models.list()]
+        if not found or not isinstance(found[0], str):
+            raise SteerError(f"{self.url}: expected a model, found none; start one with: steer serve MODEL")
+        return found[0]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except openai.APIStatusError as e:
+            server_message = e.body.get("message") if isinstance(e.body, dict) else None
+            raise SteerError(f"{self.url}: {' '.join(str(server_message or e.message).split())[:500]}") from e
+        except openai.APIConnectionError as e:
+            why = " ".join(str(e.__cause__ or e).split())
+            raise SteerError(f"{self.url}: no server answers ({why}); start one with: steer serve MODEL") from e
+        except openai.OpenAIError as e:
+            raise SteerError(f"{self.url}: {' '.join(str(e).split())[:500]}") from e
+        except UnicodeEncodeError as e:  # in the request, so the user's text or key is wrong
+            what = "a key in ASCII" if e.encoding == "ascii" else "text that is Unicode, in the messages and names sent"
+            raise UsageError(f"{self.url}: expected {what}, found {e.object[e.start]!r}; convert it to UTF-8") from e
+        # The openai client does not check what it receives.
+        except (ValueError, TypeError, AttributeError, RecursionError) as e:
+            raise SteerError(f"{self.url}: expected a steer server, found one that sends {one_line(e)}") from e
 
 
-class RemoteDraft:
+class RemoteDraft(PendingReply):
     """A `PendingReply` that a server writes."""
 
-    ids: tuple[int, ...] = ()
-    ending: Ending = "length"
-
-    def __init__(self, voice: RemoteVoice, task: Task) -> None:
-        self.text = task.text
-        self.tokens = 0
-        self._voice, self._task = voice, task
-        self._asked: dict[str, float] | None = None
+    def __init__(self, backend: RemoteBackend, task: Task) -> None:
+        super().__init__(task.text)
+        self._backend, self._task = backend, task
+        self._amounts: dict[str, float] = {}
         self._pieces: Generator[RemotePiece] | None = None
-        self._steering: Any = None
-        self.stretches: list[SettingsSpan] = []
+        self._steering: Mapping[str, Any] | None = None
 
     def step(self) -> bool:
-        """See `PendingReply`; a piece may be more than one token."""
-        asked = self._voice.asked
-        if self._pieces is None or asked != self._asked:
+        # A piece may be more than one token.
+        amounts = self._backend.amounts
+        if self._pieces is None or amounts != self._amounts:
             if self.tokens >= self._task.sampler.max_new_tokens:
                 return False
-            self._ask(asked)
-        assert self._pieces is not None
+            self._pieces = self._request(amounts)
         piece = next(self._pieces, None)
         if piece is None:
             return False
@@ -98,19 +220,17 @@ class RemoteDraft:
         return True
 
     def close(self) -> None:
-        """See `PendingReply`."""
         if self._pieces is not None:
             with suppress(Exception):
                 self._pieces.close()
 
-    def receipt(self) -> dict[str, Any] | None:
-        """See `PendingReply`."""
-        return None if self._steering is None else receipt_of(self._steering, self.tokens).describe()
+    def receipt(self) -> Receipt:
+        return receipt_of(self._steering, self.tokens)
 
-    def _ask(self, asked: dict[str, float]) -> None:
-        """Request the reply, or the rest of it, with the amounts `asked`."""
+    def _request(self, amounts: dict[str, float]) -> Generator[RemotePiece]:
+        """Request the reply, or the rest of it."""
         self.close()
-        task, voice = self._task, self._voice
+        task, backend = self._task, self._backend
         # Another seed for each continuation, or it would repeat the draws of the reply's beginning.
         sampler = replace(
             task.sampler,
@@ -118,6 +238,169 @@ class RemoteDraft:
             seed=task.sampler.seed + (self.tokens and 1_000_003 + self.tokens),
         )
         begun = ({"role": "assistant", "content": self.text},) if self.text else ()
-        self._pieces = voice.model.write((*task.messages, *begun), sampler, {"sliders": asked})
-        self._asked = asked
-        self.stretches.append(SettingsSpan(self.tokens, voice.profile("then", task.sampler) if voice.on else None))
+        self._amounts = amounts
+        profile = backend.profile("then", task.sampler) if backend.on else None
+        self.stretches.append(SettingsSpan(self.tokens, profile))
+        return backend.write((*task.messages, *begun), sampler, amounts)
+
+
+class RemoteSlider(BaseModel, frozen=True):
+    """A slider, as `GET /v1/steering` describes it."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    operation: str
+    amount: FiniteFloat | None = None
+    moved: FiniteFloat | None = Field(None, alias="share")
+    unit_share: FiniteFloat | None = None
+    """How far amount 1 moves the residual stream, as a share of its median norm; None if the server does not say."""
+    range: tuple[FiniteFloat, FiniteFloat] | None = None
+    site: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    kind: str | None = None
+    """`feature` if the slider moves latents of a dictionary."""
+
+    @property
+    def neutral(self) -> float | None:
+        """The amount at which the slider moves nothing; None if it moves nothing only when it is removed."""
+        return neutral_amount(self.operation)
+
+    def share(self, amount: float) -> float:
+        """Return how far an amount moves the residual stream, as a share of its median norm; nan if unknown."""
+        if amount == self.neutral:
+            return 0.0
+        return math.nan if self.operation != "add" or self.unit_share is None else abs(amount) * self.unit_share
+
+    def check(self, amount: Any) -> float:
+        """Return the amount as a number. Errors: UsageError if the slider cannot have it."""
+        return check_amount(self.name, self.operation, amount)
+
+
+class _SteeringAnswer(BaseModel):
+    sliders: Annotated[list[RemoteSlider], Field(max_length=10_000, fail_fast=True)]
+
+
+class RemoteSliders(Amounts):
+    """The amounts of one chat, which each of its requests carries. Other chats of the server are not affected."""
+
+    def __init__(self, backend: RemoteBackend) -> None:
+        self._backend = backend
+        self.ranges: dict[str, tuple[float, float]] = {}
+        """Name -> calibrated range: amounts between which replies stay coherent. Only for calibrated sliders."""
+        self._amounts: dict[str, float] = {}
+        self._past: list[dict[str, float]] = []
+        self._future: list[dict[str, float]] = []
+
+    def known(self) -> dict[str, RemoteSlider]:
+        """Return name -> every slider that the server offers. Errors: SteerError if it does not answer."""
+        known = {s.name: s for s in self._backend.offered() if s.operation in OPERATIONS}
+        for slider in known.values():
+            if slider.range is not None:
+                self.ranges.setdefault(slider.name, slider.range)
+        return known
+
+    def slider(self, name: str) -> RemoteSlider:
+        """Return a slider by name: one that the server offers, the same with another operation, or a latent.
+
+        Whether a latent exists is known only to the server. Errors: UnknownNameError, a UsageError.
+        """
+        known = self.known()
+        if name in known:
+            return known[name]
+        base, operation = parse_name(name)
+        if match := _LATENT.fullmatch(base):
+            return RemoteSlider(name=name, operation=operation or "add", site=int(match[1]), kind="feature")
+        if base in known:
+            return known[base].model_copy(update={"name": name, "operation": operation or known[base].operation})
+        known_names = ", ".join(known) or "none"
+        raise UnknownNameError(f"slider {name!r}: expected one that {self._backend.url} offers, found {known_names}")
+
+    def share(self, site: int) -> float:
+        """Return how far the sliders move the residual stream at a site at most: the sum of their shares."""
+        shares = [self.slider(n).share(a) for n, a in self._amounts.items() if self.slider(n).site == site]
+        return sum(s for s in shares if not math.isnan(s))
+
+    def warnings(self) -> list[str]:
+        """Return one line for every site whose sliders together move the residual stream too far."""
+        sites = {s for n in self._amounts if (s := self.slider(n).site) is not None}
+        return [
+            f"sliders move the residual stream after block {s} by up to {self.share(s):.2f} of its norm; "
+            f"replies tend to fall apart from {BUDGET}"
+            for s in sorted(sites)
+            if round(self.share(s), 2) >= BUDGET
+        ]
+
+    def reset(self) -> None:
+        """Remove all amounts, so that no slider moves anything."""
+        self.replace({})
+
+    def replace(self, amounts: Mapping[str, float]) -> None:
+        """Set these amounts and remove all others."""
+        self._change({n: self.slider(n).check(a) for n, a in amounts.items()})
+
+    def undo(self) -> bool:
+        """Undo the last change. Return False if there is none."""
+        return self._step(self._past, self._future)
+
+    def redo(self) -> bool:
+        """Redo the last change that was undone. Return False if there is none."""
+        return self._step(self._future, self._past)
+
+    def __setitem__(self, name: str, amount: float) -> None:
+        self._change(self._amounts | {name: self.slider(name).check(amount)})
+
+    def __delitem__(self, name: str) -> None:
+        self._set(name)
+        self._change({n: a for n, a in self._amounts.items() if n != name})
+
+    def _change(self, amounts: dict[str, float]) -> None:
+        if amounts != self._amounts:
+            self._past = [*self._past[1 - _STEPS :], self._amounts]
+            self._future.clear()
+            self._amounts = amounts
+
+    def _step(self, back: list[dict[str, float]], forth: list[dict[str, float]]) -> bool:
+        if not back:
+            return False
+        forth.append(self._amounts)
+        self._amounts = back.pop()
+        return True
+
+
+def receipt_of(steering: Mapping[str, Any] | None, tokens: int) -> Receipt:
+    """Return the receipt in a server's `steering` extension.
+
+    If the reply broke off, or the extension has another form, the receipt has only `tokens`, the number of pieces.
+    """
+    try:
+        row = _ReceiptAnswer.model_validate((steering or {}).get("receipt"))
+    except ValidationError:
+        return Receipt(tokens)
+    sliders = [(s, math.nan if s.mean_share is None else s.mean_share) for s in row.sliders]
+    return Receipt(
+        tokens if row.tokens is None else row.tokens,
+        tuple(SliderReceipt(s.name, s.operation, s.amount, s.tokens, share) for s, share in sliders),
+    )
+
+
+class _SliderAnswer(BaseModel):
+    name: str
+    operation: Operation
+    amount: FiniteFloat
+    tokens: int
+    mean_share: FiniteFloat | None = None
+
+
+class _ReceiptAnswer(BaseModel):
+    tokens: int | None = None
+    sliders: list[_SliderAnswer] = []
+
+
+def _piece(chunk: Any, url: str) -> RemotePiece:
+    """Read a chunk of a stream. Errors: SteerError for a chunk of another form."""
+    extension = (getattr(chunk, "model_extra", None) or {}).get("steering")
+    choices = getattr(chunk, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    text = getattr(getattr(choice, "delta", None), "content", None)
+    finish = getattr(choice, "finish_reason", None)
+    if not isinstance(text, str | None) or not isinstance(finish, str | None) or not isinstance(extension, dict | None):
+        raise SteerError(f"{url}: expected a reply in pieces, found a chunk of another kind; is it a steer server?")
+    return RemotePiece(text or "", finish, extension)

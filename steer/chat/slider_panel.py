@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, cast
 
+from steer.chat.descriptions import description_of, title_of
 from steer.chat.writer import ReplyBackend
 from steer.core.feature import Feature
 from steer.core.intervention import OPERATIONS, Operation
-from steer.core.profile import Profile
 from steer.core.schedule import ALWAYS, Schedule
 from steer.core.slider import Slider
 from steer.errors import SteerError, UnsupportedError
 from steer.model.sliders import BUDGET
 
-Kind = Literal["trait", "feature"]
+if TYPE_CHECKING:  # openai takes long to import
+    from steer.chat.remote import RemoteSlider
+
 SAFE = 0.4
 """Share of the residual norm up to which an uncalibrated amount counts as safe: half of the share from which replies
 tend to fall apart."""
@@ -37,7 +40,7 @@ class SliderRow:
     name: str
     title: str
     description: str
-    kind: Kind
+    kind: Literal["trait", "feature"]
     operation: Operation
     operations: tuple[Operation, ...]
     """The operations that its target allows."""
@@ -74,8 +77,8 @@ class SliderRow:
 class SliderPanel:
     """The sliders of one chat."""
 
-    def __init__(self, voice: ReplyBackend, pinned: Iterable[str] = ()) -> None:
-        self._voice = voice
+    def __init__(self, backend: ReplyBackend, pinned: Iterable[str] = ()) -> None:
+        self._backend, self._sliders = backend, backend.sliders
         self._pinned = dict.fromkeys(pinned)
         self.revision = 0
         """Increases when an amount changes other than by `set`. It is part of the widgets' keys, so that Streamlit
@@ -84,11 +87,11 @@ class SliderPanel:
     @property
     def on(self) -> bool:
         """The master switch: if false, no slider moves anything. The amounts stay."""
-        return self._voice.on
+        return self._backend.on
 
     @on.setter
     def on(self, on: bool) -> None:
-        self._voice.on = bool(on)
+        self._backend.on = on
 
     @property
     def pinned(self) -> list[str]:
@@ -98,62 +101,55 @@ class SliderPanel:
     def rows(self) -> list[SliderRow]:
         """Return the panel's rows: traits first, then features that are pinned, have an amount, or come from a server.
 
-        A slider that does not exist any more is skipped.
+        A slider with another name than its direction is shown only if it has an amount. A slider that does not exist
+        any more is skipped.
         """
-        sliders = self._voice.sliders
-        known = sliders.known()
-        traits = [n for n, s in known.items() if _kind(s) == "trait" and _has_target_name(s, n)]
+        known = self._sliders.known()
         # A server's features cannot be searched, so all that it lists are shown.
-        from_server = [n for n, s in known.items() if not isinstance(s, Slider)]
-        names = dict.fromkeys([*traits, *from_server, *self._pinned, *sliders])
+        listed = [
+            n for n, s in known.items()
+            if not isinstance(s, Slider) or (n == s.target.name and not _moves_latents(s))
+        ]  # fmt: skip
         rows = []
-        for name in names:
+        for name in dict.fromkeys([*listed, *self._pinned, *self._sliders]):
             try:
-                rows.append(self._row(name, known.get(name) or sliders.slider(name)))
+                rows.append(self._row(name, known.get(name) or self._sliders.slider(name)))
             except SteerError:
                 continue
         return sorted(rows, key=lambda r: r.kind == "feature")
 
-    def offered(self) -> list[SliderRow]:
-        """Return the named features that are not on the panel and could be pinned."""
-        shown_names = {r.name for r in self.rows()}
-        known = self._voice.sliders.known()
-        return [self._row(n, s) for n, s in known.items() if n not in shown_names and _kind(s) == "feature"]
-
     def row(self, name: str) -> SliderRow:
         """Return one slider's row. Errors: UsageError for a name that this checkpoint does not have."""
-        return self._row(name, self._voice.sliders.slider(name))
+        return self._row(name, self._sliders.slider(name))
 
     def set(self, name: str, amount: float) -> None:
         """Move a slider; it affects a reply in progress. Errors: UsageError, and then nothing has changed."""
-        sliders = self._voice.sliders
-        if name not in set(sliders) and amount == sliders.slider(name).neutral:
-            return  # a slider that was not touched must not be listed as having an amount
-        if name not in set(sliders) or sliders[name] != amount:
-            sliders[name] = amount
+        # A slider that was not touched must not be listed as having an amount.
+        if self._sliders[name] != amount:
+            self._sliders[name] = amount
 
     def off(self, name: str) -> None:
         """Remove a slider's amount, so that it moves nothing. A clamp has no neutral amount and needs this."""
-        if name in set(self._voice.sliders):
-            del self._voice.sliders[name]
+        if name in self._sliders:
+            del self._sliders[name]
             self.revision += 1
-
-    def reset(self, name: str) -> None:
-        """Reset a slider, so that it moves nothing."""
-        self.off(name)
 
     def reset_all(self) -> None:
         """Reset all sliders, so that none moves anything."""
-        self._voice.sliders.reset()
+        self._sliders.reset()
         self.revision += 1
 
     def undo(self) -> bool:
         """Undo the last move. Return False if there is none."""
-        return self._redrawn(self._voice.sliders.undo())
+        done = self._sliders.undo()
+        self.revision += done
+        return done
 
     def redo(self) -> bool:
         """Redo the last move that was undone. Return False if there is none."""
-        return self._redrawn(self._voice.sliders.redo())
+        done = self._sliders.redo()
+        self.revision += done
+        return done
 
     def pin(self, name: str) -> SliderRow:
         """Add a slider to the panel: a latent, as in `L14/123`, or a named slider of a dictionary. Return its row.
@@ -162,46 +158,51 @@ class SliderPanel:
         """
         row = self.row(name)
         self._pinned[name] = None
-        return self._row(name, self._voice.sliders.slider(name)) if not row.pinned else row
+        return replace(row, pinned=True)
 
     def unpin(self, name: str) -> None:
         """Remove a slider from the panel; it moves nothing any more."""
         self.off(name)
         self._pinned.pop(name, None)
 
+    def pin_used(self) -> None:
+        """Pin the features that have an amount, after the sliders of a profile were set."""
+        self._pinned |= {name: None for name in self._sliders if _moves_latents(self._sliders.slider(name))}
+        self.revision += 1
+
     def reshape(self, name: str, operation: Operation | None = None, when: Schedule | None = None) -> None:
         """Change a slider's operation or its schedule. It keeps its amount unless the operation changes.
 
         Errors: UsageError for an operation that its target does not allow; UnsupportedError for a server's sliders.
         """
-        if "reshape" not in self._voice.can:
+        if not self._backend.local:
             raise UnsupportedError(
-                f"{self._voice.name}: its server takes amounts alone; give it a profile: steer serve --profile FILE"
+                f"{self._backend.name}: its server takes amounts alone; give it a profile: steer serve --profile FILE"
             )
-        sliders = self._voice.sliders
+        sliders = self._sliders
         old = sliders.slider(name)
-        new = Slider(old.target, operation or old.operation, old.when if when is None else when, name)
+        new = Slider(old.target, operation or old.operation, when=old.when if when is None else when, label=name)
         if (new.operation, new.when) == (old.operation, old.when):
             return
-        old_amount = sliders[name] if name in set(sliders) and new.operation == old.operation else None
-        sliders.put(new, old_amount)
+        sliders.put(new, sliders.get(name) if new.operation == old.operation else None)
         if new.operation != old.operation:
             # The calibrated range was measured for the old operation.
             sliders.ranges.pop(name, None)
         self.revision += 1
 
-    def use(self, profile: Profile) -> None:
-        """Set a profile's sliders and no others, and pin its features. Errors: SteerError."""
-        self._voice.use(profile)
-        for name in self._voice.sliders:
-            if _kind(self._voice.sliders.slider(name)) == "feature":
-                self._pinned[name] = None
-        self.revision += 1
-
     def budgets(self) -> list[Budget]:
-        """Return how far the sliders move each site, with the limit, and titles in place of names."""
-        found = budgets(self._voice.sliders, self.on)
-        return [Budget(b.site, b.share, tuple((self._title(n), share) for n, share in b.parts), b.limit) for b in found]
+        """Return how far the sliders move each site that has some, by site. If `on` is false, all shares are 0."""
+        parts: dict[int, list[tuple[str, float]]] = {}
+        for name, amount in self._sliders.items():
+            slider = self._sliders.slider(name)
+            share = slider.share(amount) if self.on else 0.0
+            if slider.site is not None:
+                named_share = _title(slider, name), 0.0 if math.isnan(share) else share
+                parts.setdefault(slider.site, []).append(named_share)
+        return [
+            Budget(site, self._sliders.share(site) if self.on else 0.0, tuple(sorted(found, key=lambda p: -p[1])))
+            for site, found in sorted(parts.items())
+        ]
 
     def warnings(self) -> list[str]:
         """Return one line for each site that is moved too far, and each slider beyond its calibrated range."""
@@ -212,41 +213,36 @@ class SliderPanel:
             for r in self.rows()
             if r.red and r.calibrated
         ]
-        return [*self._voice.sliders.warnings(), *beyond]
+        return [*self._sliders.warnings(), *beyond]
 
-    def _redrawn(self, changed: bool) -> bool:
-        self.revision += changed
-        return changed
-
-    def _title(self, name: str) -> str:
-        return title(self._voice.sliders.slider(name), name)
-
-    def _row(self, name: str, slider: Any) -> SliderRow:
-        sliders = self._voice.sliders
-        amount = sliders[name] if name in set(sliders) else slider.neutral
-        measured = sliders.ranges.get(name)
-        safe = tuple(measured) if measured is not None else safe_range(slider)
-        low, high = track(slider, safe)
+    def _row(self, name: str, slider: Slider | RemoteSlider) -> SliderRow:
+        amount, measured = self._sliders.get(name, slider.neutral), self._sliders.ranges.get(name)
+        safe = _safe_range(slider) if measured is None else tuple(measured)
+        low, high = _track(slider, safe)
         if amount is not None:
             low, high = min(low, amount), max(high, amount)
+        description, when = "A slider of the server's.", ALWAYS
+        if isinstance(slider, Slider):
+            description, when = description_of(slider), slider.when
         return SliderRow(
-            name, title(slider, name), described(slider), _kind(slider), slider.operation, operations(slider),
+            name, _title(slider, name), description,
+            "feature" if _moves_latents(slider) else "trait", cast(Operation, slider.operation), _operations(slider),
             math.nan if amount is None else amount, slider.neutral, low, high, safe, measured is not None,
-            0.0 if amount is None else slider.share(amount), slider.site, getattr(slider, "when", ALWAYS),
+            0.0 if amount is None else slider.share(amount), slider.site, when,
             name in self._pinned,
         )  # fmt: skip
 
 
-def safe_range(slider: Any) -> tuple[float, float]:
+def _safe_range(slider: Slider | RemoteSlider) -> tuple[float, float]:
     """Return the range of amounts that counts as safe for an uncalibrated slider."""
     if slider.operation != "add":
         return _TRACKS[slider.operation]
-    furthest = amount_at(slider, SAFE)
+    furthest = _amount_at(slider, SAFE)
     furthest = FURTHEST if furthest is None else _rounded(min(FURTHEST, furthest))
     return -furthest, furthest
 
 
-def track(slider: Any, safe: tuple[float, float]) -> tuple[float, float]:
+def _track(slider: Slider | RemoteSlider, safe: tuple[float, float]) -> tuple[float, float]:
     """Return the ends of a slider's track: beyond the safe range, but within what the operation and site allow."""
     if slider.operation == "ablate":
         return 0.0, 1.0
@@ -254,58 +250,20 @@ def track(slider: Any, safe: tuple[float, float]) -> tuple[float, float]:
     low, high = _rounded(safe[0] - room), _rounded(safe[1] + room)
     if slider.operation == "scale":
         low = max(low, 0.0)
-    most = amount_at(slider, RED * BUDGET)
+    most = _amount_at(slider, RED * BUDGET)
     if most is not None and -most <= safe[0] and safe[1] <= most:
         low, high = max(low, -_rounded(most)), min(high, _rounded(most))
     neutral = slider.neutral
     return (low, high) if neutral is None else (min(low, neutral), max(high, neutral))
 
 
-def operations(slider: Any) -> tuple[Operation, ...]:
-    """Return the operations that a slider's target allows."""
-    target = getattr(slider, "target", None)
-    if target is None or (isinstance(target, Feature) and min(target.units) < 0):
-        return (slider.operation,)
-    found = []
-    for operation in OPERATIONS:
-        try:
-            Slider(target, operation)
-        except SteerError:
-            continue
-        found.append(operation)
-    return tuple(found)
+def _amount_at(slider: Slider | RemoteSlider, share: float) -> float | None:
+    """Return the amount at which a slider moves the residual stream by a share of its median norm.
 
-
-def title(slider: Any, name: str) -> str:
-    """Return a slider's title on the page. `name`: its name in the panel."""
-    from steer.chat.descriptions import title_of
-
-    if not isinstance(slider, Slider):
-        return name.replace("-", " ")
-    target_title = title_of(slider)
-    # Two sliders on one direction need different titles.
-    return (
-        target_title
-        if name == slider.target.name
-        else f"{target_title} ({name.removeprefix(slider.target.name).strip(' :()')})"
-    )
-
-
-def described(slider: Any) -> str:
-    """Describe what a slider moves, in words."""
-    from steer.chat.descriptions import description_of
-
-    return description_of(slider) if isinstance(slider, Slider) else "A slider of the server's."
-
-
-def _kind(slider: Any) -> Kind:
-    moves_latents = isinstance(slider.target, Feature) if isinstance(slider, Slider) else slider.feature
-    return "feature" if moves_latents else "trait"
-
-
-def _has_target_name(slider: Any, name: str) -> bool:
-    """Return whether a slider has its target's name; a slider with another name is shown only if it has an amount."""
-    return not isinstance(slider, Slider) or name == slider.target.name
+    None for operations other than `add`, and if the slider's share is unknown.
+    """
+    unit_share = slider.share(1.0) if slider.operation == "add" else math.nan
+    return share / unit_share if math.isfinite(unit_share) and unit_share > 0 else None
 
 
 def _rounded(value: float) -> float:
@@ -315,7 +273,31 @@ def _rounded(value: float) -> float:
     return round(round(value / step) * step, 3)
 
 
-Level = Literal["fine", "near", "over"]
+def _operations(slider: Slider | RemoteSlider) -> tuple[Operation, ...]:
+    """Return the operations that a slider's target allows; of a server's slider, only the current one."""
+    if not isinstance(slider, Slider) or (isinstance(slider.target, Feature) and min(slider.target.units) < 0):
+        return (cast(Operation, slider.operation),)
+    found = []
+    for operation in OPERATIONS:
+        with suppress(SteerError):
+            found.append(Slider(slider.target, operation).operation)
+    return tuple(found)
+
+
+def _title(slider: Slider | RemoteSlider, name: str) -> str:
+    """Return a slider's title on the page. `name`: its name in the panel."""
+    if not isinstance(slider, Slider):
+        return name.replace("-", " ")
+    if name == slider.target.name:
+        return title_of(slider)
+    # Two sliders on one direction need different titles.
+    return f"{title_of(slider)} ({name.removeprefix(slider.target.name).strip(' :()')})"
+
+
+def _moves_latents(slider: Slider | RemoteSlider) -> bool:
+    return isinstance(slider.target, Feature) if isinstance(slider, Slider) else slider.kind == "feature"
+
+
 NEAR = 0.75
 """Share of the limit from which a site's level is `near`."""
 
@@ -329,12 +311,12 @@ class Budget:
     share: float
     """How far the sliders together move the stream, as a share of the site's median residual norm."""
     parts: tuple[tuple[str, float], ...]
-    """(slider, its share), the largest first. Their sum may exceed `share`, because opposite moves cancel."""
+    """(title of a slider, its share), the largest first. Opposite moves cancel, so their sum may exceed `share`."""
     limit: float = BUDGET
     """The share from which replies tend to fall apart."""
 
     @property
-    def level(self) -> Level:
+    def level(self) -> Literal["fine", "near", "over"]:
         """`fine`, `near` the limit, or `over` it."""
         share = round(self.share, 2)  # rounded as it is shown, so that the level agrees with the text
         return "over" if share >= self.limit else "near" if share >= round(NEAR * self.limit, 2) else "fine"
@@ -344,31 +326,3 @@ class Budget:
         """The budget in one line of text."""
         summary = f"block {self.site}: {self.share:.2f} of {self.limit:g}"
         return f"{summary}; replies tend to fall apart" if self.level == "over" else summary
-
-
-def budgets(sliders: Any, on: bool = True) -> list[Budget]:
-    """Return the budget of each site that has sliders, by site. `sliders`: as `steer.model.sliders.Sliders`.
-
-    If `on` is false, all shares are 0.
-    """
-    parts: dict[int, list[tuple[str, float]]] = {}
-    for name in sliders:
-        slider, amount = sliders.slider(name), sliders[name]
-        share = 0.0 if slider.is_neutral(amount) else slider.share(amount)
-        if slider.site is not None:
-            parts.setdefault(slider.site, []).append((name, 0.0 if math.isnan(share) or not on else share))
-    return [
-        Budget(site, sliders.share(site) if on else 0.0, tuple(sorted(site_parts, key=lambda p: -p[1])))
-        for site, site_parts in sorted(parts.items())
-    ]
-
-
-def amount_at(slider: Any, share: float) -> float | None:
-    """Return the amount at which a slider moves the residual stream by a share of its median norm.
-
-    None for operations other than `add`, and if the slider's share is unknown.
-    """
-    if slider.operation != "add":
-        return None
-    unit_share = slider.share(1.0)
-    return share / unit_share if math.isfinite(unit_share) and unit_share > 0 else None

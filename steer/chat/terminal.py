@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Callable
 from contextlib import closing, suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -38,6 +39,7 @@ HELP = """\
 /quit          leave; so does Ctrl-D
 Ctrl-C stops a reply."""
 
+REREAD = "the whole chat will be read again, under the sliders as they stand then"
 REPLACED = "\ufffd"
 """The character that replaces bytes that are not UTF-8."""
 _UNLISTED = re.compile(r"L\d+/\d+|.+:[a-z]+")
@@ -70,12 +72,12 @@ class _Terminal:
         self.commands = {
             "help": lambda: self.say(HELP),
             "sliders": self.show_sliders,
-            "undo": lambda: self.step(self.session.sliders.undo(), "undo"),
-            "redo": lambda: self.step(self.session.sliders.redo(), "redo"),
-            "reset": self.reset,
-            "reread": self.reread,
+            "undo": lambda: self.step(session.sliders.undo(), "undo"),
+            "redo": lambda: self.step(session.sliders.redo(), "redo"),
+            "reset": lambda: self.say_after(session.sliders.reset, "no slider moves anything"),
+            "reread": lambda: self.say_after(session.reread, REREAD),
             "receipt": self.show_receipt,
-            "clear": self.clear,
+            "clear": lambda: self.say_after(session.clear, "conversation forgotten"),
             "quit": self.quit,
         }
         assert {*self.commands, "profile", "save"} == COMMANDS
@@ -160,7 +162,10 @@ class _Terminal:
         sliders = self.session.sliders
         if amount:
             sliders[name] = parse_amount(f"{name}={amount}")[1]
-        self.say(f"{name} {_stands(sliders[name])}{self.share(name)}")
+        slider = sliders.slider(name)
+        share = _share(slider, sliders[name])
+        far = f": {share} of the residual norm after block {slider.site}" if share else ""
+        self.say(f"{name} {_amount(sliders[name])}{far}")
         self.warn()
 
     def file(self, command: str, path: str) -> None:
@@ -171,15 +176,6 @@ class _Terminal:
             self.show_sliders()
         else:
             self.say(f"{self.session.profile(Path(path).stem).save(path)} written")
-
-    def share(self, name: str) -> str:
-        slider = self.session.sliders.slider(name)
-        if slider.operation != "add":
-            return ""
-        share = slider.share(self.session.sliders[name])
-        if math.isnan(share):
-            return ""
-        return f": {share:.2f} of the residual norm after block {slider.site}"
 
     def show_sliders(self) -> None:
         sliders = self.session.sliders
@@ -193,30 +189,14 @@ class _Terminal:
             table.add_column(heading, justify="left" if heading == "slider" else "right", no_wrap=True)
         for name, slider in known.items():
             amount = sliders[name]
-            share = slider.operation
-            if share == "add":
-                share = "" if math.isnan(slider.share(amount)) else f"{slider.share(amount):.2f}"
-            table.add_row(Text(plain_line(name)), _stands(amount), str(slider.site), share)
+            share = _share(slider, amount) if slider.operation == "add" else slider.operation
+            table.add_row(Text(plain_line(name)), _amount(amount), str(slider.site), share)
         self.console.print(table)
         self.warn()
 
     def warn(self) -> None:
         for warning in self.session.sliders.warnings():
             self.say(warning, style="yellow")
-
-    def reset(self) -> None:
-        self.session.sliders.reset()
-        self.say("no slider moves anything")
-
-    def step(self, done: bool, what: str) -> None:
-        if done:
-            self.show_sliders()
-        else:
-            self.say(f"nothing to {what}")
-
-    def reread(self) -> None:
-        self.session.reread()
-        self.say("the whole chat will be read again, under the sliders as they stand then")
 
     def show_receipt(self) -> None:
         if not self.session.receipts:
@@ -230,9 +210,15 @@ class _Terminal:
         for warning in receipt.warnings:
             self.say(warning, style="yellow")
 
-    def clear(self) -> None:
-        self.session.clear()
-        self.say("conversation forgotten")
+    def step(self, done: bool, what: str) -> None:
+        if done:
+            self.show_sliders()
+        else:
+            self.say(f"nothing to {what}")
+
+    def say_after(self, change: Callable[[], None], text: str) -> None:
+        change()
+        self.say(text)
 
     def quit(self) -> None:
         raise _Quit
@@ -242,5 +228,11 @@ class _Terminal:
         self.console.print(plain(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def _stands(amount: float) -> str:
+def _amount(amount: float) -> str:
     return "off" if math.isnan(amount) else f"{amount:g}"
+
+
+def _share(slider: Any, amount: float) -> str:
+    """Return how far a slider that adds moves the residual stream; nothing if that is unknown."""
+    share = slider.share(amount) if slider.operation == "add" else math.nan
+    return "" if math.isnan(share) else f"{share:.2f}"

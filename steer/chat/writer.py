@@ -1,7 +1,7 @@
-"""Writing a reply in the background: the protocols of a backend and its replies, and the thread that runs a reply.
+"""Writing a reply: the interface of backends and of the replies that they write, and the thread that runs a reply.
 
-`steer.chat.local` and `steer.chat.remote` implement `ReplyBackend` and `PendingReply`. `steer.chat.talk` starts a
-`Writer` for each reply, and the page polls it.
+`steer.chat.local` and `steer.chat.remote` implement `ReplyBackend` and `PendingReply`. A `Session` runs its replies
+itself; the page's `Chat` starts a `Writer` for each, and the page polls it.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, ClassVar
 
-from steer.chat.conversation import Ending, Message, SettingsSpan
+from steer.chat.conversation import Ending, Message, SettingsSpan, Written
+from steer.core.profile import Profile
 from steer.core.sampler import Sampler
 from steer.errors import SteerError
+from steer.model.steering.receipts import Receipt
 
-if TYPE_CHECKING:
-    from steer.core.profile import Profile
+Messages = tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Task:
     """A reply to write."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: Messages
     """The chat to reply to, with the system prompt first if there is one."""
     sampler: Sampler
     """How tokens are drawn; its seed is the reply's seed."""
@@ -37,83 +40,73 @@ class Task:
     """Whether the first token must not be an end token, because the model had ended the reply and is asked for more."""
 
 
-class PendingReply(Protocol):
+class PendingReply(ABC):
     """A reply that is being written. Used by one thread."""
 
-    ending: Ending
+    ending: Ending = "length"
     """Why the reply ended, after it has."""
 
-    @property
-    def text(self) -> str:
+    def __init__(self, text: str = "", ids: Sequence[int] = ()) -> None:
+        self.text = text
         """The text so far, including the text with which the task began; characters are complete."""
-        ...
-
-    @property
-    def tokens(self) -> int:
+        self.ids = list(ids)
+        """All token ids of the reply; empty if unknown."""
+        self.tokens = 0
         """Number of tokens written so far."""
-        ...
+        self.stretches: list[SettingsSpan] = []
+        """All slider settings that applied so far, in order."""
 
+    @abstractmethod
     def step(self) -> bool:
         """Write another token, or wait for one. Return False when the reply has ended. Errors: SteerError."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Free the reply's resources. Always called at the end, also after an error."""
-        ...
 
-    @property
-    def ids(self) -> Sequence[int]:
-        """All token ids of the reply; empty if unknown."""
-        ...
-
-    @property
-    def stretches(self) -> Sequence[SettingsSpan]:
-        """All slider settings that applied so far, in order."""
-        ...
-
-    def receipt(self) -> dict[str, Any] | None:
+    def receipt(self) -> Receipt | None:
         """Return what the sliders did to the reply; None if unknown."""
-        ...
+        return None
 
 
-class ReplyBackend(Protocol):
+class ReplyBackend(ABC):
     """Writes the replies of one chat, with a model in this process or a server. It may hold the chat's KV cache."""
 
+    local: ClassVar[bool]
+    """Whether the model is in this process. A server offers no comparisons, readouts, features and bakes."""
+    slider_note: ClassVar[str]
+    """A sentence for the page: what a slider that moves during a reply does to it."""
     name: str
     """The model's name."""
-    can: frozenset[str]
-    """The optional functions that it offers, of `inside`, `duel`, `bake`, `features`, `reread` and `reshape`."""
-    felt: str
-    """A sentence for the page: what a slider that moves during a reply does to it."""
     sliders: Any
     """Amounts by name, with the interface of `steer.model.sliders.Sliders`."""
-    on: bool
+    on = True
     """If false, the sliders keep their amounts and move nothing."""
-    left_out: int
+    left_out = 0
     """How many messages at the beginning of the last chat did not fit into the context."""
 
+    @abstractmethod
     def draft(self, task: Task) -> PendingReply:
         """Begin a reply. Errors: SteerError for a chat that cannot be replied to; then nothing was begun."""
-        ...
 
+    @abstractmethod
     def profile(self, name: str, sampler: Sampler) -> Profile:
         """Return the current sliders and a sampler as a profile. Errors: UsageError for a slider without a name."""
-        ...
 
+    @abstractmethod
     def use(self, profile: Profile) -> None:
         """Set a profile's sliders and no others. Errors: SteerError."""
-        ...
 
+    @abstractmethod
     def reread(self) -> None:
         """Read the whole chat again under the current sliders, before the next token."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Free the backend's resources."""
-        ...
 
 
-def as_chat(messages: Sequence[Message], system: str | None = None) -> tuple[dict[str, str], ...]:
+def as_chat(messages: Sequence[Message], system: str | None = None) -> Messages:
     """Return messages in the form that chat templates expect, with alternating roles.
 
     Successive messages of the same role are joined into one. `system`: put first, if not empty.
@@ -128,36 +121,30 @@ def as_chat(messages: Sequence[Message], system: str | None = None) -> tuple[dic
 
 
 _log = logging.getLogger(__name__)
+_Callback = Callable[[PendingReply], None]
 
 
 class Writer:
-    """Writes one draft at a time in a background thread. A page may poll it; the thread does not need the page."""
+    """Writes one reply at a time in a background thread. A page may poll it; the thread does not need the page."""
 
     def __init__(self) -> None:
-        self._news = threading.Condition()
+        self._starting = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._draft: PendingReply | None = None
-        self._text = ""
         self._began = self._ended = 0.0
         self._first: float | None = None
         self.message_id: int | None = None
         """Id of the message that is being written, or was written last."""
         self.running = False
-        """Whether a draft is being written."""
+        """Whether a reply is being written."""
         self.error: str | None = None
         """What went wrong with the last reply, in one line; None if nothing did."""
         self.tokens = 0
         """Number of tokens written so far."""
 
     @property
-    def text(self) -> str:
-        """The text of the reply so far."""
-        return self._text
-
-    @property
     def seconds(self) -> float:
-        """Seconds since the start of the draft, or from its start to its end."""
+        """Seconds since the start of the reply, or from its start to its end."""
         return (time.monotonic() if self.running else self._ended) - self._began
 
     @property
@@ -178,106 +165,74 @@ class Writer:
         draft: PendingReply,
         message_id: int | None = None,
         *,
-        on_text: Callable[[PendingReply], None] = lambda draft: None,
-        on_end: Callable[[PendingReply], None] = lambda draft: None,
+        on_text: _Callback = lambda draft: None,
+        on_end: _Callback = lambda draft: None,
     ) -> None:
-        """Start to write a draft and return at once.
+        """Start to write a reply and return at once.
 
         `on_text` is called in the writing thread after every token. `on_end` is called there once, after the reply has
         ended or failed: `error`, `seconds` and the rates are final then, and `running` is still true.
 
-        Errors: SteerError while another draft is being written.
+        Errors: SteerError while another reply is being written.
         """
-        with self._news:
+        with self._starting:
             if self.running:
                 raise SteerError("a reply is being written; stop it first, or wait for its end")
             self.running, self.error, self.message_id = True, None, message_id
-            self.tokens, self._text, self._first = 0, draft.text, None
+            self.tokens, self._first = 0, None
             self._began = self._ended = time.monotonic()
-            self._draft = draft
             self._stop.clear()
             self._thread = threading.Thread(
                 target=self._run, args=(draft, on_text, on_end), name="steer-writer", daemon=True
             )
-        self._thread.start()
+            self._thread.start()
 
     def stop(self, wait: float | None = 30.0) -> bool:
         """Stop after the current token; the text so far stays. Return whether the thread ended in `wait` seconds."""
         self._stop.set()
         return self.wait(wait)
 
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called for this draft."""
-        return self._stop.is_set()
-
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until the draft has ended. Return whether that happened in time."""
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(seconds)
-            return not thread.is_alive()
+        """Wait until the reply has ended. Return whether that happened in time."""
+        if self._thread is not None:
+            self._thread.join(seconds)
         return not self.running
 
-    def follow(self, every: float = 0.05) -> Iterator[str]:
-        """Yield the text so far when it has grown, at most once in `every` seconds, until the draft has ended.
+    def record(
+        self, seed: int, spans: Sequence[SettingsSpan], ids: Sequence[int], receipt: Receipt | None, ending: Ending
+    ) -> Written:
+        """Return how the last reply, or one of several that were written together, was written."""
+        return Written(
+            seed, spans[-1].profile if spans else None, tuple(spans), tuple(ids),
+            None if receipt is None else receipt.describe(), ending, self.seconds, self.first_token, self.rate,
+        )  # fmt: skip
 
-        Closing the generator does not stop the draft.
-        """
-        shown: str | None = None
-        while True:
-            with self._news:
-                if self._text == shown and self.running:
-                    self._news.wait(1.0)
-                text, running = self._text, self.running
-            if text != shown:
-                yield text
-                shown = text
-            if not running:
-                return
-            time.sleep(every)
-
-    def _run(
-        self, draft: PendingReply, on_text: Callable[[PendingReply], None], on_end: Callable[[PendingReply], None]
-    ) -> None:
-        try:
-            while not self._stop.is_set():
+    def _run(self, draft: PendingReply, on_text: _Callback, on_end: _Callback) -> None:
+        with self._reported(draft):
+            more = True
+            while more and not self._stop.is_set():
                 more = draft.step()
-                self._note(draft, on_text)
-                if not more:
-                    break
-            else:
+                self.tokens = draft.tokens
+                if self.tokens and self._first is None:
+                    self._first = time.monotonic()
+                on_text(draft)
+            if more:
                 draft.ending = "stopped"
-        except Exception as e:
-            self._fail(draft, e)
-        try:
+        with self._reported(draft):
             draft.close()
-            self._note(draft, on_text)
-        except Exception as e:
-            self._fail(draft, e)
         self._ended = time.monotonic()
-        try:
+        with self._reported(draft):
             on_end(draft)
+        self.running = False
+
+    @contextmanager
+    def _reported(self, draft: PendingReply) -> Iterator[None]:
+        """Put an error of the block into `error`, in one line."""
+        try:
+            yield
         except Exception as e:
-            self._fail(draft, e)
-        with self._news:
-            # Drop the draft, so that its memory is freed: chats stay open for days.
-            self.running, self._draft = False, None
-            self._news.notify_all()
-
-    def _note(self, draft: PendingReply, on_text: Callable[[PendingReply], None]) -> None:
-        if draft.tokens and self._first is None:
-            self._first = time.monotonic()
-        on_text(draft)
-        with self._news:
-            self.tokens, self._text = draft.tokens, draft.text
-            self._news.notify_all()
-
-    def _fail(self, draft: PendingReply, e: Exception) -> None:
-        draft.ending = "error"
-        if not isinstance(e, SteerError):
-            _log.exception("a reply could not be written")
-        message = " ".join(str(e).split()) or "no word of why"
-        self.error = (
-            message if isinstance(e, SteerError) else f"the reply broke off: {type(e).__name__}: {message}"[:500]
-        )
+            draft.ending = "error"
+            self.error = " ".join(str(e).split()) or "no word of why"
+            if not isinstance(e, SteerError):
+                _log.exception("a reply could not be written")
+                self.error = f"the reply broke off: {type(e).__name__}: {self.error}"[:500]

@@ -77,13 +77,14 @@ def _session(
     model: str | None, server: str | None, sampler: Sampler, device_map: str | None, four_bit: bool
 ) -> Session:
     """Return a chat with a model in this process, or with one behind a server."""
-    if server is not None:
-        from steer.chat.remote_session import RemoteModel, RemoteSession
+    from steer.chat.session import Session
 
-        return RemoteSession(RemoteModel(server, os.environ.get("STEER_API_KEY"), model), sampler=sampler)
+    if server is not None:
+        from steer.chat.remote import RemoteBackend
+
+        return Session(RemoteBackend(server, os.environ.get("STEER_API_KEY"), model), sampler=sampler)
     if model is None:
         raise UsageError("chat: expected a model, or --server, found neither; name a checkpoint")
-    from steer.chat.session import Session
     from steer.model.compile_limits import keep_few_shapes
     from steer.model.steered import load
 

@@ -1,7 +1,7 @@
 """Error handling of the page, and drawing a part again: an error is one line on the page, never a traceback.
 
-Parts use `safely` for changes (a widget's callback), `watch` to redraw themselves while something runs, and `redraw` to
-redraw the whole page from inside such a part.
+Parts use `button` and `safely` for changes, `watch` to draw themselves again while something runs, and `redraw` to have
+the whole page drawn again after a change in such a part.
 """
 
 from __future__ import annotations
@@ -29,12 +29,19 @@ def safely(change: Callable[[], object]) -> None:
         tell(_line(e), "error")
 
 
+def button(label: str, change: Callable[[], object], icon: str | None = None, **options: Any) -> None:
+    """Draw a button that calls `change` safely. `icon`: the name of a Material symbol. `options`: as `st.button`."""
+    st.button(
+        label, icon=None if icon is None else f":material/{icon}:", on_click=safely, args=(change,), **options
+    )  # fmt: skip
+
+
 def tell(text: str, icon: str = "check") -> None:
     """Show a line as a toast at the next drawing.
 
     Not at once: an element that a callback draws would replace another element of the page.
     """
-    st.session_state.setdefault("told", []).append((text, icon))
+    st.session_state.setdefault("toasts", []).append((text, icon))
 
 
 def guarded(draw: Callable[_P, None]) -> Callable[_P, None]:
@@ -42,7 +49,7 @@ def guarded(draw: Callable[_P, None]) -> Callable[_P, None]:
 
     @wraps(draw)
     def drawn(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        for text, icon in st.session_state.pop("told", []):
+        for text, icon in st.session_state.pop("toasts", []):
             st.toast(markdown(text), icon=f":material/{icon}:", duration="long" if icon == "error" else "short")
         try:
             draw(*args, **kwargs)
@@ -52,25 +59,40 @@ def guarded(draw: Callable[_P, None]) -> Callable[_P, None]:
     return drawn
 
 
-def watch(draw: Callable[..., None], running: bool, every: float, *args: Any) -> None:
-    """Draw a part of the page as a fragment, and draw it again every `every` seconds while `running`."""
-    st.fragment(guarded(draw), run_every=every if running else None)(*args)
+def watch(
+    draw: Callable[..., None], *args: Any, running: Callable[[], bool] = lambda: False, every: float | None = None
+) -> None:
+    """Draw a part of the page as a fragment, which is drawn again without the rest of the page.
+
+    While `running` returns true, that happens every `every` seconds, and once it does not any more, the whole page is
+    drawn again, without the timer.
+    """
+    ran = running()
+
+    @wraps(draw)
+    def drawn() -> None:
+        draw(*args)
+        if st.session_state.pop("redraw", False) or (ran and not running()):
+            st.rerun()
+
+    st.fragment(guarded(drawn), run_every=every if ran else None)()
+
+
+def redraw() -> None:
+    """Ask for the whole page to be drawn again, from a button in a part that `watch` draws."""
+    st.session_state["redraw"] = True
 
 
 def tag(chat: Chat) -> str:
     """Return a suffix for widget keys. It changes with the chat and the amounts, so that widgets are made anew."""
-    return f"{st.session_state.get('chats', 0)}.{chat.board.revision}"
+    return f"{st.session_state.get('chats', 0)}.{chat.panel.revision}"
 
 
-def redraw() -> None:
-    """Ask for the whole page to be drawn again, from a part that draws itself; see `redraw_if_asked`."""
-    st.session_state["redraw"] = True
-
-
-def redraw_if_asked() -> None:
-    """Draw the whole page again if `redraw` was called. Such a part calls this at its end."""
-    if st.session_state.pop("redraw", False):
-        st.rerun()
+def new_chat() -> None:
+    """Count a chat that was begun or opened, see `tag`, and draw the whole page again."""
+    st.session_state["chats"] = st.session_state.get("chats", 0) + 1
+    st.session_state["editing"] = None
+    redraw()
 
 
 def _line(e: Exception) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.local import LocalVoice
+from steer.chat.local import LocalBackend
 from steer.chat.writer import ReplyBackend
 from steer.checkpoint.dtypes import DTYPES, VARIABLE
 from steer.model.compile_limits import keep_few_shapes
@@ -32,8 +32,7 @@ PARTS: dict[str, tuple[str, Callable[[Chat], None]]] = {
     "Features": (":material/search:", features.draw),
     "Bake": (":material/bakery_dining:", bake.draw),
 }
-"""Parts of the page: name -> (icon, function that draws it)."""
-_NEEDS = {"Compare": "duel", "Inside": "inside", "Features": "features", "Bake": "bake"}
+"""Parts of the page: name -> (icon, function that draws it). A server offers only the first."""
 _SWITCH = 0.0005
 """Seconds that a thread waits before it asks another for Python's interpreter lock. The thread that writes a reply
 releases the lock at every operation. At Python's default of 0.005 it might wait that long each time for the thread that
@@ -66,8 +65,8 @@ def _known_host() -> bool:
 
 
 def _page() -> None:
-    named = _arguments()
-    chat = _chat(named)
+    st.session_state.pop("redraw", None)
+    chat = _chat(_arguments())
     if chat is None:
         home.draw()
         return
@@ -76,7 +75,7 @@ def _page() -> None:
         guarded(chats.draw)(chat)
         # In these parts only the sidebar shows the sliders, so a move redraws only the sidebar, not a growing reply.
         if chosen in ("Chat", "Compare", "Inside"):
-            watch(sliders.draw, False, 0.0, chat)
+            watch(sliders.draw, chat)
         else:
             guarded(sliders.draw)(chat)
     guarded(PARTS[chosen][1])(chat)
@@ -84,25 +83,24 @@ def _page() -> None:
 
 def _part(chat: Chat) -> str:
     """Return the chosen part, of those that the chat's backend offers."""
-    offered = [p for p in PARTS if p not in _NEEDS or _NEEDS[p] in chat.voice.can]
-    if len(offered) == 1:
-        return offered[0]
+    if not chat.backend.local:
+        return "Chat"
     chosen = st.segmented_control(
-        "Part of the page", offered, default=offered[0], required=True, key="part", label_visibility="collapsed",
+        "Part of the page", list(PARTS), default="Chat", required=True, key="part", label_visibility="collapsed",
         format_func=lambda p: f"{PARTS[p][0]} {p}",
     )  # fmt: skip
-    return chosen or offered[0]
+    return chosen or "Chat"
 
 
-def _chat(named: argparse.Namespace) -> Chat | None:
+def _chat(arguments: argparse.Namespace) -> Chat | None:
     """Return the chat of this browser tab; None if no model is chosen yet."""
     chat: Chat | None = st.session_state.get("chat")
     opened: Path | None = st.session_state.pop("open", None)
     if chat is None or opened is not None:
-        voice = _voice(named)
-        if voice is None:
+        backend = _backend(arguments)
+        if backend is None:
             return None
-        new = Chat(voice, place=opened)
+        new = Chat(backend, place=opened)
         if chat is not None:
             chat.close()
         chat = st.session_state["chat"] = new
@@ -110,18 +108,18 @@ def _chat(named: argparse.Namespace) -> Chat | None:
     return chat
 
 
-def _voice(named: argparse.Namespace) -> ReplyBackend | None:
-    if named.server is not None:
-        from steer.chat.remote import RemoteVoice
+def _backend(arguments: argparse.Namespace) -> ReplyBackend | None:
+    if arguments.server is not None:
+        from steer.chat.remote import RemoteBackend
 
-        return RemoteVoice(named.server, os.environ.get("STEER_API_KEY"))
-    model = named.model or st.session_state.get("model")
-    return None if model is None else LocalVoice(_shared(model, named.device_map, named.four_bit))
+        return RemoteBackend(arguments.server, os.environ.get("STEER_API_KEY"))
+    model = arguments.model or st.session_state.get("model")
+    return None if model is None else LocalBackend(_shared(model, arguments.device_map, arguments.four_bit))
 
 
 @st.cache_resource(show_spinner="Loading the model")
 def _shared(model: str, device_map: str | None, four_bit: bool) -> SteeredModel:
-    """Load a checkpoint once for all tabs. What belongs to one tab, such as its sliders, is in its `LocalVoice`."""
+    """Load a checkpoint once for all tabs. What belongs to one tab, such as its sliders, is in its `LocalBackend`."""
     keep_few_shapes()
     loaded = load(model, device_map=device_map, four_bit=four_bit)
     loaded.sketch()  # computed now, because every lookup of a slider's name needs it

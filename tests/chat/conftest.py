@@ -10,7 +10,7 @@ import torch
 from tiny_chat import keep_direction, save_tiny_chat
 
 from steer.chat.chat import Chat
-from steer.chat.local import LocalVoice
+from steer.chat.local import LocalBackend
 from steer.core.direction import Direction
 from steer.core.sampler import Sampler
 from steer.model.steered import SteeredModel, load
@@ -69,7 +69,7 @@ def new_chat(model: SteeredModel, moral: Direction) -> Iterator[Callable[..., Ch
     chats: list[Chat] = []
 
     def make(length: int = LENGTH, **options: object) -> Chat:
-        chat = Chat(LocalVoice(model), **options)  # pyright: ignore[reportArgumentType]
+        chat = Chat(LocalBackend(model), **options)  # pyright: ignore[reportArgumentType]
         chat.sampler = Sampler(max_new_tokens=length, temperature=1.0, repetition_penalty=1.0, seed=3)
         chats.append(chat)
         return chat

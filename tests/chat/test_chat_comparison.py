@@ -8,8 +8,7 @@ from collections import Counter
 import pytest
 from tiny_chat import hooks_on
 
-from steer.chat.comparison import marked
-from steer.chat.votes import read_votes, tally
+from steer.chat.comparison import marked, read_votes, tally
 from steer.core.profile import Profile, ProfileSlider
 from steer.core.sampler import Sampler
 from steer.errors import SteerError, UsageError
@@ -31,10 +30,10 @@ def differing(spans) -> list[str]:
 
 def test_each_side_is_what_the_chat_would_have_said_alone(new_chat, model):
     chat = new_chat(20)
-    chat.board.set("moral", -2.0)
-    duel = chat.duel("hello", chat.side("plain"), chat.side("now"))
-    assert duel.wait(20)
-    left, right = duel.shown
+    chat.panel.set("moral", -2.0)
+    comparison = chat.compare("hello", chat.side("plain"), chat.side("now"))
+    assert comparison.wait(20)
+    left, right = comparison.shown
     assert chat.path() == []
     alone, plain = chat.say("hello"), new_chat(20).say("hello")
     chat.writer.wait(20)
@@ -42,69 +41,70 @@ def test_each_side_is_what_the_chat_would_have_said_alone(new_chat, model):
     assert right.text == alone.text
     assert left.text == plain.text != right.text
     assert (left.title, right.title) == ("without sliders", "with these sliders")
-    assert (left.receipt["sliders"], right.receipt["sliders"][0]["name"]) == ([], "moral")
+    receipts = [comparison.written(place)[1].receipt["sliders"] for place in ("left", "right")]
+    assert (receipts[0], receipts[1][0]["name"]) == ([], "moral")
     assert hooks_on(model) == 0
 
 
 def test_equal_settings_draw_equal_words(chat):
-    duel = chat.duel("hello", chat.side("plain"), chat.side("plain"))
-    assert duel.wait(20)
-    left, right = duel.shown
+    comparison = chat.compare("hello", chat.side("plain"), chat.side("plain"))
+    assert comparison.wait(20)
+    left, right = comparison.shown
     assert left.text == right.text
     assert differing(left.spans) == differing(right.spans) == []
 
 
 def test_one_reply_may_end_before_the_other(new_chat, model):
     chat = new_chat(20)
-    chat.board.set("moral", -2.0)
-    duel = chat.duel("hello", chat.side("plain"), chat.side("now"))
-    assert duel.wait(20)
-    texts = [s.text.split() for s in duel.shown]
+    chat.panel.set("moral", -2.0)
+    comparison = chat.compare("hello", chat.side("plain"), chat.side("now"))
+    assert comparison.wait(20)
+    texts = [s.text.split() for s in comparison.shown]
     ends = next(w for w in texts[0] if w not in texts[1])
     at = texts[0].index(ends)
     model.end_token_ids = frozenset([model.tokenizer.convert_tokens_to_ids(ends)])
-    duel = chat.duel("hello", chat.side("plain"), chat.side("now"))
-    assert duel.wait(20)
-    assert [s.text.split() for s in duel.shown] == [texts[0][:at], texts[1]]
-    assert (duel.written("left")[1].ending, duel.written("right")[1].ending) == ("ended", "length")
+    comparison = chat.compare("hello", chat.side("plain"), chat.side("now"))
+    assert comparison.wait(20)
+    assert [s.text.split() for s in comparison.shown] == [texts[0][:at], texts[1]]
+    assert (comparison.written("left")[1].ending, comparison.written("right")[1].ending) == ("ended", "length")
 
 
 def test_a_slider_that_moves_later_is_no_part_of_the_comparison(new_chat):
     chat = new_chat(30)
-    chat.board.set("moral", -1.0)
+    chat.panel.set("moral", -1.0)
     side = chat.side("now")
-    chat.board.set("moral", 2.0)
-    duel = chat.duel("hello", side, chat.side("plain"))
-    assert duel.wait(20)
-    assert duel.shown[0].receipt["sliders"][0]["amount"] == -1.0
+    chat.panel.set("moral", 2.0)
+    comparison = chat.compare("hello", side, chat.side("plain"))
+    assert comparison.wait(20)
+    assert comparison.written("left")[1].receipt["sliders"][0]["amount"] == -1.0
 
 
 def test_profiles_are_compared_by_their_sliders_alone(chat):
     profile = Profile("calm", sampler=Sampler(temperature=0), preset=None, sliders=(ProfileSlider("moral", -1),))
-    plain = chat.duel("hello", chat.side_of(Profile("none")), chat.side("plain"))
-    calm = chat.duel("hello", chat.side_of(profile), chat.side_of(Profile("none")))
+    plain = chat.compare("hello", chat.side(Profile("none")), chat.side("plain"))
+    calm = chat.compare("hello", chat.side(profile), chat.side(Profile("none")))
     assert plain.wait(20)
     assert calm.wait(20)
     assert plain.shown[0].text == plain.shown[1].text == calm.shown[1].text != calm.shown[0].text
     assert (calm.shown[0].title, calm.shown[1].title) == ("calm", "none")
     with pytest.raises(SteerError, match="kindness"):
-        chat.side_of(Profile("x", sliders=(ProfileSlider("kindness", 1),)))
+        chat.side(Profile("x", sliders=(ProfileSlider("kindness", 1),)))
 
 
 def test_the_last_message_is_answered_again_and_the_better_reply_taken_into_the_chat(chat):
     with pytest.raises(UsageError, match="expected a message to reply to"):
-        chat.duel(None, chat.side("plain"), chat.side("now"))
+        chat.compare(None, chat.side("plain"), chat.side("now"))
     reply = chat.say("hello")
     assert chat.writer.wait(20)
-    chat.board.set("moral", -2.0)
-    duel = chat.duel(None, chat.side("plain"), chat.side("now"))
-    assert duel.wait(20)
-    assert duel.shown[0].text == reply.text
-    taken = chat.take(duel, "right")
-    assert [m.text for m in chat.path()] == ["hello", duel.shown[1].text]
+    chat.panel.set("moral", -2.0)
+    comparison = chat.compare(None, chat.side("plain"), chat.side("now"))
+    assert comparison.wait(20)
+    assert comparison.shown[0].text == reply.text
+    taken = chat.take(comparison, "right")
+    assert [m.text for m in chat.path()] == ["hello", comparison.shown[1].text]
     assert chat.place_of(taken.id) == (1, 2)
     assert taken.written.profile.sliders[0].amount == -2.0
-    new = chat.duel("well", chat.side("plain"), chat.side("now"))
+    new = chat.compare("well", chat.side("plain"), chat.side("now"))
     assert new.wait(20)
     chat.take(new, "left")
     assert [m.text for m in chat.path()] == ["hello", taken.text, "well", new.shown[0].text]
@@ -112,20 +112,20 @@ def test_the_last_message_is_answered_again_and_the_better_reply_taken_into_the_
 
 def test_blind_it_tells_nothing_before_the_vote_and_a_coin_decides_who_stands_left(new_chat, home):
     chat = new_chat(3)
-    chat.board.set("moral", -1.0)
+    chat.panel.set("moral", -1.0)
     sides: Counter[int] = Counter()
     for _ in range(24):
-        duel = chat.duel("hello", chat.side("plain"), chat.side("now"), blind=True)
-        assert duel.wait(20)
-        assert duel.hidden
-        assert [(s.title, s.receipt) for s in duel.shown] == [(None, None)] * 2
-        first = duel.shown[duel.left]
-        vote = duel.vote("left" if duel.left == 0 else "right")
+        comparison = chat.compare("hello", chat.side("plain"), chat.side("now"), blind=True)
+        assert comparison.wait(20)
+        assert comparison.hidden
+        assert [s.title for s in comparison.shown] == [None, None]
+        first = comparison.shown[comparison.left]
+        vote = comparison.vote("left" if comparison.left == 0 else "right")
         # Whichever side of the page it stood on, it was the first setting that won.
-        assert (vote.better, vote.left, vote.blind) == ("first", duel.left, True)
-        shown = duel.shown[duel.left]
+        assert (vote.better, vote.left, vote.blind) == ("first", comparison.left, True)
+        shown = comparison.shown[comparison.left]
         assert (shown.title, shown.text) == ("without sliders", first.text)
-        sides[duel.left] += 1
+        sides[comparison.left] += 1
     assert min(sides[0], sides[1]) >= 1
     votes = read_votes()
     assert tally(votes) == {"without sliders": (24, 0, 0), "with these sliders": (0, 24, 0)}
@@ -136,13 +136,13 @@ def test_blind_it_tells_nothing_before_the_vote_and_a_coin_decides_who_stands_le
 
 def test_votes_come_once_and_after_both_replies(new_chat):
     chat = new_chat(300)
-    duel = chat.duel("hello", chat.side("plain"), chat.side("plain"))
+    comparison = chat.compare("hello", chat.side("plain"), chat.side("plain"))
     with pytest.raises(UsageError, match="both replies to be whole"):
-        duel.vote("left")
-    assert duel.stop()
-    assert duel.vote("neither").better == "neither"
+        comparison.vote("left")
+    assert comparison.stop()
+    assert comparison.vote("neither").better == "neither"
     with pytest.raises(UsageError, match="a second"):
-        duel.vote("left")
+        comparison.vote("left")
     assert tally(read_votes()) == {"without sliders": (0, 0, 2)}
 
 
@@ -155,12 +155,12 @@ def test_a_broken_file_of_votes_is_told_by_its_line(home):
 
 
 def test_a_vote_that_cannot_be_kept_is_told(chat, home):
-    duel = chat.duel("hello", chat.side("plain"), chat.side("plain"))
-    assert duel.wait(20)
+    comparison = chat.compare("hello", chat.side("plain"), chat.side("plain"))
+    assert comparison.wait(20)
     (home / "votes.jsonl").mkdir(parents=True)
     with pytest.raises(SteerError, match="could not be written"):
-        duel.vote("left")
-    assert duel.voted is None
+        comparison.vote("left")
+    assert comparison.voted is None
 
 
 @pytest.mark.parametrize(

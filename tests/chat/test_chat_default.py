@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from steer.chat.chat import Chat
-from steer.chat.local import LocalVoice
+from steer.chat.local import LocalBackend
 from steer.core.sampler import Sampler
 from steer.core.slider import Slider
 from steer.model.steered import SteeredModel, load
@@ -32,25 +32,25 @@ def merged() -> SteeredModel:
 
 @pytest.fixture
 def chat(merged):
-    chat = Chat(LocalVoice(merged))
+    chat = Chat(LocalBackend(merged))
     chat.sampler = Sampler(max_new_tokens=40, temperature=0, repetition_penalty=1.05)
     yield chat
     chat.close()
 
 
 def test_traits_that_ship_are_at_hand_in_words(chat):
-    rows = {r.name: r for r in chat.board.rows()}
+    rows = {r.name: r for r in chat.panel.rows()}
     assert {"moralizing", "compliance"} <= set(rows)
     assert rows["moralizing"].description.startswith("Lectures about right and wrong")
     assert rows["moralizing"].safe == (-2.0, 2.0)
-    assert {"moralizing-latent", "moralizing-set"} <= {r.name for r in chat.board.offered()}
+    assert {"moralizing-latent", "moralizing-set"} <= chat.sliders.known().keys()
 
 
 def test_side_by_side_and_inside_tell_the_sliders_effect(chat):
-    chat.board.set("moralizing", -1.0)
-    duel = chat.duel(QUESTION, chat.side("plain"), chat.side("now"))
-    assert duel.wait(300)
-    plain, steered = (chat.take(duel, side) for side in ("left", "right"))
+    chat.panel.set("moralizing", -1.0)
+    comparison = chat.compare(QUESTION, chat.side("plain"), chat.side("now"))
+    assert comparison.wait(300)
+    plain, steered = (chat.take(comparison, side) for side in ("left", "right"))
     assert plain.text != steered.text
     look = chat.inside(steered.id, ["moralizing", "compliance"])
     assert "".join(look.pieces) == steered.text
@@ -61,17 +61,18 @@ def test_side_by_side_and_inside_tell_the_sliders_effect(chat):
 
 
 def test_features_that_fire_on_a_message_are_pinned_by_a_click(chat):
-    shelf = chat.shelf()
-    assert shelf.traits() == ["compliance", "moralizing"]
-    found = shelf.fires_on("You should never lie. Honesty is a moral duty.")
+    features = chat.features
+    assert features.traits() == ["compliance", "moralizing"]
+    found = features.fires_on("You should never lie. Honesty is a moral duty.")
     assert len(found) == 12
     assert "".join(p for p, _ in found[0].marks) == "You should never lie. Honesty is a moral duty."
-    row = chat.board.pin(found[0].card.name)
-    chat.board.set(row.name, 0.5)
-    assert chat.board.budgets()[0].site == 14
-    best = shelf.by_trait("moralizing", limit=5)
-    assert abs(best[0].auroc["moralizing"][0] - 0.5) > 0.4
-    assert shelf.card(best[0].dictionary, 3494).output_score["moralizing"] == pytest.approx(0.642, abs=0.01)
+    row = chat.panel.pin(found[0].card.name)
+    chat.panel.set(row.name, 0.5)
+    assert chat.panel.budgets()[0].site == 14
+    best = features.search(trait="moralizing", limit=5)
+    assert abs(best[0].record.traits["moralizing"].auroc - 0.5) > 0.4
+    scores = {c.record.index: c.output_score for c in features.search(trait="moralizing", limit=1000)}
+    assert scores[3494]["moralizing"] == pytest.approx(0.642, abs=0.01)
 
 
 def test_a_feature_held_where_it_is_reads_there(chat):

@@ -24,43 +24,43 @@ def place(model):
 
 
 @pytest.fixture
-def shelf(place, chat):
-    return chat.shelf()
+def features(place, chat):
+    return chat.features
 
 
-def test_words_are_looked_for_in_tokens_and_contexts(shelf):
-    found = shelf.by_words("mercy US")
-    assert [c.index for c in found] == [20, 15, 10, 5]
+def test_words_are_looked_for_in_tokens_and_contexts(features):
+    found = features.search("mercy US")
+    assert [c.record.index for c in found] == [20, 15, 10, 5]
     assert found[0].title == "on \u201cmercy\u201d"
-    assert len(shelf.by_words("", limit=7)) == 7
-    assert shelf.by_words("zebra") == []
+    assert len(features.search("", limit=7)) == 7
+    assert features.search("zebra") == []
 
 
-def test_the_surest_features_of_a_trait_come_first(shelf):
-    assert shelf.traits() == ["moralizing"]
-    found = shelf.by_trait("moralizing", limit=3)
-    assert [c.index for c in found] == [M - 1, M - 2, M - 3]
-    assert found[0].auroc == {"moralizing": (pytest.approx(0.96), 0.01)}
+def test_the_surest_features_of_a_trait_come_first(features):
+    assert features.traits() == ["moralizing"]
+    found = features.search(trait="moralizing", limit=3)
+    assert [c.record.index for c in found] == [M - 1, M - 2, M - 3]
+    assert found[0].record.traits["moralizing"].auroc == pytest.approx(0.96)
+    assert found[0].record.traits["moralizing"].q == 0.01
     with pytest.raises(UsageError, match="steer find"):
-        shelf.by_trait("kindness")
+        features.search(trait="kindness")
 
 
-def test_a_card_tells_what_is_known_and_pins_by_its_name(shelf, chat, place):
-    card = shelf.card("tiny", 5)
+def test_a_card_tells_what_is_known_and_pins_by_its_name(features, chat, place):
+    cards = {c.record.index: c for c in features.search("", limit=M)}
+    assert cards.keys() == set(range(2, M))
+    card = cards[5]
     dictionary = dictionary_at(place)
-    assert (card.name, card.site, card.rate, card.unit) == ("L1/5", 1, pytest.approx(0.06), 1.0)
+    assert (card.name, card.site, card.record.rate, card.record.unit) == ("L1/5", 1, pytest.approx(0.06), 1.0)
     assert card.share == pytest.approx(float(dictionary.decoder_rows([5]).norm()) / 5.0, rel=1e-5)
     assert card.output_score == {"moralizing": 0.75}
-    assert shelf.card("tiny", 6).output_score == {}
+    assert cards[6].output_score == {}
     assert card.nearest == [("L1/6", "on \u201csin\u201d", 0.5)]
-    assert card.contexts[0].before == "have "
-    assert chat.board.pin(card.name).title == card.title
-    for index in (0, 99):
-        with pytest.raises(UsageError, match="expected one that fires"):
-            shelf.card("tiny", index)
+    assert card.record.contexts[0].before == "have "
+    assert chat.panel.pin(card.name).title == card.title
 
 
-def test_what_fires_on_a_message_is_what_the_dictionary_reads_there(shelf, model, place):
+def test_what_fires_on_a_message_is_what_the_dictionary_reads_there(features, model, place):
     ids = model.prompt_ids([{"role": "user", "content": "hello friend truth"}])
     words = model.tokenizer("hello friend truth", add_special_tokens=False).input_ids
     start = next(i for i in range(len(ids)) if ids[i : i + 3] == words)
@@ -70,54 +70,45 @@ def test_what_fires_on_a_message_is_what_the_dictionary_reads_there(shelf, model
     acts = dictionary.encode(recording[1][0, start : start + 3].float())
     units = torch.tensor([float("inf")] * 2 + [0.5 + 0.1 * i for i in range(2, M)])
     strength = acts / units
-    found = shelf.fires_on("hello friend truth", limit=5)
+    found = features.fires_on("hello friend truth", limit=5)
     wanted = strength.amax(0).sort(descending=True)
-    assert [f.card.index for f in found] == wanted.indices[:5].tolist()
+    assert [f.card.record.index for f in found] == wanted.indices[:5].tolist()
     assert [f.strength for f in found] == pytest.approx(wanted.values[:5].tolist(), rel=1e-4)
     for f in found:
         assert "".join(p for p, _ in f.marks).strip() == "hello friend truth"
-        assert [s for _, s in f.marks] == pytest.approx(strength[:, f.card.index].tolist(), rel=1e-4, abs=1e-6)
+        assert [s for _, s in f.marks] == pytest.approx(strength[:, f.card.record.index].tolist(), rel=1e-4, abs=1e-6)
     assert hooks_on(model) == 0
 
 
-def test_sliders_have_no_say_in_what_fires(shelf, chat):
-    before = shelf.fires_on("hello friend")
-    chat.board.set("moral", 3.0)
-    reply = chat.say("hello friend")
-    again = shelf.fires_on("hello friend")
+def test_sliders_have_no_say_in_what_fires(features, chat):
+    before = features.fires_on("hello friend")
+    chat.panel.set("moral", 3.0)
+    chat.say("hello friend")
+    again = features.fires_on("hello friend")
     assert chat.writer.wait(20)
     assert [f.strength for f in again] == [f.strength for f in before]
-    on_reply = chat.fires_on(reply.id)
-    assert "".join(p for p, _ in on_reply[0].marks) == reply.text
-    assert chat.fires_on(chat.path()[0].id)[0].strength == before[0].strength
 
 
-def test_messages_that_cannot_be_read_are_refused(shelf):
+def test_messages_that_cannot_be_read_are_refused(features):
     with pytest.raises(UsageError, match="expected some text"):
-        shelf.fires_on("  ")
+        features.fires_on("  ")
     with pytest.raises(UsageError, match="at most 512 tokens"):
-        shelf.fires_on("hello " * 600)
-
-
-def test_a_long_chat_before_a_message_is_left_out(shelf):
-    before = [{"role": "user", "content": "hello " * 600}]
-    alone = shelf.fires_on("friend")
-    assert [f.strength for f in shelf.fires_on("friend", before)] == [f.strength for f in alone]
+        features.fires_on("hello " * 600)
 
 
 def test_a_model_without_a_dictionary_has_an_empty_shelf(chat):
-    shelf = chat.shelf()
-    assert shelf.dictionaries == shelf.traits() == shelf.by_words("mercy") == shelf.fires_on("hello") == []
+    features = chat.features
+    assert features.dictionaries == features.traits() == features.search("mercy") == features.fires_on("hello") == []
 
 
 @pytest.mark.filterwarnings("ignore::steer.errors.SkippedWarning")
 def test_a_dictionary_whose_labels_are_broken_is_named_and_the_others_stay(model, place, chat):
     broken = keep_dictionary(model, "second", site=2) / "features.jsonl"
     broken.write_bytes(broken.read_bytes() + b'{"index": 3}\n')
-    shelf = chat.shelf()
-    assert shelf.dictionaries == ["tiny"]
-    assert shelf.by_words("mercy")
-    (line,) = shelf.problems
+    features = chat.features
+    assert features.dictionaries == ["tiny"]
+    assert features.search("mercy")
+    (line,) = features.problems
     assert line.startswith(f"{broken}, line 23: expected a latent's record, found no 'rate'")
     assert "\n" not in line
 
@@ -130,7 +121,7 @@ def test_whatever_is_wrong_with_labels_sliders_are_still_called_something(place,
     (place / "features.jsonl").write_bytes(data)
     feature = Feature.latent(dictionary_at(place), 5, 1.0)
     assert (title_of(Slider(feature)), record_of(feature)) == (feature.name, None)
-    assert chat.shelf().dictionaries == []
+    assert chat.features.dictionaries == []
 
 
 def test_latents_of_a_strangers_labels_that_cannot_be_moved_are_not_found(place, chat):
@@ -138,6 +129,6 @@ def test_latents_of_a_strangers_labels_that_cannot_be_moved_are_not_found(place,
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[0]["unit"], rows[1]["unit"], rows[2]["index"], rows[3]["rate"] = float("nan"), 0.0, 10**9, float("nan")
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = {c.index for c in chat.shelf().by_words("", limit=M)}
+    found = {c.record.index for c in chat.features.search("", limit=M)}
     assert found == set(range(5, M))
-    assert len(chat.shelf().by_trait("moralizing", limit=M)) == len(found)
+    assert len(chat.features.search(trait="moralizing", limit=M)) == len(found)

@@ -79,7 +79,7 @@ def test_the_default_merge_is_made_with_its_progress_shown(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_what_can_be_baked_is_said_before_and_done_after(chat, tmp_path):
-    chat.board.set("moral", -0.25)
+    chat.panel.set("moral", -0.25)
     plan = chat.plan_bake()
     assert (plan.possible, plan.why) == (True, None)
     assert [(v.slider, v.operation, v.ok) for v in plan.verdicts] == [("moral", "add", True)]
@@ -95,7 +95,7 @@ def test_what_cannot_be_baked_is_named_and_can_be_left_out(chat, tmp_path):
     assert "move one first" in chat.plan_bake().why
     target = chat.sliders.slider("moral").target
     chat.sliders.put(Slider(target, "clamp", label="moral:clamp"), 0.5)
-    chat.board.set("moral", -0.25)
+    chat.panel.set("moral", -0.25)
     plan = chat.plan_bake()
     assert not plan.possible
     assert "moral:clamp" in plan.why
@@ -108,8 +108,8 @@ def test_what_cannot_be_baked_is_named_and_can_be_left_out(chat, tmp_path):
 
 @pytest.mark.slow
 def test_an_adapter_is_baked_as_well(chat, tmp_path):
-    chat.board.reshape("moral", "ablate")
-    chat.board.set("moral", 1.0)
+    chat.panel.reshape("moral", "ablate")
+    chat.panel.set("moral", 1.0)
     job = chat.plan_bake("adapter").start(tmp_path / "out")
     assert job.wait(120)
     assert job.error is None

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from serving import until
 from tiny_chat import hooks_on
 
 from steer.chat.chat import Chat
-from steer.chat.local import LocalVoice
+from steer.chat.local import LocalBackend
 from steer.chat.readout import look_inside, pieces_of
 from steer.chat.writer import Task
 from steer.core.edit import Edit
@@ -34,7 +35,7 @@ def model(checkpoint):
 def recorded(model, chat, moves: dict[int, float]):
     """A reply with sliders that move at some tokens: its ids, its readings and logits as they were at that time."""
     prompt = model.prompt_ids([{"role": "user", "content": "hello"}])
-    sliders = LocalVoice(model).sliders
+    sliders = LocalBackend(model).sliders
     steps, ids, read, logits = decode(model, [prompt], chat.sampler), [], [], []
     keep = model.hf.get_output_embeddings().register_forward_hook(lambda m, a, out: logits.append(out[0, -1]))
     with model.record([1]) as recording:
@@ -55,7 +56,7 @@ def test_readings_are_those_of_the_passes_that_wrote_the_reply(chat, model):
     prompt, ids, read, logits = recorded(model, chat, moves)
     target = chat.sliders.slider("moral").target
     edits = [(at, Edit.of([Intervention(target, "add", amount)])) for at, amount in moves.items()]
-    look = look_inside(model, prompt, ids, edits, {"moral": target})
+    look = look_inside(model, prompt, ids, edits, {"moral": chat.sliders.slider("moral")})
     assert look.steered["moral"][:-1] == pytest.approx(read, abs=1e-5)
     assert len(look.steered["moral"]) == len(look.plain["moral"]) == len(look.kl) == len(look.pieces) == 12
     plain = model.hf(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -67,8 +68,8 @@ def test_readings_are_those_of_the_passes_that_wrote_the_reply(chat, model):
 
 def test_sliders_that_count_reply_tokens_are_read_at_the_tokens_they_acted_on(new_chat, model):
     chat = new_chat(10)
-    chat.board.set("moral", 2.0)
-    chat.board.reshape("moral", when=Schedule("reply", after=4))
+    chat.panel.set("moral", 2.0)
+    chat.panel.reshape("moral", when=Schedule("reply", after=4))
     reply = chat.say("hello")
     assert chat.writer.wait(20)
     look = chat.inside(reply.id, ["moral"])
@@ -91,13 +92,13 @@ def test_without_sliders_nothing_differs(chat):
 
 
 def test_a_reply_is_read_as_it_was_written_wherever_the_sliders_stand_now(chat, model):
-    chat.board.set("moral", -1.0)
+    chat.panel.set("moral", -1.0)
     reply = chat.say("hello")
     assert chat.writer.wait(20)
     before = chat.inside(reply.id, ["moral"])
-    chat.board.set("moral", 2.0)
+    chat.panel.set("moral", 2.0)
     chat.edit(chat.say("well").id, "ba")
-    again = Chat(LocalVoice(model), place=chat.saved)
+    again = Chat(LocalBackend(model), place=chat.saved)
     after = again.inside(reply.id, ["moral"])
     assert after.kl == pytest.approx(before.kl)
     assert after.steered["moral"] == pytest.approx(before.steered["moral"])
@@ -116,7 +117,7 @@ def test_a_reading_is_kept_and_a_change_of_the_text_makes_another(chat):
 
 
 def test_colours_and_charts(chat):
-    chat.board.set("moral", 3.0)
+    chat.panel.set("moral", 3.0)
     reply = chat.say("hello")
     assert chat.writer.wait(20)
     look = chat.inside(reply.id, ["moral"])
@@ -136,7 +137,7 @@ def test_what_cannot_be_read_is_refused_in_a_line(new_chat, model, make_directio
     reply = chat.say("hello")
     with pytest.raises(UsageError, match="expected a reply that is written"):
         chat.inside(reply.id, ["moral"])
-    next(text for text in chat.writer.follow(0) if text)
+    until(lambda: reply.text)
     chat.stop()
     with pytest.raises(UsageError, match="expected a reply that is written"):
         chat.inside(chat.path()[0].id, ["moral"])
@@ -159,13 +160,13 @@ def test_pieces_join_to_the_text_where_a_character_takes_several_tokens(byte_che
 
 def test_a_reply_cut_within_a_character_goes_on_to_the_whole_of_it(byte_checkpoint):
     model = load(byte_checkpoint)
-    voice = LocalVoice(model)
+    backend = LocalBackend(model)
     snow = model.tokenizer("\u2603", add_special_tokens=False).input_ids
     chat = ({"role": "user", "content": "hello"},)
 
     def write(n: int, wanted: int, ids: tuple[int, ...], text: str):
         only = Sampler(max_new_tokens=n, temperature=0, repetition_penalty=1.0, logit_bias=[(wanted, 100)])
-        draft = voice.draft(Task(chat, only, text, ids))
+        draft = backend.draft(Task(chat, only, text, ids))
         while draft.step():
             pass
         draft.close()
@@ -174,8 +175,8 @@ def test_a_reply_cut_within_a_character_goes_on_to_the_whole_of_it(byte_checkpoi
     ids, text = write(1, snow[0], (), "")
     assert (ids, text) == ((snow[0],), "")
     for token in snow[1:]:
-        draft = voice.begun(Task(chat, Sampler(), "x", ids))
-        assert tuple(draft) == ids
+        draft = backend.draft(Task(chat, Sampler(), "x", ids))
+        assert tuple(draft.ids) == ids
         ids, text = write(1, token, ids, text or "\u200b")
     assert ids == tuple(snow)
     assert text == "\u200b\u2603"

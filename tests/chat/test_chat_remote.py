@@ -6,11 +6,11 @@ import time
 
 import pytest
 from feature_indexes import keep_dictionary
-from serving import NO_END, Served, served
+from serving import NO_END, Served, served, until
 
 from steer.chat.chat import Chat
-from steer.chat.remote import RemoteVoice
-from steer.chat.remote_session import RemoteModel, RemoteSession
+from steer.chat.remote import RemoteBackend
+from steer.chat.session import Session
 from steer.chat.writer import Task
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import Sampler
@@ -39,7 +39,7 @@ def dictionary(model, moral):
 
 @pytest.fixture
 def chat(server: Served):
-    chat = Chat(RemoteVoice(server.url, "secret"))
+    chat = Chat(RemoteBackend(server.url, "secret"))
     chat.sampler = SAMPLER
     yield chat
     chat.close()
@@ -69,35 +69,34 @@ def test_a_chat_is_what_the_model_says_and_goes_on(chat, model):
 def test_sliders_of_a_chat_are_its_own_and_their_receipt_comes_back(chat, server, model):
     plain = say(chat).text
     chat.clear()
-    chat.board.set("moral", -3.0)
+    chat.panel.set("moral", -3.0)
     steered = say(chat)
     with model.steered({"moral": -3.0}):
         assert spoken(steered.text) == model.chat("hello", **SAMPLER.__dict__) != spoken(plain)
     assert steered.written.receipt["sliders"][0]["name"] == "moral"
     assert steered.written.profile.sliders == (ProfileSlider("moral", -3.0),)
-    other = Chat(RemoteVoice(server.url, "secret"), keep=False)
+    other = Chat(RemoteBackend(server.url, "secret"), keep=False)
     other.sampler = SAMPLER
     assert say(other).text == plain
     other.close()
-    chat.board.on = False
+    chat.panel.on = False
     chat.clear()
     assert say(chat).text == plain
 
 
 def test_a_slider_moved_in_mid_reply_is_felt_and_what_is_written_stays(chat):
-    voice = chat.voice
-    draft = voice.draft(Task(({"role": "user", "content": "hello"},), SAMPLER))
+    draft = chat.backend.draft(Task(({"role": "user", "content": "hello"},), SAMPLER))
     for _ in range(4):
         assert draft.step()
     begun = draft.text
-    voice.sliders["moral"] = -3.0
+    chat.sliders["moral"] = -3.0
     while draft.step():
         pass
     draft.close()
     assert draft.text.startswith(begun)
     assert [s.start for s in draft.stretches] == [0, 4]
     assert draft.stretches[1].profile.sliders[0].amount == -3.0
-    assert draft.receipt()["sliders"][0]["name"] == "moral"
+    assert draft.receipt().sliders[0].name == "moral"
     assert draft.tokens == 12
     assert len(draft.text.split()) == 12
 
@@ -115,7 +114,7 @@ def test_regenerate_lengthen_and_stop(chat):
     assert len(second.text) > len(begun)
     chat.sampler = Sampler(max_new_tokens=400, logit_bias=SAMPLER.logit_bias)
     third = chat.say("well")
-    next(t for t in chat.writer.follow(0) if t)
+    until(lambda: third.text)
     began = time.monotonic()
     chat.stop()
     assert time.monotonic() - began < 10
@@ -123,26 +122,31 @@ def test_regenerate_lengthen_and_stop(chat):
 
 
 def test_rows_tell_what_the_server_offers_and_what_it_does_not_is_refused(chat):
-    (row,) = chat.board.rows()
+    (row,) = chat.panel.rows()
     assert (row.name, row.operation, row.site, row.operations) == ("moral", "add", 1, ("add",))
-    chat.board.set("moral", 0.1)
-    assert chat.board.undo()
-    assert chat.voice.can == frozenset()
-    for refused in (lambda: chat.inside(0, ["moral"]), chat.shelf, lambda: chat.duel("x", None, None), chat.plan_bake):
+    chat.panel.set("moral", 0.1)
+    assert chat.panel.undo()
+    assert not chat.backend.local
+    for refused in (
+        lambda: chat.inside(0, ["moral"]),
+        lambda: chat.features,
+        lambda: chat.compare("x", None, None),
+        chat.plan_bake,
+    ):
         with pytest.raises(UnsupportedError, match="does not offer"):
             refused()
     with pytest.raises(UnsupportedError, match="steer serve --profile"):
-        chat.board.reshape("moral", "clamp")
+        chat.panel.reshape("moral", "clamp")
     with pytest.raises(UsageError, match="expected one that"):
-        chat.board.set("kindness", 1.0)
+        chat.panel.set("kindness", 1.0)
 
 
 @pytest.mark.filterwarnings("ignore::steer.model.fit_check.FitWarning")
 def test_features_that_the_server_names_come_after_the_traits(dictionary, chat):
-    assert [(r.name, r.kind) for r in chat.board.rows()] == [
+    assert [(r.name, r.kind) for r in chat.panel.rows()] == [
         ("moral", "trait"), ("preach", "feature"), ("against", "feature"),
     ]  # fmt: skip
-    assert chat.board.pin("L1/5").kind == "feature"
+    assert chat.panel.pin("L1/5").kind == "feature"
 
 
 def test_profiles_go_as_far_as_a_request_can_say(chat, model):
@@ -160,13 +164,13 @@ def test_profiles_go_as_far_as_a_request_can_say(chat, model):
 @pytest.mark.slow
 def test_mistakes_and_absent_servers_are_one_line(server, chat):
     with pytest.raises(SteerError, match="no server answers"):
-        RemoteModel("http://127.0.0.1:9")
+        RemoteBackend("http://127.0.0.1:9")
     with pytest.raises(SteerError, match="key"):
-        RemoteModel(server.url, "wrong")
-    pieces = RemoteModel(server.url, "secret", "nonsense").write([{"role": "user", "content": "x"}], SAMPLER, {})
+        RemoteBackend(server.url, "wrong")
+    pieces = RemoteBackend(server.url, "secret", "nonsense").write([{"role": "user", "content": "x"}], SAMPLER, {})
     with pytest.raises(SteerError, match="nonsense"):
         next(pieces)
-    chat.board.set("L1/5", 1.0)  # whether there is such a latent only the server knows
+    chat.panel.set("L1/5", 1.0)  # whether there is such a latent only the server knows
     chat.say("hello")
     assert chat.writer.wait(30)
     assert server.url in chat.last_error
@@ -175,7 +179,7 @@ def test_mistakes_and_absent_servers_are_one_line(server, chat):
 
 
 def test_the_terminal_chat_has_the_same_session(server, model):
-    session = RemoteSession(RemoteModel(f"{server.url}/v1", "secret"), sampler=SAMPLER)
+    session = Session(RemoteBackend(f"{server.url}/v1", "secret"), sampler=SAMPLER)
     session.sliders["moral"] = -3.0
     text = "".join(session.reply("hello"))
     with model.steered({"moral": -3.0}):
@@ -202,7 +206,7 @@ def test_the_terminal_runs_on_it(server):
     from steer.chat.terminal import run_chat
 
     out = io.StringIO()
-    session = RemoteSession(RemoteModel(server.url, "secret"), sampler=SAMPLER)
+    session = Session(RemoteBackend(server.url, "secret"), sampler=SAMPLER)
     lines = "/moral -1\n/sliders\nhello\n/receipt\n/undo\n/reset\n/clear\n/quit\n"
     run_chat(session, stdin=io.StringIO(lines), console=Console(file=out, width=100))
     said = out.getvalue()

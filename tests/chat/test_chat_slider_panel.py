@@ -28,48 +28,46 @@ pytestmark = pytest.mark.filterwarnings("ignore::steer.model.fit_check.FitWarnin
 
 
 @pytest.fixture
-def board(chat, model, checkpoint, make_direction):
+def panel(chat, model, checkpoint, make_direction):
     keep_dictionary(model)
     weak = make_direction("moralizing", seed=9)
     keep_direction(checkpoint, Direction("moralizing", 2, weak.vector, with_mean=0.1, residual_norm=1.0))
-    return chat.board
+    return chat.panel
 
 
-def names(board) -> list[str]:
-    return [r.name for r in board.rows()]
+def names(panel) -> list[str]:
+    return [r.name for r in panel.rows()]
 
 
-def test_traits_come_first_then_what_was_pinned(board):
-    assert names(board) == ["moral", "moralizing"]
-    assert [r.name for r in board.offered()] == ["preach", "against"]
-    board.pin("L1/5")
-    board.pin("preach")
-    assert names(board) == ["moral", "moralizing", "L1/5", "preach"]
-    assert [(r.kind, r.pinned) for r in board.rows()] == [("trait", False)] * 2 + [("feature", True)] * 2
-    assert [r.name for r in board.offered()] == ["against"]
-    board.set("preach", 1.0)
-    board.unpin("preach")
-    assert names(board) == ["moral", "moralizing", "L1/5"]
+def test_traits_come_first_then_what_was_pinned(panel):
+    assert names(panel) == ["moral", "moralizing"]
+    panel.pin("L1/5")
+    panel.pin("preach")
+    assert names(panel) == ["moral", "moralizing", "L1/5", "preach"]
+    assert [(r.kind, r.pinned) for r in panel.rows()] == [("trait", False)] * 2 + [("feature", True)] * 2
+    panel.set("preach", 1.0)
+    panel.unpin("preach")
+    assert names(panel) == ["moral", "moralizing", "L1/5"]
     with pytest.raises(UsageError, match="kindness"):
-        board.pin("kindness")
+        panel.pin("kindness")
     with pytest.raises(UsageError, match="latent 0"):
-        board.pin("L1/0")
-    assert board.pinned == ["L1/5"]
+        panel.pin("L1/0")
+    assert panel.pinned == ["L1/5"]
 
 
-def test_a_slider_that_stands_somewhere_is_shown_and_one_at_rest_is_not_kept(board, chat):
-    board.set("against", 0.5)
-    assert names(board)[-1] == "against"
-    board.set("moral", 0.0)
+def test_a_slider_that_stands_somewhere_is_shown_and_one_at_rest_is_not_kept(panel, chat):
+    panel.set("against", 0.5)
+    assert names(panel)[-1] == "against"
+    panel.set("moral", 0.0)
     assert dict(chat.sliders) == {"against": 0.5}
-    board.set("moral", 0.1)
-    board.set("moral", 0.0)
+    panel.set("moral", 0.1)
+    panel.set("moral", 0.0)
     assert dict(chat.sliders) == {"against": 0.5, "moral": 0.0}
-    assert not board.row("moral").moves
+    assert not panel.row("moral").moves
 
 
-def test_words_in_place_of_numbers(board):
-    by_name = {r.name: r for r in [*board.rows(), *board.offered(), board.row("L1/5")]}
+def test_words_in_place_of_numbers(panel):
+    by_name = {r.name: r for r in [*panel.rows(), *map(panel.row, ("preach", "against", "L1/5"))]}
     assert (by_name["moral"].title, by_name["moral"].description) == ("moral", "The direction 'moral'.")
     assert by_name["moralizing"].description == Trait.load("moralizing").summary
     assert by_name["preach"].title == "moralizing, 2 features"
@@ -81,129 +79,129 @@ def test_words_in_place_of_numbers(board):
     assert "Features that tell the trait" in by_name["preach"].description
 
 
-def test_ranges_are_those_that_were_measured_else_half_of_what_is_too_much(board, chat):
-    row = board.row("moral")  # amount 1 moves it by 2 of the norm
+def test_ranges_are_those_that_were_measured_else_half_of_what_is_too_much(panel, chat):
+    row = panel.row("moral")  # amount 1 moves it by 2 of the norm
     assert (row.safe, row.calibrated) == ((-0.2, 0.2), False)
     assert row.low < -0.2 < 0.2 < row.high
-    weak = board.row("moralizing")  # amount 1 moves it by 0.1
+    weak = panel.row("moralizing")  # amount 1 moves it by 0.1
     assert weak.safe == (-2.0, 2.0)
     chat.use(Profile("c", sliders=(ProfileSlider("moral", 0.3, range=(-0.5, 0.25)),)))
-    row = board.row("moral")
+    row = panel.row("moral")
     assert (row.safe, row.calibrated, row.red, row.share) == ((-0.5, 0.25), True, True, pytest.approx(0.6))
     assert row.low < -0.5 < 0.25 < row.high
-    assert board.warnings() == ["moral stands at 0.3, beyond its calibrated range -0.5 to 0.25"]
-    board.set("moral", 0.2)
-    assert not board.row("moral").red
-    board.set("moral", 5.0)
-    assert board.row("moral").high >= 5.0
+    assert panel.warnings() == ["moral stands at 0.3, beyond its calibrated range -0.5 to 0.25"]
+    panel.set("moral", 0.2)
+    assert not panel.row("moral").red
+    panel.set("moral", 5.0)
+    assert panel.row("moral").high >= 5.0
 
 
-def test_a_weak_direction_has_a_range_that_is_not_nothing(board, checkpoint, make_direction, chat):
+def test_a_weak_direction_has_a_range_that_is_not_nothing(panel, checkpoint, make_direction, chat):
     strong = make_direction("strong")
     chat.sliders.put(Direction("strong", 1, strong.vector, with_mean=50.0, residual_norm=1.0))
-    row = board.row("strong")
+    row = panel.row("strong")
     assert 0 < row.safe[1] < 0.01
     assert row.low < row.safe[0] < 0 < row.safe[1] < row.high
     chat.sliders.put(Direction("unknown", 1, strong.vector), 0.5)
-    row = board.row("unknown")
+    row = panel.row("unknown")
     assert (row.safe, math.isnan(row.share)) == ((-2.0, 2.0), True)
-    assert [b.share for b in board.budgets()] == [0.0]
+    assert [b.share for b in panel.budgets()] == [0.0]
 
 
-def test_operations_and_times_can_be_changed(board, chat):
-    board.set("moral", 0.5)
-    assert board.row("moral").operations == ("add", "ablate", "clamp", "cap", "scale")
-    board.reshape("moral", when=Schedule("reply", after=3))
-    assert (chat.sliders["moral"], board.row("moral").when.after) == (0.5, 3)
-    board.reshape("moral", "clamp")
-    row = board.row("moral")
+def test_operations_and_times_can_be_changed(panel, chat):
+    panel.set("moral", 0.5)
+    assert panel.row("moral").operations == ("add", "ablate", "clamp", "cap", "scale")
+    panel.reshape("moral", when=Schedule("reply", after=3))
+    assert (chat.sliders["moral"], panel.row("moral").when.after) == (0.5, 3)
+    panel.reshape("moral", "clamp")
+    row = panel.row("moral")
     assert (row.operation, math.isnan(row.amount), row.neutral, row.moves) == ("clamp", True, None, False)
     assert row.when.after == 3
-    board.set("moral", 0.0)
-    assert board.row("moral").moves
-    board.off("moral")
-    assert math.isnan(board.row("moral").amount)
-    board.reshape("moral", "ablate")
-    assert (board.row("moral").low, board.row("moral").high) == (0.0, 1.0)
-    assert board.row("against").operations == ("add",)
+    panel.set("moral", 0.0)
+    assert panel.row("moral").moves
+    panel.off("moral")
+    assert math.isnan(panel.row("moral").amount)
+    panel.reshape("moral", "ablate")
+    assert (panel.row("moral").low, panel.row("moral").high) == (0.0, 1.0)
+    assert panel.row("against").operations == ("add",)
     with pytest.raises(UsageError, match="positive units"):
-        board.reshape("against", "clamp")
+        panel.reshape("against", "clamp")
 
 
-def test_budgets_tell_each_site_and_when_it_is_too_much(board, chat):
-    assert board.budgets() == []
-    board.set("moral", 0.1)
-    board.set("moralizing", 1.0)
-    first, second = board.budgets()
+def test_budgets_tell_each_site_and_when_it_is_too_much(panel, chat):
+    assert panel.budgets() == []
+    panel.set("moral", 0.1)
+    panel.set("moralizing", 1.0)
+    first, second = panel.budgets()
     assert (first.site, first.share, first.level, first.limit) == (1, pytest.approx(0.2), "fine", 0.8)
     assert (second.site, second.share) == (2, pytest.approx(0.1))
     assert first.parts == (("moral", pytest.approx(0.2)),)
-    board.set("moral", 0.3)
-    assert board.budgets()[0].level == "near"
-    board.set("moral", -0.4)
-    assert board.budgets()[0].level == "over"
-    assert "fall apart" in board.budgets()[0].words
+    panel.set("moral", 0.3)
+    assert panel.budgets()[0].level == "near"
+    panel.set("moral", -0.4)
+    assert panel.budgets()[0].level == "over"
+    assert "fall apart" in panel.budgets()[0].words
     assert any("fall apart" in w for w in chat.warnings())
-    board.on = False
-    assert board.budgets()[0].share == 0.0
+    panel.on = False
+    assert panel.budgets()[0].share == 0.0
     assert chat.warnings() == []
 
 
-def test_what_pulls_apart_cancels_in_a_budget(board, chat):
+def test_what_pulls_apart_cancels_in_a_budget(panel, chat):
     target = chat.sliders.slider("moral").target
     chat.sliders.put(Slider(target, label="other"), -0.3)
-    board.set("moral", 0.3)
-    (budget,) = board.budgets()
+    panel.set("moral", 0.3)
+    (budget,) = panel.budgets()
     assert budget.share == pytest.approx(0.0, abs=1e-6)
     assert sorted(p[1] for p in budget.parts) == [pytest.approx(0.6)] * 2
     assert {p[0] for p in budget.parts} == {"moral", "moral (other)"}
 
 
-def test_undo_and_redo_and_reset_tell_widgets_to_be_drawn_anew(board):
-    began = board.revision
-    board.set("moral", 0.1)
-    board.set("moral", 0.2)
-    assert board.revision == began
-    assert board.undo()
-    assert (board.row("moral").amount, board.revision) == (0.1, began + 1)
-    assert board.redo()
-    assert board.row("moral").amount == 0.2
-    board.reset_all()
-    assert board.row("moral").amount == 0.0
-    assert board.undo()
-    assert board.row("moral").amount == 0.2
+def test_undo_and_redo_and_reset_tell_widgets_to_be_drawn_anew(panel):
+    began = panel.revision
+    panel.set("moral", 0.1)
+    panel.set("moral", 0.2)
+    assert panel.revision == began
+    assert panel.undo()
+    assert (panel.row("moral").amount, panel.revision) == (0.1, began + 1)
+    assert panel.redo()
+    assert panel.row("moral").amount == 0.2
+    panel.reset_all()
+    assert panel.row("moral").amount == 0.0
+    assert panel.undo()
+    assert panel.row("moral").amount == 0.2
     for _ in range(2):
-        assert board.undo()
-    assert not board.undo()
+        assert panel.undo()
+    assert not panel.undo()
 
 
-def test_the_master_switch_leaves_every_slider_where_it_stands(board, chat, new_chat):
+def test_the_master_switch_leaves_every_slider_where_it_stands(panel, chat, new_chat):
     plain = new_chat().say("hello")
-    board.set("moral", -3.0)
-    board.on = False
+    panel.set("moral", -3.0)
+    panel.on = False
     off = chat.say("hello")
     assert chat.writer.wait(20)
-    board.on = True
+    panel.on = True
     chat.clear()
     on = chat.say("hello")
     assert chat.writer.wait(20)
     assert off.text == plain.text != on.text
     assert off.written.profile.sliders == ()
-    assert board.row("moral").amount == -3.0
+    assert panel.row("moral").amount == -3.0
 
 
-def test_a_slider_whose_file_is_gone_is_left_out_and_the_page_is_still_drawn(board, home):
-    board.pin("preach")
+def test_a_slider_whose_file_is_gone_is_left_out_and_the_page_is_still_drawn(panel, home):
+    panel.pin("preach")
     for file in home.rglob("sliders.yaml"):
         file.unlink()
-    board._voice.sliders._known.clear()
-    assert names(board) == ["moral", "moralizing"]
+    panel._backend.sliders._known.clear()
+    assert names(panel) == ["moral", "moralizing"]
 
 
 def test_profiles_are_kept_given_away_and_taken(chat, home):
     assert saved_profiles() == {}
-    chat.board.set("moral", 0.3)
-    chat.board.reshape("moral", when=Schedule("reply", first=3))
+    chat.panel.set("moral", 0.3)
+    chat.panel.reshape("moral", when=Schedule("reply", first=3))
     with pytest.raises(UsageError, match="without /"):
         chat.profile("noir/../x")
     profile = chat.profile("noir \u2603:..x")
@@ -211,11 +209,11 @@ def test_profiles_are_kept_given_away_and_taken(chat, home):
     assert place.parent == home / "profiles"
     assert list(saved_profiles()) == [place.stem]
     assert load_profile(place.stem) == profile
-    chat.board.reset_all()
+    chat.panel.reset_all()
     back = uploaded_profile(profile_bytes(profile), "noir.yaml")
     chat.use(back)
     assert chat.sliders["moral"] == 0.3
-    assert chat.board.row("moral").when.first == 3
+    assert chat.panel.row("moral").when.first == 3
     forget_profile(place.stem)
     forget_profile(place.stem)
     with pytest.raises(UsageError, match="expected one of none so far"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from steer.chat.chat import Chat
-from steer.chat.local import LocalVoice
-from steer.chat.session import fit
+from steer.chat.local import LocalBackend, fit
 from steer.chat.stored import saved_chats
 from steer.core.cards import load_card
 from steer.core.profile import Profile, ProfileSlider
@@ -252,12 +251,12 @@ def test_a_profile_brings_sliders_and_sampler_and_leaves_length_and_seed(chat):
 def test_a_chat_is_kept_as_it_goes_and_opened_again(chat, model, home):
     assert saved_chats() == ([], [])
     chat.system = "truth"
-    chat.board.set("moral", -0.25)
+    chat.panel.set("moral", -0.25)
     say(chat)
     again(chat)
     ((listed,), _) = saved_chats()
     assert (listed.place, listed.title, listed.messages) == (chat.saved, "hello", 2)
-    back = Chat(LocalVoice(model), place=listed.place)
+    back = Chat(LocalBackend(model), place=listed.place)
     assert texts(back) == texts(chat)
     assert back.place_of(back.path()[-1].id) == (1, 2)
     assert (back.system, dict(back.sliders), back.sampler) == ("truth", {"moral": -0.25}, chat.sampler)
@@ -269,11 +268,11 @@ def test_a_chat_is_kept_as_it_goes_and_opened_again(chat, model, home):
 
 
 def test_a_chat_held_with_another_model_opens_without_its_sliders(chat, model, home):
-    chat.board.set("moral", -0.25)
+    chat.panel.set("moral", -0.25)
     say(chat)
     for file in (home / "directions").rglob("*.safetensors"):
         file.unlink()
-    back = Chat(LocalVoice(model), place=chat.saved)
+    back = Chat(LocalBackend(model), place=chat.saved)
     assert texts(back) == texts(chat)
     assert not back.sliders
     assert "left out" in back.last_error
@@ -310,14 +309,14 @@ def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_messages(new_
         reply = say(chat, " ".join(["hello"] * 40 + ["ba", "be"][: i % 2 + 1]))
         assert len(reply.written.ids) == 4
     assert chat.last_error is None
-    assert chat.left_out > 0
-    said = [{"role": m.role, "content": m.text} for m in chat.path()[chat.left_out : -1]]
+    assert chat.backend.left_out > 0
+    said = [{"role": m.role, "content": m.text} for m in chat.path()[chat.backend.left_out : -1]]
     assert said[0]["role"] == "user"
     sampler = chat.sampler.__dict__ | {"seed": reply.written.seed}
     assert reply.text == model.chat(said, system="truth", **sampler)
     chat.clear()
     say(chat)
-    assert chat.left_out == 0
+    assert chat.backend.left_out == 0
 
 
 def test_what_is_left_out_stays_left_out_until_more_must_go():
@@ -330,12 +329,11 @@ def test_what_is_left_out_stays_left_out_until_more_must_go():
 
     cuts, left_out = [], 0
     for n in range(1, 120, 2):
-        found = fit(chat(n), count, 100, 20, left_out=left_out)
-        left_out = found.left_out
-        assert len(found.ids) + 20 <= 100
+        ids, left_out = fit(chat(n), count, 100, 20, left_out=left_out)
+        assert len(ids) + 20 <= 100
         cuts.append(left_out)
     assert cuts == sorted(cuts)
     assert len(set(cuts)) < len(cuts) / 1.5
     with pytest.raises(UsageError, match="the last message: expected at most 99 tokens"):
         fit(({"role": "user", "content": "x" * 100},), count, 100, 20)
-    assert fit(({"role": "user", "content": "x" * 95},), count, 100, 20).room == 5
+    assert len(fit(({"role": "user", "content": "x" * 95},), count, 100, 20)[0]) == 95

@@ -45,12 +45,12 @@ def test_an_exception_hands_the_turn_on():
 def test_whoever_is_interrupted_while_waiting_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     turns, after = Turns(), threading.Event()
 
-    def interrupted(self: threading.Event, timeout: float | None = None) -> bool:
+    def interrupted(self: threading.Condition, timeout: float | None = None) -> bool:
         raise KeyboardInterrupt
 
     with turns.turn():
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Event, "wait", interrupted)
+            patch.setattr(threading.Condition, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt), turns.turn():
                 pytest.fail("it is somebody else's turn")
         assert turns.waiting == 1

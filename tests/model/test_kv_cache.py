@@ -217,7 +217,7 @@ def test_a_session_reads_a_message_once_and_all_of_it_again_when_asked(endless):
     assert kept.messages == again.messages
     again.reread()
     logits = [pieces_of(s, "well")[1] for s in sessions]
-    assert kept.memory.read < again.memory.read
+    assert kept.backend.memory.read < again.backend.memory.read
     assert float((logits[0][0] - logits[1][0]).abs().max()) > 0.01
     fresh = Session(endless, sampler=GREEDY)
     fresh.sliders.put(Slider(D[0], "scale"), -1.0)
@@ -236,14 +236,14 @@ def test_a_session_whose_earlier_message_was_edited_answers_as_if_it_had_always_
     a, b = pieces_of(session, "yes"), pieces_of(fresh, "yes")
     torch.testing.assert_close(a[1], b[1], rtol=0, atol=EXACT)
     assert a[0] == b[0]
-    assert session.memory.read < fresh.memory.read
+    assert session.backend.memory.read < fresh.backend.memory.read
 
 
 def test_a_session_that_was_cleared_remembers_nothing(endless):
     session = Session(endless, sampler=GREEDY)
     first = pieces_of(session, "hello")
     session.clear()
-    assert (session.messages, session.receipts, session.memory.ids) == ([], [], [])
+    assert (session.messages, session.receipts, session.backend.memory.ids) == ([], [], [])
     again = pieces_of(session, "hello")
     assert again[0] == first[0]
     assert torch.equal(again[1], first[1])

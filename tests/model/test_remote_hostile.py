@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from steer.chat.remote_session import RemoteModel, RemoteSession, receipt_of
+from steer.chat.remote import RemoteBackend, receipt_of
+from steer.chat.session import Session
 from steer.core.sampler import CHAT
 from steer.errors import SteerError, UsageError
 
@@ -69,7 +70,7 @@ def serving(steering: Any = None, models: Any = None, chunks: list[Any] | None =
 )  # fmt: skip
 def test_what_is_no_steer_server_is_one_line(told):
     with serving(told) as url, pytest.raises(SteerError, match="expected a steer server") as caught:
-        RemoteModel(url)
+        RemoteBackend(url)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
 
@@ -80,7 +81,7 @@ def test_what_is_no_steer_server_is_one_line(told):
 )
 def test_models_that_are_none_are_one_line(models):
     with serving({"sliders": []}, models) as url, pytest.raises(SteerError) as caught:
-        RemoteModel(url)
+        RemoteBackend(url)
     assert "\n" not in str(caught.value)
 
 
@@ -97,7 +98,7 @@ def test_models_that_are_none_are_one_line(models):
 )  # fmt: skip
 def test_a_reply_of_another_kind_is_one_line_or_its_text(chunk):
     with serving({"sliders": [ROW]}, chunks=[chunk]) as url:
-        session, said = RemoteSession(RemoteModel(url)), []
+        session, said = Session(RemoteBackend(url)), []
         told = ""
         try:
             said.extend(session.reply("hello"))
@@ -109,14 +110,14 @@ def test_a_reply_of_another_kind_is_one_line_or_its_text(chunk):
 
 def test_text_that_is_no_unicode_is_one_line_and_no_fault_of_the_servers():
     with serving({"sliders": [ROW]}, chunks=[]) as url:
-        session = RemoteSession(RemoteModel(url), system="Be \udcff.")
+        session = Session(RemoteBackend(url), system="Be \udcff.")
         with pytest.raises(UsageError, match=r"expected text that is Unicode, .* found '\\udcff'; convert it"):
             list(session.reply("hello"))
         assert session.messages == []
         with pytest.raises(UsageError, match="expected a key in ASCII, found 'é'"):
-            RemoteModel(url, api_key="clé")
+            RemoteBackend(url, api_key="clé")
         with pytest.raises(UsageError, match="expected text that is Unicode"):
-            list(RemoteModel(url, name="\ud800").write([{"role": "user", "content": "a"}], CHAT, {}))
+            list(RemoteBackend(url, name="\ud800").write([{"role": "user", "content": "a"}], CHAT, {}))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 
 import streamlit as st
@@ -10,7 +11,7 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.jobs import BakePlan, BakingJob
 from steer.page.drawing import markdown
-from steer.page.guard import redraw, redraw_if_asked, safely, watch
+from steer.page.guard import button, watch
 
 POLL = 0.5
 
@@ -19,7 +20,7 @@ def draw(chat: Chat) -> None:
     """Draw the plan, and the job that carries it out in a separate process (`steer.chat.jobs`)."""
     job: BakingJob | None = st.session_state.get("baking")
     if job is not None:
-        watch(_job, job.running, POLL, job)
+        watch(_job, job, running=lambda: job.running, every=POLL)
         if job.running:
             return
     form = st.segmented_control("Form", ["checkpoint", "adapter"], default="checkpoint", required=True, key="form")
@@ -31,13 +32,10 @@ def draw(chat: Chat) -> None:
         st.warning(markdown(plan.why))
     out = st.text_input("Folder to write", str(_free(Path.cwd() / "baked")), key="bake out").strip()
     with st.container(horizontal=True):
-        st.button(
-            "Bake", type="primary", disabled=not plan.possible or not out,
-            on_click=safely, args=(lambda: _start(plan, out),),
-        )  # fmt: skip
-        allowed_plan = plan.without_refused() if not plan.possible else None
-        if allowed_plan is not None and allowed_plan.possible:
-            st.button("Bake what can be", on_click=safely, args=(lambda: _start(allowed_plan, out),))
+        button("Bake", lambda: _start(plan, out), type="primary", disabled=not plan.possible or not out)
+        allowed = plan.without_refused()
+        if not plan.possible and allowed.possible:
+            button("Bake what can be", lambda: _start(allowed, out))
 
 
 def _start(plan: BakePlan, out: str) -> None:
@@ -46,23 +44,16 @@ def _start(plan: BakePlan, out: str) -> None:
 
 def _free(place: Path) -> Path:
     """Return a folder that does not exist: `place`, or `place-2` and so on."""
-    number = 1
-    while (tried := place if number == 1 else place.with_name(f"{place.name}-{number}")).exists():
-        number += 1
-    return tried
+    tried = (place if number == 1 else place.with_name(f"{place.name}-{number}") for number in count(1))
+    return next(p for p in tried if not p.exists())
 
 
 def _job(job: BakingJob) -> None:
-    running = job.running
-    if running:
+    if job.running:
         st.progress(job.progress or 0.0, f"Baking, {job.seconds:.0f} s")
-        st.button("Cancel", on_click=safely, args=(job.cancel,), key="cancel bake")
-        st.code("\n".join(job.lines[-5:]) or "starting", language=None)
-        st.session_state["bake seen"] = True
-        return
-    if st.session_state.pop("bake seen", False):
-        redraw()
-    if job.error:
+        button("Cancel", job.cancel, key="cancel bake")
+        st.code("\n".join(list(job.lines)[-5:]) or "starting", language=None)
+    elif job.error:
         st.error(markdown(job.error))
     elif job.certificate is not None:
         st.success(f"Written: {markdown(str(job.out))}")
@@ -70,4 +61,3 @@ def _job(job: BakingJob) -> None:
             st.json(job.certificate, expanded=1)
         data = json.dumps(job.certificate, indent=2)
         st.download_button("Download the certificate", data, "steer_certificate.json", on_click="ignore")
-    redraw_if_asked()

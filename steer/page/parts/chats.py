@@ -9,7 +9,7 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.stored import SavedChat, delete_chat, saved_chats
 from steer.page.drawing import markdown
-from steer.page.guard import safely
+from steer.page.guard import button, new_chat
 
 LISTED = 200
 BROKEN = 5
@@ -19,16 +19,10 @@ BROKEN = 5
 def draw(chat: Chat) -> None:
     """Draw the top of the sidebar."""
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.button("New chat", icon=":material/add_comment:", on_click=safely, args=(lambda: _new(chat),))
+        button("New chat", lambda: (chat.clear(), new_chat()), "add_comment")
         with st.popover("Old chats", icon=":material/history:"):
             _saved_chats(chat)
-    st.caption(markdown(chat.voice.name))
-
-
-def _new(chat: Chat) -> None:
-    chat.clear()
-    st.session_state["chats"] = st.session_state.get("chats", 0) + 1
-    st.session_state["editing"] = None
+    st.caption(markdown(chat.backend.name))
 
 
 def _saved_chats(chat: Chat) -> None:
@@ -46,11 +40,9 @@ def _saved_chats(chat: Chat) -> None:
         return
     at = chats_by_place[place].place
     with st.container(horizontal=True):
-        st.button("Open", type="primary", on_click=lambda: st.session_state.update(open=at, part="Chat", editing=None))
-        st.button(
-            "Delete", disabled=at == chat.saved, help="The one that is open can be deleted once another is",
-            on_click=safely, args=(lambda: delete_chat(at),),
-        )  # fmt: skip
+        button("Open", lambda: st.session_state.update(open=at, part="Chat", editing=None), type="primary")
+        hint = "The one that is open can be deleted once another is"
+        button("Delete", lambda: delete_chat(at), disabled=at == chat.saved, help=hint)
 
 
 def _label(saved: SavedChat) -> str:

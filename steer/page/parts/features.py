@@ -9,17 +9,17 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.feature_index import FeatureCard, FeatureIndex
 from steer.page.drawing import heat, markdown
-from steer.page.guard import safely
+from steer.page.guard import button
 
 _WAYS = {"words": "By words", "trait": "By trait", "message": "What fires on a message"}
 
 
 def draw(chat: Chat) -> None:
     """Draw the search and its results."""
-    shelf = chat.shelf()
-    for line in shelf.problems:
+    index = chat.features
+    for line in index.problems:
         st.warning(markdown(line))
-    if not shelf.dictionaries:
+    if not index.dictionaries:
         st.info("No dictionary is known for this model. Train one: `steer train`, then `steer features --label`.")
         return
     way = st.segmented_control(
@@ -27,29 +27,31 @@ def draw(chat: Chat) -> None:
         format_func=_WAYS.__getitem__,
     )  # fmt: skip
     if way == "trait":
-        traits = shelf.traits()
+        traits = index.traits()
         if not traits:
-            st.info(f"No trait was looked for in it yet: `steer find {_plain(chat.voice.name)} TRAIT --dictionary DIR`")
+            st.info(
+                f"No trait was looked for in it yet: `steer find {_plain(chat.backend.name)} TRAIT --dictionary DIR`"
+            )
             return
         trait = st.selectbox("Trait", traits, key="search trait")
-        _cards(chat, shelf.by_trait(trait))
+        _cards(chat, index.search(trait=trait))
     elif way == "message":
-        _firing(chat, shelf)
+        _firing(chat, index)
     else:
         words = st.text_input("Words", placeholder="lighthouse, apology, duke", key="search words").strip()
         if not words:
             st.caption("Without words: those that fire most often.")
-        _cards(chat, shelf.by_words(words))
+        _cards(chat, index.search(words))
 
 
-def _firing(chat: Chat, shelf: FeatureIndex) -> None:
+def _firing(chat: Chat, index: FeatureIndex) -> None:
     said = [m.text for m in chat.path() if m.text]
     key = f"search message {st.session_state.get('chats', 0)}.{len(said)}"
     text = st.text_area("Message", said[-1] if said else "", key=key).strip()
     if not text:
         return
     with st.spinner("Reading the message"):
-        found = shelf.fires_on(text)
+        found = index.fires_on(text)
     for firing in found:
         with st.container(border=True):
             _card(chat, firing.card)
@@ -68,28 +70,27 @@ def _cards(chat: Chat, cards: list[FeatureCard]) -> None:
 
 
 def _card(chat: Chat, card: FeatureCard) -> None:
-    pinned = card.name in chat.board.pinned
+    pinned = card.name in chat.panel.pinned
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.markdown(f"**{markdown(card.title)}**")
-        st.button(
-            "Unpin" if pinned else "Pin", icon=":material/push_pin:", key=f"pin {card.name}", on_click=safely,
-            args=(lambda: chat.board.unpin(card.name) if pinned else chat.board.pin(card.name),),
-        )  # fmt: skip
+        change = chat.panel.unpin if pinned else chat.panel.pin
+        button("Unpin" if pinned else "Pin", lambda: change(card.name), "push_pin", key=f"pin {card.name}")
     st.write(markdown(card.description))
+    record = card.record
     with st.expander(f"{markdown(card.name)}: tokens, contexts, scores"):
         moved = "" if math.isnan(card.share) else f"; amount 1 moves the stream by {card.share:.2f} of its norm"
-        st.caption(f"fires on {card.rate:.2%} of tokens{moved}")
-        for does, tokens in (("raises", card.top_tokens), ("lowers", card.bottom_tokens)):
+        st.caption(f"fires on {record.rate:.2%} of tokens{moved}")
+        for does, tokens in (("raises", record.top_tokens), ("lowers", record.bottom_tokens)):
             if tokens:
                 st.markdown(f"{does} " + ", ".join(f"`{_plain(t)}`" for t, _ in tokens[:8]))
         if card.nearest:
             st.caption("nearest: " + "; ".join(f"{markdown(t)} ({c:.2f})" for _, t, c in card.nearest[:3]))
-        for trait, (auroc, q) in card.auroc.items():
+        for trait, found in record.traits.items():
             score = card.output_score.get(trait)
             steers = "" if score is None else f", output score {score:.2f}"
-            st.caption(f"{markdown(trait)}: held-out AUROC {auroc:.2f}, q {q:.2g}{steers}")
-        strongest = max((c.activation for c in card.contexts), default=0.0) or 1.0
-        for context in card.contexts[:5]:
+            st.caption(f"{markdown(trait)}: held-out AUROC {found.auroc:.2f}, q {found.q:.2g}{steers}")
+        strongest = max((c.activation for c in record.contexts), default=0.0) or 1.0
+        for context in record.contexts[:5]:
             pieces, hint = [context.before, context.token, context.after], f"{context.activation:.2f}"
             st.html(heat(pieces, [0.0, context.activation / strongest, 0.0], ["", hint, ""]))
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import streamlit as st
 
 from steer.chat.jobs import Job, default_place, get_default, ready
 from steer.page.drawing import markdown
-from steer.page.guard import redraw, redraw_if_asked, safely, watch
+from steer.page.guard import button, redraw, watch
 
 POLL = 0.5
 
@@ -20,15 +18,14 @@ def draw() -> None:
         "A chat whose character you move with sliders. It needs a checkpoint: name one with `steer ui MODEL`, or take "
         "the default merge, a small model (135M) that runs on two CPU cores."
     )
-    place = default_place()
-    if ready(place):
-        st.button("Open the default merge", type="primary", on_click=_open, args=(place,))
-        return
     job: Job | None = st.session_state.get("getting")
-    if job is None:
-        st.button("Get the default merge", type="primary", on_click=safely, args=(_get,))
-        return
-    watch(_progress, job.running, POLL, job)
+    if ready():
+        place = str(default_place())
+        button("Open the default merge", lambda: st.session_state.update(model=place), type="primary")
+    elif job is None:
+        button("Get the default merge", _get, type="primary")
+    else:
+        watch(_progress, job, running=lambda: job.running, every=POLL)
 
 
 def _get() -> None:
@@ -36,19 +33,11 @@ def _get() -> None:
     redraw()
 
 
-def _open(place: Path) -> None:
-    st.session_state["model"] = str(place)
-
-
 def _progress(job: Job) -> None:
     if job.running:
         st.progress(job.progress or 0.0, f"Getting the default merge, {job.seconds:.0f} s: about a minute, once")
-        st.code("\n".join(job.lines[-4:]) or "starting", language=None)
-        st.button("Cancel", on_click=safely, args=(job.cancel,))
-        return
-    if job.error:
+        st.code("\n".join(list(job.lines)[-4:]) or "starting", language=None)
+        button("Cancel", job.cancel)
+    elif job.error:
         st.error(markdown(job.error))
-        st.button("Try again", on_click=safely, args=(_get,))
-        redraw_if_asked()
-        return
-    st.rerun()
+        button("Try again", _get)

@@ -16,14 +16,14 @@ def draw(chat: Chat) -> None:
     replies = [m for m in chat.path() if m.role == "assistant" and m.parent is not None and m.text]
     if chat.writer.running:
         replies = replies[:-1]
-    readable = dict(chat.readable())
+    rows = chat.panel.rows()
+    readable = {r.name: r.title for r in rows}
     if not replies or not readable:
         st.info("Nothing to look into yet: get a reply first, and have a trait or pin a feature.")
         return
     texts = {m.id: " ".join(m.text.split())[:70] for m in replies}
     message = st.selectbox("Reply", list(texts), len(texts) - 1, format_func=texts.__getitem__, key="inside reply")
-    moved = {r.name for r in chat.board.rows() if r.moves}
-    first = sorted(readable, key=lambda name: name not in moved)[:2]
+    first = [r.name for r in sorted(rows, key=lambda r: not r.moves)][:2]
     names = st.multiselect("Read by", list(readable), first, format_func=readable.__getitem__, key="inside names")
     if not names:
         st.caption("Choose what to read it by.")

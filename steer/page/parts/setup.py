@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import streamlit as st
 
@@ -23,7 +21,7 @@ from steer.core.profile import Profile
 from steer.core.sampler import PRESETS, Sampler, preset
 from steer.errors import SteerError
 from steer.page.drawing import markdown
-from steer.page.guard import redraw, safely, tell
+from steer.page.guard import button, new_chat, safely, tell
 
 _CUSTOM = "as set below"
 _FIELDS: dict[str, tuple[str, float, float, float]] = {
@@ -57,11 +55,11 @@ def _profiles(chat: Chat) -> None:
     if profiles:
         saved = st.selectbox("Saved", list(profiles), key="saved profile")
         with st.container(horizontal=True):
-            st.button("Load", on_click=safely, args=(lambda: _use(chat, load_profile(saved)),))
-            st.button("Delete", key="delete profile", on_click=safely, args=(lambda: forget_profile(saved),))
+            button("Load", lambda: _use(chat, load_profile(saved)))
+            button("Delete", lambda: forget_profile(saved), key="delete profile")
     name = st.text_input("Save as", "my character", key="profile name", max_chars=80).strip()
     with st.container(horizontal=True):
-        st.button("Save", on_click=safely, args=(lambda: _keep(chat, name),), disabled=not name)
+        button("Save", lambda: _keep(chat, name), disabled=not name)
         try:
             data = profile_bytes(chat.profile(name or "profile"))
         except SteerError as e:
@@ -70,10 +68,8 @@ def _profiles(chat: Chat) -> None:
             st.download_button("Download", data, f"{file_name(name)}.yaml", "application/yaml", on_click="ignore")
     file = st.file_uploader("Upload a profile", ["yaml", "yml"], key="profile upload", max_upload_size=1)
     if file is not None:
-        st.button(
-            "Use it", type="primary", key="use upload", on_click=safely,
-            args=(lambda: _use(chat, uploaded_profile(file.getvalue(), file.name)),),
-        )  # fmt: skip
+        data, uploaded = file.getvalue(), file.name
+        button("Use it", lambda: _use(chat, uploaded_profile(data, uploaded)), type="primary", key="use upload")
 
 
 def _use(chat: Chat, profile: Profile) -> None:
@@ -94,21 +90,13 @@ def _character(chat: Chat) -> None:
         except SteerError as e:
             st.error(markdown(str(e)))
         else:
-            st.button(
-                markdown(f"Play {card.name}"[:60]), type="primary", key="play", on_click=safely,
-                args=(lambda: _new(lambda: chat.play(card)),), help="A new chat; this one stays among the old ones",
-            )  # fmt: skip
+            label, hint = markdown(f"Play {card.name}"[:60]), "A new chat; this one stays among the old ones"
+            button(label, lambda: (chat.play(card), new_chat()), type="primary", key="play", help=hint)
     key = f"system@{st.session_state.get('chats', 0)}"
     st.text_area(
         "System prompt", chat.system or "", key=key, placeholder="none",
         on_change=lambda: setattr(chat, "system", st.session_state[key].strip() or None),
     )  # fmt: skip
-
-
-def _new(change: Callable[[], Any]) -> None:
-    change()
-    st.session_state["chats"] = st.session_state.get("chats", 0) + 1
-    redraw()
 
 
 def _sampler(chat: Chat) -> None:

@@ -10,33 +10,30 @@ from steer.chat.chat import Chat
 from steer.chat.slider_panel import SliderRow
 from steer.core.schedule import Schedule
 from steer.page.drawing import budget_bar, markdown, rail, rails
-from steer.page.guard import redraw_if_asked, safely, tag
+from steer.page.guard import button, safely, tag
 from steer.page.parts import setup
 
 
 def draw(chat: Chat) -> None:
     """Draw the sliders, budgets and warnings, and the settings below them."""
-    board = chat.board
-    with st.container(
-        horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"
-    ):  # fmt: skip
+    panel = chat.panel
+    with st.container(horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"):
         key = f"on@{tag(chat)}"
-        st.toggle("Sliders act", board.on, key=key, on_change=lambda: setattr(board, "on", st.session_state[key]))
+        st.toggle("Sliders act", panel.on, key=key, on_change=lambda: setattr(panel, "on", st.session_state[key]))
         _buttons(chat)
     # Separate containers, so that an open expander below does not close when a slider or a warning comes or goes.
     with st.container():
         _rows(chat)
     with st.container():
         _budgets(chat)
-    st.caption(markdown(chat.voice.felt))
+    st.caption(markdown(chat.backend.slider_note))
     setup.draw(chat)
-    redraw_if_asked()
 
 
 def _rows(chat: Chat) -> None:
-    rows = chat.board.rows()
+    rows = chat.panel.rows()
     if not rows:
-        named = chat.voice.name.replace("`", "")
+        named = chat.backend.name.replace("`", "")
         st.info(f"No trait is known for this model yet. Find one: `steer find {named} moralizing`")
     for number, row in enumerate(rows):
         with st.container(key=f"slider{number}"):
@@ -45,7 +42,7 @@ def _rows(chat: Chat) -> None:
 
 
 def _budgets(chat: Chat) -> None:
-    for budget in chat.board.budgets():
+    for budget in chat.panel.budgets():
         if budget.share > 0:
             st.caption(
                 markdown(budget.words), help="; ".join(f"{markdown(t)}: {s:.2f}" for t, s in budget.parts) or None
@@ -56,27 +53,19 @@ def _budgets(chat: Chat) -> None:
 
 
 def _buttons(chat: Chat) -> None:
-    board = chat.board
+    panel = chat.panel
     with st.container(horizontal=True, wrap=False, width="content", key="icons of the sliders"):
-        _icon("Undo", "undo", board.undo, "Undo the last move of a slider")
-        _icon("Redo", "redo", board.redo, "Redo it")
-        _icon("Reset all", "restart_alt", board.reset_all, "Reset: no slider moves anything")
-        if "reread" in chat.voice.can:
-            _icon(
-                "Re-read", "refresh", chat.reread,
-                "Read the whole chat again under the sliders of now. Without it they act from here on.",
-            )  # fmt: skip
-
-
-def _icon(label: str, icon: str, change, hint: str) -> None:  # type: ignore[no-untyped-def]
-    st.button(label, icon=f":material/{icon}:", help=hint, type="tertiary", on_click=safely, args=(change,))
+        button("Undo", panel.undo, "undo", help="Undo the last move of a slider", type="tertiary")
+        button("Redo", panel.redo, "redo", help="Redo it", type="tertiary")
+        button("Reset all", panel.reset_all, "restart_alt", help="Reset: no slider moves anything", type="tertiary")
+        if chat.backend.local:
+            hint = "Read the whole chat again under the sliders of now. Without it they act from here on."
+            button("Re-read", chat.reread, "refresh", help=hint, type="tertiary")
 
 
 def _row(chat: Chat, row: SliderRow) -> None:
     label = row.title if row.operation == "add" else f"{row.title} ({row.operation})"
-    with st.container(
-        horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"
-    ):  # fmt: skip
+    with st.container(horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"):
         st.markdown(f"**{markdown(label)}** :small[{_words(row)}]")
         with (
             st.container(width="content", key=f"icons of {row.name}"),
@@ -90,7 +79,7 @@ def _row(chat: Chat, row: SliderRow) -> None:
     st.slider(
         markdown(label), float(row.low), float(row.high), float(start), step, key=key, label_visibility="collapsed",
         format="%.2f" if step >= 0.01 else "%.3f",
-        on_change=lambda: safely(lambda: chat.board.set(row.name, float(st.session_state[key]))),
+        on_change=lambda: safely(lambda: chat.panel.set(row.name, float(st.session_state[key]))),
     )  # fmt: skip
 
 
@@ -113,26 +102,26 @@ def _words(row: SliderRow) -> str:
 
 
 def _details(chat: Chat, row: SliderRow) -> None:
-    board, when = chat.board, row.when
+    panel, when = chat.panel, row.when
     at = f"{row.name}@{tag(chat)}"
     if row.description:
         st.write(markdown(row.description))
     measured = "calibrated" if row.calibrated else "not calibrated"
     st.caption(f"Replies hold together from {row.safe[0]:g} to {row.safe[1]:g} ({measured}).")
     with st.container(horizontal=True):
-        st.button("Reset", on_click=safely, args=(lambda: board.reset(row.name),), key=f"reset {at}")
+        button("Reset", lambda: panel.off(row.name), key=f"reset {at}")
         if row.neutral is None and not math.isnan(row.amount):
-            st.button("Off", on_click=safely, args=(lambda: board.off(row.name),), key=f"off {at}")
+            button("Off", lambda: panel.off(row.name), key=f"off {at}")
         if row.pinned:
-            st.button("Unpin", on_click=safely, args=(lambda: board.unpin(row.name),), key=f"unpin {at}")
-    if "reshape" not in chat.voice.can:
+            button("Unpin", lambda: panel.unpin(row.name), key=f"unpin {at}")
+    if not chat.backend.local:
         return
 
     def reshape() -> None:
         operation, part, first, after, ramp = (
             st.session_state[f"{field} {at}"] for field in ("operation", "part", "first", "after", "ramp")
         )
-        board.reshape(row.name, operation, Schedule(part, first or None, after or None, ramp or None, when.gate))
+        panel.reshape(row.name, operation, Schedule(part, first or None, after or None, ramp or None, when.gate))
 
     with st.form(f"shape of {at}", border=False):
         st.selectbox("Operation", row.operations, row.operations.index(row.operation), key=f"operation {at}")

@@ -9,7 +9,7 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.conversation import Message
 from steer.page.drawing import markdown
-from steer.page.guard import safely, watch
+from steer.page.guard import button, safely, watch
 
 POLL = 0.25
 """Seconds between two redraws of a reply that is being written."""
@@ -25,41 +25,34 @@ def draw(chat: Chat) -> None:
     shown = st.session_state.get("shown", SHOWN)
     if len(written) > shown:
         more = len(written) - shown
-        st.button(
-            f"Earlier messages ({more})", icon=":material/expand_less:", type="tertiary",
-            on_click=lambda: st.session_state.update(shown=shown + SHOWN),
-        )  # fmt: skip
-    if chat.left_out:
-        st.caption(f"The chat is longer than the model can read: it left out the first {chat.left_out} messages.")
+        earlier = {"shown": shown + SHOWN}
+        button(f"Earlier messages ({more})", lambda: st.session_state.update(earlier), "expand_less", type="tertiary")
+    if left_out := chat.backend.left_out:
+        st.caption(f"The chat is longer than the model can read: it left out the first {left_out} messages.")
     for message in written[-shown:]:
         _message(chat, message, last=not running and message is path[-1])
     if running:
-        watch(_growing, True, POLL, chat)
+        watch(_growing, chat, running=lambda: chat.writer.running, every=POLL)
     elif chat.last_error:
         st.error(markdown(chat.last_error))
     if not path:
         st.caption("Say something, or drop a character card on the sidebar.")
     elif not running and path[-1].role == "user":
-        st.button("Reply", icon=":material/autorenew:", on_click=safely, args=(chat.regenerate,))
+        button("Reply", chat.regenerate, "autorenew")
     if text := st.chat_input("Say something"):
         safely(lambda: chat.say(text))
         st.rerun()
 
 
 def _growing(chat: Chat) -> None:
-    """Draw the reply that is being written; when it is done, the whole page is drawn again."""
-    running = chat.writer.running
+    """Draw the reply that is being written."""
     message = next((m for m in chat.path() if m.id == chat.writer.message_id), None)
     if message is not None:
         with st.chat_message(message.role):
-            st.markdown(markdown(message.text) + (" ▍" if running else ""))
-    if not running:
-        st.rerun()
+            st.markdown(f"{markdown(message.text)} ▍")
     rate = chat.writer.rate
     with st.container(horizontal=True, vertical_alignment="center", key="growing"):
-        st.button(
-            "Stop", icon=":material/stop:", on_click=safely, args=(chat.stop,), key="stop", shortcut="Esc",
-        )  # fmt: skip
+        button("Stop", chat.stop, "stop", key="stop", shortcut="Esc")
         st.caption(f"{chat.writer.tokens} tokens, {rate:.0f} a second" if rate else "reading the chat")
 
 
@@ -90,10 +83,7 @@ def _actions(chat: Chat, message: Message, last: bool) -> None:
 
 
 def _act(label: str, icon: str, change: Callable[[], object], message: Message, disabled: bool = False) -> None:
-    st.button(
-        label, icon=f":material/{icon}:", help=label, key=f"{label} {message.id}", type="tertiary", disabled=disabled,
-        on_click=safely, args=(change,),
-    )  # fmt: skip
+    button(label, change, icon, help=label, key=f"{label} {message.id}", type="tertiary", disabled=disabled)
 
 
 def _editor(chat: Chat, message: Message) -> None:
@@ -105,8 +95,8 @@ def _editor(chat: Chat, message: Message) -> None:
         st.session_state["editing"] = None
 
     with st.container(horizontal=True):
-        st.button("Save", on_click=safely, args=(save,), key="save edit", type="primary")
-        st.button("Cancel", on_click=lambda: st.session_state.update(editing=None), key="cancel edit")
+        button("Save", save, key="save edit", type="primary")
+        button("Cancel", lambda: st.session_state.update(editing=None), key="cancel edit")
 
 
 def _receipt(message: Message) -> None:
