@@ -40,11 +40,10 @@ if TYPE_CHECKING:
     from steer.core.direction import Direction
     from steer.core.edit import Edit
     from steer.core.feature import Feature
-    from steer.core.intervention import Intervention
     from steer.core.profile import Profile
     from steer.core.sampler import PRESETS, Sampler
     from steer.core.schedule import Gate, Schedule
-    from steer.core.slider import Slider
+    from steer.core.slider import Intervention, Slider
     from steer.core.trait import Trait
     from steer.errors import SteerError
     from steer.finding.features import find_features
@@ -62,7 +61,7 @@ _WHERE = {
     "Session": "steer.chat.session",
     "Profile": "steer.core.profile",
     "PRESETS": "steer.core.sampler",
-    "Intervention": "steer.core.intervention",
+    "Intervention": "steer.core.slider",
     "Gate": "steer.core.schedule",
     "Card": "steer.core.cards",
     "Certificate": "steer.baking.certificate",

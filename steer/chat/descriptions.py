@@ -22,7 +22,7 @@ from steer.errors import SteerError, skip
 from steer.sae.records import FeatureRecord, read_records
 
 if TYPE_CHECKING:
-    from steer.core.intervention import Operation
+    from steer.core.slider import Operation
 
 OPERATIONS: dict[Operation, str] = {
     "add": "adds it",

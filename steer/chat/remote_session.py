@@ -18,9 +18,9 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from steer.chat.remote_sliders import RemoteSliders, Told, remote_profile, use_remote
 from steer.chat.session import Session
-from steer.core.intervention import Operation
 from steer.core.profile import Profile
 from steer.core.sampler import CHAT, ORDER, TEMPERATURE_LAST, Sampler
+from steer.core.slider import Operation
 from steer.errors import SteerError, UnsupportedError, UsageError
 from steer.files import one_line
 from steer.model.kv_cache import PrefixCache

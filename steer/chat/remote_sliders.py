@@ -10,10 +10,9 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, Field, FiniteFloat
 
-from steer.core.intervention import OPERATIONS, Operation, check_amount, is_neutral, neutral_amount
 from steer.core.profile import Profile, ProfileSlider
 from steer.core.sampler import Sampler
-from steer.core.slider import parse_name
+from steer.core.slider import OPERATIONS, Operation, check_amount, neutral_amount, parse_name
 from steer.errors import UnknownNameError, UnsupportedError, UsageError
 from steer.model.sliders import BUDGET, Amounts
 
@@ -70,7 +69,7 @@ class RemoteSlider:
 
     def is_neutral(self, amount: float) -> bool:
         """Return whether the slider moves nothing at this amount."""
-        return is_neutral(self.operation, amount)
+        return amount == self.neutral
 
     def share(self, amount: float) -> float:
         """Return how far an amount moves the residual stream, as a share of its median norm; nan if unknown."""

@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 from steer.chat.writer import ReplyBackend
 from steer.core.feature import Feature
-from steer.core.intervention import OPERATIONS, Operation
 from steer.core.profile import Profile
 from steer.core.schedule import ALWAYS, Schedule
-from steer.core.slider import Slider
+from steer.core.slider import OPERATIONS, Operation, Slider
 from steer.errors import SteerError, UnsupportedError
 from steer.model.sliders import BUDGET
 
@@ -180,7 +179,7 @@ class SliderPanel:
             )
         sliders = self._voice.sliders
         old = sliders.slider(name)
-        new = Slider(old.target, operation or old.operation, old.when if when is None else when, name)
+        new = Slider(old.target, operation or old.operation, when=old.when if when is None else when, label=name)
         if (new.operation, new.when) == (old.operation, old.when):
             return
         old_amount = sliders[name] if name in set(sliders) and new.operation == old.operation else None

@@ -107,7 +107,7 @@ class Library:
         """
         base, operation = parse_name(name)
         found = self._slider(base)
-        return found if operation is None else Slider(found.target, operation, found.when, name)
+        return found if operation is None else Slider(found.target, operation, when=found.when, label=name)
 
     def _slider(self, name: str) -> Slider:
         if name in self.directions:

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from steer.core.direction import Direction
 from steer.core.feature import Feature
-from steer.core.intervention import OPERATIONS, Operation, check_amount
 from steer.core.sampler import PRESETS, Sampler, preset
 from steer.core.schedule import Gate, Part, Schedule
+from steer.core.slider import OPERATIONS, Operation, check_amount
 from steer.core.small_files import dump_yaml, load_yaml, read_small, shown
 from steer.errors import SteerError, UsageError
 from steer.files import one_line, write_atomic

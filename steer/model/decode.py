@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
 
 from steer.core.sampler import Sampler
+from steer.model.forward import logits
 from steer.model.kv_cache import PrefixCache, growing_cache
 from steer.model.loaded import LoadedModel
+from steer.model.prefill import decoder_pass, described
 from steer.model.sampling import Draw, choose_each
-from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Tally
 from steer.model.tokens import check_length, filled, padded, warn_filled
 
@@ -56,8 +56,7 @@ def decode(
     A row whose text fills the model's context ends there; its receipt says so, or a ContextWarning without `tally`.
     Errors: UsageError for a prompt that leaves no room for a reply, CheckpointError for logits that are not finite.
     """
-    hf, steering, device = model.hf, model.steering, model.device
-    ends = model.end_token_ids
+    steering, device, ends = model.steering, model.device, model.end_token_ids
     lengths = [len(p) for p in prompts]
     check_length(model.name, max(lengths), model.context)
     seeds = keys if keys is not None else range(len(prompts))
@@ -67,50 +66,31 @@ def decode(
     alive, row = list(range(len(prompts))), None
     text = list(prompts[0])
 
-    def empty() -> Cache:
-        return growing_cache(hf.config)
-
-    if memory is None:
-        cache, fed = empty(), ids
-    else:
+    fed, cache = ids, growing_cache(model.hf.config)
+    if memory is not None:
         memory.read = 0
-        cache, unread = memory.recall(text, empty)
-        fed = torch.tensor([unread], device=device)
     for made in range(1, sampler.max_new_tokens + 1):
         if memory is not None and not memory.holds(cache):
-            cache, unread = memory.recall(text, empty)
+            cache, unread = memory.recall(text, model.hf.config)
             fed = torch.tensor([unread], device=device)
         new = fed.shape[1]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
         with steering.lock, torch.inference_mode():
             several = len(steering.rows) > 1
             if tally is not None:
                 counts = mask[:, -new:].sum(1).tolist()
                 rows = [(i, i if several else 0, n) for i, n in zip(alive, counts, strict=True)]
                 tally.begin(rows, steering.rows)
-            passing = ForwardContext(
-                row if several else None,
-                positions - starts + 1 if steering.timed else None,
-                valid=None if tally is None or bool(mask[:, -new:].all()) else mask[:, -new:].bool(),
-                tally=tally,
-            )
-            with steering.passing(passing):
-                compiled = model.compiled if len(prompts) == 1 else None
-                if compiled is not None:
-                    logits = compiled(fed, positions, cache)
-                else:
-                    logits = hf(
-                        input_ids=fed,
-                        attention_mask=None if bool(mask.all()) else mask,
-                        position_ids=positions,
-                        past_key_values=cache,
-                        use_cache=True,
-                        logits_to_keep=1,
-                    ).logits[:, -1]
+            if model.compiled is not None and len(prompts) == 1:
+                positions, context = described(model, mask, new, None, starts, tally)
+                with steering.passing(context):
+                    scores = model.compiled(fed, positions, cache)
+            else:
+                hidden = decoder_pass(model, fed, mask, cache, row if several else None, starts, tally=tally)
+                scores = logits(model, hidden[:, -1:])[:, -1]
         if memory is not None and memory.holds(cache):
             memory.add(fed[0].tolist())
-        model.check_finite(logits)
-        tokens = choose_each(logits, [draws[i] for i in alive])
+        model.check_finite(scores)
+        tokens = choose_each(scores, [draws[i] for i in alive])
         text.append(tokens[0])
         yield Step(tuple(alive), tuple(tokens))
         going = []

@@ -87,7 +87,7 @@ def check_fit(model: LoadedModel, dictionary: Dictionary) -> FitReport:
 def warn_of_poor_fits(model: LoadedModel, edit: Edit) -> None:
     """Check each dictionary in an edit that is new on this model; warn (FitWarning) of each that fits poorly."""
     reports = _REPORTS.setdefault(model, WeakKeyDictionary())
-    targets = [t for m in edit.moves if not m.neutral for t in (m.target, m.when.gate and m.when.gate.on)]
+    targets = [t for m in edit.moves if m.acts for t in (m.target, m.when.gate and m.when.gate.on)]
     for dictionary in {t.dictionary: None for t in targets if isinstance(t, Feature)}:
         if dictionary not in reports:
             reports[dictionary] = check_fit(model, dictionary)

@@ -25,6 +25,7 @@ from steer.errors import MismatchError, UnsupportedError, UsageError
 from steer.model.fit_check import warn_of_poor_fits
 from steer.model.loaded import LoadedModel
 from steer.model.profiles import edit_of
+from steer.model.record import replacing
 from steer.model.sliders import Sliders, as_edit, as_slider
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.module_edits import ModuleEdit, module_edits
@@ -43,7 +44,7 @@ _Act = Callable[[Float[Tensor, "batch new d"]], Float[Tensor, "batch new d"]]
 
 def plain_hooks(sliders: Sliders, what: Steers, reply_start: ReplyStart = None) -> list[tuple[str, ModuleHook]]:
     """See `SteeredModel.hooks`."""
-    return [(name, _module_hook(act)) for name, act in _acts(sliders, what, reply_start)]
+    return [(name, replacing(act)) for name, act in _acts(sliders, what, reply_start)]
 
 
 def lens_hooks(sliders: Sliders, what: Steers, bridge: Any = None, reply_start: ReplyStart = None) -> LensHooks:
@@ -107,13 +108,6 @@ def _act(program: ModuleEdit, text: ForwardContext) -> _Act:
         return program.apply(h, text)
 
     return act
-
-
-def _module_hook(act: _Act) -> ModuleHook:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return (act(output[0]), *output[1:]) if isinstance(output, tuple) else act(output)
-
-    return hook
 
 
 def _lens_hook(act: _Act) -> Callable[..., Tensor]:

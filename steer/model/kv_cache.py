@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -143,17 +143,14 @@ class PrefixCache:
         """Drop everything, so that the whole chat is read again before the next token."""
         self.ids, self._cache = [], None
 
-    def recall(self, text: Sequence[int], make: Callable[[], Cache]) -> tuple[Cache, list[int]]:
-        """The cache, cut to the beginning that it shares with `text`, and the tokens still to be read, at least one.
-
-        `make` makes an empty cache.
-        """
+    def recall(self, text: Sequence[int], config: PretrainedConfig) -> tuple[Cache, list[int]]:
+        """The cache, cut to the beginning that it shares with `text`, and the tokens still to be read, at least one."""
         same = 0
         while same < min(len(self.ids), len(text) - 1) and self.ids[same] == text[same]:
             same += 1
         cache = self._cache
         if cache is None or not same or not _cut(cache, len(self.ids), same):
-            cache, same = make(), 0
+            cache, same = growing_cache(config), 0
         self._cache, self.ids = cache, list(text[:same])
         return cache, list(text[same:])
 

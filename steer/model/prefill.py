@@ -22,6 +22,8 @@ from transformers.cache_utils import Cache
 from steer.model.kv_cache import GrowingLayer, Piece, branched, growing_cache
 from steer.model.loaded import LoadedModel
 from steer.model.steering.low_rank import ForwardContext
+from steer.model.steering.receipts import Tally
+from steer.model.tokens import padded
 
 PASS = 64
 """The cost of a pass, in tokens: a pass over few tokens takes as long as one over this many more, since every weight is
@@ -63,10 +65,8 @@ def prefill(
         heads, sources, tail = _heads(texts, [min(p, len(t)) - 1 for p, t in zip(prompts, texts, strict=True)], rows)
         if any(heads):
             cache, fed = _begun(model, texts, heads, sources, prompts, which), tail
-    mask = _mask(texts, max(map(len, texts)), model.device)
-    ids = [[*t[-fed:]] for t in texts]
-    # Padded with the first token of the text, which the embedding is sure to have.
-    padded = torch.tensor([[i[0]] * (fed - len(i)) + i for i in ids], device=model.device)
+    ids, mask = padded(texts, left=True, device=model.device)
+    ids = ids[:, -fed:]
     row = torch.tensor(rows, device=model.device) if which is not None else None
     starts = torch.tensor([[p] for p in prompts], device=model.device)
     step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
@@ -74,7 +74,7 @@ def prefill(
     spread = Spread.of(model, texts, cache) if which is not None else None
     with spread.narrowed(cache) if spread is not None else nullcontext():
         hidden = [
-            decoder_pass(model, padded[:, i : i + step], mask[:, : before + i + step], cache, row, starts, spread)
+            decoder_pass(model, ids[:, i : i + step], mask[:, : before + i + step], cache, row, starts, spread)
             for i in range(0, fed, step)
         ]
     return Prefill(cache, mask, torch.cat(hidden, dim=1))
@@ -143,23 +143,19 @@ def decoder_pass(
     row: Int[Tensor, " rows"] | None,
     starts: Int[Tensor, "rows 1"],
     spread: Spread | None = None,
+    tally: Tally | None = None,
 ) -> Float[Tensor, "rows new d"]:
     """Run the decoder over new tokens, add them to the cache and return the input of the LM head.
 
     `row`: as `ForwardContext.row`. `starts`: how many tokens of each text come before its reply. `spread`: how
-    the cache is narrowed, inside of `Spread.narrowed`.
+    the cache is narrowed, inside of `Spread.narrowed`. `tally`: records what the sliders do.
     """
     decoder = model.hf.get_submodule(model.anatomy.decoder_module)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    steering = model.steering
-    with steering.lock:
-        index = positions - starts + 1 if steering.timed else None
+    with model.steering.lock:
+        positions, context = described(model, mask, ids.shape[1], row, starts, tally)
         if spread is not None:
             ids, mask, positions = ids[spread.kept], mask[spread.kept], positions[spread.kept]
-        with (
-            steering.passing(ForwardContext(row, index)),
-            spread.widened(model) if spread is not None else nullcontext(),
-        ):
+        with model.steering.passing(context), spread.widened(model) if spread is not None else nullcontext():
             return decoder(
                 input_ids=ids,
                 attention_mask=None if bool(mask.all()) else mask,
@@ -167,6 +163,22 @@ def decoder_pass(
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+
+
+def described(
+    model: LoadedModel,
+    mask: Int[Tensor, "rows seq"],
+    new: int,
+    row: Int[Tensor, " rows"] | None,
+    starts: Int[Tensor, "rows 1"],
+    tally: Tally | None = None,
+) -> tuple[Int[Tensor, "rows new"], ForwardContext]:
+    """The positions of the last `new` tokens of texts, and what hooks need to know of a pass over them."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
+    valid = mask[:, -new:].bool() if tally is not None else None
+    valid = None if valid is None or bool(valid.all()) else valid
+    index = positions - starts + 1 if model.steering.timed else None
+    return positions, ForwardContext(row, index, valid=valid, tally=tally)
 
 
 def _begun(
@@ -200,11 +212,6 @@ def _begun(
 def _only_growing(cache: Cache) -> bool:
     """Whether every block keeps its keys and values in a GrowingLayer, whose rows can be taken apart."""
     return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
-
-
-def _mask(texts: Sequence[Sequence[int]], width: int, device: Any) -> Int[Tensor, "rows width"]:
-    lengths = torch.tensor([len(t) for t in texts], device=device)
-    return (torch.arange(width, device=device) >= width - lengths[:, None]).long()
 
 
 def _heads(

@@ -41,7 +41,7 @@ def sliders_in(model: Checkpoint, profile: Profile) -> list[tuple[Slider, Profil
             while label in names:
                 label = f"{base} ({(number := number + 1)})"
             names.add(label)
-            slider = Slider(found.target, operation, _when(library, profile, entry), label)
+            slider = Slider(found.target, operation, when=_when(library, profile, entry), label=label)
             slider.check(entry.amount)
         out.append((slider, entry))
     return out

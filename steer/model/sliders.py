@@ -17,7 +17,6 @@ from steer.checkpoint.library import Library
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.slider import Slider
 from steer.errors import UnknownNameError
 from steer.model.fit_check import warn_of_poor_fits
@@ -160,21 +159,17 @@ class Sliders(Amounts):
         Added vectors are summed as vectors, so that opposite sliders cancel. The shares of the other operations, for a
         token of neutral chat (`core.intervention.share_of`), are added to that.
         """
-        total, added = 0.0, None
-        for name, amount in self._amounts.items():
-            slider = self._known[name]
-            if slider.site != site or slider.is_neutral(amount):
+        total, added = 0.0, torch.zeros(1, dtype=torch.float64)
+        for slider in self.moves():
+            share = slider.share()
+            if slider.site != site or not slider.acts or math.isnan(share):
                 continue
-            share = slider.share(amount)
-            if math.isnan(share):
-                continue
-            if slider.operation != "add":
+            if slider.reads:
                 total += share
-                continue
-            d = slider.target if isinstance(slider.target, Direction) else slider.target.direction
-            vector = math.copysign(share, amount * d.gap) * d.vector.double()
-            added = vector if added is None else added + vector
-        return total + (0.0 if added is None else float(torch.linalg.vector_norm(added)))
+            else:
+                d = slider.target if isinstance(slider.target, Direction) else slider.target.direction
+                added = added + math.copysign(share, slider.amount * d.gap) * d.vector.double()
+        return total + float(torch.linalg.vector_norm(added))
 
     def warnings(self) -> list[str]:
         """One line for every site whose sliders together move the residual stream too far, by `BUDGET` or more."""
@@ -207,7 +202,7 @@ class Sliders(Amounts):
         """Redo the change that was undone last. False when there is none."""
         return self._step(self._future, self._past)
 
-    def moves(self) -> list[Intervention]:
+    def moves(self) -> list[Slider]:
         """The intervention of every slider that was set, neutral ones included."""
         return [self._known[n].at(a) for n, a in self._amounts.items()]
 
@@ -221,7 +216,7 @@ class Sliders(Amounts):
     def _change(self, amounts: dict[str, float], known: Sequence[Slider] = ()) -> None:
         before, known_before = self._state(), self._known
         for slider in known:
-            self._model.steering.check(_probe(slider))
+            self._model.steering.check(Edit(moves=(slider,)))
         self._known = known_before | {slider.name: slider for slider in known}
         try:
             self._apply(amounts)
@@ -246,11 +241,8 @@ class Sliders(Amounts):
         return {name: (self._known[name], amount) for name, amount in self._amounts.items()}
 
     def _apply(self, amounts: dict[str, float]) -> None:
-        edit = Edit.of([self._known[n].at(a) for n, a in amounts.items()])
         # Checked before anything is stored: only an edit that the model accepts is.
-        if edit is not None:
-            self._model.steering.check(edit)
-            warn_of_poor_fits(self._model, edit)
+        edit = as_edit(self._model, [(self._known[n], a) for n, a in amounts.items()])
         before = self._amounts, self._current
         try:
             self._amounts, self._current = amounts, edit
@@ -270,15 +262,8 @@ def as_slider(sliders: Sliders, key: Direction | Feature | Slider | str) -> Slid
 
 def as_edit(model: LoadedModel, sliders: list[tuple[Slider, float]]) -> Edit | None:
     """Amounts of sliders as one Edit that fits the model. Errors: UsageError, MismatchError."""
-    edit = Edit.of([slider.at(slider.check(amount)) for slider, amount in sliders])
+    edit = Edit.of([slider.at(amount) for slider, amount in sliders])
     if edit is not None:
         model.steering.check(edit)
         warn_of_poor_fits(model, edit)
     return edit
-
-
-def _probe(slider: Slider) -> Edit:
-    """An edit that moves nothing, to check that the slider fits a model."""
-    if slider.when.gate is not None:
-        return Edit(moves=(Intervention(slider.target, "add", 0.0, slider.when),))
-    return Edit(moves=(Intervention(slider.target, "add", 0.0),))

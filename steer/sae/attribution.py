@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steer.core.dictionary import Dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
+from steer.core.slider import Slider
 from steer.measure.contrast import Reply
 from steer.model.forward import changed_output, chunks, hidden_states, logits
 from steer.model.loaded import Message, as_messages
@@ -161,7 +161,7 @@ def output_scores(
     if not features or not chats:
         return [0.0 for _ in features]
     top_ids = lens_topk(model, torch.stack([f.direction.vector for f in features]), OWN_TOKENS)[0][1]
-    edits = [Edit(moves=(Intervention(f, "add", 1.0),)) for f in features]
+    edits = [Edit(moves=(Slider(f, "add", 1.0),)) for f in features]
     base = torch.cat(
         [_next_logprobs(model, chats[i : i + batch], [None] * len(chats[i : i + batch]))
          for i in range(0, len(chats), batch)]

@@ -10,8 +10,8 @@ from slow_steering import close_directions, share_at
 
 from steer.core.direction import Direction
 from steer.core.edit import MAX_JOINT_DIRECTIONS, Edit
-from steer.core.intervention import Intervention
 from steer.core.schedule import ALWAYS, Gate, Schedule
+from steer.core.slider import Intervention
 from steer.errors import UsageError
 
 D = close_directions()

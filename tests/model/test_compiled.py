@@ -49,8 +49,8 @@ def sliders(make_direction):
         Slider(two, "ablate"),
         Slider(one, "clamp", label="one:clamp"),
         Slider(two, "cap", label="two:cap"),
-        Slider(make_direction("late", site=2, seed=6), "add", timed),
-        Slider(make_direction("gated", site=2, seed=7), "scale", Schedule(gate=Gate(two, above=0.0))),
+        Slider(make_direction("late", site=2, seed=6), "add", when=timed),
+        Slider(make_direction("gated", site=2, seed=7), "scale", when=Schedule(gate=Gate(two, above=0.0))),
     ]
 
 

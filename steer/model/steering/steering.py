@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from steer.checkpoint.anatomy import Anatomy
 from steer.core.edit import Edit
 from steer.errors import UnsupportedError
+from steer.model.record import replacing
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.module_edits import ModuleEdit, Rows, module_edits
 from steer.model.steering.norm_preserving import NormPreservingHooks, WriterHook, keeping
@@ -67,7 +68,10 @@ class Steering:
         """What the hooks read: the `programs` of `_now`."""
         self._known: dict[Rows, _Applied] = {}
         self._handles: dict[object, RemovableHandle] = {}
-        self._clock = Clock(model, self)
+        self._described = False
+        """Whether `passing` describes the forward pass that is being made."""
+        self._prompt: Tensor | int = 0
+        """The length of the prompts, in passes that are not described."""
         self._gains: dict[str, Tensor] = {}
         self._norm_preserving = NormPreservingHooks(model, anatomy, self.gain, lambda: self.text)
 
@@ -131,10 +135,10 @@ class Steering:
         """
         before = self.text
         try:
-            self.text, self._clock.told = text, True
+            self.text, self._described = text, True
             yield
         finally:
-            self.text, self._clock.told = before, False
+            self.text, self._described = before, False
 
     def work_out(self, edit: Edit) -> None:
         """Compute and cache what applying `edit` needs. Errors: as `set`, and whatever else applying it would raise."""
@@ -224,7 +228,8 @@ class Steering:
         }
         wanted |= {hook: hook.register for hook in to.writers}
         if any(p.timed for p in to.programs.values()):
-            wanted[self._clock] = self._clock.register
+            base: Any = getattr(self.model, "base_model", self.model)
+            wanted["clock"] = partial(base.register_forward_pre_hook, self._count, with_kwargs=True)
         for key, register in wanted.items():
             if key not in self._handles:
                 self._handles[key] = register()
@@ -234,51 +239,26 @@ class Steering:
             del self._handles[key]
 
     def _register(self, name: str, module: nn.Module) -> RemovableHandle:
-        # Runs before all other hooks, so that a hook that reads the module sees the steered output.
-        return module.register_forward_hook(self._hook(name), prepend=True)
-
-    def _hook(self, name: str) -> Callable[..., Any]:
-        def apply(module: nn.Module, args: Any, output: Any) -> Any:
+        def apply(h: Tensor) -> Tensor:
             program = self._programs.get(name)
-            if program is None:
-                return output
-            h = output[0] if isinstance(output, tuple) else output
-            h = program.apply(h, self.text)
-            return (h, *output[1:]) if isinstance(output, tuple) else h
+            return h if program is None else program.apply(h, self.text)
 
-        return apply
+        # Runs before all other hooks, so that a hook that reads the module sees the steered output.
+        return module.register_forward_hook(replacing(apply), prepend=True)
 
+    def _count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Set `ForwardContext.index` in a pass that `passing` does not describe.
 
-class Clock:
-    """Sets `ForwardContext.index` in forward passes that `Steering.passing` does not describe.
-
-    A pass with an empty cache is taken for the prompt, and the passes after it for the reply.
-    """
-
-    def __init__(self, model: nn.Module, steering: Steering) -> None:
-        self.model, self.steering = model, steering
-        self.told = False
-        """Whether `Steering.passing` describes the forward pass that is being made."""
-        self._prompt: Tensor | int = 0
-
-    def register(self) -> RemovableHandle:
-        """Put its hook on the model."""
-        base: Any = getattr(self.model, "base_model", self.model)
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self.told:
-                self.steering.text.index = self._index(args, kwargs)
-
-        return base.register_forward_pre_hook(before, with_kwargs=True)
-
-    def _index(self, args: Any, kwargs: Any) -> Tensor:
+        A pass with an empty cache is taken for the prompt, and the passes after it for the reply.
+        """
+        if self._described:
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        assert isinstance(ids, Tensor)
+        ids = kwargs["inputs_embeds"] if ids is None else ids
         cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
         seen = int(cache.get_seq_length()) if cache is not None else 0
         if positions is None:
             positions = seen + torch.arange(ids.shape[1], device=ids.device)[None]
         if seen == 0:
             self._prompt = positions[:, -1:] + 1
-        return positions - self._prompt + 1
+        self.text.index = positions - self._prompt + 1
