@@ -160,13 +160,6 @@ class RemoteSliders(Amounts):
         """Redo the last change that was undone. Return False if there is none."""
         return self._step(self._future, self._past)
 
-    def __setitem__(self, name: str, amount: float) -> None:
-        self._change(self._amounts | {name: self.slider(name).check(amount)})
-
-    def __delitem__(self, name: str) -> None:
-        self._set(name)
-        self._change({n: a for n, a in self._amounts.items() if n != name})
-
     def _change(self, amounts: dict[str, float]) -> None:
         if amounts != self._amounts:
             self._past = [*self._past[1 - _STEPS :], self._amounts]

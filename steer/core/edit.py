@@ -135,12 +135,13 @@ class Edit:
         return out
 
     def with_adds_as_directions(self) -> Edit:
-        """The same edit with a direction in place of each feature that is added to every token."""
-        features = [m for m in self.others if m.constant and m.acts]
-        if not features:
+        """The same edit with a direction in place of each feature that is added to every token, and without moves that
+        have no effect."""
+        acting = [m for m in self.others if m.acts]
+        features = [(m.target.direction, m.amount) for m in acting if m.constant and isinstance(m.target, Feature)]
+        rest, add = [m for m in acting if not m.constant], (*self.add, *features)
+        if len(rest) == len(self.others) or not (self.ablate or add or rest):
             return self
-        add = (*self.add, *((m.target.direction, m.amount) for m in features if isinstance(m.target, Feature)))
-        rest = [m for m in self.others if not m.constant]
         return Edit(self.ablate, self.strength, self.blocks, add, rest, self.method, self.strengths)
 
     def as_moves(self) -> tuple[Slider, ...]:

@@ -20,9 +20,7 @@ from steer.core.small_files import read_yaml, shown, stamp
 from steer.errors import SteerError, UsageError
 
 Operation = Literal["add", "ablate", "clamp", "cap", "scale"]
-"""The operations on the value that is read: a direction's projection, or a feature's activations, in amounts. `add`
-adds the amount. `ablate` removes that share of the value. `clamp` sets it to the amount. `cap` limits it to at most the
-amount. `scale` multiplies its distance from the value without the trait by the amount."""
+"""What is done to a direction's projection or a feature's activations; see `Slider`."""
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 

@@ -1,6 +1,6 @@
 """Forward hooks: reading the residual stream after each block, and replacing what a module puts out.
 
-Activations are read with `reading`: by `LoadedModel.record`, `forward.read_residuals`, `batch.generate`, token
+Activations are read with `reading`: by `LoadedModel.record`, `forward.read_residuals`, `decode.generate`, token
 readouts. Whatever changes an output, sliders included, does it with `replacing`.
 """
 

@@ -1,6 +1,6 @@
 """Drawing the next token of each row from its logits: penalties, DRY, temperature, truncation, XTC.
 
-The decode loops (`decode.py`, `batch.py`, the server) keep a `Draw` per text and call `choose` at every step. What each
+The decode loops (`decode.py`, the server) keep a `Draw` per text and call `choose` at every step. What each
 stage does is set by a `Sampler`.
 """
 
@@ -35,9 +35,8 @@ class Repeats:
     """
 
     def __init__(self, text: Sequence[int], breakers: frozenset[int], reach: int = 0) -> None:
-        self.breakers = breakers
-        self.reach = reach
-        """How many of the last tokens are searched for repeats; 0 means all."""
+        """`reach`: how many of the last tokens are searched for repeats; 0 means all."""
+        self.breakers, self.reach = breakers, reach
         self.text = np.asarray(text, dtype=np.int64)
         since_breaker = next((i for i, t in enumerate(reversed(text)) if t in breakers), len(text))
         # The z-function of the reversed text, read backwards.
@@ -45,7 +44,6 @@ class Repeats:
         self.lengths = np.minimum(lengths, since_breaker)
 
     def append(self, token: int) -> None:
-        """Add the text's next token."""
         same = (self.text == token) & (token not in self.breakers)
         self.lengths = same * np.insert(self.lengths + 1, 0, 1)
         self.text = np.append(self.text, token)

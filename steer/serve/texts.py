@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from steer.model.detokenise import Detokeniser
+from steer.model.tokens import Detokeniser
 from steer.serve.engine import Token
 
 _BYTES = {c: b for b, c in bytes_to_unicode().items()}

@@ -15,8 +15,7 @@ from steer.core.method import Method
 from steer.core.sampler import Sampler
 from steer.core.schedule import Gate, Schedule
 from steer.core.slider import Slider
-from steer.model.batch import generate
-from steer.model.decode import decode
+from steer.model.decode import decode, generate
 from steer.model.steered import SteeredModel, load
 
 PROMPT = [1, 9, 20, 31, 12, 40]

@@ -26,8 +26,7 @@ from steer.core.feature import Feature
 from steer.core.sampler import Sampler
 from steer.core.slider import Intervention, Slider
 from steer.errors import CheckpointError, MismatchError, SkippedWarning, UsageError
-from steer.model.batch import generate
-from steer.model.decode import decode
+from steer.model.decode import decode, generate
 from steer.model.fit_check import FitWarning, check_fit
 from steer.model.sliders import BUDGET
 from steer.model.steered import SteeredModel, load

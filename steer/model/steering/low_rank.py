@@ -61,9 +61,9 @@ class PerRowTensor:
         self._ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._last: tuple[Any, Tensor, Tensor] | None = None
 
-    def at(self, text: ForwardContext, like: Tensor, dtype: torch.dtype) -> Float[Tensor, "batch new n"]:
-        """The entry of each text of a pass, or of each token if packed, in `dtype` and on the device of `like`."""
-        ready = self.ready(like.device, dtype)
+    def at(self, text: ForwardContext, like: Tensor) -> Float[Tensor, "batch new n"]:
+        """The entry of each text of a pass, or of each token if packed, in the dtype and on the device of `like`."""
+        ready = self.ready(like)
         if text.row is None or ready.shape[0] == 1:
             return ready
         # Cached, since the rows of a batch stay the same from token to token.
@@ -71,13 +71,13 @@ class PerRowTensor:
             self._last = (text.row, ready, text.of_rows(ready))
         return self._last[2]
 
-    def ready(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """All entries, on a device and in a dtype. The copy is cached."""
-        ready = self._ready.get((device, dtype))
+    def ready(self, like: Tensor) -> Tensor:
+        """All entries, in the dtype and on the device of `like`. The copy is cached."""
+        ready = self._ready.get((like.device, like.dtype))
         if ready is None:
             # Outside of inference mode, since passes that need gradients use the same copy.
             with torch.inference_mode(False):
-                ready = self._ready[device, dtype] = self.data.to(device, dtype)
+                ready = self._ready[like.device, like.dtype] = self.data.to(like)
         return ready
 
 
@@ -104,7 +104,7 @@ class ReplyWindow:
             if index is text.index and row is text.row and (share.dtype, share.device) == (like.dtype, like.device):
                 return share
         i = text.index.to(like.device, like.dtype)[..., None]
-        start, end, ramp = (t.at(text, like, like.dtype) for t in (self.start, self.end, self.ramp))
+        start, end, ramp = (t.at(text, like) for t in (self.start, self.end, self.ramp))
         share = ((i - start + 1) / ramp).clamp(0, 1) * (i < end)
         self._last = (text.index, text.row, share)
         return share
@@ -302,9 +302,9 @@ class LowRankEdit:
         if self.spread is not None:
             # Only the columns that act are set together; the projections of the others may change.
             assert share is not None
-            acting = self._used.at(text, change, change.dtype) * (share > 0)
+            acting = self._used.at(text, change) * (share > 0)
             subset = sum(acting[..., j].long() << j for j in range(change.shape[-1]))
-            change = (self.spread.ready(change.device, change.dtype)[subset] @ change[..., None])[..., 0]
+            change = (self.spread.ready(change)[subset] @ change[..., None])[..., 0]
         return torch.addcmul(onto, change, n.write) if self.columns == 1 else onto + change @ n.write[0]
 
     def _token(
@@ -331,27 +331,26 @@ class LowRankEdit:
         """How far projections move in the residual stream that move by `change` in `x`, which a norm may follow."""
         if self.normed is None:
             return change
-        return change * self.normed.ready(change.device, change.dtype) / x.square().mean(-1, keepdim=True).sqrt()
+        return change * self.normed.ready(change) / x.square().mean(-1, keepdim=True).sqrt()
 
     def _numbers(self, text: ForwardContext, like: Tensor) -> _Numbers:
         """The tensors for a pass, in the dtype and on the device of `like`, cached for the passes after it."""
-        dtype, device = like.dtype, like.device
-        alpha, beta = self.alpha.at(text, like, dtype), self.beta.at(text, like, dtype)
-        read = None if self.read is None else self.read.ready(device, dtype)
+        alpha, beta = self.alpha.at(text, like), self.beta.at(text, like)
+        read = None if self.read is None else self.read.ready(like)
         single = None
         # Not for packed texts: with one row per token these products would be as long as the texts, and would have to
         # be computed again at every pass.
         if read is not None and alpha.shape[1] == 1 and self.columns == 1:
             single = alpha * read[:, 0], beta if bool(self.beta.data.any()) else None
         token = None  # nor in fp16, where the square of a norm of 256 is infinite
-        if single is not None and self.short and len(alpha) == 1 and device.type == "cpu" and dtype != torch.float16:
+        if single is not None and self.short and len(alpha) == 1 and like.is_cpu and like.dtype != torch.float16:
             limit = math.inf if self.limits is None else float(self.limits.data) ** 2
             token = single[0].reshape(-1).contiguous(), single[1], limit
         self._last = _Numbers(
-            text.row, dtype, device, alpha, beta,
-            None if self.upper is None else self.upper.at(text, like, dtype),
-            None if self.limits is None else self.limits.ready(device, dtype),
-            read, single, token, self.write.ready(device, dtype),
+            text.row, like.dtype, like.device, alpha, beta,
+            None if self.upper is None else self.upper.at(text, like),
+            None if self.limits is None else self.limits.ready(like),
+            read, single, token, self.write.ready(like),
         )  # fmt: skip
         return self._last
 
@@ -359,8 +358,8 @@ class LowRankEdit:
         """The share of each column that acts on each token, from windows and gates; there is at least one of either."""
         share = None if self.window is None else self.window.share(text, x)
         for key, table in self._masks.items():
-            mask = table.ready(x.device, x.dtype)
-            is_open = 1 - mask + mask * text.gates[key].to(x.device, x.dtype)
+            mask = table.ready(x)
+            is_open = 1 - mask + mask * text.gates[key].to(x)
             share = is_open if share is None else share * is_open
         assert share is not None
         return share

@@ -66,9 +66,9 @@ class ModuleEdit:
         for gate in self.gates:
             text.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
         if not self.added and not self.set:
-            return h if self.shift is None else h + self.shift.at(text, h, h.dtype)
+            return h if self.shift is None else h + self.shift.at(text, h)
         x = h if h.dtype == torch.float64 else h.float()
-        out = x if self.shift is None else x + self.shift.at(text, x, x.dtype)
+        out = x if self.shift is None else x + self.shift.at(text, x)
         for columns in self.added:
             out = columns.moved(x, out, text, self.writes_to)
         x = out
@@ -243,8 +243,9 @@ def _joint(moves: _Moves, rows: int, gain: Float[Tensor, " d"] | None) -> LowRan
     `rows`: how many edits are applied. `gain`: of the RMSNorm between the module and the residual stream, where there
     is one; before it, direction `r` is read and written along `gain * r` (see `checkpoint.ablation`).
     """
-    terms, directions = _terms(moves)
-    r, lengths = torch.stack([d.vector.double() for d in directions if isinstance(d, Direction)]), None
+    terms, read = _terms(moves)
+    directions = [d for d in read if isinstance(d, Direction)]
+    r, lengths = torch.stack([d.vector.double() for d in directions]), None
     if gain is not None:
         r = r * gain
         lengths = r.norm(dim=-1)
@@ -259,7 +260,7 @@ def _joint(moves: _Moves, rows: int, gain: Float[Tensor, " d"] | None) -> LowRan
     return LowRankEdit(
         rows, terms, PerRowTensor(write[None]), PerRowTensor(r.T), spread=spread,
         # Ablation edits the outputs of writers, where no token has an outlying norm.
-        limits=None if moves[0][1].ablates else _limits([d.residual_norm for d in directions]),  # type: ignore[union-attr]
+        limits=None if moves[0][1].ablates else _limits([d.residual_norm for d in directions]),
         normed=None if lengths is None else PerRowTensor(lengths[None, None]),
     )  # fmt: skip
 

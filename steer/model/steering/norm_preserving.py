@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,62 +30,24 @@ from steer.checkpoint.anatomy import Anatomy, LiveWriter
 from steer.model.steering.low_rank import ForwardContext, PerRowTensor
 from steer.model.steering.module_edits import Gain, Rows
 
-
-@dataclass(frozen=True, eq=False)
-class WriterHook:
-    """One hook of one writer; `register` puts it on the model."""
-
-    module: nn.Module
-    hook: Callable[..., Any]
-    before: bool
-    """Whether it runs before the module, on its input; else after it, on its output."""
-
-    def register(self) -> RemovableHandle:
-        """Put the hook on the model."""
-        if self.before:
-            return self.module.register_forward_pre_hook(self.hook)
-        return self.module.register_forward_hook(self.hook, prepend=True)
+WriterHook = Callable[[], RemovableHandle]
+"""Puts one hook of one writer on the model."""
 
 
-class NormPreservingHooks:
-    """Makes the hooks for rows whose edits preserve norms; other rows of a batch pass through them unchanged."""
+def obstacle(model: nn.Module, anatomy: Anatomy) -> str | None:
+    """Why norm-preserving ablations cannot run on this model; None where they can.
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, gain: Gain, text: Callable[[], ForwardContext]) -> None:
-        self.model, self.anatomy, self._gain, self._text = model, anatomy, gain, text
-
-    @property
-    def cannot(self) -> str | None:
-        """Why norm-preserving ablations cannot run on this model; None where they can.
-
-        They scale the columns of every writer, so each has to be an unquantised matrix in memory.
-        """
-        for writer, module in _writers(self.model, self.anatomy):
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
-                return (
-                    f"{self.anatomy.where}: a norm-preserving ablation scales the columns of {writer.module}, expected "
-                    f"a matrix in memory that is not quantised, found {type(module).__name__} without one; bake it, or "
-                    "take another method"
-                )
-        return None
-
-    def hooks(self, rows: Rows) -> tuple[WriterHook, ...]:
-        """The hooks for rows that `keeping` returned."""
-        edits = list(dict.fromkeys(rows))
-        table = torch.tensor([edits.index(e) for e in rows])
-        ablations = [None if e is None else Ablation(e, self._gain) for e in edits]
-
-        def text(device: torch.device) -> ForwardContext:
-            """The pass, with the entry in the tables of each text in place of its row."""
-            now, entry = self._text(), table.to(device)
-            return replace(now, row=entry if now.row is None else entry[now.row.to(device)])
-
-        hooks: list[WriterHook] = []
-        for writer, module in _writers(self.model, self.anatomy) if any(edits) else ():
-            if any(a is not None and a.strength(writer) for a in ablations):
-                tables = _WriterTables.of(writer, module, ablations, _axis(self.anatomy, writer))
-                hooks += _hooks(tables, module, text)
-        return tuple(hooks)
+    They scale the columns of every writer, so each has to be an unquantised matrix in memory.
+    """
+    for writer, module in _writers(model, anatomy):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
+            return (
+                f"{anatomy.where}: a norm-preserving ablation scales the columns of {writer.module}, expected "
+                f"a matrix in memory that is not quantised, found {type(module).__name__} without one; bake it, or "
+                "take another method"
+            )
+    return None
 
 
 def keeping(rows: Rows) -> Rows:
@@ -92,22 +55,48 @@ def keeping(rows: Rows) -> Rows:
     return tuple(e if e is not None and e.ablate and e.method.norm_preserving else None for e in rows)
 
 
+def writer_hooks(
+    rows: Rows, model: nn.Module, anatomy: Anatomy, gain: Gain, text: Callable[[], ForwardContext]
+) -> tuple[WriterHook, ...]:
+    """The hooks for rows that `keeping` returned; rows without an edit pass through them unchanged.
+
+    `text`: returns the forward pass that is being made.
+    """
+    edits = list(dict.fromkeys(rows))
+    entries = torch.tensor([edits.index(e) for e in rows])
+    ablations = [None if e is None else Ablation(e, gain) for e in edits]
+
+    def entry_of(device: torch.device) -> ForwardContext:
+        """The pass, with each text's entry in the tables in place of its row."""
+        now, entry = text(), entries.to(device)
+        return replace(now, row=entry if now.row is None else entry[now.row.to(device)])
+
+    out: list[WriterHook] = []
+    for writer, module in _writers(model, anatomy) if any(edits) else ():
+        if any(a is not None and a.strength(writer) for a in ablations):
+            axes = {"embedding": 1, "attention": anatomy.layout.attention.axis, "mlp": anatomy.layout.mlp[-1][0].axis}
+            tables = _WriterTables.of(writer, module, ablations, axes[writer.kind])
+            out += _hooks(tables, module, entry_of)
+    return tuple(out)
+
+
 def _hooks(
-    tables: _WriterTables, module: nn.Module, text: Callable[[torch.device], ForwardContext]
-) -> list[WriterHook]:
+    tables: _WriterTables, module: nn.Module, entry_of: Callable[[torch.device], ForwardContext]
+) -> Iterator[WriterHook]:
     inside: list[Tensor] = []
 
     def before(_: nn.Module, args: Any) -> Any:
         inside[:] = [tables.inside(args[0])]
-        return (tables.scaled(args[0], text(args[0].device)), *args[1:])
+        return (tables.scaled(args[0], entry_of(args[0].device)), *args[1:])
 
     def behind(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         if tables.cast is None:
-            return tables.row(output, text(output.device))
-        return tables.written(output, inside.pop(), text(output.device))
+            return tables.row(output, entry_of(output.device))
+        return tables.written(output, inside.pop(), entry_of(output.device))
 
-    after = WriterHook(module, behind, before=False)
-    return [after] if tables.cast is None else [WriterHook(module, before, before=True), after]
+    if tables.cast is not None:
+        yield partial(module.register_forward_pre_hook, before)
+    yield partial(module.register_forward_hook, behind, prepend=True)
 
 
 @dataclass(eq=False)
@@ -130,7 +119,7 @@ class _WriterTables:
 
     @classmethod
     def of(cls, writer: LiveWriter, module: nn.Module, ablations: list[Ablation | None], axis: int) -> _WriterTables:
-        """The tables for a writer that these ablations edit. `axis`: as `_axis`."""
+        """The tables of a writer. `axis`: of its weight, the one that faces the residual stream."""
         weight: Any = module.weight
         weight, bias, embeds = weight.detach(), getattr(module, "bias", None), writer.kind == "embedding"
         strengths = [0.0 if a is None else a.strength(writer) for a in ablations]
@@ -155,14 +144,16 @@ class _WriterTables:
                 ablate(after, basis, 1, strength, norm_preserving=True)
                 shift[edit, 0] = after[0] - before + basis @ (basis.T @ before)
         cast_all = None if embeds else PerRowTensor(torch.cat(casts).T[None])
-        tables = (PerRowTensor(t) for t in (q[None], used, remaining, scale))
-        return cls(*tables, cast_all, PerRowTensor(shift))
+        return cls(
+            PerRowTensor(q[None]), PerRowTensor(used), PerRowTensor(remaining), PerRowTensor(scale), cast_all,
+            PerRowTensor(shift),
+        )  # fmt: skip
 
     def inside(self, x: Float[Tensor, "batch new in"]) -> Float[Tensor, "batch new k"]:
         """`Q^T W x`: what the original weight writes into the subspaces."""
         assert self.cast is not None
         wide = _wide(x)
-        return wide @ self.cast.ready(x.device, wide.dtype)[0]
+        return wide @ self.cast.ready(wide)[0]
 
     def scaled(self, x: Float[Tensor, "batch new in"], text: ForwardContext) -> Float[Tensor, "batch new in"]:
         """`c * x`: the input of the module in place of `x`."""
@@ -172,14 +163,14 @@ class _WriterTables:
     def written(self, z: Tensor, inside: Tensor, text: ForwardContext) -> Tensor:
         """The edited output, from the output `z` for the scaled input and from `inside` of the original input."""
         wide = _wide(z)
-        q = self.q.ready(z.device, wide.dtype)[0]
+        q = self.q.ready(wide)[0]
         change = _of(self.remaining, text, wide) * inside.to(z.device) - _of(self.used, text, wide) * (wide @ q)
         return (wide + change @ q.T + _of(self.shift, text, wide)).to(z.dtype)
 
     def row(self, e: Float[Tensor, "batch new d"], text: ForwardContext) -> Float[Tensor, "batch new d"]:
         """The edited output of an embedding, from the looked-up rows `e`: each row keeps its length."""
         wide = _wide(e)
-        q = self.q.ready(e.device, wide.dtype)[0]
+        q = self.q.ready(wide)[0]
         inside = _of(self.used, text, wide) * (wide @ q)
         inside_after = _of(self.remaining, text, wide) * inside
         outside = wide - inside @ q.T
@@ -200,15 +191,9 @@ def _writers(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[LiveWriter, n
         yield LiveWriter("embedding", None, path), model.get_submodule(path)
 
 
-def _axis(anatomy: Anatomy, writer: LiveWriter) -> int:
-    """The axis of the writer's weight that faces the residual stream, 0 or 1."""
-    parts = {"embedding": 1, "attention": anatomy.layout.attention.axis, "mlp": anatomy.layout.mlp[-1][0].axis}
-    return parts[writer.kind]
-
-
 def _of(table: PerRowTensor, text: ForwardContext, like: Tensor) -> Tensor:
     """The entry of a table for each text, or for each token if packed."""
-    return text.of_rows(table.ready(like.device, like.dtype))
+    return text.of_rows(table.ready(like))
 
 
 def _wide(x: Tensor) -> Tensor:

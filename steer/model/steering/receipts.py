@@ -88,17 +88,6 @@ class _Text:
     sliders: dict[_Key, _Sum] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def settle(self) -> None:
-        """List the sliders of the passes, and count the tokens of those that add to every token alike."""
-        for edit, tokens in self.read.items():
-            for move in edit.as_moves() if edit is not None else ():
-                total = self.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
-                total.amount = move.amount
-                if move.constant and (share := move.share()):
-                    total.tokens += tokens
-                    total.moved += tokens * share
-        self.read.clear()
-
 
 class Tally:
     """Collects what sliders do to the texts of one generation. A text's number is its row in the first batch.
@@ -131,21 +120,21 @@ class Tally:
             text.read[edit] = text.read.pop(edit, 0) + count  # the latest edit goes last
         self._now = tuple(now)
 
-    def note(self, columns: LowRankEdit, by: Tensor, text: ForwardContext, writes_to: int | None) -> None:
-        """`columns` moved its projections or activations by `by`, `[batch, new, columns]`, in the latest pass.
+    def note(self, columns: LowRankEdit, change: Tensor, text: ForwardContext, writes_to: int | None) -> None:
+        """`columns` moved its projections or activations by `change`, `[batch, new, columns]`, in the latest pass.
 
         `writes_to`: as `ModuleEdit.writes_to`. What is ablated is summed over the writers up to the direction's site.
         """
-        if by.requires_grad:
-            by = by.detach()
+        if change.requires_grad:
+            change = change.detach()
         if writes_to is None:
-            self._pending.append(_Note(columns, columns.terms, by, self._now, text.valid))
+            self._pending.append(_Note(columns, columns.terms, change, self._now, text.valid))
             return
         if writes_to > max(columns.sites):
             return
         if writes_to > min(columns.sites):
-            by = by * by.new_tensor([float(d >= writes_to) for d in columns.sites])
-        self._written.setdefault(columns.account or columns, []).append(by)
+            change = change * change.new_tensor([float(d >= writes_to) for d in columns.sites])
+        self._written.setdefault(columns.account or columns, []).append(change)
         self._valid = text.valid
 
     def _end_pass(self) -> None:
@@ -176,7 +165,14 @@ class Tally:
 
     def _settle(self) -> None:
         for account in self._texts.values():
-            account.settle()
+            for edit, tokens in account.read.items():
+                for move in edit.as_moves() if edit is not None else ():
+                    total = account.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
+                    total.amount = move.amount
+                    if move.constant and (share := move.share()):
+                        total.tokens += tokens
+                        total.moved += tokens * share
+            account.read.clear()
         # Passes of the same shape, such as those that write one token each, are summed up together.
         alike: dict[tuple[object, ...], list[_Note]] = {}
         for note in self._pending:
@@ -235,7 +231,7 @@ def _length(columns: LowRankEdit, chosen: list[int], change: Float[Tensor, "new 
     """How far some of the columns moved each token: the residual stream for latents, the projection for directions."""
     if columns.dictionary is None:
         return change[:, chosen].abs().sum(-1)
-    return (change[:, chosen] @ columns.write.ready(change.device, change.dtype)[0, chosen]).norm(dim=-1)
+    return (change[:, chosen] @ columns.write.ready(change)[0, chosen]).norm(dim=-1)
 
 
 def _norm(move: Slider) -> float:

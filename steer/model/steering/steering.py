@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from steer.errors import UnsupportedError
 from steer.model.record import replacing
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.module_edits import ModuleEdit, Rows, module_edits
-from steer.model.steering.norm_preserving import NormPreservingHooks, WriterHook, keeping
+from steer.model.steering.norm_preserving import WriterHook, keeping, obstacle, writer_hooks
 
 NEUTRAL: Rows = (None,)
 _CACHED_ROWS = 8
@@ -43,6 +43,11 @@ class _Applied:
     """The modules that `programs` edits, by path."""
     writers: tuple[WriterHook, ...]
     """The hooks of norm-preserving ablations."""
+
+    @cached_property
+    def timed(self) -> bool:
+        """Whether an edit depends on the position in the reply."""
+        return any(p.timed for p in self.programs.values())
 
 
 class Steering:
@@ -64,8 +69,6 @@ class Steering:
         self._base = self._now = _Applied(NEUTRAL, {}, {}, ())
         self._overrides: list[list[_Applied]] = []
         """What each `applied` that is open applies, the innermost last; each in a list, as two may apply the same."""
-        self._programs: dict[str, ModuleEdit] = {}
-        """What the hooks read: the `programs` of `_now`."""
         self._known: dict[Rows, _Applied] = {}
         self._handles: dict[object, RemovableHandle] = {}
         self._described = False
@@ -73,7 +76,6 @@ class Steering:
         self._prompt: Tensor | int = 0
         """The length of the prompts, in passes that are not described."""
         self._gains: dict[str, Tensor] = {}
-        self._norm_preserving = NormPreservingHooks(model, anatomy, self.gain, lambda: self.text)
 
     @property
     def rows(self) -> Rows:
@@ -168,21 +170,23 @@ class Steering:
     @property
     def cannot_keep_norms(self) -> str | None:
         """Why a norm-preserving ablation cannot run on this model; None where it can."""
-        return self._norm_preserving.cannot
+        return obstacle(self.model, self.anatomy)
 
     @property
     def timed(self) -> bool:
         """Whether an applied edit depends on the position in the reply, so that passes need `ForwardContext.index`."""
-        return any(p.timed for p in self._programs.values())
+        return self._now.timed
 
     @property
     def untouched_blocks(self) -> int:
         """How many of the first blocks run as without any edit; 0 where no block, or the embedding, is edited."""
-        if self._now.writers or any(p.writes_to == -1 for p in self._programs.values()):  # -1: the embedding is edited
+        if self._now.writers or any(
+            p.writes_to == -1 for p in self._now.programs.values()
+        ):  # -1: the embedding is edited
             return 0
         for block in range(self.anatomy.blocks):
             path = self.anatomy.block_module(block)
-            if any(name == path or name.startswith(f"{path}.") for name in self._programs):
+            if any(name == path or name.startswith(f"{path}.") for name in self._now.programs):
                 return block
         return 0
 
@@ -205,7 +209,9 @@ class Steering:
         modules = {name: self.model.get_submodule(name) for name in programs}
         keep = keeping(rows)
         writers = next((a.writers for a in (self._now, self._base) if keeping(a.rows) == keep), None)
-        new = _Applied(rows, programs, modules, self._norm_preserving.hooks(keep) if writers is None else writers)
+        if writers is None:
+            writers = writer_hooks(keep, self.model, self.anatomy, self.gain, lambda: self.text)
+        new = _Applied(rows, programs, modules, writers)
         if not new.writers:  # their tables are too large: as wide as the writers' inputs, for every edit of a batch
             while len(self._known) >= _CACHED_ROWS:
                 self._known.pop(next(iter(self._known)))
@@ -226,21 +232,21 @@ class Steering:
         wanted: dict[object, Callable[[], RemovableHandle]] = {
             name: partial(self._register, name, module) for name, module in to.modules.items()
         }
-        wanted |= {hook: hook.register for hook in to.writers}
-        if any(p.timed for p in to.programs.values()):
+        wanted |= {hook: hook for hook in to.writers}
+        if to.timed:
             base: Any = getattr(self.model, "base_model", self.model)
             wanted["clock"] = partial(base.register_forward_pre_hook, self._count, with_kwargs=True)
         for key, register in wanted.items():
             if key not in self._handles:
                 self._handles[key] = register()
-        self._programs, self._now = to.programs, to
+        self._now = to
         for key in [k for k in self._handles if k not in wanted]:
             self._handles[key].remove()
             del self._handles[key]
 
     def _register(self, name: str, module: nn.Module) -> RemovableHandle:
         def apply(h: Tensor) -> Tensor:
-            program = self._programs.get(name)
+            program = self._now.programs.get(name)
             return h if program is None else program.apply(h, self.text)
 
         # Runs before all other hooks, so that a hook that reads the module sees the steered output.
