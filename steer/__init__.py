@@ -41,11 +41,10 @@ if TYPE_CHECKING:
     from steer.core.direction import Direction
     from steer.core.edit import Edit
     from steer.core.feature import Feature
-    from steer.core.intervention import Intervention
     from steer.core.profile import Profile
     from steer.core.sampler import PRESETS, Sampler
     from steer.core.schedule import Gate, Schedule
-    from steer.core.slider import Slider
+    from steer.core.slider import Intervention, Slider
     from steer.core.trait import Trait
     from steer.errors import SteerError
     from steer.finding.features import find_features
@@ -70,11 +69,10 @@ _MODULES = {
     "steer.core.direction": ["Direction"],
     "steer.core.edit": ["Edit"],
     "steer.core.feature": ["Feature"],
-    "steer.core.intervention": ["Intervention"],
     "steer.core.profile": ["Profile"],
     "steer.core.sampler": ["PRESETS", "Sampler"],
     "steer.core.schedule": ["Gate", "Schedule"],
-    "steer.core.slider": ["Slider"],
+    "steer.core.slider": ["Intervention", "Slider"],
     "steer.core.trait": ["Trait"],
     "steer.errors": ["SteerError"],
     "steer.finding.features": ["find_features"],

@@ -16,8 +16,8 @@ from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.schedule import Gate, Schedule
+from steer.core.slider import Intervention
 from steer.errors import UsageError
 from steer.model.steered import SteeredModel
 from steer.model.steering.low_rank import ForwardContext

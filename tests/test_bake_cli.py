@@ -23,9 +23,9 @@ from steer.baking.control_vector import FILE
 from steer.baking.forms import bakeable
 from steer.checkpoint.sketch import sketch_files
 from steer.core.direction import Direction
-from steer.core.intervention import Intervention
 from steer.core.method import Kernel
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
+from steer.core.slider import Intervention
 from steer.errors import MismatchError, UsageError
 from steer.measure.neutral_means import neutral_for, neutral_means
 from steer.model.steered import load

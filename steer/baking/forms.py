@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from steer.baking.form import Form
 from steer.checkpoint.anatomy import Anatomy
 from steer.core.direction import Direction
-from steer.core.intervention import Intervention
+from steer.core.slider import Slider
 from steer.errors import UnsupportedError
 
 
@@ -26,10 +26,10 @@ class Verdict:
         return f"{self.slider} ({self.operation}): {'' if self.ok else 'no, '}{self.reason}"
 
 
-def bakeable(moves: Iterable[Intervention], form: Form = "checkpoint", anatomy: Anatomy | None = None) -> list[Verdict]:
+def bakeable(moves: Iterable[Slider], form: Form = "checkpoint", anatomy: Anatomy | None = None) -> list[Verdict]:
     """One verdict for each intervention that has an effect, in their order. Without an anatomy, the limits of an
     architecture are not checked."""
-    moves = [m for m in moves if not m.neutral]
+    moves = [m for m in moves if m.acts]
     shares = {m.amount for m in moves if _ablates(m)}
     return [Verdict(m.name, m.operation, *_verdict(m, form, anatomy, shares)) for m in moves]
 
@@ -45,11 +45,11 @@ def check_bakeable(verdicts: Sequence[Verdict], where: str) -> None:
         )
 
 
-def _ablates(move: Intervention) -> bool:
+def _ablates(move: Slider) -> bool:
     return move.operation == "ablate" and isinstance(move.target, Direction) and move.when.always
 
 
-def _verdict(move: Intervention, form: Form, anatomy: Anatomy | None, shares: set[float]) -> tuple[bool, str]:
+def _verdict(move: Slider, form: Form, anatomy: Anatomy | None, shares: set[float]) -> tuple[bool, str]:
     """(ok, reason) for one intervention. `shares`: the strengths of all ablations of directions in the edit."""
     if not move.when.always:
         return False, "it acts on some tokens only, and weights act on all of them"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -144,8 +144,8 @@ def _constant(edit: Edit) -> Edit:
     """The edit without `moves`. Errors: UnsupportedError if one of them reads the activation, or acts on some tokens
     only."""
     edit = edit.with_adds_as_directions()
-    for move in edit.moves:
-        if move.neutral:
+    for move in edit.others:
+        if not move.acts:
             continue
         found = f"{move.operation} reads the activation" if move.reads else "it acts on some tokens only"
         raise UnsupportedError(
@@ -154,7 +154,7 @@ def _constant(edit: Edit) -> Edit:
         )
     if not edit.ablate and not edit.add:
         raise UsageError("nothing to bake: expected a direction to ablate or an amount to add, found none that moves")
-    return replace(edit, moves=())
+    return edit
 
 
 def head_is_embedding(files: CheckpointFiles, anatomy: Anatomy, found: WriterMap) -> bool:

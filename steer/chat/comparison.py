@@ -28,8 +28,8 @@ from steer.core.profile import Profile
 from steer.errors import SteerError, UsageError
 from steer.files import parse_json
 from steer.model.decode import decode
-from steer.model.detokenise import Detokeniser
 from steer.model.steering.receipts import Tally
+from steer.model.tokens import Detokeniser
 
 Place = Literal["left", "right"]
 Better = Literal["first", "second", "neither"]

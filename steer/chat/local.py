@@ -21,12 +21,12 @@ from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import Sampler
 from steer.errors import UsageError
 from steer.model.decode import decode
-from steer.model.detokenise import Detokeniser
 from steer.model.kv_cache import PrefixCache
 from steer.model.profiles import as_profile, use
 from steer.model.sampling import BAN
 from steer.model.sliders import Sliders
 from steer.model.steering.receipts import Receipt, Tally
+from steer.model.tokens import Detokeniser
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel

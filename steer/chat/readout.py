@@ -24,10 +24,10 @@ from steer.core.feature import Feature
 from steer.core.sampler import Sampler
 from steer.core.slider import Slider
 from steer.errors import SteerError, UsageError
-from steer.model.detokenise import Detokeniser
 from steer.model.profiles import edit_of
 from steer.model.record import reading
 from steer.model.steering.low_rank import ForwardContext, amounts
+from steer.model.tokens import Detokeniser
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel

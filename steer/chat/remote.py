@@ -18,10 +18,9 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from steer.chat.conversation import SettingsSpan
 from steer.chat.writer import PendingReply, ReplyBackend, Task
-from steer.core.intervention import OPERATIONS, Operation, check_amount, neutral_amount
 from steer.core.profile import Profile, ProfileSlider
 from steer.core.sampler import ORDER, TEMPERATURE_LAST, Sampler
-from steer.core.slider import parse_name
+from steer.core.slider import OPERATIONS, Operation, check_amount, neutral_amount, parse_name
 from steer.errors import SteerError, UnknownNameError, UnsupportedError, UsageError
 from steer.files import one_line
 from steer.model.sliders import BUDGET, Amounts

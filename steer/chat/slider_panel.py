@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Literal, cast
 from steer.chat.descriptions import description_of, title_of
 from steer.chat.writer import ReplyBackend
 from steer.core.feature import Feature
-from steer.core.intervention import OPERATIONS, Operation
 from steer.core.schedule import ALWAYS, Schedule
-from steer.core.slider import Slider
+from steer.core.slider import OPERATIONS, Operation, Slider
 from steer.errors import SteerError, UnsupportedError
 from steer.model.sliders import BUDGET
 

@@ -208,7 +208,7 @@ class Anatomy:
     def check_edit(self, edit: Edit) -> None:
         """Raise if the edit does not fit the model: MismatchError on the width, UsageError on a site or block that it
         lacks."""
-        moved: list[Direction | Feature] = [*edit.ablate, *(d for d, _ in edit.add)]
+        moved: list[Direction | Feature] = []
         for m in edit.moves:
             moved += [m.target, m.when.gate.on] if m.when.gate else [m.target]
         for target in moved:

@@ -108,7 +108,7 @@ class Library:
                 f"found {', '.join(known) or 'none'}; make it with: steer find {self.model.name} "
                 f"{base if is_name(base) else 'TRAIT'}"
             )
-        return found if operation is None else Slider(found.target, operation, found.when, name)
+        return found if operation is None else Slider(found.target, operation, when=found.when, label=name)
 
     def _latent(self, site: int, index: int) -> Slider:
         sites = {}

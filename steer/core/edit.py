@@ -1,16 +1,12 @@
-"""An edit of a checkpoint: directions to ablate, constants to add, and interventions that read the activation.
+"""An edit of a checkpoint: sliders at their amounts, and how its ablations are spread over the writers.
 
-Sliders become interventions, and `Edit.of` joins these into one Edit. The live model (`steer.model.steering`) and the
-bakes (`steer.baking`) both apply that same value.
+The live model (`steer.model.steering`) and the bakes (`steer.baking`) both apply that same value.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import chain, repeat
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -18,9 +14,9 @@ from torch import Tensor
 
 from steer.core.direction import Direction
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.method import PLAIN, Kind, Method, Strengths
 from steer.core.schedule import PARALLEL, same_vector
+from steer.core.slider import Slider, rounded
 from steer.errors import UsageError
 
 MAX_JOINT_DIRECTIONS = 10
@@ -28,68 +24,72 @@ MAX_JOINT_DIRECTIONS = 10
 each subset of them is computed beforehand, and there are 2^n subsets."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, init=False)
 class Edit:
-    """One edit of a checkpoint. The bake, and the live hooks that try the edit first, use the same value.
+    """One edit of a checkpoint. The bake, and the live hooks that try the edit first, use the same value. Compared by
+    identity, and not changed once it is made.
 
     Example:
         edit = steer.Edit(ablate=(moral,), strength=0.8)
-        edit = steer.Edit.of([steer.Intervention(moral, "add", -1.5)])
+        edit = steer.Edit.of([steer.Slider(moral, "add", -1.5)])
     """
 
-    ablate: tuple[Direction, ...] = ()
-    """Directions removed from the output of the writers: `y - strength * Q (Q^T y)`, Q an orthonormal basis."""
-    strength: float = 1.0
-    """1 removes the directions; a smaller value leaves a share of `1 - strength`."""
-    blocks: tuple[int, int] | None = None
-    """First and last block whose writers are edited. None: every writer, the embedding included."""
-    add: tuple[tuple[Direction, float], ...] = ()
-    """(direction, amount): adds `amount * gap * r` to the residual stream at the direction's site, as a bias on that
-    block's down projection."""
-    moves: tuple[Intervention, ...] = ()
-    """Interventions that are neither in `ablate` nor in `add`. Weights can hold the ones that always add; the others
-    depend on the activation, or act on some tokens only."""
-    labels: tuple[str | None, ...] = ()
-    """Names in receipts for the entries of `ablate` and then of `add`; None, or a missing entry, means the direction's
-    name."""
-    method: Method = PLAIN
-    """Which part of the directions is spared, and whether norms are preserved, when they are removed."""
-    strengths: Strengths | None = None
-    """Strengths per kind of writer and per block, instead of the one number `strength`."""
+    moves: tuple[Slider, ...]
+    """Everything that the edit does, sliders that have no effect included."""
+    blocks: tuple[int, int] | None
+    method: Method
+    strengths: Strengths | None
 
-    def __post_init__(self) -> None:
-        if not self.ablate and not self.add and not self.moves:
+    def __init__(
+        self,
+        ablate: Sequence[Direction] = (),
+        strength: float = 1.0,
+        blocks: tuple[int, int] | None = None,
+        add: Sequence[tuple[Direction, float]] = (),
+        moves: Sequence[Slider] = (),
+        method: Method = PLAIN,
+        strengths: Strengths | None = None,
+    ) -> None:
+        """Join sliders at their amounts (`moves`) with directions to ablate and to add, which are sliders as well.
+
+        `ablate`: directions removed from the output of the writers: `y - strength * Q (Q^T y)`, Q an orthonormal basis.
+        `strength`: 1 removes the directions; a smaller value leaves a share of `1 - strength`.
+        `blocks`: first and last block whose writers are ablated. None: every writer, the embedding included.
+        `add`: (direction, amount): adds `amount * gap * r` to the residual stream at the direction's site.
+        `method`: which part of the directions is spared, and whether norms are preserved, when they are removed.
+        `strengths`: strengths per kind of writer and per block, instead of the one number `strength`.
+        """
+        if not ablate and not add and not moves:
             raise UsageError("nothing to bake: expected a direction to ablate or an amount to add, found none")
-        if not 0.0 < self.strength <= 1.0:
-            raise UsageError(f"strength: expected a number above 0 and at most 1, found {self.strength}")
-        if self.blocks is not None and not 0 <= self.blocks[0] <= self.blocks[1]:
-            raise UsageError(
-                f"blocks: expected FIRST-LAST with 0 <= FIRST <= LAST, found {self.blocks[0]}-{self.blocks[1]}"
-            )
-        if self.strengths is not None and self.strength != 1.0:
-            raise UsageError(f"strength: expected one number or strengths by kind, found {self.strength} and both")
-        _check_conflicts(self.moves)
-        self._check_number()
+        if not 0.0 < strength <= 1.0:
+            raise UsageError(f"strength: expected a number above 0 and at most 1, found {strength}")
+        if blocks is not None and not 0 <= blocks[0] <= blocks[1]:
+            raise UsageError(f"blocks: expected FIRST-LAST with 0 <= FIRST <= LAST, found {blocks[0]}-{blocks[1]}")
+        if strengths is not None and strength != 1.0:
+            raise UsageError(f"strength: expected one number or strengths by kind, found {strength} and both")
+        ablated = [Slider(d, "ablate", strength) for d in ablate]
+        self.moves = (*ablated, *(Slider(d).at(amount) for d, amount in add), *moves)
+        self.blocks, self.method, self.strengths = blocks, method, strengths
+        ablations = [m for m in self.moves if m.ablates and m.acts]
+        if any(not m.when.always for m in ablations) or len({m.amount for m in ablations}) > 1:
+            ablations = []  # weights cannot hold these
+        self.ablate: tuple[Direction, ...] = tuple(_direction(m) for m in ablations)
+        """The directions that weights can ablate: all of them if they are ablated at one strength on every token."""
+        self.strength = ablations[0].amount if ablations else 1.0
+        constant = [m for m in self.moves if m.constant and isinstance(m.target, Direction)]
+        self.add: tuple[tuple[Direction, float], ...] = tuple((_direction(m), m.amount) for m in constant)
+        """(direction, amount) of what is added to every token, as a bias does."""
+        self.others = tuple(m for m in self.moves if m not in ablations and m not in constant)
+        """The moves that are neither in `ablate` nor in `add`. They are features, or weights cannot hold them."""
+        self._acting = tuple(m for m in self.moves if m.acts and not (self.uneven and m in ablations))
+        _check_conflicts([m for m in moves if m.acts])  # directions in `ablate` may be the same: a basis is taken
+        _check_number(self._acting)
 
     @classmethod
-    def of(cls, moves: Sequence[Intervention]) -> Edit | None:
-        """Join the sliders' interventions into one Edit, with as much as possible in the form that weights can hold.
-        None if nothing moves. The order of the interventions does not matter."""
-        moving = [m for m in moves if not m.neutral]
-        if not moving:
-            return None
-        _check_conflicts(moving)
-        ablated = [m for m in moving if m.operation == "ablate" and isinstance(m.target, Direction)]
-        if any(not m.when.always for m in ablated) or len({m.amount for m in ablated}) > 1:
-            ablated = []  # weights cannot hold these, so they stay in `moves`
-        constant = [m for m in moving if m.constant and isinstance(m.target, Direction)]
-        return cls(
-            ablate=tuple(_direction(m) for m in ablated),
-            strength=ablated[0].amount if ablated else 1.0,
-            add=tuple((_direction(m), m.amount) for m in constant),
-            moves=tuple(m for m in moving if m not in ablated and m not in constant),
-            labels=tuple(m.label for m in (*ablated, *constant)),
-        )
+    def of(cls, moves: Sequence[Slider]) -> Edit | None:
+        """The edit of sliders at their amounts, None if nothing moves. The order of the sliders does not matter."""
+        moving = [m for m in moves if m.acts]
+        return cls(moves=moving) if moving else None
 
     @property
     def embedding(self) -> bool:
@@ -121,13 +121,12 @@ class Edit:
         return orthonormal(torch.stack(vectors, dim=1))
 
     def biases(self) -> dict[int, Float[Tensor, " d"]]:
-        """Site -> the vector that `add` adds there, fp64; several adds at one site are summed. `moves` are not
-        included.
+        """Site -> the vector that is added there to every token, fp64, features included.
 
         Errors: UsageError for a vector that is not finite in fp32.
         """
         out: dict[int, Tensor] = {}
-        for d, amount in self.add:
+        for d, amount in self.with_adds_as_directions().add:
             shift = amount * d.gap * d.vector.double()
             out[d.site] = out[d.site] + shift if d.site in out else shift
         for site, shift in out.items():
@@ -136,25 +135,18 @@ class Edit:
         return out
 
     def with_adds_as_directions(self) -> Edit:
-        """The same edit with each of the `moves` that always adds converted to an entry of `add`, which biases can
-        hold."""
-        constant = [m for m in self.moves if m.constant and not m.neutral]
-        adds = tuple((m.target.direction if isinstance(m.target, Feature) else m.target, m.amount) for m in constant)
-        rest = tuple(m for m in self.moves if not m.constant)
-        return replace(self, add=(*self.add, *adds), moves=rest) if adds else self
+        """The same edit with a direction in place of each feature that is added to every token, and without moves that
+        have no effect."""
+        acting = [m for m in self.others if m.acts]
+        features = [(m.target.direction, m.amount) for m in acting if m.constant and isinstance(m.target, Feature)]
+        rest, add = [m for m in acting if not m.constant], (*self.add, *features)
+        if len(rest) == len(self.others) or not (self.ablate or add or rest):
+            return self
+        return Edit(self.ablate, self.strength, self.blocks, add, rest, self.method, self.strengths)
 
-    def as_moves(self) -> tuple[Intervention, ...]:
-        """The whole edit as interventions; every call returns the same objects. An uneven ablation is left out, because
-        no intervention can express it."""
-        return self._as_moves
-
-    @cached_property
-    def _as_moves(self) -> tuple[Intervention, ...]:
-        labels = chain(self.labels, repeat(None))
-        ablated = [Intervention(d, "ablate", self.strength, label=next(labels)) for d in self.ablate]
-        ablated = [] if self.uneven else ablated
-        added = [Intervention(d, "add", a, label=next(labels)) for d, a in self.add]
-        return tuple(m for m in (*ablated, *added, *self.moves) if not m.neutral)
+    def as_moves(self) -> tuple[Slider, ...]:
+        """The moves that have an effect. An uneven ablation is left out, because no slider can express it."""
+        return self._acting
 
     def describe(self) -> dict[str, object]:
         """A description as JSON values, for certificates and reports."""
@@ -163,7 +155,7 @@ class Edit:
             "strength": self.strength if self.ablate else None,
             "blocks": list(self.blocks) if self.blocks else ("all, embedding included" if self.ablate else None),
             "add": [
-                {"name": d.name, "site": d.site, "amount": a, "share_of_residual_norm": _share(d, a)}
+                {"name": d.name, "site": d.site, "amount": a, "share_of_residual_norm": rounded(d.share(a))}
                 for d, a in self.add
             ],
         }
@@ -171,24 +163,10 @@ class Edit:
             out["method"] = self.method.describe()
         if self.strengths is not None:
             out |= {"strength": None, "strengths": self.strengths.describe()}
-        return out | {"moves": [m.describe() for m in self.moves]} if self.moves else out
-
-    def _check_number(self) -> None:
-        """Raise UsageError if more than `MAX_JOINT_DIRECTIONS` projections are set together while some act at times
-        only."""
-        places: dict[int, list[Intervention]] = {}
-        for move in self.as_moves():
-            if move.reads and isinstance(move.target, Direction):
-                places.setdefault(-1 if move.operation == "ablate" else move.site, []).append(move)
-        for moves in places.values():
-            if len(moves) > MAX_JOINT_DIRECTIONS and not all(m.when.always for m in moves):
-                raise UsageError(
-                    f"sliders {', '.join(repr(m.name) for m in moves)}: expected at most {MAX_JOINT_DIRECTIONS} "
-                    f"directions set together while some of them act at times only, found {len(moves)}; delete some"
-                )
+        return out | {"moves": [m.describe() for m in self.others]} if self.others else out
 
 
-def _direction(move: Intervention) -> Direction:
+def _direction(move: Slider) -> Direction:
     assert isinstance(move.target, Direction)
     return move.target
 
@@ -199,18 +177,12 @@ def orthonormal(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
     return u[:, s > PARALLEL * s[0]].contiguous()
 
 
-def _share(direction: Direction, amount: float) -> float | None:
-    share = direction.share(amount)
-    return None if math.isnan(share) else round(share, 4)
-
-
-def _check_conflicts(moves: Sequence[Intervention]) -> None:
-    """Raise UsageError if two interventions may set the same latent or direction on one token: each would undo the
-    other."""
-    claims: dict[tuple[object, ...], list[Intervention]] = {}
+def _check_conflicts(moves: Sequence[Slider]) -> None:
+    """Raise UsageError if two sliders may set the same latent or direction on one token: each would undo the other."""
+    claims: dict[tuple[object, ...], list[Slider]] = {}
     directions: list[Direction] = []
     for move in moves:
-        if not move.reads or move.neutral:
+        if not move.reads:
             continue
         if isinstance(move.target, Feature):
             dictionary = move.target.dictionary
@@ -220,7 +192,7 @@ def _check_conflicts(moves: Sequence[Intervention]) -> None:
             d = next((d for d in directions if same_vector(d, move.target)), move.target)
             directions.append(d)
             # Ablation acts at the writers, the other operations at the site: they do not conflict.
-            keys = {(id(d), move.operation == "ablate"): f"direction {d.name!r}"}
+            keys = {(id(d), move.ablates): f"direction {d.name!r}"}
         for key, what in keys.items():
             others = claims.setdefault(key, [])
             for other in others:
@@ -231,3 +203,18 @@ def _check_conflicts(moves: Sequence[Intervention]) -> None:
                         "or have them act at different times"
                     )
             others.append(move)
+
+
+def _check_number(moves: Sequence[Slider]) -> None:
+    """Raise UsageError if more than `MAX_JOINT_DIRECTIONS` projections are set together while some act at times
+    only."""
+    places: dict[int, list[Slider]] = {}
+    for move in moves:
+        if move.reads and isinstance(move.target, Direction):
+            places.setdefault(-1 if move.ablates else move.site, []).append(move)
+    for together in places.values():
+        if len(together) > MAX_JOINT_DIRECTIONS and not all(m.when.always for m in together):
+            raise UsageError(
+                f"sliders {', '.join(repr(m.name) for m in together)}: expected at most {MAX_JOINT_DIRECTIONS} "
+                f"directions set together while some of them act at times only, found {len(together)}; delete some"
+            )

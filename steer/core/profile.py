@@ -17,9 +17,9 @@ from pydantic_core import ArgsKwargs, to_jsonable_python
 
 from steer.core.direction import Direction
 from steer.core.feature import Feature
-from steer.core.intervention import Operation
 from steer.core.sampler import PRESETS, PresetName, Sampler
 from steer.core.schedule import Gate, Part, Schedule
+from steer.core.slider import Operation
 from steer.core.small_files import dump_yaml, load_yaml, read_small, shown
 from steer.core.validation import Bool, Count, Line, Lines, Number, checked, from_file, known_keys
 from steer.errors import UsageError

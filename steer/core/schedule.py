@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from steer.core.direction import Direction
@@ -141,12 +141,6 @@ class Schedule:
             return True
         (start, end, _), (other_start, other_end, _) = self.window, other.window
         return max(start, other_start) >= min(end, other_end)
-
-    def share(self, index: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
-        """The share of the effect that acts on each reply token of `index`, gates left out."""
-        start, end, ramp = self.window
-        index = index.to(torch.get_default_dtype())
-        return ((index - start + 1) / ramp).clamp(0, 1) * (index < end)
 
 
 ALWAYS = Schedule()

@@ -1,43 +1,36 @@
-"""Sliders: a direction or a feature with an operation and a schedule. Also reads the named ones in a `sliders.yaml`.
+"""Sliders: a direction or a feature, an operation on it, an amount and a schedule. Reads a `sliders.yaml` too.
 
-A slider set to an amount is an `Intervention` (`Slider.at`); the model, the chat and the bakes work on those.
+`Edit.of` joins sliders into the edit of a model; the chat, the model and the bakes work on the same values.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
 from steer.core.dictionary_files import SLIDERS
 from steer.core.direction import Direction
 from steer.core.feature import Feature
-from steer.core.intervention import (
-    OPERATIONS,
-    Intervention,
-    Operation,
-    check_amount,
-    check_operation,
-    check_when,
-    is_neutral,
-    neutral_amount,
-    share_of,
-)
 from steer.core.names import Name
 from steer.core.schedule import ALWAYS, Schedule
 from steer.core.small_files import read_yaml, shown, stamp
 from steer.core.validation import Count, Number, from_file
 from steer.errors import UsageError
 
+Operation = Literal["add", "ablate", "clamp", "cap", "scale"]
+"""What is done to a direction's projection or a feature's activations; see `Slider`."""
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+
 
 @dataclass(frozen=True, eq=False)
 class Slider:
     """A control for one direction or feature. Set to an amount, it acts on the direction's projection or the feature's
-    activations, and leaves the rest of the residual stream as it is:
+    activations, and leaves the rest of the residual stream as it is. Compared by identity.
 
     `add` adds amount times the direction's gap or the feature's unit. `ablate` removes that share of the value; for a
     direction, from everything that is written into the residual stream. `clamp` holds the value at the amount and `cap`
@@ -46,20 +39,41 @@ class Slider:
 
         with model.steered({steer.Slider(moral, "cap"): 0.0}):
             print(model.chat("My friend lied to me."))
+
+    Errors: UsageError for an operation, an amount or a gate that is not possible for the target.
     """
 
     target: Direction | Feature
     """The direction or feature that it moves."""
     operation: Operation = "add"
-    """One of `add`, `ablate`, `clamp`, `cap` and `scale`."""
+    amount: float = math.nan
+    """In gaps of a direction or units of a feature; for `ablate` a share, for `scale` a factor. nan: not set yet."""
     when: Schedule = ALWAYS
     """The tokens on which it acts; by default all."""
     label: str | None = None
     """Its name, if that differs from its target's name, as for two sliders on one direction."""
 
     def __post_init__(self) -> None:
-        check_operation(self.target, self.operation)
-        check_when(self.target, self.operation, self.when)
+        name, gate = self.target.name, self.when.gate
+        if self.operation not in OPERATIONS:
+            raise UsageError(f"slider {name!r}: expected one of {', '.join(OPERATIONS)}, found {self.operation!r}")
+        if self.reads and isinstance(self.target, Feature) and min(self.target.units) < 0:
+            raise UsageError(
+                f"slider {name!r}: {self.operation} wants positive units, found {list(self.target.units)}; "
+                "a latent with a negative unit can only be added"
+            )
+        if gate is not None and self.ablates:
+            raise UsageError(
+                f"slider {name!r}: a direction is ablated in all that is written into the residual stream, before "
+                f"a gate at site {gate.site} can be read; scale by 0 or clamp instead"
+            )
+        if gate is not None and gate.site > self.site:
+            raise UsageError(
+                f"slider {name!r}: expected a gate at its site {self.site} or before it, "
+                f"found {gate.on.name!r} at site {gate.site}"
+            )
+        if not (isinstance(self.amount, float) and math.isnan(self.amount)):
+            object.__setattr__(self, "amount", self.check(self.amount))
 
     @property
     def name(self) -> str:
@@ -72,26 +86,110 @@ class Slider:
         return self.target.site
 
     @property
+    def reads(self) -> bool:
+        """Whether its effect depends on the value that is read; true for all operations but `add`."""
+        return self.operation != "add"
+
+    @property
+    def ablates(self) -> bool:
+        """Whether it ablates a direction, which is done at the writers and not at the site."""
+        return self.operation == "ablate" and isinstance(self.target, Direction)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it adds the same vector to every token, which a bias can do as well."""
+        return not self.reads and self.when.always
+
+    @property
     def neutral(self) -> float | None:
         """The amount that has no effect; None for `clamp` and `cap`, which have to be deleted to have none."""
         return neutral_amount(self.operation)
 
     def is_neutral(self, amount: float) -> bool:
         """Whether it has no effect at this amount."""
-        return is_neutral(self.operation, amount)
+        return amount == self.neutral
 
-    def share(self, amount: float) -> float:
-        """Distance that it moves the residual stream by at this amount, as a share of its median norm; nan where that
-        is not known. `intervention.share_of` says for which tokens."""
-        return share_of(self.target, self.operation, amount)
+    @property
+    def acts(self) -> bool:
+        """Whether its amount is set and has an effect."""
+        return not math.isnan(self.amount) and not self.is_neutral(self.amount)
 
     def check(self, amount: Any) -> float:
         """The amount as a float, if the slider can be set to it. Errors: UsageError."""
         return check_amount(self.name, self.operation, amount)
 
-    def at(self, amount: float) -> Intervention:
-        """The intervention of this slider at an amount."""
-        return Intervention(self.target, self.operation, amount, self.when, self.label)
+    def at(self, amount: float) -> Slider:
+        """The slider at this amount."""
+        return replace(self, amount=self.check(amount))
+
+    @property
+    def coefficients(self) -> tuple[tuple[float, float, float], ...]:
+        """(alpha, beta, upper) for a direction, or for each latent of a feature: a value `a` that is read moves by
+        `min(alpha * a + beta, upper)`."""
+        if isinstance(self.target, Feature):
+            return tuple(self._coefficients(0.0, unit) for unit in self.target.units)
+        return (self._coefficients(self.target.without_mean, self.target.gap),)
+
+    def _coefficients(self, without: float, unit: float) -> tuple[float, float, float]:
+        """`coefficients` for one value. `without`: the value without the trait."""
+        if self.operation == "add":
+            return 0.0, self.amount * unit, math.inf
+        if self.operation == "scale":
+            return self.amount - 1, (1 - self.amount) * without, math.inf
+        if self.operation == "ablate":
+            return -self.amount, 0.0, math.inf
+        return -1.0, without + self.amount * unit, 0.0 if self.operation == "cap" else math.inf
+
+    def share(self, amount: float | None = None) -> float:
+        """Distance that it moves the residual stream by at an amount, by default its own, as a share of the median norm
+        at the site; nan where that is not known.
+
+        `add` moves every token by the same distance. For the other operations the distance is that of a token of
+        neutral chat: the mean projection of a direction, a feature that is silent.
+        """
+        slider, target = self if amount is None else self.at(amount), self.target
+        if self.operation == "add" or isinstance(target, Feature):
+            return target.share(slider.amount if self.operation in ("add", "clamp") else 0.0)
+        ((alpha, beta, upper),) = slider.coefficients
+        return abs(min(alpha * target.mean + beta, upper)) / target.residual_norm
+
+    def describe(self) -> dict[str, object]:
+        """A description as JSON values, for certificates and reports."""
+        out: dict[str, object] = {"name": self.name, "site": self.site, "operation": self.operation}
+        if isinstance(self.target, Feature):
+            f = self.target
+            out |= {"dictionary": f.dictionary.name, "latents": list(f.indices), "units": list(f.units)}
+        out["amount"] = self.amount
+        if not self.reads:
+            out["share_of_residual_norm"] = rounded(self.share())
+        return out
+
+
+Intervention = Slider
+"""The same class: a slider that is set to an amount is an intervention."""
+
+
+def rounded(share: float) -> float | None:
+    """A share of the residual norm for JSON: four digits, None where it is not known."""
+    return None if math.isnan(share) else round(share, 4)
+
+
+def neutral_amount(operation: str) -> float | None:
+    """The amount that has no effect; None for `clamp` and `cap`, where every amount can have one."""
+    return {"add": 0.0, "ablate": 0.0, "scale": 1.0}.get(operation)
+
+
+def check_amount(name: str, operation: str, amount: Any) -> float:
+    """The amount as a float, if the slider `name` can be set to it. Errors: UsageError."""
+    try:
+        amount = float(amount)
+    except (TypeError, ValueError):
+        raise UsageError(f"slider {name!r}: expected a number, found {amount!r}; give an amount such as -1") from None
+    if not math.isfinite(amount):
+        raise UsageError(f"slider {name!r}: expected a finite amount, found {amount}")
+    if operation == "ablate" and not 0 <= amount <= 1:
+        raise UsageError(f"slider {name!r}: ablate takes an amount from 0 to 1, found {amount}")
+    return amount
 
 
 def parse_amount(text: str) -> tuple[str, float]:

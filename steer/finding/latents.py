@@ -15,8 +15,8 @@ import numpy as np
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.sampler import MEASURE
+from steer.core.slider import Slider
 from steer.finding.choosing import displaced
 from steer.finding.sites import KL_COST, NEUTRAL, REPETITION_COST
 from steer.measure.contrast import Reply
@@ -53,7 +53,7 @@ class Candidate:
     def edit(self, amount: float) -> Edit:
         """The edit that adds the candidate at an amount."""
         if isinstance(self.what, Feature):
-            return Edit(moves=(Intervention(self.what, "add", amount),))
+            return Edit(moves=(Slider(self.what, "add", amount),))
         return Edit(add=((self.what, amount),))
 
     def ablation(self) -> Edit | None:
@@ -65,7 +65,7 @@ class Candidate:
         if not positive or not isinstance(f, Feature):
             return None
         ablated = replace(f, indices=tuple(positive), units=tuple(positive.values()))
-        return Edit(moves=(Intervention(ablated, "ablate", 1.0),))
+        return Edit(moves=(Slider(ablated, "ablate", 1.0),))
 
 
 @dataclass(frozen=True)

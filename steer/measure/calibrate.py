@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.intervention import Operation
 from steer.core.profile import Profile
-from steer.core.slider import Slider
+from steer.core.slider import Operation, Slider
 from steer.errors import UsageError
 from steer.measure.neutral_costs import PASSAGES, PROMPTS, REPLY_TOKENS, TEXT_TOKENS, TEXTS, NeutralCosts
 from steer.model.profiles import sliders_in

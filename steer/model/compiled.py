@@ -1,7 +1,7 @@
 """Decoding through torch.compile, one block at a time: blocks of the same kind share one compilation.
 
-`SteeredModel.compile` makes a `CompiledStep`, which `decode.py` then calls in place of the model. The compiled code has
-no hooks in it. The model calls each block as usual, so that hooks on blocks run as usual, and only the block's
+`SteeredModel.compile` makes a `CompiledStep`, inside of which `decode.py` then runs the model. The compiled code has no
+hooks in it. The model calls each block as usual, so that hooks on blocks run as usual, and only the block's
 `forward` is compiled code. A module inside of a block that carries hooks is called uncompiled, and the rest of the
 block is compiled around it. So any slider can be moved, come and go without a compilation.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
+from steer.model.forward import logits
 from steer.model.kv_cache import GrowingLayer, growing_cache
 from steer.model.loaded import LoadedModel
+from steer.model.prefill import decoder_pass
 from steer.model.products import is_matrix
 
 
@@ -30,42 +32,33 @@ class CompiledStep:
 
     def __init__(self, model: LoadedModel, **options: Any) -> None:
         """`options` go to torch.compile."""
-        self.hf, self.device = model.hf, model.device
+        self._model, hf = model, model.hf
         compiled: Any = torch.compile(_forward, **options)
-        blocks = [self.hf.get_submodule(model.anatomy.block_module(b)) for b in range(model.anatomy.blocks)]
+        blocks = [hf.get_submodule(model.anatomy.block_module(b)) for b in range(model.anatomy.blocks)]
         self._blocks = [_Block(block, index, compiled) for index, block in enumerate(blocks)]
-        head = self.hf.get_output_embeddings()
+        head = hf.get_output_embeddings()
         # A head that is not a plain matrix, or not on the CPU, runs uncompiled.
         self._head: tuple[Any, nn.Module] | None = (
             (head, _Product(head)) if is_matrix(head) and head.weight.device.type == "cpu" else None
         )
         self._compiled = compiled
 
-    def __call__(
-        self, fed: Int[Tensor, "1 new"], positions: Int[Tensor, "1 new"], cache: Cache
-    ) -> Float[Tensor, "1 vocab"]:
-        """Logits after the last of the new tokens. A prompt goes through the plain model."""
-        step = fed.shape[1] == 1 and cache.get_seq_length() > 0
-        if step:
-            # A new tensor: the strides of a slice of all positions would differ from step to step.
-            positions = torch.full_like(fed, int(positions))
-        with self._in_place(cache) if step else nullcontext():
-            out = self.hf(
-                input_ids=fed, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-        return out.logits[:, -1]
-
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile now what the next step would compile."""
-        cache, ids = growing_cache(self.hf.config), torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        self(ids, torch.tensor([[0, 1]], device=self.device), cache)
-        self(ids[:, :1], torch.tensor([[2]], device=self.device), cache)
+        cache, ids = (
+            growing_cache(self._model.hf.config),
+            torch.zeros(1, 2, dtype=torch.long, device=self._model.device),
+        )
+        mask, starts = torch.ones(1, 3, dtype=torch.long, device=self._model.device), ids[:, :1] + 2
+        decoder_pass(self._model, ids, mask[:, :2], cache, None, starts)
+        with self.running(cache):
+            logits(self._model, decoder_pass(self._model, ids[:, :1], mask, cache, None, starts))
 
     @contextmanager
-    def _in_place(self, cache: Cache) -> Iterator[None]:
-        """Inside, the model's blocks and head run compiled code."""
-        places = torch.arange(cache.get_seq_length() + 1, device=self.device)
+    def running(self, cache: Cache) -> Iterator[None]:
+        """Inside, the pass over the token after those in the cache runs compiled code in the blocks and the head."""
+        places = torch.arange(cache.get_seq_length() + 1, device=self._model.device)
         torch._dynamo.maybe_mark_dynamic(places, 0)
         try:
             for block in self._blocks:

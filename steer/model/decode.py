@@ -1,22 +1,28 @@
-"""The decode loop for replies that are streamed: one token per text and step, with sliders that may move in between.
+"""The decode loops: `decode` for replies that are streamed, `generate` for many at once.
 
-`SteeredModel.stream` and chat sessions run it. Each forward pass holds `Steering.lock`, so that a slider change waits
-for the token being made. Many replies at once come from `batch.py`.
+`SteeredModel.stream` and chat sessions run `decode`, which makes one token per text and step; sliders may move in
+between. `SteeredModel.replies` sorts its chats into batches and calls `generate` for each: it reads the prompts
+(`prefill.py`) and then writes one token per row and step. Each forward pass holds `Steering.lock`, so that a slider
+change waits for the token being made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
+from jaxtyping import Float
+from torch import Tensor
 
 from steer.core.sampler import Sampler
+from steer.model.forward import logits
 from steer.model.kv_cache import PrefixCache, growing_cache
 from steer.model.loaded import LoadedModel
+from steer.model.prefill import decoder_pass, prefill
+from steer.model.record import reading
 from steer.model.sampling import Draw, choose_each
-from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Tally
 from steer.model.tokens import check_length, filled, padded, warn_filled
 
@@ -56,8 +62,7 @@ def decode(
     A row whose text fills the model's context ends there; its receipt says so, or a ContextWarning without `tally`.
     Errors: UsageError for a prompt that leaves no room for a reply, CheckpointError for logits that are not finite.
     """
-    hf, steering, device = model.hf, model.steering, model.device
-    ends = model.end_token_ids
+    steering, device, ends = model.steering, model.device, model.end_token_ids
     lengths = [len(p) for p in prompts]
     check_length(model.name, max(lengths), model.context)
     seeds = keys if keys is not None else range(len(prompts))
@@ -66,51 +71,29 @@ def decode(
     starts = torch.tensor([[n - begun] for n in lengths], device=device)
     alive, row = list(range(len(prompts))), None
     text = list(prompts[0])
-
-    def empty() -> Cache:
-        return growing_cache(hf.config)
-
-    if memory is None:
-        cache, fed = empty(), ids
-    else:
+    fed, cache = ids, growing_cache(model.hf.config)
+    if memory is not None:
         memory.read = 0
-        cache, unread = memory.recall(text, empty)
-        fed = torch.tensor([unread], device=device)
     for made in range(1, sampler.max_new_tokens + 1):
         if memory is not None and not memory.holds(cache):
-            cache, unread = memory.recall(text, empty)
+            cache, unread = memory.recall(text, model.hf.config)
             fed = torch.tensor([unread], device=device)
         new = fed.shape[1]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
         with steering.lock, torch.inference_mode():
             several = len(steering.rows) > 1
             if tally is not None:
                 counts = mask[:, -new:].sum(1).tolist()
                 rows = [(i, i if several else 0, n) for i, n in zip(alive, counts, strict=True)]
                 tally.begin(rows, steering.rows)
-            passing = ForwardContext(
-                row if several else None,
-                positions - starts + 1 if steering.timed else None,
-                valid=None if tally is None or bool(mask[:, -new:].all()) else mask[:, -new:].bool(),
-                tally=tally,
-            )
-            with steering.passing(passing):
-                compiled = model.compiled if len(prompts) == 1 else None
-                if compiled is not None:
-                    logits = compiled(fed, positions, cache)
-                else:
-                    logits = hf(
-                        input_ids=fed,
-                        attention_mask=None if bool(mask.all()) else mask,
-                        position_ids=positions,
-                        past_key_values=cache,
-                        use_cache=True,
-                        logits_to_keep=1,
-                    ).logits[:, -1]
+            one_token = len(prompts) == 1 and new == 1 and cache.get_seq_length() > 0
+            compiled = model.compiled if one_token else None
+            with compiled.running(cache) if compiled is not None else nullcontext():
+                hidden = decoder_pass(model, fed, mask, cache, row if several else None, starts, tally=tally)
+                scores = logits(model, hidden[:, -1:])[:, -1]
         if memory is not None and memory.holds(cache):
             memory.add(fed[0].tolist())
-        model.check_finite(logits)
-        tokens = choose_each(logits, [draws[i] for i in alive])
+        model.check_finite(scores)
+        tokens = choose_each(scores, [draws[i] for i in alive])
         text.append(tokens[0])
         yield Step(tuple(alive), tuple(tokens))
         going = []
@@ -134,3 +117,96 @@ def decode(
             cache.batch_select_indices(keep)
             alive = [alive[j] for j in going]
             row = torch.tensor(alive, device=device)
+
+
+@torch.inference_mode()
+def generate(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampler: Sampler,
+    keys: Sequence[int] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+    *,
+    which: Sequence[int] | None = None,
+    sums: Float[Tensor, "sites rows d"] | None = None,
+) -> list[list[int]]:
+    """The replies' token ids, without end tokens.
+
+    Rows with one prompt under one edit are read once; a row that ends leaves the batch. Each row draws from its own
+    random stream, seeded by (sampler.seed, keys[row]), so a row alone gives the same text as in a batch, up to
+    rounding. By default the keys are the rows' numbers.
+
+    `which`: the index of the applied edit that each row is under; by default row i is under edit i, or all rows are
+    under the only edit. `on_tokens` is called at each step with the number of tokens made. `sums`: the residual stream
+    of every reply token is added to it, by site and row.
+
+    A row whose text fills the model's context ends there, with a ContextWarning; with `sums` all rows end where the
+    first would. Errors: UsageError for a prompt that leaves no room for a reply and where no token can be drawn,
+    CheckpointError for logits that are not finite.
+    """
+    longest, most = max(map(len, prompts)), sampler.max_new_tokens
+    check_length(model.name, longest, model.context)
+    if sums is not None and longest + most > model.context:
+        most = model.context - longest
+        warn_filled(model.name, model.context)
+    several, device, ends = len(model.steering.rows) > 1, model.device, model.end_token_ids
+    which = (which or range(len(prompts))) if several else None
+    edit_and_prompt = [(which[i] if which is not None else 0, tuple(p)) for i, p in enumerate(prompts)]
+    distinct = {key: i for i, key in enumerate(dict.fromkeys(edit_and_prompt))}
+    read = prefill(
+        model,
+        [p for _, p in distinct],
+        prompts=[len(p) for _, p in distinct],
+        which=[w for w, _ in distinct] if several else None,
+    )
+    expand = torch.tensor([distinct[key] for key in edit_and_prompt], device=device)
+    scores, mask, cache = logits(model, read.hidden[:, -1:])[:, -1], read.mask[expand], read.cache
+    if len(distinct) < len(edit_and_prompt):
+        scores = scores[expand]
+        cache.batch_select_indices(expand)
+    seeds = keys if keys is not None else range(len(prompts))
+    draws = [Draw(sampler, p, k, model.tokenizer) for p, k in zip(prompts, seeds, strict=True)]
+    row = torch.tensor(list(which), device=device) if which is not None else None
+    starts = torch.tensor([[len(p)] for p in prompts], device=device)
+    out: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    with ExitStack() as hooks:
+        if sums is not None:
+
+            def add(site: int, h: Tensor) -> None:
+                sums[site].index_add_(0, torch.tensor(alive, device=sums.device), h[:, 0].to(sums))
+
+            hooks.enter_context(reading(model.hf, model.anatomy, range(model.anatomy.blocks), add))
+        for step in range(most):
+            model.check_finite(scores)
+            tokens = choose_each(scores, [draws[i] for i in alive])
+            if on_tokens is not None:
+                on_tokens(len(alive))
+            for i, token in zip(alive, tokens, strict=True):
+                if token not in ends:
+                    out[i].append(token)
+            last = step + 1 == most
+            full = [sums is None and len(prompts[i]) + len(out[i]) >= model.context for i in alive]
+            if not last and any(full):
+                warn_filled(model.name, model.context)
+            stay = _order([token not in ends and not f for token, f in zip(tokens, full, strict=True)])
+            if not stay or (last and sums is None):
+                break
+            if len(stay) < len(alive):
+                keep = torch.tensor(stay, device=device)
+                mask, starts, row = mask[keep], starts[keep], None if row is None else row[keep]
+                cache.batch_select_indices(keep)
+                alive, tokens = [alive[j] for j in stay], [tokens[j] for j in stay]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            hidden = decoder_pass(model, torch.tensor(tokens, device=device)[:, None], mask, cache, row, starts)
+            if not last:
+                scores = logits(model, hidden[:, -1:])[:, -1]
+    return out
+
+
+def _order(stays: Sequence[bool]) -> list[int]:
+    """The rows that stay, in an order that moves few of them in the cache: the last ones take the places of those that
+    leave."""
+    count = sum(stays)
+    last = iter(j for j in range(count, len(stays)) if stays[j])
+    return [j if stays[j] else next(last) for j in range(count)]

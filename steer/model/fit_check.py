@@ -39,20 +39,17 @@ class FitReport:
     """A dictionary's fit on a checkpoint, and the fit that its manifest gives for comparison."""
 
     dictionary: str
-    """The dictionary's name."""
     model: str
-    """The checkpoint's name."""
     fit: Fit
-    """As measured on the checkpoint."""
     reference: float | None
     """The FVU in the dictionary's manifest: on the same prose if it has one, else on held-out tokens; None without."""
 
     @property
     def poor(self) -> bool:
         """Whether the fit is so poor that the features may not mean what their descriptions say."""
-        if self.reference is None:
-            return not self.fit.fvu <= WITHOUT_REFERENCE
-        return not self.fit.fvu <= max(FACTOR * self.reference, self.reference + MARGIN)
+        reference = self.reference
+        most = WITHOUT_REFERENCE if reference is None else max(FACTOR * reference, reference + MARGIN)
+        return not self.fit.fvu <= most
 
     def __str__(self) -> str:
         given = "it brings no figure of its own" if self.reference is None else f"its own is {self.reference:.2f}"
@@ -87,7 +84,7 @@ def check_fit(model: LoadedModel, dictionary: Dictionary) -> FitReport:
 def warn_of_poor_fits(model: LoadedModel, edit: Edit) -> None:
     """Check each dictionary in an edit that is new on this model; warn (FitWarning) of each that fits poorly."""
     reports = _REPORTS.setdefault(model, WeakKeyDictionary())
-    targets = [t for m in edit.moves if not m.neutral for t in (m.target, m.when.gate and m.when.gate.on)]
+    targets = [t for m in edit.moves if m.acts for t in (m.target, m.when.gate and m.when.gate.on)]
     for dictionary in {t.dictionary: None for t in targets if isinstance(t, Feature)}:
         if dictionary not in reports:
             reports[dictionary] = check_fit(model, dictionary)
@@ -115,10 +112,8 @@ def _residuals(model: LoadedModel, site: int) -> Iterator[Float[Tensor, "n d"]]:
     first = [bos] if bos is not None and model.encode("a", frame=True)[:1] == [bos] else []
     length = min(_PASSAGE, len(ids), model.context - len(first))
     passages = [first + ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    for start in range(0, len(passages), _ROWS):
+    for rows in torch.tensor(passages, device=model.device).split(_ROWS):
         read: list[Tensor] = []
-
-        rows = torch.tensor(passages[start : start + _ROWS], device=model.device)
         with model.untouched():
             read_residuals(model, rows, [site], lambda _, h, read=read: read.append(h))
         yield read[0][:, len(first) :].reshape(-1, model.anatomy.width)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from steer.model.loaded import LoadedModel
-from steer.model.record import Reader, reading
+from steer.model.record import Reader, reading, replacing
 
 AT_ONCE = 1 << 25
 """How many logits, or activations of latents, are held in memory at a time: 128 MB in fp32."""
@@ -115,11 +114,7 @@ def direct_logits(model: LoadedModel, rows: Float[Tensor, "n d"]) -> Iterator[Fl
 @contextmanager
 def changed_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While inside, replace a module's output, or the first entry of a tuple, by `change` of it."""
-
-    def hook(_: nn.Module, args: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(replacing(change))
     try:
         yield
     finally:

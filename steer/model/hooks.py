@@ -16,20 +16,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steer.checkpoint.anatomy import Anatomy
-from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.feature import Feature
 from steer.core.profile import Profile
-from steer.core.slider import Slider
 from steer.errors import MismatchError, UnsupportedError, UsageError
 from steer.model.fit_check import warn_of_poor_fits
 from steer.model.loaded import LoadedModel
 from steer.model.profiles import edit_of
-from steer.model.sliders import Sliders, as_edit, as_slider
+from steer.model.record import replacing
+from steer.model.sliders import Sliders, Target
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.module_edits import ModuleEdit, module_edits
 
-Steers = Profile | str | Path | Edit | Mapping[Direction | Feature | Slider | str, float] | Mapping[str, float]
+Steers = Profile | str | Path | Edit | Mapping[Target, float] | Mapping[str, float]
 """What hooks can be made from: a profile or its file, an Edit, or amounts as `model.steered` takes them."""
 ReplyStart = int | Sequence[int] | None
 """How many tokens come before the reply, one number for all rows or one per row. None: a pass of several tokens is
@@ -43,7 +41,7 @@ _Act = Callable[[Float[Tensor, "batch new d"]], Float[Tensor, "batch new d"]]
 
 def plain_hooks(sliders: Sliders, what: Steers, reply_start: ReplyStart = None) -> list[tuple[str, ModuleHook]]:
     """See `SteeredModel.hooks`."""
-    return [(name, _module_hook(act)) for name, act in _acts(sliders, what, reply_start)]
+    return [(name, replacing(act)) for name, act in _acts(sliders, what, reply_start)]
 
 
 def lens_hooks(sliders: Sliders, what: Steers, bridge: Any = None, reply_start: ReplyStart = None) -> LensHooks:
@@ -88,8 +86,13 @@ def _acts(sliders: Sliders, what: Steers, reply_start: ReplyStart) -> list[tuple
 
     Where positions matter, the first entry is a `_Counter`, which changes nothing.
     """
-    edit, model = _edit(sliders, what), sliders.model
-    counter = _Counter(_checked_start(reply_start))
+    starts = reply_start if isinstance(reply_start, Sequence) else [reply_start]
+    if reply_start is not None and (not starts or any(type(n) is not int or n < 1 for n in starts)):
+        raise UsageError(
+            f"reply_start: expected the number of tokens before the reply, from 1, or a list of one a row, "
+            f"found {reply_start!r}; count the prompt's tokens, padding on its left included"
+        )
+    edit, model, counter = _edit(sliders, what), sliders.model, _Counter(reply_start)
     programs = module_edits((edit,), model.anatomy, model.steering.gain)
     out = [(name, _act(program, counter.text)) for name, program in programs.items()]
     timed = any(program.timed for program in programs.values())
@@ -109,13 +112,6 @@ def _act(program: ModuleEdit, text: ForwardContext) -> _Act:
     return act
 
 
-def _module_hook(act: _Act) -> ModuleHook:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return (act(output[0]), *output[1:]) if isinstance(output, tuple) else act(output)
-
-    return hook
-
-
 def _lens_hook(act: _Act) -> Callable[..., Tensor]:
     def on_activation(h: Tensor, hook: Any) -> Tensor:
         # `run_with_hooks(remove_batch_dim=True)` passes `[new, d]`.
@@ -129,16 +125,18 @@ def _lens_names(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
 
     A sum may be edited part by part, since ablation at a writer is a linear map.
     """
-    out: dict[str, tuple[str, ...]] = {}
+    after = {"attention": "hook_attn_out", "mlp": "hook_mlp_out"}
+    before_norm = {"attention": "attn.o.hook_out", "mlp": "mlp.out.hook_out"}
+    out: dict[str, tuple[str, ...]] = {
+        anatomy.block_module(b): (f"blocks.{b}.hook_resid_post",) for b in range(anatomy.blocks)
+    }
     for writer in anatomy.live_writers:
-        at = f"blocks.{writer.block}"
         if writer.block is None:
             out[writer.module] = ("hook_embed", "hook_pos_embed")[: len(anatomy.layout.embeddings)]
-        elif writer.norm is None:
-            out[writer.module] = (f"{at}.hook_attn_out" if writer.kind == "attention" else f"{at}.hook_mlp_out",)
-        else:  # before the norm
-            out[writer.module] = (f"{at}.attn.o.hook_out" if writer.kind == "attention" else f"{at}.mlp.out.hook_out",)
-    return out | {anatomy.block_module(b): (f"blocks.{b}.hook_resid_post",) for b in range(anatomy.blocks)}
+        else:
+            points = after if writer.norm is None else before_norm
+            out[writer.module] = (f"blocks.{writer.block}.{points[writer.kind]}",)
+    return out
 
 
 def _check_bridge(model: LoadedModel, bridge: Any, names: Sequence[str]) -> None:
@@ -165,7 +163,7 @@ def _edit(sliders: Sliders, what: Steers) -> Edit | None:
     if isinstance(what, str | Path):
         what = Profile.load(what)
     if isinstance(what, Mapping):
-        return as_edit(sliders.model, [(as_slider(sliders, key), amount) for key, amount in what.items()])
+        return sliders.edit(what)
     if not isinstance(what, Profile | Edit):
         raise UsageError(
             f"hooks: expected a profile or its file, an Edit, or amounts by slider, found {type(what).__name__}; "
@@ -181,13 +179,3 @@ def _edit(sliders: Sliders, what: Steers) -> Edit | None:
         sliders.model.steering.check(edit)
         warn_of_poor_fits(sliders.model, edit)
     return edit
-
-
-def _checked_start(reply_start: ReplyStart) -> ReplyStart:
-    starts = reply_start if isinstance(reply_start, Sequence) else [reply_start]
-    if reply_start is not None and (not starts or any(type(n) is not int or n < 1 for n in starts)):
-        raise UsageError(
-            f"reply_start: expected the number of tokens before the reply, from 1, or a list of one a row, "
-            f"found {reply_start!r}; count the prompt's tokens, padding on its left included"
-        )
-    return reply_start

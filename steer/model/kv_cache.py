@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from steer.model.tokens import common_length
 
 STEP = 64
 """For how many more tokens a buffer is made at a time."""
@@ -38,9 +40,12 @@ class GrowingLayer(DynamicLayer):
         """Append the new keys and values and return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._appended("keys", self.keys, key_states)
-        self.values = self._appended("values", self.values, value_states)
-        return self.keys, self.values
+        new = key_states.shape[-2]
+        for name, states in (("keys", key_states), ("values", value_states)):
+            held = self._room(name, states, new)
+            held[:, :, held.shape[-2] - new :] = states
+            setattr(self, name, held)
+        return self._held()
 
     @torch.inference_mode()  # its tensors were made in inference mode, and may be changed in it only
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
@@ -50,7 +55,7 @@ class GrowingLayer(DynamicLayer):
         if not self.get_seq_length() or any(row < len(rows) for row in moved.values()):
             super().batch_select_indices(indices)
             return
-        (_, keys), (_, values) = self._held()
+        keys, values = self._held()
         for to, row in moved.items():
             keys[to], values[to] = keys[row], values[row]
         self.keys, self.values = keys[: len(rows)], values[: len(rows)]
@@ -60,43 +65,38 @@ class GrowingLayer(DynamicLayer):
 
         A row with fewer has its tokens at the right end, and zeros before them.
         """
-        (_, keys), (_, values) = other._held()
-        self.lazy_initialization(keys, values)
-        for name, held in (("keys", keys), ("values", values)):
+        self.lazy_initialization(*other._held())
+        for name, held in zip(("keys", "values"), other._held(), strict=True):
             room = held.new_empty(rows, held.shape[1], columns + STEP, held.shape[-1])
             # Masked columns have a weight of zero, but zero times NaN or infinity in unset memory is not zero.
             room[:, :, :columns] = 0
             for to, row, taken in pieces:
                 room[to, :, columns - (taken.stop - taken.start) : columns] = held[row, :, taken]
             self._rooms[name] = room
-        self.keys, self.values = (self._rooms[name][:, :, :columns] for name in ("keys", "values"))
+            setattr(self, name, room[:, :, :columns])
 
     def extend(self) -> tuple[Float[Tensor, "batch groups room d"], Float[Tensor, "batch groups room d"]]:
         """Count one more token, whose keys and values the caller writes into the buffers that are returned."""
-        self.keys, self.values = (self._room(name, held, held, 1) for name, held in self._held())
-        return self._rooms["keys"][: len(self.keys)], self._rooms["values"][: len(self.values)]
+        keys, values = self._held()
+        self.keys, self.values = self._room("keys", keys, 1), self._room("values", values, 1)
+        return self._rooms["keys"][: len(keys)], self._rooms["values"][: len(values)]
 
-    def _held(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    def _held(self) -> tuple[Tensor, Tensor]:
         assert isinstance(self.keys, Tensor)
         assert isinstance(self.values, Tensor)
-        return ("keys", self.keys), ("values", self.values)
+        return self.keys, self.values
 
-    def _appended(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
-        out = self._room(name, held, new, new.shape[-2])
-        out[:, :, out.shape[-2] - new.shape[-2] :] = new
-        return out
-
-    def _room(self, name: str, held: Tensor | None, like: Tensor, more: int) -> Tensor:
-        """`held` with room for `more` tokens after it, which the caller writes."""
-        seq = held.shape[-2] if held is not None and held.numel() else 0
+    def _room(self, name: str, like: Tensor, more: int) -> Tensor:
+        """The keys or values with room for `more` tokens after them, which the caller writes."""
+        held, room = getattr(self, name), self._rooms.get(name)
+        seq = held.shape[-2] if held.numel() else 0
         rows, total = like.shape[0], seq + more
-        room = self._rooms.get(name)
         # Rows may have been selected, or the cache cropped: then `held` is no longer the start of the buffer. A buffer
         # is never quite full, since compiled code would treat a full one as another case.
-        in_room = room is not None and held is not None and room.data_ptr() == held.data_ptr()
-        if not in_room or room is None or room.shape[0] < rows or room.shape[-2] <= total:
+        in_room = room is not None and room.data_ptr() == held.data_ptr()
+        if room is None or not in_room or room.shape[0] < rows or room.shape[-2] <= total:
             room = like.new_empty(*like.shape[:2], total + STEP, like.shape[-1])
-            if held is not None and seq:
+            if seq:
                 room[:, :, :seq] = held
             self._rooms[name] = room
         return room[:rows, :, :total]
@@ -143,17 +143,11 @@ class PrefixCache:
         """Drop everything, so that the whole chat is read again before the next token."""
         self.ids, self._cache = [], None
 
-    def recall(self, text: Sequence[int], make: Callable[[], Cache]) -> tuple[Cache, list[int]]:
-        """The cache, cut to the beginning that it shares with `text`, and the tokens still to be read, at least one.
-
-        `make` makes an empty cache.
-        """
-        same = 0
-        while same < min(len(self.ids), len(text) - 1) and self.ids[same] == text[same]:
-            same += 1
-        cache = self._cache
+    def recall(self, text: Sequence[int], config: PretrainedConfig) -> tuple[Cache, list[int]]:
+        """The cache, cut to the beginning that it shares with `text`, and the tokens still to be read, at least one."""
+        same, cache = min(common_length(self.ids, text), len(text) - 1), self._cache
         if cache is None or not same or not _cut(cache, len(self.ids), same):
-            cache, same = make(), 0
+            cache, same = growing_cache(config), 0
         self._cache, self.ids = cache, list(text[:same])
         return cache, list(text[same:])
 

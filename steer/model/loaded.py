@@ -6,7 +6,7 @@ loops, finding and measuring, takes a `LoadedModel`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.sketch import Sketch, sketch_files
@@ -47,8 +46,8 @@ class LoadedModel:
         if self.anatomy.layout.softcap_or_sinks and hf.config._attn_implementation == "sdpa":
             hf.set_attn_implementation(attention.NAME)  # else the softcap would be left out
         self.steering = Steering(hf, self.anatomy)
-        self.compiled: Callable[[Tensor, Tensor, Cache], Tensor] | None = None
-        """The compiled forward pass that single texts are decoded with, after `SteeredModel.compile`; else None."""
+        self.compiled: Any = None
+        """The `CompiledStep` that single texts are decoded with, after `SteeredModel.compile`; else None."""
         self.end_token_ids = end_token_ids(hf.config, hf.generation_config, tokenizer)
         """Tokens that end a reply: those of the generation config, the config and the tokenizer, and the one that the
         chat template writes after a reply."""

@@ -55,7 +55,11 @@ def read_model(
         small = four_bit or "quantization_config" in more
         chosen = computing_in(place, dtype, device_map=device_map, quantised=small, hub=hub)
         if four_bit:
-            more = more | {"quantization_config": _four_bit(chosen.dtype)}
+            dtype_of_products = chosen.dtype or "bfloat16"  # weights are converted to it for every product
+            small_weights = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of_products
+            )
+            more = more | {"quantization_config": small_weights}
         tokenizer = AutoTokenizer.from_pretrained(place, **code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=chosen.dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
@@ -100,8 +104,3 @@ def files_of(place: str) -> Path:
     config = cached_file(place, "config.json")
     assert config is not None  # the checkpoint was loaded, so it exists
     return Path(config).parent
-
-
-def _four_bit(dtype: torch.dtype | None) -> BitsAndBytesConfig:
-    """The configuration for 4-bit weights that are converted to `dtype` (None: bfloat16) for every product."""
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or "bfloat16")

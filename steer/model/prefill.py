@@ -1,6 +1,6 @@
 """Reading many texts at once, with every beginning that several of them share read once.
 
-`batch.generate` reads its prompts here, and scoring (`measure.fluency`) its replies. Prompts share a system prompt;
+`decode.generate` reads its prompts here, and scoring (`measure.fluency`) its replies. Prompts share a system prompt;
 replies that are scored share their prompt. A beginning is shared only between texts under the same edit, since an edit
 changes the keys and values of the tokens that it acts on. No edit acts on the blocks before the first edited one, so
 there one text under several edits is read as one row (`Spread`).
@@ -22,6 +22,8 @@ from transformers.cache_utils import Cache
 from steer.model.kv_cache import GrowingLayer, Piece, branched, growing_cache
 from steer.model.loaded import LoadedModel
 from steer.model.steering.low_rank import ForwardContext
+from steer.model.steering.receipts import Tally
+from steer.model.tokens import common_length, padded
 
 PASS = 64
 """The cost of a pass, in tokens: a pass over few tokens takes as long as one over this many more, since every weight is
@@ -63,10 +65,8 @@ def prefill(
         heads, sources, tail = _heads(texts, [min(p, len(t)) - 1 for p, t in zip(prompts, texts, strict=True)], rows)
         if any(heads):
             cache, fed = _begun(model, texts, heads, sources, prompts, which), tail
-    mask = _mask(texts, max(map(len, texts)), model.device)
-    ids = [[*t[-fed:]] for t in texts]
-    # Padded with the first token of the text, which the embedding is sure to have.
-    padded = torch.tensor([[i[0]] * (fed - len(i)) + i for i in ids], device=model.device)
+    ids, mask = padded(texts, left=True, device=model.device)
+    ids = ids[:, -fed:]
     row = torch.tensor(rows, device=model.device) if which is not None else None
     starts = torch.tensor([[p] for p in prompts], device=model.device)
     step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
@@ -74,7 +74,7 @@ def prefill(
     spread = Spread.of(model, texts, cache) if which is not None else None
     with spread.narrowed(cache) if spread is not None else nullcontext():
         hidden = [
-            decoder_pass(model, padded[:, i : i + step], mask[:, : before + i + step], cache, row, starts, spread)
+            decoder_pass(model, ids[:, i : i + step], mask[:, : before + i + step], cache, row, starts, spread)
             for i in range(0, fed, step)
         ]
     return Prefill(cache, mask, torch.cat(hidden, dim=1))
@@ -85,28 +85,26 @@ class Spread:
     """How texts under several edits are read: one row per text before `block`, one per text and edit from there on."""
 
     block: int
-    kept: Int[Tensor, " texts"]
+    first: Int[Tensor, " texts"]
     """The first row of each distinct text."""
     place: Int[Tensor, " rows"]
-    """For each row, the index of its text in `kept`."""
+    """For each row, the index of its text in `first`."""
 
     @classmethod
     def of(cls, model: LoadedModel, texts: Sequence[tuple[int, ...]], cache: Cache) -> Spread | None:
         """The Spread for the applied edits; None where it would save nothing. `texts`: one per row."""
-        block, first = model.steering.untouched_blocks, {t: i for i, t in reversed(list(enumerate(texts)))}
-        unique = sorted(first.values())
-        if not block or len(unique) == len(texts) or not _only_growing(cache):
+        block, places = model.steering.untouched_blocks, {t: i for i, t in enumerate(dict.fromkeys(texts))}
+        if not block or len(places) == len(texts) or not _only_growing(cache):
             return None
-        places = {row: place for place, row in enumerate(unique)}
-        place = [places[first[t]] for t in texts]
-        return cls(block, torch.tensor(unique, device=model.device), torch.tensor(place, device=model.device))
+        first, place = [texts.index(t) for t in places], [places[t] for t in texts]
+        return cls(block, torch.tensor(first, device=model.device), torch.tensor(place, device=model.device))
 
     @contextmanager
     def narrowed(self, cache: Cache) -> Iterator[None]:
         """Inside, the cache of the blocks before `block` has one row per text; afterwards one per row again."""
         layers = [layer for layer in cache.layers[: self.block] if isinstance(layer, GrowingLayer)]
         for layer in layers:
-            layer.batch_select_indices(self.kept)
+            layer.batch_select_indices(self.first)
         yield
         for layer in layers:
             layer.batch_select_indices(self.place)
@@ -119,7 +117,7 @@ class Spread:
         def widen(x: Any) -> Any:
             if isinstance(x, tuple):
                 return tuple(widen(part) for part in x)
-            if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] != len(self.kept):
+            if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] != len(self.first):
                 return x
             if id(x) not in made:  # every block gets the same mask and rotary angles
                 made[id(x)] = x, x.index_select(0, self.place)
@@ -143,23 +141,27 @@ def decoder_pass(
     row: Int[Tensor, " rows"] | None,
     starts: Int[Tensor, "rows 1"],
     spread: Spread | None = None,
+    tally: Tally | None = None,
 ) -> Float[Tensor, "rows new d"]:
     """Run the decoder over new tokens, add them to the cache and return the input of the LM head.
 
     `row`: as `ForwardContext.row`. `starts`: how many tokens of each text come before its reply. `spread`: how
-    the cache is narrowed, inside of `Spread.narrowed`.
+    the cache is narrowed, inside of `Spread.narrowed`. `tally`: records what the sliders do.
     """
     decoder = model.hf.get_submodule(model.anatomy.decoder_module)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    steering = model.steering
-    with steering.lock:
-        index = positions - starts + 1 if steering.timed else None
+    with model.steering.lock:
+        seen = mask[:, -ids.shape[1] :]
+        # In new memory: the strides of a slice differ from step to step, and compiled code would see new cases.
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].clone(memory_format=torch.contiguous_format)
+        context = ForwardContext(
+            row,
+            positions - starts + 1 if model.steering.timed else None,
+            valid=None if tally is None or bool(seen.all()) else seen.bool(),
+            tally=tally,
+        )
         if spread is not None:
-            ids, mask, positions = ids[spread.kept], mask[spread.kept], positions[spread.kept]
-        with (
-            steering.passing(ForwardContext(row, index)),
-            spread.widened(model) if spread is not None else nullcontext(),
-        ):
+            ids, mask, positions = ids[spread.first], mask[spread.first], positions[spread.first]
+        with model.steering.passing(context), spread.widened(model) if spread is not None else nullcontext():
             return decoder(
                 input_ids=ids,
                 attention_mask=None if bool(mask.all()) else mask,
@@ -187,24 +189,19 @@ def _begun(
     )
     width = begun.mask.shape[1]
     pieces: dict[tuple[int, int], list[int]] = {}
-    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
-        if head:
-            pieces.setdefault((source, head), []).append(i)
-    taken: list[Piece] = []
-    for (source, head), rows in pieces.items():
-        start = width - heads[source]
-        taken.append((rows, read.index(source), slice(start, start + head)))
+    for i, place in enumerate(zip(sources, heads, strict=True)):
+        pieces.setdefault(place, []).append(i)
+    taken: list[Piece] = [
+        (rows, read.index(source), slice(width - heads[source], width - heads[source] + head))
+        for (source, head), rows in pieces.items()
+        if head
+    ]
     return branched(begun.cache, taken, len(texts), max(heads))
 
 
 def _only_growing(cache: Cache) -> bool:
     """Whether every block keeps its keys and values in a GrowingLayer, whose rows can be taken apart."""
     return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
-
-
-def _mask(texts: Sequence[Sequence[int]], width: int, device: Any) -> Int[Tensor, "rows width"]:
-    lengths = torch.tensor([len(t) for t in texts], device=device)
-    return (torch.arange(width, device=device) >= width - lengths[:, None]).long()
 
 
 def _heads(
@@ -242,7 +239,8 @@ def _shared(texts: Sequence[Sequence[int]], limits: Sequence[int], rows: Sequenc
     """For each text, how many first tokens it shares with its group, and the group, for the groups that save most."""
     order = sorted(range(len(texts)), key=lambda i: (rows[i], texts[i]))
     common = [
-        min(_common(texts[a], texts[b]), limits[a], limits[b]) if rows[a] == rows[b] else 0 for a, b in pairwise(order)
+        min(common_length(texts[a], texts[b]), limits[a], limits[b]) if rows[a] == rows[b] else 0
+        for a, b in pairwise(order)
     ]
 
     def best(first: int, last: int) -> tuple[int, list[tuple[int, int, int]]]:
@@ -261,13 +259,3 @@ def _shared(texts: Sequence[Sequence[int]], limits: Sequence[int], rows: Sequenc
         for i in order[first : last + 1]:
             shared[i], groups[i] = length, group
     return shared, groups
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens two texts have in common."""
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n

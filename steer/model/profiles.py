@@ -15,7 +15,7 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import PRESETS, Sampler
-from steer.core.schedule import ALWAYS, Schedule
+from steer.core.schedule import ALWAYS
 from steer.core.slider import Slider
 from steer.errors import SteerError
 
@@ -40,7 +40,10 @@ def sliders_in(model: Checkpoint, profile: Profile) -> list[tuple[Slider, Profil
             while label in names:
                 label = f"{base} ({(number := number + 1)})"
             names.add(label)
-            slider = Slider(found.target, operation, _when(library, profile, entry), label)
+            gate = None if entry.when is None else entry.when.gate
+            on = None if gate is None else _slider(library, profile, gate.slider).target
+            when = ALWAYS if entry.when is None else entry.when.on(on)
+            slider = Slider(found.target, operation, when=when, label=label)
             slider.check(entry.amount)
         out.append((slider, entry))
     return out
@@ -80,13 +83,6 @@ def _slider(library: Library, profile: Profile, text: str) -> Slider:
     return library.slider(text) if file is None else Slider(Direction.load(file))
 
 
-def _when(library: Library, profile: Profile, entry: ProfileSlider) -> Schedule:
-    if entry.when is None:
-        return ALWAYS
-    gate = entry.when.gate
-    return entry.when.on(None if gate is None else _slider(library, profile, gate.slider).target)
-
-
 def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -> Profile:
     """The current amounts of sliders, and a sampler, as a profile to save.
 
@@ -99,9 +95,6 @@ def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -
         default = Library(sliders.model).slider(slider.target.name).operation
         operation = None if slider.operation == default else slider.operation
         entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
-    preset = next((n for n, p in PRESETS.items() if _alike(p, sampler)), None)
+    free = {"seed": sampler.seed, "max_new_tokens": sampler.max_new_tokens}
+    preset = next((n for n, p in PRESETS.items() if replace(p, **free) == sampler), None)
     return Profile(name, notes, sampler, preset, tuple(entries))
-
-
-def _alike(preset: Sampler, sampler: Sampler) -> bool:
-    return replace(preset, seed=sampler.seed, max_new_tokens=sampler.max_new_tokens) == sampler

@@ -1,12 +1,14 @@
-"""Reading the residual stream: forward hooks that pass each site's output to a callback.
+"""Forward hooks: reading the residual stream after each block, and replacing what a module puts out.
 
-Used wherever activations are read: `LoadedModel.record`, `forward.read_residuals`, `batch.generate`, token readouts.
+Activations are read with `reading`: by `LoadedModel.record`, `forward.read_residuals`, `decode.generate`, token
+readouts. Whatever changes an output, sliders included, does it with `replacing`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,6 +18,15 @@ from steer.checkpoint.anatomy import Anatomy
 
 Reader = Callable[[int, Float[Tensor, "batch seq d"]], None]
 """Called with (site, residual stream) in every forward pass."""
+
+
+def replacing(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that replaces a module's output, or the first entry of a tuple, by `change` of it."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    return hook
 
 
 @contextmanager

@@ -1,19 +1,17 @@
 """Drawing the next token of each row from its logits: penalties, DRY, temperature, truncation, XTC.
 
-The decode loops (`decode.py`, `batch.py`, the server) keep a `Draw` per text and call `choose` at every step. What each
+The decode loops (`decode.py`, the server) keep a `Draw` per text and call `choose` at every step. What each
 stage does is set by a `Sampler`.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,6 +22,8 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopPLogitsW
 from steer.core.sampler import Sampler
 from steer.errors import UsageError
 
+_WARPERS: dict[str, Any] = {"top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper, "typical_p": TypicalLogitsWarper}
+"""Stages that transformers has: they set the score of each token that they drop to -inf."""
 HARDEST = 60.0
 """Natural logarithm of DRY's largest penalty: it rules out any token, and is still finite in fp32."""
 
@@ -35,9 +35,8 @@ class Repeats:
     """
 
     def __init__(self, text: Sequence[int], breakers: frozenset[int], reach: int = 0) -> None:
-        self.breakers = breakers
-        self.reach = reach
-        """How many of the last tokens are searched for repeats; 0 means all."""
+        """`reach`: how many of the last tokens are searched for repeats; 0 means all."""
+        self.breakers, self.reach = breakers, reach
         self.text = np.asarray(text, dtype=np.int64)
         since_breaker = next((i for i, t in enumerate(reversed(text)) if t in breakers), len(text))
         # The z-function of the reversed text, read backwards.
@@ -45,7 +44,6 @@ class Repeats:
         self.lengths = np.minimum(lengths, since_breaker)
 
     def append(self, token: int) -> None:
-        """Add the text's next token."""
         same = (self.text == token) & (token not in self.breakers)
         self.lengths = same * np.insert(self.lengths + 1, 0, 1)
         self.text = np.append(self.text, token)
@@ -88,46 +86,25 @@ def common_prefixes(text: Sequence[int]) -> list[int]:
     return lengths
 
 
-_SETS = 16
-"""How many sets of breakers are cached per tokenizer; one may hold most of the vocabulary."""
+@lru_cache(maxsize=4)
+def _token_texts(tokenizer: Any) -> list[str]:
+    return tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
 
 
-class _Known:
-    def __init__(self, tokenizer: Any) -> None:
-        self.texts: list[str] = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        self.sets: OrderedDict[tuple[str, ...], frozenset[int]] = OrderedDict()
-
-
-_known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
-_lock = threading.Lock()
-
-
+@lru_cache(maxsize=16)  # one set may hold most of the vocabulary
 def breaker_ids(tokenizer: Any, breakers: tuple[str, ...]) -> frozenset[int]:
-    """The tokens that break a match. Finding them takes part of a second; the last few sets are cached per tokenizer.
+    """The tokens that break a match. Finding them takes part of a second; the last few sets are cached.
 
     For each breaker these are the last token of "a" + breaker, as DRY defines it (the letter keeps the tokenizer from
     treating the breaker as the beginning of a text), and every token whose text contains the breaker, because
     tokenizers join it with its neighbours: a full stop and a quote, two line ends.
     """
-    with _lock:
-        if tokenizer not in _known:
-            _known[tokenizer] = _Known(tokenizer)
-        known = _known[tokenizer]
-        if breakers in known.sets:
-            known.sets.move_to_end(breakers)
-            return known.sets[breakers]
-        ids: set[int] = set()
-        letter = tokenizer("a", add_special_tokens=False).input_ids
-        for breaker in breakers:
-            after_letter = tokenizer("a" + breaker, add_special_tokens=False).input_ids
-            # Where they are equal, there is no such token: some tokenizers split at spaces and have none for a space.
-            if after_letter != letter:
-                ids.add(after_letter[-1])
-        ids |= {i for i, text in enumerate(known.texts) if any(b in text for b in breakers)}
-        known.sets[breakers] = frozenset(ids - {tokenizer.unk_token_id})
-        while len(known.sets) > _SETS:
-            known.sets.popitem(last=False)
-        return known.sets[breakers]
+    letter = tokenizer("a", add_special_tokens=False).input_ids
+    after_letter = [tokenizer("a" + breaker, add_special_tokens=False).input_ids for breaker in breakers]
+    # Where they are equal, there is no such token: some tokenizers split at spaces and have none for a space.
+    ids = {after[-1] for after in after_letter if after != letter}
+    ids |= {i for i, text in enumerate(_token_texts(tokenizer)) if any(b in text for b in breakers)}
+    return frozenset(ids - {tokenizer.unk_token_id})
 
 
 BAN = -100.0
@@ -242,8 +219,7 @@ def process(
     Returns the scores, whose softmax is drawn from, and the token of each column; None if the columns are all tokens in
     their order. A token that is dropped has a score of -inf, or no column.
     """
-    stages = _quickest(sampler.stages)
-    scores = logits.float()
+    stages, scores = sampler.stages, logits.float()
     if scores is logits and (sampler.logit_bias or {"penalties", "dry"} & set(stages)):
         scores = scores.clone()
     if sampler.logit_bias:
@@ -263,27 +239,12 @@ def process(
             if {"penalties", "dry"} & set(stages[i:]):
                 top, tokens = torch.full_like(scores, -torch.inf).scatter(1, tokens, top), None
             scores = top
-        elif stage == "top_p":
-            scores = TopPLogitsWarper(sampler.top_p)(tokens, scores)  # pyright: ignore[reportArgumentType]
-        elif stage == "min_p":
-            scores = MinPLogitsWarper(sampler.min_p)(tokens, scores)  # pyright: ignore[reportArgumentType]
-        elif stage == "typical_p":
-            scores = TypicalLogitsWarper(sampler.typical_p)(tokens, scores)  # pyright: ignore[reportArgumentType]
+        elif stage in _WARPERS:
+            # They look at the scores alone.
+            scores = _WARPERS[stage](getattr(sampler, stage))(tokens, scores)  # pyright: ignore[reportArgumentType]
         elif stage == "xtc":
             scores = exclude_top_choices(scores, sampler, rows)
     return scores, tokens
-
-
-def _quickest(stages: tuple[str, ...]) -> tuple[str, ...]:
-    """The same stages, with top-k before temperature where they are neighbours.
-
-    Dividing by the temperature does not change the order, and is less work on k tokens than on the vocabulary.
-    """
-    out = list(stages)
-    for i in range(len(out) - 1):
-        if out[i : i + 2] == ["temperature", "top_k"]:
-            out[i : i + 2] = ["top_k", "temperature"]
-    return tuple(out)
 
 
 def invert(scores: Float[Tensor, "rows kept"], rows: Sequence[Draw]) -> Int[Tensor, " rows"]:

@@ -17,7 +17,6 @@ from steer.checkpoint.library import Library
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.slider import Slider
 from steer.errors import UnknownNameError
 from steer.model.fit_check import warn_of_poor_fits
@@ -31,6 +30,8 @@ _KNOWN = 1000
 """Up to this many known sliders a copy takes them all along, beyond it only those that are set: every name that a
 client asks for becomes known."""
 _State = dict[str, tuple[Slider, float]]
+Target = Direction | Feature | Slider | str
+"""What an amount can be given for: a direction or a feature, which is added, a slider, or a name as in `Sliders`."""
 
 
 class Amounts(MutableMapping[str, float]):
@@ -76,14 +77,21 @@ class Amounts(MutableMapping[str, float]):
         """Delete a slider that was set; return its amount, or `default` if it was not. Errors: KeyError without it."""
         if default and name not in self._amounts:
             return default[0]
-        amount = self._set(name)
+        amount = self._amounts.get(name)
         del self[name]
         return amount
 
-    def _set(self, name: str) -> float:
+    def __setitem__(self, name: str, amount: float) -> None:
+        self._change(self._amounts | {name: self.slider(name).check(amount)})
+
+    def __delitem__(self, name: str) -> None:
         if name not in self._amounts:
             raise UnknownNameError(f"slider {name!r}: expected one that is set, found {', '.join(self) or 'none'}")
-        return self._amounts[name]
+        self._change({n: a for n, a in self._amounts.items() if n != name})
+
+    @abstractmethod
+    def _change(self, amounts: dict[str, float]) -> None:
+        """Set these amounts, and no others."""
 
 
 class Sliders(Amounts):
@@ -102,7 +110,7 @@ class Sliders(Amounts):
     """
 
     def __init__(self, model: LoadedModel, *, live: bool = True) -> None:
-        self._model, self._live = model, live
+        self.model, self._live = model, live
         self._known: dict[str, Slider] = {}
         self._amounts: dict[str, float] = {}
         self._current: Edit | None = None
@@ -116,11 +124,6 @@ class Sliders(Amounts):
         """All amounts together as one Edit; None when nothing moves."""
         return self._current
 
-    @property
-    def model(self) -> LoadedModel:
-        """The model that the sliders belong to."""
-        return self._model
-
     def put(self, slider: Slider | Direction | Feature, amount: float | None = None) -> None:
         """Make a slider known under its name, and set it. Without an amount it moves nothing yet."""
         slider = slider if isinstance(slider, Slider) else Slider(slider)
@@ -130,7 +133,7 @@ class Sliders(Amounts):
 
     def copy(self) -> Sliders:
         """Sliders with the same amounts that are not live. Later changes of the copy do not change these."""
-        out = Sliders(self._model, live=False)
+        out = Sliders(self.model, live=False)
         known = self._known if len(self._known) <= _KNOWN else {n: self._known[n] for n in self._amounts}
         out._known, out._amounts, out._current = dict(known), dict(self._amounts), self._current
         out.ranges = dict(self.ranges)
@@ -142,7 +145,7 @@ class Sliders(Amounts):
 
     def find(self, names: Collection[str]) -> list[Slider]:
         """The sliders of these names. The library on disk is read once for all of them. Errors: as `slider`."""
-        library = Library(self._model)
+        library = Library(self.model)
         for name in names:
             if name not in self._known:
                 self._known[name] = library.slider(name)
@@ -150,7 +153,7 @@ class Sliders(Amounts):
 
     def known(self) -> dict[str, Slider]:
         """Every slider that can be moved by name: those used so far, and the library's for the checkpoint."""
-        for name, slider in Library(self._model).sliders().items():
+        for name, slider in Library(self.model).sliders().items():
             self._known.setdefault(name, slider)
         return dict(self._known)
 
@@ -158,23 +161,19 @@ class Sliders(Amounts):
         """How far the sliders move the residual stream at a site, as a share of its median norm.
 
         Added vectors are summed as vectors, so that opposite sliders cancel. The shares of the other operations, for a
-        token of neutral chat (`core.intervention.share_of`), are added to that.
+        token of neutral chat (`Slider.share`), are added to that.
         """
-        total, added = 0.0, None
-        for name, amount in self._amounts.items():
-            slider = self._known[name]
-            if slider.site != site or slider.is_neutral(amount):
+        total, added = 0.0, torch.zeros(1, dtype=torch.float64)
+        for slider in self.moves():
+            share = slider.share()
+            if slider.site != site or not slider.acts or math.isnan(share):
                 continue
-            share = slider.share(amount)
-            if math.isnan(share):
-                continue
-            if slider.operation != "add":
+            if slider.reads:
                 total += share
-                continue
-            d = slider.target if isinstance(slider.target, Direction) else slider.target.direction
-            vector = math.copysign(share, amount * d.gap) * d.vector.double()
-            added = vector if added is None else added + vector
-        return total + (0.0 if added is None else float(torch.linalg.vector_norm(added)))
+            else:
+                d = slider.target if isinstance(slider.target, Direction) else slider.target.direction
+                added = added + math.copysign(share, slider.amount * d.gap) * d.vector.double()
+        return total + float(torch.linalg.vector_norm(added))
 
     def warnings(self) -> list[str]:
         """One line for every site whose sliders together move the residual stream too far, by `BUDGET` or more."""
@@ -207,21 +206,22 @@ class Sliders(Amounts):
         """Redo the change that was undone last. False when there is none."""
         return self._step(self._future, self._past)
 
-    def moves(self) -> list[Intervention]:
-        """The intervention of every slider that was set, neutral ones included."""
+    def edit(self, amounts: Mapping[Target, float] | Mapping[str, float]) -> Edit | None:
+        """Amounts of directions, features, sliders and names as one Edit, without the amounts that are set."""
+        sliders: list[tuple[Slider, float]] = []
+        for key, amount in amounts.items():
+            slider = self.slider(key) if isinstance(key, str) else key if isinstance(key, Slider) else Slider(key)
+            sliders.append((slider, amount))
+        return as_edit(self.model, sliders)
+
+    def moves(self) -> list[Slider]:
+        """Every slider that was set, at its amount, neutral ones included."""
         return [self._known[n].at(a) for n, a in self._amounts.items()]
-
-    def __setitem__(self, name: str, amount: float) -> None:
-        self._change(self._amounts | {name: self.slider(name).check(amount)})
-
-    def __delitem__(self, name: str) -> None:
-        self._set(name)
-        self._change({n: a for n, a in self._amounts.items() if n != name})
 
     def _change(self, amounts: dict[str, float], known: Sequence[Slider] = ()) -> None:
         before, known_before = self._state(), self._known
         for slider in known:
-            self._model.steering.check(_probe(slider))
+            self.model.steering.check(Edit(moves=(slider,)))
         self._known = known_before | {slider.name: slider for slider in known}
         try:
             self._apply(amounts)
@@ -246,39 +246,22 @@ class Sliders(Amounts):
         return {name: (self._known[name], amount) for name, amount in self._amounts.items()}
 
     def _apply(self, amounts: dict[str, float]) -> None:
-        edit = Edit.of([self._known[n].at(a) for n, a in amounts.items()])
         # Checked before anything is stored: only an edit that the model accepts is.
-        if edit is not None:
-            self._model.steering.check(edit)
-            warn_of_poor_fits(self._model, edit)
+        edit = as_edit(self.model, [(self._known[n], a) for n, a in amounts.items()])
         before = self._amounts, self._current
         try:
             self._amounts, self._current = amounts, edit
             if self._live:
-                self._model.steering.set([edit])
+                self.model.steering.set([edit])
         except BaseException:
             self._amounts, self._current = before
             raise
 
 
-def as_slider(sliders: Sliders, key: Direction | Feature | Slider | str) -> Slider:
-    """The slider that a key of `model.steered` stands for."""
-    if isinstance(key, str):
-        return sliders.slider(key)
-    return key if isinstance(key, Slider) else Slider(key)
-
-
 def as_edit(model: LoadedModel, sliders: list[tuple[Slider, float]]) -> Edit | None:
     """Amounts of sliders as one Edit that fits the model. Errors: UsageError, MismatchError."""
-    edit = Edit.of([slider.at(slider.check(amount)) for slider, amount in sliders])
+    edit = Edit.of([slider.at(amount) for slider, amount in sliders])
     if edit is not None:
         model.steering.check(edit)
         warn_of_poor_fits(model, edit)
     return edit
-
-
-def _probe(slider: Slider) -> Edit:
-    """An edit that moves nothing, to check that the slider fits a model."""
-    if slider.when.gate is not None:
-        return Edit(moves=(Intervention(slider.target, "add", 0.0, slider.when),))
-    return Edit(moves=(Intervention(slider.target, "add", 0.0),))

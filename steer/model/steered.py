@@ -1,7 +1,7 @@
 """The running model, `SteeredModel`: load it, move its sliders, have it reply, read its residual stream.
 
 This is what `steer.load` returns, and where the parts of `steer.model` meet: `loading.py` reads the checkpoint,
-`sliders.py` holds the amounts, `steering` applies them in hooks, `decode.py` and `batch.py` write replies.
+`sliders.py` holds the amounts, `steering` applies them in hooks, `decode.py` writes replies.
 """
 
 from __future__ import annotations
@@ -18,23 +18,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.checkpoint.fetch import resolve
-from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.feature import Feature
 from steer.core.lists import as_list
 from steer.core.sampler import CHAT, Sampler
 from steer.core.slider import Slider
-from steer.model.batch import generate
 from steer.model.compiled import CompiledStep
-from steer.model.decode import decode
-from steer.model.detokenise import Detokeniser
+from steer.model.decode import decode, generate
 from steer.model.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
 from steer.model.kv_cache import PrefixCache
 from steer.model.loaded import LoadedModel, Message, as_messages
 from steer.model.loading import files_of, read_model
-from steer.model.sliders import Sliders, as_edit, as_slider
+from steer.model.sliders import Sliders, Target
 from steer.model.steering.receipts import Tally
-from steer.model.tokens import check_length
+from steer.model.tokens import Detokeniser, check_length
 
 ROWS = 192
 """How many replies are written together at most. On two cores with AVX2 a token of a 135M Llama costs 0.75 of what it
@@ -152,15 +148,8 @@ class SteeredModel(LoadedModel):
             distinct = list(dict.fromkeys(edits[i] for i in rows)) if edits is not None else []
             which = [distinct.index(edits[i]) for i in rows] if edits is not None else None
             with self.steering.alone(distinct) if distinct else nullcontext():
-                made = generate(
-                    self,
-                    [prompts[i] for i in rows],
-                    sampler,
-                    [keys[i] for i in rows],
-                    on_tokens,
-                    which=which,
-                    sums=part,
-                )
+                texts, seeds = [prompts[i] for i in rows], [keys[i] for i in rows]
+                made = generate(self, texts, sampler, seeds, on_tokens, which=which, sums=part)
             if sums is not None and part is not None:
                 sums[:, rows] = part
             for i, reply in zip(rows, made, strict=True):
@@ -191,7 +180,7 @@ class SteeredModel(LoadedModel):
     # Steering and reading
 
     @contextmanager
-    def steered(self, sliders: Mapping[Direction | Feature | Slider | str, float]) -> Iterator[SteeredModel]:
+    def steered(self, sliders: Mapping[Target, float]) -> Iterator[SteeredModel]:
         """Apply these amounts inside the block; the sliders come back as they were, exceptions included.
 
             with model.steered({moral: -1.5}):
@@ -200,7 +189,7 @@ class SteeredModel(LoadedModel):
         A Direction or a Feature is added, `Slider(direction, "ablate")` is ablated, `Slider(feature, "clamp")` is
         clamped, a name means the same as in `model.sliders`. Amounts in `model.sliders` do not act inside the block.
         """
-        edit = as_edit(self, [(as_slider(self.sliders, key), amount) for key, amount in sliders.items()])
+        edit = self.sliders.edit(sliders)
         with self.steering.applied([edit]):
             yield self
 

@@ -1,4 +1,4 @@
-"""Token ids: tokenising text, padding rows to one length, which tokens end a reply, how long a text may be.
+"""Token ids: tokenising text and back, padding rows to one length, which tokens end a reply, how long a text may be.
 
 Everything that turns text into input of a model goes through this file, in chats, in finding and in training.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from jinja2 import TemplateError
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from steer.errors import CheckpointError, UsageError
@@ -48,6 +49,11 @@ def ids_of(tokenizer: Any, texts: Sequence[str], rows: int, name: str, *, frame:
             f"({tokenizer.convert_ids_to_tokens(highest)!r}) in the text; leave it out, or resize the embedding"
         )
     return made
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens two texts have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def padded(
@@ -129,3 +135,61 @@ def filled(name: str, context: int) -> str:
 def warn_filled(name: str, context: int) -> None:
     """Warn that a reply has filled the context, where there is no receipt to say so."""
     warnings.warn(filled(name, context), ContextWarning, stacklevel=3)
+
+
+_CONTEXT = 8
+"""How many tokens of the prompt are decoded first: some tokenizers drop the space before the first word of a text."""
+
+
+class Detokeniser:
+    """The text of one reply, as its tokens come: whole characters only, without special tokens.
+
+        text = Detokeniser(tokenizer, prompt_ids)
+        pieces = [text.add(token) for token in reply_ids] + [text.end()]
+
+    It uses the incremental decoder of the tokenizers library, which keeps only as many earlier tokens as it needs, so
+    that the time per token does not grow with the reply.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        """`tokenizer`: one of transformers, with a fast backend. `prompt`: the tokens before the reply."""
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._seen = list(prompt[-_CONTEXT:])
+        self._open: list[int] = []
+        """Tokens that do not make a whole character yet."""
+        self._begin()
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty while bytes of a character are missing."""
+        self._open.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception as e:
+            # With byte fallback, bytes that are not UTF-8 change how earlier bytes are decoded; the library then fails.
+            if "prefix" not in str(e):
+                raise
+            text = self.end()
+            self._begin()
+        if text is None:
+            return ""
+        self._close()
+        return text
+
+    def end(self) -> str:
+        """The rest of the text: a character that was never completed shows as U+FFFD."""
+        text = self._tokenizer.decode(self._open, skip_special_tokens=True)
+        self._close()
+        return text
+
+    def _close(self) -> None:
+        self._seen = [*self._seen, *self._open][-_CONTEXT:]
+        self._open = []
+
+    def _begin(self) -> None:
+        """Start a new stream and feed it the last tokens."""
+        self._stream = DecodeStream(skip_special_tokens=True)
+        for token in self._seen:
+            try:
+                self._stream.step(self._tokenizer, token)
+            except Exception:
+                self._stream = DecodeStream(skip_special_tokens=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steer.core.dictionary import Dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
+from steer.core.slider import Slider
 from steer.measure.contrast import Reply
 from steer.model.forward import changed_output, chunks, hidden_states, logits
 from steer.model.loaded import Message, as_messages
@@ -152,7 +152,7 @@ def output_scores(
     if not features or not chats:
         return [0.0 for _ in features]
     top_ids = lens_topk(model, torch.stack([f.direction.vector for f in features]), TOP_TOKENS)[0][1]
-    edits = [None, *(Edit(moves=(Intervention(f, "add", 1.0),)) for f in features)]
+    edits = [None, *(Edit(moves=(Slider(f, "add", 1.0),)) for f in features)]
     rows = [(e, p) for p in range(len(chats)) for e in range(len(edits))]
     rows.sort(key=lambda row: len(chats[row[1]]))
     # Row e: the mean log-probability of every feature's tokens under edit e, summed over the prompts.

@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any, Literal
 
 from steer.errors import SteerError, UsageError
-from steer.model.detokenise import Detokeniser
 from steer.model.steering.receipts import Receipt
+from steer.model.tokens import Detokeniser
 from steer.serve.engine import Busy, Engine, Event, Finished, Job, Token
 from steer.serve.errors import ApiError
 from steer.serve.metrics import Metrics

@@ -7,7 +7,7 @@ and calls a writer of `steer.baking` (checkpoint, adapter or control vector).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.intervention import Intervention
 from steer.core.lists import as_list
 from steer.core.method import PLAIN, Kernel, Method, Projection, Strengths
 from steer.core.profile import Profile
+from steer.core.slider import Slider
 from steer.core.trait import Trait, shipped_traits
 from steer.errors import UsageError
 
@@ -80,7 +80,7 @@ class HowToAblate:
         elif self.norm_preserving:
             method = Method(norm_preserving=True)
         strength = edit.strength if self.strength == 1.0 else self.strength
-        return replace(edit, strength=strength, blocks=self.blocks, strengths=self.strengths, method=method)
+        return Edit(edit.ablate, strength, self.blocks, edit.add, edit.others, method, self.strengths)
 
 
 def bake(
@@ -193,7 +193,7 @@ def profile_edit(
     return edit
 
 
-def verdicts_on(moves: Sequence[Intervention], place: Path, form: Form = "checkpoint") -> list[Verdict]:
+def verdicts_on(moves: Sequence[Slider], place: Path, form: Form = "checkpoint") -> list[Verdict]:
     """Return for each move whether it can be baked into the checkpoint at `place`, and why not."""
     return bakeable(moves, form, Anatomy.of(CheckpointFiles.open(place).config, str(place)))
 

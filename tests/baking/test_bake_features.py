@@ -16,7 +16,7 @@ from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
+from steer.core.slider import Intervention
 from steer.errors import MismatchError, UnsupportedError, UsageError
 
 TOKENS = torch.tensor([[1, 5, 17, 60, 3, 96, 44], [1, 2, 8, 8, 71, 30, 0]])

@@ -27,10 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 import steer
 from steer.core.sampler import CHAT
 from steer.model.decode import Step, decode
-from steer.model.detokenise import Detokeniser
 from steer.model.kv_cache import growing_cache
 from steer.model.sampling import Draw, choose
 from steer.model.steered import SteeredModel
+from steer.model.tokens import Detokeniser
 
 BARS = {"plain": 0.85, "compiled": 0.95}
 """Of the bare products' speed."""

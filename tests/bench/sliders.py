@@ -39,9 +39,9 @@ from steer.core.dictionary_files import load_dictionary
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention, Operation
 from steer.core.sampler import CHAT
 from steer.core.schedule import ALWAYS, Schedule
+from steer.core.slider import Intervention, Operation
 from steer.model.decode import decode
 from steer.model.kv_cache import growing_cache
 from steer.model.steered import SteeredModel

@@ -81,8 +81,7 @@ def steps(model: str) -> dict[str, float]:
 
     import steer
     from steer.core.sampler import Sampler
-    from steer.model.batch import generate
-    from steer.model.decode import decode
+    from steer.model.decode import decode, generate
 
     live = steer.load(model, dtype=torch.float32)
     prompt = torch.randint(live.anatomy.width, (48, 30), generator=torch.Generator().manual_seed(0)).tolist()

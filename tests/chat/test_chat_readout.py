@@ -14,10 +14,9 @@ from steer.chat.local import LocalBackend
 from steer.chat.readout import look_inside, pieces_of
 from steer.chat.writer import Task
 from steer.core.edit import Edit
-from steer.core.intervention import Intervention
 from steer.core.sampler import Sampler
 from steer.core.schedule import Schedule
-from steer.core.slider import Slider
+from steer.core.slider import Intervention, Slider
 from steer.errors import UsageError
 from steer.model.decode import decode
 from steer.model.steered import load

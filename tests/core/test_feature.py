@@ -11,8 +11,7 @@ import torch
 from steer.core.dictionary import Dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
-from steer.core.slider import Slider
+from steer.core.slider import Intervention, Slider
 from steer.errors import MismatchError, UnsupportedError, UsageError
 
 

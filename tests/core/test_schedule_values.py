@@ -10,9 +10,10 @@ from slow_steering import close_directions, share_at
 
 from steer.core.direction import Direction
 from steer.core.edit import MAX_JOINT_DIRECTIONS, Edit
-from steer.core.intervention import Intervention
 from steer.core.schedule import ALWAYS, Gate, Schedule
+from steer.core.slider import Intervention
 from steer.errors import UsageError
+from steer.model.steering.low_rank import ForwardContext, ReplyWindow
 
 D = close_directions()
 LATE = replace(close_directions(site=2, n=1, seed=8)[0], name="late")
@@ -33,7 +34,8 @@ LATE = replace(close_directions(site=2, n=1, seed=8)[0], name="late")
 )
 def test_the_share_that_acts_is_told_by_the_reply_token_that_is_written(when, shares):
     index = torch.arange(-2, 5)
-    assert when.share(index).tolist() == shares
+    window, x = ReplyWindow(torch.tensor(when.window, dtype=torch.float64).view(3, 1, 1, 1)), torch.zeros(1).double()
+    assert window.share(ForwardContext(index=index[None]), x).flatten().tolist() == shares
     assert [share_at(when, int(i)) for i in index] == shares
     assert when.timed is (when is not ALWAYS)
 

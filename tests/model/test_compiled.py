@@ -15,8 +15,7 @@ from steer.core.method import Method
 from steer.core.sampler import Sampler
 from steer.core.schedule import Gate, Schedule
 from steer.core.slider import Slider
-from steer.model.batch import generate
-from steer.model.decode import decode
+from steer.model.decode import decode, generate
 from steer.model.steered import SteeredModel, load
 
 PROMPT = [1, 9, 20, 31, 12, 40]
@@ -49,8 +48,8 @@ def sliders(make_direction):
         Slider(two, "ablate"),
         Slider(one, "clamp", label="one:clamp"),
         Slider(two, "cap", label="two:cap"),
-        Slider(make_direction("late", site=2, seed=6), "add", timed),
-        Slider(make_direction("gated", site=2, seed=7), "scale", Schedule(gate=Gate(two, above=0.0))),
+        Slider(make_direction("late", site=2, seed=6), "add", when=timed),
+        Slider(make_direction("gated", site=2, seed=7), "scale", when=Schedule(gate=Gate(two, above=0.0))),
     ]
 
 

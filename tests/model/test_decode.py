@@ -10,8 +10,7 @@ from tiny_chat import hooks_on, save_tiny_chat
 
 from steer.core.edit import Edit
 from steer.core.sampler import Sampler
-from steer.model.batch import generate
-from steer.model.decode import decode
+from steer.model.decode import decode, generate
 from steer.model.steered import SteeredModel, load
 
 GREEDY = Sampler(max_new_tokens=12, temperature=0, repetition_penalty=1.0)

@@ -46,7 +46,7 @@ def spread(request: pytest.FixtureRequest, chat_checkpoint: Path, tmp_path: Path
 @pytest.mark.parametrize("operation", ["add", "ablate", "clamp", "cap", "scale"])
 def test_sliders_do_the_same_on_offloaded_weights(spread, model64, moral, ids, operation):
     amount = {"add": 0.8, "ablate": 0.7, "clamp": -0.4, "cap": 0.1, "scale": -1.5}[operation]
-    whole, later = Slider(moral, operation), Slider(moral.at(2), operation, Schedule("reply"))
+    whole, later = Slider(moral, operation), Slider(moral.at(2), operation, when=Schedule("reply"))
     with torch.inference_mode():
         for sliders in ({whole: amount}, {later: amount}) if operation != "ablate" else ({whole: amount},):
             found = []

@@ -23,12 +23,10 @@ from steer.core.dictionary import Architecture, Dictionary
 from steer.core.dictionary_files import save_dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.sampler import Sampler
-from steer.core.slider import Slider
+from steer.core.slider import Intervention, Slider
 from steer.errors import CheckpointError, MismatchError, SkippedWarning, UsageError
-from steer.model.batch import generate
-from steer.model.decode import decode
+from steer.model.decode import decode, generate
 from steer.model.fit_check import FitWarning, check_fit
 from steer.model.sliders import BUDGET
 from steer.model.steered import SteeredModel, load
@@ -141,7 +139,7 @@ def test_activations_are_read_before_anything_is_added_at_the_site(model64, mora
     feature, other = Feature("f", dictionary, (3, 9), (2.0, 1.0)), Feature("o", dictionary, (5,), (1.0,))
     rest = Edit(add=((moral, 1.5),), moves=(Intervention(other, "add", 2.0),))
     each = [moves((feature, "clamp", 1.0)), rest]
-    both = Edit(add=rest.add, moves=(*rest.moves, *each[0].moves))
+    both = Edit(moves=(*rest.moves, *each[0].moves))
     before = residuals(model64, ids)[1]
     deltas = []
     for edit in (*each, both):

@@ -61,9 +61,9 @@ def sliders(kind: str, make: Callable[..., Direction]) -> dict[Any, float]:
         "scale": {Slider(early, "scale"): 3.0},
         "feature": {feature: 1.0},
         "feature clamp": {Slider(feature, "clamp"): 1.0},
-        "reply": {Slider(moral, "add", reply): 2.0, Slider(feature, "clamp", reply): 1.0},
-        "ramp": {Slider(moral, "clamp", Schedule(after=1, ramp=3)): 1.0, Slider(moral, "ablate", reply): 0.5},
-        "gate": {Slider(moral, "add", Schedule(gate=Gate(early, above=0.3))): 2.0},
+        "reply": {Slider(moral, "add", when=reply): 2.0, Slider(feature, "clamp", when=reply): 1.0},
+        "ramp": {Slider(moral, "clamp", when=Schedule(after=1, ramp=3)): 1.0, Slider(moral, "ablate", when=reply): 0.5},
+        "gate": {Slider(moral, "add", when=Schedule(gate=Gate(early, above=0.3))): 2.0},
         "together": {moral: 0.5, Slider(other, "ablate"): 0.5, Slider(early, "cap"): 0.1, Slider(feature, "scale"): 2},
     }[kind]
 
@@ -192,7 +192,7 @@ def test_a_profile_its_file_an_edit_and_amounts_by_name_make_the_same_hooks(
     moral = model64.sliders.slider("moral").target
     other = Direction.load(tmp_path / "other.safetensors")
     late = Schedule(part="reply", gate=Gate(other, above=-9.0))
-    amounts = {Slider(moral, "add", late): -1.5, Slider(other, "clamp"): 1.0, "moral": 0.5}
+    amounts = {Slider(moral, "add", when=late): -1.5, Slider(other, "clamp"): 1.0, "moral": 0.5}
     wanted = steered(model64, amounts, ids)
     assert float((wanted - logits(plain64, ids)).abs().max()) > 0.05
     edit = Edit.of([(k if isinstance(k, Slider) else Slider(moral)).at(a) for k, a in amounts.items()])
@@ -213,7 +213,7 @@ def test_what_moves_nothing_has_no_hook(model, moral, known_moral):
 
 def test_only_what_waits_for_the_reply_counts_positions(model, moral):
     assert [name for name, _ in model.hooks({moral: 1.0})] == ["model.layers.1"]
-    later = {Slider(moral, "add", Schedule(part="reply")): 1.0}
+    later = {Slider(moral, "add", when=Schedule(part="reply")): 1.0}
     assert [name for name, _ in model.hooks(later)] == ["model.embed_tokens", "model.layers.1"]
     assert [name for name, _ in model.transformer_lens_hooks(later)] == ["hook_embed", "blocks.1.hook_resid_post"]
     everywhere = [name for name, _ in model.transformer_lens_hooks({Slider(moral, "ablate"): 1.0})]
@@ -274,7 +274,7 @@ def test_a_reply_start_makes_one_pass_over_prompt_and_reply_say_what_decoding_sa
 
 
 def test_the_reply_begins_at_the_last_token_before_it_in_every_row(model64, plain64, moral, ids):
-    amounts = {Slider(moral, "add", Schedule(part="reply")): 1.0}
+    amounts = {Slider(moral, "add", when=Schedule(part="reply")): 1.0}
     shift = moral.gap * moral.vector.double()
     with torch.inference_mode(), model64.record([1]) as before:
         model64.hf(input_ids=ids)
@@ -318,7 +318,7 @@ def test_gradients_flow_through_hooks(model64, plain64, make_direction, ids, kin
 
 def test_embeddings_in_place_of_tokens_are_refused_where_positions_matter(model64, plain64, moral, ids):
     embeds = plain64.get_input_embeddings()(ids)
-    pairs = model64.hooks({Slider(moral, "add", Schedule(part="reply")): 1.0})
+    pairs = model64.hooks({Slider(moral, "add", when=Schedule(part="reply")): 1.0})
     for _ in range(2):
         with pytest.raises(UsageError, match="pass input_ids, not inputs_embeds"), hooked(plain64, pairs):
             plain64(inputs_embeds=embeds)

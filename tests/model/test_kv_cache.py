@@ -13,10 +13,9 @@ from torch import Tensor
 
 from steer.chat.session import Session
 from steer.core.edit import Edit
-from steer.core.intervention import Intervention
 from steer.core.sampler import Sampler
 from steer.core.schedule import Schedule
-from steer.core.slider import Slider
+from steer.core.slider import Intervention, Slider
 from steer.model.decode import decode
 from steer.model.kv_cache import PrefixCache, growing_cache
 from steer.model.steered import SteeredModel, load

@@ -7,8 +7,8 @@ import torch
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.core.edit import Edit
-from steer.core.intervention import Intervention
 from steer.core.schedule import Schedule
+from steer.core.slider import Intervention
 from steer.model.steering.low_rank import ForwardContext, ReplyWindow
 from steer.model.steering.module_edits import module_edits
 

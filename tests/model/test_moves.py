@@ -25,9 +25,8 @@ from tiny_chat import hooks_on
 from steer.core.direction import Direction
 from steer.core.edit import MAX_JOINT_DIRECTIONS, Edit
 from steer.core.feature import Feature
-from steer.core.intervention import OPERATIONS, Intervention
 from steer.core.schedule import ALWAYS, Gate, Schedule
-from steer.core.slider import Slider
+from steer.core.slider import OPERATIONS, Intervention, Slider
 from steer.errors import UsageError
 from steer.model.steered import SteeredModel, load
 from steer.model.steering.low_rank import ForwardContext

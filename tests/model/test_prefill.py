@@ -9,7 +9,7 @@ from steer.core.edit import Edit
 from steer.core.method import Kernel, Strengths
 from steer.core.sampler import Sampler
 from steer.model import prefill as prefill_module
-from steer.model.batch import _order, generate
+from steer.model.decode import _order, generate
 from steer.model.forward import hidden_states
 from steer.model.prefill import prefill
 from steer.model.steered import SteeredModel

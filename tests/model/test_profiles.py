@@ -19,11 +19,10 @@ from steer.checkpoint.library import dictionary_place
 from steer.core.dictionary_files import save_dictionary
 from steer.core.direction import Direction
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.profile import Profile
 from steer.core.sampler import PRESETS, Sampler
 from steer.core.schedule import Gate, Schedule
-from steer.core.slider import Slider
+from steer.core.slider import Intervention, Slider
 from steer.errors import MismatchError, SteerError, UsageError
 from steer.model.profiles import as_profile, edit_of, sliders_in, use
 from steer.model.sliders import Sliders

@@ -14,10 +14,9 @@ from steer.chat.session import Session
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.sampler import Sampler
 from steer.core.schedule import Gate, Schedule
-from steer.core.slider import Slider
+from steer.core.slider import Intervention, Slider
 from steer.model.decode import decode
 from steer.model.steered import SteeredModel, load
 from steer.model.steering.low_rank import ForwardContext
@@ -184,7 +183,7 @@ def test_a_slider_that_never_fired_is_a_warning(endless, why):
 def test_a_session_warns_of_a_slider_that_its_last_reply_never_met(model):
     model.end_token_ids = frozenset()
     session = Session(model, sampler=Sampler(max_new_tokens=4))
-    session.sliders.put(Slider(D[0], "clamp", Schedule(after=9)), 0.1)
+    session.sliders.put(Slider(D[0], "clamp", when=Schedule(after=9)), 0.1)
     list(session.reply("hello"))
     assert session.warnings() == ["slider 'd0' (clamp 0.1) never fired in this reply"]
     session.sampler = Sampler(max_new_tokens=12)

@@ -23,12 +23,11 @@ from torch import Tensor
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
 from steer.core.sampler import Sampler
 from steer.core.schedule import ALWAYS, Gate, Schedule
+from steer.core.slider import Intervention
 from steer.errors import MismatchError
-from steer.model.batch import generate
-from steer.model.decode import decode
+from steer.model.decode import decode, generate
 from steer.model.kv_cache import growing_cache
 from steer.model.steered import SteeredModel, load
 from steer.model.steering.low_rank import ForwardContext

@@ -67,7 +67,7 @@ def failing(n: int) -> Iterator[list[str]]:
 @pytest.fixture
 def edits(make_direction) -> dict[str, Any]:
     one, two = make_direction("one"), make_direction("two", site=0, seed=5)
-    timed = Slider(make_direction("late", site=2, seed=6), "add", Schedule("reply", after=1))
+    timed = Slider(make_direction("late", site=2, seed=6), "add", when=Schedule("reply", after=1))
     kept = Edit((two,), method=Method(norm_preserving=True))
     return {
         "add": lambda m: m.steered({one: -1.0}),

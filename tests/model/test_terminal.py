@@ -208,7 +208,7 @@ def test_undo_redo_and_another_operation_of_a_name(model, known_moral):
 
 def test_a_receipt_tells_what_each_slider_did_and_one_that_never_fired_is_a_warning(model, known_moral):
     late = Schedule("reply", after=50)
-    model.sliders.put(Slider(known_moral, "add", late, "late"), 1.0)
+    model.sliders.put(Slider(known_moral, "add", when=late, label="late"), 1.0)
     said = chat(model, "/receipt", "/moral -0.1", "hello", "/receipt")
     assert said[0] == "no reply yet"
     warning = "slider 'late' (add 1) never fired in this reply"

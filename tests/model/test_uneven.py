@@ -71,5 +71,5 @@ def test_candidates_that_share_a_direction_share_a_product(model, make_direction
     one = make_direction("one")
     edits = [Edit((one,), strengths=Strengths(s, 0.5)) for s in (0.25, 0.5, 0.75)] * 8
     with model.steering.applied(edits):
-        sets = [p.set for p in model.steering._programs.values()]
+        sets = [p.set for p in model.steering._now.programs.values()]
     assert all(len(columns) == 1 and columns[0].write.data.shape[1] == 1 for columns in sets)

@@ -13,7 +13,7 @@ from tiny_chat import hooks_on, save_tiny_chat
 from steer.core.dictionary import Dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
+from steer.core.slider import Intervention
 from steer.errors import MismatchError
 from steer.measure.contrast import Reply
 from steer.model.steered import SteeredModel, load

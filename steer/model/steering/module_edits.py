@@ -7,40 +7,34 @@ ablations are not in it: `norm_preserving.py` does them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from steer.checkpoint.ablation import Ablation
 from steer.checkpoint.anatomy import Anatomy, LiveWriter
+from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention
-from steer.core.schedule import Gate
-from steer.model.steering.low_rank import (
-    ForwardContext,
-    LowRankEdit,
-    PerRowTensor,
-    Place,
-    ReplyWindow,
-    amounts,
-    joint,
-    latents,
-    places,
-    subspaces,
-    timed_adds,
-)
+from steer.core.fit import OUTLIER
+from steer.core.schedule import PARALLEL, Gate
+from steer.core.slider import Slider
+from steer.model.steering.low_rank import ForwardContext, LowRankEdit, PerRowTensor, ReplyWindow, Term, amounts
 
 Rows = tuple[Edit | None, ...]
 """One entry: the same edit for every text of the batch. Several: one per row, None for an unedited row."""
 Gain = Callable[[str], Tensor]
 """Name of a norm's weight -> its gain, fp64, for the norm between a writer and the residual stream."""
-_Moves = list[tuple[int, Intervention]]
-"""(row, intervention) of each."""
+_Moves = list[tuple[int, Slider]]
+"""(row, slider at its amount) of each."""
 
 
 @dataclass(eq=False)
@@ -72,9 +66,9 @@ class ModuleEdit:
         for gate in self.gates:
             text.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
         if not self.added and not self.set:
-            return h if self.shift is None else h + self.shift.at(text, h, h.dtype)
+            return h if self.shift is None else h + self.shift.at(text, h)
         x = h if h.dtype == torch.float64 else h.float()
-        out = x if self.shift is None else x + self.shift.at(text, x, x.dtype)
+        out = x if self.shift is None else x + self.shift.at(text, x)
         for columns in self.added:
             out = columns.moved(x, out, text, self.writes_to)
         x = out
@@ -91,7 +85,7 @@ class ModuleEdit:
     @property
     def timed(self) -> bool:
         """Whether it needs `ForwardContext.index`, the reply token of every position."""
-        return any(c.timed for c in (*self.added, *self.set))
+        return any(c.window is not None for c in (*self.added, *self.set))
 
 
 def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEdit]:
@@ -100,104 +94,81 @@ def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEd
     `gain` is called where an architecture has a norm between a writer and the residual stream.
     """
     out: dict[str, ModuleEdit] = {}
-    moves = [(r, m) for r, edit in enumerate(rows) if edit is not None for m in _moves(edit)]
-    _shifts(out, rows, anatomy)
-    for site, site_moves in _by_site(m for m in moves if not _ablates(m[1])).items():
-        program = out.setdefault(anatomy.block_module(site), ModuleEdit())
-        added = [(r, m) for r, m in site_moves if not m.reads]
-        if added:
-            program.added.append(timed_adds(added, len(rows)))
-        features = [(r, m) for r, m in site_moves if m.reads and isinstance(m.target, Feature)]
-        # A dict, since a set would lose their order.
-        for d in {m.target.dictionary: None for _, m in features if isinstance(m.target, Feature)}:
-            members = [(r, m) for r, m in features if isinstance(m.target, Feature) and m.target.dictionary is d]
-            program.added.append(latents(members, len(rows), d))
-        sets = [(r, m) for r, m in site_moves if m.reads and isinstance(m.target, Direction)]
-        program.set += _joined(sets, len(rows))
-    _ablations(out, rows, moves, anatomy, gain)
-    _uneven(out, rows, anatomy, gain)
-    for gate in {m.when.gate.key: m.when.gate for _, m in moves if m.when.gate is not None}.values():
-        out.setdefault(anatomy.block_module(gate.site), ModuleEdit()).gates.append(gate)
-    _share_windows(out)
-    return out
 
+    def at_block(site: int) -> ModuleEdit:
+        return out.setdefault(anatomy.block_module(site), ModuleEdit())
 
-def _share_windows(programs: dict[str, ModuleEdit]) -> None:
-    """Have low-rank edits whose windows are equal share one, so that it is computed once per pass."""
-    windows: dict[object, ReplyWindow] = {}
-    for columns in (c for p in programs.values() for c in (*p.added, *p.set)):
-        if columns.window is not None:
-            columns.window = windows.setdefault(columns.window.key, columns.window)
+    def at_writer(writer: LiveWriter) -> ModuleEdit:
+        return out.setdefault(writer.module, ModuleEdit(writes_to=-1 if writer.block is None else writer.block))
 
-
-def _moves(edit: Edit) -> Iterator[Intervention]:
-    """The parts of an edit that are not a constant shift: projections, features, gated and timed moves."""
-    return (m for m in edit.as_moves() if not m.constant)
-
-
-def _ablates(move: Intervention) -> bool:
-    return move.operation == "ablate" and isinstance(move.target, Direction)
-
-
-def _by_site(moves: Iterator[tuple[int, Intervention]]) -> dict[int, _Moves]:
-    out: dict[int, _Moves] = {}
-    for r, m in moves:
-        out.setdefault(m.site, []).append((r, m))
-    return out
-
-
-def _shifts(out: dict[str, ModuleEdit], rows: Rows, anatomy: Anatomy) -> None:
     for r, edit in enumerate(rows):
-        for site, shift in edit.with_adds_as_directions().biases().items() if edit is not None else ():
+        for site, shift in edit.biases().items() if edit is not None else ():
             if bool(shift.any()):
-                program = out.setdefault(anatomy.block_module(site), ModuleEdit())
+                program = at_block(site)
                 if program.shift is None:
                     program.shift = PerRowTensor(torch.zeros(len(rows), 1, anatomy.width, dtype=torch.float64))
                 program.shift.data[r, 0] = shift
+    moves = [(r, m) for r, edit in enumerate(rows) if edit is not None for m in edit.as_moves() if not m.constant]
+    for site, at_site in _grouped(moves, lambda r, m: None if m.ablates else m.site).items():
+        if site is not None:
+            added, set_ = _of_block(at_site, len(rows))
+            at_block(site).added += added
+            at_block(site).set += set_
+    for writer, columns in _ablations(rows, moves, anatomy, gain):
+        at_writer(writer).set += columns
+    for writer, column in _uneven(rows, anatomy, gain):
+        at_writer(writer).set.append(column)
+    for gate in {m.when.gate.key: m.when.gate for _, m in moves if m.when.gate is not None}.values():
+        at_block(gate.site).gates.append(gate)
+    # Low-rank edits whose windows are equal share one, so that it is computed once per pass.
+    windows: dict[object, ReplyWindow] = {}
+    for low_rank in (c for program in out.values() for c in (*program.added, *program.set)):
+        if low_rank.window is not None:
+            low_rank.window = windows.setdefault(low_rank.window.key, low_rank.window)
+    return out
 
 
-def _joined(moves: _Moves, rows: int, gain: Tensor | None = None) -> list[LowRankEdit]:
-    """The low-rank edits that set projections, all those of a row in one of them.
-
-    Rows that move the same directions share a low-rank edit. `gain`: of the norm between the module and the residual
-    stream, where there is one.
-    """
-    by_row: dict[int, list[Intervention]] = {}
+def _grouped(moves: Iterable[tuple[int, Slider]], key: Callable[[int, Slider], Any]) -> dict[Any, _Moves]:
+    out: dict[Any, _Moves] = {}
     for r, m in moves:
-        by_row.setdefault(r, []).append(m)
-    groups: dict[object, tuple[list[Place], _Moves]] = {}
-    for r, row_moves in by_row.items():
-        # Sorted, so that the order of the sliders does not matter.
-        row_moves.sort(key=lambda m: (id(m.target), str(m.when.gate and m.when.gate.key), m.when.window))
-        order = places(row_moves)
-        groups.setdefault(tuple(p.key for p in order), (order, []))[1].extend((r, m) for m in row_moves)
-    return [joint(group, rows, order, gain) for order, group in groups.values()]
+        out.setdefault(key(r, m), []).append((r, m))
+    return out
 
 
-def _ablations(out: dict[str, ModuleEdit], rows: Rows, moves: _Moves, anatomy: Anatomy, gain: Gain) -> None:
+def _of_block(moves: _Moves, rows: int) -> tuple[list[LowRankEdit], list[LowRankEdit]]:
+    """What moves at one site add to the residual stream there, and the projections that they set after that."""
+    added: list[LowRankEdit] = []
+    adds = [(r, m) for r, m in moves if not m.reads]
+    if adds:
+        added.append(_timed_adds(adds, rows))
+    reading = [(r, m) for r, m in moves if m.reads]
+    of = _grouped(reading, lambda r, m: m.target.dictionary if isinstance(m.target, Feature) else None)
+    added += [_latents(group, rows, dictionary) for dictionary, group in of.items() if dictionary is not None]
+    return added, _joined(of.get(None, []), rows)
+
+
+def _ablations(
+    rows: Rows, moves: _Moves, anatomy: Anatomy, gain: Gain
+) -> Iterable[tuple[LiveWriter, list[LowRankEdit]]]:
     """Ablation at every writer that the row's edit names, before the norm where one follows.
 
     Rows that are edited at the same writers share low-rank edits. Each norm needs others, and writers without a norm
     share theirs; those of the first writer are the `account` of all, under which receipts sum what they do.
     """
-    ablations = [(r, m) for r, m in moves if _ablates(m)]
-    alike: dict[tuple[int, int] | None, _Moves] = {}
-    for r, m in ablations:
-        edit = rows[r]
-        alike.setdefault(edit.blocks if edit is not None else None, []).append((r, m))
-    for blocks, group_moves in alike.items():
+    ablations = [(r, m) for r, m in moves if m.ablates]
+    for blocks, group in _grouped(ablations, lambda r, m: rows[r].blocks).items():  # type: ignore[union-attr]
         by_norm: dict[str | None, list[LowRankEdit]] = {}
         for writer in anatomy.live_writers:
             if blocks is None or (writer.block is not None and blocks[0] <= writer.block <= blocks[1]):
                 if writer.norm not in by_norm:
-                    columns = _joined(group_moves, len(rows), None if writer.norm is None else gain(writer.norm))
+                    columns = _joined(group, len(rows), None if writer.norm is None else gain(writer.norm))
                     for low_rank, first in zip(columns, next(iter(by_norm.values()), columns), strict=True):
                         low_rank.account = first
                     by_norm[writer.norm] = columns
-                _at(out, writer).set += by_norm[writer.norm]
+                yield writer, by_norm[writer.norm]
 
 
-def _uneven(out: dict[str, ModuleEdit], rows: Rows, anatomy: Anatomy, gain: Gain) -> None:
+def _uneven(rows: Rows, anatomy: Anatomy, gain: Gain) -> Iterable[tuple[LiveWriter, LowRankEdit]]:
     """Ablation by an edit's method, or at strengths that differ from writer to writer.
 
     Norm-preserving methods are left to `NormPreservingHooks`. All rows of a writer go through one product with one
@@ -215,19 +186,124 @@ def _uneven(out: dict[str, ModuleEdit], rows: Rows, anatomy: Anatomy, gain: Gain
         for r, edit in uneven.items():
             if strength := ablations[edit].strength(writer):
                 method = edit.method
-                place = writer.block if method.by_block else None
                 neutral = None if method.neutral is None else id(method.neutral)
-                key = (edit.ablate, method.projection, neutral, place, writer.norm)
+                key = (edit.ablate, method.projection, neutral, writer.block if method.by_block else None, writer.norm)
                 bases[key] = ablations[edit].subspace(writer)
                 strengths.setdefault(key, {})[r] = strength
-        if not strengths:
-            continue
-        same = tuple((key, tuple(by_row.items())) for key, by_row in strengths.items())
-        if same not in made:
-            made[same] = subspaces([(bases[key], by_row) for key, by_row in strengths.items()], len(rows))
-        _at(out, writer).set.append(made[same])
+        if strengths:
+            same = tuple((key, tuple(by_row.items())) for key, by_row in strengths.items())
+            if same not in made:
+                made[same] = _subspaces([(bases[key], by_row) for key, by_row in strengths.items()], len(rows))
+            yield writer, made[same]
 
 
-def _at(out: dict[str, ModuleEdit], writer: LiveWriter) -> ModuleEdit:
-    """The ModuleEdit of a writer, added to `out` if it has none yet."""
-    return out.setdefault(writer.module, ModuleEdit(writes_to=-1 if writer.block is None else writer.block))
+def _joined(moves: _Moves, rows: int, gain: Tensor | None = None) -> list[LowRankEdit]:
+    """The low-rank edits that set projections, all those of a row in one of them.
+
+    Rows that move the same directions share a low-rank edit. `gain`: as `_joint` takes it.
+    """
+
+    def place(m: Slider) -> tuple[int, str]:
+        return id(m.target), str(m.when.gate and m.when.gate.key)
+
+    # Sorted, so that the order of the sliders does not matter.
+    by_row = _grouped(sorted(moves, key=lambda rm: (place(rm[1]), rm[1].when.window)), lambda r, m: r)
+    alike: dict[object, _Moves] = {}
+    for row_moves in by_row.values():
+        alike.setdefault(tuple(place(m) for _, m in row_moves), []).extend(row_moves)
+    return [_joint(group, rows, gain) for group in alike.values()]
+
+
+def _terms(moves: _Moves) -> tuple[list[Term], list[Direction | int]]:
+    """The terms of moves that read, and the direction or latent that each column reads.
+
+    Moves that read the same through the same gate share a column; a row's second move of it, at another time, takes
+    another one.
+    """
+    columns: dict[tuple[object, ...], Direction | int] = {}
+    terms: list[Term] = []
+    times: Counter[tuple[object, ...]] = Counter()
+    for row, m in moves:
+        read = m.target.indices if isinstance(m.target, Feature) else (m.target,)
+        for what, coefficients in zip(read, m.coefficients, strict=True):
+            key = (what, m.when.gate and m.when.gate.key)
+            times[row, *key] += 1
+            key = (*key, times[row, *key])
+            columns.setdefault(key, what)
+            terms.append(Term(row, list(columns).index(key), m, coefficients))
+    return terms, list(columns.values())
+
+
+def _joint(moves: _Moves, rows: int, gain: Float[Tensor, " d"] | None) -> LowRankEdit:
+    """An edit that sets the projections on several directions together, whatever the angles between them.
+
+    With `R` the directions as rows and `R^+` its pseudoinverse, `h += R^+ (wanted - R h)` is the smallest change after
+    which every projection is `wanted`. For ablation at full strength it is the orthogonal projection.
+
+    `rows`: how many edits are applied. `gain`: of the RMSNorm between the module and the residual stream, where there
+    is one; before it, direction `r` is read and written along `gain * r` (see `checkpoint.ablation`).
+    """
+    terms, read = _terms(moves)
+    directions = [d for d in read if isinstance(d, Direction)]
+    r, lengths = torch.stack([d.vector.double() for d in directions]), None
+    if gain is not None:
+        r = r * gain
+        lengths = r.norm(dim=-1)
+        r = r / lengths[:, None]
+    if len(r) == 1 or all(m.when.always for _, m in moves):
+        write, spread = torch.linalg.pinv(r, rtol=PARALLEL).T, None
+    else:
+        left, sizes, write = torch.linalg.svd(r, full_matrices=False)
+        # The pseudoinverse of every subset of the rows; bit `j` of a subset's number is set where row `j` is in it.
+        acting = (torch.arange(2 ** len(r))[:, None] >> torch.arange(len(r))) & 1
+        spread = PerRowTensor(torch.linalg.pinv(left * sizes * acting[..., None], rtol=PARALLEL))
+    return LowRankEdit(
+        rows, terms, PerRowTensor(write[None]), PerRowTensor(r.T), spread=spread,
+        # Ablation edits the outputs of writers, where no token has an outlying norm.
+        limits=None if moves[0][1].ablates else _limits([d.residual_norm for d in directions]),
+        normed=None if lengths is None else PerRowTensor(lengths[None, None]),
+    )  # fmt: skip
+
+
+def _latents(moves: _Moves, rows: int, dictionary: Dictionary) -> LowRankEdit:
+    """An edit that moves activations of one dictionary's latents along their decoder rows.
+
+    The part of the residual stream that the dictionary cannot reconstruct stays.
+    """
+    terms, latents = _terms(moves)
+    taken = tuple(i for i in latents if isinstance(i, int))
+    # To fp64 first, since `decoder_rows` may scale the rows.
+    write = dictionary.part(taken).to("cpu", torch.float64).decoder_rows(range(len(taken)))
+    limits = _limits([math.nan if dictionary.norm is None else dictionary.norm] * len(taken))
+    return LowRankEdit(rows, terms, PerRowTensor(write[None]), None, dictionary, taken, limits=limits)
+
+
+def _timed_adds(moves: _Moves, rows: int) -> LowRankEdit:
+    """An edit that adds vectors on some tokens only, and reads nothing."""
+    directions = [m.target if isinstance(m.target, Direction) else m.target.direction for _, m in moves]
+    terms = [
+        Term(row, column, m, (0.0, m.amount * directions[column].gap, math.inf))
+        for column, (row, m) in enumerate(moves)
+    ]
+    return LowRankEdit(rows, terms, PerRowTensor(torch.stack([d.vector.double() for d in directions])[None]))
+
+
+def _subspaces(parts: Sequence[tuple[Float[Tensor, "d k"], Mapping[int, float]]], rows: int) -> LowRankEdit:
+    """An edit that ablates subspaces. It belongs to no slider, so it has no terms.
+
+    `parts`: (an orthonormal basis, the strength by row). A row has a strength in one of them at most.
+    """
+    q = torch.cat([basis.double() for basis, _ in parts], dim=1)
+    out = LowRankEdit(rows, [], PerRowTensor(q.T[None]), PerRowTensor(q))
+    first = 0
+    for basis, strengths in parts:
+        for row, strength in strengths.items():
+            out.alpha.data[row, 0, first : first + basis.shape[1]] = -strength
+        first += basis.shape[1]
+    return out
+
+
+def _limits(norms: Sequence[float]) -> PerRowTensor | None:
+    """`LowRankEdit.limits` from each column's median residual norm (nan: not known); None where none is known."""
+    known = [math.inf if math.isnan(norm) else OUTLIER * norm for norm in norms]
+    return PerRowTensor(torch.tensor([[known]], dtype=torch.float64)) if min(known) < math.inf else None

@@ -7,18 +7,18 @@ low-rank edits call `Tally.note` within it, and `Tally.receipt` sums up one text
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import starmap
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.intervention import Intervention, Operation
+from steer.core.slider import Operation, Slider, rounded
 from steer.model.steering.low_rank import ForwardContext, LowRankEdit, Term
 
 _PENDING = 4096
@@ -54,27 +54,15 @@ class Receipt:
     @property
     def warnings(self) -> list[str]:
         """The notes, and one line for every slider that changed no token."""
-        return [*self.notes, *self._silent()]
-
-    def _silent(self) -> list[str]:
+        silent = (s for s in self.sliders if not s.tokens)
         return [
-            f"slider {s.name!r} ({s.operation} {s.amount:g}) never fired in this reply"
-            for s in self.sliders
-            if not s.tokens
+            *self.notes,
+            *(f"slider {s.name!r} ({s.operation} {s.amount:g}) never fired in this reply" for s in silent),
         ]
 
     def describe(self) -> dict[str, object]:
         """The receipt as a dict for JSON."""
-        sliders = [
-            {
-                "name": s.name,
-                "operation": s.operation,
-                "amount": s.amount,
-                "tokens": s.tokens,
-                "mean_share": None if math.isnan(s.mean_share) else round(s.mean_share, 4),
-            }
-            for s in self.sliders
-        ]
+        sliders = [asdict(s) | {"mean_share": rounded(s.mean_share)} for s in self.sliders]
         return {"tokens": self.tokens, "sliders": sliders, "warnings": self.warnings}
 
 
@@ -95,27 +83,10 @@ class _Text:
     """What is counted for one text."""
 
     tokens: int = 0
+    read: dict[Edit | None, int] = field(default_factory=dict)
+    """How many tokens were read under each edit since they were last summed up, the latest edit last."""
     sliders: dict[_Key, _Sum] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    _last_passes: tuple[Edit | None, int] = (None, 0)
-    """The edit of the last passes, and how many tokens they read under it."""
-
-    def read_under(self, edit: Edit | None, tokens: int) -> None:
-        """Count tokens that were read under this edit."""
-        if edit is not self._last_passes[0]:
-            self.settle()
-        self._last_passes = (edit, self._last_passes[1] + tokens)
-
-    def settle(self) -> None:
-        """List the sliders of the last passes, and count the tokens of those that add to every token alike."""
-        edit, tokens = self._last_passes
-        self._last_passes = (None, 0)
-        for move in edit.as_moves() if edit is not None else ():
-            total = self.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
-            total.amount = move.amount
-            if move.constant and move.share():
-                total.tokens += tokens
-                total.moved += tokens * move.share()
 
 
 class Tally:
@@ -125,8 +96,8 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._texts: dict[int, _Text] = {}
-        self._pending: list[_Noted] = []
+        self._texts: defaultdict[int, _Text] = defaultdict(_Text)
+        self._pending: list[_Note] = []
         self._now: _Texts = ()
         self._written: dict[LowRankEdit, list[Tensor]] = {}
         """What was ablated in the latest pass, one tensor per writer."""
@@ -140,30 +111,30 @@ class Tally:
         """
         self._end_pass()
         now = []
-        for text, row, tokens in texts:
-            part = (tokens.start, tokens.stop) if isinstance(tokens, slice) else None
-            count = tokens.stop - tokens.start if isinstance(tokens, slice) else tokens
-            now.append((text, row, part))
-            account = self._texts.setdefault(text, _Text())
-            account.tokens += count
-            account.read_under(rows[row], count)
+        for number, row, tokens in texts:
+            packed = isinstance(tokens, slice)
+            count = tokens.stop - tokens.start if packed else tokens
+            now.append((number, row, (tokens.start, tokens.stop) if packed else None))
+            text, edit = self._texts[number], rows[row]
+            text.tokens += count
+            text.read[edit] = text.read.pop(edit, 0) + count  # the latest edit goes last
         self._now = tuple(now)
 
-    def note(self, columns: LowRankEdit, by: Tensor, text: ForwardContext, writes_to: int | None) -> None:
-        """`columns` moved its projections or activations by `by`, `[batch, new, columns]`, in the latest pass.
+    def note(self, columns: LowRankEdit, change: Tensor, text: ForwardContext, writes_to: int | None) -> None:
+        """`columns` moved its projections or activations by `change`, `[batch, new, columns]`, in the latest pass.
 
         `writes_to`: as `ModuleEdit.writes_to`. What is ablated is summed over the writers up to the direction's site.
         """
-        if by.requires_grad:
-            by = by.detach()
+        if change.requires_grad:
+            change = change.detach()
         if writes_to is None:
-            self._pending.append((columns, columns.terms, by, self._now, text.valid))
+            self._pending.append(_Note(columns, columns.terms, change, self._now, text.valid))
             return
         if writes_to > max(columns.sites):
             return
         if writes_to > min(columns.sites):
-            by = by * by.new_tensor([float(d >= writes_to) for d in columns.sites])
-        self._written.setdefault(columns.account or columns, []).append(by)
+            change = change * change.new_tensor([float(d >= writes_to) for d in columns.sites])
+        self._written.setdefault(columns.account or columns, []).append(change)
         self._valid = text.valid
 
     def _end_pass(self) -> None:
@@ -172,7 +143,7 @@ class Tally:
             total = torch.stack([change.to(changes[0].device) for change in changes]).sum(
                 0, dtype=torch.promote_types(changes[0].dtype, torch.float32)
             )
-            self._pending.append((columns, columns.terms, total, self._now, self._valid))
+            self._pending.append(_Note(columns, columns.terms, total, self._now, self._valid))
         self._written.clear()
         if len(self._pending) >= _PENDING:
             self._settle()
@@ -181,26 +152,30 @@ class Tally:
         """What was done to a text so far. `text`: its number."""
         self._end_pass()
         self._settle()
-        account = self._texts.get(text, _Text())
-        return Receipt(
-            account.tokens,
-            tuple(
-                SliderReceipt(s.name, s.operation, s.amount, s.tokens, s.moved / s.tokens if s.tokens else 0.0)
-                for s in account.sliders.values()
-            ),
-            tuple(account.notes),
+        account = self._texts[text]
+        sliders = (
+            SliderReceipt(s.name, s.operation, s.amount, s.tokens, s.moved / s.tokens if s.tokens else 0.0)
+            for s in account.sliders.values()
         )
+        return Receipt(account.tokens, tuple(sliders), tuple(account.notes))
 
     def remark(self, note: str, text: int = 0) -> None:
         """Add a line for people to a text's receipt."""
-        self._texts.setdefault(text, _Text()).notes.append(note)
+        self._texts[text].notes.append(note)
 
     def _settle(self) -> None:
         for account in self._texts.values():
-            account.settle()
+            for edit, tokens in account.read.items():
+                for move in edit.as_moves() if edit is not None else ():
+                    total = account.sliders.setdefault(_key(move), _Sum(move.name, move.operation, move.amount))
+                    total.amount = move.amount
+                    if move.constant and (share := move.share()):
+                        total.tokens += tokens
+                        total.moved += tokens * share
+            account.read.clear()
         # Passes of the same shape, such as those that write one token each, are summed up together.
         alike: dict[tuple[object, ...], list[_Note]] = {}
-        for note in starmap(_Note, self._pending):
+        for note in self._pending:
             key = (note.columns, id(note.terms), note.texts, note.change.shape[0], note.change.device)
             alike.setdefault(key, []).append(note)
         self._pending = []
@@ -213,10 +188,10 @@ class Tally:
                     text_changes = changes[:, slice(*part)].flatten(0, 1)
                 else:
                     text_changes = changes[at if changes.shape[0] > 1 else 0]
-                columns_of: dict[Intervention, list[int]] = {}
+                columns_of: defaultdict[Slider, list[int]] = defaultdict(list)
                 for term in terms:
                     if term.row == row:
-                        columns_of.setdefault(term.move, []).append(term.column)
+                        columns_of[term.move].append(term.column)
                 for move, columns_moved in columns_of.items():
                     moved = _length(columns, columns_moved, text_changes)
                     total = self._texts[text].sliders[_key(move)]
@@ -227,12 +202,9 @@ class Tally:
 _Key = tuple[object, ...]
 _Texts = tuple[tuple[int, int, tuple[int, int] | None], ...]
 """For each text of a pass: its number, its row and, where packed, the begin and end of its tokens."""
-_Noted = tuple[LowRankEdit, list[Term], Tensor, _Texts, Tensor | None]
-"""The fields of a `_Note`: notes are made between two blocks, where a tuple costs least."""
 
 
-@dataclass
-class _Note:
+class _Note(NamedTuple):
     """What a low-rank edit did in one pass."""
 
     columns: LowRankEdit
@@ -249,7 +221,7 @@ class _Note:
         return self.change * self.valid[..., None].to(self.change.device, self.change.dtype)
 
 
-def _key(move: Intervention) -> _Key:
+def _key(move: Slider) -> _Key:
     """Equal for the moves of one slider, whatever their amounts."""
     when = move.when
     return move.name, id(move.target), move.operation, when.window, when.gate and when.gate.key
@@ -259,11 +231,11 @@ def _length(columns: LowRankEdit, chosen: list[int], change: Float[Tensor, "new 
     """How far some of the columns moved each token: the residual stream for latents, the projection for directions."""
     if columns.dictionary is None:
         return change[:, chosen].abs().sum(-1)
-    return (change[:, chosen] @ columns.write.ready(change.device, change.dtype)[0, chosen]).norm(dim=-1)
+    return (change[:, chosen] @ columns.write.ready(change)[0, chosen]).norm(dim=-1)
 
 
-def _norm(move: Intervention) -> float:
+def _norm(move: Slider) -> float:
+    """The median residual norm at the site; nan where it is not known."""
     if isinstance(move.target, Feature):
         return move.target.dictionary.norm or math.nan
-    assert isinstance(move.target, Direction)
     return move.target.residual_norm

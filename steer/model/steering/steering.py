@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from torch.utils.hooks import RemovableHandle
 from steer.checkpoint.anatomy import Anatomy
 from steer.core.edit import Edit
 from steer.errors import UnsupportedError
+from steer.model.record import replacing
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.module_edits import ModuleEdit, Rows, module_edits
-from steer.model.steering.norm_preserving import NormPreservingHooks, WriterHook, keeping
+from steer.model.steering.norm_preserving import WriterHook, keeping, obstacle, writer_hooks
 
 NEUTRAL: Rows = (None,)
 _CACHED_ROWS = 8
@@ -42,6 +43,11 @@ class _Applied:
     """The modules that `programs` edits, by path."""
     writers: tuple[WriterHook, ...]
     """The hooks of norm-preserving ablations."""
+
+    @cached_property
+    def timed(self) -> bool:
+        """Whether an edit depends on the position in the reply."""
+        return any(p.timed for p in self.programs.values())
 
 
 class Steering:
@@ -63,13 +69,13 @@ class Steering:
         self._base = self._now = _Applied(NEUTRAL, {}, {}, ())
         self._overrides: list[list[_Applied]] = []
         """What each `applied` that is open applies, the innermost last; each in a list, as two may apply the same."""
-        self._programs: dict[str, ModuleEdit] = {}
-        """What the hooks read: the `programs` of `_now`."""
         self._known: dict[Rows, _Applied] = {}
         self._handles: dict[object, RemovableHandle] = {}
-        self._clock = Clock(model, self)
+        self._described = False
+        """Whether `passing` describes the forward pass that is being made."""
+        self._prompt: Tensor | int = 0
+        """The length of the prompts, in passes that are not described."""
         self._gains: dict[str, Tensor] = {}
-        self._norm_preserving = NormPreservingHooks(model, anatomy, self.gain, lambda: self.text)
 
     @property
     def rows(self) -> Rows:
@@ -131,10 +137,10 @@ class Steering:
         """
         before = self.text
         try:
-            self.text, self._clock.told = text, True
+            self.text, self._described = text, True
             yield
         finally:
-            self.text, self._clock.told = before, False
+            self.text, self._described = before, False
 
     def work_out(self, edit: Edit) -> None:
         """Compute and cache what applying `edit` needs. Errors: as `set`, and whatever else applying it would raise."""
@@ -164,21 +170,23 @@ class Steering:
     @property
     def cannot_keep_norms(self) -> str | None:
         """Why a norm-preserving ablation cannot run on this model; None where it can."""
-        return self._norm_preserving.cannot
+        return obstacle(self.model, self.anatomy)
 
     @property
     def timed(self) -> bool:
         """Whether an applied edit depends on the position in the reply, so that passes need `ForwardContext.index`."""
-        return any(p.timed for p in self._programs.values())
+        return self._now.timed
 
     @property
     def untouched_blocks(self) -> int:
         """How many of the first blocks run as without any edit; 0 where no block, or the embedding, is edited."""
-        if self._now.writers or any(p.writes_to == -1 for p in self._programs.values()):  # -1: the embedding is edited
+        if self._now.writers or any(
+            p.writes_to == -1 for p in self._now.programs.values()
+        ):  # -1: the embedding is edited
             return 0
         for block in range(self.anatomy.blocks):
             path = self.anatomy.block_module(block)
-            if any(name == path or name.startswith(f"{path}.") for name in self._programs):
+            if any(name == path or name.startswith(f"{path}.") for name in self._now.programs):
                 return block
         return 0
 
@@ -201,7 +209,9 @@ class Steering:
         modules = {name: self.model.get_submodule(name) for name in programs}
         keep = keeping(rows)
         writers = next((a.writers for a in (self._now, self._base) if keeping(a.rows) == keep), None)
-        new = _Applied(rows, programs, modules, self._norm_preserving.hooks(keep) if writers is None else writers)
+        if writers is None:
+            writers = writer_hooks(keep, self.model, self.anatomy, self.gain, lambda: self.text)
+        new = _Applied(rows, programs, modules, writers)
         if not new.writers:  # their tables are too large: as wide as the writers' inputs, for every edit of a batch
             while len(self._known) >= _CACHED_ROWS:
                 self._known.pop(next(iter(self._known)))
@@ -222,63 +232,39 @@ class Steering:
         wanted: dict[object, Callable[[], RemovableHandle]] = {
             name: partial(self._register, name, module) for name, module in to.modules.items()
         }
-        wanted |= {hook: hook.register for hook in to.writers}
-        if any(p.timed for p in to.programs.values()):
-            wanted[self._clock] = self._clock.register
+        wanted |= {hook: hook for hook in to.writers}
+        if to.timed:
+            base: Any = getattr(self.model, "base_model", self.model)
+            wanted["clock"] = partial(base.register_forward_pre_hook, self._count, with_kwargs=True)
         for key, register in wanted.items():
             if key not in self._handles:
                 self._handles[key] = register()
-        self._programs, self._now = to.programs, to
+        self._now = to
         for key in [k for k in self._handles if k not in wanted]:
             self._handles[key].remove()
             del self._handles[key]
 
     def _register(self, name: str, module: nn.Module) -> RemovableHandle:
+        def apply(h: Tensor) -> Tensor:
+            program = self._now.programs.get(name)
+            return h if program is None else program.apply(h, self.text)
+
         # Runs before all other hooks, so that a hook that reads the module sees the steered output.
-        return module.register_forward_hook(self._hook(name), prepend=True)
+        return module.register_forward_hook(replacing(apply), prepend=True)
 
-    def _hook(self, name: str) -> Callable[..., Any]:
-        def apply(module: nn.Module, args: Any, output: Any) -> Any:
-            program = self._programs.get(name)
-            if program is None:
-                return output
-            h = output[0] if isinstance(output, tuple) else output
-            h = program.apply(h, self.text)
-            return (h, *output[1:]) if isinstance(output, tuple) else h
+    def _count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Set `ForwardContext.index` in a pass that `passing` does not describe.
 
-        return apply
-
-
-class Clock:
-    """Sets `ForwardContext.index` in forward passes that `Steering.passing` does not describe.
-
-    A pass with an empty cache is taken for the prompt, and the passes after it for the reply.
-    """
-
-    def __init__(self, model: nn.Module, steering: Steering) -> None:
-        self.model, self.steering = model, steering
-        self.told = False
-        """Whether `Steering.passing` describes the forward pass that is being made."""
-        self._prompt: Tensor | int = 0
-
-    def register(self) -> RemovableHandle:
-        """Put its hook on the model."""
-        base: Any = getattr(self.model, "base_model", self.model)
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self.told:
-                self.steering.text.index = self._index(args, kwargs)
-
-        return base.register_forward_pre_hook(before, with_kwargs=True)
-
-    def _index(self, args: Any, kwargs: Any) -> Tensor:
+        A pass with an empty cache is taken for the prompt, and the passes after it for the reply.
+        """
+        if self._described:
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        assert isinstance(ids, Tensor)
+        ids = kwargs["inputs_embeds"] if ids is None else ids
         cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
         seen = int(cache.get_seq_length()) if cache is not None else 0
         if positions is None:
             positions = seen + torch.arange(ids.shape[1], device=ids.device)[None]
         if seen == 0:
             self._prompt = positions[:, -1:] + 1
-        return positions - self._prompt + 1
+        self.text.index = positions - self._prompt + 1

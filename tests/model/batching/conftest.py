@@ -11,8 +11,8 @@ import torch
 from batched import DRAWN, GREEDY, LONG, job
 
 from steer.core.edit import Edit
-from steer.core.intervention import Intervention
 from steer.core.schedule import Gate, Schedule
+from steer.core.slider import Intervention
 from steer.model.steered import SteeredModel
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Job

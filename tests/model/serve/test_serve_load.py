@@ -16,7 +16,7 @@ from serving import NO_END, Served, served, until
 
 from steer.core.profile import Profile
 from steer.core.sampler import PRESETS
-from steer.model.batch import generate
+from steer.model.decode import generate
 from steer.model.profiles import use
 from steer.model.sliders import Sliders
 from steer.model.steered import load

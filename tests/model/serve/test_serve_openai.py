@@ -10,7 +10,7 @@ import torch
 from serving import NO_END, Served
 
 from steer.core.sampler import PRESETS, Sampler
-from steer.model.batch import generate
+from steer.model.decode import generate
 
 HELLO = [{"role": "user", "content": "hello friend"}]
 GREEDY = {"temperature": 0, "logit_bias": NO_END, "extra_body": {"repetition_penalty": 1.0}}

@@ -13,8 +13,7 @@ import torch
 from serving import NO_END, Served
 
 from steer.core.sampler import Sampler
-from steer.model.batch import generate
-from steer.model.decode import decode
+from steer.model.decode import decode, generate
 from steer.model.sliders import Sliders
 
 HELLO = [{"role": "user", "content": "hello friend"}]
