@@ -12,25 +12,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from steer.baking.adapter import (
-    CONFIG,
-    CONFIG_KEYS,
-    PREFIX,
-    AdapterPlan,
-    Proofs,
-    adapter_config,
-    adapter_tensors,
-    hash_sources,
-)
-from steer.baking.certificate import ADAPTER, Certificate, Check
-from steer.baking.checks import ablation_check, check_claims, same_set
-from steer.baking.proofs import WriterProof
+from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan
+from steer.baking.certificate import ADAPTER, Certificate, Proofs, WriterProof, same_set
+from steer.baking.checks import check_claims, check_sources
 from steer.checkpoint.layouts import LAYOUTS, Layout, Part
 from steer.core.edit import Edit
 from steer.core.method import Kind
@@ -39,25 +29,21 @@ from steer.errors import CheckpointError
 _SLACK = 1e-5  # relative difference between two orders of summing in fp32, with fp32 directions
 
 
-def check_adapter(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> list[Check]:
-    """Run all checks and return those that passed. `source` is the checkpoint the adapter was made from; by default its
-    base model, if that is a directory on this machine.
+def check_adapter(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> str:
+    """Run all checks. `source` is the checkpoint the adapter was made from; by default its base model, if that is a
+    directory on this machine. Returns what was compared with the source.
 
     Errors: CheckpointError at the first difference from the certificate, also if `source` is another checkpoint.
     """
-    stored = load_file(folder / ADAPTER)
+    stored, config = load_file(folder / ADAPTER), json.loads((folder / CONFIG).read_bytes())
     _check_claims(folder, cert, edit, stored)
-    _check_config(folder, cert, stored)
+    _check_config(folder, cert, config, stored)
     _check_factors(folder, cert, edit, stored)
-    checks = [ablation_check(cert)]
-    if edit.add:
-        _check_adds(folder, cert, edit, stored)
-        checks.append(Check("add", f"biases at sites {', '.join(str(s) for s in sorted(edit.biases()))}"))
-    base = json.loads((folder / CONFIG).read_bytes())["base_model_name_or_path"]
+    _check_adds(folder, cert, edit, stored)
+    base = config["base_model_name_or_path"]
     if source is None and not Path(base).is_dir():
-        return [*checks, Check("source", f"{base} is not on this disk, so that it was not compared; give --source")]
-    checks.append(_check_source(folder, cert, edit, stored, source or Path(base)))
-    return checks
+        return f"{base} is not on this disk, so that it was not compared; give --source"
+    return _check_source(folder, cert, edit, config, stored, source or Path(base))
 
 
 def _check_claims(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str, Tensor]) -> None:
@@ -70,31 +56,27 @@ def _check_claims(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[s
     layout = LAYOUTS.get(cert.architecture)
     if layout is None:
         raise CheckpointError(f"{folder}: architecture {cert.architecture} of the certificate is unknown; bake again")
-    certified = {p.tensor: (p.kind, p.block, p.axis, p.bias, p.dtype, p.strength) for p in cert.writers}
     neutral, shifts = edit.method.neutral, edit.biases()
     known = [*(p.block for p in cert.writers if p.block is not None), *shifts, *(edit.blocks or ())]
     blocks = range(max(known, default=-1) + 1) if neutral is None else range(len(neutral))
-    decided, ablated = {}, set()
+    writers: list[tuple[Kind, int | None]] = [("embedding", None), *(("attention", b) for b in blocks)]
+    writers += [("mlp", b) for b in blocks]
+    ablated, strengths, misstated = set(), [], False
     for proof in cert.writers:
         kind, block, axis, bias = _place(layout, proof.tensor)
-        strength = edit.strength_at(block, kind)
+        strengths.append(edit.strength_at(block, kind))
         code = "F64" if stored[str(proof.key)].dtype == torch.float64 else "F32"
-        decided[proof.tensor] = (kind, block, axis, bias, code, strength)
-        ablated |= {(kind, block)} if strength > 0 and not bias else set()
-    kinds: tuple[Kind, ...] = ("attention", "mlp")
-    places: list[tuple[Kind, int | None]] = [
-        ("embedding", None),
-        *((kind, block) for block in blocks for kind in kinds),
-    ]
-    added = {b.tensor for b in cert.biases}
-    proved = {p.key for p in cert.writers} | added
+        decided = replace(proof, kind=kind, block=block, axis=axis, bias=bias, dtype=code, strength=strengths[-1])
+        misstated |= decided != proof
+        ablated |= {(kind, block)} if strengths[-1] > 0 and not bias else set()
+    proved = {p.key for p in cert.writers} | {b.tensor for b in cert.biases}
     loose = [n for n in stored if n not in proved and not re.search(r"lora(_embedding)?_B(\.weight)?$", n)]
     wrong = {
-        "writers": certified != decided
-        or len(certified) != len(cert.writers)
-        or ablated != {(kind, block) for kind, block in places if edit.strength_at(block, kind) > 0}
+        "writers": misstated
+        or len({p.tensor for p in cert.writers}) != len(cert.writers)
+        or ablated != {(kind, block) for kind, block in writers if edit.strength_at(block, kind) > 0}
         or sum(p.kind == "embedding" for p in cert.writers) != len(layout.embeddings) * edit.embedding,
-        "strength": cert.strength != min((p[-1] for p in decided.values()), default=edit.strength),
+        "strength": cert.strength != min(strengths, default=edit.strength),
         "biases": sorted(str(b.site) for b in cert.biases) != sorted(map(str, shifts))
         or not all(b.created and b.tensor in stored for b in cert.biases),
         "config": cert.config != {},
@@ -114,13 +96,9 @@ def _place(layout: Layout, tensor: str) -> tuple[Kind, int | None, int, bool]:
     if name in (f"{e}.weight" for e in layout.embeddings):
         return "embedding", None, 1, False
     inside = re.fullmatch(re.escape(layout.block).replace(r"\{\}", r"(\d+)") + r"\.(.+)", name)
-    parts: list[tuple[Kind, Part]] = [
-        ("attention", layout.attention),
-        *(("mlp", part) for form in layout.mlp for part in form),
-    ]
-    if inside is None:
-        raise LookupError(f"{tensor} is no writer")
-    for kind, part in parts:
+    parts: list[tuple[Kind, Part]] = [("attention", layout.attention)]
+    parts += [("mlp", part) for form in layout.mlp for part in form]
+    for kind, part in parts if inside else ():
         if re.fullmatch(re.escape(part.weight).replace(r"\{\}", r"\d+"), inside[2]):
             return kind, int(inside[1]), part.axis, False
         if inside[2] == part.bias:
@@ -128,15 +106,12 @@ def _place(layout: Layout, tensor: str) -> tuple[Kind, int | None, int, bool]:
     raise LookupError(f"{tensor} is no writer")
 
 
-def _check_config(folder: Path, cert: Certificate, stored: Mapping[str, Tensor]) -> None:
+def _check_config(folder: Path, cert: Certificate, config: dict[str, Any], stored: Mapping[str, Tensor]) -> None:
     """Check all entries of adapter_config.json that the tensors determine: which modules change, and that the scale is
     1."""
-    config = json.loads((folder / CONFIG).read_bytes())
-    keys = [
-        m[1] for n in stored if (m := re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora(?:_embedding)?_A(?:\.weight)?", n))
-    ]
-    modules, parameters = config["target_modules"], config["target_parameters"] or []
-    changed = [*modules, *(path.rpartition(".")[0] for path in parameters)]
+    found = [re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora(?:_embedding)?_A(?:\.weight)?", name) for name in stored]
+    parameters = config["target_parameters"] or []
+    changed = [*config["target_modules"], *(path.rpartition(".")[0] for path in parameters)]
     expected = {
         "peft_type": "LORA",
         "lora_alpha": config["r"],
@@ -146,7 +121,7 @@ def _check_config(folder: Path, cert: Certificate, stored: Mapping[str, Tensor])
         "fan_in_fan_out": LAYOUTS[cert.architecture].attention.axis == 1,
     }
     wrong = {key for key, value in expected.items() if config[key] != value} | config.keys() ^ CONFIG_KEYS
-    if sorted(changed) != sorted(key.removesuffix(".base_layer") for key in keys):
+    if sorted(changed) != sorted(m[1].removesuffix(".base_layer") for m in found if m):
         wrong.add("target_modules")
     if wrong:
         raise CheckpointError(f"{folder / CONFIG}: {min(wrong)} is not what its tensors come to; bake again")
@@ -158,21 +133,26 @@ def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[
 
     Where a norm follows the writer, the directions depend on the norm's gain, which only the source has.
     """
+    layout = LAYOUTS[cert.architecture]
+    norms = {"attention": layout.attention_norm, "mlp": layout.mlp_norm}
     proofs: dict[str, list[WriterProof]] = {}
     for proof in cert.writers:
         if not proof.bias and proof.key is not None:
             proofs.setdefault(proof.key, []).append(proof)
     for key, group in proofs.items():
         first, a, b = group[0], stored[key].double(), stored[re.sub(r"(lora(_embedding)?)_A", r"\1_B", key)].double()
-        q = None if _normed(cert, first) else edit.basis(first.block)
+        q = edit.basis(first.block) if norms.get(first.kind) is None else None
         rank = len(a) if q is None else q.shape[1]
         per_expert = b.view(len(b), rank, -1).permute(2, 0, 1)  # B's columns: the direction outside, the expert inside
         gram = (per_expert.mT @ per_expert - first.strength**2 * torch.eye(rank, dtype=b.dtype)).abs().max()
         outside = 0.0 if q is None else float((b - q @ (q.T @ b)).norm()) / b.shape[1]
         for part, proof in zip(a.chunk(len(group)), group, strict=True):
             before = float(part.norm())
-            off = float(np.max([abs(before - proof.before), abs((1 - proof.strength) * before - proof.after)]))
-            right = off <= _SLACK * before and proof.after <= proof.norm + _SLACK * before < math.inf
+            right = (
+                abs(before - proof.before) <= _SLACK * before
+                and abs((1 - proof.strength) * before - proof.after) <= _SLACK * before
+                and proof.after <= proof.norm + _SLACK * before < math.inf
+            )
             if not (float(gram) <= _SLACK and outside <= _SLACK and right and proof.holds):
                 raise CheckpointError(
                     f"{folder / ADAPTER}: {key} does not take {proof.strength} of the directions out of "
@@ -187,8 +167,7 @@ def _check_adds(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str
         assert proof.site is not None
         tensor = stored[proof.tensor].double()
         # For the biases of experts, the last row of A holds what all of them gain.
-        got, shift = (tensor[-1] if tensor.ndim == 2 else tensor), shifts[proof.site]
-        rest = got - shift
+        rest = (tensor[-1] if tensor.ndim == 2 else tensor) - shifts[proof.site]
         if any(w.key == proof.tensor and w.bias for w in cert.writers) and tensor.ndim == 1:
             q = edit.basis(proof.site)
             rest = rest - q @ (q.T @ rest)
@@ -197,32 +176,25 @@ def _check_adds(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str
             raise CheckpointError(f"{folder / ADAPTER}: {proof.tensor} is not the bias certified; bake again")
 
 
-def _check_source(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str, Tensor], source: Path) -> Check:
+def _check_source(
+    folder: Path, cert: Certificate, edit: Edit, config: dict[str, Any], stored: Mapping[str, Tensor], source: Path
+) -> str:
     """Compute the adapter from its source again and compare."""
-    plan = AdapterPlan.of(source, edit)
-    hashes = hash_sources(plan.files)
-    for name, sha in hashes.items():
-        if cert.source_files.get(name) != sha:
-            raise CheckpointError(
-                f"{source / name}: is not the file that {folder} was made from; give that checkpoint with --source"
-            )
-    same_set(folder, "source's file", set(cert.source_files), set(hashes))
-    proofs = Proofs()
-    again = dict(adapter_tensors(plan, plan.parts, proofs))
+    plan, proofs = AdapterPlan(source, edit), Proofs()
+    check_sources(folder, cert, plan.files)
+    again = dict(plan.tensors(plan.parts, proofs))
     same_set(folder, "tensor", set(stored), set(again))
     for part in plan.parts:
-        names = sorted(n for n in again if n.startswith(f"{part.key}.lora_"))  # A, B, and the bias of B if it has one
-        a, *bias, b = names
-        off, size = _distance([(t[a].double(), t[b].double()) for t in (stored, again)], part.rank)
-        wrong = [] if off <= _SLACK * size else [a]
-        wrong += [n for n in bias if not float((stored[n] - again[n]).norm()) <= _SLACK * float(again[n].norm())]
-        if wrong:
-            raise CheckpointError(f"{folder / ADAPTER}: {wrong[0]} is not what {source} gives; bake again")
-    config = adapter_config("", plan.anatomy, plan.parts, plan.biases)
-    config_on_disk = json.loads((folder / CONFIG).read_bytes()) | {"base_model_name_or_path": ""}
+        distance = _distance([(t[part.a].double(), t[part.b].double()) for t in (stored, again)], part.rank)
+        differences = {part.a: distance}
+        if (name := part.b_bias) in again:
+            differences[name] = float((stored[name] - again[name]).norm()), float(again[name].norm())
+        for name, (off, size) in differences.items():
+            if not off <= _SLACK * size:
+                raise CheckpointError(f"{folder / ADAPTER}: {name} is not what {source} gives; bake again")
     recomputed, certified = ({p.tensor: p for p in proven} for proven in (proofs.writers, cert.writers))
-    wrong = {
-        CONFIG: config_on_disk != json.loads(json.dumps(config)),
+    claims = {
+        CONFIG: config != json.loads(json.dumps(plan.config(config["base_model_name_or_path"]))),
         "architecture": cert.architecture != plan.anatomy.architecture,
         "writers_found": cert.writers_found != len(plan.found.writers),
         "writers": recomputed.keys() != certified.keys()
@@ -231,16 +203,15 @@ def _check_source(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[s
         "unloaded": cert.unloaded != plan.found.unloaded,
         "untie_to_merge": cert.untie_to_merge != plan.untie_to_merge,
     }
-    check_claims(folder, wrong)
-    return Check("source", f"all {len(again)} tensors come out of {source} again, whose files are those certified")
+    check_claims(folder, claims)
+    return f"all {len(again)} tensors come out of {source} again, whose files are those certified"
 
 
 def _same_proof(ours: WriterProof, theirs: WriterProof) -> bool:
     """Whether two proofs of a writer are equal, numbers up to the rounding of fp32."""
-    plain = {"before": 0.0, "after": 0.0, "norm": 0.0}
-    numbers = [(getattr(ours, name), getattr(theirs, name)) for name in plain]
+    numbers = [(ours.before, theirs.before), (ours.after, theirs.after), (ours.norm, theirs.norm)]
     near = all(abs(a - b) <= _SLACK * ours.norm for a, b in numbers)
-    return near and replace(ours, **plain) == replace(theirs, **plain)
+    return near and ours == replace(theirs, before=ours.before, after=ours.after, norm=ours.norm)
 
 
 def _distance(pairs: list[tuple[Tensor, Tensor]], rank: int) -> tuple[float, float]:
@@ -257,10 +228,3 @@ def _distance(pairs: list[tuple[Tensor, Tensor]], rank: int) -> tuple[float, flo
     size = inner(wanted, wanted)
     square = inner(got, got) - 2 * inner(got, wanted) + size
     return 0.0 if square < 0 else square**0.5, size**0.5
-
-
-def _normed(cert: Certificate, proof: WriterProof) -> bool:
-    """Whether a norm lies between the writer and the residual stream."""
-    layout = LAYOUTS[cert.architecture]
-    norms = {"attention": layout.attention_norm, "mlp": layout.mlp_norm}
-    return norms.get(proof.kind) is not None

@@ -1,4 +1,4 @@
-"""Writes the model card (README.md) of a bake from its certificate."""
+"""Writes the model card (README.md) of a bake from its certificate; `card.md.j2` holds its text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader
 
-from steer.baking.certificate import Certificate
+from steer.baking.certificate import Certificate, Form
 from steer.checkpoint.layouts import LAYOUTS
 from steer.core.small_files import load_yaml
 from steer.errors import SteerError
@@ -18,33 +19,11 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Keys of a card's header that also hold for a derived model."""
 _LIMIT = 1 << 20
 """Bytes of a card that are read."""
-
-
-_LIBRARY = {"checkpoint": "transformers", "adapter": "peft"}
-_TAGS = {"checkpoint": (), "adapter": ("lora",), "gguf": ("gguf", "control-vector", "llama.cpp")}
-_WHAT = {
-    "checkpoint": "The weights of `{source}` ({architecture}) with this edit in them.",
-    "adapter": "A LoRA for `{source}` ({architecture}) that does this edit. Its weights stay as they are: without the "
-    "adapter it is the source again.",
-    "gguf": "A control vector for `{source}` ({architecture}), as llama.cpp and what is built on it load it. The "
-    "amounts below are in it: use it at scale 1.",
+_HEADERS: dict[Form, dict[str, Any]] = {
+    "checkpoint": {"base_model_relation": "finetune", "library_name": "transformers", "tags": []},
+    "adapter": {"base_model_relation": "adapter", "library_name": "peft", "tags": ["lora"]},
+    "gguf": {"base_model_relation": "adapter", "tags": ["gguf", "control-vector", "llama.cpp"]},
 }
-
-
-_MERGING = """
-Do not merge it as it is: the LM head of the source is its embedding, and merging this adapter into the embedding would
-change the logits through the head. Give the head its own weight first:
-
-```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("the source")
-model.{head}.weight = torch.nn.Parameter(model.{head}.weight.detach().clone())
-model.config.tie_word_embeddings = False
-model = PeftModel.from_pretrained(model, "this directory").merge_and_unload()
-```"""
 
 
 def model_card(cert: Certificate, source_header: Mapping[str, Any]) -> str:
@@ -52,81 +31,27 @@ def model_card(cert: Certificate, source_header: Mapping[str, Any]) -> str:
 
     Licence and language are copied from `source_header`, the header of the source's card.
     """
-    library = _LIBRARY.get(cert.form)
-    header: dict[str, Any] = {
+    form = _HEADERS[cert.form]
+    header = {
         "base_model": "/".join(re.sub(r"[^\w.-]+", "-", part) for part in cert.source.split("/")),
-        "base_model_relation": "finetune" if cert.form == "checkpoint" else "adapter",
-        **({"library_name": library} if library else {}),
-        "tags": ["steer", "feature-steering", *(["abliterated"] if cert.writers else []), *_TAGS[cert.form]],
-    } | {k: v for k, v in source_header.items() if k in _KEPT}
-    what = _WHAT[cert.form].format(source=cert.source, architecture=cert.architecture)
-    lines = [
-        "---",
-        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
-        "",
-        f"# {cert.source}, {'edited' if cert.form == 'checkpoint' else 'steered'} with steer",
-        "",
-        f"{what} `steer_certificate.json` holds every number below; `steer verify` recomputes them from the files.",
-        "",
-        "| edit | direction | block | |",
-        "|---|---|---|---|",
-    ]
-    strengths = sorted({f"{w.strength:.3g}" for w in cert.writers}, key=float)
-    strength = f"strength {' to '.join(dict.fromkeys([*strengths[:1], *strengths[-1:]]))}"
-    for d in cert.directions:
-        entry = ("ablate", strength) if d.amount is None else ("add", f"amount {d.amount:+g}")
-        lines.append(f"| {entry[0]} | {d.name.replace('|', '/')} | {d.site} | {entry[1]} |")
-    lines += [*_usage(cert), "", "## Measured on these files", "", *_measured(cert), ""]
-    lines.append(f"Made with {', '.join(f'{k} {v}' for k, v in cert.versions.items())}.")
-    if cert.command:
-        lines += ["", "```sh", cert.command, "```"]
-    return "\n".join(lines) + "\n"
-
-
-def _usage(cert: Certificate) -> list[str]:
-    if cert.form == "adapter":
-        return [
-            "",
-            "```python",
-            "from peft import AutoPeftModelForCausalLM",
-            "",
-            'model = AutoPeftModelForCausalLM.from_pretrained("this directory")',
-            "model.disable_adapter()  # a context manager: inside it is the source",
-            "```",
-            *(_MERGING.format(head=LAYOUTS[cert.architecture].head_module).split("\n") if cert.untie_to_merge else ()),
-        ]
-    if cert.form == "gguf":
-        file = next(f for f in cert.files if f.endswith(".gguf"))
-        return ["", "```sh", f"llama-cli -m MODEL.gguf --control-vector {file}", "```"]
-    return []
-
-
-def _measured(cert: Certificate) -> list[str]:
-    lines = []
-    method = cert.edit.get("method")
-    if cert.writers and method:
-        norm_note = ", each column keeping its norm" if method["norm_preserving"] else ""
-        lines.append(f"- Method of the ablation: {method['projection']}{norm_note}.")
-    if cert.writers:
-        lines += [
-            f"- Writers of the residual stream edited: {cert.writers_edited} of {cert.writers_found} "
-            f"({_where(cert.edit)}).",
-            f"- Share of the ablated directions that remains, worst writer: {cert.worst_remaining:.3%} "
-            f"(asked for {1 - cert.strength:.0%}; the rest is rounding to the stored dtype).",
-        ]
-    if add_sites := sorted(b.site for b in cert.biases if b.site is not None):
-        where = {"checkpoint": "biases", "adapter": "biases of the adapter", "gguf": "the control vector"}[cert.form]
-        lines.append(
-            f"- Constant added to the residual stream after blocks {', '.join(map(str, add_sites))}, as {where}."
-        )
-    if cert.unloaded:
-        count, first = len(cert.unloaded), cert.unloaded[0]
-        lines.append(f"- Not edited, as transformers does not load them: {count} tensors, from `{first}` on.")
-    if cert.form == "checkpoint":
-        changed = ", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items())
-        lines.append(f"- config.json: {changed or 'unchanged'}. All else is the source's, byte for byte.")
-    return lines
+        **form,
+        "tags": ["steer", "feature-steering", *(["abliterated"] if cert.writers else []), *form["tags"]],
+        **{k: v for k, v in source_header.items() if k in _KEPT},
+    }
+    strengths = sorted(w.strength for w in cert.writers)
+    environment = Environment(
+        loader=PackageLoader("steer", "baking"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template("card.md.j2").render(
+        cert=cert,
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
+        head=LAYOUTS[cert.architecture].head_module,
+        strength=" to ".join(dict.fromkeys(f"{s:.3g}" for s in (*strengths[:1], *strengths[-1:]))),
+        sites=", ".join(map(str, sorted(b.site for b in cert.biases if b.site is not None))),
+        where=_where(cert.edit),
+        changed=", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items()),
+        versions=", ".join(f"{k} {v}" for k, v in cert.versions.items()),
+    )
 
 
 def _where(edit: dict[str, Any]) -> str:

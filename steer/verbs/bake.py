@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from steer.baking.certificate import Certificate
-from steer.baking.form import FORMS, Form
-from steer.baking.forms import Verdict, bakeable, check_bakeable
+from steer.baking.bake import bake as bake_edit
+from steer.baking.certificate import FORMS, Certificate, Form
+from steer.baking.plan import bakeable, check_bakeable
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.fetch import resolve
 from steer.checkpoint.library import directions_of, own_place
@@ -24,7 +24,6 @@ from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.intervention import Intervention
 from steer.core.lists import as_list
 from steer.core.method import PLAIN, Kernel, Method, Projection, Strengths
 from steer.core.profile import Profile
@@ -130,34 +129,8 @@ def bake(
         added = [(found[d], amount) for d, amount in (add or {}).items()]
         edit = Edit(tuple(d for name in ablate for d in found[name]), add=tuple((d, a) for ds, a in added for d in ds))
         sketch = sketch_files(place)
-    return write(place, out, ablation.applied(edit, place, sketch, force=force), form, command, say, progress)
-
-
-def write(
-    place: Path,
-    out: Path,
-    edit: Edit,
-    form: Form = "checkpoint",
-    command: str | None = None,
-    say: Say = lambda line: None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Certificate:
-    """Write an edit to `out` in any form, after passing the plan to `say`. Errors: as `bake`."""
-    check_bakeable(verdicts_on(edit.as_moves(), place, form), str(place))
-    if form == "gguf":
-        from steer.baking.control_vector import bake_control_vector as run
-    elif form == "adapter":
-        from steer.baking.adapter import AdapterPlan
-        from steer.baking.adapter import bake_adapter as run
-
-        say(AdapterPlan.of(place, edit).summary())
-    else:
-        from steer.baking.bake import bake as run
-        from steer.baking.plan import BakePlan
-        from steer.checkpoint.quantised import dequantised
-
-        say(BakePlan.of(dequantised(CheckpointFiles.open(place)), edit).summary())
-    return run(place, out, edit, command=command, progress=progress)
+    edit = ablation.applied(edit, place, sketch, force=force)
+    return bake_edit(place, out, edit, form, command=command, say=say, progress=progress)
 
 
 def profile_edit(
@@ -184,18 +157,13 @@ def profile_edit(
         if isinstance(target, Direction) and not force:
             sketch.check(target.name, target.provenance, str(place))
     moves = [slider.at(entry.amount) for slider, entry in found]
-    verdicts = verdicts_on(moves, place, form)
+    verdicts = bakeable(moves, form, Anatomy.of(CheckpointFiles.open(place).config, str(place)))
     check_bakeable(verdicts, f"profile {profile.name!r}")
     edit = Edit.of(moves)
     if edit is None:
         raise UsageError(f"profile {profile.name!r}: nothing to bake, expected a slider that moves, found none")
     say("\n".join([f"profile {profile.name}:", *(f"  {v}" for v in verdicts)]))
     return edit
-
-
-def verdicts_on(moves: Sequence[Intervention], place: Path, form: Form = "checkpoint") -> list[Verdict]:
-    """Return for each move whether it can be baked into the checkpoint at `place`, and why not."""
-    return bakeable(moves, form, Anatomy.of(CheckpointFiles.open(place).config, str(place)))
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steer.baking.certificate import CERTIFICATE, Certificate
-from steer.baking.form import Form
-from steer.baking.plan import BakePlan
+from steer.baking.bake import PLANS, bake
+from steer.baking.certificate import CERTIFICATE, Certificate, Form
 from steer.checkpoint.dtypes import computing_in, dtype_name
 from steer.checkpoint.library import directions_of, own_place
-from steer.checkpoint.quantised import dequantised
-from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
 from steer.core.direction import Direction
@@ -42,7 +38,7 @@ from steer.measure.search.study import BATCH, STUDY, Study, locked
 from steer.measure.search.trials import Bench, Scope
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar, byte_bar
-from steer.verbs.bake import checkpoint_dir, write
+from steer.verbs.bake import checkpoint_dir
 
 TRIALS = 48
 """Default number of edits that a search tries."""
@@ -96,11 +92,6 @@ class _Search:
         kept = "".join(f", keeping {t.name}" for t in self.keep)
         return f"{self.trait.name} on {self.place}{kept}, seed {self.seed}, as {self.form}"
 
-    @cached_property
-    def files(self) -> CheckpointFiles:
-        """The checkpoint's files, dequantised, as they are edited."""
-        return dequantised(CheckpointFiles.open(self.place))
-
     def contrast(self, model: SteeredModel, trait: Trait, like: Contrast | None = None) -> Contrast:
         """Return the replies that a trait's scorer is trained on. They are saved and read again by a later run."""
         file = self.folder / f"replies-{trait.name}.json"
@@ -134,12 +125,7 @@ class _Search:
     def fits(self, edit: Edit) -> bool:
         """Return whether the form of the bake can hold an edit."""
         try:
-            if self.form == "adapter":
-                from steer.baking.adapter import AdapterPlan
-
-                AdapterPlan.of(self.place, edit)
-            else:
-                BakePlan.of(self.files, edit)
+            PLANS[self.form](self.place, edit)
         except SteerError:
             return False
         return True
@@ -271,7 +257,7 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
         unsearched_dir = search.folder / "unsearched"
         shutil.rmtree(unsearched_dir, ignore_errors=True)
         try:
-            write(search.place, unsearched_dir, plain, search.form)
+            bake(search.place, unsearched_dir, plain, search.form)
             samples.append(held_out.measure(load_exported(unsearched_dir, search.place)))
         finally:
             shutil.rmtree(unsearched_dir, ignore_errors=True)
@@ -290,7 +276,7 @@ def _baked(search: _Search, out: Path, edit: Edit, command: str | None, say: Say
             if (cert.edit, cert.form) == (json.loads(json.dumps(edit.describe())), search.form):
                 return cert
     with byte_bar("baking") as progress:
-        return write(search.place, out, edit, search.form, command, say, progress)
+        return bake(search.place, out, edit, search.form, command=command, say=say, progress=progress)
 
 
 def _choice_line(choice: Choice, trials: int) -> str:

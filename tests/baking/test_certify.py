@@ -15,7 +15,7 @@ from tiny_anatomies import BLOCKS, TINY, config_of
 
 from steer.baking.bake import bake
 from steer.baking.certificate import CERTIFICATE, Certificate
-from steer.baking.outputs import certified_edit
+from steer.baking.checks import certified_edit
 from steer.baking.verify import verify
 from steer.checkpoint import staging
 from steer.checkpoint.reader import SINGLE, CheckpointFiles
