@@ -7,25 +7,39 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import yaml
+from jinja2 import Environment, PackageLoader
 from safetensors.torch import save
 
 from steer.baking.adapter import AdapterPlan
-from steer.baking.card import card_header, model_card
 from steer.baking.certificate import DIRECTIONS, Certificate, Form, SavedDirection, source_name, utf8, versions
 from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.control_vector import ControlVectorPlan
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
+from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.staging import check_output, hash_file, staged, write_text
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.errors import UsageError
+from steer.core.small_files import load_yaml
+from steer.errors import SteerError, UsageError
 
 PLANS: dict[Form, type[Plan]] = {p.form: p for p in (CheckpointPlan, AdapterPlan, ControlVectorPlan)}
+
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Keys of a card's header that also hold for a derived model."""
+_LIMIT = 1 << 20
+"""Bytes of a card that are read."""
+_HEADERS: dict[Form, dict[str, Any]] = {
+    "checkpoint": {"base_model_relation": "finetune", "library_name": "transformers", "tags": []},
+    "adapter": {"base_model_relation": "adapter", "library_name": "peft", "tags": ["lora"]},
+    "gguf": {"base_model_relation": "adapter", "tags": ["gguf", "control-vector", "llama.cpp"]},
+}
 
 
 def bake(
@@ -67,14 +81,17 @@ def bake(
         if progress:
             progress(done, plan.total)
 
-    header = card_header(source / "README.md")
+    header = _card_header(source / "README.md")
     with staged(out, resume=form != "gguf") as work:
         journal = Journal.of(work, plan.files, plan.edit, form)
-        written: dict[str, str] = {}
-        directions, neutral = _save_directions(plan.edit, work, written), _save_means(plan.edit, work, written)
-        facts = plan.write(work, journal, written, advance)
+        facts = plan.write(journal, advance)
+        directions, neutral = _save_directions(plan.edit, work), _save_means(plan.edit, work)
+        files = facts["files"] | {name: hash_file(work / name) for name in {d.file for d in directions}}
+        if neutral:
+            files[neutral] = hash_file(work / neutral)
         order = {name: n for n, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
         writers = tuple(sorted(facts.get("writers", ()), key=lambda w: order[w.tensor]))
+        facts |= {"writers": writers, "biases": tuple(facts["biases"]), "files": files}
         defaults = {
             "writers_found": len(plan.found.writers),
             "config": {},
@@ -88,21 +105,20 @@ def bake(
             strength=min((w.strength for w in writers), default=plan.edit.strength),
             neutral=neutral,
             directions=directions,
-            files=written,
             versions=versions(),
             command=None if command is None else utf8(command),
             form=form,
-            **(defaults | facts | {"writers": writers, "biases": tuple(facts["biases"])}),
+            **(defaults | facts),
         )
-        written["README.md"] = write_text(work / "README.md", model_card(cert, header))
-        cert = replace(cert, files=dict(sorted(written.items())))
+        files["README.md"] = write_text(work / "README.md", _model_card(cert, header))
+        cert = replace(cert, files=dict(sorted(files.items())))
         cert.save(work)
         journal.close()
     return cert
 
 
-def _save_directions(edit: Edit, work: Path, written: dict[str, str]) -> tuple[SavedDirection, ...]:
-    """Write each direction of an edit once, and add the sha256 of the files to `written`."""
+def _save_directions(edit: Edit, work: Path) -> tuple[SavedDirection, ...]:
+    """Write each direction of an edit once."""
     saved: dict[Direction, str] = {}
     out = []
     for direction, amount in (*((d, None) for d in edit.ablate), *edit.add):
@@ -111,18 +127,58 @@ def _save_directions(edit: Edit, work: Path, written: dict[str, str]) -> tuple[S
             names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
             saved[direction] = next(f for n in names if (f := f"{n}.safetensors") not in saved.values())
             direction.save(work / saved[direction])
-            written[saved[direction]] = hash_file(work / saved[direction])
         name, site = direction.name, direction.site
         out.append(SavedDirection(saved[direction], name, site, amount, direction.provenance))
     return tuple(out)
 
 
-def _save_means(edit: Edit, work: Path, written: dict[str, str]) -> str | None:
+def _save_means(edit: Edit, work: Path) -> str | None:
     """Write the neutral means that the method spared, and return the name of their file; None without means."""
     if edit.method.neutral is None:
         return None
     name = f"{DIRECTIONS}/neutral.means.safetensors"  # no direction's file has a dot in its stem, so the names differ
     (work / DIRECTIONS).mkdir(exist_ok=True)
     (work / name).write_bytes(save({"neutral": edit.method.neutral}))
-    written[name] = hash_file(work / name)
     return name
+
+
+def _model_card(cert: Certificate, source_header: Mapping[str, Any]) -> str:
+    """README.md for a model hub: a YAML header, then the edit and the measurements.
+
+    Licence and language are copied from `source_header`, the header of the source's card.
+    """
+    form = _HEADERS[cert.form]
+    header = {
+        "base_model": "/".join(re.sub(r"[^\w.-]+", "-", part) for part in cert.source.split("/")),
+        **form,
+        "tags": ["steer", "feature-steering", *(["abliterated"] if cert.writers else []), *form["tags"]],
+        **{k: v for k, v in source_header.items() if k in _KEPT},
+    }
+    strengths = sorted(w.strength for w in cert.writers)
+    environment = Environment(
+        loader=PackageLoader("steer", "baking"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template("card.md.j2").render(
+        cert=cert,
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
+        head=LAYOUTS[cert.architecture].head_module,
+        strength=" to ".join(dict.fromkeys(f"{s:.3g}" for s in (*strengths[:1], *strengths[-1:]))),
+        sites=", ".join(map(str, sorted(b.site for b in cert.biases if b.site is not None))),
+        changed=", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items()),
+        versions=", ".join(f"{k} {v}" for k, v in cert.versions.items()),
+    )
+
+
+def _card_header(path: Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty if there is none that can be read within a megabyte.
+
+    Never raises: a broken card is no reason to lose weights that are written.
+    """
+    try:
+        with open(path, "rb") as f:
+            text = f.read(_LIMIT).decode(errors="replace")
+        match = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+        header = load_yaml(match[1].encode(), str(path), "a header", aliases=True) if match else None
+    except (OSError, SteerError):
+        return {}
+    return header if isinstance(header, dict) else {}

@@ -102,11 +102,6 @@ class Proofs:
         """The proofs in a certificate, or in an entry of the journal."""
         return cls([WriterProof(**w) for w in facts["writers"]], [BiasProof(**b) for b in facts["biases"]])
 
-    def extend(self, others: Proofs) -> None:
-        """Add other proofs."""
-        self.writers += others.writers
-        self.biases += others.biases
-
 
 @dataclass(frozen=True)
 class SavedDirection:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -22,7 +22,6 @@ from steer.baking.certificate import (
     DIRECTIONS,
     BiasProof,
     Proofs,
-    WriterProof,
     inside,
     utf8,
     visible_files,
@@ -35,7 +34,6 @@ from steer.checkpoint.anatomy import Writer
 from steer.checkpoint.reader import INDEX, Buffer, CheckpointFiles, NewTensor, TensorInfo
 from steer.checkpoint.staging import copy_file, hash_file, write_json
 from steer.core.edit import Edit
-from steer.core.method import Kind
 from steer.errors import CheckpointError, UsageError
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|tflite|npz|index\.json)$")
@@ -50,9 +48,6 @@ class CheckpointPlan(Plan):
     def __init__(self, source: Path, edit: Edit) -> None:
         super().__init__(source, edit)
         tensors, found = self.files.tensors, self.found
-        self.writers = [w for w in found.writers if self.ablation.strength(w) > 0]
-        for writer in self.writers:
-            self.ablation.subspace(writer)  # raises now if the method leaves nothing of a direction
         self.new: list[tuple[str, NewTensor]] = []
         """(shard, tensor added to it): an untied LM head, biases."""
         self.created: list[BiasProof] = []
@@ -96,34 +91,28 @@ class CheckpointPlan(Plan):
             self.created.append(BiasProof(name, site, True, float(stored.double().norm())))
         self.config[key] = True
 
-    def changes(self) -> list[str]:
-        lines = [self._line(kind) for kind in get_args(Kind)]
-        lines.append(f"  coverage: {len(self.writers)} of {len(self.found.writers)} writers edited")
+    def changes(self, writers: Sequence[Writer]) -> str:
+        facts = [f": {', '.join(shorter(w.tensor for w in writers))}"]
+        if any(w.bias in self.files.tensors for w in writers):
+            facts.append("with biases")
+        if norms := [w.norm for w in writers if w.norm]:
+            facts.append(f"through the gain of {', '.join(shorter(norms))}")
+        if strengths := sorted(s for w in writers if (s := self.ablation.strength(w)) > 0):
+            facts.append(f"strength {' to '.join(dict.fromkeys(f'{s:.3g}' for s in (strengths[0], strengths[-1])))}")
+        return "; ".join(facts)
+
+    def notes(self) -> list[str]:
+        lines = [f"  config.json: {key} becomes {value}" for key, value in self.config.items()]
         if self.anatomy.tied and not self.head_is_embedding:
             lines.append(
                 f"  {self.found.head}: differs from the embedding, though config.json ties them; kept as it is stored, "
                 "which is how transformers 5 loads it"
             )
-        return [*lines, *(f"  config.json: {key} becomes {value}" for key, value in self.config.items())]
+        return lines
 
-    def _line(self, kind: Kind) -> str:
-        writers = [w for w in self.found.writers if w.kind == kind]
-        strengths = sorted(self.ablation.strength(w) for w in self.writers if w.kind == kind)
-        names = ", ".join(shorter(w.tensor for w in writers))
-        facts = [f"  {kind}: {len(strengths)} of {len(writers)} edited: {names}"]
-        if any(w.bias in self.files.tensors for w in writers):
-            facts.append("with biases")
-        if norms := [w.norm for w in writers if w.norm]:
-            facts.append(f"through the gain of {', '.join(shorter(norms))}")
-        if strengths:
-            facts.append(f"strength {' to '.join(dict.fromkeys(f'{s:.3g}' for s in (strengths[0], strengths[-1])))}")
-        return "; ".join(facts)
-
-    def write(
-        self, work: Path, journal: Journal, written: dict[str, str], advance: Callable[[int], None]
-    ) -> dict[str, Any]:
-        files, config = self.files, self.files.decoded | self.config
-        left_out = self._copy_side_files(work, written)  # first, so that a problem with them shows early
+    def write(self, journal: Journal, advance: Callable[[int], None]) -> dict[str, Any]:
+        files, work, config = self.files, journal.work, self.files.decoded | self.config
+        written, left_out = self._copy_side_files(work)  # first, so that a problem with them shows early
         if config:
             written["config.json"] = write_json(work / "config.json", files.config | self.config)
         else:
@@ -154,6 +143,7 @@ class CheckpointPlan(Plan):
             "config": config,
             "tensors": {t.name: [t.file, t.dtype, list(t.shape)] for t in stored},
             "source_files": dict(sorted(sources.items())),
+            "files": written,
             "left_out": left_out,
         }
 
@@ -193,14 +183,7 @@ class CheckpointPlan(Plan):
         if writer is None or q is None:
             return
         after, size = projection(weight, q, writer.axis, bias=bias, shift=shift)
-        axis = len(info.shape) - 1 if bias else writer.axis
-        proof = WriterProof(info.name, writer.kind, writer.block, axis, bias, info.dtype, strength, before, after, size)
-        if not math.isfinite(size) or not proof.holds:
-            raise CheckpointError(
-                f"{root}: {info.name} puts {after:.3g} of {before:.3g} into the ablated directions "
-                "after the edit; expected finite weights, check the source"
-            )
-        proofs.writers.append(proof)
+        self.prove(proofs, writer, info.name, info.dtype, before, after, size)
 
     def _write_index(self, index: dict[str, Any], work: Path) -> str:
         """Write the index with the added tensors and new totals, or copy it if nothing changed. Returns its sha256."""
@@ -217,9 +200,10 @@ class CheckpointPlan(Plan):
         metadata |= {key: metadata[key] + more for key, more in added.items() if key in metadata}
         return write_json(work / INDEX, index | {"metadata": metadata, "weight_map": weight_map})
 
-    def _copy_side_files(self, work: Path, written: dict[str, str]) -> tuple[str, ...]:
-        """Copy all files that are not weights. Returns the files left out, which include links out of it."""
-        root, left_out = self.files.root, []
+    def _copy_side_files(self, work: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Copy all files that are not weights. Returns (sha256 of each, the files left out, such as links out of the
+        checkpoint)."""
+        root, written, left_out = self.files.root, {}, []
         rewritten = {"config.json", *(s.name for s in self.files.shards)}
         if self.files.index is not None:
             rewritten.add(INDEX)
@@ -234,7 +218,7 @@ class CheckpointPlan(Plan):
                 continue
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             written[name] = copy_file(path, work / name)
-        return tuple(left_out)
+        return written, tuple(left_out)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from steer.baking.certificate import BiasProof
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
+from steer.checkpoint.anatomy import Writer
 from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -45,14 +46,15 @@ class ControlVectorPlan(Plan):
         if not self.vectors:
             raise UsageError(f"{source}: expected an add that moves something, found adds that cancel each other")
 
-    def changes(self) -> list[str]:
+    def changes(self, writers: Sequence[Writer]) -> str:
+        return ""
+
+    def notes(self) -> list[str]:
         return [f"  control vector: {len(self.vectors)} directions"]
 
-    def write(
-        self, work: Path, journal: Journal, written: dict[str, str], advance: Callable[[int], None]
-    ) -> dict[str, Any]:
-        write_control_vector(work / FILE, self.vectors, self.anatomy.layout.model_type)
-        written[FILE] = hash_file(work / FILE)
+    def write(self, journal: Journal, advance: Callable[[int], None]) -> dict[str, Any]:
+        path = journal.work / FILE
+        write_control_vector(path, self.vectors, self.anatomy.layout.model_type)
         advance(1)
         norms = {site: float(vector.double().norm()) for site, vector in self.vectors.items()}
         return {
@@ -60,6 +62,7 @@ class ControlVectorPlan(Plan):
             "unloaded": (),
             "biases": [BiasProof(f"direction.{site}", site, True, norm) for site, norm in norms.items()],
             "tensors": {f"direction.{site}": [FILE, "F32", [len(v)]] for site, v in self.vectors.items()},
+            "files": {FILE: hash_file(path)},
             "source_files": {"config.json": hash_file(self.files.root / "config.json")},
         }
 

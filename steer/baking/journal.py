@@ -30,7 +30,7 @@ class Journal:
 
         An output file counts as finished if it still has the hash in its line.
         """
-        self._work, self._path = work, work / JOURNAL
+        self.work, self._path = work, work / JOURNAL
         head, *lines = _lines(self._path) or [{}]
         lines = [line for line in lines if head == {"key": key} and _holds(work, line)]
         self.finished: dict[str, dict[str, Any]] = {line["file"]: line for line in lines}
@@ -57,7 +57,7 @@ class Journal:
             f.write(_line({"file": file, **facts}))
             f.flush()
             os.fsync(f.fileno())
-        sync(self._work)
+        sync(self.work)
 
     def close(self) -> None:
         """Remove the log, when nothing is left to resume."""

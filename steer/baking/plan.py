@@ -6,24 +6,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
-from steer.baking.certificate import Form
+from steer.baking.certificate import Form, Proofs, WriterProof
 from steer.baking.journal import Journal
 from steer.checkpoint.ablation import Ablation
-from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.anatomy import Anatomy, Writer
 from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import CheckpointFiles
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.intervention import Intervention
-from steer.core.method import PLAIN
-from steer.errors import UnsupportedError
+from steer.core.method import PLAIN, Kind
+from steer.errors import CheckpointError, UnsupportedError
 
 
 class Plan(ABC):
@@ -46,27 +47,62 @@ class Plan(ABC):
         self.found = self.anatomy.find(self.files.config, self.files.tensors)
         self.ablation = Ablation.of(self.edit, self.anatomy, self.files)
         self.shifts = self.edit.biases()
+        self.writers = [w for w in self.found.writers if self.ablation.strength(w) > 0]
+        for writer in self.writers:
+            self.ablation.subspace(writer)  # raises now if the method leaves nothing of a direction
 
     @abstractmethod
-    def changes(self) -> list[str]:
-        """Lines for people: which writers are changed, and how."""
+    def changes(self, writers: Sequence[Writer]) -> str:
+        """What is done to the writers of one kind, for people."""
 
     @abstractmethod
-    def write(
-        self, work: Path, journal: Journal, written: dict[str, str], advance: Callable[[int], None]
-    ) -> dict[str, Any]:
-        """Write the form's files into the directory `work`, and add their sha256 to `written`. Returns the entries of
-        the certificate that the form decides. `advance` is called with the work done since its last call."""
+    def notes(self) -> list[str]:
+        """Lines for people about changes beside those of the writers."""
+
+    @abstractmethod
+    def write(self, journal: Journal, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Write the form's files into the directory of the journal, and return the entries of the certificate that the
+        form decides. `advance` is called with the work done since its last call."""
 
     def summary(self) -> str:
         """A description for people before anything is written: writers found, what is done to them, and coverage."""
-        a = self.anatomy
-        lines = [f"{self.files.root}: {a.architecture}, {a.blocks} blocks, residual width {a.width}", *self.changes()]
+        a, edited, found = self.anatomy, self.writers, self.found.writers
+        lines = [f"{self.files.root}: {a.architecture}, {a.blocks} blocks, residual width {a.width}"]
+        for kind in get_args(Kind):
+            writers = [w for w in found if w.kind == kind]
+            count = sum(w.kind == kind for w in edited)
+            lines.append(f"  {kind}: {count} of {len(writers)} edited{self.changes(writers)}")
+        lines += [f"  coverage: {len(edited)} of {len(found)} writers edited", *self.notes()]
         lines += [f"  add after block {site}: {name}" for name, site in sorted(self.adds.items(), key=lambda a: a[1])]
         if others := self.found.unloaded:
             shown = ", ".join(shorter(others)[:8])
             lines.append(f"  not loaded by transformers, not edited: {len(others)} tensors ({shown})")
         return "\n".join(lines)
+
+    def prove(
+        self,
+        proofs: Proofs,
+        writer: Writer,
+        tensor: str,
+        dtype: str,
+        before: float,
+        after: float,
+        norm: float,
+        key: str | None = None,
+    ) -> None:
+        """Add the proof of a writer's weight or bias to `proofs`. The arguments are the fields of `WriterProof`.
+
+        Errors: CheckpointError if more remains than the strength of the ablation allows.
+        """
+        bias, strength = tensor == writer.bias, self.ablation.strength(writer)
+        axis = len(self.files.tensors[tensor].shape) - 1 if bias else writer.axis
+        proof = WriterProof(tensor, writer.kind, writer.block, axis, bias, dtype, strength, before, after, norm, key)
+        if not math.isfinite(norm) or not proof.holds:
+            raise CheckpointError(
+                f"{self.files.root}: {tensor} puts {after:.3g} of {before:.3g} into the ablated directions after the "
+                "edit; expected finite weights, check the source"
+            )
+        proofs.writers.append(proof)
 
     @property
     def head_is_embedding(self) -> bool:

@@ -1,7 +1,7 @@
 """Checks that the files a bake wrote are still what their certificate says.
 
-Names and hashes are checked here; `checks` and `adapter_check` compute the measurements again. Torch is imported only
-for the latter: missing and changed files are found without it.
+Names and hashes are checked here; `checks` computes the measurements again. Torch is imported only for the latter:
+missing and changed files are found without it.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def _verified(folder: Path, progress: Callable[[int, int], None] | None, source:
     if hidden := sorted(path.name for path in folder.iterdir() if path.name.startswith(".")):
         checks["hidden files"] = f"not certified, and loaded by nothing: {', '.join(hidden)}"
     # From here on torch is needed: missing and changed files have been found without it.
-    from steer.baking.adapter_check import check_adapter
-    from steer.baking.checks import certified_edit, check_checkpoint, check_control_vector, check_source
+    from steer.baking.checks import certified_edit, check_adapter, check_checkpoint, check_control_vector, check_source
 
     edit = certified_edit(folder, cert)
     if cert.form == "gguf":

@@ -30,7 +30,7 @@ from steer.finding.traits import contrast_for, find_trait
 from steer.measure.contrast import Contrast
 from steer.measure.neutral_means import neutral_for
 from steer.measure.scorer import Scorer
-from steer.measure.search.choice import Choice, Goal, told
+from steer.measure.search.choice import Goal, told
 from steer.measure.search.held_out import HeldOut, compared, load_exported
 from steer.measure.search.report import write_search_report
 from steer.measure.search.space import VERSION, Space
@@ -66,7 +66,7 @@ class _Search:
     dtype: str
     """Name of the dtype in which the model computes."""
     trait: Trait
-    keep: tuple[Trait, ...]
+    keep: Sequence[Trait]
     form: Form
     folder: Path
     seed: int
@@ -96,7 +96,8 @@ class _Search:
         """Return the replies that a trait's scorer is trained on. They are saved and read again by a later run."""
         file = self.folder / f"replies-{trait.name}.json"
         if file.is_file():
-            return Contrast.from_json(trait, _read(file))
+            replies = read_json_object(file, what="what a search kept", do="remove it", error=SteerError)
+            return Contrast.from_json(trait, replies)
         made = contrast_for(model, trait, seed=self.seed, neutral=like.neutral if like else None)
         _write(file, made.as_json())
         return made
@@ -161,33 +162,7 @@ def search_bake(
         found = search_bake("merged", "calm", "moralizing", keep="compliance")
         print(found.result["held_out"]["searched"]["rate"])
     """
-    out = Path(out)
-    search = _begin(source, out, trait, as_list(keep), form, folder, seed, scope or Scope())
-    if trials < 1:
-        raise UsageError(f"--trials: expected at least 1, found {trials}")
-    if not ((search.folder / STUDY).is_file() and (out / CERTIFICATE).is_file()):
-        check_output(out)  # not checked for a search that was stopped after writing `out`: it measures it and ends
-    with locked(search.folder):
-        study = Study(search.folder / STUDY, search.about, search.name)
-        try:
-            return _run(search, study, out, trials, goal or Goal(), command, say)
-        except KeyboardInterrupt:
-            raise StoppedError(
-                f"stopped; {study.count} of {trials} trials are kept in {search.folder}: the same command goes on",
-                130,
-            ) from None
-
-
-def _begin(
-    source: str | Path,
-    out: Path,
-    trait: str,
-    keep: Sequence[str],
-    form: Form,
-    folder: str | Path | None,
-    seed: int,
-    scope: Scope,
-) -> _Search:
+    out, keep = Path(out), as_list(keep)
     for name in (trait, *keep):
         if name.endswith((".safetensors", ".gguf")):
             raise UsageError(f"--search: expected a trait, which has topics to search on, found the file {name}")
@@ -196,16 +171,26 @@ def _begin(
             "--search: expected --as checkpoint or adapter, found gguf: a control vector ablates nothing; bake it with "
             f"--add {trait}=AMOUNT"
         )
-    loaded = Trait.load(trait)
-    kept_traits = tuple(Trait.load(name) for name in keep)
-    if repeated := [
-        t.name for i, t in enumerate(kept_traits) if t.name in {loaded.name, *(k.name for k in kept_traits[:i])}
-    ]:
-        raise UsageError(f"--keep: expected traits beside {loaded.name}, each once, found {repeated[0]} again")
+    if trials < 1:
+        raise UsageError(f"--trials: expected at least 1, found {trials}")
+    removed, *staying = traits = [Trait.load(name) for name in (trait, *keep)]
+    names = [t.name for t in traits]
+    if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise UsageError(f"--keep: expected traits beside {removed.name}, each once, found {repeated[0]} again")
     place = checkpoint_dir(source)
-    where = Path(folder) if folder else out.with_name(f"{out.name}-search")
     dtype = dtype_name(computing_in(str(place)).dtype)
-    return _Search(place, sketch_files(place), dtype, loaded, kept_traits, form, where, seed, scope)
+    folder = Path(folder) if folder else out.with_name(f"{out.name}-search")
+    search = _Search(place, sketch_files(place), dtype, removed, staying, form, folder, seed, scope or Scope())
+    if not ((folder / STUDY).is_file() and (out / CERTIFICATE).is_file()):
+        check_output(out)  # not checked for a search that was stopped after writing `out`: it measures it and ends
+    with locked(folder):
+        study = Study(folder / STUDY, search.about, search.name)
+        try:
+            return _run(search, study, out, trials, goal or Goal(), command, say)
+        except KeyboardInterrupt:
+            raise StoppedError(
+                f"stopped; {study.count} of {trials} trials are kept in {folder}: the same command goes on", 130
+            ) from None
 
 
 def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, command: str | None, say: Say) -> Searched:
@@ -244,9 +229,13 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
         "scope": asdict(search.scope),
         **told(study.trials(space), untouched, choice, goal),
     }
-    say(_choice_line(choice, study.count))
+    chosen, missed = choice.trial, "" if choice.reached else "; the goal was reached by none, this is the nearest"
+    say(
+        f"chosen of {study.count} trials: {chosen.label} (fit topics: rate {chosen.outcome.rate:.2f}, "
+        f"KL {chosen.outcome.kl:.3f} nats per token){missed}"
+    )
     write_search_report(result, search.folder)
-    certificate = _baked(search, out, choice.trial.edit, command, say)
+    certificate = _baked(search, out, chosen.edit, command, say)
 
     with bar("measuring", None, "tokens") as advance:
         held_out = HeldOut(model, scorer, kept_scorers, tokens=search.scope.tokens, on_tokens=advance)
@@ -279,21 +268,8 @@ def _baked(search: _Search, out: Path, edit: Edit, command: str | None, say: Say
         return bake(search.place, out, edit, search.form, command=command, say=say, progress=progress)
 
 
-def _choice_line(choice: Choice, trials: int) -> str:
-    o = choice.trial.outcome
-    missed = "" if choice.reached else "; the goal was reached by none, this is the nearest"
-    return (
-        f"chosen of {trials} trials: {choice.trial.label} (fit topics: rate {o.rate:.2f}, KL {o.kl:.3f} nats per token)"
-        f"{missed}"
-    )
-
-
 def _digest(trait: Trait) -> str:
     return hashlib.sha256(json.dumps(asdict(trait), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json_object(file, what="what a search kept", do="remove it", error=SteerError)
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
