@@ -225,18 +225,16 @@ class AdapterPlan(Plan):
         """Compute the tensors of these targets of the adapter as (name, tensor), and add what is measured to `proofs`.
         The weights of one target are in memory at a time."""
         for target in targets:
-            a, b = (
-                self._expert_biases(target, proofs) if target.kind == "expert biases" else self._weights(target, proofs)
-            )
-            out = dict(zip(target.names, (a, b), strict=True))
+            factors = self._expert_biases if target.kind == "expert biases" else self._weights
+            out = dict(zip(target.names, factors(target, proofs), strict=True))
             if target.kind == "linear" and self.biases:
                 name = f"{target.key}.lora_B.bias"
                 out[name] = self._bias_change(target, name, proofs)
             for name, tensor in out.items():
                 yield name, tensor.contiguous().clone()  # tensors in one file must not share memory
 
-    def _weights(self, target: Target, proofs: Proofs) -> tuple[Float[Tensor, "k in"], Float[Tensor, "d k"]]:
-        """A and B of a weight, or of all experts' weights in peft's layout for stacked parameters."""
+    def _weights(self, target: Target, proofs: Proofs) -> tuple[Tensor, Tensor]:
+        """A `[k, in]` and B `[out, k]` of a weight, or of all experts' weights in peft's layout for stacked ones."""
         stack: list[Tensor] = []
         for writer in target.writers:
             code, strength = self._dtype(writer.tensor), self.ablation.strength(writer)
@@ -251,14 +249,14 @@ class AdapterPlan(Plan):
             a, b = casts.to(dtype), (-strength * q).to(dtype)
             before, after = float(casts.norm()), float((casts + (q.T @ b.double()) @ a.double()).norm())
             size = max(norm(weight) ** 2 - (2 * strength - strength**2) * before**2, 0.0) ** 0.5
-            self.prove(proofs, writer, writer.tensor, code, before, after, size, target.names[0])
+            proofs.writers.append(self.proof(writer, writer.tensor, code, before, after, size, target.names[0]))
             stack.append(a)
         # The expert is the outer index in A's rows and the inner index in B's columns; B is the same for all experts.
         experts = torch.cat(stack)
         return experts.flatten(0, 1), b[:, :, None].expand(-1, -1, len(experts)).flatten(1)
 
-    def _expert_biases(self, target: Target, proofs: Proofs) -> tuple[Float[Tensor, "k d"], Float[Tensor, "experts k"]]:
-        """A and B of a stack of experts' biases: the ablation, and a row for an add."""
+    def _expert_biases(self, target: Target, proofs: Proofs) -> tuple[Tensor, Tensor]:
+        """A `[k, d]` and B `[experts, k]` of a stack of experts' biases: the ablation, and a row for an add."""
         (writer,) = target.writers
         name, (key, _) = str(writer.bias), target.names
         bias, code = self._read(name), self._dtype(name)
@@ -268,7 +266,7 @@ class AdapterPlan(Plan):
             q, wide = self.ablation.subspace(writer), bias.double()
             a, b = q.T.to(dtype), (-strength * wide @ q).to(dtype)
             after = float(((wide + b.double() @ a.double()) @ q).norm())
-            self.prove(proofs, writer, name, code, float((wide @ q).norm()), after, norm(bias), key)
+            proofs.writers.append(self.proof(writer, name, code, float((wide @ q).norm()), after, norm(bias), key))
         if target.site is not None:
             shift = self.shifts[target.site].to(dtype)
             a, b = torch.cat([a, shift[None]]), torch.cat([b, torch.ones(len(b), 1, dtype=dtype)], dim=1)
@@ -285,7 +283,7 @@ class AdapterPlan(Plan):
             q, bias = self.ablation.subspace(writer), self._read(name).double()
             change -= strength * q @ (q.T @ bias)
             after = float((q.T @ (bias + change.to(dtype).double())).norm())
-            self.prove(proofs, writer, name, code, float((q.T @ bias).norm()), after, norm(bias), key)
+            proofs.writers.append(self.proof(writer, name, code, float((q.T @ bias).norm()), after, norm(bias), key))
         if target.site is None:
             return change.to(dtype)
         change = (change + self.shifts[target.site]).to(dtype)

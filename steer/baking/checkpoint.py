@@ -183,7 +183,7 @@ class CheckpointPlan(Plan):
         if writer is None or q is None:
             return
         after, size = projection(weight, q, writer.axis, bias=bias, shift=shift)
-        self.prove(proofs, writer, info.name, info.dtype, before, after, size)
+        proofs.writers.append(self.proof(writer, info.name, info.dtype, before, after, size))
 
     def _write_index(self, index: dict[str, Any], work: Path) -> str:
         """Write the index with the added tensors and new totals, or copy it if nothing changed. Returns its sha256."""

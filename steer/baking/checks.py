@@ -22,8 +22,7 @@ from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan, Targe
 from steer.baking.certificate import ADAPTER, Certificate, Proofs, WriterProof, rounding, same_set
 from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.control_vector import FILE, read_control_vector
-from steer.checkpoint.ablation import Ablation, as_tensor, projection
-from steer.checkpoint.anatomy import Anatomy, WriterMap
+from steer.checkpoint.ablation import as_tensor, projection
 from steer.checkpoint.layouts import LAYOUTS, Layout, Part
 from steer.checkpoint.reader import CheckpointFiles, TensorInfo
 from steer.core.direction import Direction
@@ -38,7 +37,7 @@ def certified_edit(folder: Path, cert: Certificate) -> Edit:
     """The edit that a certificate describes, with the directions stored in the output."""
     loaded = [(Direction.load(folder / d.file), d.amount) for d in cert.directions]
     certified = [(d.name, d.site, _text(d.provenance)) for d in cert.directions]
-    check_claims(folder, {"directions": certified != [(d.name, d.site, _text(d.provenance)) for d, _ in loaded]})
+    _check_claims(folder, {"directions": certified != [(d.name, d.site, _text(d.provenance)) for d, _ in loaded]})
     blocks, strengths = cert.edit.get("blocks"), cert.edit.get("strengths")
     kernels: dict[str, Any] = {k: Kernel(**v) if isinstance(v, dict) else v for k, v in (strengths or {}).items()}
     neutral = load_file(folder / cert.neutral)["neutral"] if cert.neutral else None
@@ -50,7 +49,7 @@ def certified_edit(folder: Path, cert: Certificate) -> Edit:
         method=Method(**cert.edit.get("method", {}), neutral=neutral),
         strengths=None if strengths is None else Strengths(**kernels),
     )
-    check_claims(folder, {"edit": _text(edit.describe()) != _text(cert.edit)})
+    _check_claims(folder, {"edit": _text(edit.describe()) != _text(cert.edit)})
     return edit
 
 
@@ -60,7 +59,7 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
+def _check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
     """Raise CheckpointError for the first entry of a certificate that is wrong. `wrong`: entry -> whether it differs
     from what the edit and the files give."""
     if key := next((key for key, is_wrong in wrong.items() if is_wrong), None):
@@ -69,7 +68,7 @@ def check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
         )
 
 
-def check_sources(folder: Path, cert: Certificate, source: CheckpointFiles) -> None:
+def _check_source_files(folder: Path, cert: Certificate, source: CheckpointFiles) -> None:
     """Check that the output was made from the files of this source."""
     hashes = hash_sources(source)
     for name, sha in hashes.items():
@@ -80,16 +79,16 @@ def check_sources(folder: Path, cert: Certificate, source: CheckpointFiles) -> N
     same_set(folder, "source's file", set(cert.source_files), set(hashes))
 
 
-def check_checkpoint(files: CheckpointFiles, cert: Certificate, edit: Edit) -> None:
-    """Measure what the writers of a baked checkpoint still put into the directions, and what its biases add."""
-    anatomy = Anatomy.of(files.config, str(files.root))
-    found = anatomy.find(files.config, files.tensors)
-    ablation, shifts = Ablation.of(edit, anatomy, files), edit.biases()
-    _check_claims(files, cert, edit, anatomy, found, ablation)
-    writers = {name: w for w in found.writers for name in (w.tensor, w.bias)}
+def check_checkpoint(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> str | None:
+    """Measure what the writers of a baked checkpoint still put into the directions, and what its biases add. With a
+    `source`, bake it again; returns what was compared with it."""
+    plan = CheckpointPlan(folder, edit)  # planned again on the output, it names the tensors that must have a proof
+    _check_checkpoint_claims(plan, cert)
+    files, shifts = plan.files, plan.shifts
+    writers = {name: w for w in plan.writers for name in (w.tensor, w.bias)}
     for proof in cert.writers:
         shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
-        q = ablation.subspace(writers[proof.tensor])
+        q = plan.ablation.subspace(writers[proof.tensor])
         after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
         slack = rounding(proof.dtype) * size
         # If the strength leaves anything, the part measured before the edit follows from the part that is left.
@@ -111,45 +110,43 @@ def check_checkpoint(files: CheckpointFiles, cert: Certificate, edit: Edit) -> N
             right = right and float((bias - expected).norm()) <= slack
         if not right:
             raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
+    return None if source is None else _check_checkpoint_source(files, cert, edit, source)
 
 
-def _check_claims(
-    files: CheckpointFiles, cert: Certificate, edit: Edit, anatomy: Anatomy, found: WriterMap, ablation: Ablation
-) -> None:
+def _check_checkpoint_claims(plan: CheckpointPlan, cert: Certificate) -> None:
     """Check all entries that the edit and the files determine: which tensors must have a proof, and what it must
     say."""
+    tensors, anatomy = plan.files.tensors, plan.anatomy
     created = {b.tensor for b in cert.biases if b.created}
     proofs = set()
-    for w in found.writers:
-        strength = ablation.strength(w)
-        for name in (w.tensor, w.bias) if strength > 0 else ():
-            if name in files.tensors and name not in created:
-                t, bias = files.tensors[name], name == w.bias
-                axis = len(t.shape) - 1 if bias else w.axis
-                proofs.add((name, w.kind, w.block, axis, bias, t.dtype, strength))
+    for w in plan.writers:
+        for name in {w.tensor, w.bias} & tensors.keys() - created:
+            t, bias = tensors[name], name == w.bias
+            axis = len(t.shape) - 1 if bias else w.axis
+            proofs.add((name, w.kind, w.block, axis, bias, t.dtype, plan.ablation.strength(w)))
     claimed = {(p.tensor, p.kind, p.block, p.axis, p.bias, p.dtype, p.strength) for p in cert.writers}
-    sites, added = edit.biases(), str(anatomy.layout.mlp_bias) in cert.config
-    adds: dict[str | None, int | None] = {f"{m}.bias": None for m in anatomy.bias_carriers()} if added else {}
-    adds |= {w.bias: w.block for w in found.writers if w.kind == "mlp" and w.bias and w.block in sites}
+    added = str(anatomy.layout.mlp_bias) in cert.config
+    adds: dict[str, int | None] = {f"{m}.bias": None for m in anatomy.bias_carriers()} if added else {}
+    adds |= plan.adds
     wrong = {
         "architecture": cert.architecture != anatomy.architecture,
-        "writers_found": cert.writers_found != len(found.writers),
+        "writers_found": cert.writers_found != len(plan.found.writers),
         "writers": claimed != proofs or len(cert.writers) != len(proofs),
-        "strength": cert.strength != min((p[-1] for p in proofs), default=edit.strength),
+        "strength": cert.strength != min((p[-1] for p in proofs), default=plan.edit.strength),
         "biases": {b.tensor: b.site for b in cert.biases} != adds
         or len(cert.biases) != len(adds)
         or any(b.created != added for b in cert.biases),
-        "unloaded": cert.unloaded != found.unloaded,
+        "unloaded": cert.unloaded != plan.found.unloaded,
         "untie_to_merge": cert.untie_to_merge,
     }
-    check_claims(files.root, wrong)
+    _check_claims(plan.files.root, wrong)
 
 
-def check_source(files: CheckpointFiles, cert: Certificate, edit: Edit, source: Path) -> str:
+def _check_checkpoint_source(files: CheckpointFiles, cert: Certificate, edit: Edit, source: Path) -> str:
     """Bake the source again, one tensor in memory at a time, and compare the result with the files. Returns what was
     compared."""
     plan, proofs = CheckpointPlan(source, edit), Proofs()
-    check_sources(files.root, cert, plan.files)
+    _check_source_files(files.root, cert, plan.files)
     if cert.config != plan.files.decoded | plan.config or files.config != plan.files.config | plan.config:
         raise CheckpointError(f"{files.root / 'config.json'}: is not what {source} gives; bake again")
     new = {t.name: t for _, t in plan.new}
@@ -205,7 +202,7 @@ def check_control_vector(folder: Path, cert: Certificate, edit: Edit) -> str:
         shift = shifts[name][1]
         if not float((vector - shift).norm()) <= 1e-6 * float(shift.norm()):
             raise CheckpointError(f"{folder / FILE}: {name} is not what the directions beside it add up to; bake again")
-    check_claims(folder, wrong)
+    _check_claims(folder, wrong)
     return ", ".join(tensors)
 
 
@@ -239,8 +236,8 @@ def _check_adapter_claims(folder: Path, cert: Certificate, edit: Edit, stored: M
     neutral, shifts = edit.method.neutral, edit.biases()
     known = [*(p.block for p in cert.writers if p.block is not None), *shifts, *(edit.blocks or ())]
     blocks = range(max(known, default=-1) + 1) if neutral is None else range(len(neutral))
-    writers: list[tuple[Kind, int | None]] = [("embedding", None), *(("attention", b) for b in blocks)]
-    writers += [("mlp", b) for b in blocks]
+    kinds: tuple[Kind, ...] = ("attention", "mlp")
+    places = [(kind, block) for kind in kinds for block in blocks if edit.strength_at(block, kind) > 0]
     ablated, strengths, misstated = set(), [], False
     for proof in cert.writers:
         kind, block, axis, bias = _place(layout, proof.tensor)
@@ -254,7 +251,7 @@ def _check_adapter_claims(folder: Path, cert: Certificate, edit: Edit, stored: M
     wrong = {
         "writers": misstated
         or len({p.tensor for p in cert.writers}) != len(cert.writers)
-        or ablated != {(kind, block) for kind, block in writers if edit.strength_at(block, kind) > 0}
+        or ablated != {*places, *([("embedding", None)] if edit.embedding else [])}
         or sum(p.kind == "embedding" for p in cert.writers) != len(layout.embeddings) * edit.embedding,
         "strength": cert.strength != min(strengths, default=edit.strength),
         "biases": sorted(str(b.site) for b in cert.biases) != sorted(map(str, shifts))
@@ -264,7 +261,7 @@ def _check_adapter_claims(folder: Path, cert: Certificate, edit: Edit, stored: M
         "untie_to_merge": cert.untie_to_merge and ("embedding", None) not in ablated,
         "writers_found": cert.writers_found < cert.writers_edited,
     }
-    check_claims(folder, wrong)
+    _check_claims(folder, wrong)
 
 
 def _place(layout: Layout, tensor: str) -> tuple[Kind, int | None, int, bool]:
@@ -276,13 +273,14 @@ def _place(layout: Layout, tensor: str) -> tuple[Kind, int | None, int, bool]:
     if name in (f"{e}.weight" for e in layout.embeddings):
         return "embedding", None, 1, False
     inside = re.fullmatch(re.escape(layout.block).replace(r"\{\}", r"(\d+)") + r"\.(.+)", name)
-    parts: list[tuple[Kind, Part]] = [("attention", layout.attention)]
-    parts += [("mlp", part) for form in layout.mlp for part in form]
-    for kind, part in parts if inside else ():
-        if re.fullmatch(re.escape(part.weight).replace(r"\{\}", r"\d+"), inside[2]):
-            return kind, int(inside[1]), part.axis, False
-        if inside[2] == part.bias:
-            return kind, int(inside[1]), int(part.stacked), True
+    block, rest = (int(inside[1]), inside[2]) if inside else (None, "")
+    kinds: dict[Kind, list[Part]] = {"attention": [layout.attention], "mlp": [p for form in layout.mlp for p in form]}
+    for kind, parts in kinds.items():
+        for part in parts:
+            if re.fullmatch(re.escape(part.weight).replace(r"\{\}", r"\d+"), rest):
+                return kind, block, part.axis, False
+            if rest == part.bias:
+                return kind, block, int(part.stacked), True
     raise LookupError(f"{tensor} is no writer")
 
 
@@ -361,7 +359,7 @@ def _check_adapter_source(
 ) -> str:
     """Compute the adapter from its source again and compare."""
     plan, proofs = AdapterPlan(source, edit), Proofs()
-    check_sources(folder, cert, plan.files)
+    _check_source_files(folder, cert, plan.files)
     again = dict(plan.tensors(plan.targets, proofs))
     same_set(folder, "tensor", set(stored), set(again))
     for target in plan.targets:
@@ -382,7 +380,7 @@ def _check_adapter_source(
         "unloaded": cert.unloaded != plan.found.unloaded,
         "untie_to_merge": cert.untie_to_merge != plan.untie_to_merge,
     }
-    check_claims(folder, claims)
+    _check_claims(folder, claims)
     return f"all {len(again)} tensors come out of {source} again, whose files are those certified"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from steer.baking.certificate import Form, Proofs, WriterProof
+from steer.baking.certificate import Form, WriterProof
 from steer.baking.journal import Journal
 from steer.checkpoint.ablation import Ablation
 from steer.checkpoint.anatomy import Anatomy, Writer
@@ -79,18 +79,10 @@ class Plan(ABC):
             lines.append(f"  not loaded by transformers, not edited: {len(others)} tensors ({shown})")
         return "\n".join(lines)
 
-    def prove(
-        self,
-        proofs: Proofs,
-        writer: Writer,
-        tensor: str,
-        dtype: str,
-        before: float,
-        after: float,
-        norm: float,
-        key: str | None = None,
-    ) -> None:
-        """Add the proof of a writer's weight or bias to `proofs`. The arguments are the fields of `WriterProof`.
+    def proof(
+        self, writer: Writer, tensor: str, dtype: str, before: float, after: float, norm: float, key: str | None = None
+    ) -> WriterProof:
+        """The proof of a writer's weight or bias. The arguments are the fields of `WriterProof`.
 
         Errors: CheckpointError if more remains than the strength of the ablation allows.
         """
@@ -102,7 +94,7 @@ class Plan(ABC):
                 f"{self.files.root}: {tensor} puts {after:.3g} of {before:.3g} into the ablated directions after the "
                 "edit; expected finite weights, check the source"
             )
-        proofs.writers.append(proof)
+        return proof
 
     @property
     def head_is_embedding(self) -> bool:

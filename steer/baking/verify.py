@@ -88,17 +88,13 @@ def _verified(folder: Path, progress: Callable[[int, int], None] | None, source:
     if hidden := sorted(path.name for path in folder.iterdir() if path.name.startswith(".")):
         checks["hidden files"] = f"not certified, and loaded by nothing: {', '.join(hidden)}"
     # From here on torch is needed: missing and changed files have been found without it.
-    from steer.baking.checks import certified_edit, check_adapter, check_checkpoint, check_control_vector, check_source
+    from steer.baking.checks import certified_edit, check_adapter, check_checkpoint, check_control_vector
 
     edit = certified_edit(folder, cert)
     if cert.form == "gguf":
         tensors = check_control_vector(folder, cert, edit)
         return checks | {"contents": complete, "add": f"{tensors} of a control vector"}
-    if files is None:
-        compared = check_adapter(folder, cert, edit, source)
-    else:
-        check_checkpoint(files, cert, edit)
-        compared = check_source(files, cert, edit, source) if source else None
+    compared = (check_checkpoint if files else check_adapter)(folder, cert, edit, source)
     checks["ablation"] = (
         f"{cert.writers_edited} of {cert.writers_found} writers, at most {cert.worst_remaining:.2%} remains "
         f"({1 - cert.strength:.0%} asked for)"

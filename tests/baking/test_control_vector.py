@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from forging import certify_again
 from tiny_anatomies import load
 from tiny_llama_cpp import LlamaCpp, as_gguf
 from torch import Tensor
 
 from steer.baking.bake import bake
-from steer.baking.certificate import CERTIFICATE, Certificate
 from steer.baking.control_vector import FILE, load_control_vector, write_control_vector
 from steer.baking.verify import verify
-from steer.checkpoint import staging
 from steer.core.direction import Direction
 from steer.core.edit import Edit
+from steer.core.method import Strengths
 from steer.errors import CheckpointError, SteerError, UnsupportedError, UsageError
 
 TinyLlama = Callable[..., Path]
@@ -94,6 +93,14 @@ def test_only_adds_after_block_one_and_on_can_be_in_it_and_all_others_are_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_ablation_with_a_method_or_strengths_is_refused_beside_an_add_too(
+    source: Path, tmp_path: Path, make_direction: MakeDirection
+) -> None:
+    edit = Edit((make_direction(),), strengths=Strengths(0.5, 0.5), add=((make_direction("b", site=2), 1.0),))
+    with pytest.raises(UnsupportedError, match=r"1 of 2 sliders cannot be baked: 'moral' \(ablate\)"):
+        bake(source, tmp_path / "out", edit, "gguf")
+
+
 def test_adds_that_cancel_are_no_control_vector(source: Path, tmp_path: Path, make_direction: MakeDirection) -> None:
     one = make_direction()
     with pytest.raises(UsageError, match="adds that cancel each other"):
@@ -132,9 +139,7 @@ def test_what_is_no_longer_the_certified_vector_fails_even_when_its_hash_is_forg
     out = Path(shutil.copytree(written, tmp_path / "out"))
     (out / FILE).unlink()
     write_control_vector(out / FILE, change({s: v.float() for s, v in sorted(edit.biases().items())}), "llama")
-    cert = Certificate.load(out)
-    (out / CERTIFICATE).unlink()
-    replace(cert, files=cert.files | {FILE: staging.hash_file(out / FILE)}).save(out)
+    certify_again(out)
     with pytest.raises(CheckpointError, match=sentence):
         verify(out)
 
