@@ -12,10 +12,10 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from steer import __version__
 from steer.checkpoint.staging import write_json
 from steer.errors import CheckpointError
 from steer.files import one_line, read_json_object
@@ -47,7 +47,6 @@ class WriterProof:
 
     tensor: str
     kind: str
-    """embedding, attention or mlp."""
     block: int | None
     """None for the embedding."""
     axis: int
@@ -267,11 +266,7 @@ def versions() -> dict[str, str]:
     """Versions of the programs that an output depends on."""
     import torch
 
-    try:
-        steer = metadata.version("steer")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        steer = "unknown"
-    return {"steer": steer, "torch": torch.__version__, "python": platform.python_version()}
+    return {"steer": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import Tensor
 from steer.baking.certificate import BiasProof
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
-from steer.checkpoint.anatomy import Writer
 from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -45,12 +44,6 @@ class ControlVectorPlan(Plan):
         self.adds = {f"direction.{site}": site for site in self.vectors}
         if not self.vectors:
             raise UsageError(f"{source}: expected an add that moves something, found adds that cancel each other")
-
-    def changes(self, writers: Sequence[Writer]) -> str:
-        return ""
-
-    def notes(self) -> list[str]:
-        return [f"  control vector: {len(self.vectors)} directions"]
 
     def write(self, journal: Journal, advance: Callable[[int], None]) -> dict[str, Any]:
         path = journal.work / FILE

@@ -51,13 +51,13 @@ class Plan(ABC):
         for writer in self.writers:
             self.ablation.subspace(writer)  # raises now if the method leaves nothing of a direction
 
-    @abstractmethod
     def changes(self, writers: Sequence[Writer]) -> str:
         """What is done to the writers of one kind, for people."""
+        return ""
 
-    @abstractmethod
     def notes(self) -> list[str]:
         """Lines for people about changes beside those of the writers."""
+        return []
 
     @abstractmethod
     def write(self, journal: Journal, advance: Callable[[int], None]) -> dict[str, Any]:
