@@ -12,6 +12,7 @@
 Names are imported when they are first used: `import steer` is instant.
 """
 
+# ruff: noqa: F401 - the names imported for type checkers are those of `_MODULES`
 from __future__ import annotations
 
 import os
@@ -56,69 +57,35 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "load_card": "steer.core.cards",
-    "Schedule": "steer.core.schedule",
-    "Session": "steer.chat.session",
-    "Profile": "steer.core.profile",
-    "PRESETS": "steer.core.sampler",
-    "Intervention": "steer.core.intervention",
-    "Gate": "steer.core.schedule",
-    "Card": "steer.core.cards",
-    "Certificate": "steer.baking.certificate",
-    "Direction": "steer.core.direction",
-    "Dictionary": "steer.core.dictionary",
-    "Edit": "steer.core.edit",
-    "Feature": "steer.core.feature",
-    "Sampler": "steer.core.sampler",
-    "Slider": "steer.core.slider",
-    "SteerError": "steer.errors",
-    "SteeredModel": "steer.model.steered",
-    "Trait": "steer.core.trait",
-    "bake": "steer.verbs.bake",
-    "fetch": "steer.checkpoint.fetch",
-    "find": "steer.finding.traits",
-    "find_features": "steer.finding.features",
-    "harvest": "steer.sae.harvest",
-    "load_control_vector": "steer.baking.control_vector",
-    "load_dictionary": "steer.core.dictionary_files",
-    "train_dictionary": "steer.sae.train",
-    "load": "steer.model.steered",
-    "merge": "steer.checkpoint.merge",
-    "verify": "steer.baking.verify",
+_MODULES = {
+    "steer.baking.certificate": ["Certificate"],
+    "steer.baking.control_vector": ["load_control_vector"],
+    "steer.baking.verify": ["verify"],
+    "steer.chat.session": ["Session"],
+    "steer.checkpoint.fetch": ["fetch"],
+    "steer.checkpoint.merge": ["merge"],
+    "steer.core.cards": ["Card", "load_card"],
+    "steer.core.dictionary": ["Dictionary"],
+    "steer.core.dictionary_files": ["load_dictionary"],
+    "steer.core.direction": ["Direction"],
+    "steer.core.edit": ["Edit"],
+    "steer.core.feature": ["Feature"],
+    "steer.core.intervention": ["Intervention"],
+    "steer.core.profile": ["Profile"],
+    "steer.core.sampler": ["PRESETS", "Sampler"],
+    "steer.core.schedule": ["Gate", "Schedule"],
+    "steer.core.slider": ["Slider"],
+    "steer.core.trait": ["Trait"],
+    "steer.errors": ["SteerError"],
+    "steer.finding.features": ["find_features"],
+    "steer.finding.traits": ["find"],
+    "steer.model.steered": ["SteeredModel", "load"],
+    "steer.sae.harvest": ["harvest"],
+    "steer.sae.train": ["train_dictionary"],
+    "steer.verbs.bake": ["bake"],
 }
-
-__all__ = [
-    "PRESETS",
-    "Card",
-    "Certificate",
-    "Dictionary",
-    "Direction",
-    "Edit",
-    "Feature",
-    "Gate",
-    "Intervention",
-    "Profile",
-    "Sampler",
-    "Schedule",
-    "Session",
-    "Slider",
-    "SteerError",
-    "SteeredModel",
-    "Trait",
-    "bake",
-    "fetch",
-    "find",
-    "find_features",
-    "harvest",
-    "load",
-    "load_card",
-    "load_control_vector",
-    "load_dictionary",
-    "merge",
-    "train_dictionary",
-    "verify",
-]
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = list(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def parse_json(data: bytes | str) -> Any:
     Errors: ValueError with a message of one line for text that is no JSON, for brackets nested more than `JSON_DEPTH`
     deep, for numbers of thousands of digits, and for text with half a surrogate pair, which could not be written again.
     """
+    too_deep = f"brackets nested over {JSON_DEPTH} deep"
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         value = json.loads(text)
@@ -89,13 +90,14 @@ def parse_json(data: bytes | str) -> Any:
     except UnicodeEncodeError as e:
         raise ValueError("half a surrogate pair (\\ud800 to \\udfff) in a text") from e
     except RecursionError as e:
-        raise ValueError(_TOO_DEEP) from e
+        raise ValueError(too_deep) from e
     level = [value]
     for _ in range(JSON_DEPTH):
-        level = [v for node in level if isinstance(node, dict | list) for v in _children(node)]
+        nodes = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        level = [v for values in nodes for v in values]
         if not level:
             return value
-    raise ValueError(_TOO_DEEP)
+    raise ValueError(too_deep)
 
 
 def read_json_object(
@@ -146,15 +148,8 @@ def _alive(process: str) -> bool:
     """Whether this machine runs a process with that number."""
     try:
         os.kill(int(process), 0)
+    except PermissionError:
+        return True
     except (ProcessLookupError, ValueError, OverflowError):
         return False
-    except PermissionError:
-        pass
     return True
-
-
-def _children(node: Mapping[str, Any] | list[Any]) -> Any:
-    return node.values() if isinstance(node, Mapping) else node
-
-
-_TOO_DEEP = f"brackets nested over {JSON_DEPTH} deep"

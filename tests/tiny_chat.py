@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from steer.checkpoint.library import own_place
+from steer.checkpoint.library import direction_place
 from steer.core.direction import Direction
 from steer.model.steered import SteeredModel, load
 
@@ -62,7 +62,7 @@ def keep_direction(checkpoint: Path, direction: Direction) -> Path:
     """Put a direction where the library finds it, as one that was found on this checkpoint."""
     sketch = load(checkpoint).sketch()
     direction.provenance["sketch"] = sketch.to_header()
-    return direction.save(own_place(sketch, direction.name))
+    return direction.save(direction_place(sketch, direction.name))
 
 
 def hooks_on(model: SteeredModel) -> int:

@@ -24,7 +24,7 @@ from steer.baking.plan import Plan
 from steer.checkpoint.ablation import DTYPES, as_tensor, norm, shadow
 from steer.checkpoint.anatomy import Writer
 from steer.checkpoint.reader import INDEX, CheckpointFiles, Shard
-from steer.checkpoint.staging import HashingFile, hash_file, write_json
+from steer.checkpoint.staging import hash_file, write_bytes, write_json
 from steer.core.edit import Edit
 from steer.errors import CheckpointError, UnsupportedError
 from steer.files import sync
@@ -163,8 +163,7 @@ class AdapterPlan(Plan):
         work = journal.work
         tensors, proofs = self._factors(journal)
         sources = hash_sources(self.files, journal, advance)
-        with HashingFile(work / ADAPTER) as f:
-            f.write(save(tensors, metadata={"format": "pt"}))
+        digest = write_bytes(work / ADAPTER, save(tensors, metadata={"format": "pt"}))
         for path in work.glob(f"{_FACTORS}*"):
             path.unlink()
         base = hub_name(self.files.root) or str(self.files.root.resolve())
@@ -173,7 +172,7 @@ class AdapterPlan(Plan):
             "biases": proofs.biases,
             "tensors": {t.name: [t.file, t.dtype, list(t.shape)] for t in Shard.open(work / ADAPTER).tensors},
             "source_files": sources,
-            "files": {ADAPTER: f.sha256, CONFIG: write_json(work / CONFIG, self.config(base))},
+            "files": {ADAPTER: digest, CONFIG: write_json(work / CONFIG, self.config(base))},
             "untie_to_merge": self.untie_to_merge,
         }
 
@@ -212,10 +211,9 @@ class AdapterPlan(Plan):
             else:
                 proven = Proofs()
                 computed = dict(self.tensors([target for target, _ in group], proven))
-                with HashingFile(journal.work / name) as f:
-                    f.write(save(computed))
+                digest = write_bytes(journal.work / name, save(computed))
                 sync(journal.work / name)
-                journal.record(name, written=f.sha256, **asdict(proven))
+                journal.record(name, written=digest, **asdict(proven))
                 tensors |= computed
             proofs.writers += proven.writers
             proofs.biases += proven.biases

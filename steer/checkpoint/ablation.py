@@ -1,8 +1,8 @@
 """Ablation of a subspace from the weights: which subspace and strength at each writer, and the arithmetic on one
 weight.
 
-`Ablation` answers the first question for an edit; the bakes and the live hooks both ask it. The functions above it
-compute on single tensors.
+`Ablation` answers the first question for an edit, for bakes and for live hooks. The functions above it compute on
+single tensors.
 """
 
 from __future__ import annotations
@@ -59,15 +59,18 @@ def ablate(
     for matrix, facing in _matrices(weight, axis):
         cast = shadow(matrix, q, facing)
         squares += float(cast.double().square().sum())
-        factors = growth(matrix, cast, facing, strength) if norm_preserving else None
-        remove(matrix, q, facing, strength, cast, factors)
+        basis, removed, alpha, factors = q.to(cast), cast, -strength, None
+        if norm_preserving:
+            # c w + ((1 - s) - c) q: the part inside the subspace is scaled by 1 - s, the part outside by c.
+            factors = growth(matrix, cast, facing, strength)
+            removed, alpha = cast * (factors - (1 - strength)), -1.0
+        for rows in _slices(matrix):
+            wide = matrix[rows].to(cast.dtype)
+            if factors is not None:
+                wide = wide * (factors if facing == 0 else factors[rows, None])
+            left, right = (basis[rows], removed) if facing == 0 else (removed[:, rows].T, basis.T)
+            matrix[rows] = wide.addmm_(left, right, alpha=alpha)
     return squares**0.5
-
-
-def share(weight: Float[Tensor, "*experts out in"], q: Float[Tensor, "d k"], axis: int) -> float:
-    """`||Q^T W||`, over all experts: how much the writer puts into the subspace."""
-    casts = (shadow(matrix, q, facing) for matrix, facing in _matrices(weight, axis))
-    return sum(float(cast.double().square().sum()) for cast in casts) ** 0.5
 
 
 def projection(
@@ -77,7 +80,8 @@ def projection(
     if bias:
         rows = tensor.double().reshape(-1, q.shape[0])
         return float(((rows if shift is None else rows - shift) @ q).norm()), float(rows.norm())
-    return share(tensor, q, axis), norm(tensor)
+    casts = (shadow(matrix, q, facing) for matrix, facing in _matrices(tensor, axis))
+    return sum(float(cast.double().square().sum()) for cast in casts) ** 0.5, norm(tensor)
 
 
 def shadow(weight: Float[Tensor, "out in"], q: Float[Tensor, "d k"], axis: int) -> Float[Tensor, "k other"]:
@@ -93,40 +97,6 @@ def shadow(weight: Float[Tensor, "out in"], q: Float[Tensor, "d k"], axis: int) 
     return out
 
 
-def remove(
-    weight: Float[Tensor, "out in"],
-    q: Float[Tensor, "d k"],
-    axis: int,
-    strength: float,
-    cast: Float[Tensor, "k other"],
-    growth: Float[Tensor, " other"] | None = None,
-) -> None:
-    """Remove the share `strength` of the writer's part `cast` in the subspace (from `shadow`), in place. `growth`
-    scales what is outside of the subspace."""
-    q = q.to(cast)
-    if growth is not None:
-        # c w + ((1 - s) - c) q: the part inside the subspace is scaled by 1 - s, the part outside by c.
-        cast, strength = cast * (growth - (1 - strength)), 1.0
-    for rows in _slices(weight):
-        left, right = (q[rows], cast) if axis == 0 else (cast[:, rows].T, q.T)
-        wide = weight[rows].to(q.dtype)
-        if growth is not None:
-            wide = wide * (growth if axis == 0 else growth[rows, None])
-        weight[rows] = wide.addmm_(left, right, alpha=-strength)
-
-
-def lengths(weight: Float[Tensor, "out in"], axis: int) -> Float[Tensor, " other"]:
-    """Squared length of each vector that the weight writes, fp64."""
-    out = torch.zeros(weight.shape[1 - axis], dtype=torch.float64, device=weight.device)
-    for rows in _slices(weight):
-        squares = weight[rows].to(_wide(weight)).square().sum(axis, dtype=torch.float64)
-        if axis == 1:
-            out[rows] = squares
-        else:
-            out += squares
-    return out
-
-
 def growth(
     weight: Float[Tensor, "out in"], cast: Float[Tensor, "k other"], axis: int, strength: float
 ) -> Float[Tensor, " other"]:
@@ -135,7 +105,14 @@ def growth(
     A vector with almost nothing outside would only have its rounding error scaled up; its factor is 1, and it gets
     shorter instead.
     """
-    whole, inside = lengths(weight, axis), cast.double().square().sum(0)
+    whole = cast.new_zeros(cast.shape[1], dtype=torch.float64)
+    for rows in _slices(weight):
+        squares = weight[rows].to(_wide(weight)).square().sum(axis, dtype=torch.float64)
+        if axis == 1:
+            whole[rows] = squares
+        else:
+            whole += squares
+    inside = cast.double().square().sum(0)
     outside = whole - inside
     enough = outside > torch.finfo(cast.dtype).eps ** (2 / 3) * whole
     grown = (whole - (1 - strength) ** 2 * inside) / outside.where(enough, 1.0)

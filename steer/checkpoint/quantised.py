@@ -1,73 +1,74 @@
 """Quantised checkpoints: fp8 weights with one scale per block are read as bf16; every other kind is refused.
 
-Rounding an edited weight to few bits again would undo most of the edit, so the edit is applied to the dequantised
-weights. A block of fp8 and its scale stand for `weight * weight_scale_inv`, whichever program made them; four-bit kinds
-each have their own packing. `dequantised` makes a checkpoint whose tensors the bakes can read as usual.
+Rounding an edited weight to few bits again would undo most of the edit, so the dequantised weights are edited. A block
+of fp8 and its scale stand for `weight * weight_scale_inv`, whichever program made them; four-bit kinds each have their
+own packing.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from steer.checkpoint.anatomy import QUANTISED
 from steer.checkpoint.reader import Buffer, CheckpointFiles, DecodedTensor, TensorInfo
 from steer.errors import CheckpointError, UnsupportedError
 
-if TYPE_CHECKING:
-    from steer.checkpoint.anatomy import Stored
-
-SCALE = "_scale_inv"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Stored dtypes that can hold an edit."""
+_SUFFIX = "_scale_inv"
 """Suffix that turns the name of an fp8 weight into the name of its scales."""
 _FP8, _SCALES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _KEYS = ("quantization_config", "compression_config")
+_NAMES = re.compile(
+    r".*(\.(weight|input|output|activation)_scales?|_proj_scales?|_scale_inv|_blocks|_packed|"
+    r"\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..+))"
+)
+"""Names of the tensors that come with quantised weights: fp8, MXFP4, GPTQ, AWQ, bitsandbytes. Not every name with
+`scale` is one of them: an architecture may have a `logit_scale`."""
 
 
 @dataclass(frozen=True)
 class Quantisation:
     """How a checkpoint is quantised."""
 
-    method: str
-    """Name of the method in the config, such as `gptq`; or `fp8`, some of which can be read."""
     found: str
     """What shows that the checkpoint is quantised, for messages."""
-    block: tuple[int, int] | None
-    """Rows and columns of a weight that share a scale, if the weights can be read; else None."""
-
-    def refusal(self, where: str) -> UnsupportedError:
-        """The error for weights that cannot be read."""
-        return UnsupportedError(
-            f"{where}: expected weights in bf16, fp16, fp32 or fp64, or fp8 with a scale a block, found quantised ones "
-            f"({self.found}); rounding again would undo most of the edit: bake the original weights and quantise the "
-            "result, or put an adapter for the original weights on this checkpoint"
-        )
+    block: tuple[int, int] | None = None
+    """Rows and columns of a weight that share a scale, for fp8 weights that can be read; else None."""
 
 
-def quantisation(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Quantisation | None:
+def refusal(where: str, found: str) -> UnsupportedError:
+    """The error for weights that cannot be read, with what shows that they are quantised."""
+    return UnsupportedError(
+        f"{where}: expected weights in bf16, fp16, fp32 or fp64, or fp8 with a scale a block, found quantised ones "
+        f"({found}); rounding again would undo most of the edit: bake the original weights and quantise the "
+        "result, or put an adapter for the original weights on this checkpoint"
+    )
+
+
+def quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Quantisation | None:
     """How a checkpoint is quantised, according to its config.json or else its tensors; None if it is not."""
     for key in _KEYS:
         if entry := config.get(key):
             method = str(entry.get("quant_method", "of no name")) if isinstance(entry, dict) else str(entry)
             block = _block(entry.get("weight_block_size")) if method == "fp8" else None
             without = ", without weight_block_size" if method == "fp8" and block is None else ""
-            return Quantisation(method, f"config.json has a {key}, quant_method {method}{without}", block)
+            return Quantisation(f"config.json has a {key}, quant_method {method}{without}", block)
     for name, stored in tensors.items():
-        if QUANTISED.fullmatch(name):
-            return Quantisation("of no name", f"it has a tensor {name}", None)
-        if name.endswith(".weight") and stored.dtype not in _FLOATS:
-            return Quantisation("of no name", f"{name} is stored as {stored.dtype}", None)
+        if _NAMES.fullmatch(name):
+            return Quantisation(f"it has a tensor {name}")
+        if name.endswith(".weight") and stored.dtype not in FLOATS:
+            return Quantisation(f"{name} is stored as {stored.dtype}")
     return None
 
 
 def dequantised(files: CheckpointFiles) -> CheckpointFiles:
-    """The same checkpoint, with fp8 weights read as bf16 tensors and without their scales. A checkpoint that is not
-    quantised is returned unchanged.
-
-    Config and index are adapted to the bf16 tensors.
+    """The same checkpoint, with fp8 weights read as bf16 tensors and without their scales; config and index go along.
+    A checkpoint that is not quantised is returned unchanged.
 
     Errors: UnsupportedError for every other kind of quantisation, CheckpointError for scales that are missing or do not
     fit.
@@ -76,12 +77,12 @@ def dequantised(files: CheckpointFiles) -> CheckpointFiles:
     if kind is None:
         return files
     if kind.block is None:
-        raise kind.refusal(str(files.root))
+        raise refusal(str(files.root), kind.found)
     scaled = {name for name, t in files.tensors.items() if t.dtype == _FP8}
-    scales = {name + SCALE for name in scaled}
+    scales = {name + _SUFFIX for name in scaled}
     for name, t in files.tensors.items():
-        if name.endswith(".weight") and t.dtype not in (*_FLOATS, _FP8):
-            raise replace(kind, found=f"{name} is stored as {t.dtype}").refusal(str(files.root))
+        if name.endswith(".weight") and t.dtype not in (*FLOATS, _FP8):
+            raise refusal(str(files.root), f"{name} is stored as {t.dtype}")
     shards = []
     for shard in files.shards:
         weights = (t for t in shard.tensors if t.name not in scales)
@@ -103,7 +104,7 @@ def _block(size: object) -> tuple[int, int] | None:
 
 
 def _decoded(files: CheckpointFiles, t: TensorInfo, block: tuple[int, int]) -> DecodedTensor:
-    scale = files.tensors.get(t.name + SCALE)
+    scale = files.tensors.get(t.name + _SUFFIX)
     grid = (*t.shape[:-2], *(-(-n // b) for n, b in zip(t.shape[-2:], block, strict=False)))
     if scale is None or scale.dtype not in _SCALES or scale.shape != grid:
         found = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
@@ -134,10 +135,11 @@ def _decode(
 
 def _index(index: Mapping[str, Any], plain: CheckpointFiles) -> dict[str, Any]:
     """The index without the scales, with totals for the decoded tensors."""
-    counts = dict(index.get("metadata") or {})
-    for key, sizes in (("total_size", [t.nbytes for t in plain.tensors.values()]),
-                    ("total_parameters", [math.prod(t.shape) for t in plain.tensors.values()])):  # fmt: skip
-        if key in counts:
-            counts[key] = sum(sizes)
+    tensors = plain.tensors.values()
+    totals = {
+        "total_size": sum(t.nbytes for t in tensors),
+        "total_parameters": sum(math.prod(t.shape) for t in tensors),
+    }
+    counts = {key: totals.get(key, value) for key, value in (index.get("metadata") or {}).items()}
     weight_map = {name: file for name, file in index["weight_map"].items() if name in plain.tensors}
     return {**index, "metadata": counts, "weight_map": weight_map}

@@ -42,8 +42,6 @@ class Sketch:
     values: Float[np.ndarray, "tensors values"]
     """Weights rounded to bf16, so that the sketch does not depend on the dtype a checkpoint is loaded in; held in
     fp32."""
-    older: Float[np.ndarray, "tensors values"] | None = None
-    """The sample by the previous rule, which included experts; sketches saved under that rule still match it."""
 
     @classmethod
     def of(cls, names: Sequence[str], read: Callable[[str], _Readable], config: Mapping[str, Any]) -> Sketch:
@@ -51,16 +49,17 @@ class Sketch:
 
         Errors: CheckpointError if none of the names exists in every form of this architecture.
         """
-        older = sorted(n for n in names if n.endswith("_proj.weight") or n.endswith("embed_tokens.weight"))
+        projections = (n for n in names if n.endswith(("_proj.weight", "embed_tokens.weight")))
         # A tied head may be listed or not, a bake may add biases, and experts may be in one tensor, so only tensors
         # that every form of the checkpoint has are sampled.
-        sampled = [n for n in older if ".experts." not in n] or _writers(names, config)
+        sampled = sorted(n for n in projections if ".experts." not in n) or _writers(names, config)
         if not sampled:
             raise CheckpointError(
                 f"weights: expected names as {config.get('model_type', 'a listed architecture')} has them, found none "
                 "to sample; fetch the model again"
             )
-        return cls(_rows(sampled, read), _rows(older, read) if older and older != sampled else None)
+        picks = np.linspace(0, len(sampled) - 1, min(_TENSORS, len(sampled))).astype(int)
+        return cls(torch.stack([_sample(read(sampled[i])) for i in picks]).numpy())
 
     @classmethod
     def from_header(cls, provenance: Mapping[str, Any]) -> Sketch:
@@ -85,9 +84,10 @@ class Sketch:
 
     def distance(self, other: Sketch) -> float:
         """Relative distance, over tensors scaled to unit norm; infinite for sketches of different shapes."""
-        samples, other_samples = [self.values, self.older], [other.values, other.older]
-        pairs = [(a, b) for a in samples for b in other_samples if a is not None and b is not None]
-        return min((_distance(a, b) for a, b in pairs if a.shape == b.shape and a.size), default=math.inf)
+        if self.values.shape != other.values.shape or not self.values.size:
+            return math.inf
+        norm = np.maximum(np.linalg.norm(self.values, axis=1, keepdims=True), 1e-12)
+        return float(np.linalg.norm((self.values - other.values) / norm) / len(norm) ** 0.5)
 
     def _bytes(self) -> bytes:
         return torch.from_numpy(self.values).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
@@ -113,21 +113,12 @@ class Sketch:
 def _writers(names: Sequence[str], config: Mapping[str, Any]) -> list[str]:
     """Names of the weights that write into the residual stream, experts left out, according to the layout."""
     layout = layout_of(config)
-    parts = [] if layout is None else [layout.attention, *(part for form in layout.mlp for part in form)]
-    weights = {p.weight for p in parts if not p.stacked and "{}" not in p.weight}
-    weights |= set() if layout is None else {f"{e}.weight" for e in layout.embeddings}
-    return sorted(n for n in names if any(n == w or n.endswith(f".{w}") for w in weights))
-
-
-def _rows(names: Sequence[str], read: Callable[[str], _Readable]) -> Float[np.ndarray, "tensors values"]:
-    """One row of values for each of at most `_TENSORS` tensors, which are evenly spaced among `names`."""
-    picks = [names[int(i)] for i in np.linspace(0, len(names) - 1, min(_TENSORS, len(names)))]
-    return torch.stack([_sample(read(name)) for name in picks]).numpy()
-
-
-def _distance(ours: Float[np.ndarray, "tensors values"], theirs: Float[np.ndarray, "tensors values"]) -> float:
-    norm = np.maximum(np.linalg.norm(ours, axis=1, keepdims=True), 1e-12)
-    return float(np.linalg.norm((ours - theirs) / norm) / len(norm) ** 0.5)
+    if layout is None:
+        return []
+    parts = [layout.attention, *(part for form in layout.mlp for part in form)]
+    weights = [p.weight for p in parts if not p.stacked and "{}" not in p.weight]
+    ends = tuple(f".{w}" for w in (*weights, *(f"{e}.weight" for e in layout.embeddings)))
+    return sorted(n for n in names if f".{n}".endswith(ends))
 
 
 def _sample(tensor: _Readable) -> Float[torch.Tensor, " values"]:

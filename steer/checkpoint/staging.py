@@ -1,6 +1,6 @@
 """Writes an output directory so that it is complete or absent: in a staging directory beside it, synced, then renamed.
 
-Merges, downloads and bakes write their outputs inside of `staged`. The file writers below it hash while they write.
+Merges, downloads and bakes write their outputs inside of `staged`. The writers of small files below it return hashes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import os
 import shutil
 import socket
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from steer.errors import OutputExistsError, SteerError
 from steer.files import sync
@@ -27,17 +27,12 @@ CHUNK = 8 << 20
 
 def check_output(out: Path) -> None:
     """Raise OutputExistsError unless `out` is absent or an empty directory."""
-    if out.is_dir():
-        try:
-            if not any(out.iterdir()):
-                return
-            found = "a directory with files in it"
-        except PermissionError:
-            found = "a directory that may not be read"
-    elif os.path.lexists(out):
-        found = "a file"
-    else:
-        return
+    try:
+        if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+            return
+        found = "a directory with files in it" if out.is_dir() else "a file"
+    except PermissionError:
+        found = "a directory that may not be read"
     raise OutputExistsError(
         f"{out}: expected a new or empty directory, found {found}; remove it or name another output"
     )
@@ -48,9 +43,9 @@ def staged(out: Path, *, resume: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `out`, which is renamed to `out` when the block ends without an exception.
 
     Everything is synced before the rename, so that `out` is complete or absent even after a crash. An exception deletes
-    the temporary directory. A killed process leaves it, and with `resume` Ctrl-C leaves it too. The next run into `out`
-    on the same machine empties it, or with `resume` continues with what was left. A lock that is released when its
-    process dies shows whether the directory was left behind or is in use.
+    the temporary directory. A killed process leaves it, and with `resume` Ctrl-C too; the next run into `out` on the
+    same machine empties it, or with `resume` continues with it. A lock, released when its process dies, shows whether
+    the directory is in use.
 
     Errors: OutputExistsError if `out` has contents or is being written; SteerError if the disk is full or read-only, or
     if the temporary directory is a link or belongs to another user.
@@ -58,39 +53,31 @@ def staged(out: Path, *, resume: bool = False) -> Iterator[Path]:
     check_output(out)
     place = Path(os.path.realpath(out))  # rename does not follow a symlink to an empty directory
     work = _staging(place)
-    try:
+    with _explained(out):
+        if place.parent.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(work)
-    except BlockingIOError as e:
-        raise OutputExistsError(f"{out}: is being written; wait, or name another output") from e
-    except FileExistsError as e:
-        raise SteerError(f"{out}: could not be written, {_REASONS[errno.ENOTDIR]}") from e
-    except OSError as e:
-        _explain(e, out)
-        raise
-    keep = False
-    try:
-        check_output(out)  # another process may have finished before this one got the lock
-        if not resume:
-            empty(work)
-        yield work
-        _sync_tree(work)
-        os.rename(work, place)
-        keep = True
-        os.chmod(place, 0o777 & ~_umask())
-        sync(place.parent)
-    except KeyboardInterrupt:
-        keep = resume
-        raise
-    except OSError as e:
-        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another machine's process was first
-            check_output(out)
-        _explain(e, out)
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+        lock, keep = _locked(work, out), False
+        try:
+            check_output(out)  # another process may have finished before this one got the lock
+            if not resume:
+                empty(work)
+            yield work
+            for path in (*work.rglob("*"), work):
+                sync(path)
+            os.rename(work, place)
+            keep = True
+            mask = os.umask(0o077)
+            os.umask(mask)
+            os.chmod(place, 0o777 & ~mask)
+            sync(place.parent)
+        except KeyboardInterrupt:
+            keep = resume
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(work, ignore_errors=True)
+            os.close(lock)
 
 
 def empty(folder: Path, keep: Collection[str] = ()) -> None:
@@ -100,29 +87,6 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
             shutil.rmtree(path)
         elif path.name not in keep:
             path.unlink()
-
-
-class HashingFile:
-    """A new file that computes the sha256 of everything written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by __exit__
-        self._sha = hashlib.sha256()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._file.write(data)
-        self._sha.update(data)
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of everything written so far."""
-        return self._sha.hexdigest()
-
-    def __enter__(self) -> HashingFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 class DirectFile:
@@ -177,11 +141,16 @@ class DirectFile:
         return on
 
 
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write a new file and return its sha256."""
+    with open(path, "xb") as f:
+        f.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
 def write_text(path: Path, text: str) -> str:
     """Write a new file and return its sha256."""
-    with HashingFile(path) as f:
-        f.write(text.encode())
-    return f.sha256
+    return write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> str:
@@ -190,11 +159,10 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def copy_file(source: Path, target: Path) -> str:
-    """Copy a file's contents (a symlink is followed) and return their sha256."""
-    with open(source, "rb") as src, HashingFile(target) as dst:
-        while chunk := src.read(CHUNK):
-            dst.write(chunk)
-    return dst.sha256
+    """Copy a file's contents (a symlink is followed) to a new file and return their sha256."""
+    with open(source, "rb") as src, open(target, "xb") as dst:
+        shutil.copyfileobj(src, dst, CHUNK)
+    return hash_file(target)
 
 
 def hash_file(path: Path) -> str:
@@ -208,47 +176,30 @@ def _staging(place: Path) -> Path:
     return place.parent / f".{place.name}.steer-{socket.gethostname()}"
 
 
-def _locked(work: Path) -> int:
+def _locked(work: Path, out: Path) -> int:
     """Make the directory, or take over one that a dead process left. Returns a file descriptor that holds the lock on
-    it.
-
-    Errors: BlockingIOError if a live process holds the lock.
-    """
+    it. Errors: OutputExistsError if a live process holds the lock."""
     while True:
         work.mkdir(mode=0o700, exist_ok=True)
-        with suppress(FileNotFoundError):  # its last owner has just renamed or removed it
+        with suppress(FileNotFoundError), ExitStack() as closing:  # its last owner has just renamed or removed it
             if work.is_symlink():
                 raise SteerError(f"{work}: expected a directory of this program, found a link; remove it")
             fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            closing.callback(os.close, fd)
+            # The name can be guessed, and files that others put there would end up in the output.
+            stat = os.fstat(fd)
+            if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+                raise SteerError(
+                    f"{work}: expected a directory that only you can write, found one that others can; remove it, "
+                    "or name an output elsewhere"
+                )
             try:
-                # The name can be guessed, and files that others put there would end up in the output.
-                stat = os.fstat(fd)
-                if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
-                    raise SteerError(
-                        f"{work}: expected a directory that only you can write, found one that others can; remove it, "
-                        "or name an output elsewhere"
-                    )
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                same = os.path.samestat(stat, os.lstat(work))
-            except BaseException:
-                os.close(fd)
-                raise
-            if same:
+            except BlockingIOError as e:
+                raise OutputExistsError(f"{out}: is being written; wait, or name another output") from e
+            if os.path.samestat(stat, os.lstat(work)):
+                closing.pop_all()
                 return fd
-            os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            sync(Path(folder) / name)
-        sync(Path(folder))
 
 
 _REASONS = {
@@ -266,12 +217,18 @@ _REASONS = {
 }
 
 
-def _explain(e: OSError, out: Path) -> None:
-    """Raise a SteerError with advice, if the user can fix the cause of this OSError."""
-    if e.errno not in _REASONS:
-        return
-    where = Path(os.path.realpath(os.fsdecode(e.filename))) if e.filename is not None else None
-    place = Path(os.path.realpath(out))
-    if where is None or place.is_relative_to(where) or where.is_relative_to(_staging(place)):
-        raise SteerError(f"{out}: could not be written, {_REASONS[e.errno]}") from e
-    raise SteerError(f"{where}: could not be used, {e.strerror}; check its permissions and its disk") from e
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turn an OSError whose cause the user can fix into a SteerError with advice."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another machine's process was first
+            check_output(out)
+        if e.errno not in _REASONS:
+            raise
+        where = Path(os.path.realpath(os.fsdecode(e.filename))) if e.filename is not None else None
+        place = Path(os.path.realpath(out))
+        if where is None or place.is_relative_to(where) or where.is_relative_to(_staging(place)):
+            raise SteerError(f"{out}: could not be written, {_REASONS[e.errno]}") from e
+        raise SteerError(f"{where}: could not be used, {e.strerror}; check its permissions and its disk") from e

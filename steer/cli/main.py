@@ -127,14 +127,14 @@ def find(
         features = find_features(live, described, dictionary, seed=seed)
         emit(features.as_json(), as_json, latent_table(features))
         return
-    from steer.checkpoint.library import own_place
+    from steer.checkpoint.library import direction_place
     from steer.finding.traits import find_trait
     from steer.model.steered import load
     from steer.verbs.tables import finding_table
 
     live = load(model, device_map=device_map, four_bit=four_bit)
     found = find_trait(live, described, site=site, seed=seed)
-    place = found.direction.save(out or own_place(live.sketch(), found.direction.name))
+    place = found.direction.save(out or direction_place(live.sketch(), found.direction.name))
     emit(
         {"direction": str(place), **found.as_json()},
         as_json,

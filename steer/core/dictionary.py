@@ -120,7 +120,9 @@ class Dictionary:
             assert self.r_mag is not None
             magnitude = pre * self.r_mag.to(pre.dtype).exp() + self.b_mag.to(pre.dtype)
             return magnitude.relu() * (pre + self.b_enc.to(pre.dtype) > 0)
-        pre = self._scaled(pre + self.b_enc.to(pre.dtype))
+        pre = pre + self.b_enc.to(pre.dtype)
+        if self.rescale_by_decoder_norm:
+            pre = pre * self.decoder_norms.to(pre.dtype)
         if self.architecture == "jumprelu":
             assert self.threshold is not None
             return pre.relu() * (pre > self.threshold.to(pre.dtype))
@@ -131,11 +133,7 @@ class Dictionary:
         return pre.relu()
 
     def encode_rows(self, x: Float[Tensor, "... d"], indices: Sequence[int]) -> Float[Tensor, "... n"]:
-        """The columns `indices` of `encode(x)`, computed from those latents' rows of the encoder alone.
-
-        Topk: where one of these latents has a positive pre-activation, the whole encoder is read for that token,
-        because other latents decide whether it is among the top k.
-        """
+        """The columns `indices` of `encode(x)`, from those latents' rows of the encoder wherever they decide it."""
         return self.rows(indices)(x)
 
     def rows(self, indices: Sequence[int]) -> EncoderRows:
@@ -208,9 +206,6 @@ class Dictionary:
             return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
         return 0.0, x.norm(dim=-1, keepdim=True) / self.width**0.5
 
-    def _scaled(self, pre: Tensor) -> Tensor:
-        return pre * self.decoder_norms.to(pre.dtype) if self.rescale_by_decoder_norm else pre
-
     def _at(self, indices: Sequence[int]) -> Tensor:
         for i in indices:
             if not 0 <= i < self.latents:
@@ -228,11 +223,6 @@ class EncoderRows:
     """Topk: the whole dictionary, whose latents compete for the top k. None for other architectures."""
     indices: tuple[int, ...]
     """Indices of the latents in the whole dictionary."""
-
-    @cached_property
-    def decoder(self) -> Float[Tensor, "n d"]:
-        """For each latent, the vector that one unit of its activation adds to the reconstruction, fp32 at least."""
-        return self.part.decoder_rows(range(len(self.indices)))
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> EncoderRows:
         """The same rows on another device or in another dtype."""

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from steer.core.dictionary import Architecture, Dictionary, Normalize
 from steer.errors import CheckpointError, UnsupportedError, UsageError
-from steer.files import parse_json, read_json_object, write_atomic
+from steer.files import one_line, parse_json, read_json_object, write_atomic
 
 CONFIG, WEIGHTS, MANIFEST, FEATURES = "cfg.json", "sae_weights.safetensors", "manifest.json", "features.jsonl"
 SLIDERS = "sliders.yaml"
+_AGAIN = "fetch or train it again"
 
 _TENSORS = {
     "standard": ("b_enc",),
@@ -31,8 +32,6 @@ _TENSORS = {
     "gated": ("b_gate", "b_mag", "r_mag"),
 }
 """Tensors that each architecture stores in addition to W_enc, W_dec and b_dec."""
-_OLD_METADATA = ("model_name", "hook_name", "hf_hook_name", "prepend_bos", "context_size", "dataset_path")
-"""Keys that configs from before version 6 had at the top level."""
 _SITES = (
     (re.compile(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)"), 0),
     (re.compile(r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in)"), -1),
@@ -90,7 +89,7 @@ def save_dictionary(dictionary: Dictionary, directory: str | Path) -> None:
     if d.norm is not None:
         metadata["residual_norm"] = d.norm
     # If the metadata names no version of 6 or later, sae_lens takes the file for an old one and drops the metadata.
-    metadata.setdefault("sae_lens_version", _sae_lens_version())
+    metadata.setdefault("sae_lens_version", packages.version("sae-lens"))
     config: dict[str, Any] = {
         "architecture": d.architecture,
         "d_in": d.width,
@@ -119,7 +118,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Errors: CheckpointError if it is broken.
     """
     file = directory / MANIFEST
-    return _object(file) if file.is_file() else {}
+    return read_json_object(file, do=_AGAIN) if file.is_file() else {}
 
 
 def feature_row(dictionary: Dictionary, index: int) -> dict[str, Any]:
@@ -160,15 +159,13 @@ def _from_disk(path: Path) -> Dictionary:
         if any(p.suffix in (".pt", ".pth", ".bin", ".pkl", ".npz") for p in path.iterdir()):
             raise _refused(str(path), f"{CONFIG} and {WEIGHTS}", f"no {missing}; only safetensors are loaded")
         raise CheckpointError(f"{path}: expected a dictionary with {CONFIG} and {WEIGHTS}, found no {missing}")
-    config = _object(path / CONFIG)
+    config = read_json_object(path / CONFIG, do=_AGAIN)
     try:
         tensors = load_file(path / WEIGHTS)
     except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(
-            f"{path / WEIGHTS}: expected a safetensors file, found something unreadable "
-            f"({' '.join(str(e).split())}); fetch or train it again"
-        ) from e
-    return _build(config, tensors, str(path), path, read_manifest(path))
+        found = f"something unreadable ({one_line(e)})"
+        raise CheckpointError(f"{path / WEIGHTS}: expected a safetensors file, found {found}; {_AGAIN}") from e
+    return _build(config, tensors, str(path), path)
 
 
 def _from_release(text: str) -> Dictionary:
@@ -188,45 +185,31 @@ def _from_release(text: str) -> Dictionary:
         sae = sae_lens.SAE.from_pretrained(release, sae_id)
     except Exception as e:  # the hub and its many formats raise anything
         raise CheckpointError(
-            f"{text}: sae_lens cannot load {sae_id!r} of {release!r}: {' '.join(str(e).split())[:300]}; check both "
-            "names and the network"
+            f"{text}: sae_lens cannot load {sae_id!r} of {release!r}: {one_line(e)}; check both names and the network"
         ) from e
     return from_sae(sae, text)
 
 
-def _build(
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    where: str,
-    place: Path | None = None,
-    manifest: dict[str, Any] | None = None,
-) -> Dictionary:
+def _build(config: dict[str, Any], tensors: dict[str, Tensor], where: str, place: Path | None = None) -> Dictionary:
     """Check config and tensors, and make the Dictionary. `where` names it in errors."""
-    config, manifest = _modern(config, where), manifest or {}
+    config, manifest = _modern(config, where), {} if place is None else read_manifest(place)
     architecture: Any = config.get("architecture")
     normalize = config.get("normalize_activations") or "none"
     if architecture not in get_args(Architecture):
-        hint = (
-            "; it is a training checkpoint, save it with save_inference_model"
-            if "batchtopk" in str(architecture)
-            else ""
-        )
-        raise _refused(where, f"architecture {', '.join(get_args(Architecture))}", f"{architecture!r}{hint}")
+        training = "batchtopk" in str(architecture)
+        do = "; it is a training checkpoint, save it with save_inference_model" if training else ""
+        raise _refused(where, f"architecture {', '.join(get_args(Architecture))}", f"{architecture!r}{do}")
     if normalize not in get_args(Normalize):
-        raise _refused(
-            where, f"normalize_activations {', '.join(get_args(Normalize))}",
-            f"{normalize!r}; fold it into the weights with sae_lens first",
-        )  # fmt: skip
+        do = "fold it into the weights with sae_lens first"
+        raise _refused(where, f"normalize_activations {', '.join(get_args(Normalize))}", f"{normalize!r}; {do}")
     if config.get("reshape_activations", "none") != "none":
         raise _refused(where, "a dictionary of the residual stream", f"one of {config['reshape_activations']}")
     tensors = _known(tensors, architecture, where)
     metadata = config.get("metadata") or {}
     d, m = tensors["W_enc"].shape if tensors["W_enc"].ndim == 2 else (-1, -1)
     if (config.get("d_in", d), config.get("d_sae", m)) != (d, m):
-        raise CheckpointError(
-            f"{where}: {CONFIG} says width {config.get('d_in')} and {config.get('d_sae')} latents, W_enc has shape "
-            f"{list(tensors['W_enc'].shape)}; fetch or train it again"
-        )
+        says = f"{CONFIG} says width {config.get('d_in')} and {config.get('d_sae')} latents"
+        raise CheckpointError(f"{where}: {says}, W_enc has shape {list(tensors['W_enc'].shape)}; {_AGAIN}")
     k = config.get("k") if architecture == "topk" else None
     norm = manifest.get("norm", metadata.get("residual_norm"))
     return Dictionary(
@@ -252,31 +235,20 @@ def _build(
 
 def _modern(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Convert a config of any sae_lens version to the form of version 6."""
-    metadata = config.get("metadata")
-    if isinstance(metadata, dict) and "architecture" in config:
+    if isinstance(config.get("metadata"), dict) and "architecture" in config:
         return config
-    old = {{"hook_point": "hook_name", "activation_fn_str": "activation_fn"}.get(k, k): v for k, v in config.items()}
-    activation = old.get("activation_fn") or "relu"
-    out = {"architecture": "standard"} | {k: v for k, v in old.items() if v is not None}
-    if activation == "topk":
-        out |= {"architecture": "topk", "k": (old.get("activation_fn_kwargs") or {}).get("k")}
-    elif activation != "relu":
+    config = {k: v for k, v in config.items() if v is not None}
+    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+    if activation not in ("relu", "topk"):
         raise _refused(where, "activation_fn relu or topk", f"{activation!r}")
-    if isinstance(old.get("normalize_activations"), bool):
-        out["normalize_activations"] = "expected_average_only_in" if old["normalize_activations"] else "none"
-    if "hook_z" in str(old.get("hook_name", "")):
-        out.setdefault("reshape_activations", "hook_z")
-    named = (
-        "model_name",
-        "hook_name",
-        "hf_hook_name",
-        "sae_lens_version",
-        "prepend_bos",
-        "context_size",
-        "dataset_path",
-    )
-    out["metadata"] = {k: old[k] for k in named if old.get(k) is not None} | (metadata or {})
-    return out
+    if config.get("architecture", "standard") not in get_args(Architecture):
+        return config  # refused by its architecture
+    from sae_lens.loading.pretrained_sae_loaders import handle_pre_6_0_config
+
+    try:
+        return handle_pre_6_0_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{where}: {CONFIG}: expected a config of sae_lens, found {one_line(e)}; {_AGAIN}") from e
 
 
 def _known(tensors: dict[str, Tensor], architecture: str, where: str) -> dict[str, Tensor]:
@@ -293,10 +265,8 @@ def _known(tensors: dict[str, Tensor], architecture: str, where: str) -> dict[st
             raise _refused(where, "no finetuning factors", f"{name} other than 1; fold them into W_dec first")
     wanted = {"W_enc", "W_dec", "b_dec", *_TENSORS[architecture]}
     if missing := sorted(wanted - set(tensors)):
-        raise CheckpointError(
-            f"{where}: expected tensor {missing[0]} in a {architecture} dictionary, found "
-            f"{', '.join(sorted(tensors))}; fetch or train it again"
-        )
+        expected = f"tensor {missing[0]} in a {architecture} dictionary"
+        raise CheckpointError(f"{where}: expected {expected}, found {', '.join(sorted(tensors))}; {_AGAIN}")
     if unknown := sorted(set(tensors) - wanted):
         raise _refused(where, f"the tensors {', '.join(sorted(wanted))}", f"{unknown[0]} too")
     return {name: tensors[name] for name in wanted}
@@ -312,16 +282,5 @@ def _site(metadata: dict[str, Any]) -> int | None:
     return None
 
 
-def _object(file: Path) -> dict[str, Any]:
-    return read_json_object(file, do="fetch or train the dictionary again")
-
-
 def _refused(where: str, expected: str, found: str) -> UnsupportedError:
     return UnsupportedError(f"{where}: expected {expected}, found {found}")
-
-
-def _sae_lens_version() -> str:
-    try:
-        return packages.version("sae-lens")
-    except packages.PackageNotFoundError:
-        return "6.54.0"

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
+from pydantic import AfterValidator, Field, SkipValidation
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from steer.core.small_files import shown
+from steer.core.validation import Count, Text, checked
 from steer.errors import MismatchError, SteerError, UsageError
-from steer.files import parse_json, write_atomic
+from steer.files import one_line, parse_json, write_atomic
 
 _KEY = "steer_direction"  # safetensors header entry; it holds all fields except the vector
 _LARGEST = 1e30
@@ -28,7 +29,22 @@ _LARGEST = 1e30
 _SCALARS = ("name", "site", "mean", "std", "with_mean", "without_mean", "residual_norm")
 
 
-@dataclass(frozen=True, eq=False)
+def _norm(norm: float) -> float:
+    if not (0 < norm < _LARGEST or math.isnan(norm)):
+        raise ValueError(f"expected a number above 0, or nan, found {norm}")
+    return norm
+
+
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError(f"expected printable text, found {name!a}")
+    return name
+
+
+_Statistic = Annotated[float, Field(strict=True, gt=-_LARGEST, lt=_LARGEST)]
+
+
+@checked
 class Direction:
     """A unit vector `r` at a site. Projections are `a = h . r`, in the units of the residual stream, measured on
     response tokens (BOS and special tokens left out).
@@ -39,52 +55,38 @@ class Direction:
         print(moral.site, moral.gap)
     """
 
-    name: str
+    name: Annotated[Text, AfterValidator(_printable)]
     """What the direction stands for, usually the trait's name."""
-    site: int
+    site: Count
     """The direction acts on the residual stream after this block, counted from 0."""
-    vector: Float[Tensor, " d"]
+    vector: SkipValidation[Float[Tensor, " d"]]
     """Unit norm, fp32; a vector of another norm is normalised."""
-    mean: float = 0.0
+    mean: _Statistic = 0.0
     """Mean projection on neutral chat."""
-    std: float = 1.0
+    std: _Statistic = 1.0
     """Standard deviation of the projection on neutral chat."""
-    with_mean: float = 1.0
+    with_mean: _Statistic = 1.0
     """Mean projection on replies with the trait."""
-    without_mean: float = 0.0
+    without_mean: _Statistic = 0.0
     """Mean projection on replies without the trait."""
-    residual_norm: float = math.nan
+    residual_norm: Annotated[float, Field(strict=True), AfterValidator(_norm)] = math.nan
     """Median norm of the residual stream at the site; nan where it is not known. Clamp, cap and scale skip tokens whose
     norm is over ten times this (such as the first of a text)."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """How it was made: checkpoint fingerprint, trait, method, held-out AUROC per site, versions, seed."""
 
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
     def __post_init__(self) -> None:
-        self._check_statistics()
         vector = self.vector.detach().to("cpu", torch.float32).contiguous()
         norm = float(vector.double().norm())  # in fp32 the square of 1e20 overflows, and that of 1e-25 is 0
         if vector.ndim != 1 or not 0 < norm < math.inf:
-            raise UsageError(
-                f"direction {self.name!r}: expected a finite non-zero vector, found shape "
-                f"{tuple(vector.shape)} with norm {norm}; find it again with `steer find`"
+            raise ValueError(
+                f"direction {self.name!r}: expected a finite non-zero vector, found shape {tuple(vector.shape)} with "
+                f"norm {norm}; find it again with `steer find`"
             )
         # A unit vector is not normalised again: each save and load would change its last bits.
         object.__setattr__(self, "vector", vector if abs(norm - 1) < 1e-6 else (vector.double() / norm).float())
-
-    def _check_statistics(self) -> None:
-        """Raise UsageError unless every value has its type and range: the header may come from a stranger's file."""
-        if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
-            raise UsageError(f"direction: expected a name, found {shown(self.name)}; find it again with `steer find`")
-        site, norm, where = self.site, self.residual_norm, f"direction {shown(self.name)}"
-        if type(site) is not int or site < 0:
-            raise UsageError(f"{where}: expected a site that is a whole number from 0, found {shown(site)}")
-        for key in ("mean", "std", "with_mean", "without_mean"):
-            if not (_number(value := getattr(self, key)) and abs(value) < _LARGEST):
-                raise UsageError(f"{where}: expected a finite number under {key}, found {shown(value)}")
-        if not _number(norm) or not (0 < norm < _LARGEST or math.isnan(norm)):
-            raise UsageError(f"{where}: expected a residual norm above 0, or nan, found {shown(norm)}")
-        if not isinstance(self.provenance, dict):
-            raise UsageError(f"{where}: expected a mapping as provenance, found {shown(self.provenance)}")
 
     @property
     def width(self) -> int:
@@ -135,22 +137,15 @@ class Direction:
                 vector = f.get_tensor("vector") if "vector" in f.keys() else None  # noqa: SIM118
         except (SafetensorError, ValueError) as e:
             raise SteerError(
-                f"{path}: expected a safetensors file with a direction, found something unreadable ({e}); "
+                f"{path}: expected a safetensors file with a direction, found something unreadable ({one_line(e)}); "
                 "make it again with `steer find`"
             ) from e
-        known = {*_SCALARS, "provenance"}
-        if not isinstance(header, dict) or not set(header) <= known or not set(_SCALARS) <= set(header):
-            header = None
-        if header is None or vector is None:
+        if not isinstance(header, dict) or vector is None:
             raise SteerError(
                 f"{path}: expected a direction written by `steer find`, found a safetensors file without "
                 "one; pass the file that `steer find --out` wrote"
             )
         try:
-            return cls(vector=vector, provenance=header.pop("provenance", {}), **header)
+            return cls(**header | {"vector": vector})
         except UsageError as e:
-            raise SteerError(f"{path}: {e}") from e
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+            raise SteerError(f"{path}: {e}; find it again with `steer find`") from e

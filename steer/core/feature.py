@@ -40,33 +40,28 @@ class Feature:
     negative unit is allowed for `add` alone, and moves that latent the other way."""
 
     def __post_init__(self) -> None:
-        d = self.dictionary
         object.__setattr__(self, "indices", tuple(int(i) for i in self.indices))
         object.__setattr__(self, "units", tuple(float(u) for u in self.units))
-        if not self.indices or len(set(self.indices)) < len(self.indices) or len(self.units) != len(self.indices):
-            raise UsageError(
-                f"feature {self.name!r}: expected different latents with a unit each, found latents "
-                f"{list(self.indices)} and units {list(self.units)}"
-            )
-        if not all(0 <= i < d.latents for i in self.indices):
-            raise UsageError(
-                f"feature {self.name!r}: expected latents from 0 to {d.latents - 1} of dictionary {d.name!r}, "
-                f"found {list(self.indices)}"
-            )
-        if not all(math.isfinite(u) and u for u in self.units):
-            raise UsageError(
-                f"feature {self.name!r}: expected finite units other than 0, found {list(self.units)}; "
-                "a latent without one never fired"
-            )
+        d, indices, units, where = self.dictionary, self.indices, self.units, f"feature {self.name!r}"
+        if not indices or len(set(indices)) < len(indices) or len(units) != len(indices):
+            found = f"latents {list(indices)} and units {list(units)}"
+            raise UsageError(f"{where}: expected different latents with a unit each, found {found}")
+        if not all(0 <= i < d.latents for i in indices):
+            expected = f"latents from 0 to {d.latents - 1} of dictionary {d.name!r}"
+            raise UsageError(f"{where}: expected {expected}, found {list(indices)}")
+        if not all(math.isfinite(u) and u for u in units):
+            found = f"{list(units)}; a latent without one never fired"
+            raise UsageError(f"{where}: expected finite units other than 0, found {found}")
         if d.site is None:
+            hook = d.metadata.get("hook_name") or "none"
             raise UsageError(
-                f"feature {self.name!r}: dictionary {d.name!r} names no site of the residual stream "
-                f"(its hook: {d.metadata.get('hook_name') or 'none'}); only those can be moved"
+                f"{where}: dictionary {d.name!r} names no site of the residual stream (its hook: {hook}); only those "
+                "can be moved"
             )
         if d.normalize != "none":
             raise UnsupportedError(
-                f"feature {self.name!r}: dictionary {d.name!r} normalises every input ({d.normalize}), so its latents "
-                "have no fixed direction to move along; use a dictionary with normalize_activations none"
+                f"{where}: dictionary {d.name!r} normalises every input ({d.normalize}), so its latents have no fixed "
+                "direction to move along; use a dictionary with normalize_activations none"
             )
 
     @classmethod

@@ -44,17 +44,16 @@ def measure_fit(dictionary: Dictionary, batches: Iterable[Float[Tensor, "n d"]])
     """
     norm = dictionary.norm
     error = squares = active = 0.0
-    mean: Tensor | None = None
+    centre: Tensor | None = None
+    total = torch.zeros((), dtype=torch.float64)
     fired = torch.zeros(dictionary.latents, dtype=torch.bool)
     tokens = outliers = 0
     for batch in batches:
         x = batch.to(torch.promote_types(batch.dtype, torch.float32))
         norms = x.norm(dim=-1)
-        if norm is None:
-            norm = float(norms.median())
-        inliers = norms <= OUTLIER * norm
-        x = x[inliers]
-        outliers += len(inliers) - len(x)
+        norm = float(norms.median()) if norm is None else norm
+        x = x[norms <= OUTLIER * norm]
+        outliers += len(batch) - len(x)
         if not len(x):
             continue
         for part in x.split(max(1, AT_ONCE // dictionary.latents)):
@@ -62,21 +61,17 @@ def measure_fit(dictionary: Dictionary, batches: Iterable[Float[Tensor, "n d"]])
             error += float((part - dictionary.decode(acts, like=part)).double().square().sum())
             active += int((acts > 0).sum())
             fired |= (acts > 0).any(0).cpu()
-        # The means and squared distances of two groups can be combined exactly (Chan et al. 1979), so this needs no
-        # second pass and loses no digits to cancellation.
         wide = x.double()
-        batch_mean = wide.mean(0)
-        squares += float((wide - batch_mean).square().sum())
-        if mean is None:
-            mean = batch_mean
-        else:
-            squares += float((batch_mean - mean).square().sum()) * tokens * len(x) / (tokens + len(x))
-            mean = mean + (batch_mean - mean) * (len(x) / (tokens + len(x)))
+        # Squares are summed about a point near the mean, so that no digits are lost when the mean's part is subtracted.
+        centre = wide.mean(0) if centre is None else centre
+        total = total + (wide - centre).sum(0)
+        squares += float((wide - centre).square().sum())
         tokens += len(x)
-    if not tokens:
+    if centre is None:
         raise UsageError(
             f"dictionary {dictionary.name!r}: its fit wants at least one token with a norm under "
             f"{OUTLIER:g} x {norm if norm is not None else 'the median'}, found none"
         )
+    squares -= float(total.square().sum()) / tokens
     fvu = error / squares if squares else float("nan")
     return Fit(fvu, active / tokens, float(fired.double().mean()), tokens, outliers)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from steer.core.small_files import shown
 from steer.errors import UsageError
@@ -19,27 +21,34 @@ _BYTES = 200  # file systems allow 255 for a file's name, its ending included
 _FILES = (".safetensors", ".gguf", ".yaml", ".yml", ".json")
 
 
-def check_name(name: Any, where: str) -> str:
-    """Return `name` if it is valid: a letter or digit, then letters, digits, `_`, `.` and `-`, at most 64 characters.
-    Letters may be of any script. Paths, names with a file's ending and commands of the chat are refused.
-
-    Errors: UsageError that begins with `where`.
-    """
+def _checked(name: Any) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name.encode()) > _BYTES:
-        raise UsageError(
-            f"{where}: expected a name of at most 64 letters, digits, '_', '.' and '-', found {shown(name)}; rename it"
+        raise ValueError(
+            f"expected a name of at most 64 letters, digits, '_', '.' and '-', found {shown(name)}; rename it"
         )
     if name in COMMANDS:
-        raise UsageError(f"{where}: expected a name that is no command of the chat, found {name!r}; rename it")
+        raise ValueError(f"expected a name that is no command of the chat, found {name!r}; rename it")
     if name.lower().endswith(_FILES):
-        raise UsageError(f"{where}: expected a name, found that of a file, {name!r}; take its ending off")
+        raise ValueError(f"expected a name, found that of a file, {name!r}; take its ending off")
     return name
+
+
+Name = Annotated[str, Field(strict=True), AfterValidator(_checked)]
+"""A letter or digit, then letters, digits, `_`, `.` and `-`, at most 64 characters. Letters may be of any script.
+Paths, names with a file's ending and commands of the chat are refused."""
+
+
+def check_name(name: Any, where: str) -> str:
+    """Return `name` if it is a valid `Name`. Errors: UsageError that begins with `where`."""
+    try:
+        return _checked(name)
+    except ValueError as e:
+        raise UsageError(f"{where}: {e}") from None
 
 
 def is_name(name: Any) -> bool:
     """Whether `check_name` accepts it."""
     try:
-        check_name(name, "")
-    except UsageError:
+        return bool(_checked(name))
+    except ValueError:
         return False
-    return True

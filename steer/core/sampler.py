@@ -6,18 +6,20 @@ The stages are defined here in order; `steer.model.sampling` computes them.
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from steer.core.small_files import shown
+from steer.core.validation import Count, Number, Share, Whole, checked
 from steer.errors import UsageError
 
-ORDER = ("penalties", "dry", "temperature", "top_k", "top_p", "min_p", "typical_p", "xtc")
+Stage = Literal["penalties", "dry", "temperature", "top_k", "top_p", "min_p", "typical_p", "xtc"]
+ORDER: tuple[Stage, ...] = get_args(Stage)
 """All stages, in the order in which transformers applies them."""
-TEMPERATURE_LAST = (*(s for s in ORDER if s != "temperature"), "temperature")
+TEMPERATURE_LAST: tuple[Stage, ...] = (*(s for s in ORDER if s != "temperature"), "temperature")
 """The same with temperature last: unlikely tokens are dropped by the model's own probabilities, and only the remaining
 ones are flattened."""
 MAX_BREAKERS = 64
@@ -26,7 +28,43 @@ SHAPING = frozenset(ORDER) - {"penalties", "dry"}
 """Stages that shape the distribution; they do not affect a greedy choice."""
 
 
-@dataclass(frozen=True)
+def _greedy_or_usual(temperature: float) -> float:
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"expected 0 (greedy) or a number from 1e-6 to 1e6, found {temperature}")
+    return temperature
+
+
+def _pairs(given: Any) -> Any:
+    """A mapping as a list of pairs, with token ids in place of the texts that keys of a JSON object are."""
+    if not isinstance(given, Mapping):
+        return given
+    return [(int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 20 else k, v) for k, v in given.items()]
+
+
+def _different(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse a stage, or the token of a pair, that occurs twice."""
+    names = Counter(entry[0] if isinstance(entry, tuple) else entry for entry in given)
+    if repeated := [name for name, times in names.items() if times > 1]:
+        raise ValueError(f"expected different entries, each at most once, found {repeated[0]} again")
+    return given
+
+
+_PositiveShare = Annotated[Number, Field(gt=0, le=1)]
+_Additive = Annotated[Number, Field(ge=-2, le=2)]
+# Every breaker is searched for in every token of the vocabulary, so their number and length are limited.
+_Breakers = Annotated[
+    tuple[Annotated[str, Field(strict=True, min_length=1, max_length=MAX_BREAKERS)], ...],
+    Field(max_length=MAX_BREAKERS, fail_fast=True),
+]
+_Biases = Annotated[
+    tuple[tuple[Count, Annotated[Number, Field(ge=-100, le=100)]], ...],
+    Field(fail_fast=True),
+    BeforeValidator(_pairs),
+    AfterValidator(_different),
+]
+
+
+@checked
 class Sampler:
     """Settings of a reply. `logit_bias` is applied first, then the stages in `order`.
 
@@ -38,63 +76,56 @@ class Sampler:
     Errors: UsageError of one line that names the field, what was expected and what was found.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = 256
     """Longest reply, in tokens."""
-    temperature: float = 0.8
+    temperature: Annotated[Number, AfterValidator(_greedy_or_usual)] = 0.8
     """Divides the logits. 0 is greedy: the likeliest token after penalties and DRY, whatever the other settings."""
-    top_k: int = 0
+    top_k: Count = 0
     """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: _PositiveShare = 1.0
     """Keep the likeliest tokens that together reach this probability (Holtzman et al. 2020); 1 keeps all."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Drop tokens below this share of the likeliest one's probability (Nguyen et al. 2024); 0 drops none."""
-    typical_p: float = 1.0
+    typical_p: _PositiveShare = 1.0
     """Keep the tokens whose surprise is nearest to the entropy and that together reach this probability (Meister et
     al. 2022); 1 keeps all."""
-    repetition_penalty: float = 1.05
+    repetition_penalty: Annotated[Number, Field(ge=1e-6, le=1e6)] = 1.05
     """Divides the positive logits of tokens in the prompt and reply, and multiplies the negative ones (Keskar et al.
     2019); 1 is off. Tokens repeat less with a value above 1."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: _Additive = 0.0
     """Subtracted from a token's logit once for each time the reply contains it (OpenAI's definition, -2 to 2); 0 is
     off."""
-    presence_penalty: float = 0.0
+    presence_penalty: _Additive = 0.0
     """Subtracted once from the logit of every token that the reply contains (OpenAI's definition, -2 to 2); 0 is
     off."""
-    dry_multiplier: float = 0.0
+    dry_multiplier: Annotated[Number, Field(ge=0)] = 0.0
     """Subtracted from the logit of a token that would lengthen a repeated sequence, times dry_base for each token of
     the repeat beyond dry_allowed_length (DRY: text-generation-webui, pull request 5677); 0 is off."""
-    dry_base: float = 1.75
+    dry_base: Annotated[Number, Field(ge=1)] = 1.75
     """How fast DRY grows with the length of the repeat."""
-    dry_allowed_length: int = 2
+    dry_allowed_length: Count = 2
     """The shortest repeat whose next token is penalised."""
-    dry_range: int = 0
+    dry_range: Count = 0
     """Number of last tokens in which DRY looks for repeats; 0 is all."""
-    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    dry_sequence_breakers: _Breakers = ("\n", ":", '"', "*")
     """Texts at which DRY ends a repeat."""
-    xtc_probability: float = 0.0
+    xtc_probability: Share = 0.0
     """Probability that XTC acts on a token: of the tokens at or above xtc_threshold it then drops all but the least
     likely (text-generation-webui, pull request 6335); 0 is off."""
-    xtc_threshold: float = 0.1
+    xtc_threshold: Share = 0.1
     """Probability from which XTC counts a token as a top choice."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    logit_bias: _Biases = ()
     """(token id, number added to its logit), from -100, which bans the token, to 100, which makes it all but
     certain."""
-    order: tuple[str, ...] = ORDER
+    order: Annotated[tuple[Stage, ...], AfterValidator(_different)] = ORDER
     """Names of the stages, each at most once; a stage that is left out must be off."""
-    seed: int = 0
+    seed: Whole = 0
     """Each row of a batch draws from its own random stream, seeded by (seed, the row's key)."""
 
     def __post_init__(self) -> None:
-        for name, (kind, fine, expected) in _NUMBERS.items():
-            value = getattr(self, name)
-            if not _is_number(value, kind) or not fine(value):
-                raise UsageError(f"{name}: expected {expected}, found {shown(value)}")
-        object.__setattr__(self, "dry_sequence_breakers", _breakers(self.dry_sequence_breakers))
-        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
-        object.__setattr__(self, "order", _order(self.order))
         for stage in ORDER:
             if stage not in self.order and (found := self._sets(stage)):
-                raise UsageError(
+                raise ValueError(
                     f"order: expected {stage} in it, because {found} is set, found only "
                     f"{', '.join(self.order) or 'nothing'}; put the stage in or switch it off"
                 )
@@ -122,85 +153,8 @@ class Sampler:
         return ", ".join(f"{k} {getattr(self, k)}" for k, neutral in off.items() if getattr(self, k) != neutral)
 
 
-_Check = tuple[type, Callable[[Any], bool], str]
-_SHARE: _Check = (Real, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-_POSITIVE_SHARE: _Check = (Real, lambda v: 0 < v <= 1, "a number above 0, up to 1 (1 keeps all tokens)")
-_NOT_NEGATIVE: _Check = (Real, lambda v: v >= 0, "a number of at least 0")
-_ADDITIVE: _Check = (Real, lambda v: -2 <= v <= 2, "a number from -2 to 2")
-_COUNT: _Check = (Integral, lambda v: v >= 0, "a whole number of at least 0")
-_NUMBERS: dict[str, _Check] = {
-    "max_new_tokens": (Integral, lambda v: v >= 1, "a whole number of at least 1"),
-    "temperature": (Real, lambda v: v == 0 or 1e-6 <= v <= 1e6, "0 (greedy) or a number from 1e-6 to 1e6"),
-    "top_k": (Integral, lambda v: v >= 0, "a whole number of at least 0 (0 keeps all tokens)"),
-    "top_p": _POSITIVE_SHARE,
-    "min_p": _SHARE,
-    "typical_p": _POSITIVE_SHARE,
-    "repetition_penalty": (Real, lambda v: 1e-6 <= v <= 1e6, "a number from 1e-6 to 1e6 (1 is off)"),
-    "frequency_penalty": _ADDITIVE,
-    "presence_penalty": _ADDITIVE,
-    "dry_multiplier": _NOT_NEGATIVE,
-    "dry_base": (Real, lambda v: v >= 1, "a number of at least 1"),
-    "dry_allowed_length": _COUNT,
-    "dry_range": _COUNT,
-    "xtc_probability": _SHARE,
-    "xtc_threshold": _SHARE,
-    "seed": (Integral, lambda v: True, "a whole number"),
-}
-
-
-def _is_number(value: Any, kind: type = Real) -> bool:
-    """Whether `value` is a finite number of this type; whole numbers must fit 64 bits. True and False do not count."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        return False
-    # Converting a whole number of hundreds of digits to float would raise.
-    return abs(int(value)) < 2**63 if isinstance(value, Integral) else math.isfinite(value)
-
-
-def _breakers(given: Any) -> tuple[str, ...]:
-    if not isinstance(given, list | tuple) or not all(isinstance(b, str) and b for b in given):
-        raise UsageError(f"dry_sequence_breakers: expected a list of texts, none of them empty, found {shown(given)}")
-    # Every breaker is searched for in every token of the vocabulary.
-    if len(given) > MAX_BREAKERS or any(len(b) > MAX_BREAKERS for b in given):
-        found = f"{len(given)}, the longest of {max(map(len, given))}"
-        raise UsageError(
-            f"dry_sequence_breakers: expected at most {MAX_BREAKERS} texts of {MAX_BREAKERS} characters, found {found}"
-        )
-    for text in given:
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise UsageError(f"dry_sequence_breakers: expected whole characters, found {shown(text)}")
-    return tuple(given)
-
-
-def _biases(given: Any) -> tuple[tuple[int, float], ...]:
-    pairs = list(given.items()) if isinstance(given, Mapping) else given
-    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise UsageError(f"logit_bias: expected token ids with a number each, found {shown(given)}")
-    biases: dict[int, float] = {}
-    for key, bias in pairs:
-        # Keys of a JSON object are always text.
-        token: Any = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
-        if not _is_number(token, Integral) or token < 0 or token in biases:
-            raise UsageError(
-                f"logit_bias: expected different token ids, whole numbers of at least 0, found {shown(token)}"
-            )
-        if not _is_number(bias) or not -100 <= bias <= 100:
-            raise UsageError(f"logit_bias: expected a number from -100 to 100 for token {token}, found {shown(bias)}")
-        biases[int(token)] = float(bias)
-    return tuple(biases.items())
-
-
-def _order(given: Any) -> tuple[str, ...]:
-    if not isinstance(given, list | tuple):
-        raise UsageError(f"order: expected a list of stages, found {shown(given)}; the stages are {', '.join(ORDER)}")
-    for stage in given:
-        if stage not in ORDER:
-            raise UsageError(f"order: expected stages out of {', '.join(ORDER)}, found {shown(stage)}")
-        if (times := list(given).count(stage)) > 1:
-            raise UsageError(f"order: expected every stage at most once, found {stage} {times} times")
-    return tuple(given)
-
-
-PRESETS: dict[str, Sampler] = {
+PresetName = Literal["greedy", "plain", "wild", "near-greedy"]
+PRESETS: dict[PresetName, Sampler] = {
     "greedy": Sampler(temperature=0.0, repetition_penalty=1.0),
     "plain": Sampler(temperature=1.0, min_p=0.1, repetition_penalty=1.02),
     "wild": Sampler(temperature=1.4, min_p=0.1, repetition_penalty=1.02),

@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, model_validator
 
 from steer.core.dictionary_files import SLIDERS
 from steer.core.direction import Direction
@@ -25,10 +27,11 @@ from steer.core.intervention import (
     neutral_amount,
     share_of,
 )
-from steer.core.names import is_name
+from steer.core.names import Name
 from steer.core.schedule import ALWAYS, Schedule
 from steer.core.small_files import read_yaml, shown, stamp
-from steer.errors import SteerError, UsageError
+from steer.core.validation import Count, Number, from_file
+from steer.errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,28 +132,24 @@ def slider_rows(place: Path) -> list[dict[str, Any]]:
     return _rows(file, stamp(file)) if file.is_file() else []
 
 
+class _Row(BaseModel):
+    """A named slider in a sliders.yaml. Other keys are for people."""
+
+    name: Name
+    latents: Annotated[list[Annotated[Count, Field(lt=2**31)]], Field(min_length=1)]
+    units: list[Annotated[Number, Field(gt=-1e30, lt=1e30)]]
+    operation: Operation = "add"
+    trait: str = ""
+
+    @model_validator(mode="after")
+    def _has_units(self) -> _Row:
+        if len(self.units) != len(self.latents) or 0 in self.units:
+            raise ValueError(f"units: expected one for each latent, none of them 0, found {shown(self.units)}; mend it")
+        return self
+
+
 @lru_cache(maxsize=64)
 def _rows(file: Path, stamp: tuple[int, ...]) -> list[dict[str, Any]]:
     rows = read_yaml(file, "sliders", aliases=True) or []
-    for row in rows if isinstance(rows, list) else [rows]:
-        if not _is_slider(row):
-            raise SteerError(
-                f"{file}: expected a list of sliders with name, latents and a unit each, found {shown(row)}; "
-                "mend the file, or make it again with steer find"
-            )
+    from_file(list[_Row], rows, str(file))
     return rows
-
-
-def _is_slider(row: Any) -> bool:
-    if not isinstance(row, dict) or not is_name(row.get("name")):
-        return False
-    latents, units = row.get("latents"), row.get("units")
-    if not isinstance(latents, list) or not isinstance(units, list) or not 0 < len(latents) == len(units):
-        return False
-    if not isinstance(row.get("trait", ""), str) or row.get("operation", "add") not in OPERATIONS:
-        return False
-    return all(type(i) is int and 0 <= i < 2**31 for i in latents) and all(map(_is_unit, units))
-
-
-def _is_unit(value: Any) -> bool:
-    return type(value) in (int, float) and -1e30 < value < 1e30 and value != 0 and math.isfinite(value)

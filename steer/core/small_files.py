@@ -5,6 +5,7 @@ Profiles, traits, recipes and `sliders.yaml` are read with it.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from steer.files import one_line
 _YAML_LIMIT = 1_000_000
 """Largest YAML file, in bytes."""
 _DEPTH_LIMIT = 32
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NODE_LIMIT = 50_000  # PyYAML parses some 30,000 values a second
 
 
@@ -52,7 +54,7 @@ def load_yaml(data: bytes, where: str, what: str, *, aliases: bool = False) -> A
     line.
     """
     try:
-        return yaml.load(data.decode("utf-8-sig"), _WithAliases if aliases else _Loader)
+        return _Loader(data.decode("utf-8-sig"), aliases).get_single_data()
     # PyYAML raises ValueError for an invalid date, AttributeError for `!!timestamp x`, IndexError for `!!int ''`.
     except Exception as e:
         raise SteerError(f"{where}: expected {what} in YAML, found {one_line(e)}; mend the file") from e
@@ -77,33 +79,32 @@ def shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    _aliases = False
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
+    def __init__(self, text: str, aliases: bool) -> None:
+        super().__init__(text)
+        self._aliases = aliases
         self._depth = self._nodes = 0
         self._sizes: dict[int, tuple[int, int]] = {}
         """id of a finished node -> (its number of values, its number of levels), with aliases expanded."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
-        alias = isinstance(event, yaml.AliasEvent)
         line = event.start_mark.line + 1
-        if not self._aliases and (alias or getattr(event, "anchor", None) is not None):
-            raise yaml.YAMLError(f"an anchor or alias (&, *) in line {line}, not in quotes")
         before, self._depth = self._nodes, self._depth + 1
-        if alias:
+        if isinstance(event, yaml.AliasEvent) and self._aliases:
             node: Any = super().compose_node(parent, index)
             if id(node) not in self._sizes:
                 raise yaml.YAMLError(f"an alias in line {line} to what it is a part of")
-            size, levels = self._sizes[id(node)]
-            self._count(size, levels, line)
+            self._count(*self._sizes[id(node)], line)
         else:
+            if getattr(event, "anchor", None) is not None and not self._aliases:  # of an alias too
+                raise yaml.YAMLError(f"an anchor or alias (&, *) in line {line}, not in quotes")
             self._count(1, 1, line)  # before the node is parsed, because PyYAML recurses once per level
             node = super().compose_node(parent, index)
-            if isinstance(node, yaml.ScalarNode) and not _is_unicode(node.value):
-                raise yaml.YAMLError(f"half a surrogate pair (\\ud800 to \\udfff) in a text in line {line}")
-            children = getattr(node, "value", ()) if not isinstance(node, yaml.ScalarNode) else ()
+            children: Any = node.value
+            if isinstance(node, yaml.ScalarNode):
+                children = ()
+                if _SURROGATE.search(node.value):
+                    raise yaml.YAMLError(f"half a surrogate pair (\\ud800 to \\udfff) in a text in line {line}")
             flat = [n for c in children for n in (c if isinstance(c, tuple) else (c,))]
             levels = 1 + max((self._sizes[id(n)][1] for n in flat), default=0)
             self._sizes[id(node)] = self._nodes - before, levels
@@ -126,18 +127,6 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"more than {_NODE_LIMIT:,} values")
         if self._depth + levels - 1 > _DEPTH_LIMIT:
             raise yaml.YAMLError(f"more than {_DEPTH_LIMIT} levels in line {line}")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-class _WithAliases(_Loader):
-    _aliases = True
 
 
 class _Dumper(yaml.SafeDumper):

@@ -44,7 +44,7 @@ class LoadedModel:
         self.tokenizer: Any = tokenizer
         self.name = name
         self.anatomy = Anatomy.of(hf.config.to_dict(), name)
-        if self.anatomy.layout.own_scores and hf.config._attn_implementation == "sdpa":
+        if self.anatomy.layout.softcap_or_sinks and hf.config._attn_implementation == "sdpa":
             hf.set_attn_implementation(attention.NAME)  # else the softcap would be left out
         self.steering = Steering(hf, self.anatomy)
         self.compiled: Callable[[Tensor, Tensor, Cache], Tensor] | None = None

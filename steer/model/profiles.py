@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from steer.checkpoint.library import Checkpoint, Library, find_slider
+from steer.checkpoint.library import Checkpoint, Library
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.feature import Feature
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import PRESETS, Sampler
 from steer.core.schedule import ALWAYS, Schedule
@@ -84,9 +83,8 @@ def _slider(library: Library, profile: Profile, text: str) -> Slider:
 def _when(library: Library, profile: Profile, entry: ProfileSlider) -> Schedule:
     if entry.when is None:
         return ALWAYS
-    named = entry.when.while_slider
-    target: Direction | Feature | None = None if named is None else _slider(library, profile, named).target
-    return entry.when.on(target)
+    gate = entry.when.gate
+    return entry.when.on(None if gate is None else _slider(library, profile, gate.slider).target)
 
 
 def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -> Profile:
@@ -98,7 +96,7 @@ def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -
     for label, amount in sliders.items():
         slider = sliders.slider(label)
         when = ScheduleSpec.of(slider.when)
-        default = find_slider(sliders.model, slider.target.name).operation
+        default = Library(sliders.model).slider(slider.target.name).operation
         operation = None if slider.operation == default else slider.operation
         entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
     preset = next((n for n, p in PRESETS.items() if _alike(p, sampler)), None)

@@ -18,7 +18,7 @@ from jaxtyping import BFloat16, Bool, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from steer.checkpoint.staging import HashingFile
+from steer.checkpoint.staging import hash_file
 from steer.errors import CheckpointError, MismatchError, UsageError
 from steer.files import read_json_object, replacing, write_atomic
 
@@ -303,11 +303,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         at += t.nbytes
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    with replacing(file) as part, HashingFile(part) as f:
+    with replacing(file) as part, open(part, "xb") as f:
         f.write(len(header).to_bytes(8, "little") + header)
         for t in tensors.values():
             f.write(t.contiguous().view(torch.uint8).numpy().reshape(-1).data)
-    return {"file": file.name, "bytes": 8 + len(header) + at, "sha256": f.sha256}
+    return {"file": file.name, "bytes": 8 + len(header) + at, "sha256": hash_file(file)}
 
 
 def read_tensor(file: Path, name: str) -> Tensor:

@@ -70,7 +70,7 @@ class Batcher:
         """
         self._hf, self._original_attention = hf, hf.config._attn_implementation
         # On a GPU transformers' attention is faster; it is used unless the architecture computes scores in its own way.
-        self._packs_attention = hf.device.type == "cpu" or anatomy.layout.own_scores
+        self._packs_attention = hf.device.type == "cpu" or anatomy.layout.softcap_or_sinks
         try:
             with _known_names(), _random_state():
                 self._manager: Any = self._new_manager(places, context)

@@ -19,7 +19,7 @@ from steer.baking.control_vector import load_control_vector
 from steer.baking.plan import bakeable, check_bakeable
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.fetch import resolve
-from steer.checkpoint.library import directions_of, own_place
+from steer.checkpoint.library import direction_place, directions_of
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
@@ -209,7 +209,7 @@ def _locate(place: Path, sketch: Sketch, named: Sequence[Named], force: bool) ->
         from steer.model.steered import load
 
         direction = find(load(place), name)
-        direction.save(own_place(sketch, direction.name))
+        direction.save(direction_place(sketch, direction.name))
         out[name] = (direction,)
     return out
 

@@ -17,7 +17,7 @@ from typing import Any
 from steer.baking.bake import PLANS, bake
 from steer.baking.certificate import CERTIFICATE, Certificate, Form
 from steer.checkpoint.dtypes import computing_in, dtype_name
-from steer.checkpoint.library import directions_of, own_place
+from steer.checkpoint.library import direction_place, directions_of
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
 from steer.core.direction import Direction
@@ -119,7 +119,7 @@ class _Search:
             return old
         if now is None:
             now = find_trait(model, self.trait, seed=self.seed, contrast=contrast).direction
-            now.save(own_place(self.sketch, now.name))
+            now.save(direction_place(self.sketch, now.name))
         now.save(file)
         return now
 

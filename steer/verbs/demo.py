@@ -98,7 +98,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         from steer.baking.certificate import CERTIFICATE
         from steer.baking.verify import verify
         from steer.checkpoint.dtypes import dtype_name
-        from steer.checkpoint.library import own_place
+        from steer.checkpoint.library import direction_place
         from steer.checkpoint.merge import MANIFEST as MERGE_MANIFEST
         from steer.checkpoint.merge import is_merge_of, merge
         from steer.finding.traits import find_trait
@@ -131,7 +131,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         with clock.step(f"find {name}"):
             shared = found[TRAITS[0]].candidates.contrast.neutral if found else None
             found[name] = find_trait(model, name, seed=seed, neutral=shared)
-            found[name].direction.save(own_place(sketch, name))
+            found[name].direction.save(direction_place(sketch, name))
             found[name].direction.save(out / "directions" / f"{name}.safetensors")
 
     with clock.step("dose response"), bar("neutral replies", None, "tokens") as advance:

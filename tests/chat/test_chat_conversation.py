@@ -122,9 +122,12 @@ def test_saved_chats_are_listed_the_latest_first_and_what_is_none_is_named(talk,
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda d: d.pop("messages"), "no 'messages'"),
-        (lambda d: d.update(steer_chat=2), "where the chat should be"),
-        (lambda d: d["messages"][0].update(role="system"), "role 'system'"),
+        (lambda d: d.pop("messages"), "messages: expected a value, found none"),
+        (lambda d: d.update(steer_chat=2), "steer_chat: expected one of 1, found 2"),
+        (
+            lambda d: d["messages"][0].update(role="system"),
+            "messages[0]: role: expected one of user, assistant, found 'system'",
+        ),
         (lambda d: d["messages"][1].update(parent=77), "a new one that follows another"),
         (lambda d: d["messages"].append(d["messages"][0]), "a new one that follows another"),
         (lambda d: d.update(page=[99]), "message 99"),

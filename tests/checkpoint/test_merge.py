@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from mergekit.io.tensor_writer import TensorWriter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_chat import TEMPLATE, save_tiny_chat
@@ -304,6 +305,20 @@ def test_a_second_merge_reads_an_adapter_that_changed_and_keeps_no_file_of_the_f
     assert not torch.equal(first[moved], second[moved])
     if sys.platform == "linux":
         assert str(folder / "out" / ".adapters-") not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_source_is_still_mapped_when_the_output_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped: list[bool] = []
+
+    def finished(writer: TensorWriter) -> None:
+        mapped.append(str(folder / "a" / "model.safetensors") in Path("/proc/self/maps").read_text())
+        finalize(writer)
+
+    finalize = TensorWriter.finalize
+    monkeypatch.setattr(TensorWriter, "finalize", finished)
+    merge(folder / "linear.yml", folder / "out")
+    assert mapped == [False]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from steer.checkpoint import staging
-from steer.checkpoint.staging import DirectFile, HashingFile, check_output, copy_file, hash_file, staged, write_json
+from steer.checkpoint.staging import DirectFile, check_output, copy_file, hash_file, staged, write_bytes, write_json
 from steer.errors import OutputExistsError, SteerError
 
 
@@ -182,12 +182,11 @@ def test_an_unreadable_source_beside_the_output_is_named_itself(tmp_path: Path) 
 
 
 def test_hashes_are_those_of_the_bytes_on_disk(tmp_path: Path) -> None:
-    with HashingFile(tmp_path / "a") as f:
-        f.write(b"abc")
-    assert f.sha256 == hash_file(tmp_path / "a") == copy_file(tmp_path / "a", tmp_path / "b")
-    assert f.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    digest = write_bytes(tmp_path / "a", b"abc")
+    assert digest == hash_file(tmp_path / "a") == copy_file(tmp_path / "a", tmp_path / "b")
+    assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(FileExistsError):
-        HashingFile(tmp_path / "a")
+        write_bytes(tmp_path / "a", b"")
 
 
 def _staging_of(out: Path) -> Path:

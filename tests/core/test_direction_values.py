@@ -37,7 +37,7 @@ def written(path: Path, vector: torch.Tensor | None = None, **changed: Any) -> P
     ],
 )
 def test_a_header_value_of_the_wrong_kind_is_one_line_that_names_the_file(tmp_path: Path, key: str, value: Any) -> None:
-    with pytest.raises(SteerError, match=r"d\.safetensors: direction") as e:
+    with pytest.raises(SteerError, match=rf"d\.safetensors: {key}: expected") as e:
         Direction.load(written(tmp_path / "d.safetensors", **{key: value}))
     assert "\n" not in str(e.value)
 

@@ -73,7 +73,7 @@ def test_a_profile_s_name_is_no_path_and_no_model_s(name):
 )
 def test_a_row_of_sliders_that_cannot_be_is_one_short_line(tmp_path: Path, row):
     (tmp_path / "sliders.yaml").write_text(yaml.safe_dump([row], allow_unicode=True))
-    with pytest.raises(SteerError, match=r"sliders\.yaml: expected") as caught:
+    with pytest.raises(SteerError, match=r"sliders\.yaml: \[0\]: \w+(\[0\])?: expected") as caught:
         slider_rows(tmp_path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400

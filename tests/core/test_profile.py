@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from steer.core.direction import Direction
-from steer.core.profile import SIZE_LIMIT, Profile, ProfileSlider, ScheduleSpec
+from steer.core.profile import SIZE_LIMIT, GateSpec, Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import PRESETS, Sampler
 from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError
@@ -63,7 +63,7 @@ def test_every_key_of_a_file_is_read(noir: Profile, tmp_path: Path) -> None:
     assert noir.notes == 'A pirate who reads detective novels.\nRain: "always".\n'
     assert (noir.sampler, noir.preset) == (PRESETS["plain"], "plain")
     assert noir.folder == tmp_path
-    when = ScheduleSpec("reply", first=40, after=10, ramp=20, while_slider="compliance", above=0.3, below=2.0)
+    when = ScheduleSpec("reply", first=40, after=10, ramp=20, gate=GateSpec("compliance", 0.3, 2.0))
     assert noir.sliders == (
         ProfileSlider("moralizing", -0.5),
         ProfileSlider("L14/123", 1.0, "clamp", when, (-1.5, 1.0), enabled=False),
@@ -93,7 +93,7 @@ def test_saved_and_loaded_again_it_is_equal_and_reads_well(noir: Profile, tmp_pa
         Profile("calm", sampler=replace(PRESETS["near-greedy"], temperature=2.5), preset="near-greedy"),
         Profile("banned", sampler=replace(PRESETS["wild"], logit_bias=((5, -100.0), (7, 2.5))), preset="wild"),
         Profile("w", sliders=(ProfileSlider("a", 1, when=ScheduleSpec()),)),
-        Profile("w", sliders=(ProfileSlider("a", 1, when=ScheduleSpec(ramp=3, while_slider="b", below=-0.5)),)),
+        Profile("w", sliders=(ProfileSlider("a", 1, when=ScheduleSpec(ramp=3, gate=GateSpec("b", below=-0.5))),)),
     ],
     ids=lambda p: p.name,
 )
@@ -131,9 +131,9 @@ def test_keys_left_empty_count_as_absent() -> None:
         (slider(when={"frist": 1}), r"sliders\[0\]: when: .*found 'frist'; did you mean 'first'\?"),
         (slider(when={"while": {"slider": "a", "abvoe": 1}}), r"when: while: .*'abvoe'; did you mean 'above'\?"),
         (GOOD | {"sampler": {"temprature": 1}}, r"sampler: .*found 'temprature'; did you mean 'temperature'\?"),
-        ({"sliders": []}, "found no 'name'"),
-        ({"name": "a", "sliders": [{"slider": "b"}]}, r"sliders\[0\]: .*found no 'amount'"),
-        ({"name": "a", "sliders": [{"amount": 1}]}, r"sliders\[0\]: .*found no 'slider'"),
+        ({"sliders": []}, "name: expected a value, found none; add it"),
+        ({"name": "a", "sliders": [{"slider": "b"}]}, r"sliders\[0\]: amount: expected a value, found none"),
+        ({"name": "a", "sliders": [{"amount": 1}]}, r"sliders\[0\]: slider: expected a value, found none"),
         (GOOD | {"name": False}, "name: expected text, found False; put it in quotes"),
         (GOOD | {"name": "  "}, "name: expected text, found none"),
         (GOOD | {"name": "a\x1b[2J"}, r"name: .*found the character '\\x1b'"),
@@ -146,32 +146,32 @@ def test_keys_left_empty_count_as_absent() -> None:
         (GOOD | {"sampler": 3}, "sampler: expected a mapping"),
         (GOOD | {"sampler": {"top_p": 2}}, "sampler: top_p: .*found 2"),
         (GOOD | {"sampler": {"min_p": "0.1"}}, "sampler: min_p: .*found '0.1'"),
-        (GOOD | {"sampler": {"temperature": 10**400}}, "sampler: temperature: expected a smaller number"),
+        (GOOD | {"sampler": {"temperature": 10**400}}, "sampler: temperature: expected a finite number"),
         (GOOD | {"sampler": {"logit_bias": [[5, 10**400]]}}, "sampler: "),
-        (GOOD | {"sampler": {"order": ["dice"]}}, "sampler: order: .*'dice'"),
+        (GOOD | {"sampler": {"order": ["dice"]}}, r"sampler: order\[0\]: .*'dice'"),
         (slider(slider=["a"]), "slider: expected text"),
         (slider(slider="a\nb"), r"slider: .*'\\n'"),
         (slider(amount="1"), "amount: expected a finite number, found '1'"),
         (slider(amount=True), "amount: .*found True"),
         (slider(amount=float("nan")), "amount: .*found nan"),
         (slider(amount=-float("inf")), "amount: .*found -inf"),
-        (slider(amount=10**400), "amount: expected a smaller number"),
+        (slider(amount=10**400), "amount: expected a finite number"),
         (slider(amount=2, operation="ablate"), "ablate takes an amount from 0 to 1"),
         (slider(operation="remove"), "operation: expected one of add, ablate, clamp, cap, scale, found 'remove'"),
         (slider(operation=["add"]), "operation: expected one of"),
         (slider(range=[1, -1]), "range: .*LOW <= HIGH"),
-        (slider(range=[1]), "range: expected"),
+        (slider(range=[1]), r"range\[1\]: expected a value, found none"),
         (slider(range="ab"), "range: expected"),
-        (slider(range=[0, None]), "range: .*found None"),
-        (slider(range=[0, 10**400]), "range: .*finite"),
+        (slider(range=[0, None]), r"range\[1\]: .*found None"),
+        (slider(range=[0, 10**400]), r"range\[1\]: .*finite"),
         (slider(enabled="yes"), "enabled: expected true or false, found 'yes'"),
         (slider(when="reply"), "when: expected a mapping"),
         (slider(when={"part": "prompt"}), "when: .*found 'prompt'"),
         (slider(when={"first": 0}), "when: first: "),
         (slider(when={"ramp": 1.5}), "when: ramp: .*found 1.5"),
-        (slider(when={"after": 10**5000}), "when: after: expected a smaller number"),
+        (slider(when={"after": 10**5000}), "when: after: expected a number below 9.2"),
         (slider(when={"first": 5, "after": 5}), "first > after"),
-        (slider(when={"while": {"above": 1}}), "when: while: .*found no 'slider'"),
+        (slider(when={"while": {"above": 1}}), "when: while: slider: expected a value, found none"),
         (slider(when={"while": {"slider": "a"}}), "above, below or both"),
         (slider(when={"while": {"slider": "a", "above": 2, "below": 1}}), "above < below"),
         (slider(when={"while": {"slider": "a", "above": "x"}}), "when: while: above: .*'x'"),
@@ -205,7 +205,7 @@ def test_what_is_no_profile_is_one_line_that_names_the_key(data: Any, says: str)
         ("name: !!python/object/apply:os.system ['true']", "in YAML"),
         ("name: 2024-13-45", "in YAML"),
         ("name: a\nsliders:\n- {slider: x, amount: " + "9" * 5000 + "}", "in YAML"),
-        ("name: a\nsliders:\n- {slider: x, amount: 0x" + "f" * 9000 + "}", "expected a smaller number"),
+        ("name: a\nsliders:\n- {slider: x, amount: 0x" + "f" * 9000 + "}", "amount: expected a finite number"),
         ("name: a\nsliders:\n- {slider: x, amount: .nan}", "amount: "),
         ("name: a\nsliders:\n- {slider: x, amount: 1e-3}", "found '1e-3'; write one such as"),
         ("? [a, b]\n: c\n", "in YAML"),
@@ -290,7 +290,7 @@ def test_files_of_directions_are_relative_to_the_profile_wherever_it_goes(tmp_pa
     home.mkdir()
     sliders = (
         ProfileSlider("dirs/duke.safetensors", 1),
-        ProfileSlider("moralizing", 1, when=ScheduleSpec(while_slider="duke.safetensors", above=0)),
+        ProfileSlider("moralizing", 1, when=ScheduleSpec(gate=GateSpec("duke.safetensors", above=0))),
         ProfileSlider(str(tmp_path / "fixed.safetensors"), 1),
     )
     profile = Profile.load(Profile("p", sliders=sliders).save(home / "p.yaml"))
@@ -310,7 +310,7 @@ def test_files_of_directions_are_relative_to_the_profile_wherever_it_goes(tmp_pa
 
 def test_a_plan_becomes_a_when_with_its_gate(make_direction: Any) -> None:
     gate: Direction = make_direction("compliance")
-    when = ScheduleSpec("reply", first=9, after=2, ramp=3, while_slider="compliance", above=0.5).on(gate)
+    when = ScheduleSpec("reply", first=9, after=2, ramp=3, gate=GateSpec("compliance", above=0.5)).on(gate)
     assert (when.part, when.first, when.after, when.ramp) == ("reply", 9, 2, 3)
     assert when.gate is not None
     assert (when.gate.on, when.gate.above, when.gate.below) == (gate, 0.5, None)
@@ -322,7 +322,7 @@ def test_a_plan_becomes_a_when_with_its_gate(make_direction: Any) -> None:
     [
         lambda: ProfileSlider("a", float("nan")),
         lambda: ProfileSlider("", 1),
-        lambda: ScheduleSpec(above=1),
+        lambda: GateSpec("a"),
         lambda: ScheduleSpec(first=-1),
         lambda: Profile("a", preset="tame"),
         lambda: Profile("a\nb"),

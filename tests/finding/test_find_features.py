@@ -12,7 +12,7 @@ import torch
 import yaml
 from tiny_chat import WORDS, hooks_on, save_tiny_chat
 
-from steer.checkpoint.library import find_slider, own_dictionary_place
+from steer.checkpoint.library import Library, dictionary_place
 from steer.core.dictionary import Dictionary
 from steer.core.dictionary_files import save_dictionary
 from steer.core.feature import Feature
@@ -114,9 +114,9 @@ def test_amount_1_of_a_written_slider_displaces_as_far_as_the_direction(
 ) -> None:
     monkeypatch.setenv("STEER_HOME", str(tmp_path))
     assert found.dictionary.place is not None
-    copied(found.dictionary.place, own_dictionary_place(model.sketch(), "tiny"))
+    copied(found.dictionary.place, dictionary_place(model.sketch(), "tiny"))
     for name in ("lying-latent", "lying-set"):
-        feature = find_slider(model, name).target
+        feature = Library(model).slider(name).target
         assert isinstance(feature, Feature)
         assert feature.direction.gap == pytest.approx(found.direction.gap, rel=1e-4)
         for index, unit in zip(feature.indices, feature.units, strict=True):

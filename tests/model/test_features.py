@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steer.chat.session import Session
 from steer.checkpoint import library
-from steer.checkpoint.library import dictionaries_of, own_dictionary_place
+from steer.checkpoint.library import dictionaries_of, dictionary_place
 from steer.core.dictionary import Architecture, Dictionary
 from steer.core.dictionary_files import save_dictionary
 from steer.core.edit import Edit
@@ -331,7 +331,7 @@ def keep(chat_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def put(dictionary: Dictionary, name: str = "tiny", *, checkpoint: Path | None = None, **manifest: Any) -> Path:
         sketch = load(checkpoint or chat_checkpoint).sketch()
-        place = own_dictionary_place(sketch, name)
+        place = dictionary_place(sketch, name)
         save_dictionary(dictionary, place)
         rows = [{"index": i, "unit": 1.0 + i} for i in range(0, M, 2)]
         (place / "features.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -18,7 +18,7 @@ from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
+from steer.core.profile import GateSpec, Profile, ProfileSlider, ScheduleSpec
 from steer.core.schedule import Gate, Schedule
 from steer.core.slider import Slider
 from steer.errors import MismatchError, SteerError, UsageError
@@ -180,7 +180,9 @@ def test_a_profile_its_file_an_edit_and_amounts_by_name_make_the_same_hooks(
     profile = Profile(
         "noir",
         sliders=(
-            ProfileSlider("moral", -1.5, when=ScheduleSpec(part="reply", while_slider="other.safetensors", above=-9.0)),
+            ProfileSlider(
+                "moral", -1.5, when=ScheduleSpec(part="reply", gate=GateSpec("other.safetensors", above=-9.0))
+            ),
             ProfileSlider("other.safetensors", 1.0, "clamp"),
             ProfileSlider("moral", 0.5),
             ProfileSlider("moral", 4.0, "scale", enabled=False),

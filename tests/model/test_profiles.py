@@ -15,7 +15,7 @@ from tiny_chat import hooks_on, keep_direction
 
 from steer.chat.session import Session
 from steer.checkpoint import library
-from steer.checkpoint.library import own_dictionary_place
+from steer.checkpoint.library import dictionary_place
 from steer.core.dictionary_files import save_dictionary
 from steer.core.direction import Direction
 from steer.core.feature import Feature
@@ -47,7 +47,7 @@ def home(chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     for direction in (CALM, BOLD):
         keep_direction(chat_checkpoint, direction)
     sketch = load(chat_checkpoint).sketch()
-    folder = own_dictionary_place(sketch, "tiny")
+    folder = dictionary_place(sketch, "tiny")
     save_dictionary(DICTIONARY, folder)
     (folder / "features.jsonl").write_text("".join(json.dumps({"index": i, "unit": 1.0 + i}) + "\n" for i in range(40)))
     rows = [{"name": "preach", "latents": [3, 9], "units": [1.0, 2.0], "operation": "clamp"}]
@@ -81,7 +81,8 @@ WHOLE = profile(
 
 def by_hand(model: SteeredModel) -> list[Intervention]:
     """What WHOLE says, written out."""
-    calm, bold = library.find_direction(model, "d0"), library.find_direction(model, "bold")
+    known = library.directions_of(model.sketch())
+    calm, bold = known["d0"], known["bold"]
     preach = Feature("preach", DICTIONARY, (3, 9), (1.0, 2.0))
     return [
         Intervention(calm, "add", -0.5),
