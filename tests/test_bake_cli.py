@@ -20,7 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from steer.baking.certificate import ADAPTER, Certificate
 from steer.baking.control_vector import FILE
-from steer.baking.forms import bakeable
+from steer.baking.plan import bakeable
+from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import sketch_files
 from steer.core.direction import Direction
 from steer.core.method import Kernel
@@ -195,9 +197,10 @@ def test_a_profile_that_cannot_be_baked_says_so_of_every_slider_at_once_and_writ
     assert not (folder / "out").exists()
 
 
-def test_ablations_at_different_amounts_are_refused_together(make_direction: MakeDirection) -> None:
+def test_ablations_at_different_amounts_are_refused_together(checkpoint: Path, make_direction: MakeDirection) -> None:
     moves = [Intervention(make_direction(), "ablate", 1.0), Intervention(make_direction("b", seed=8), "ablate", 0.5)]
-    verdicts = bakeable(moves)
+    config = CheckpointFiles.open(checkpoint).config
+    verdicts = bakeable(moves, "checkpoint", Anatomy.of(config, "model"))
     assert [v.ok for v in verdicts] == [False, False]
     assert "found 0.5, 1" in verdicts[0].reason
 

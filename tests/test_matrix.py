@@ -24,7 +24,6 @@ from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
-from steer.baking.adapter import bake_adapter
 from steer.baking.bake import bake
 from steer.checkpoint.sketch import sketch_files
 from steer.core.dictionary import Dictionary
@@ -398,9 +397,9 @@ def test_an_adapter_computes_what_the_hooks_do(case: Case, ablation: Edit, tmp_p
 
     if case.name == "gpt-oss":
         with pytest.raises(UnsupportedError, match="peft changes the bias"):
-            bake_adapter(case.place, tmp_path / "adapter", ablation)
+            bake(case.place, tmp_path / "adapter", ablation, "adapter")
         return
-    bake_adapter(case.place, tmp_path / "adapter", ablation)
+    bake(case.place, tmp_path / "adapter", ablation, "adapter")
     with case.model.edited(ablation), torch.no_grad():
         live = case.model.hf(TEXTS).logits
     adapted = PeftModel.from_pretrained(load_plain(case.place), tmp_path / "adapter").eval()

@@ -13,7 +13,6 @@ import torch
 import yaml
 from tiny_chat import save_tiny_chat
 
-from steer.baking.adapter import bake_adapter
 from steer.baking.bake import bake
 from steer.checkpoint.merge import merge
 from steer.checkpoint.sketch import sketch_files
@@ -76,7 +75,7 @@ def _recipe(tmp_path: Path, *models: str) -> Path:
 
 def _adapter(source: Path, out: Path, edit: Edit) -> Path:
     """An adapter for a checkpoint, with code that its config names as a checkpoint's would."""
-    bake_adapter(source, out, edit)
+    bake(source, out, edit, "adapter")
     config = json.loads((out / "adapter_config.json").read_text())
     config["auto_map"] = dict.fromkeys(CLASSES, "evil.Evil")
     config["auto_mapping"] = {"base_model_class": "Evil", "parent_library": "evil"}

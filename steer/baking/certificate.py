@@ -1,4 +1,4 @@
-"""The certificate of a bake: what was measured on the files it wrote; and the result of one check of it.
+"""The certificate of a bake: what was measured on the files it wrote.
 
 The bakes write it, `steer.baking.verify` checks files against it. Imports no torch.
 """
@@ -8,22 +8,111 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from steer.baking.form import Form
-from steer.baking.proofs import BiasProof, SavedDirection, WriterProof
+from steer import __version__
 from steer.checkpoint.staging import write_json
 from steer.errors import CheckpointError
 from steer.files import one_line, read_json_object
 
+Form = Literal["checkpoint", "adapter", "gguf"]
+"""The forms of output: a whole checkpoint, a PEFT LoRA for the source, or a llama.cpp control vector."""
+FORMS: tuple[Form, ...] = get_args(Form)
 CERTIFICATE = "steer_certificate.json"
 ADAPTER = "adapter_model.safetensors"
 """File of an adapter's weights, as peft names it."""
+DIRECTIONS = "steer_directions"
+"""Folder in the output for the directions."""
 _FORMAT = 2
+_EPSILON = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+
+
+def rounding(dtype: str) -> float:
+    """Bound on the error of a projection caused by storing the tensor, as a share of the writer's norm: half a unit in
+    the last place of each element would do, and the error of the arithmetic is smaller than the other half.
+
+    fp32 is summed in fp64, narrower dtypes in fp32; directions are stored in fp32.
+    """
+    return max(_EPSILON[dtype], 1e-6)
+
+
+@dataclass(frozen=True)
+class WriterProof:
+    """How much one edited tensor puts into the ablated subspace, measured in the dtype it is stored in."""
+
+    tensor: str
+    kind: str
+    block: int | None
+    """None for the embedding."""
+    axis: int
+    """The axis that faces the residual stream."""
+    bias: bool
+    """Whether the tensor is a writer's bias, not its weight."""
+    dtype: str
+    strength: float
+    """Strength of the ablation: a share of `1 - strength` should remain."""
+    before: float
+    """`||Q^T W||` in the source; `Q` is a basis of the subspace to remove from this writer's output."""
+    after: float
+    """`||Q^T W'||` in the output, without the vector that `add` put there."""
+    norm: float
+    """`||W'||`, to which rounding is relative."""
+    key: str | None = None
+    """Adapters: the tensor that holds `Q^T W`, or the change of a bias."""
+
+    @property
+    def remaining(self) -> float:
+        """Share of the directions that remains; 0 if there was nothing to remove."""
+        return self.after / self.before if self.before else 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether no more remains than the strength allows, up to rounding; False for nan."""
+        return self.after <= (1 - self.strength) * self.before + rounding(self.dtype) * self.norm
+
+
+@dataclass(frozen=True)
+class BiasProof:
+    """A tensor that carries an add, or one of the zero biases that have to be created with it."""
+
+    tensor: str
+    site: int | None
+    """Site of the add; None for a zero bias."""
+    created: bool
+    """Whether the bake created the tensor."""
+    norm: float
+    """`||b'||`, the norm of the tensor in the output."""
+
+
+@dataclass
+class Proofs:
+    """The proofs of a bake, or of one of its files."""
+
+    writers: list[WriterProof] = field(default_factory=list)
+    biases: list[BiasProof] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Proofs:
+        """The proofs in a certificate, or in an entry of the journal."""
+        return cls([WriterProof(**w) for w in facts["writers"]], [BiasProof(**b) for b in facts["biases"]])
+
+
+@dataclass(frozen=True)
+class SavedDirection:
+    """A direction of the edit, stored in the output so that the proof can be repeated."""
+
+    file: str
+    name: str
+    site: int
+    amount: float | None
+    """Amount of an add, in gaps; None for an ablated direction."""
+    provenance: dict[str, Any]
+    """How the direction was made, from its file."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +134,13 @@ class Certificate:
     neutral: str | None
     """File in the output with the neutral means that the method spared; None if it spared none."""
     writers_found: int
-    """Number of weights that write into the residual stream, edited or not."""
+    """Number of weights that write into the residual stream, edited or not; 0 in a control vector, which changes
+    none."""
     writers: tuple[WriterProof, ...]
     """One proof for each ablated weight, and for its bias if it has one."""
     biases: tuple[BiasProof, ...]
     """One proof for each bias that adds, and for the zero biases that had to be created with them."""
     directions: tuple[SavedDirection, ...]
-    """The directions of the edit, with the files in the output that hold them."""
     config: dict[str, Any]
     """Changed entries of config.json, with their new values."""
     tensors: dict[str, list[Any]]
@@ -66,7 +155,6 @@ class Certificate:
     command: str | None
     """The exact command line; None if called from Python."""
     form: Form = "checkpoint"
-    """Form of the output."""
     unloaded: tuple[str, ...] = ()
     """Tensors of the source that transformers does not load into its architecture, such as blocks that predict several
     tokens; they are not edited."""
@@ -104,23 +192,29 @@ class Certificate:
         if body.pop("format", None) != _FORMAT:
             raise CheckpointError(f"{path}: is of another version of steer, expected format {_FORMAT}; bake again")
         with refusing_other_contents(path):
-            body["writers"] = tuple(WriterProof(**w) for w in body["writers"])
-            body["biases"] = tuple(BiasProof(**b) for b in body["biases"])
+            proofs = Proofs.of(body)
+            body["writers"], body["biases"] = tuple(proofs.writers), tuple(proofs.biases)
             body["directions"] = tuple(SavedDirection(**d) for d in body["directions"])
             for key in ("left_out", "unloaded"):
                 body[key] = tuple(body.get(key, ()))
             return cls(**body)
 
+    def check_tensors(self, folder: Path, found: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> None:
+        """Raise CheckpointError unless the tensors, name -> (file, dtype, shape), are the certified ones."""
+        same_set(folder, "tensor", set(found), set(self.tensors))
+        for name, (file, dtype, shape) in found.items():
+            if [file, dtype, list(shape)] != self.tensors[name]:
+                raise CheckpointError(
+                    f"{folder / file}: tensor {name} is {dtype} {list(shape)}, expected {self.tensors[name]}; "
+                    "bake again"
+                )
 
-@dataclass(frozen=True)
-class Check:
-    """One fact that `verify` found to be as certified."""
 
-    name: str
-    detail: str
-
-
-_WRONG_KINDS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
+def same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> None:
+    """Raise CheckpointError that names one thing that is missing or unexpected, if the two sets differ."""
+    for names, problem in ((expected - found, "is missing"), (found - expected, "was not expected")):
+        if names:
+            raise CheckpointError(f"{folder}: {what} {min(names)} {problem}; remove it all and bake again")
 
 
 @contextmanager
@@ -131,7 +225,7 @@ def refusing_other_contents(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except _WRONG_KINDS as e:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as e:
         found = f"{type(e).__name__} {one_line(e)}"
         raise CheckpointError(f"{path}: expected what a bake writes, found other contents ({found}); bake again") from e
 
@@ -150,6 +244,29 @@ def inside(path: Path, root: Path) -> bool:
     place, checkpoint = path.resolve(), root.resolve()
     blobs = checkpoint.parent.parent / "blobs" if checkpoint.parent.name == "snapshots" else checkpoint
     return place.is_relative_to(checkpoint) or place.is_relative_to(blobs)
+
+
+def source_name(root: Path) -> str:
+    """The hub name of a checkpoint if its path shows it, else the name of its directory."""
+    return hub_name(root) or utf8(root.resolve().name)
+
+
+def hub_name(root: Path) -> str | None:
+    """The hub name of a checkpoint in the hub's cache, `models--org--name/snapshots/<commit>`; None elsewhere."""
+    parts = (part for part in root.resolve().parts if part.startswith("models--"))
+    return next(("/".join(part.split("--", 2)[1:]) for part in parts), None)
+
+
+def utf8(name: str) -> str:
+    """A name or a command for people. Bytes that are not UTF-8 become `?`, because JSON cannot hold them."""
+    return name.encode(errors="replace").decode()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the programs that an output depends on."""
+    import torch
+
+    return {"steer": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _digest(body: Mapping[str, Any]) -> str:

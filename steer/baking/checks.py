@@ -1,32 +1,65 @@
-"""Checks that all forms of output share; the `*_check` modules use them. Imports no torch."""
+"""The checks of `steer verify` that compute: what the files of each form hold, and what their source gives.
+
+`verify` has already compared hashes and names. Each check raises CheckpointError at the first difference from the
+certificate.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from steer.baking.certificate import Certificate, Check
-from steer.errors import CheckpointError
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan, Target, hash_sources
+from steer.baking.certificate import ADAPTER, Certificate, Proofs, WriterProof, rounding, same_set
+from steer.baking.checkpoint import CheckpointPlan
+from steer.baking.control_vector import FILE, read_control_vector
+from steer.checkpoint.ablation import as_tensor, projection
+from steer.checkpoint.layouts import LAYOUTS, Layout, Part
+from steer.checkpoint.reader import CheckpointFiles, TensorInfo
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.method import Kernel, Kind, Method, Strengths
+from steer.errors import CheckpointError, SteerError
+
+_SLACK = 1e-5  # relative difference between two orders of summing in fp32, with fp32 directions
 
 
-def same_set(folder: Path, what: str, found: set[str], expected: set[str]) -> None:
-    """Raise CheckpointError that names one thing that is missing or unexpected, if the two sets differ."""
-    for names, problem in ((expected - found, "is missing"), (found - expected, "was not expected")):
-        if names:
-            raise CheckpointError(f"{folder}: {what} {min(names)} {problem}; remove it all and bake again")
+def certified_edit(folder: Path, cert: Certificate) -> Edit:
+    """The edit that a certificate describes, with the directions stored in the output."""
+    loaded = [(Direction.load(folder / d.file), d.amount) for d in cert.directions]
+    certified = [(d.name, d.site, _text(d.provenance)) for d in cert.directions]
+    _check_claims(folder, {"directions": certified != [(d.name, d.site, _text(d.provenance)) for d, _ in loaded]})
+    blocks, strengths = cert.edit.get("blocks"), cert.edit.get("strengths")
+    kernels: dict[str, Any] = {k: Kernel(**v) if isinstance(v, dict) else v for k, v in (strengths or {}).items()}
+    neutral = load_file(folder / cert.neutral)["neutral"] if cert.neutral else None
+    edit = Edit(
+        ablate=tuple(d for d, amount in loaded if amount is None),
+        strength=cert.edit.get("strength") or 1.0,
+        blocks=(blocks[0], blocks[1]) if isinstance(blocks, list) else None,
+        add=tuple((d, amount) for d, amount in loaded if amount is not None),
+        method=Method(**cert.edit.get("method", {}), neutral=neutral),
+        strengths=None if strengths is None else Strengths(**kernels),
+    )
+    _check_claims(folder, {"edit": _text(edit.describe()) != _text(cert.edit)})
+    return edit
 
 
-def check_tensors(folder: Path, cert: Certificate, found: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> None:
-    """Raise CheckpointError unless the tensors, name -> (file, dtype, shape), are the certified ones."""
-    same_set(folder, "tensor", set(found), set(cert.tensors))
-    for name, (file, dtype, shape) in found.items():
-        if [file, dtype, list(shape)] != cert.tensors[name]:
-            raise CheckpointError(
-                f"{folder / file}: tensor {name} is {dtype} {list(shape)}, expected {cert.tensors[name]}; bake again"
-            )
+def _text(value: Any) -> str:
+    """A value as JSON, for comparing computed values with values from a file; nan equals nan in it, unlike in
+    numbers."""
+    return json.dumps(value, sort_keys=True)
 
 
-def check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
+def _check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
     """Raise CheckpointError for the first entry of a certificate that is wrong. `wrong`: entry -> whether it differs
     from what the edit and the files give."""
     if key := next((key for key, is_wrong in wrong.items() if is_wrong), None):
@@ -35,12 +68,344 @@ def check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
         )
 
 
-def ablation_check(cert: Certificate) -> Check:
-    """The result of the ablation's check, to be reported once it has passed."""
-    if not cert.writers:
-        return Check("ablation", "none asked for")
-    return Check(
-        "ablation",
-        f"{cert.writers_edited} of {cert.writers_found} writers, at most {cert.worst_remaining:.2%} remains "
-        f"({1 - cert.strength:.0%} asked for)",
-    )
+def _check_source_files(folder: Path, cert: Certificate, source: CheckpointFiles) -> None:
+    """Check that the output was made from the files of this source."""
+    hashes = hash_sources(source)
+    for name, sha in hashes.items():
+        if cert.source_files.get(name) != sha:
+            raise CheckpointError(
+                f"{source.root / name}: is not the file that {folder} was made from; give that checkpoint with --source"
+            )
+    same_set(folder, "source's file", set(cert.source_files), set(hashes))
+
+
+def check_checkpoint(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> str | None:
+    """Measure what the writers of a baked checkpoint still put into the directions, and what its biases add. With a
+    `source`, bake it again; returns what was compared with it."""
+    plan = CheckpointPlan(folder, edit)  # planned again on the output, it names the tensors that must have a proof
+    _check_checkpoint_claims(plan, cert)
+    files, shifts = plan.files, plan.shifts
+    writers = {name: w for w in plan.writers for name in (w.tensor, w.bias)}
+    for proof in cert.writers:
+        shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
+        q = plan.ablation.subspace(writers[proof.tensor])
+        after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
+        slack = rounding(proof.dtype) * size
+        # If the strength leaves anything, the part measured before the edit follows from the part that is left.
+        right = abs(size - proof.norm) <= 1e-3 * size and 0 <= proof.before < math.inf
+        right = right and abs(after - (1 - proof.strength) * proof.before) <= slack + 1e-3 * after
+        # Both numbers are computed from the same bytes; only the order of summation and the stored direction's rounding
+        # differ.
+        if not (abs(after - proof.after) <= 1e-3 * proof.after + 1e-6 * size and proof.holds and right):
+            raise CheckpointError(
+                f"{files.root}: {proof.tensor} puts {after:.3g} into the ablated directions, certified were "
+                f"{proof.after:.3g} of {proof.before:.3g} at strength {proof.strength}; bake again"
+            )
+    for proof in cert.biases:
+        bias = _stored(files, proof.tensor).double()
+        right = abs(float(bias.norm()) - proof.norm) <= 1e-6 * proof.norm
+        if proof.created:
+            expected = torch.zeros_like(bias) if proof.site is None else shifts[proof.site]
+            slack = rounding(files.tensors[proof.tensor].dtype) * float(expected.norm())
+            right = right and float((bias - expected).norm()) <= slack
+        if not right:
+            raise CheckpointError(f"{files.root}: {proof.tensor} is not the bias certified; bake again")
+    return None if source is None else _check_checkpoint_source(files, cert, edit, source)
+
+
+def _check_checkpoint_claims(plan: CheckpointPlan, cert: Certificate) -> None:
+    """Check all entries that the edit and the files determine: which tensors must have a proof, and what it must
+    say."""
+    tensors, anatomy = plan.files.tensors, plan.anatomy
+    created = {b.tensor for b in cert.biases if b.created}
+    proofs = set()
+    for w in plan.writers:
+        for name in {w.tensor, w.bias} & tensors.keys() - created:
+            t, bias = tensors[name], name == w.bias
+            axis = len(t.shape) - 1 if bias else w.axis
+            proofs.add((name, w.kind, w.block, axis, bias, t.dtype, plan.ablation.strength(w)))
+    claimed = {(p.tensor, p.kind, p.block, p.axis, p.bias, p.dtype, p.strength) for p in cert.writers}
+    added = str(anatomy.layout.mlp_bias) in cert.config
+    adds: dict[str, int | None] = {f"{m}.bias": None for m in anatomy.bias_carriers()} if added else {}
+    adds |= plan.adds
+    wrong = {
+        "architecture": cert.architecture != anatomy.architecture,
+        "writers_found": cert.writers_found != len(plan.found.writers),
+        "writers": claimed != proofs or len(cert.writers) != len(proofs),
+        "strength": cert.strength != min((p[-1] for p in proofs), default=plan.edit.strength),
+        "biases": {b.tensor: b.site for b in cert.biases} != adds
+        or len(cert.biases) != len(adds)
+        or any(b.created != added for b in cert.biases),
+        "unloaded": cert.unloaded != plan.found.unloaded,
+        "untie_to_merge": cert.untie_to_merge,
+    }
+    _check_claims(plan.files.root, wrong)
+
+
+def _check_checkpoint_source(files: CheckpointFiles, cert: Certificate, edit: Edit, source: Path) -> str:
+    """Bake the source again, one tensor in memory at a time, and compare the result with the files. Returns what was
+    compared."""
+    plan, proofs = CheckpointPlan(source, edit), Proofs()
+    _check_source_files(files.root, cert, plan.files)
+    if cert.config != plan.files.decoded | plan.config or files.config != plan.files.config | plan.config:
+        raise CheckpointError(f"{files.root / 'config.json'}: is not what {source} gives; bake again")
+    new = {t.name: t for _, t in plan.new}
+    same_set(files.root, "tensor", set(files.tensors), set(plan.files.tensors) | set(new))
+    changes = plan.functions(plan.files.tensors.values(), proofs)
+    for name, stored in files.tensors.items():
+        data = plan.files.tensors[name] if name in plan.files.tensors else new[name].data
+        expected = bytearray(plan.files.read(data) if isinstance(data, TensorInfo) else data)
+        found = files.read(stored)
+        if name in changes:
+            changes[name](expected)
+            rebaked, on_disk = (as_tensor(d, stored.dtype, stored.shape).double() for d in (expected, found))
+            # Both are rounded once; sums differ between machines in their last bit.
+            right = float((rebaked - on_disk).norm()) <= rounding(stored.dtype) * float(rebaked.norm())
+        else:
+            right = found == expected
+        if not right:
+            raise CheckpointError(f"{files.root}: {name} is not what {source} gives; bake again")
+    claimed = {p.tensor: p.before for p in cert.writers}
+    for proof in proofs.writers:
+        if not abs(claimed[proof.tensor] - proof.before) <= 1e-3 * proof.before + 1e-6 * proof.norm:
+            raise CheckpointError(f"{files.root}: {proof.tensor} put {proof.before:.3g} into the directions in the "
+                                  f"source, certified were {claimed[proof.tensor]:.3g}; bake again")  # fmt: skip
+    return f"all {len(files.tensors)} tensors come out of {source} again, whose files are those certified"
+
+
+def _stored(files: CheckpointFiles, name: str) -> Tensor:
+    info = files.tensors[name]
+    return as_tensor(files.read(info), info.dtype, info.shape)
+
+
+def check_control_vector(folder: Path, cert: Certificate, edit: Edit) -> str:
+    """Check that the tensors of a control vector are the certified ones and equal the sums of the directions stored
+    beside them. Returns the names of the tensors."""
+    try:
+        vectors, hint = read_control_vector(folder / FILE)
+    except SteerError as e:
+        raise CheckpointError(str(e)) from e
+    shifts = {f"direction.{site}": (site, shift) for site, shift in edit.biases().items() if shift.any()}
+    tensors = {f"direction.{site}": vector for site, vector in vectors.items()}
+    same_set(folder, "tensor", set(tensors), set(shifts))
+    cert.check_tensors(folder, {name: (FILE, "F32", tuple(v.shape)) for name, v in tensors.items()})
+    layout, norms = LAYOUTS.get(cert.architecture), {name: float(v.double().norm()) for name, v in tensors.items()}
+    wrong = {
+        "architecture": layout is None or hint != layout.model_type,
+        "writers": bool(cert.writers or cert.writers_found or cert.unloaded or cert.untie_to_merge),
+        "strength": cert.strength != edit.strength or bool(edit.ablate),
+        "config": cert.config != {},
+        "biases": [(b.tensor, b.site, b.created) for b in cert.biases] != [(n, shifts[n][0], True) for n in tensors]
+        or not all(abs(b.norm - norms[b.tensor]) <= 1e-6 * norms[b.tensor] for b in cert.biases),
+    }
+    for name, vector in tensors.items():
+        shift = shifts[name][1]
+        if not float((vector - shift).norm()) <= 1e-6 * float(shift.norm()):
+            raise CheckpointError(f"{folder / FILE}: {name} is not what the directions beside it add up to; bake again")
+    _check_claims(folder, wrong)
+    return ", ".join(tensors)
+
+
+def check_adapter(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> str:
+    """Run all checks. `source` is the checkpoint the adapter was made from; by default its base model, if that is a
+    directory on this machine. Returns what was compared with the source.
+
+    Errors: CheckpointError at the first difference from the certificate, also if `source` is another checkpoint.
+    """
+    stored, config = load_file(folder / ADAPTER), json.loads((folder / CONFIG).read_bytes())
+    _check_adapter_claims(folder, cert, edit, stored)
+    _check_config(folder, cert, config, stored)
+    _check_factors(folder, cert, edit, stored)
+    _check_adds(folder, cert, edit, stored)
+    base = config["base_model_name_or_path"]
+    if source is None and not Path(base).is_dir():
+        return f"{base} is not on this disk, so that it was not compared; give --source"
+    return _check_adapter_source(folder, cert, edit, config, stored, source or Path(base))
+
+
+def _check_adapter_claims(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str, Tensor]) -> None:
+    """Check what the edit and the adapter determine without the source: which writers must have a proof and what it
+    must say, and that no tensor changes anything without a proof.
+
+    The source's number of blocks is not known here, so missing proofs and tensors of its last blocks would not be
+    noticed.
+    """
+    layout = LAYOUTS.get(cert.architecture)
+    if layout is None:
+        raise CheckpointError(f"{folder}: architecture {cert.architecture} of the certificate is unknown; bake again")
+    neutral, shifts = edit.method.neutral, edit.biases()
+    known = [*(p.block for p in cert.writers if p.block is not None), *shifts, *(edit.blocks or ())]
+    blocks = range(max(known, default=-1) + 1) if neutral is None else range(len(neutral))
+    kinds: tuple[Kind, ...] = ("attention", "mlp")
+    places = [(kind, block) for kind in kinds for block in blocks if edit.strength_at(block, kind) > 0]
+    ablated, strengths, misstated = set(), [], False
+    for proof in cert.writers:
+        kind, block, axis, bias = _place(layout, proof.tensor)
+        strengths.append(edit.strength_at(block, kind))
+        code = "F64" if stored[str(proof.key)].dtype == torch.float64 else "F32"
+        decided = replace(proof, kind=kind, block=block, axis=axis, bias=bias, dtype=code, strength=strengths[-1])
+        misstated |= decided != proof
+        ablated |= {(kind, block)} if strengths[-1] > 0 and not bias else set()
+    proved = {p.key for p in cert.writers} | {b.tensor for b in cert.biases}
+    loose = [n for n in stored if n not in proved and not re.search(r"lora(_embedding)?_B(\.weight)?$", n)]
+    wrong = {
+        "writers": misstated
+        or len({p.tensor for p in cert.writers}) != len(cert.writers)
+        or ablated != {*places, *([("embedding", None)] if edit.embedding else [])}
+        or sum(p.kind == "embedding" for p in cert.writers) != len(layout.embeddings) * edit.embedding,
+        "strength": cert.strength != min(strengths, default=edit.strength),
+        "biases": sorted(str(b.site) for b in cert.biases) != sorted(map(str, shifts))
+        or not all(b.created and b.tensor in stored for b in cert.biases),
+        "config": cert.config != {},
+        "tensors": any(bool(stored[name].any()) for name in loose),  # the A of a part that only adds is zero
+        "untie_to_merge": cert.untie_to_merge and ("embedding", None) not in ablated,
+        "writers_found": cert.writers_found < cert.writers_edited,
+    }
+    _check_claims(folder, wrong)
+
+
+def _place(layout: Layout, tensor: str) -> tuple[Kind, int | None, int, bool]:
+    """(kind, block, axis that faces the residual stream, whether it is a bias) of a writer, from its name on disk.
+
+    Errors: LookupError for a name that is not a writer's.
+    """
+    name = tensor.removeprefix(layout.base)
+    if name in (f"{e}.weight" for e in layout.embeddings):
+        return "embedding", None, 1, False
+    inside = re.fullmatch(re.escape(layout.block).replace(r"\{\}", r"(\d+)") + r"\.(.+)", name)
+    block, rest = (int(inside[1]), inside[2]) if inside else (None, "")
+    kinds: dict[Kind, list[Part]] = {"attention": [layout.attention], "mlp": [p for form in layout.mlp for p in form]}
+    for kind, parts in kinds.items():
+        for part in parts:
+            if re.fullmatch(re.escape(part.weight).replace(r"\{\}", r"\d+"), rest):
+                return kind, block, part.axis, False
+            if rest == part.bias:
+                return kind, block, int(part.stacked), True
+    raise LookupError(f"{tensor} is no writer")
+
+
+def _check_config(folder: Path, cert: Certificate, config: dict[str, Any], stored: Mapping[str, Tensor]) -> None:
+    """Check all entries of adapter_config.json that the tensors determine: which modules change, and that the scale is
+    1."""
+    found = [re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora(?:_embedding)?_A(?:\.weight)?", name) for name in stored]
+    parameters = config["target_parameters"] or []
+    changed = [*config["target_modules"], *(path.rpartition(".")[0] for path in parameters)]
+    expected = {
+        "peft_type": "LORA",
+        "lora_alpha": config["r"],
+        "alpha_pattern": config["rank_pattern"],
+        "bias": "none",
+        "lora_bias": any(n.endswith(".lora_B.bias") for n in stored),
+        "fan_in_fan_out": LAYOUTS[cert.architecture].attention.axis == 1,
+    }
+    wrong = {key for key, value in expected.items() if config[key] != value} | config.keys() ^ CONFIG_KEYS
+    if sorted(changed) != sorted(m[1].removesuffix(".base_layer") for m in found if m):
+        wrong.add("target_modules")
+    if wrong:
+        raise CheckpointError(f"{folder / CONFIG}: {min(wrong)} is not what its tensors come to; bake again")
+
+
+def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str, Tensor]) -> None:
+    """Check that each A puts out as much as certified, and that its B removes the strength's share of that, along the
+    directions alone.
+
+    Where a norm follows the writer, the directions depend on the norm's gain, which only the source has.
+    """
+    layout = LAYOUTS[cert.architecture]
+    norms = {"attention": layout.attention_norm, "mlp": layout.mlp_norm}
+    proofs: dict[str, list[WriterProof]] = {}
+    for proof in cert.writers:
+        if not proof.bias and proof.key is not None:
+            proofs.setdefault(proof.key, []).append(proof)
+    for key, group in proofs.items():
+        first, a, b = group[0], stored[key].double(), stored[re.sub(r"(lora(_embedding)?)_A", r"\1_B", key)].double()
+        q = edit.basis(first.block) if norms.get(first.kind) is None else None
+        rank = len(a) if q is None else q.shape[1]
+        per_expert = b.view(len(b), rank, -1).permute(2, 0, 1)  # B's columns: the direction outside, the expert inside
+        gram = (per_expert.mT @ per_expert - first.strength**2 * torch.eye(rank, dtype=b.dtype)).abs().max()
+        outside = 0.0 if q is None else float((b - q @ (q.T @ b)).norm()) / b.shape[1]
+        for part, proof in zip(a.chunk(len(group)), group, strict=True):
+            before = float(part.norm())
+            right = (
+                abs(before - proof.before) <= _SLACK * before
+                and abs((1 - proof.strength) * before - proof.after) <= _SLACK * before
+                and proof.after <= proof.norm + _SLACK * before < math.inf
+            )
+            if not (float(gram) <= _SLACK and outside <= _SLACK and right and proof.holds):
+                raise CheckpointError(
+                    f"{folder / ADAPTER}: {key} does not take {proof.strength} of the directions out of "
+                    f"{proof.tensor}, which is certified; bake again"
+                )
+
+
+def _check_adds(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str, Tensor]) -> None:
+    """Check that, outside the ablated directions, each bias changes by exactly what the edit adds."""
+    shifts = edit.biases()
+    for proof in cert.biases:
+        assert proof.site is not None
+        tensor = stored[proof.tensor].double()
+        # For the biases of experts, the last row of A holds what all of them gain.
+        rest = (tensor[-1] if tensor.ndim == 2 else tensor) - shifts[proof.site]
+        if any(w.key == proof.tensor and w.bias for w in cert.writers) and tensor.ndim == 1:
+            q = edit.basis(proof.site)
+            rest = rest - q @ (q.T @ rest)
+        slack = _SLACK * proof.norm
+        if not (abs(float(tensor.norm()) - proof.norm) <= slack and float(rest.norm()) <= slack):
+            raise CheckpointError(f"{folder / ADAPTER}: {proof.tensor} is not the bias certified; bake again")
+
+
+def _check_adapter_source(
+    folder: Path, cert: Certificate, edit: Edit, config: dict[str, Any], stored: Mapping[str, Tensor], source: Path
+) -> str:
+    """Compute the adapter from its source again and compare."""
+    plan, proofs = AdapterPlan(source, edit), Proofs()
+    _check_source_files(folder, cert, plan.files)
+    again = dict(plan.tensors(plan.targets, proofs))
+    same_set(folder, "tensor", set(stored), set(again))
+    for target in plan.targets:
+        differences = {target.names[0]: _distance(target, stored, again)}
+        if (name := f"{target.key}.lora_B.bias") in again:
+            differences[name] = float((stored[name] - again[name]).norm()), float(again[name].norm())
+        for name, (off, size) in differences.items():
+            if not off <= _SLACK * size:
+                raise CheckpointError(f"{folder / ADAPTER}: {name} is not what {source} gives; bake again")
+    recomputed, certified = ({p.tensor: p for p in proven} for proven in (proofs.writers, cert.writers))
+    claims = {
+        CONFIG: config != json.loads(json.dumps(plan.config(config["base_model_name_or_path"]))),
+        "architecture": cert.architecture != plan.anatomy.architecture,
+        "writers_found": cert.writers_found != len(plan.found.writers),
+        "writers": recomputed.keys() != certified.keys()
+        or not all(_same_proof(recomputed[n], certified[n]) for n in recomputed),
+        "biases": {(b.tensor, b.site) for b in cert.biases} != {(b.tensor, b.site) for b in proofs.biases},
+        "unloaded": cert.unloaded != plan.found.unloaded,
+        "untie_to_merge": cert.untie_to_merge != plan.untie_to_merge,
+    }
+    _check_claims(folder, claims)
+    return f"all {len(again)} tensors come out of {source} again, whose files are those certified"
+
+
+def _same_proof(ours: WriterProof, theirs: WriterProof) -> bool:
+    """Whether two proofs of a writer are equal, numbers up to the rounding of fp32."""
+    numbers = [(ours.before, theirs.before), (ours.after, theirs.after), (ours.norm, theirs.norm)]
+    near = all(abs(a - b) <= _SLACK * ours.norm for a, b in numbers)
+    return near and ours == replace(theirs, before=ours.before, after=ours.after, norm=ours.norm)
+
+
+def _distance(target: Target, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
+    """(`||B A - B' A'||`, `||B' A'||`) of the factors that were found for a target and those that were expected, summed
+    over all experts, without computing the products.
+
+    Only the products are the same on every machine: the basis of a subspace depends on a machine's libraries.
+    """
+
+    def factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        a, b = (tensors[name].double() for name in target.names)
+        return a.view(-1, target.rank, a.shape[-1]), b.view(len(b), target.rank, -1).permute(2, 0, 1)
+
+    def inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+        return float(((one[1].mT @ other[1]) * (one[0] @ other[0].mT)).sum())
+
+    got, wanted = factors(found), factors(expected)
+    size = inner(wanted, wanted)
+    square = inner(got, got) - 2 * inner(got, wanted) + size
+    return 0.0 if square < 0 else square**0.5, size**0.5

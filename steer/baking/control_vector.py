@@ -19,73 +19,45 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.baking.card import card_header
-from steer.baking.certificate import Certificate
-from steer.baking.forms import bakeable, check_bakeable
-from steer.baking.outputs import finish, save_directions, source_name, versions
-from steer.baking.proofs import BiasProof
-from steer.checkpoint.anatomy import Anatomy
-from steer.checkpoint.reader import CheckpointFiles
-from steer.checkpoint.staging import hash_file, staged
+from steer.baking.certificate import BiasProof
+from steer.baking.journal import Journal
+from steer.baking.plan import Plan
+from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.errors import SteerError, UsageError
 
 FILE = "control_vector.gguf"
 _ARCHITECTURE = "controlvector"
-_NAME = re.compile(r"direction\.(\d+)")
+_HINT = f"{_ARCHITECTURE}.model_hint"
 
 
-def bake_control_vector(
-    source: Path,
-    out: Path,
-    edit: Edit,
-    *,
-    command: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Certificate:
-    """Write what `edit` adds to `source`, multiplied by the amounts, as a control vector in the directory `out`.
+class ControlVectorPlan(Plan):
+    """The bake of a control vector, which llama.cpp should load at scale 1. Only the headers of the source are read."""
 
-    llama.cpp should load it at scale 1. `out` is complete or absent. Only the headers of the source are read.
+    form = "gguf"
+    total = 1
 
-    Errors: as `steer.baking.bake.bake`; UnsupportedError for anything but adds, and for an add at site 0.
-    """
-    source, out = Path(source), Path(out)
-    files = CheckpointFiles.open(source)
-    anatomy = Anatomy.of(files.config, str(source))
-    anatomy.check_edit(edit)
-    check_bakeable(bakeable(edit.as_moves(), "gguf", anatomy), str(source))
-    anatomy.find(files.config, files.tensors)  # refuses a checkpoint whose tensors do not fit its config
-    edit = edit.with_adds_as_directions()
-    vectors = {site: shift.float() for site, shift in sorted(edit.biases().items()) if shift.any()}
-    if not vectors:
-        raise UsageError(f"{out}: expected an add that moves something, found adds that cancel each other")
-    header = card_header(source / "README.md")
-    with staged(out) as work:
-        write_control_vector(work / FILE, vectors, anatomy.layout.model_type)
-        written = {FILE: hash_file(work / FILE)}
-        cert = Certificate(
-            source=source_name(source),
-            architecture=anatomy.architecture,
-            edit=edit.describe(),
-            strength=edit.strength,
-            neutral=None,
-            writers_found=0,  # because no weights change
-            writers=(),
-            biases=tuple(BiasProof(f"direction.{s}", s, True, float(v.double().norm())) for s, v in vectors.items()),
-            directions=save_directions(edit, work, written),
-            config={},
-            tensors={f"direction.{s}": [FILE, "F32", [len(v)]] for s, v in vectors.items()},
-            source_files={"config.json": hash_file(source / "config.json")},
-            files=written,
-            left_out=(),
-            versions=versions(),
-            command=command,
-            form="gguf",
-        )
-        if progress:
-            progress(1, 1)
-        return finish(cert, work, header, written)
+    def __init__(self, source: Path, edit: Edit) -> None:
+        super().__init__(source, edit)
+        self.vectors = {site: shift.float() for site, shift in sorted(self.shifts.items()) if shift.any()}
+        self.adds = {f"direction.{site}": site for site in self.vectors}
+        if not self.vectors:
+            raise UsageError(f"{source}: expected an add that moves something, found adds that cancel each other")
+
+    def write(self, journal: Journal, advance: Callable[[int], None]) -> dict[str, Any]:
+        path = journal.work / FILE
+        write_control_vector(path, self.vectors, self.anatomy.layout.model_type)
+        advance(1)
+        norms = {site: float(vector.double().norm()) for site, vector in self.vectors.items()}
+        return {
+            "writers_found": 0,  # because no weights change
+            "unloaded": (),
+            "biases": [BiasProof(f"direction.{site}", site, True, norm) for site, norm in norms.items()],
+            "tensors": {f"direction.{site}": [FILE, "F32", [len(v)]] for site, v in self.vectors.items()},
+            "files": {FILE: hash_file(path)},
+            "source_files": {"config.json": hash_file(self.files.root / "config.json")},
+        }
 
 
 def load_control_vector(path: str | Path) -> dict[int, Direction]:
@@ -101,8 +73,10 @@ def load_control_vector(path: str | Path) -> dict[int, Direction]:
     path = Path(path)
     if not path.is_file():
         raise SteerError(f"{path}: expected a control vector in a GGUF file, found none; check the path")
-    vectors, facts = read_control_vector(path)
-    provenance = {"control_vector": path.name, "sha256": hash_file(path), **facts}
+    vectors, hint = read_control_vector(path)
+    provenance = {"control_vector": path.name, "sha256": hash_file(path)}
+    if hint is not None:
+        provenance["model_hint"] = hint
     return {
         site: Direction(
             path.stem if len(vectors) == 1 else f"{path.stem}-{site}", site, vector,
@@ -117,7 +91,7 @@ def write_control_vector(path: Path, vectors: Mapping[int, Float[Tensor, " d"]],
     import gguf
 
     writer = gguf.GGUFWriter(path, _ARCHITECTURE)
-    writer.add_string(f"{_ARCHITECTURE}.model_hint", model_type)
+    writer.add_string(_HINT, model_type)
     writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(vectors))
     for site, vector in vectors.items():
         writer.add_tensor(f"direction.{site}", vector.to(torch.float32).numpy())
@@ -129,7 +103,7 @@ def write_control_vector(path: Path, vectors: Mapping[int, Float[Tensor, " d"]],
         writer.close()
 
 
-def read_control_vector(path: Path) -> tuple[dict[int, Float[Tensor, " d"]], dict[str, Any]]:
+def read_control_vector(path: Path) -> tuple[dict[int, Float[Tensor, " d"]], str | None]:
     """(site -> vector, the model hint if there is one) of a GGUF file. Tensors of only zeros are left out.
 
     Errors: SteerError for a file that is not a control vector.
@@ -141,15 +115,16 @@ def read_control_vector(path: Path) -> tuple[dict[int, Float[Tensor, " d"]], dic
 
     try:
         reader = gguf.GGUFReader(path)
-        fields = {n: f.contents() for n in ("architecture", "model_hint") if (f := reader.get_field(_key(n)))}
+        fields = [reader.get_field(name) for name in ("general.architecture", _HINT)]
+        architecture, hint = (field.contents() if field else None for field in fields)
         tensors = [(t.name, t.tensor_type, np.array(t.data)) for t in reader.tensors]
     except Exception as e:  # the reader raises whatever a broken file makes numpy and struct raise
         raise wrong(f"something unreadable ({type(e).__name__})") from e
-    if fields.get("architecture") != _ARCHITECTURE:
-        raise wrong(f"one of architecture {fields.get('architecture')}")
+    if architecture != _ARCHITECTURE:
+        raise wrong(f"one of architecture {architecture}")
     out: dict[int, Tensor] = {}
     for name, kind, data in tensors:
-        match = _NAME.fullmatch(name)
+        match = re.fullmatch(r"direction\.(\d+)", name)
         if match is None or int(match[1]) < 1 or kind != gguf.GGMLQuantizationType.F32 or data.ndim != 1:
             raise wrong(f"tensor {name}, {kind.name} {list(data.shape)}, where direction.1 and on hold fp32 vectors")
         if not np.isfinite(data).all():
@@ -158,8 +133,4 @@ def read_control_vector(path: Path) -> tuple[dict[int, Float[Tensor, " d"]], dic
             out[int(match[1])] = torch.from_numpy(data)
     if len({len(v) for v in out.values()}) != 1:
         raise wrong("vectors of several widths" if out else "no direction in it")
-    return dict(sorted(out.items())), {k: v for k, v in fields.items() if k == "model_hint"}
-
-
-def _key(name: str) -> str:
-    return f"general.{name}" if name == "architecture" else f"{_ARCHITECTURE}.{name}"
+    return dict(sorted(out.items())), hint

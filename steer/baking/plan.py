@@ -1,170 +1,190 @@
-"""Plans a bake into a checkpoint: everything it will change, computed and checked before anything is written.
+"""Plans a bake before anything is written: whether the form of output can hold each slider, and what will change.
 
-`bake` carries the plan out, and `checkpoint_check` makes the same plan again to verify the result.
+`Plan` holds what all forms share. Its subclasses plan and write one form each: `checkpoint`, `adapter` and
+`control_vector`. The checks of `steer verify` make the same plan again.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, ClassVar, get_args
 
-import torch
-from torch import Tensor
-
-from steer.checkpoint.ablation import DTYPES, Ablation, as_bytes
-from steer.checkpoint.anatomy import Anatomy, Writer, WriterMap
-from steer.checkpoint.reader import CheckpointFiles, NewTensor
+from steer.baking.certificate import Form, WriterProof
+from steer.baking.journal import Journal
+from steer.checkpoint.ablation import Ablation
+from steer.checkpoint.anatomy import Anatomy, Writer
+from steer.checkpoint.quantised import dequantised
+from steer.checkpoint.reader import CheckpointFiles
+from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Kind
-from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.core.slider import Slider
+from steer.errors import CheckpointError, UnsupportedError
 
 
-@dataclass(frozen=True)
-class BakePlan:
-    """All changes of a bake, checked against the source before anything is written."""
+class Plan(ABC):
+    """What a bake will do, checked against the source before anything is written."""
 
-    files: CheckpointFiles
-    anatomy: Anatomy
-    edit: Edit
-    """The edit, with features that add converted to directions."""
-    found: WriterMap
-    """All writers of the residual stream."""
-    writers: tuple[Writer, ...]
-    """The writers whose weight, and bias if they have one, is ablated."""
-    ablation: Ablation
-    shifted: dict[str, int]
-    """Biases of the source that an add changes -> site of the add."""
-    new: dict[str, tuple[NewTensor, ...]]
-    """Shard -> tensors added to it: an untied LM head, biases."""
-    created: dict[str, int | None]
-    """Added biases -> site of the add, or None for zero biases that the architecture requires with them."""
-    config: dict[str, Any]
-    """Changed entries of config.json."""
-    separate_head: bool
-    """Whether the LM head differs from the embedding although the source's config.json ties them."""
+    form: ClassVar[Form]
+    adds: dict[str, int]
+    """Tensors of the output that carry an add -> its site."""
+    total: int
+    """The work of `write`, in the units of its `advance`: bytes of weights."""
 
-    @classmethod
-    def of(cls, files: CheckpointFiles, edit: Edit) -> BakePlan:
-        """Plan the bake of an edit. Errors: as `bake`."""
-        anatomy = Anatomy.of(files.config, str(files.root))
-        anatomy.check_edit(edit)
-        edit = _constant(edit)
-        found = anatomy.find(files.config, files.tensors)
-        ablation = Ablation.of(edit, anatomy, files)
-        writers = tuple(w for w in found.writers if ablation.strength(w) > 0)
-        for writer in writers:
-            ablation.subspace(writer)  # raises now if the method leaves nothing of a direction
-        config: dict[str, Any] = {}
-        new: dict[str, list[NewTensor]] = {}
-        if edit.embedding and anatomy.tied:
-            config["tie_word_embeddings"] = False
-            if head := _untied_head(files, found):
-                new.setdefault(files.tensors[found.embedding].file, []).append(head)
-        shifts = edit.biases()
-        carriers = anatomy.bias_carriers() if shifts else ()
-        shifted = {w.bias: w.block for w in found.writers if w.kind == "mlp" and w.bias and w.block in shifts}
-        created: dict[str, int | None] = {}
-        if not anatomy.biased:
-            for module in carriers:
-                weight, name = files.tensors[f"{module}.weight"], f"{module}.bias"
-                if name in files.tensors:
-                    raise CheckpointError(
-                        f"{files.root}: holds {name}, which its config.json turns off "
-                        f"({anatomy.layout.mlp_bias}); expected none, mend the config"
-                    )
-                created[name] = shifted.pop(name, None)
-                site = created[name]
-                value = torch.zeros(weight.shape[0]) if site is None else shifts[site]
-                _check_held(value, weight.dtype, f"{files.root}: {name}")
-                bias = NewTensor(name, weight.dtype, weight.shape[:1], as_bytes(value, weight.dtype))
-                new.setdefault(weight.file, []).append(bias)
-            if carriers:
-                config[str(anatomy.layout.mlp_bias)] = True
-        for name in shifted:
-            if name not in files.tensors:
-                raise CheckpointError(f"{files.root}: expected tensor {name}, found none; fetch the model again")
-        frozen = {shard: tuple(tensors) for shard, tensors in new.items()}
-        separate = anatomy.tied and not head_is_embedding(files, anatomy, found)
-        return cls(files, anatomy, edit, found, writers, ablation, shifted, frozen, created, config, separate)
+    def __init__(self, source: Path, edit: Edit) -> None:
+        """Plan the bake of `edit` into the checkpoint in `source`. Errors: as `steer.baking.bake.bake`."""
+        self.files = dequantised(CheckpointFiles.open(source))
+        self.anatomy = Anatomy.of(self.files.config, str(source))
+        self.anatomy.check_edit(edit)
+        even = Edit(edit.ablate, edit.strength, edit.blocks, edit.add, edit.others)  # an uneven ablation has no sliders
+        check_bakeable(bakeable(even.as_moves(), self.form, self.anatomy), str(source))
+        plain = edit.with_adds_as_directions()
+        self.edit = Edit(plain.ablate, plain.strength, plain.blocks, plain.add, (), plain.method, plain.strengths)
+        self.found = self.anatomy.find(self.files.config, self.files.tensors)
+        self.ablation = Ablation.of(self.edit, self.anatomy, self.files)
+        self.shifts = self.edit.biases()
+        self.writers = [w for w in self.found.writers if self.ablation.strength(w) > 0]
+        for writer in self.writers:
+            self.ablation.subspace(writer)  # raises now if the method leaves nothing of a direction
+
+    def changes(self, writers: Sequence[Writer]) -> str:
+        """What is done to the writers of one kind, for people."""
+        return ""
+
+    def notes(self) -> list[str]:
+        """Lines for people about changes beside those of the writers."""
+        return []
+
+    @abstractmethod
+    def write(self, journal: Journal, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Write the form's files into the directory of the journal, and return the entries of the certificate that the
+        form decides. `advance` is called with the work done since its last call."""
 
     def summary(self) -> str:
-        """A description for people before anything is written: the writers found, what is done to them, and
-        coverage."""
-        a, edited = self.anatomy, len(self.writers)
+        """A description for people before anything is written: writers found, what is done to them, and coverage."""
+        a, edited, found = self.anatomy, self.writers, self.found.writers
         lines = [f"{self.files.root}: {a.architecture}, {a.blocks} blocks, residual width {a.width}"]
-        lines += [self._line(kind) for kind in get_args(Kind)]
-        lines.append(f"  coverage: {edited} of {len(self.found.writers)} writers edited")
-        adds = self.shifted | {name: site for name, site in self.created.items() if site is not None}
-        lines += [f"  add after block {site}: {name}" for name, site in sorted(adds.items(), key=lambda kv: kv[1])]
+        for kind in get_args(Kind):
+            writers = [w for w in found if w.kind == kind]
+            count = sum(w.kind == kind for w in edited)
+            lines.append(f"  {kind}: {count} of {len(writers)} edited{self.changes(writers)}")
+        lines += [f"  coverage: {len(edited)} of {len(found)} writers edited", *self.notes()]
+        lines += [f"  add after block {site}: {name}" for name, site in sorted(self.adds.items(), key=lambda a: a[1])]
         if others := self.found.unloaded:
-            lines.append(unloaded_line(others))
-        if self.separate_head:
-            lines.append(
-                f"  {self.found.head}: differs from the embedding, though config.json ties them; kept as it is stored, "
-                "which is how transformers 5 loads it"
-            )
-        lines += [f"  config.json: {key} becomes {value}" for key, value in self.config.items()]
+            shown = ", ".join(shorter(others)[:8])
+            lines.append(f"  not loaded by transformers, not edited: {len(others)} tensors ({shown})")
         return "\n".join(lines)
 
-    def _line(self, kind: Kind) -> str:
-        writers = [w for w in self.found.writers if w.kind == kind]
-        strengths = sorted(self.ablation.strength(w) for w in self.writers if w.kind == kind)
-        facts = [
-            f"  {kind}: {len(strengths)} of {len(writers)} edited: {', '.join(_shorter(w.tensor for w in writers))}"
-        ]
-        if any(w.bias in self.files.tensors for w in writers):
-            facts.append("with biases")
-        if norms := [w.norm for w in writers if w.norm]:
-            facts.append(f"through the gain of {', '.join(_shorter(norms))}")
-        if strengths:
-            low, high = f"{strengths[0]:.3g}", f"{strengths[-1]:.3g}"
-            facts.append(f"strength {low}" if low == high else f"strength {low} to {high}")
-        return "; ".join(facts)
+    def proof(
+        self, writer: Writer, tensor: str, dtype: str, before: float, after: float, norm: float, key: str | None = None
+    ) -> WriterProof:
+        """The proof of a writer's weight or bias. The arguments are the fields of `WriterProof`.
+
+        Errors: CheckpointError if more remains than the strength of the ablation allows.
+        """
+        bias, strength = tensor == writer.bias, self.ablation.strength(writer)
+        axis = len(self.files.tensors[tensor].shape) - 1 if bias else writer.axis
+        proof = WriterProof(tensor, writer.kind, writer.block, axis, bias, dtype, strength, before, after, norm, key)
+        if not math.isfinite(norm) or not proof.holds:
+            raise CheckpointError(
+                f"{self.files.root}: {tensor} puts {after:.3g} of {before:.3g} into the ablated directions after the "
+                "edit; expected finite weights, check the source"
+            )
+        return proof
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Whether the LM head that transformers loads is the embedding: config.json ties them, and the files hold no
+        head or an equal one. A stored head that differs is loaded, even if config.json ties the two."""
+        files, head = self.files, self.files.tensors.get(self.found.head)
+        if not self.anatomy.tied or head is None:
+            return self.anatomy.tied
+        return files.read(head) == files.read(files.tensors[self.found.embedding])
 
 
-def unloaded_line(names: Sequence[str]) -> str:
-    """The summary's line about tensors that transformers does not load."""
-    return f"  not loaded by transformers, not edited: {len(names)} tensors ({', '.join(_shorter(names)[:8])})"
-
-
-def _check_held(value: Tensor, dtype: str, what: str) -> None:
-    """Raise UsageError for a value that is not finite in the stored dtype."""
-    if not torch.isfinite(value.to(DTYPES[dtype])).all():
-        raise UsageError(f"{what}: expected finite numbers in {dtype}, found some that it cannot hold; add less")
-
-
-def _shorter(names: Iterable[str]) -> list[str]:
+def shorter(names: Iterable[str]) -> list[str]:
     """The names with `*` in place of numbers, without duplicates."""
     return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
 
 
-def _constant(edit: Edit) -> Edit:
-    """The edit without `moves`. Errors: UnsupportedError if one of them reads the activation, or acts on some tokens
-    only."""
-    edit = edit.with_adds_as_directions()
-    for move in edit.others:
-        if not move.acts:
-            continue
-        found = f"{move.operation} reads the activation" if move.reads else "it acts on some tokens only"
+_CARRIERS: dict[Form, str] = {
+    "checkpoint": "a bias in block {site}",
+    "adapter": "a bias of the adapter in block {site}",
+    "gguf": "direction.{site} of the control vector",
+}
+"""What an add becomes in each form."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one slider can be baked."""
+
+    slider: str
+    operation: str
+    ok: bool
+    reason: str
+    """What the slider becomes, or why it cannot be baked."""
+
+    def __str__(self) -> str:
+        return f"{self.slider} ({self.operation}): {'' if self.ok else 'no, '}{self.reason}"
+
+
+def bakeable(moves: Iterable[Slider], form: Form, anatomy: Anatomy) -> list[Verdict]:
+    """One verdict for each intervention that has an effect, in their order."""
+    moves = [m for m in moves if m.acts]
+    ablations = [m for m in moves if m.operation == "ablate" and isinstance(m.target, Direction) and m.when.always]
+    strengths = sorted({m.amount for m in ablations})
+    out = []
+    for move in moves:
+        why = _obstacle(move, form, anatomy, strengths)
+        outcome = "removed from every writer" if move.operation == "ablate" else _CARRIERS[form].format(site=move.site)
+        out.append(Verdict(move.name, move.operation, why is None, why or outcome))
+    return out
+
+
+def check_bakeable(verdicts: Sequence[Verdict], where: str) -> None:
+    """Raise UnsupportedError that names every slider that cannot be baked, if there is any."""
+    wrong = [v for v in verdicts if not v.ok]
+    if wrong:
+        why = "; ".join(f"{v.slider!r} ({v.operation}): {v.reason}" for v in wrong)
         raise UnsupportedError(
-            f"slider {move.name!r}: {found}, and weights cannot; expected add on every token, or ablation of "
-            "directions at one strength; keep it as a slider"
+            f"{where}: {len(wrong)} of {len(verdicts)} sliders cannot be baked: {why}; leave them out and move them "
+            "live, or change them"
         )
-    if not edit.ablate and not edit.add:
-        raise UsageError("nothing to bake: expected a direction to ablate or an amount to add, found none that moves")
-    return edit
 
 
-def head_is_embedding(files: CheckpointFiles, anatomy: Anatomy, found: WriterMap) -> bool:
-    """Whether the LM head that transformers loads is the embedding: config.json ties them, and the files hold no head
-    or an equal one. A stored head that differs is loaded, even if config.json ties the two."""
-    head = files.tensors.get(found.head)
-    return anatomy.tied and (head is None or files.read(head) == files.read(files.tensors[found.embedding]))
+def _obstacle(move: Slider, form: Form, anatomy: Anatomy, strengths: Sequence[float]) -> str | None:
+    """Why an intervention cannot be baked; None if it can. `strengths`: of all ablations of directions in the edit."""
+    if not move.when.always:
+        return "it acts on some tokens only, and weights act on all of them"
+    if move.operation in ("clamp", "cap", "scale"):
+        return f"{move.operation} depends on what it reads on each token, which no weight of a linear map can do"
+    if move.operation == "ablate":
+        if not isinstance(move.target, Direction):
+            return "what a latent's activation is depends on the token; add it, or ablate a direction"
+        if form == "gguf":
+            return "a control vector only adds; bake an adapter or a checkpoint"
+        if len(strengths) > 1:
+            found = ", ".join(f"{s:g}" for s in strengths)
+            return f"directions are ablated at one strength, found {found}; give all of them one amount"
+        return None
+    if form == "gguf":
+        return "llama.cpp adds control vectors after layers 1 and on, and it acts at site 0" if move.site == 0 else None
+    return no_constant(anatomy, form)
 
 
-def _untied_head(files: CheckpointFiles, found: WriterMap) -> NewTensor | None:
-    """A copy of the unedited embedding as LM head; None if the source stores a head already."""
-    embedding, head = files.tensors[found.embedding], files.tensors.get(found.head)
-    return NewTensor(found.head, embedding.dtype, embedding.shape, embedding) if head is None else None
+def no_constant(anatomy: Anatomy, form: Form) -> str | None:
+    """Why a bake of this form cannot add a constant after a block of this architecture; None if it can."""
+    layout, name = anatomy.layout, anatomy.architecture
+    if layout.mlp_norm is not None:
+        return f"{name} has a norm between its MLPs and the residual stream, which no constant passes"
+    if layout.mlp_bias is not None:
+        return None
+    if layout.experts_keys:
+        return f"{name} has experts without biases in its MLPs, and no adapter can give them any"
+    return f"{name} has no biases in its MLPs; bake an adapter" if form == "checkpoint" else None

@@ -1,8 +1,8 @@
 """Rewrites shards as a stream: reading, hashing, editing, writing and hashing the output, each on its own thread.
 
 Reading, hashing and writing release the interpreter lock, so they run at the same time. Memory is bounded to the
-largest tensor to be edited plus `ROOM`. `bake` passes in one `Rewrite` per shard; `_ShardCopy` has the steps of one
-shard, `_Piece` is a range of bytes on its way through them, and `_Ring` is the memory of the pieces.
+largest tensor to be edited plus `ROOM`. `Rewrite` has the steps of one shard, `_Piece` is a range of bytes on its way
+through them, and `_Ring` is the memory of the pieces.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,7 @@ ROOM = 256 << 20
 _AHEAD = 64 << 20  # bytes that the kernel is asked to read ahead
 
 
-@dataclass(frozen=True)
-class Rewrite:
-    """One shard to rewrite."""
-
-    shard: Shard
-    target: Path
-    """The file to write."""
-    change: Mapping[str, Change] = field(default_factory=dict)
-    """Tensor -> function that edits its bytes in place. All other tensors are copied."""
-    new: Sequence[NewTensor] = ()
-    """Tensors to add."""
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """A shard that is written and synced to the disk."""
-
-    shard: Shard
-    read: str
-    """sha256 of the source."""
-    written: str
-    """sha256 of the output."""
-
-
-def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lambda n: None) -> Generator[Rewritten]:
+def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lambda n: None) -> Generator[Rewrite]:
     """Write each shard to its target, and yield it once it is on the disk.
 
     Tensors keep their order. The header is copied too if no tensor is new or decoded. `advance` is called with the
@@ -62,40 +39,39 @@ def rewrite_shards(jobs: Sequence[Rewrite], advance: Callable[[int], None] = lam
 
     Errors: CheckpointError if a source is shorter than its header says, cannot be read, or changes while it is read.
     """
-    shard_copies = [_ShardCopy(job) for job in jobs]
-    steps = ((p, piece) for p in shard_copies for piece in (*p.pieces, _END))
-    room = _Ring(ROOM + max((piece.memory for p in shard_copies for piece in p.pieces), default=0))
-    ahead: deque[tuple[_ShardCopy, _Piece, memoryview, Future[None]]] = deque()
-    behind: deque[tuple[_ShardCopy, _Piece, Future[None], Future[None]]] = deque()
+    steps = ((job, piece) for job in jobs for piece in (*job.pieces, _END))
+    room = _Ring(ROOM + max((piece.memory for job in jobs for piece in job.pieces), default=0))
+    ahead: deque[tuple[Rewrite, _Piece, memoryview, Future[None]]] = deque()
+    behind: deque[tuple[Rewrite, _Piece, Future[None], Future[None]]] = deque()
     reading, hashing_in, writing, hashing_out = pools = tuple(ThreadPoolExecutor(1, "bake") for _ in range(4))
     try:
         step = next(steps, None)
         while step or ahead or behind:
             while step and (buffer := room.take(step[1].memory)) is not None:
-                read = reading.submit(step[0].read, step[1], buffer)
-                ahead.append((*step, buffer, hashing_in.submit(step[0].hash_in, step[1], buffer, read)))
+                read = reading.submit(step[0].fill, step[1], buffer)
+                ahead.append((*step, buffer, hashing_in.submit(step[0].hash_filled, step[1], buffer, read)))
                 step = next(steps, None)
             if ahead:
-                shard_copy, piece, buffer, hashed = ahead.popleft()
+                job, piece, buffer, hashed = ahead.popleft()
                 hashed.result()  # an edit in place has to wait for the hash of the input
-                data = shard_copy.edit(piece, buffer)
-                write = writing.submit(shard_copy.write, piece, data)
-                behind.append((shard_copy, piece, write, hashing_out.submit(shard_copy.hash_out, data)))
+                data = job.edit(piece, buffer)
+                write = writing.submit(job.write, piece, data)
+                behind.append((job, piece, write, hashing_out.submit(job.hash_written.update, data)))
                 advance(piece.written)
             # With nothing read ahead, the loop must wait for these writes, to get memory or to finish.
             while behind and (not ahead or all(f.done() for f in behind[0][2:])):
-                shard_copy, piece, write, hashed = behind.popleft()
+                job, piece, write, hashed = behind.popleft()
                 write.result()
                 hashed.result()
                 room.give()
                 if piece is _END:
-                    yield shard_copy.rewritten
+                    yield job
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
-        for shard_copy in shard_copies:
+        for job in jobs:
             with suppress(OSError):  # such as that of a full disk, which has been raised already
-                shard_copy.close()
+                job.close()
 
 
 @dataclass(frozen=True)
@@ -125,38 +101,46 @@ _END = _Piece()
 """Marks the end of a shard, after its last piece."""
 
 
-class _ShardCopy:
-    """One shard on its way through the steps; each of its methods runs on its own thread."""
+class Rewrite:
+    """One shard on its way through the steps; each of the methods that `rewrite_shards` calls runs on its own thread.
 
-    def __init__(self, job: Rewrite) -> None:
-        self.job, self.shard = job, job.shard
-        layout = _merged(self.shard.tensors, job.new)
-        as_it_was = not job.new and _covered(self.shard)
-        self.header = self.shard.header if as_it_was else _header(layout, self.shard.metadata)
-        self.pieces = tuple(_pieces(self.shard, layout, job.change))
-        self._read, self._written = hashlib.sha256(self.shard.header), hashlib.sha256(self.header)
-        self._source = -1
+    `target`: the file to write. `change`: tensor -> function that edits its bytes in place; all other tensors are
+    copied. `new`: tensors to add.
+    """
+
+    def __init__(
+        self, shard: Shard, target: Path, change: Mapping[str, Change] | None = None, new: Sequence[NewTensor] = ()
+    ) -> None:
+        self.shard, self.target = shard, target
+        layout = _merged(shard.tensors, new)
+        stored = [t for t in layout if isinstance(t, TensorInfo) and not isinstance(t, DecodedTensor)]
+        unchanged = stored == layout and shard.size == len(shard.header) + sum(t.nbytes for t in stored)
+        self.header = shard.header if unchanged else _header(layout, shard.metadata)
+        self.pieces = tuple(_pieces(shard, layout, change or {}))
+        self.hash_read, self.hash_written = hashlib.sha256(shard.header), hashlib.sha256(self.header)
+        self._source: FileIO | None = None
         self._target: DirectFile | None = None
 
-    def read(self, piece: _Piece, buffer: memoryview) -> None:
+    def fill(self, piece: _Piece, buffer: memoryview) -> None:
         """Fill the buffer. At the end, check that the source is unchanged since its header was read."""
         path = self.shard.path
-        if self._source < 0:
-            self._source = os.open(path, os.O_RDONLY)
+        if self._source is None:
+            self._source = FileIO(path)
+        source = self._source.fileno()
         if piece is _END:
-            stat = os.fstat(self._source)
+            stat = os.fstat(source)
             if (stat.st_size, stat.st_mtime_ns) != (self.shard.size, self.shard.mtime_ns):
                 raise CheckpointError(f"{path}: changed while it was read; wait until nothing writes to it, run again")
         elif piece.size:
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._source, piece.at + piece.size, _AHEAD, os.POSIX_FADV_WILLNEED)
-            read_into(self._source, piece.at, buffer[: piece.size], path)
+                os.posix_fadvise(source, piece.at + piece.size, _AHEAD, os.POSIX_FADV_WILLNEED)
+            read_into(source, piece.at, buffer[: piece.size], path)
 
-    def hash_in(self, piece: _Piece, buffer: memoryview, read: Future[None]) -> None:
-        """Hash the bytes that were read."""
+    def hash_filled(self, piece: _Piece, buffer: memoryview, read: Future[None]) -> None:
+        """Hash the bytes once they are read."""
         read.result()
         if piece.hashed:
-            self._read.update(buffer[: piece.size])
+            self.hash_read.update(buffer[: piece.size])
 
     def edit(self, piece: _Piece, buffer: memoryview) -> memoryview | bytes:
         """The bytes to write."""
@@ -166,27 +150,27 @@ class _ShardCopy:
     def write(self, piece: _Piece, data: memoryview | bytes) -> None:
         """Write the bytes; at the end, wait until they are on the disk."""
         if self._target is None:
-            self._target = DirectFile(self.job.target)
+            self._target = DirectFile(self.target)
             self._target.write(self.header)
         self._target.write(data)
         if piece is _END:
             self._target.sync()
             self.close()
 
-    def hash_out(self, data: memoryview | bytes) -> None:
-        """Hash the bytes that are written."""
-        self._written.update(data)
+    @property
+    def read(self) -> str:
+        """sha256 of the source, once all pieces have passed."""
+        return self.hash_read.hexdigest()
 
     @property
-    def rewritten(self) -> Rewritten:
-        """The result, once all pieces have passed."""
-        return Rewritten(self.shard, self._read.hexdigest(), self._written.hexdigest())
+    def written(self) -> str:
+        """sha256 of the output, once all pieces have passed."""
+        return self.hash_written.hexdigest()
 
     def close(self) -> None:
         """Close both files."""
-        if self._source >= 0:
-            os.close(self._source)
-            self._source = -1
+        if self._source is not None:
+            self._source.close()
         if self._target is not None:
             self._target.close()
             self._target = None  # also frees its write buffer
@@ -225,24 +209,24 @@ def _pieces(shard: Shard, layout: Sequence[TensorInfo | NewTensor], change: Mapp
     start = at = len(shard.header)  # bytes from `start` to `at` are unchanged tensors, still to be copied
     for t in layout:
         if isinstance(t, NewTensor):
-            yield from _unchanged(start, at)
+            yield from _copied(start, at)
             yield from _added(t)
             start = at
             continue
         if t.start > at:
-            yield from _unchanged(start, at)
+            yield from _copied(start, at)
             yield from _left_out(at, t.start)
             start = at = t.start
         if isinstance(t, DecodedTensor) or t.name in change:
-            yield from _unchanged(start, at)
+            yield from _copied(start, at)
             yield _edited(t, change.get(t.name))
             start = t.end
         at = t.end
-    yield from _unchanged(start, at)
+    yield from _copied(start, at)
     yield from _left_out(at, shard.size)
 
 
-def _unchanged(start: int, end: int, *, hashed: bool = True) -> Iterator[_Piece]:
+def _copied(start: int, end: int, *, hashed: bool = True) -> Iterator[_Piece]:
     """Pieces that copy the bytes from `start` to `end`."""
     for at in range(start, end, CHUNK):
         size = min(CHUNK, end - at)
@@ -251,8 +235,7 @@ def _unchanged(start: int, end: int, *, hashed: bool = True) -> Iterator[_Piece]
 
 def _left_out(start: int, end: int) -> Iterator[_Piece]:
     """Pieces that read and hash the bytes from `start` to `end` but write nothing."""
-    for at in range(start, end, CHUNK):
-        yield _Piece(at, min(CHUNK, end - at), edit=lambda data: b"")
+    return (replace(piece, edit=lambda data: b"", written=0) for piece in _copied(start, end))
 
 
 def _edited(t: TensorInfo, change: Change | None, *, hashed: bool = True) -> _Piece:
@@ -274,17 +257,10 @@ def _added(t: NewTensor) -> Iterator[_Piece]:
     """The pieces of a new tensor: its bytes, or a second reading of the tensor it copies."""
     if isinstance(t.data, bytes):
         data = t.data
-        yield _Piece(edit=lambda empty: data, written=t.nbytes)
-    elif isinstance(t.data, DecodedTensor):
-        yield _edited(t.data, None, hashed=False)
-    else:
-        yield from _unchanged(t.data.start, t.data.end, hashed=False)
-
-
-def _covered(shard: Shard) -> bool:
-    """Whether the tensors are all that the shard's file holds, in the form that the file holds them."""
-    plain = not any(isinstance(t, DecodedTensor) for t in shard.tensors)
-    return plain and len(shard.header) + sum(t.nbytes for t in shard.tensors) == shard.size
+        return iter([_Piece(edit=lambda empty: data, written=t.nbytes)])
+    if isinstance(t.data, DecodedTensor):
+        return iter([_edited(t.data, None, hashed=False)])
+    return _copied(t.data.start, t.data.end, hashed=False)
 
 
 def _merged(old: Sequence[TensorInfo], new: Sequence[NewTensor]) -> list[TensorInfo | NewTensor]:

@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.baking.certificate import CERTIFICATE
-from steer.baking.form import Form
-from steer.baking.forms import Verdict, bakeable
+from steer.baking.certificate import CERTIFICATE, Form
+from steer.baking.plan import Verdict, bakeable
 from steer.checkpoint.fetch import home, resolve
 from steer.checkpoint.merge import is_merge_of
 from steer.checkpoint.shipped import RECIPE, present

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.baking.form import FORMS, Form
+from steer.baking.certificate import FORMS, Form
 from steer.cli.common import Dtype, Json, Model, emit, stoppable
 from steer.errors import UsageError
 from steer.plain_text import plain

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from steer.baking.outputs import source_name
+from steer.baking.certificate import source_name
 from steer.checkpoint.dtypes import dtype_name
 from steer.core.direction import Direction
 from steer.measure.contrast import Contrast

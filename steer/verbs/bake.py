@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from steer.baking.certificate import Certificate
-from steer.baking.form import FORMS, Form
-from steer.baking.forms import Verdict, bakeable, check_bakeable
+from steer.baking.bake import bake as bake_edit
+from steer.baking.certificate import FORMS, Certificate, Form
+from steer.baking.control_vector import load_control_vector
+from steer.baking.plan import bakeable, check_bakeable
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.fetch import resolve
 from steer.checkpoint.library import direction_place, directions_of
@@ -27,7 +28,6 @@ from steer.core.edit import Edit
 from steer.core.lists import as_list
 from steer.core.method import PLAIN, Kernel, Method, Projection, Strengths
 from steer.core.profile import Profile
-from steer.core.slider import Slider
 from steer.core.trait import Trait, shipped_traits
 from steer.errors import UsageError
 
@@ -72,13 +72,11 @@ class HowToAblate:
                     "--strength, --blocks, --method and the like: expected something to ablate, found none"
                 )
             return edit
-        method = PLAIN
+        method = Method(norm_preserving=True) if self.norm_preserving else PLAIN
         if self.method != "plain":
             from steer.measure.neutral_means import neutral_for
 
             method = Method(self.method, self.norm_preserving, neutral_for(place, sketch, self.neutral, force=force))
-        elif self.norm_preserving:
-            method = Method(norm_preserving=True)
         strength = edit.strength if self.strength == 1.0 else self.strength
         return Edit(edit.ablate, strength, self.blocks, edit.add, edit.others, method, self.strengths)
 
@@ -122,80 +120,23 @@ def bake(
     if profile is not None and (ablate or add):
         raise UsageError("profile: expected no ablate or add beside it; put them into the profile")
     place = checkpoint_dir(source)
-    if profile is not None:
-        edit = profile_edit(place, profile, form, force=force, say=say)
-        sketch = sketch_files(place)
-    else:
-        found = locate(place, [*ablate, *(add or {})], force=force)
-        added = [(found[d], amount) for d, amount in (add or {}).items()]
-        edit = Edit(tuple(d for name in ablate for d in found[name]), add=tuple((d, a) for ds, a in added for d in ds))
-        sketch = sketch_files(place)
-    return write(place, out, ablation.applied(edit, place, sketch, force=force), form, command, say, progress)
-
-
-def write(
-    place: Path,
-    out: Path,
-    edit: Edit,
-    form: Form = "checkpoint",
-    command: str | None = None,
-    say: Say = lambda line: None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Certificate:
-    """Write an edit to `out` in any form, after passing the plan to `say`. Errors: as `bake`."""
-    check_bakeable(verdicts_on(edit.as_moves(), place, form), str(place))
-    if form == "gguf":
-        from steer.baking.control_vector import bake_control_vector as run
-    elif form == "adapter":
-        from steer.baking.adapter import AdapterPlan
-        from steer.baking.adapter import bake_adapter as run
-
-        say(AdapterPlan.of(place, edit).summary())
-    else:
-        from steer.baking.bake import bake as run
-        from steer.baking.plan import BakePlan
-        from steer.checkpoint.quantised import dequantised
-
-        say(BakePlan.of(dequantised(CheckpointFiles.open(place)), edit).summary())
-    return run(place, out, edit, command=command, progress=progress)
-
-
-def profile_edit(
-    place: Path,
-    profile: Profile | str | Path,
-    form: Form = "checkpoint",
-    *,
-    force: bool = False,
-    say: Say = lambda line: None,
-) -> Edit:
-    """Return the effect of a profile's sliders as an edit of the checkpoint at `place`.
-
-    `say`: called with one line per slider that says how it is baked.
-    Errors: UsageError for a name that the checkpoint does not have or a profile that moves nothing, MismatchError for a
-    direction of another checkpoint unless `force`, UnsupportedError naming every slider that cannot be baked.
-    """
-    from steer.model.profiles import sliders_in
-
-    profile = profile if isinstance(profile, Profile) else Profile.load(profile)
     sketch = sketch_files(place)
-    found = [(slider, entry) for slider, entry in sliders_in(OnDisk(str(place), sketch), profile) if entry.enabled]
-    for slider, _ in found:
-        target = slider.target
-        if isinstance(target, Direction) and not force:
-            sketch.check(target.name, target.provenance, str(place))
-    moves = [slider.at(entry.amount) for slider, entry in found]
-    verdicts = verdicts_on(moves, place, form)
-    check_bakeable(verdicts, f"profile {profile.name!r}")
-    edit = Edit.of(moves)
-    if edit is None:
-        raise UsageError(f"profile {profile.name!r}: nothing to bake, expected a slider that moves, found none")
-    say("\n".join([f"profile {profile.name}:", *(f"  {v}" for v in verdicts)]))
-    return edit
+    if profile is not None:
+        edit = _profile_edit(place, sketch, profile, form, force, say)
+    else:
+        found = _locate(place, sketch, [*ablate, *(add or {})], force)
+        added = [(d, amount) for name, amount in (add or {}).items() for d in found[name]]
+        edit = Edit(tuple(d for name in ablate for d in found[name]), add=tuple(added))
+    edit = ablation.applied(edit, place, sketch, force=force)
+    return bake_edit(place, out, edit, form, command=command, say=say, progress=progress)
 
 
-def verdicts_on(moves: Sequence[Slider], place: Path, form: Form = "checkpoint") -> list[Verdict]:
-    """Return for each move whether it can be baked into the checkpoint at `place`, and why not."""
-    return bakeable(moves, form, Anatomy.of(CheckpointFiles.open(place).config, str(place)))
+def checkpoint_dir(source: str | Path) -> Path:
+    """Return the directory of a checkpoint on disk. Errors: UsageError for a hub id that is not fetched yet."""
+    place = Path(resolve(source))
+    if not place.is_dir():
+        raise UsageError(f"{source}: expected a checkpoint on disk, found a hub id; run: steer fetch {source}")
+    return place
 
 
 @dataclass(frozen=True)
@@ -210,62 +151,67 @@ class OnDisk:
         return self.found
 
 
-def checkpoint_dir(source: str | Path) -> Path:
-    """Return the directory of a checkpoint on disk. Errors: UsageError for a hub id that is not fetched yet."""
-    place = Path(resolve(source))
-    if not place.is_dir():
-        raise UsageError(f"{source}: expected a checkpoint on disk, found a hub id; run: steer fetch {source}")
-    return place
+def _profile_edit(
+    place: Path, sketch: Sketch, profile: Profile | str | Path, form: Form, force: bool, say: Say
+) -> Edit:
+    """Return the effect of a profile's sliders as an edit, after telling `say` how each of them is baked.
+
+    Errors: UsageError for a name that the checkpoint does not have or a profile that moves nothing, MismatchError for a
+    direction of another checkpoint unless `force`, UnsupportedError naming every slider that cannot be baked.
+    """
+    from steer.model.profiles import sliders_in
+
+    profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+    found = [(slider, entry) for slider, entry in sliders_in(OnDisk(str(place), sketch), profile) if entry.enabled]
+    for slider, _ in found:
+        if isinstance(slider.target, Direction) and not force:
+            sketch.check(slider.target.name, slider.target.provenance, str(place))
+    moves = [slider.at(entry.amount) for slider, entry in found]
+    verdicts = bakeable(moves, form, Anatomy.of(CheckpointFiles.open(place).config, str(place)))
+    check_bakeable(verdicts, f"profile {profile.name!r}")
+    edit = Edit.of(moves)
+    if edit is None:
+        raise UsageError(f"profile {profile.name!r}: nothing to bake, expected a slider that moves, found none")
+    say("\n".join([f"profile {profile.name}:", *(f"  {v}" for v in verdicts)]))
+    return edit
 
 
-def locate(place: Path, named: Sequence[Named], *, force: bool = False) -> dict[Named, tuple[Direction, ...]]:
+def _locate(place: Path, sketch: Sketch, named: Sequence[Named], force: bool) -> dict[Named, tuple[Direction, ...]]:
     """Return name -> directions for the checkpoint at `place`, checked to belong to it.
 
     Each name has one direction, except a control vector (.gguf), which may hold several. If a trait has no direction
     yet, the model is loaded to find it, and the result is saved; that happens after all other names are checked.
     Errors: UsageError for an unknown name, MismatchError for a direction of another checkpoint unless `force`.
     """
-    sketch = sketch_files(place)
     known = directions_of(sketch)
     out: dict[Named, tuple[Direction, ...]] = {}
     missing: list[str] = []
     for name in named:
         if isinstance(name, str | Path) and str(name).endswith(".gguf"):
-            from steer.baking.control_vector import load_control_vector
-
             out[name] = tuple(load_control_vector(name).values())
-            continue
-        if isinstance(name, str) and not name.endswith(".safetensors"):
-            if name in known:
-                out[name] = (known[name],)
-            else:
-                _check_trait(name)
-                missing.append(name)
-            continue
-        direction = name if isinstance(name, Direction) else Direction.load(name)
-        if not force:
-            sketch.check(direction.name, direction.provenance, str(place))
+        elif not isinstance(name, str) or name.endswith(".safetensors"):
+            direction = name if isinstance(name, Direction) else Direction.load(name)
+            if not force:
+                sketch.check(direction.name, direction.provenance, str(place))
+            out[name] = (direction,)
+        elif name in known:
+            out[name] = (known[name],)
+        elif name in shipped_traits() or name.endswith((".yaml", ".yml")):
+            Trait.load(name)
+            missing.append(name)
+        else:
+            raise UsageError(
+                f"unknown trait {name!r}: expected one of {', '.join(shipped_traits())}, a direction's file "
+                "(.safetensors, or a control vector's .gguf) or a trait of your own (.yaml)"
+            )
+    for name in missing:
+        from steer.finding.traits import find
+        from steer.model.steered import load
+
+        direction = find(load(place), name)
+        direction.save(direction_place(sketch, direction.name))
         out[name] = (direction,)
-    return out | {name: (find_and_keep(place, name, sketch),) for name in missing}
-
-
-def _check_trait(name: str) -> None:
-    if name not in shipped_traits() and not name.endswith((".yaml", ".yml")):
-        raise UsageError(
-            f"unknown trait {name!r}: expected one of {', '.join(shipped_traits())}, a direction's file "
-            "(.safetensors, or a control vector's .gguf) or a trait of your own (.yaml)"
-        )
-    Trait.load(name)
-
-
-def find_and_keep(place: Path, trait: str, sketch: Sketch) -> Direction:
-    """Find a trait's direction, save it where it is looked up by name, and return it."""
-    from steer.finding.traits import find
-    from steer.model.steered import load
-
-    direction = find(load(place), trait)
-    direction.save(direction_place(sketch, direction.name))
-    return direction
+    return out
 
 
 def parse_strength(text: str, what: str) -> float | Kernel:
@@ -280,11 +226,9 @@ def parse_strength(text: str, what: str) -> float | Kernel:
         numbers = [float(n) for n in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) == 1:
-        return numbers[0]
-    if len(numbers) not in (3, 4):
+    if len(numbers) not in (1, 3, 4):
         raise UsageError(
             f"{what}: expected a number, or PEAK,WIDTH,FLOOR[,HEIGHT] as in 14,6,0,0.8, found {text!r}; "
             "peak and width are in blocks"
         )
-    return Kernel(*numbers)
+    return numbers[0] if len(numbers) == 1 else Kernel(*numbers)

@@ -11,17 +11,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steer.baking.certificate import CERTIFICATE, Certificate
-from steer.baking.form import Form
-from steer.baking.plan import BakePlan
+from steer.baking.bake import PLANS, bake
+from steer.baking.certificate import CERTIFICATE, Certificate, Form
 from steer.checkpoint.dtypes import computing_in, dtype_name
 from steer.checkpoint.library import direction_place, directions_of
-from steer.checkpoint.quantised import dequantised
-from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
 from steer.core.direction import Direction
@@ -34,7 +30,7 @@ from steer.finding.traits import contrast_for, find_trait
 from steer.measure.contrast import Contrast
 from steer.measure.neutral_means import neutral_for
 from steer.measure.scorer import Scorer
-from steer.measure.search.choice import Choice, Goal, told
+from steer.measure.search.choice import Goal, told
 from steer.measure.search.held_out import HeldOut, compared, load_exported
 from steer.measure.search.report import write_search_report
 from steer.measure.search.space import VERSION, Space
@@ -42,7 +38,7 @@ from steer.measure.search.study import BATCH, STUDY, Study, locked
 from steer.measure.search.trials import Bench, Scope
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar, byte_bar
-from steer.verbs.bake import checkpoint_dir, write
+from steer.verbs.bake import checkpoint_dir
 
 TRIALS = 48
 """Default number of edits that a search tries."""
@@ -70,7 +66,7 @@ class _Search:
     dtype: str
     """Name of the dtype in which the model computes."""
     trait: Trait
-    keep: tuple[Trait, ...]
+    keep: Sequence[Trait]
     form: Form
     folder: Path
     seed: int
@@ -96,16 +92,12 @@ class _Search:
         kept = "".join(f", keeping {t.name}" for t in self.keep)
         return f"{self.trait.name} on {self.place}{kept}, seed {self.seed}, as {self.form}"
 
-    @cached_property
-    def files(self) -> CheckpointFiles:
-        """The checkpoint's files, dequantised, as they are edited."""
-        return dequantised(CheckpointFiles.open(self.place))
-
     def contrast(self, model: SteeredModel, trait: Trait, like: Contrast | None = None) -> Contrast:
         """Return the replies that a trait's scorer is trained on. They are saved and read again by a later run."""
         file = self.folder / f"replies-{trait.name}.json"
         if file.is_file():
-            return Contrast.from_json(trait, _read(file))
+            replies = read_json_object(file, what="what a search kept", do="remove it", error=SteerError)
+            return Contrast.from_json(trait, replies)
         made = contrast_for(model, trait, seed=self.seed, neutral=like.neutral if like else None)
         _write(file, made.as_json())
         return made
@@ -134,12 +126,7 @@ class _Search:
     def fits(self, edit: Edit) -> bool:
         """Return whether the form of the bake can hold an edit."""
         try:
-            if self.form == "adapter":
-                from steer.baking.adapter import AdapterPlan
-
-                AdapterPlan.of(self.place, edit)
-            else:
-                BakePlan.of(self.files, edit)
+            PLANS[self.form](self.place, edit)
         except SteerError:
             return False
         return True
@@ -175,33 +162,7 @@ def search_bake(
         found = search_bake("merged", "calm", "moralizing", keep="compliance")
         print(found.result["held_out"]["searched"]["rate"])
     """
-    out = Path(out)
-    search = _begin(source, out, trait, as_list(keep), form, folder, seed, scope or Scope())
-    if trials < 1:
-        raise UsageError(f"--trials: expected at least 1, found {trials}")
-    if not ((search.folder / STUDY).is_file() and (out / CERTIFICATE).is_file()):
-        check_output(out)  # not checked for a search that was stopped after writing `out`: it measures it and ends
-    with locked(search.folder):
-        study = Study(search.folder / STUDY, search.about, search.name)
-        try:
-            return _run(search, study, out, trials, goal or Goal(), command, say)
-        except KeyboardInterrupt:
-            raise StoppedError(
-                f"stopped; {study.count} of {trials} trials are kept in {search.folder}: the same command goes on",
-                130,
-            ) from None
-
-
-def _begin(
-    source: str | Path,
-    out: Path,
-    trait: str,
-    keep: Sequence[str],
-    form: Form,
-    folder: str | Path | None,
-    seed: int,
-    scope: Scope,
-) -> _Search:
+    out, keep = Path(out), as_list(keep)
     for name in (trait, *keep):
         if name.endswith((".safetensors", ".gguf")):
             raise UsageError(f"--search: expected a trait, which has topics to search on, found the file {name}")
@@ -210,16 +171,26 @@ def _begin(
             "--search: expected --as checkpoint or adapter, found gguf: a control vector ablates nothing; bake it with "
             f"--add {trait}=AMOUNT"
         )
-    loaded = Trait.load(trait)
-    kept_traits = tuple(Trait.load(name) for name in keep)
-    if repeated := [
-        t.name for i, t in enumerate(kept_traits) if t.name in {loaded.name, *(k.name for k in kept_traits[:i])}
-    ]:
-        raise UsageError(f"--keep: expected traits beside {loaded.name}, each once, found {repeated[0]} again")
+    if trials < 1:
+        raise UsageError(f"--trials: expected at least 1, found {trials}")
+    removed, *staying = traits = [Trait.load(name) for name in (trait, *keep)]
+    names = [t.name for t in traits]
+    if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise UsageError(f"--keep: expected traits beside {removed.name}, each once, found {repeated[0]} again")
     place = checkpoint_dir(source)
-    where = Path(folder) if folder else out.with_name(f"{out.name}-search")
     dtype = dtype_name(computing_in(str(place)).dtype)
-    return _Search(place, sketch_files(place), dtype, loaded, kept_traits, form, where, seed, scope)
+    folder = Path(folder) if folder else out.with_name(f"{out.name}-search")
+    search = _Search(place, sketch_files(place), dtype, removed, staying, form, folder, seed, scope or Scope())
+    if not ((folder / STUDY).is_file() and (out / CERTIFICATE).is_file()):
+        check_output(out)  # not checked for a search that was stopped after writing `out`: it measures it and ends
+    with locked(folder):
+        study = Study(folder / STUDY, search.about, search.name)
+        try:
+            return _run(search, study, out, trials, goal or Goal(), command, say)
+        except KeyboardInterrupt:
+            raise StoppedError(
+                f"stopped; {study.count} of {trials} trials are kept in {folder}: the same command goes on", 130
+            ) from None
 
 
 def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, command: str | None, say: Say) -> Searched:
@@ -258,9 +229,13 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
         "scope": asdict(search.scope),
         **told(study.trials(space), untouched, choice, goal),
     }
-    say(_choice_line(choice, study.count))
+    chosen, missed = choice.trial, "" if choice.reached else "; the goal was reached by none, this is the nearest"
+    say(
+        f"chosen of {study.count} trials: {chosen.label} (fit topics: rate {chosen.outcome.rate:.2f}, "
+        f"KL {chosen.outcome.kl:.3f} nats per token){missed}"
+    )
     write_search_report(result, search.folder)
-    certificate = _baked(search, out, choice.trial.edit, command, say)
+    certificate = _baked(search, out, chosen.edit, command, say)
 
     with bar("measuring", None, "tokens") as advance:
         held_out = HeldOut(model, scorer, kept_scorers, tokens=search.scope.tokens, on_tokens=advance)
@@ -271,7 +246,7 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
         unsearched_dir = search.folder / "unsearched"
         shutil.rmtree(unsearched_dir, ignore_errors=True)
         try:
-            write(search.place, unsearched_dir, plain, search.form)
+            bake(search.place, unsearched_dir, plain, search.form)
             samples.append(held_out.measure(load_exported(unsearched_dir, search.place)))
         finally:
             shutil.rmtree(unsearched_dir, ignore_errors=True)
@@ -290,24 +265,11 @@ def _baked(search: _Search, out: Path, edit: Edit, command: str | None, say: Say
             if (cert.edit, cert.form) == (json.loads(json.dumps(edit.describe())), search.form):
                 return cert
     with byte_bar("baking") as progress:
-        return write(search.place, out, edit, search.form, command, say, progress)
-
-
-def _choice_line(choice: Choice, trials: int) -> str:
-    o = choice.trial.outcome
-    missed = "" if choice.reached else "; the goal was reached by none, this is the nearest"
-    return (
-        f"chosen of {trials} trials: {choice.trial.label} (fit topics: rate {o.rate:.2f}, KL {o.kl:.3f} nats per token)"
-        f"{missed}"
-    )
+        return bake(search.place, out, edit, search.form, command=command, say=say, progress=progress)
 
 
 def _digest(trait: Trait) -> str:
     return hashlib.sha256(json.dumps(asdict(trait), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json_object(file, what="what a search kept", do="remove it", error=SteerError)
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

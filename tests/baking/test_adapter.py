@@ -7,17 +7,17 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forging import certify_again
 from safetensors.torch import load_file, save_file
 from tiny_anatomies import BLOCKS, TINY, config_of, load, logits
 from torch import Tensor
 
-from steer.baking.adapter import CONFIG, bake_adapter
+from steer.baking.adapter import CONFIG
 from steer.baking.bake import bake
 from steer.baking.certificate import ADAPTER, CERTIFICATE, Certificate
 from steer.baking.verify import verify
@@ -86,10 +86,10 @@ def test_under_peft_it_is_the_baked_checkpoint_and_taken_off_it_is_the_source(
     source, wanted = sources(name), ABLATIONS[edit](make_direction)
     if (name in BIASED and edit == "every writer") or (name == "gpt-oss" and edit != "MLPs alone"):
         with pytest.raises(UnsupportedError, match=r"peft changes the bias of .* in no adapter that changes the"):
-            bake_adapter(source, tmp_path / "adapter", wanted)
+            bake(source, tmp_path / "adapter", wanted, "adapter")
         assert not (tmp_path / "adapter").exists()
         return
-    bake_adapter(source, tmp_path / "adapter", wanted)
+    bake(source, tmp_path / "adapter", wanted, "adapter")
     bake(source, tmp_path / "baked", wanted)
     expected = logits(load(tmp_path / "baked"))
     model = load(source)
@@ -116,9 +116,9 @@ def test_a_constant_is_a_bias_of_the_adapter_where_the_architecture_lets_it_thro
         with pytest.raises(
             UnsupportedError, match=r"norm between its MLPs|experts without biases|peft changes the bias"
         ):
-            bake_adapter(source, tmp_path / "adapter", wanted)
+            bake(source, tmp_path / "adapter", wanted, "adapter")
         return
-    bake_adapter(source, tmp_path / "adapter", wanted)
+    bake(source, tmp_path / "adapter", wanted, "adapter")
     if name in CONSTANTS:
         bake(source, tmp_path / "baked", wanted)
         expected = logits(load(tmp_path / "baked"))
@@ -161,7 +161,7 @@ def test_its_rank_is_the_number_of_directions_and_its_scale_is_one(
     tmp_path: Path, sources: Callable[[str], Path], make_direction: MakeDirection
 ) -> None:
     one, two = make_direction(), make_direction("b", seed=8)
-    bake_adapter(sources("llama"), tmp_path / "out", Edit(ablate=(one, two, one.at(0))))  # two of three are one
+    bake(sources("llama"), tmp_path / "out", Edit(ablate=(one, two, one.at(0))), "adapter")  # two of three are one
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 2, {})
     shapes = {n: t.shape for n, t in load_file(tmp_path / "out" / ADAPTER).items()}
@@ -175,7 +175,7 @@ def test_its_rank_is_the_number_of_directions_and_its_scale_is_one(
 def test_in_bf16_it_is_the_baked_checkpoint_to_rounding_and_nearer_to_the_exact_edit(
     tmp_path: Path, source: Path, baked: Path, ablation: Edit
 ) -> None:
-    bake_adapter(source, tmp_path / "adapter", ablation)
+    bake(source, tmp_path / "adapter", ablation, "adapter")
     assert {t.dtype for t in load_file(tmp_path / "adapter" / ADAPTER).values()} == {torch.float32}
     plain = logits(load(source, torch.float32))
     exact = logits(_applied(load(source, torch.float32), tmp_path / "adapter"))
@@ -189,7 +189,7 @@ def test_in_fp32_it_is_the_baked_checkpoint_to_a_millionth(
     tmp_path: Path, tiny_llama: TinyLlama, ablation: Edit
 ) -> None:
     source = tiny_llama(tmp_path / "source", dtype=torch.float32)
-    bake_adapter(source, tmp_path / "adapter", ablation)
+    bake(source, tmp_path / "adapter", ablation, "adapter")
     bake(source, tmp_path / "baked", ablation)
     expected = logits(load(tmp_path / "baked", torch.float32))
     got = logits(_applied(load(source, torch.float32), tmp_path / "adapter"))
@@ -201,7 +201,7 @@ def test_what_keeps_the_norms_of_columns_is_refused_with_the_reason(
 ) -> None:
     edit = Edit(ablate=(make_direction(),), method=Method(norm_preserving=True))
     with pytest.raises(UnsupportedError, match="has no low rank; bake a checkpoint"):
-        bake_adapter(source, tmp_path / "out", edit)
+        bake(source, tmp_path / "out", edit, "adapter")
 
 
 def test_the_config_names_its_base_and_no_more_than_it_changes(source: Path, adapter: Path) -> None:
@@ -219,7 +219,7 @@ def test_the_config_names_its_base_and_no_more_than_it_changes(source: Path, ada
 def test_the_base_of_a_hub_cache_is_named_as_the_hub_does(tmp_path: Path, source: Path, ablation: Edit) -> None:
     place = tmp_path / "models--org--name" / "snapshots" / "c0ffee"
     shutil.copytree(source, place)
-    cert = bake_adapter(place, tmp_path / "out", ablation)
+    cert = bake(place, tmp_path / "out", ablation, "adapter")
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["base_model_name_or_path"] == cert.source == "org/name"
     last = verify(tmp_path / "out")[-1]
     assert last.name == "source"
@@ -231,7 +231,7 @@ def test_the_base_of_a_hub_cache_is_named_as_the_hub_does(tmp_path: Path, source
 def adapter(source: Path, make_direction: MakeDirection, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter for `source`. Not to be changed."""
     out = tmp_path_factory.mktemp("adapter") / "out"
-    bake_adapter(source, out, Edit(ablate=(make_direction(),), strength=0.9), command="steer bake source out")
+    bake(source, out, Edit(ablate=(make_direction(),), strength=0.9), "adapter", command="steer bake source out")
     return out
 
 
@@ -260,9 +260,7 @@ def test_one_flipped_bit_in_any_of_its_files_is_found(adapter: Path, tmp_path: P
 def _forge(out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Change the tensors and make the certificate say that the file is as it was written."""
     save_file(change(load_file(out / ADAPTER)), out / ADAPTER, metadata={"format": "pt"})
-    cert = Certificate.load(out)
-    (out / CERTIFICATE).unlink()
-    replace(cert, files=cert.files | {ADAPTER: staging.hash_file(out / ADAPTER)}).save(out)
+    certify_again(out)
 
 
 _KEY = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
@@ -294,7 +292,7 @@ def test_another_basis_of_the_same_directions_is_the_same_adapter(
     tmp_path: Path, source: Path, make_direction: MakeDirection
 ) -> None:
     """Which basis comes out of the same directions depends on the machine's libraries."""
-    bake_adapter(source, tmp_path / "out", Edit(ablate=(make_direction(), make_direction("b", seed=8))))
+    bake(source, tmp_path / "out", Edit(ablate=(make_direction(), make_direction("b", seed=8))), "adapter")
     turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
 
     def turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -308,7 +306,7 @@ def test_another_basis_of_the_same_directions_is_the_same_adapter(
 def test_a_bias_that_is_not_the_add_fails_even_when_its_hash_is_forged(
     tmp_path: Path, source: Path, make_direction: MakeDirection
 ) -> None:
-    bake_adapter(source, tmp_path / "out", Edit(add=((make_direction(), 1.0),)))
+    bake(source, tmp_path / "out", Edit(add=((make_direction(), 1.0),)), "adapter")
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.bias"
     _forge(tmp_path / "out", lambda t: t | {name: t[name].flip(0)})
     with pytest.raises(CheckpointError, match=r"lora_B\.bias is not the bias certified"):
@@ -336,13 +334,13 @@ def test_weights_that_are_not_finite_leave_nothing(mine: Path, tmp_path: Path, a
     tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(tensors, mine / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.weight puts nan"):
-        bake_adapter(mine, tmp_path / "out", ablation)
+        bake(mine, tmp_path / "out", ablation, "adapter")
     assert not list(tmp_path.glob("*out*"))
 
 
 def test_it_goes_into_no_directory_with_files_in_it(source: Path, adapter: Path, ablation: Edit) -> None:
     with pytest.raises(SteerError, match="expected a new or empty directory"):
-        bake_adapter(source, adapter, ablation)
+        bake(source, adapter, ablation, "adapter")
 
 
 def test_what_a_source_says_of_its_blocks_is_what_the_adapter_edits(
@@ -351,6 +349,6 @@ def test_what_a_source_says_of_its_blocks_is_what_the_adapter_edits(
     shards = tiny_llama(tmp_path / "shards", shards=True, dtype=torch.bfloat16)
     single = tiny_llama(tmp_path / "single", dtype=torch.bfloat16)
     assert config_of(shards) == config_of(single)
-    one, other = (bake_adapter(s, tmp_path / f"{s.name}-out", ablation) for s in (shards, single))
+    one, other = (bake(s, tmp_path / f"{s.name}-out", ablation, "adapter") for s in (shards, single))
     assert one.files[ADAPTER] == other.files[ADAPTER]
     assert len(one.source_files) > len(other.source_files)

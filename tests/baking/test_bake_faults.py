@@ -22,8 +22,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from steer.baking.adapter import bake_adapter
 from steer.baking.bake import bake
+from steer.baking.certificate import Form
 from steer.baking.journal import Journal
 from steer.baking.verify import verify
 from steer.checkpoint.reader import INDEX, SINGLE
@@ -194,7 +194,7 @@ main()
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["checkpoint", "adapter"])
 def test_sigterm_in_the_middle_is_one_line_and_the_next_bake_goes_on(
-    tmp_path: Path, tiny_llama: Callable[..., Path], make_direction: MakeDirection, form: str
+    tmp_path: Path, tiny_llama: Callable[..., Path], make_direction: MakeDirection, form: Form
 ) -> None:
     source, out = tiny_llama(tmp_path / "source", shards=True), tmp_path / "out"
     make_direction().save(tmp_path / "d.safetensors")
@@ -216,7 +216,7 @@ def test_sigterm_in_the_middle_is_one_line_and_the_next_bake_goes_on(
     finished = json.loads(journal.read_text().splitlines()[1])["file"]
     inode = (journal.parent / finished).stat().st_ino
     edit = Edit(ablate=(Direction.load(tmp_path / "d.safetensors"),))
-    (bake if form == "checkpoint" else bake_adapter)(source, out, edit)
+    bake(source, out, edit, form)
     if form == "checkpoint":
         assert (out / finished).stat().st_ino == inode
     assert not list(tmp_path.glob(".out.*"))
@@ -244,14 +244,14 @@ CARDS = {
 @pytest.mark.parametrize("form", ["checkpoint", "adapter"])
 @pytest.mark.parametrize("card", [*CARDS.values(), None], ids=[*CARDS, "a directory"])
 def test_a_model_card_of_any_kind_ends_no_bake(
-    mine: Path, tmp_path: Path, ablation: Edit, card: bytes | None, form: str
+    mine: Path, tmp_path: Path, ablation: Edit, card: bytes | None, form: Form
 ) -> None:
     (mine / "README.md").unlink()
     if card is None:
         (mine / "README.md").mkdir()
     else:
         (mine / "README.md").write_bytes(card)
-    (bake if form == "checkpoint" else bake_adapter)(mine, tmp_path / "out", ablation)
+    bake(mine, tmp_path / "out", ablation, form)
     text = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "mine"
     verify(tmp_path / "out")
@@ -272,7 +272,7 @@ def test_a_side_file_that_cannot_be_read_is_told_before_any_weight_is_written(
         raise PermissionError(13, "Permission denied", str(source))
 
     written: list[int] = []
-    monkeypatch.setattr("steer.baking.bake.copy_file", denied)
+    monkeypatch.setattr("steer.baking.checkpoint.copy_file", denied)
     with pytest.raises(SteerError, match=r"chat_template\.jinja: could not be used, Permission denied") as e:
         bake(mine, tmp_path / "out", ablation, progress=lambda done, total: written.append(done))
     assert "\n" not in str(e.value)
@@ -281,12 +281,11 @@ def test_a_side_file_that_cannot_be_read_is_told_before_any_weight_is_written(
 
 
 @pytest.mark.parametrize("form", ["checkpoint", "adapter"])
-def test_names_that_are_no_utf_8_are_baked(mine: Path, tmp_path: Path, ablation: Edit, form: str) -> None:
+def test_names_that_are_no_utf_8_are_baked(mine: Path, tmp_path: Path, ablation: Edit, form: Form) -> None:
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff"))
     mine.rename(odd)
     (odd / os.fsdecode(b"note\xff")).write_text("x")
-    run = bake if form == "checkpoint" else bake_adapter
-    cert = run(odd, tmp_path / "out", ablation, command=f"steer bake {odd} out")
+    cert = bake(odd, tmp_path / "out", ablation, form, command=f"steer bake {odd} out")
     assert cert.source == "odd?"
     assert ("note?" in cert.left_out) == (form == "checkpoint")
     verify(tmp_path / "out", source=odd)

@@ -71,7 +71,7 @@ def test_an_operation_that_reads_the_activation_is_refused_in_one_line(
 ) -> None:
     plain = Feature("preach", feature().dictionary, (3,), (1.0,))
     move = Intervention(plain, operation, amount)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnsupportedError, match=f"'preach': {operation} reads the activation, and weights cannot") as e:
+    with pytest.raises(UnsupportedError, match=rf"1 of 2 sliders cannot be baked: 'preach' \({operation}\)") as e:
         bake(source, tmp_path / "out", Edit((make_direction(),), moves=(move,)))
     assert "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ import torch
 
 from steer.baking import adapter
 from steer.baking.bake import bake
+from steer.baking.certificate import Form
 from steer.baking.journal import JOURNAL, Journal, fingerprint
 from steer.baking.verify import verify
 from steer.checkpoint import staging
@@ -53,14 +54,11 @@ def whole(sharded: Path, ablation: Edit, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-def _write(form: str, source: Path, out: Path, edit: Edit) -> None:
-    if form == "checkpoint":
-        bake(source, out, edit, command=COMMAND)
-    else:
-        # A file for every part, where one would hold all of so small a model.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(adapter, "_GROUP", 1)
-            adapter.bake_adapter(source, out, edit, command=COMMAND)
+def _write(form: Form, source: Path, out: Path, edit: Edit) -> None:
+    # A file for every part of an adapter, where one would hold all of so small a model.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "_GROUP", 1)
+        bake(source, out, edit, form, command=COMMAND)
 
 
 def _bake(source: Path, out: Path, edit: Edit, started: multiprocessing.Queue[float]) -> None:
@@ -70,7 +68,7 @@ def _bake(source: Path, out: Path, edit: Edit, started: multiprocessing.Queue[fl
 
 
 def _bake_and_die(
-    source: Path, out: Path, edit: Edit, at: int, steps: multiprocessing.Queue[int], form: str = "checkpoint"
+    source: Path, out: Path, edit: Edit, at: int, steps: multiprocessing.Queue[int], form: Form = "checkpoint"
 ) -> None:
     """Kills itself at its `at`-th step, on whichever thread that is; reports the number of steps if it lives."""
     count = 0
@@ -174,7 +172,7 @@ def test_killed_at_random_times_and_killed_again_the_output_is_absent_or_whole(
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["checkpoint", "adapter"])
 def test_killed_between_any_two_steps_the_output_is_absent_or_whole(
-    sharded: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext, form: str
+    sharded: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext, form: Form
 ) -> None:
     steps = context.Queue()
     whole = tmp_path / "whole" / "out"
@@ -225,12 +223,12 @@ def test_what_a_killed_adapter_had_read_is_not_read_again(
     child.join(60)
     (work,) = out.parent.iterdir()
     lines = [json.loads(line) for line in (work / JOURNAL).read_text().splitlines()[1:]]
-    parts, hashes = {line["file"] for line in lines if "file" in line}, {line["of"] for line in lines if "of" in line}
-    assert len(parts) == 25
+    hashes = {line["file"] for line in lines if "written" not in line}
+    assert len(lines) - len(hashes) == 25
     assert hashes
     made, read = [], []
-    real_make, real_hash = adapter.adapter_tensors, adapter.hash_file
-    monkeypatch.setattr(adapter, "adapter_tensors", lambda *a: made.append(a) or real_make(*a))
+    real_make, real_hash = adapter.AdapterPlan.tensors, adapter.hash_file
+    monkeypatch.setattr(adapter.AdapterPlan, "tensors", lambda *a: made.append(a) or real_make(*a))
     monkeypatch.setattr(adapter, "hash_file", lambda path: read.append(path.name) or real_hash(path))
     _write("adapter", sharded, out, ablation)
     assert not made

@@ -5,17 +5,17 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forging import certify_again
 from safetensors.torch import load_file, save_file
 from tiny_anatomies import BLOCKS, TINY, config_of
 
 from steer.baking.bake import bake
 from steer.baking.certificate import CERTIFICATE, Certificate
-from steer.baking.outputs import certified_edit
+from steer.baking.checks import certified_edit
 from steer.baking.verify import verify
 from steer.checkpoint import staging
 from steer.checkpoint.reader import SINGLE, CheckpointFiles
@@ -161,9 +161,7 @@ def test_every_layout_keeps_its_names_and_its_config_and_a_writer_put_back_is_fo
 def _forge(out: Path, change: dict[str, torch.Tensor]) -> None:
     """Change tensors and make the certificate say that the file is as it was written."""
     save_file(load_file(out / SINGLE) | change, out / SINGLE, metadata={"format": "pt"})
-    cert = Certificate.load(out)
-    (out / CERTIFICATE).unlink()
-    replace(cert, files=cert.files | {SINGLE: staging.hash_file(out / SINGLE)}).save(out)
+    certify_again(out)
 
 
 @pytest.mark.parametrize(

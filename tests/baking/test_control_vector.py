@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from forging import certify_again
 from tiny_anatomies import load
 from tiny_llama_cpp import LlamaCpp, as_gguf
 from torch import Tensor
 
-from steer.baking.certificate import CERTIFICATE, Certificate
-from steer.baking.control_vector import FILE, bake_control_vector, load_control_vector, write_control_vector
+from steer.baking.bake import bake
+from steer.baking.control_vector import FILE, load_control_vector, write_control_vector
 from steer.baking.verify import verify
-from steer.checkpoint import staging
 from steer.core.direction import Direction
 from steer.core.edit import Edit
+from steer.core.method import Strengths
 from steer.errors import CheckpointError, SteerError, UnsupportedError, UsageError
 
 TinyLlama = Callable[..., Path]
@@ -39,7 +39,7 @@ def edit(make_direction: MakeDirection) -> Edit:
 def written(source: Path, edit: Edit, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`edit` as a control vector for `source`. Not to be changed."""
     out = tmp_path_factory.mktemp("vector") / "out"
-    bake_control_vector(source, out, edit, command="steer bake source out --as gguf")
+    bake(source, out, edit, "gguf", command="steer bake source out --as gguf")
     return out
 
 
@@ -73,7 +73,7 @@ def test_it_comes_back_as_directions_that_add_the_same_at_amount_one(written: Pa
 def test_directions_that_were_imported_bake_like_any_other(written: Path, source: Path, tmp_path: Path) -> None:
     found = load_control_vector(written / FILE)
     edit = Edit(add=tuple((d, 1.0) for d in found.values()))
-    bake_control_vector(source, tmp_path / "again", edit)
+    bake(source, tmp_path / "again", edit, "gguf")
     first, again = (gguf.GGUFReader(p / FILE).tensors for p in (written, tmp_path / "again"))
     for one, other in zip(first, again, strict=True):
         assert one.name == other.name
@@ -85,7 +85,7 @@ def test_only_adds_after_block_one_and_on_can_be_in_it_and_all_others_are_named(
 ) -> None:
     first, other = make_direction("early", site=0), make_direction("gone")
     with pytest.raises(UnsupportedError) as caught:
-        bake_control_vector(source, tmp_path / "out", Edit(ablate=(other,), add=((first, 1.0), (other, 1.0))))
+        bake(source, tmp_path / "out", Edit(ablate=(other,), add=((first, 1.0), (other, 1.0))), "gguf")
     message = str(caught.value)
     assert "2 of 3 sliders cannot be baked" in message
     assert "'gone' (ablate): a control vector only adds" in message
@@ -93,10 +93,18 @@ def test_only_adds_after_block_one_and_on_can_be_in_it_and_all_others_are_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_ablation_with_a_method_or_strengths_is_refused_beside_an_add_too(
+    source: Path, tmp_path: Path, make_direction: MakeDirection
+) -> None:
+    edit = Edit((make_direction(),), strengths=Strengths(0.5, 0.5), add=((make_direction("b", site=2), 1.0),))
+    with pytest.raises(UnsupportedError, match=r"1 of 2 sliders cannot be baked: 'moral' \(ablate\)"):
+        bake(source, tmp_path / "out", edit, "gguf")
+
+
 def test_adds_that_cancel_are_no_control_vector(source: Path, tmp_path: Path, make_direction: MakeDirection) -> None:
     one = make_direction()
     with pytest.raises(UsageError, match="adds that cancel each other"):
-        bake_control_vector(source, tmp_path / "out", Edit(add=((one, 1.0), (one, -1.0))))
+        bake(source, tmp_path / "out", Edit(add=((one, 1.0), (one, -1.0))), "gguf")
 
 
 def test_verify_repeats_the_sum_and_finds_one_flipped_bit(written: Path, tmp_path: Path) -> None:
@@ -131,15 +139,13 @@ def test_what_is_no_longer_the_certified_vector_fails_even_when_its_hash_is_forg
     out = Path(shutil.copytree(written, tmp_path / "out"))
     (out / FILE).unlink()
     write_control_vector(out / FILE, change({s: v.float() for s, v in sorted(edit.biases().items())}), "llama")
-    cert = Certificate.load(out)
-    (out / CERTIFICATE).unlink()
-    replace(cert, files=cert.files | {FILE: staging.hash_file(out / FILE)}).save(out)
+    certify_again(out)
     with pytest.raises(CheckpointError, match=sentence):
         verify(out)
 
 
 def test_two_runs_write_the_same_bytes(source: Path, written: Path, edit: Edit, tmp_path: Path) -> None:
-    bake_control_vector(source, tmp_path / "out", edit)
+    bake(source, tmp_path / "out", edit, "gguf")
     assert (tmp_path / "out" / FILE).read_bytes() == (written / FILE).read_bytes()
 
 
@@ -194,7 +200,7 @@ def test_llama_cpp_adds_it_after_the_block_of_its_number(
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it takes minutes to compile")
     source = tiny_llama(tmp_path / "source", tie=False)
     edit = Edit(add=((make_direction(site=1), 1.5),))
-    bake_control_vector(source, tmp_path / "out", edit)
+    bake(source, tmp_path / "out", edit, "gguf")
     as_gguf(source, tmp_path / "model.gguf")
     with LlamaCpp(tmp_path / "model.gguf", TOKENS) as llama:
         plain = llama.logits()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from steer.baking.adapter import CONFIG, bake_adapter
+from steer.baking.adapter import CONFIG
 from steer.baking.bake import bake
 from steer.baking.certificate import ADAPTER, CERTIFICATE, _digest
-from steer.baking.control_vector import FILE, bake_control_vector, read_control_vector, write_control_vector
+from steer.baking.control_vector import FILE, read_control_vector, write_control_vector
 from steer.baking.verify import verify
 from steer.checkpoint.reader import SINGLE
 from steer.checkpoint.staging import hash_file
@@ -113,7 +113,7 @@ def adapter(source: Path, ablation: Edit, tmp_path_factory: pytest.TempPathFacto
     """An adapter for `source`, whose base model is a hub name. Not to be changed."""
     place = tmp_path_factory.mktemp("hub") / "models--org--name" / "snapshots" / "c0ffee"
     shutil.copytree(source, place)
-    bake_adapter(place, place.parent / "adapter", ablation)
+    bake(place, place.parent / "adapter", ablation, "adapter")
     return place.parent / "adapter"
 
 
@@ -241,7 +241,7 @@ def test_a_control_vector_whose_certificate_claims_what_its_file_does_not_hold_i
     change: Callable[[Body], object],
     sentence: str,
 ) -> None:
-    bake_control_vector(source, tmp_path / "cv", Edit(add=((make_direction(), 1.0),)))
+    bake(source, tmp_path / "cv", Edit(add=((make_direction(), 1.0),)), "gguf")
     verify(forge(tmp_path / "cv", keep))
     with pytest.raises(CheckpointError, match=sentence):
         verify(forge(tmp_path / "cv", change))
@@ -251,7 +251,7 @@ def test_a_vector_taken_out_of_the_file_and_the_certificate_is_found(
     source: Path, tmp_path: Path, make_direction: Callable[..., Direction]
 ) -> None:
     one, other = make_direction(), make_direction("b", site=2, seed=8)
-    bake_control_vector(source, tmp_path / "cv", Edit(add=((one, 1.0), (other, 1.0))))
+    bake(source, tmp_path / "cv", Edit(add=((one, 1.0), (other, 1.0))), "gguf")
     vectors, _ = read_control_vector(tmp_path / "cv" / FILE)
     (tmp_path / "cv" / FILE).unlink()
     write_control_vector(tmp_path / "cv" / FILE, {1: vectors[1]}, "llama")
@@ -348,7 +348,7 @@ def test_an_add_that_is_not_there_any_more_is_found(
 def test_a_source_beside_a_control_vector_is_refused(
     source: Path, tmp_path: Path, make_direction: Callable[..., Direction]
 ) -> None:
-    bake_control_vector(source, tmp_path / "cv", Edit(add=((make_direction(), 1.0),)))
+    bake(source, tmp_path / "cv", Edit(add=((make_direction(), 1.0),)), "gguf")
     with pytest.raises(UsageError, match="--source: expected none"):
         verify(tmp_path / "cv", source=source)
 

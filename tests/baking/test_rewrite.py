@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steer.baking import rewrite
-from steer.baking.rewrite import Rewrite, Rewritten, rewrite_shards
+from steer.baking.rewrite import Rewrite, rewrite_shards
 from steer.checkpoint.reader import Buffer, CheckpointFiles, DecodedTensor, NewTensor, Shard, TensorInfo
 from steer.checkpoint.staging import hash_file
 from steer.errors import CheckpointError
@@ -38,7 +38,7 @@ def _save(path: Path, **tensors: torch.Tensor) -> Shard:
     return Shard.open(path)
 
 
-def _one(job: Rewrite, told: Sequence[Callable[[int], None]] = ()) -> Rewritten:
+def _one(job: Rewrite, told: Sequence[Callable[[int], None]] = ()) -> Rewrite:
     (done,) = rewrite_shards([job], *told)
     return done
 

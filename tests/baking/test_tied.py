@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny_anatomies import config_of, load, logits
 from torch import Tensor
 
-from steer.baking.adapter import bake_adapter
 from steer.baking.bake import bake
 from steer.baking.certificate import Certificate
-from steer.baking.plan import BakePlan
+from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.verify import verify
-from steer.checkpoint.reader import SINGLE, CheckpointFiles
+from steer.checkpoint.reader import SINGLE
 from steer.checkpoint.sketch import sketch_files
 from steer.core.edit import Edit
 
@@ -75,7 +74,7 @@ def test_a_stored_head_that_differs_from_its_tie_is_the_head_in_every_output(
     assert not torch.equal(head, model.model.embed_tokens.weight)  # what transformers 5 computes
     expected = _by_hooks(differing, ablation)
 
-    plan = BakePlan.of(CheckpointFiles.open(differing), ablation).summary()
+    plan = CheckpointPlan(differing, ablation).summary()
     assert "lm_head.weight: differs from the embedding, though config.json ties them; kept as it is stored" in plan
     bake(differing, tmp_path / "baked", ablation)
     assert (logits(load(tmp_path / "baked")) - expected).abs().max() < 1e-9
@@ -83,7 +82,7 @@ def test_a_stored_head_that_differs_from_its_tie_is_the_head_in_every_output(
     assert config_of(tmp_path / "baked")["tie_word_embeddings"] is False
     assert verify(tmp_path / "baked", source=differing)[-1].name == "source"
 
-    bake_adapter(differing, tmp_path / "adapter", ablation)
+    bake(differing, tmp_path / "adapter", ablation, "adapter")
     adapted = _adapted(differing, tmp_path / "adapter")
     assert (logits(adapted) - expected).abs().max() < 1e-9
     assert (logits(adapted.merge_and_unload()) - expected).abs().max() < 1e-9
@@ -106,7 +105,7 @@ def test_a_merge_of_an_adapter_for_a_tied_model_differs_and_its_card_says_how_it
 ) -> None:
     expected = _by_hooks(tied, ablation)
     adapter = tmp_path / "adapter"
-    assert bake_adapter(tied, adapter, ablation).untie_to_merge
+    assert bake(tied, adapter, ablation, "adapter").untie_to_merge
     adapted = _adapted(tied, adapter)
     assert (logits(adapted) - expected).abs().max() < 1e-9
     with warnings.catch_warnings():
@@ -130,7 +129,7 @@ def test_an_adapter_that_merges_right_says_nothing_of_merging(
 ) -> None:
     source = tiny_llama(tmp_path / "source", tie=tie, dtype=torch.float64)
     edit = Edit(ablate=ablation.ablate, blocks=(0, 2)) if tie else ablation
-    assert not bake_adapter(source, tmp_path / "adapter", edit).untie_to_merge
+    assert not bake(source, tmp_path / "adapter", edit, "adapter").untie_to_merge
     assert "merge" not in (tmp_path / "adapter" / "README.md").read_text()
     adapted = _adapted(source, tmp_path / "adapter")
     expected = logits(adapted)

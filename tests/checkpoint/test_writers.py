@@ -12,11 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_anatomies import EXPERTS, FILE, TINY, WIDTH, config_of, load, logits
 from torch import Tensor
 
-from steer.baking.adapter import bake_adapter
 from steer.baking.bake import bake
-from steer.baking.plan import BakePlan
+from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.verify import verify
-from steer.checkpoint.reader import CheckpointFiles
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.errors import CheckpointError, SteerError, UnsupportedError
@@ -160,7 +158,7 @@ def test_the_plan_tells_the_writers_found_and_their_coverage(
     tmp_path: Path, make_direction: MakeDirection, name: str, coverage: str
 ) -> None:
     source = TINY[name].save(tmp_path / "source", torch.bfloat16)
-    plan = BakePlan.of(CheckpointFiles.open(source), Edit(ablate=(make_direction(),)))
+    plan = CheckpointPlan(source, Edit(ablate=(make_direction(),)))
     assert coverage in plan.summary()
     cert = bake(source, tmp_path / "out", plan.edit)
     assert cert.writers_edited == cert.writers_found == len(plan.found.writers)
@@ -171,7 +169,7 @@ def test_the_plan_names_writers_norms_strengths_and_what_else_changes(
 ) -> None:
     source = TINY["gemma2"].save(tmp_path / "source", torch.bfloat16)
     edit = Edit(ablate=(make_direction(),), strength=0.75)
-    lines = BakePlan.of(CheckpointFiles.open(source), edit).summary().splitlines()
+    lines = CheckpointPlan(source, edit).summary().splitlines()
     assert lines[0].endswith("source: Gemma2ForCausalLM, 3 blocks, residual width 32")
     assert lines[2] == (
         "  attention: 3 of 3 edited: model.layers.*.self_attn.o_proj.weight; with biases; through the gain of "
@@ -187,11 +185,11 @@ def test_tensors_of_another_model_in_the_files_pass_through_and_are_named(
     names = ("model.mtp.layers.0.mlp.down_proj.weight", "model.layers.3.eh_proj.weight", "mtp.fc.weight")
     extra = {name: torch.randn(32, 32) for name in names}
     save_file(load_file(source / FILE) | extra, source / FILE, metadata={"format": "pt"})
-    plan = BakePlan.of(CheckpointFiles.open(source), Edit(ablate=(make_direction(),)))
+    plan = CheckpointPlan(source, Edit(ablate=(make_direction(),)))
     assert set(plan.found.unloaded) == set(names)
     assert "not loaded by transformers, not edited: 3 tensors" in plan.summary()
     cert = bake(source, tmp_path / "out", plan.edit)
-    adapter = bake_adapter(source, tmp_path / "adapter", plan.edit)
+    adapter = bake(source, tmp_path / "adapter", plan.edit, "adapter")
     assert set(cert.unloaded) == set(adapter.unloaded) == set(names)
     for out in ("out", "adapter"):
         assert "transformers does not load them: 3 tensors" in (tmp_path / out / "README.md").read_text()

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.baking.form import Form
-from steer.baking.forms import no_constant
+from steer.baking.certificate import Form
+from steer.baking.plan import no_constant
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import PLAIN, Kernel, Method, Projection, Strengths

@@ -78,7 +78,7 @@ class Study:
     def _expect(self, about: Mapping[str, Any], name: str) -> None:
         attributes = self._study.user_attrs
         if "about" not in attributes:
-            from steer.baking.outputs import versions
+            from steer.baking.certificate import versions
 
             with _quiet():
                 self._study.set_metric_names(["mean probability, from the aim on", "log10 KL"])

@@ -18,7 +18,8 @@ from tiny_chat import save_tiny_chat
 from tiny_search import SMALL
 from whole_vocabulary import kl, token_logprobs
 
-from steer.baking.form import Form
+from steer.baking.bake import bake
+from steer.baking.certificate import Form
 from steer.baking.verify import verify
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -198,10 +199,8 @@ def test_an_output_that_is_taken_is_refused_before_anything_is_tried(made: Path,
 
 @pytest.mark.parametrize("form", ["checkpoint", "adapter"])
 def test_what_was_exported_runs_as_its_hooks_do(made: Path, tmp_path: Path, direction: Direction, form: Form) -> None:
-    from steer.verbs.bake import write
-
     edit = Edit((direction,), 1.0, (0, 2), ((direction, -0.5),), strengths=Strengths(1.0, 0.5))
-    write(made / "model", tmp_path / "out", edit, form)
+    bake(made / "model", tmp_path / "out", edit, form)
     source, exported = load(made / "model"), load_exported(tmp_path / "out", made / "model")
     ids = torch.randint(6, 70, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
