@@ -15,7 +15,7 @@ from steer.cli import main as cli
 from steer.cli.common import emit
 from steer.errors import SkippedWarning
 from steer.plain_text import plain, plain_line
-from steer.verbs.tables import _table, _text
+from steer.verbs.tables import text_table
 
 OSC_52 = "\x1b]52;c;cm0gLXJmIH4=\x07"
 ATTACKS = [
@@ -50,9 +50,7 @@ def test_no_way_to_the_terminal_lets_it_pass(text, capsys, monkeypatch):
         assert written
         assert text not in written
         assert written.count("\n") == len(written.splitlines())
-    table = _table("[/red]", "n")
-    table.add_row("[/red] [link=http://x]y", "1")
-    assert "[/red] [link=http://x]y" in _text(table)
+    assert "[/red] [link=http://x]y" in text_table(["[/red]", "n"], [["[/red] [link=http://x]y", "1"]])
 
 
 @pytest.mark.parametrize("text", ATTACKS)

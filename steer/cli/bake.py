@@ -174,7 +174,7 @@ def _summary(cert: Certificate, out: Path) -> str:
 
 
 def _searched(model: str, out: Path, trait: str, **wishes: Any) -> Searched:
-    from steer.measure.search.choice import Goal
+    from steer.measure.search.trials import Goal
     from steer.verbs.bake_search import search_bake
 
     names = {"goal": "share", "max_kl": "max_kl", "tolerance": "tolerance"}

@@ -122,8 +122,3 @@ def marker_rate(text: str, trait: Trait) -> float:
     # Longest first, so that a phrase is counted once and its words are not counted again.
     pattern = "|".join(map(re.escape, sorted(trait.markers, key=len, reverse=True)))
     return 100 * len(re.findall(rf"\b(?:{pattern})\b", words)) / max(len(words.split()), 1)
-
-
-def marker_rates(texts: Sequence[str], trait: Trait) -> float:
-    """Mean marker rate per 100 words over texts."""
-    return float(np.mean([marker_rate(t, trait) for t in texts])) if texts else 0.0
