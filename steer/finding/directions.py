@@ -8,7 +8,7 @@ Direction with statistics and provenance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +26,10 @@ from steer.core.edit import Edit
 from steer.core.fit import OUTLIER
 from steer.core.sampler import MEASURE
 from steer.measure.contrast import Contrast, reply_means, reply_tokens
-from steer.measure.harness import OnTokens, Reference, answers, mean_repetition
+from steer.measure.harness import Reference, answers, mean_repetition
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel
+from steer.progress import Advance
 
 NEAR_BEST = 0.06
 """Sites whose held-out AUROC is within this distance of the best count as equally good: twice the standard error of
@@ -72,7 +73,7 @@ class Candidates:
         return [site for site, a in enumerate(self.auroc) if a >= best - NEAR_BEST]
 
 
-def candidates(model: SteeredModel, contrast: Contrast, *, on_rows: Callable[[int], None] | None = None) -> Candidates:
+def candidates(model: SteeredModel, contrast: Contrast, *, on_rows: Advance | None = None) -> Candidates:
     """Difference of means over response tokens (persona vectors, Chen et al. 2025; CAA, Panickssery et al. 2023).
 
     Each vector is made orthogonal to the neutral mean of its site, so that removing it does not shift ordinary text.
@@ -199,7 +200,7 @@ def chosen(checks: Sequence[SiteCheck], depth: int) -> int:
 
 
 def check_sites(
-    model: SteeredModel, found: Candidates, scorer: Scorer, *, on_tokens: OnTokens = None
+    model: SteeredModel, found: Candidates, scorer: Scorer, *, on_tokens: Advance | None = None
 ) -> list[SiteCheck]:
     """Steer at each of `SITES` sites by amounts -1 and 1, and measure the replies to fit topics.
 

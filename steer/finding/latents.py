@@ -26,9 +26,10 @@ from steer.errors import SteerError
 from steer.finding.directions import NEUTRAL, merit
 from steer.finding.traits import Bar
 from steer.measure.contrast import Contrast, Reply
-from steer.measure.harness import DOSES, OnTokens, Point, Reference, Setting, measure_settings
+from steer.measure.harness import DOSES, Point, Reference, Setting, measure_settings
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel
+from steer.progress import Advance
 from steer.sae.attribution import attribution, output_scores
 from steer.sae.logit_lens import logit_lens
 from steer.sae.pooling import Pooled
@@ -341,7 +342,7 @@ def screen(
     neutral: Sequence[Reply],
     *,
     topics: int = TOPICS,
-    on_tokens: OnTokens = None,
+    on_tokens: Advance | None = None,
 ) -> tuple[Point, list[Response]]:
     """Try single latents, sets of them, the direction and a random latent at three amounts on fit topics; see
     `AMOUNTS`, `SETS`, `BEST_TOGETHER`.
@@ -396,7 +397,7 @@ def dose_response(
     screened: Sequence[Response],
     reference: Reference,
     *,
-    on_tokens: OnTokens = None,
+    on_tokens: Advance | None = None,
 ) -> SteeringCheck:
     """Measure the best latent and set of the screening, the direction and the random latent on every held-out topic.
 

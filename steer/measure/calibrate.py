@@ -21,7 +21,6 @@ from steer.core.trait import NeutralPrompts
 from steer.errors import UsageError
 from steer.files import without_nan
 from steer.measure.harness import (
-    OnTokens,
     Text,
     mean_repetition,
     plain_paragraphs,
@@ -33,6 +32,7 @@ from steer.model.loaded import as_messages
 from steer.model.profiles import sliders_in
 from steer.model.sliders import BUDGET, as_edit
 from steer.model.steered import SteeredModel
+from steer.progress import Advance
 
 PROMPTS, REPLY_TOKENS = 24, 48
 """Number of prompts answered, the last ones of the held-out neutral prompts, and length of the replies that repetition
@@ -164,7 +164,7 @@ def calibrate(
     *,
     limits: Limits | None = None,
     seed: int = 0,
-    on_tokens: OnTokens = None,
+    on_tokens: Advance | None = None,
 ) -> Calibration:
     """Measure the range of every slider of a profile, including those that are switched off.
 
@@ -214,7 +214,7 @@ class NeutralCosts:
     `on_tokens` is called with the number of tokens that went through the model since its last call.
     """
 
-    def __init__(self, model: SteeredModel, sampler: Sampler, on_tokens: OnTokens = None) -> None:
+    def __init__(self, model: SteeredModel, sampler: Sampler, on_tokens: Advance | None = None) -> None:
         self.model, self._on_tokens = model, on_tokens
         self.sampler = replace(sampler, max_new_tokens=REPLY_TOKENS)
         self.tokens = 0
@@ -225,7 +225,7 @@ class NeutralCosts:
         self.repetition = mean_repetition(untouched)
         """Mean repetition of the untouched replies."""
         texts = [(p, r[:TEXT_TOKENS]) for p, r in zip(self._contexts, untouched, strict=True) if r]
-        self.replies: list[Text] = texts[-TEXTS:]
+        self.replies: Sequence[Text] = texts[-TEXTS:]
         # The second half of the prose: searches for bakes use the first.
         self.prose = prose_texts(model, plain_paragraphs()[1][:PASSAGES], TEXT_TOKENS)
 

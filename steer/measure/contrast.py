@@ -23,6 +23,7 @@ from steer.model.forward import read_residuals
 from steer.model.loaded import Message, as_messages
 from steer.model.steered import SteeredModel
 from steer.model.tokens import padded
+from steer.progress import Advance
 
 FIT_SAMPLES = 2
 """Replies to each fit topic under each instruction."""
@@ -93,7 +94,7 @@ def contrast_replies(
     *,
     sampler: Sampler = SAMPLER,
     neutral: Sequence[Reply] | None = None,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Advance | None = None,
 ) -> Contrast:
     """Let the model answer every topic under both instructions, all in one call of `model.replies`.
 
@@ -125,7 +126,7 @@ def contrast_replies(
 
 
 def reply_means(
-    model: SteeredModel, replies: Sequence[Reply], *, on_rows: Callable[[int], None] | None = None
+    model: SteeredModel, replies: Sequence[Reply], *, on_rows: Advance | None = None
 ) -> Float[Tensor, "replies sites d"]:
     """The mean residual stream over each reply's tokens, at every site, fp32.
 
@@ -162,7 +163,7 @@ def read_replies(
     take: Take,
     *,
     batch: int = 32,
-    on_rows: Callable[[int], None] | None = None,
+    on_rows: Advance | None = None,
 ) -> None:
     """Run chats with their replies through the unsteered model and pass the residual streams to `take`.
 

@@ -7,7 +7,7 @@ file, so that these can be compared. First come dose responses, then replies, th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from itertools import islice
@@ -30,6 +30,7 @@ from steer.model.forward import Head, head_of
 from steer.model.loaded import Message, as_messages
 from steer.model.prefill import prefill
 from steer.model.steered import SteeredModel
+from steer.progress import Advance
 
 DOSES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Amounts of the slider that a dose response measures."""
@@ -40,8 +41,6 @@ TOKENS = 64
 Numbers = Float[np.ndarray, " n"]
 Text = tuple[Sequence[int], Sequence[int]]
 """(context, text) as token ids: the text is what is scored, the context is what precedes it."""
-OnTokens = Callable[[int], None] | None
-"""Called with the number of tokens written since its last call."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def measure_settings(
     samples: int = 2,
     judge: SteeredModel | None = None,
     perplexities: bool = True,
-    on_tokens: OnTokens = None,
+    on_tokens: Advance | None = None,
 ) -> list[Point]:
     """Let the model reply to every topic under every setting, `samples` times, and score the replies: a `Point` per
     setting.
@@ -185,7 +184,7 @@ def measure_baked(
     reference: Reference,
     texts: Sequence[str],
     *,
-    on_tokens: OnTokens = None,
+    on_tokens: Advance | None = None,
 ) -> dict[str, Any]:
     """Trait rate, KL on the source's replies to neutral prompts, and perplexity of plain `texts`, before and after
     baking. `before` is the point of the untouched source in a dose response on the trait's held-out topics."""
@@ -212,7 +211,7 @@ def answers(
     *,
     samples: int = 1,
     systems: Sequence[str | None] | None = None,
-    on_tokens: OnTokens = None,
+    on_tokens: Advance | None = None,
 ) -> list[list[Answers]]:
     """Per edit and scorer: replies to the scorer's topics, each topic `samples` times in a row. All replies are
     generated in one call, see `replies_under`."""
@@ -235,7 +234,7 @@ def replies_under(
     sampler: Sampler,
     *,
     systems: Sequence[str | None] | None = None,
-    on_tokens: OnTokens = None,
+    on_tokens: Advance | None = None,
 ) -> list[list[list[int]]]:
     """Replies to every prompt under each edit (None: the untouched model), as token ids, generated in one call.
 
@@ -254,7 +253,7 @@ def replies_under(
 
 
 def neutral_replies(
-    model: SteeredModel, prompts: Sequence[str], *, tokens: int = 48, on_tokens: OnTokens = None
+    model: SteeredModel, prompts: Sequence[str], *, tokens: int = 48, on_tokens: Advance | None = None
 ) -> list[Reply]:
     """The untouched model's replies of at most `tokens` tokens to neutral prompts, without the empty ones."""
     chats: list[list[Message]] = [as_messages(p) for p in prompts]
@@ -328,7 +327,7 @@ class Reference:
 
 
 def row_costs(
-    model: SteeredModel, texts: Sequence[Text], edits: Sequence[Edit], on_tokens: OnTokens = None
+    model: SteeredModel, texts: Sequence[Text], edits: Sequence[Edit], on_tokens: Advance | None = None
 ) -> list[tuple[float, float]]:
     """(KL(untouched || edited), cross-entropy) in nats per token of the texts: first those of the untouched model, then
     those under each edit. inf where a logit is not a number."""
@@ -358,7 +357,7 @@ def text_costs(
     texts: Sequence[Text],
     edits: Sequence[Edit | None],
     reference: Reference | None = None,
-    on_tokens: OnTokens = None,
+    on_tokens: Advance | None = None,
 ) -> Float[np.ndarray, "edits texts 2"]:
     """(KL(base || edited), cross-entropy) of each text under each edit, summed over its tokens, nats.
 

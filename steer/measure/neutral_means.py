@@ -21,13 +21,13 @@ from steer.core.trait import NeutralPrompts
 from steer.errors import MismatchError, SteerError
 from steer.files import write_atomic
 from steer.measure.contrast import SAMPLER, Reply, reply_means
-from steer.measure.harness import OnTokens, neutral_replies
+from steer.measure.harness import neutral_replies
 from steer.model import steered
 from steer.model.steered import SteeredModel
-from steer.progress import bar
+from steer.progress import Advance, bar
 
 
-def neutral_means(model: SteeredModel, *, on_tokens: OnTokens = None) -> Float[Tensor, "blocks d"]:
+def neutral_means(model: SteeredModel, *, on_tokens: Advance | None = None) -> Float[Tensor, "blocks d"]:
     """The mean residual stream after each block over the model's replies to the neutral prompts of the fit split,
     each reply with equal weight, fp32. `steer find` makes its directions orthogonal to these means."""
     prompts = NeutralPrompts.load().fit

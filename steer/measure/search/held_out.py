@@ -19,7 +19,6 @@ from steer.core.sampler import MEASURE
 from steer.core.trait import NeutralPrompts
 from steer.measure.harness import (
     Numbers,
-    OnTokens,
     Reference,
     answers,
     neutral_replies,
@@ -29,6 +28,7 @@ from steer.measure.harness import (
 from steer.measure.scorer import Scorer
 from steer.measure.search.trials import NEUTRAL_TOKENS, REPLY_TOKENS
 from steer.model.steered import SteeredModel, load
+from steer.progress import Advance
 
 PROMPTS, SAMPLES = 24, 2
 """Number of held-out neutral prompts that KL is computed on, and replies to each held-out topic."""
@@ -53,7 +53,7 @@ class HeldOut:
         kept: Mapping[str, Scorer],
         *,
         tokens: int = REPLY_TOKENS,
-        on_tokens: OnTokens = None,
+        on_tokens: Advance | None = None,
     ) -> None:
         self.scorer, self.kept, self.on_tokens = scorer, dict(kept), on_tokens
         self.sampler = replace(MEASURE, max_new_tokens=tokens)

@@ -18,10 +18,11 @@ from steer.core.sampler import MEASURE
 from steer.core.trait import Trait
 from steer.errors import SteerError, UsageError
 from steer.measure.contrast import Reply
-from steer.measure.harness import OnTokens, Scores, answers, plain_paragraphs, prose_texts, row_costs
+from steer.measure.harness import Scores, answers, plain_paragraphs, prose_texts, row_costs
 from steer.measure.scorer import Scorer
 from steer.measure.search.space import Params, edit_label
 from steer.model.steered import SteeredModel
+from steer.progress import Advance
 
 REPLY_TOKENS = 100
 """Length of the replies that are scored, tokens; a trait may show late in a reply."""
@@ -95,7 +96,7 @@ class Bench:
         kept: Mapping[str, Scorer],
         neutral: Sequence[Reply],
         scope: Scope = Scope(),
-        on_tokens: OnTokens = None,
+        on_tokens: Advance | None = None,
     ) -> None:
         self.model, self.scorer, self.kept, self.scope = model, scorer, dict(kept), scope
         self.scorers = [scorer, *kept.values()]
