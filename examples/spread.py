@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from steer.core.trait import NeutralPrompts
 from steer.files import write_atomic
 from steer.finding.traits import find_trait
-from steer.measure.dose import dose_settings, measure_settings, neutral_replies
-from steer.measure.fluency import Reference
+from steer.measure.harness import Reference, dose_settings, measure_settings, neutral_replies
 from steer.model.steered import SteeredModel, load
 from steer.verbs.demo import NEUTRAL_PROMPTS, TRAITS
 

@@ -31,9 +31,8 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.sampler import Sampler
 from steer.errors import UnsupportedError, UsageError
-from steer.measure.contrast import Reply
-from steer.measure.fluency import Reference, row_costs
-from steer.measure.residuals import reply_means
+from steer.measure.contrast import Reply, reply_means
+from steer.measure.harness import Reference, row_costs
 from steer.model.forward import hidden_states
 from steer.model.prefill import prefill
 from steer.model.steered import SteeredModel, load
@@ -224,7 +223,8 @@ def test_fluency_and_divergence_are_those_of_the_logits(case: Case, ablation: Ed
         ids = torch.tensor([[*prompt, *reply.ids]])
         base, other = (case.logprobs(ids, e)[0, len(prompt) - 1 : -1] for e in (None, ablation))
         total, tokens = total + float((base.exp() * (base - other)).sum()), tokens + len(reply.ids)
-    assert Reference.of(case.model, answers).kl(case.model, ablation) == pytest.approx(total / tokens, abs=ROUNDING)
+    (found,) = Reference.of(case.model, answers).kls(case.model, [ablation])
+    assert found == pytest.approx(total / tokens, abs=ROUNDING)
 
 
 def test_texts_under_several_edits_are_read_as_each_alone(case: Case, make_direction) -> None:

@@ -15,7 +15,8 @@ from steer.cli import main as cli
 from steer.cli.common import emit
 from steer.errors import SkippedWarning
 from steer.plain_text import plain, plain_line
-from steer.verbs.tables import _table, _text
+from steer.sae.records import Context, FeatureRecord
+from steer.verbs.tables import feature_table, text_table
 
 OSC_52 = "\x1b]52;c;cm0gLXJmIH4=\x07"
 ATTACKS = [
@@ -50,9 +51,15 @@ def test_no_way_to_the_terminal_lets_it_pass(text, capsys, monkeypatch):
         assert written
         assert text not in written
         assert written.count("\n") == len(written.splitlines())
-    table = _table("[/red]", "n")
-    table.add_row("[/red] [link=http://x]y", "1")
-    assert "[/red] [link=http://x]y" in _text(table)
+    assert "[/red] [link=http://x]y" in text_table(["[/red]", "n"], [["[/red] [link=http://x]y", "1"]])
+
+
+def test_a_table_shows_brackets_as_they_are():
+    record = FeatureRecord(3, 0.1, 1.0, 2.0, [("[b]", 1.0)], [], [Context("a ", "lie", " x", 2.0)], [])
+    table = feature_table([record], None)
+    assert "[b]" in table
+    assert "a [lie] x" in table
+    assert "\\" not in table
 
 
 @pytest.mark.parametrize("text", ATTACKS)

@@ -97,7 +97,7 @@ def bake(
     if search:
         if len(ablate) != 1 or added or profile or force or HowToAblate(**how) != HowToAblate():
             raise UsageError("--search: expected one --ablate TRAIT beside it and nothing else that it would choose")
-        from steer.measure.search.choice import Goal
+        from steer.measure.search.trials import Goal
         from steer.verbs.bake_search import search_bake
 
         searched = search_bake(

@@ -1,13 +1,15 @@
-"""Directions by difference of means, computed at every site at once.
+"""Directions by difference of means at every site, and the choice of the site that steers best.
 
-Takes the contrast replies (`steer.measure.contrast`) and gives `Candidates`; `sites` then chooses one site, and
-`finished_direction` turns it into a Direction with statistics and provenance.
+From contrast replies (`steer.measure.contrast`) `candidates` makes one vector per site. Sites that read the trait
+equally well are tried on fit topics (`check_sites`) and one is chosen (`chosen`); `finished_direction` turns it into a
+Direction with statistics and provenance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,13 +22,32 @@ from torch import Tensor
 from steer.baking.certificate import source_name
 from steer.checkpoint.dtypes import dtype_name
 from steer.core.direction import Direction
-from steer.measure.contrast import Contrast
-from steer.measure.residuals import reply_means, reply_tokens
+from steer.core.edit import Edit
+from steer.core.fit import OUTLIER
+from steer.core.sampler import MEASURE
+from steer.measure.contrast import Contrast, reply_means, reply_tokens
+from steer.measure.harness import Reference, answers, mean_repetition
+from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel
+from steer.progress import Advance
 
 NEAR_BEST = 0.06
 """Sites whose held-out AUROC is within this distance of the best count as equally good: twice the standard error of
 an AUROC over 48 replies."""
+
+BAND = (0.2, 0.8)
+"""First and last depth tried, as shares of the model's depth: earlier sites carry words rather than behaviour, later
+ones the next word."""
+AMOUNTS = (-1.0, 1.0)
+"""Amounts tried at each site."""
+KL_COST = 2.0
+"""Weight of KL in the merit: 0.1 nats at amount -1 cancel an effect of 0.2. A site that costs much at amount 1 falls
+apart at 2."""
+REPETITION_COST = 4.0
+"""Weight of repetition in the merit: repeating a tenth of the trigrams cancels an effect of 0.4."""
+SITES, TOPICS, TOKENS, NEUTRAL = 5, 16, 48, 8
+"""Number of sites tried, of fit topics answered at each, of tokens per reply, and of the neutral replies that KL is
+computed on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +73,13 @@ class Candidates:
         return [site for site, a in enumerate(self.auroc) if a >= best - NEAR_BEST]
 
 
-def candidates(model: SteeredModel, contrast: Contrast, *, on_rows: Callable[[int], None] | None = None) -> Candidates:
+def candidates(model: SteeredModel, contrast: Contrast, *, on_rows: Advance | None = None) -> Candidates:
     """Difference of means over response tokens (persona vectors, Chen et al. 2025; CAA, Panickssery et al. 2023).
 
     Each vector is made orthogonal to the neutral mean of its site, so that removing it does not shift ordinary text.
     `on_rows` is called with the number of replies read since its last call.
     """
-    groups = [
-        contrast.fit_with,
-        contrast.fit_without,
-        contrast.held_out_with,
-        contrast.held_out_without,
-        contrast.neutral,
-    ]
+    groups = [*contrast.sides, contrast.neutral]
     means = reply_means(model, [r for group in groups for r in group], on_rows=on_rows).double()
     fit_with, fit_without, held_with, held_without, neutral = means.split([len(g) for g in groups])
     centre = neutral.mean(0)
@@ -109,22 +124,18 @@ def rough_direction(found: Candidates, site: int) -> Direction:
 def finished_direction(model: SteeredModel, found: Candidates, site: int, provenance: dict) -> Direction:
     """The direction at a site with its statistics on neutral response tokens and its provenance.
 
-    Tokens whose norm is over 10 times the median are left out of the statistics. `provenance` is added to the facts
-    recorded here.
+    Tokens whose norm is over `OUTLIER` times the median are left out of the statistics. `provenance` is added to the
+    facts recorded here.
     """
     tokens = reply_tokens(model, found.contrast.neutral, site)
     norms = tokens.norm(dim=-1)
-    ordinary = norms <= 10 * norms.median()
+    ordinary = norms <= OUTLIER * norms.median()
     projection = tokens[ordinary] @ found.vectors[site]
     trait = found.contrast.trait
-    return Direction(
-        name=trait.name,
-        site=site,
-        vector=found.vectors[site],
+    return replace(
+        rough_direction(found, site),
         mean=float(projection.mean()),
         std=float(projection.std()),
-        with_mean=float(found.with_mean[site]),
-        without_mean=float(found.without_mean[site]),
         residual_norm=float(norms[ordinary].median()),
         provenance={
             # Only the folder's name: directions are shared, and must not reveal paths of this machine.
@@ -142,3 +153,76 @@ def finished_direction(model: SteeredModel, found: Candidates, site: int, proven
             **provenance,
         },
     )
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """The measured effect of steering at one site."""
+
+    site: int
+    auroc: float
+    """Held-out AUROC of the site's projection."""
+    below: float
+    """Mean trait probability of replies at amount -1."""
+    above: float
+    """Mean trait probability of replies at amount 1."""
+    repetition: float
+    """Mean repetition of the replies at both amounts."""
+    kl: float
+    """KL at amount -1 on neutral prompts, nats per token."""
+    error: float
+    """Standard error over topics of the effect, the mean of `above - below`."""
+
+    @property
+    def merit(self) -> float:
+        """Effect minus weighted costs: what sites are compared by."""
+        return merit(self.below, self.above, self.kl, self.repetition)
+
+
+def merit(below: float, above: float, kl: float, repetition: float) -> float:
+    """What steering achieves, from the trait's mean probability at negative and at positive amounts, minus its costs,
+    weighted."""
+    return above - below - KL_COST * kl - REPETITION_COST * repetition
+
+
+def chosen(checks: Sequence[SiteCheck], depth: int) -> int:
+    """The site nearest to the middle of `depth` blocks, of those whose merit is not clearly lower than the best.
+
+    Clearly lower means by more than two standard errors of the difference. A few replies per site leave noise in its
+    merit: among sites that cannot be distinguished, which one has the best number is chance and changes with the seed
+    and the machine; the middle does not. The rule is the one-standard-error rule (Breiman et al. 1984) with the error
+    of the difference in place of that of the best; that directions steer best from the middle of a model is from
+    Rimsky et al. 2024.
+    """
+    best = max(checks, key=lambda c: c.merit)
+    near = [c for c in checks if best.merit - c.merit <= 2 * math.hypot(best.error, c.error)]
+    return min(near, key=lambda c: (abs(c.site - (depth - 1) / 2), c.site)).site
+
+
+def check_sites(
+    model: SteeredModel, found: Candidates, scorer: Scorer, *, on_tokens: Advance | None = None
+) -> list[SiteCheck]:
+    """Steer at each of `SITES` sites by amounts -1 and 1, and measure the replies to fit topics.
+
+    The sites are spread evenly over those in `BAND` that read the trait as well as the best. All replies are generated
+    in one batch.
+    """
+    depth = model.anatomy.blocks
+    inside = [s for s in found.readable if BAND[0] <= (s + 1) / depth <= BAND[1]] or found.readable
+    tried = [inside[i] for i in sorted({round(x) for x in np.linspace(0, len(inside) - 1, SITES)})]
+    edits = [Edit(add=((rough_direction(found, s), a),)) for s in tried for a in AMOUNTS]
+    topics, sampler = found.contrast.trait.fit[:TOPICS], replace(MEASURE, max_new_tokens=TOKENS)
+    replies = [r for (r,) in answers(model, [scorer], [topics], edits, sampler, on_tokens=on_tokens)]
+    costs = Reference.of(model, found.contrast.neutral[:NEUTRAL]).kls(model, edits[::2])
+    return [
+        SiteCheck(
+            site=site,
+            auroc=found.auroc[site],
+            below=low.scores.probability,
+            above=high.scores.probability,
+            repetition=mean_repetition([*low.ids, *high.ids]),
+            kl=kl,
+            error=float((high.probabilities - low.probabilities).std() / np.sqrt(len(topics))),
+        )
+        for site, low, high, kl in zip(tried, replies[::2], replies[1::2], costs, strict=True)
+    ]

@@ -1,8 +1,8 @@
 """`steer find --dictionary`: from a trait's instructions to the latents that detect it and the features that steer it.
 
 The steps, each in its own file: contrast replies and a direction (as `steer find` makes them), the ranking of all
-latents (`steer.sae.ranking`), the choice of ten (`choosing`), and the steering check (`latents`). The results are
-written into the dictionary's directory.
+latents (`steer.sae.ranking`), the choice of ten and the steering check (`latents`). The results are written into the
+dictionary's directory.
 """
 
 from __future__ import annotations
@@ -27,18 +27,25 @@ from steer.core.slider import slider_rows
 from steer.core.trait import NeutralPrompts, Trait
 from steer.errors import SteerError
 from steer.files import write_atomic
-from steer.finding.choosing import PooledContrast, Q, RankedLatent, choose_latents
-from steer.finding.directions import candidates, finished_direction
-from steer.finding.latents import SteeringCheck, dose_response, dose_tokens, screen, screening_tokens
-from steer.finding.traits import Bar
-from steer.measure.contrast import FIT_SAMPLES, SAMPLER, Contrast, contrast_replies
-from steer.measure.dose import neutral_replies
-from steer.measure.fluency import Reference
-from steer.measure.scorer import Scorer, clear_replies
+from steer.finding.latents import (
+    Q,
+    RankedLatent,
+    SteeringCheck,
+    choose_latents,
+    dose_response,
+    dose_tokens,
+    feature_auroc,
+    latent_units,
+    screen,
+    screening_tokens,
+)
+from steer.finding.traits import Bar, contrast_for, find_trait
+from steer.measure.harness import Reference, neutral_replies
+from steer.measure.scorer import Scorer
 from steer.model.fit_check import FitReport, FitWarning, check_fit
 from steer.model.steered import SteeredModel
 from steer.progress import bar
-from steer.sae.pooling import check_fits
+from steer.sae.pooling import Pooled, check_fits, pooled
 from steer.sae.ranking import Ranking, rank
 from steer.sae.records import FeatureRecord, read_records, with_trait, write_records
 
@@ -71,7 +78,7 @@ class FoundFeatures:
     seed: int
 
     @property
-    def told(self) -> int:
+    def detecting(self) -> int:
         """Number of latents that detect the trait at a false discovery rate below `Q`."""
         return int((self.ranking.q < Q).sum())
 
@@ -84,7 +91,7 @@ class FoundFeatures:
             "seed": self.seed,
             "fit": {"fvu": self.fit.fit.fvu, "l0": self.fit.fit.l0, "poor": self.fit.poor},
             "latents": self.dictionary.latents,
-            f"latents_q_below_{Q:g}": self.told,
+            f"latents_q_below_{Q:g}": self.detecting,
             "replies": list(self.ranking.replies),
             "direction_auroc": self.direction_auroc,
             "scorer_auroc": self.scorer.auroc,
@@ -129,34 +136,40 @@ def find_features(
     if fit.poor:
         warnings.warn(f"{fit}; its features may not mean what they say", FitWarning, 2)
 
-    name, sampler = trait.name, replace(SAMPLER, seed=seed)
-    count = 2 * (FIT_SAMPLES * len(trait.fit) + len(trait.held_out)) + len(NeutralPrompts.load().fit)
-    with progress(f"{name}: replies", count * sampler.max_new_tokens, "tokens") as advance:
-        contrast = contrast_replies(model, trait, sampler=sampler, on_tokens=advance)
-    contrast.check()
-    clear, scorer = clear_replies(contrast), Scorer.train(contrast)
-    with progress(f"{name}: residual streams", None, "replies") as advance:
-        means = candidates(model, clear, on_rows=advance)
-        direction = finished_direction(model, means, site, {"seed": seed, "scorer_auroc": round(scorer.auroc, 4)})
-        if d.norm is None:
-            d = replace(d, norm=direction.residual_norm)
-        activations = PooledContrast.read(model, d, clear, advance)
+    name, contrast = trait.name, contrast_for(model, trait, seed=seed, progress=progress)
+    means = find_trait(model, trait, site=site, seed=seed, contrast=contrast, progress=progress)
+    direction, scorer, clear = means.direction, means.scorer, means.candidates.contrast
+    if d.norm is None:
+        d = replace(d, norm=direction.residual_norm)
+    with progress(f"{name}: activations", None, "replies") as advance:
+        groups = [pooled(model, d, side, on_rows=advance) for side in clear.sides]
     with progress(f"{name}: ranking", None, "latents"):
-        ranking = rank(*activations.all, seed=seed)
-    units = activations.units(records)
+        ranking = rank(*groups, seed=seed)
+    units = latent_units(groups[:2], records)
     top = choose_latents(model, d, clear, ranking, units, direction.gap, progress)
-    steered = _check(model, scorer, direction, d, top, units, contrast, seed, progress) if check else None
+    steered = None
+    if check:
+        chosen = {t.index for t in top}
+        others = [j for j in sorted(units) if j not in chosen] or sorted(units)
+        index = int(np.random.default_rng(seed).choice(others))
+        latents, random = [t.feature(d) for t in top], Feature.latent(d, index, units[index])
+        with progress(f"{name}: steering check", screening_tokens(len(latents)), "tokens") as advance:
+            untouched, screened = screen(model, scorer, direction, latents, random, contrast.neutral, on_tokens=advance)
+        with progress(f"{name}: dose response", dose_tokens(len(trait.held_out)), "tokens") as advance:
+            prompts = NeutralPrompts.load().held_out[:NEUTRAL_PROMPTS]
+            reference = Reference.of(model, neutral_replies(model, prompts))
+            steered = dose_response(model, scorer, untouched, screened, reference, on_tokens=advance)
     found = FoundFeatures(
         trait=name,
         dictionary=d,
         direction=direction,
-        direction_auroc=means.auroc[site],
+        direction_auroc=means.candidates.auroc[site],
         scorer=scorer,
         ranking=ranking,
         fit=fit,
         top=top,
         check=steered,
-        sliders=_sliders(name, steered, activations) if steered else (),
+        sliders=_sliders(name, steered, groups) if steered else (),
         written=(),
         seed=seed,
     )
@@ -167,34 +180,7 @@ def find_features(
     return replace(found, written=written)
 
 
-def _check(
-    model: SteeredModel,
-    scorer: Scorer,
-    direction: Direction,
-    d: Dictionary,
-    top: Sequence[RankedLatent],
-    units: dict[int, float],
-    contrast: Contrast,
-    seed: int,
-    progress: Bar,
-) -> SteeringCheck:
-    """The steering check of the latents in `top`, against the direction and one random latent that is not among
-    them."""
-    latents = [t.feature(d) for t in top]
-    tried = {t.index for t in top}
-    others = [j for j in sorted(units) if j not in tried] or sorted(units)
-    index = int(np.random.default_rng(seed).choice(others))
-    random = Feature.latent(d, index, units[index])
-    name, topics = scorer.trait.name, len(scorer.trait.held_out)
-    with progress(f"{name}: steering check", screening_tokens(len(latents)), "tokens") as advance:
-        untouched, screened = screen(model, scorer, direction, latents, random, contrast.neutral, on_tokens=advance)
-    with progress(f"{name}: dose response", dose_tokens(topics), "tokens") as advance:
-        prompts = NeutralPrompts.load().held_out[:NEUTRAL_PROMPTS]
-        reference = Reference.of(model, neutral_replies(model, prompts))
-        return dose_response(model, scorer, untouched, screened, reference, on_tokens=advance)
-
-
-def _sliders(trait: str, check: SteeringCheck, activations: PooledContrast) -> tuple[dict[str, Any], ...]:
+def _sliders(trait: str, check: SteeringCheck, groups: Sequence[Pooled]) -> tuple[dict[str, Any], ...]:
     """Rows of sliders.yaml for the best single latent and the best set."""
     out = []
     for kind in ("latent", "set"):
@@ -211,9 +197,9 @@ def _sliders(trait: str, check: SteeringCheck, activations: PooledContrast) -> t
                 "units": [float(f"{u:.6g}") for u in f.units],
                 "operation": "add",
                 "trait": trait,
-                "auroc": round(activations.auroc(f), 4),
+                "auroc": round(feature_auroc(f, groups), 4),
                 "note": f"held-out rates at -2 to 2: {rates}{'' if dose.monotone else ' (not monotone)'}; at -1 KL "
-                f"{below.kl or 0.0:.3f}, repetition {below.repetition:.3f}; amount 1 moves {check.share:.2f} of the "
+                f"{below.kl:.3f}, repetition {below.repetition:.3f}; amount 1 moves {check.share:.2f} of the "
                 f"residual norm; lowers the rate further than the difference of means, at no more KL, at "
                 f"{', '.join(f'{a:g}' for a, w in won.items() if w) or 'neither -1 nor -2'}",
             }

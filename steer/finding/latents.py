@@ -1,32 +1,47 @@
-"""Whether features steer: latents and sets of latents compared with the difference-of-means direction.
+"""Which latents of a dictionary to try for a trait, and whether they steer.
 
-The last step of `steer find --dictionary`. All candidates displace the residual stream by the same length. `screen`
-chooses the best ones on fit topics, `dose_response` measures those on held-out topics.
+`steer.finding.features` ranks all latents first (`steer.sae.ranking`). `choose_latents` reduces them to ten by AUROC,
+attribution and output score. Then these, sets of them and the difference-of-means direction displace the residual
+stream by the same length: `screen` chooses the best on fit topics, `dose_response` measures those on held-out topics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from scipy.stats import rankdata
 
+from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import MEASURE
 from steer.core.slider import Slider
-from steer.finding.choosing import displaced
-from steer.finding.sites import KL_COST, NEUTRAL, REPETITION_COST
-from steer.measure.contrast import Reply
-from steer.measure.dose import AMOUNTS as DOSES
-from steer.measure.dose import Point, Setting, measure_settings
-from steer.measure.fluency import Reference, mean_repetition
+from steer.core.trait import NeutralPrompts
+from steer.errors import SteerError
+from steer.finding.directions import NEUTRAL, merit
+from steer.finding.traits import Bar
+from steer.measure.contrast import Contrast, Reply
+from steer.measure.harness import DOSES, Point, Reference, Setting, measure_settings
 from steer.measure.scorer import Scorer
-from steer.model.loaded import Message
 from steer.model.steered import SteeredModel
+from steer.progress import Advance
+from steer.sae.attribution import attribution, output_scores
+from steer.sae.logit_lens import logit_lens
+from steer.sae.pooling import Pooled
+from steer.sae.ranking import Ranking, auroc
+from steer.sae.records import FeatureRecord
 
+ATTRIBUTED, SCORED, TOP = 1000, 40, 10
+"""Number of latents that get an attribution, that get an output score, and that are tried."""
+Q = 0.05
+"""False discovery rate below which a latent counts as detecting the trait."""
+ATTRIBUTION_REPLIES, PROMPTS = 64, 8
+"""Number of fit replies per side that attribution is computed on, and of neutral fit prompts for output scores."""
 AMOUNTS = (-2.0, -1.0, 1.0)
 """Amounts that candidates are tried at; 1 is the displacement of the direction at amount 1."""
 SETS = (2, 3, 5)
@@ -39,6 +54,137 @@ SCREEN_TOKENS, DOSE_TOKENS = 48, 64
 """Lengths of the replies of the screening and of the dose response, tokens."""
 
 Kind = Literal["latent", "set", "direction", "random"]
+
+
+@dataclass(frozen=True)
+class RankedLatent:
+    """One of the latents chosen to be tried, with the numbers it was chosen by."""
+
+    index: int
+    sign: int
+    """1 for a latent that fires more with the trait, -1 for one that fires less; from the fit replies."""
+    fit_auroc: float
+    """AUROC on fit replies of the pooled activation, by the pooling that separates the fit replies better."""
+    auroc: float
+    """AUROC on held-out replies, by the same pooling."""
+    pooling: str
+    """"max" or "mean"."""
+    q: float
+    """False discovery rate of the held-out AUROC, over all latents."""
+    attribution: float
+    """How much more the log-probability of replies with the trait depends on the latent than that of replies without,
+    nats per token."""
+    output_score: float
+    """Gain in log-probability of the latent's own tokens when it is added, displaced as far as the direction is at
+    amount 1, nats."""
+    score: float
+    """The latents are ordered by this; see `choose_latents`."""
+    unit: float
+    """The 0.99 quantile of its positive activations, from features.jsonl; without that file, the 0.99 quantile of its
+    largest activation in each reply."""
+    tokens: tuple[str, ...]
+    """The tokens whose logits its decoder row raises most."""
+
+    def feature(self, dictionary: Dictionary) -> Feature:
+        """The latent as a Feature in its own unit, signed so that adding it raises the trait. The name `L14/-12` means
+        latent 12 of site 14 with negative sign."""
+        name = f"L{dictionary.site}/{'-' if self.sign < 0 else ''}{self.index}"
+        return Feature.latent(dictionary, self.index, self.sign * self.unit, name)
+
+
+def latent_units(fit: Sequence[Pooled], records: Sequence[FeatureRecord]) -> dict[int, float]:
+    """Latent -> unit, for every latent that fires on the fit replies: the unit of its record, or without a record the
+    0.99 quantile of its largest activation in each reply that it fires on."""
+    highest = torch.cat([g.max for g in fit])
+    known = {r.index: r.unit for r in records if r.unit > 0}
+    live = (highest > 0).any(0).nonzero()[:, 0].tolist()
+    return {j: known[j] if j in known else float((h := highest[:, j])[h > 0].quantile(0.99)) for j in live}
+
+
+def feature_auroc(feature: Feature, groups: Sequence[Pooled]) -> float:
+    """Held-out AUROC of the sum of a feature's activations, each in its unit and with its sign, pooled by largest or by
+    mean activation, whichever separates the fit replies better. `groups`: as the arguments of `rank`."""
+    weights, aurocs = 1 / torch.tensor(feature.units), []
+    for pooling in ("max", "mean"):
+        scores = [(getattr(g, pooling)[:, list(feature.indices)] @ weights).numpy()[:, None] for g in groups]
+        aurocs.append((float(auroc(*scores[:2])[0]), float(auroc(*scores[2:])[0])))
+    return max(aurocs, key=lambda pair: pair[0])[1]
+
+
+def choose_latents(
+    model: SteeredModel,
+    d: Dictionary,
+    contrast: Contrast,
+    ranking: Ranking,
+    units: Mapping[int, float],
+    length: float,
+    progress: Bar,
+) -> tuple[RankedLatent, ...]:
+    """The latents to try, best first.
+
+    1. The 1,000 latents with the best fit AUROC get an attribution.
+    2. The 40 of them with the lowest sum of the ranks by fit AUROC and by attribution get an output score. A latent
+       that speaks against the trait is ranked by its attribution with the sign reversed.
+    3. Ten of those are returned, those with q below 0.05 before the others, ordered by `score`: the distance of the
+       fit AUROC from 0.5 times the share of the 40 that have a lower output score; 0 if the output score is not
+       positive.
+
+    `units` has a unit for each live latent. For its output score a latent displaces the residual stream by `length`, as
+    it will when it is tried. Errors: SteerError when there is no live latent.
+    """
+    if not units:
+        raise SteerError(
+            f"dictionary {d.name}: expected latents that fire on the replies, found none; use a dictionary "
+            f"trained on {model.name}"
+        )
+    first = [j for j in map(int, ranking.order) if j in units][:ATTRIBUTED]
+    fit_auroc = np.where(ranking.pooling == "max", ranking.fit_auroc_max, ranking.fit_auroc_mean)
+    with_, without = (_spread(side, ATTRIBUTION_REPLIES) for side in (contrast.fit_with, contrast.fit_without))
+    with progress(f"{contrast.trait.name}: attribution", len(with_) + len(without), "replies") as advance:
+        attributed = attribution(model, d, with_, without, first, on_rows=advance).numpy()
+    sense = np.where(fit_auroc[first] >= 0.5, 1, -1)
+    distance = np.abs(fit_auroc[first] - 0.5)
+    ranks = rankdata(-distance, "ordinal") + rankdata(-sense * attributed, "ordinal")
+    chosen = np.argsort(ranks, kind="stable")[:SCORED]
+    latents = [first[i] for i in chosen]
+    sense, distance, attributed = sense[chosen], distance[chosen], attributed[chosen]
+
+    scored = [displaced(Feature.latent(d, j, units[j]), length) for j in latents]
+    prompts = NeutralPrompts.load().fit[:PROMPTS]
+    with progress(f"{contrast.trait.name}: output scores", len(scored) * len(prompts), "prompts") as advance:
+        output = np.array(output_scores(model, d, scored, prompts, on_rows=advance))
+    lower = (output[:, None] > output[None]).mean(1)
+    score = np.where(output > 0, distance * lower, 0.0)
+    order = np.lexsort((-score, ranking.q[latents] >= Q))[:TOP].tolist()
+    top = [latents[k] for k in order]
+    tokens = logit_lens(model, d.decoder_rows(top).float())[0]
+    return tuple(
+        RankedLatent(
+            index=j,
+            sign=int(sense[k]),
+            fit_auroc=float(fit_auroc[j]),
+            auroc=float(ranking.auroc[j]),
+            pooling=str(ranking.pooling[j]),
+            q=float(ranking.q[j]),
+            attribution=float(attributed[k]),
+            output_score=float(output[k]),
+            score=float(score[k]),
+            unit=units[j],
+            tokens=tuple(text for text, _ in raised),
+        )
+        for k, j, raised in zip(order, top, tokens, strict=True)
+    )
+
+
+def displaced(feature: Feature, length: float) -> Feature:
+    """The feature with its units scaled, so that `add` at amount 1 moves the residual stream by `length`."""
+    factor = length / feature.direction.gap
+    return replace(feature, units=tuple(u * factor for u in feature.units))
+
+
+def _spread(replies: Sequence[Reply], most: int) -> list[Reply]:
+    """At most `most` of the replies, evenly spread over the topics."""
+    return [replies[i] for i in sorted({round(x) for x in np.linspace(0, len(replies) - 1, min(most, len(replies)))})]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,67 +202,45 @@ class Candidate:
             return Edit(moves=(Slider(self.what, "add", amount),))
         return Edit(add=((self.what, amount),))
 
+    def setting(self, amount: float, share: float = 0.0) -> Setting:
+        """The setting that adds the candidate at an amount."""
+        return Setting(f"{self.name} {amount:+g}", self.edit(amount), amount, share)
+
     def ablation(self) -> Edit | None:
         """The edit that ablates the candidate's latents that speak for the trait (clamps them to 0 and keeps the
         reconstruction error); None if it has no such latents. Latents that speak against the trait are left, as
         ablating them would raise it."""
         f = self.what
-        positive = {i: u for i, u in zip(f.indices, f.units, strict=True) if u > 0} if isinstance(f, Feature) else {}
-        if not positive or not isinstance(f, Feature):
+        if not isinstance(f, Feature) or max(f.units) <= 0:
             return None
+        positive = {i: u for i, u in zip(f.indices, f.units, strict=True) if u > 0}
         ablated = replace(f, indices=tuple(positive), units=tuple(positive.values()))
         return Edit(moves=(Slider(ablated, "ablate", 1.0),))
 
-
-@dataclass(frozen=True)
-class Tried:
-    """The measurements of one amount on fit topics."""
-
-    amount: float
-    rate: float
-    """Share of the replies that the text scorer calls the trait."""
-    probability: float
-    """The scorer's mean probability."""
-    kl: float
-    """KL to the untouched model on neutral replies, nats per token."""
-    repetition: float
-    """Share of trigrams seen before in the same reply."""
-
-
-@dataclass(frozen=True, eq=False)
-class Screened:
-    """A candidate and its measurements on fit topics."""
-
-    candidate: Candidate
-    tried: tuple[Tried, ...]
-    """The measurements at `AMOUNTS`."""
-    ablated: Tried | None = None
-    """The measurement with its latents ablated, amount 1; for sets and for the best single latent. Not in the merit."""
-
-    @property
-    def merit(self) -> float:
-        """Mean probability at positive amounts, minus that at negative ones, minus the costs weighted as for sites."""
-        below = np.mean([t.probability for t in self.tried if t.amount < 0])
-        above = np.mean([t.probability for t in self.tried if t.amount > 0])
-        kl, again = (np.mean([getattr(t, f) for t in self.tried]) for f in ("kl", "repetition"))
-        return float(above - below - KL_COST * kl - REPETITION_COST * again)
-
     def as_json(self) -> dict[str, Any]:
-        """The candidate's entry in the machine-readable result."""
-        return _described(self.candidate) | {
-            "merit": self.merit,
-            "tried": [asdict(t) for t in self.tried],
-            "ablated": asdict(self.ablated) if self.ablated else None,
-        }
+        """The candidate as JSON, a feature with its latents."""
+        f = self.what
+        latents = {"latents": list(f.indices), "units": list(f.units)} if isinstance(f, Feature) else {}
+        return {"name": self.name, "kind": self.kind, **latents}
 
 
 @dataclass(frozen=True, eq=False)
-class Dose:
-    """A dose response on held-out topics."""
+class Response:
+    """A candidate and what was measured at several amounts of it."""
 
     candidate: Candidate
     points: tuple[Point, ...]
-    """One point per amount from -2 to 2; at 0 all candidates share the untouched model's."""
+    """By ascending amount. On fit topics: at `AMOUNTS`; on held-out ones: from -2 to 2, at 0 the untouched model."""
+    ablated: Point | None = None
+    """On fit topics, for sets and for the best single latent: with its latents ablated. Not in the merit."""
+
+    @property
+    def merit(self) -> float:
+        """What candidates are compared by, as sites are."""
+        below = np.mean([p.probability for p in self.points if (p.amount or 0.0) < 0])
+        above = np.mean([p.probability for p in self.points if (p.amount or 0.0) > 0])
+        kl, again = (np.mean([getattr(p, f) for p in self.points]) for f in ("kl", "repetition"))
+        return merit(float(below), float(above), float(kl), float(again))
 
     @property
     def monotone(self) -> bool:
@@ -128,10 +252,6 @@ class Dose:
         """The point at an amount."""
         return next(p for p in self.points if p.amount == amount)
 
-    def as_json(self) -> dict[str, Any]:
-        """The dose response as JSON, for the machine-readable result."""
-        return _described(self.candidate) | {"monotone": self.monotone, "points": [p.as_json() for p in self.points]}
-
 
 @dataclass(frozen=True, eq=False)
 class SteeringCheck:
@@ -139,40 +259,49 @@ class SteeringCheck:
 
     share: float
     """Displacement at amount 1 of every candidate, as a share of the site's median residual norm."""
-    untouched: Tried
+    untouched: Point
     """The untouched model, on the topics of the screening."""
-    screened: tuple[Screened, ...]
-    """All candidates that were screened."""
-    latent: Screened
-    """The single latent of highest merit."""
-    set: Screened | None
-    """The set of highest merit; None if there are too few latents for a set."""
-    doses: tuple[Dose, ...]
-    """Dose responses on held-out topics: of that latent, that set, the direction, the random latent."""
+    screened: tuple[Response, ...]
+    """All candidates, on fit topics."""
+    doses: tuple[Response, ...]
+    """On held-out topics: the latent and the set of highest merit, if there is a set, the direction, the random
+    latent."""
     ablated: Point | None
     """On held-out topics: the set's latents ablated, or the single latent if there is no set."""
 
-    def dose(self, kind: Kind) -> Dose | None:
+    def dose(self, kind: Kind) -> Response | None:
         """The dose response of a kind of candidate; None if it has none."""
         return next((d for d in self.doses if d.candidate.kind == kind), None)
 
-    def wins(self, dose: Dose) -> dict[float, bool]:
+    def wins(self, dose: Response) -> dict[float, bool]:
         """Per negative amount: whether the candidate lowers the rate further than the direction at the same
         displacement, at no more KL."""
         direction = self.dose("direction")
         assert direction is not None
-        pairs = [(dose.at(a), direction.at(a)) for a in DOSES if a < 0]
-        return {p.amount or 0.0: p.rate < d.rate and (p.kl or 0.0) <= (d.kl or 0.0) for p, d in pairs}
+        pairs = {a: (dose.at(a), direction.at(a)) for a in DOSES if a < 0}
+        return {a: p.rate < d.rate and p.kl <= d.kl for a, (p, d) in pairs.items()}
 
     def as_json(self) -> dict[str, Any]:
         """The check as JSON, for the machine-readable result."""
+
+        def figures(p: Point | None) -> dict[str, Any] | None:
+            return p and {f: p.as_json()[f] for f in ("amount", "rate", "probability", "kl", "repetition")}
+
+        best = {kind: d.candidate.name if (d := self.dose(kind)) else None for kind in ("latent", "set")}
         return {
             "share_at_1": self.share,
-            "untouched": asdict(self.untouched),
-            "screened": [s.as_json() for s in self.screened],
-            "best_latent": self.latent.candidate.name,
-            "best_set": self.set.candidate.name if self.set else None,
-            "doses": [d.as_json() for d in self.doses],
+            "untouched": figures(self.untouched),
+            "screened": [
+                s.candidate.as_json()
+                | {"merit": s.merit, "tried": [figures(p) for p in s.points], "ablated": figures(s.ablated)}
+                for s in self.screened
+            ],
+            "best_latent": best["latent"],
+            "best_set": best["set"],
+            "doses": [
+                d.candidate.as_json() | {"monotone": d.monotone, "points": [p.as_json() for p in d.points]}
+                for d in self.doses
+            ],
             "ablated": self.ablated.as_json() if self.ablated else None,
             "wins_over_direction": {
                 d.candidate.name: {f"{a:g}": won for a, won in self.wins(d).items()}
@@ -213,133 +342,83 @@ def screen(
     neutral: Sequence[Reply],
     *,
     topics: int = TOPICS,
-    on_tokens: Callable[[int], None] | None = None,
-) -> tuple[Tried, list[Screened]]:
+    on_tokens: Advance | None = None,
+) -> tuple[Point, list[Response]]:
     """Try single latents, sets of them, the direction and a random latent at three amounts on fit topics; see
     `AMOUNTS`, `SETS`, `BEST_TOGETHER`.
 
     `latents` are in the order of their rank, their units signed so that amount 1 raises the trait. Every candidate is
-    scaled to the displacement of the direction at amount 1. `neutral` are neutral replies for KL. Each topic draws the
-    same random numbers under every edit. `on_tokens` is called with the number of tokens written since its last call.
-    Returns (the untouched model's measurements, the candidates).
+    scaled to the displacement of the direction at amount 1. `neutral` are neutral replies for KL. Returns (the
+    untouched model's measurements, the candidates).
     """
     length = abs(direction.gap)
-    trial = _Trial(model, scorer, Reference.of(model, neutral[:NEUTRAL]), scorer.trait.fit[:topics], on_tokens)
+    reference = Reference.of(model, neutral[:NEUTRAL])
+
+    def measured(settings: Sequence[Setting]) -> list[Point]:
+        return measure_settings(
+            model, scorer, settings, scorer.trait.fit[:topics], reference, samples=1, perplexities=False,
+            sampler=replace(MEASURE, max_new_tokens=SCREEN_TOKENS), on_tokens=on_tokens,
+        )  # fmt: skip
+
+    def responses(candidates: Sequence[Candidate]) -> list[Response]:
+        points, per = measured([c.setting(a) for c in candidates for a in AMOUNTS]), len(AMOUNTS)
+        return [Response(c, tuple(points[i * per : (i + 1) * per])) for i, c in enumerate(candidates)]
+
+    (untouched,) = measured([Setting("untouched", amount=0.0)])
     singles = [Candidate(f.name, "latent", displaced(f, length)) for f in latents]
     others = [
         Candidate(f"difference of means ({direction.name})", "direction", direction),
         Candidate(f"random ({random.name})", "random", displaced(random, length)),
     ]
-    untouched = trial.tried([None], [0.0])[0]
-    first = trial.screened([*singles, *others])
+    first = responses([*singles, *others])
     by_merit = sorted(range(len(singles)), key=lambda i: -first[i].merit)
-    groups = [list(range(n)) for n in SETS if n <= len(latents)]
+    groups = [tuple(range(n)) for n in SETS if n <= len(latents)]
     if len(latents) >= BEST_TOGETHER:
-        groups.append(sorted(by_merit[:BEST_TOGETHER]))
-    unique = [g for i, g in enumerate(groups) if g not in groups[:i]]
-    joint = [together([latents[i] for i in group], length) for group in unique]
-    sets = trial.screened([Candidate(f.name, "set", f) for f in joint])
+        groups.append(tuple(sorted(by_merit[:BEST_TOGETHER])))
+    joint = [together([latents[i] for i in group], length) for group in dict.fromkeys(groups)]
+    sets = responses([Candidate(f.name, "set", f) for f in joint])
     ablations = {s.candidate.name: s.candidate.ablation() for s in [*(first[i] for i in by_merit[:1]), *sets]}
-    edits = {name: e for name, e in ablations.items() if e is not None}
-    ablated = dict(zip(edits, trial.tried(list(edits.values()), [1.0] * len(edits)), strict=True))
+    settings = [Setting(name, edit, 1.0) for name, edit in ablations.items() if edit is not None]
+    ablated = {p.label: p for p in measured(settings)}
     out = [*first[: len(singles)], *sets, *first[len(singles) :]]
     return untouched, [replace(s, ablated=ablated.get(s.candidate.name)) for s in out]
 
 
-def best(screened: Sequence[Screened], kind: Kind) -> Screened | None:
+def best(screened: Sequence[Response], kind: Kind) -> Candidate | None:
     """The candidate of a kind with the highest merit on fit topics; None if there is no such candidate."""
-    return max((s for s in screened if s.candidate.kind == kind), key=lambda s: s.merit, default=None)
+    of_kind = [s for s in screened if s.candidate.kind == kind]
+    return max(of_kind, key=lambda s: s.merit).candidate if of_kind else None
 
 
 def dose_response(
     model: SteeredModel,
     scorer: Scorer,
-    untouched: Tried,
-    screened: Sequence[Screened],
+    untouched: Point,
+    screened: Sequence[Response],
     reference: Reference,
     *,
-    samples: int = 2,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Advance | None = None,
 ) -> SteeringCheck:
     """Measure the best latent and set of the screening, the direction and the random latent on every held-out topic.
 
-    `reference` holds the untouched model's replies to neutral prompts that the screening did not use. `samples` is the
-    number of replies per topic.
+    `reference` holds the untouched model's replies to neutral prompts that the screening did not use.
     """
     latent, joint, direction, random = (best(screened, k) for k in ("latent", "set", "direction", "random"))
     assert latent is not None
     assert direction is not None
-    candidates = [s.candidate for s in (latent, joint, direction, random) if s is not None]
-    share = direction.candidate.what.share(1)
+    candidates = [c for c in (latent, joint, direction, random) if c is not None]
+    share = direction.what.share(1)
     settings = [Setting("untouched", amount=0.0)]
-    for c in candidates:
-        settings += [Setting(f"{c.name} {a:+g}", c.edit(a), a, abs(a) * share) for a in DOSES if a]
-    removal = (joint or latent).candidate
-    edit = removal.ablation()
-    if edit is not None:
+    settings += [c.setting(a, abs(a) * share) for c in candidates for a in DOSES if a]
+    removal = joint or latent
+    if edit := removal.ablation():
         settings.append(Setting(f"{removal.name} ablated", edit))
     points = measure_settings(
-        model,
-        scorer,
-        settings,
-        scorer.trait.held_out,
-        reference,
-        sampler=replace(MEASURE, max_new_tokens=DOSE_TOKENS),
-        samples=samples,
-        on_tokens=on_tokens,
-    )
+        model, scorer, settings, scorer.trait.held_out, reference,
+        sampler=replace(MEASURE, max_new_tokens=DOSE_TOKENS), on_tokens=on_tokens,
+    )  # fmt: skip
     doses, per = [], len(DOSES) - 1
     for i, c in enumerate(candidates):
         moved = points[1 + i * per : 1 + (i + 1) * per]
-        doses.append(Dose(c, tuple(sorted([points[0], *moved], key=lambda p: p.amount or 0.0))))
-    ablated = points[-1] if edit is not None else None
-    return SteeringCheck(share, untouched, tuple(screened), latent, joint, tuple(doses), ablated)
-
-
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """Generates and scores replies to a few fit topics under many edits at once."""
-
-    model: SteeredModel
-    scorer: Scorer
-    reference: Reference
-    topics: Sequence[str]
-    on_tokens: Callable[[int], None] | None
-
-    def screened(self, candidates: Sequence[Candidate]) -> list[Screened]:
-        tried = self.tried([c.edit(a) for c in candidates for a in AMOUNTS], [*AMOUNTS * len(candidates)])
-        per = len(AMOUNTS)
-        return [Screened(c, tuple(tried[i * per : (i + 1) * per])) for i, c in enumerate(candidates)]
-
-    def tried(self, edits: Sequence[Edit | None], amounts: Sequence[float]) -> list[Tried]:
-        chats: list[list[Message]] = [[{"role": "user", "content": t}] for t in self.topics]
-        replies = self.model.replies(
-            chats * len(edits),
-            replace(MEASURE, max_new_tokens=SCREEN_TOKENS),
-            [e for e in edits for _ in chats],
-            keys=list(range(len(chats))) * len(edits),
-            on_tokens=self.on_tokens,
-        )
-        moving = list(dict.fromkeys(e for e in edits if e is not None))
-        costs: dict[Edit | None, float] = {None: 0.0}
-        costs |= zip(moving, self.reference.kls(self.model, moving) if moving else (), strict=True)
-        out = []
-        for i, (edit, amount) in enumerate(zip(edits, amounts, strict=True)):
-            ids = replies[i * len(chats) : (i + 1) * len(chats)]
-            probabilities = self.scorer.probabilities([self.model.text(r) for r in ids])
-            out.append(
-                Tried(
-                    amount=amount,
-                    rate=float((probabilities > 0.5).mean()),
-                    probability=float(probabilities.mean()),
-                    kl=costs[edit],
-                    repetition=mean_repetition(ids),
-                )
-            )
-        return out
-
-
-def _described(candidate: Candidate) -> dict[str, Any]:
-    f = candidate.what
-    latents = {"latents": list(f.indices), "units": list(f.units)} if isinstance(f, Feature) else {}
-    return {"name": candidate.name, "kind": candidate.kind, **latents}
+        doses.append(Response(c, tuple(sorted([points[0], *moved], key=lambda p: p.amount or 0.0))))
+    return SteeringCheck(share, untouched, tuple(screened), tuple(doses), points[-1] if edit else None)

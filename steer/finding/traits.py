@@ -1,7 +1,7 @@
 """`steer find`: from a trait's instructions to a Direction and a text scorer.
 
-The steps, each in its own file: contrast replies (`steer.measure.contrast`), a scorer (`steer.measure.scorer`),
-difference-of-means vectors at every site (`directions`), and the choice of the site that steers best (`sites`).
+The steps: contrast replies (`steer.measure.contrast`), a scorer (`steer.measure.scorer`), difference-of-means vectors
+at every site, and the choice of the site that steers best (both in `directions`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 from steer.core.direction import Direction
 from steer.core.trait import NeutralPrompts, Trait
 from steer.errors import UsageError
-from steer.finding.directions import Candidates, candidates, finished_direction
-from steer.finding.sites import SiteCheck, check_sites, chosen
+from steer.finding.directions import Candidates, SiteCheck, candidates, check_sites, chosen, finished_direction
 from steer.measure.contrast import FIT_SAMPLES, SAMPLER, Contrast, Reply, contrast_replies
 from steer.measure.scorer import Scorer, clear_replies
 from steer.model.steered import SteeredModel
@@ -105,11 +104,8 @@ def find_trait(
         with progress(f"{trait.name}: sites", None, "tokens") as advance:
             checks = check_sites(model, found, scorer, on_tokens=advance)
         site = chosen(checks, model.anatomy.blocks)
-    provenance = {
-        "seed": seed,
-        "scorer_auroc": round(scorer.auroc, 4),
-        "site_checks": [asdict(c) for c in checks],
-    }
+    shown = [asdict(c) for c in checks]
+    provenance = {"seed": seed, "scorer_auroc": round(scorer.auroc, 4), "site_checks": shown}
     return FoundDirection(finished_direction(model, found, site, provenance), scorer, found, tuple(checks))
 
 

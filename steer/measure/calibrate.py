@@ -1,33 +1,52 @@
 """`steer calibrate`: how far each slider of a profile can be moved before the text falls apart.
 
-For each slider alone, `Trial` measures KL divergence and repetition (`neutral_costs`) at several amounts; the amounts
-within the `Limits` become the slider's range in the profile.
+For each slider alone, `Trial` measures KL divergence and repetition at several amounts; the amounts within the `Limits`
+become the slider's range in the profile.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.profile import Profile
+from steer.core.sampler import Sampler
 from steer.core.slider import Operation, Slider
+from steer.core.trait import NeutralPrompts
 from steer.errors import UsageError
-from steer.measure.neutral_costs import PASSAGES, PROMPTS, REPLY_TOKENS, TEXT_TOKENS, TEXTS, NeutralCosts
+from steer.files import without_nan
+from steer.measure.harness import (
+    Text,
+    mean_repetition,
+    plain_paragraphs,
+    prose_texts,
+    replies_under,
+    row_costs,
+)
+from steer.model.loaded import as_messages
 from steer.model.profiles import sliders_in
 from steer.model.sliders import BUDGET, as_edit
 from steer.model.steered import SteeredModel
+from steer.progress import Advance
 
-MAX_KL = 0.5
-"""Nats per token. With the default merge's slider `moralizing`, replies at this KL still answer their questions
-(amounts -1.6 and 1.4); at 0.7 on the negative side they ramble, at 1.1 on the positive side they preach instead of
-answering."""
-REPETITION = 0.05
-"""Share of repeated trigrams beyond that of the untouched replies. It allows one of the 24 replies to repeat itself
-endlessly, which may be chance, but not two; replies that fall apart are 0.2 beyond."""
+PROMPTS, REPLY_TOKENS = 24, 48
+"""Number of prompts answered, the last ones of the held-out neutral prompts, and length of the replies that repetition
+is measured on, tokens."""
+TEXTS, PASSAGES, TEXT_TOKENS = 12, 6, 32
+"""Number of untouched replies and of passages of plain prose that KL is computed on, and number of tokens of each."""
+LONGEST = 16.0
+"""The furthest amount tried if the displacement of the residual stream is not known or stays within `BUDGET`."""
+LADDER = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""The first amounts tried on each side, as shares of the distance from the centre to the end."""
+ROUNDS = 4
+"""Largest number of steps towards the amount where the KL divergence reaches its limit."""
+CLOSE, AIM = 0.95, 0.97
+"""Shares of the KL limit. No further step is made once the KL reaches the first; a step aims at the second, so that
+most steps land inside the limit."""
 
 End = Literal["KL", "repetition", "share", "distance", "operation"]
 """Why a range ends where it does.
@@ -43,15 +62,18 @@ End = Literal["KL", "repetition", "share", "distance", "operation"]
 class Limits:
     """The highest cost that an amount may have. Errors: UsageError for a limit that is not a finite number above 0."""
 
-    kl: float = MAX_KL
-    """KL(untouched || steered) in nats per token, on neutral chat and on plain prose alike."""
-    repetition: float = REPETITION
-    """Share of trigrams seen before in the same reply, beyond the untouched replies'."""
+    kl: float = 0.5
+    """KL(untouched || steered) in nats per token, on neutral chat and on plain prose alike. With the default merge's
+    slider `moralizing`, replies at 0.5 still answer their questions (amounts -1.6 and 1.4); at 0.7 on the negative side
+    they ramble, at 1.1 on the positive side they preach instead of answering."""
+    repetition: float = 0.05
+    """Share of trigrams seen before in the same reply, beyond the untouched replies'. 0.05 allows one of the 24 replies
+    to repeat itself endlessly, which may be chance, but not two; replies that fall apart are 0.2 beyond."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{name}: expected a limit above 0, found {value}; give one such as {MAX_KL}")
+                raise UsageError(f"{name}: expected a limit above 0, found {value}; give one such as 0.5")
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,7 @@ class TriedAmount:
 
     def as_json(self) -> dict[str, Any]:
         """The amount as JSON; infinity and nan, which JSON does not have, become null."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return without_nan(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -109,10 +131,6 @@ class SliderCalibration:
         """The measurement at one of the tested amounts."""
         return next(t for t in self.tested if t.amount == amount)
 
-    def as_json(self) -> dict[str, Any]:
-        """The slider's entry in the machine-readable result."""
-        return {**asdict(self), "tested": [t.as_json() for t in self.tested], "inside": self.inside}
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -135,19 +153,8 @@ class Calibration:
 
     def as_json(self) -> dict[str, Any]:
         """The calibration as JSON, for the machine-readable result."""
-        return {**asdict(self), "sliders": [s.as_json() for s in self.sliders]}
-
-
-LONGEST = 16.0
-"""The furthest amount tried if the displacement of the residual stream is not known or stays within `BUDGET`."""
-LADDER = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-"""The first amounts tried on each side, as shares of the distance from the centre to the end of the axis."""
-ROUNDS = 4
-"""Largest number of steps towards the amount where the KL divergence reaches its limit."""
-CLOSE = 0.95
-"""No further step is made once the KL reaches this share of the limit."""
-AIM = 0.97
-"""Share of the KL limit that a step aims at; below 1, so that most steps land inside the limit."""
+        sliders = [asdict(s) | {"tested": [t.as_json() for t in s.tested], "inside": s.inside} for s in self.sliders]
+        return asdict(self) | {"sliders": sliders}
 
 
 def calibrate(
@@ -156,7 +163,7 @@ def calibrate(
     *,
     limits: Limits | None = None,
     seed: int = 0,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Advance | None = None,
 ) -> Calibration:
     """Measure the range of every slider of a profile, including those that are switched off.
 
@@ -185,7 +192,7 @@ def calibrate(
         as_edit(model, [(slider, 1.0 if slider.neutral == 0.0 else 0.0)])
     costs = NeutralCosts(model, replace(profile.sampler, seed=seed), on_tokens)
     out = [
-        _calibrated(Trial(costs, slider, limits), place, entry.amount)
+        Trial(costs, slider, limits).calibrated(place, entry.amount)
         for place, (slider, (_, entry)) in enumerate(zip(sliders, found, strict=True))
     ]
     return Calibration(profile.name, limits, costs.repetition, tuple(out), seed, costs.tokens)
@@ -193,116 +200,94 @@ def calibrate(
 
 def expected_tokens(sliders: int) -> int:
     """An estimate of the number of tokens that `calibrate` runs through the model, for a progress bar."""
-    prompt, replies = 40, PROMPTS * REPLY_TOKENS
+    prompt = 40
     texts = TEXTS * (prompt + TEXT_TOKENS) + PASSAGES * (1 + TEXT_TOKENS)
     # Per slider: on both sides the ladder and one step, then replies at three amounts per side.
-    return (1 + 6 * sliders) * (PROMPTS * prompt + replies) + (2 * len(LADDER) + 1 + 3) * texts * sliders
+    return (1 + 6 * sliders) * PROMPTS * (prompt + REPLY_TOKENS) + (2 * len(LADDER) + 1 + 3) * texts * sliders
 
 
-# One slider
+class NeutralCosts:
+    """Measures edits on text where they should change nothing: the untouched model's replies to held-out neutral
+    prompts, which are generated with `sampler` here, and passages of prose. `steer find` never saw either.
 
+    `on_tokens` is called with the number of tokens that went through the model since its last call.
+    """
 
-@dataclass(frozen=True)
-class Axis:
-    """The interval of amounts within which a slider is tried."""
+    def __init__(self, model: SteeredModel, sampler: Sampler, on_tokens: Advance | None = None) -> None:
+        self.model, self._on_tokens = model, on_tokens
+        self.sampler = replace(sampler, max_new_tokens=REPLY_TOKENS)
+        self.tokens = 0
+        """Tokens that went through the model so far, prompts included."""
+        self.prompts = NeutralPrompts.load().held_out[-PROMPTS:]
+        self._contexts = [model.prompt_ids(as_messages(p)) for p in self.prompts]
+        untouched = self._replies([None])[0]
+        self.repetition = mean_repetition(untouched)
+        """Mean repetition of the untouched replies."""
+        texts = [(p, r[:TEXT_TOKENS]) for p, r in zip(self._contexts, untouched, strict=True) if r]
+        self.replies: Sequence[Text] = texts[-TEXTS:]
+        # The second half of the prose: searches for bakes use the first.
+        self.prose = prose_texts(model, plain_paragraphs()[1][:PASSAGES], TEXT_TOKENS)
 
-    centre: float
-    """The amount at which the slider does nothing, or least."""
-    below: float
-    """Distance from the centre to the lowest amount; 0 if no lower amount makes sense."""
-    above: float
-    """Distance from the centre to the highest amount."""
-    ends: tuple[End, End]
-    """Why the interval ends below and above."""
+    def repetitions(self, edits: Sequence[Edit | None]) -> list[float]:
+        """The mean repetition of replies under each edit. For None that of the untouched replies is returned."""
+        made = map(mean_repetition, self._replies([e for e in edits if e is not None]))
+        return [self.repetition if e is None else next(made) for e in edits]
 
-    def reach(self, side: int) -> float:
-        """Distance from the centre to the end on a side, -1 or 1."""
-        return self.below if side < 0 else self.above
+    def divergences(self, edits: Sequence[Edit | None]) -> list[tuple[float, float]]:
+        """KL(untouched || edited) under each edit: (on chat, on prose), nats per token; inf where a logit is not a
+        number, and 0 for None."""
+        moving = [e for e in edits if e is not None]
+        chat, prose = (row_costs(self.model, t, moving, self._count)[1:] for t in (self.replies, self.prose))
+        found = iter([(a, b) for (a, _), (b, _) in zip(chat, prose, strict=True)])
+        return [(0.0, 0.0) if e is None else next(found) for e in edits]
 
-    def ladder(self, side: int) -> list[float]:
-        """The first amounts tried on a side, from the centre outwards; empty if the side has no amounts."""
-        reach = self.reach(side)
-        return [self.rounded(self.centre + side * f * reach) for f in LADDER] if reach else []
+    def _replies(self, edits: Sequence[Edit | None]) -> list[list[list[int]]]:
+        self._count(len(edits) * sum(map(len, self._contexts)))
+        return replies_under(self.model, self.prompts, edits, self.sampler, on_tokens=self._count)
 
-    def rounded(self, amount: float) -> float:
-        """`amount` rounded to two decimals, or to more if the axis is short."""
-        scale = min(r for r in (self.below, self.above) if r > 0)
-        return round(amount, max(2, 2 - math.floor(math.log10(scale)))) + 0.0
-
-
-def axis_of(slider: Slider) -> Axis:
-    """The interval to try a slider in: up to the amount that moves the residual stream by `BUDGET` of its norm, and
-    never further than `LONGEST`."""
-    target, operation = slider.target, slider.operation
-    if operation == "ablate":
-        return Axis(0.0, 0.0, 1.0, ("operation", "operation"))
-    step = slider.share(2.0) if operation == "scale" else target.share(1.0)
-    known = step > 0 and BUDGET / step < LONGEST  # false if step is nan
-    # Rounded down, so that no amount exceeds the budget.
-    reach, end = _rounded_down(BUDGET / step if known else LONGEST), "share" if known else "distance"
-    if operation in ("add", "scale"):
-        return Axis(slider.neutral or 0.0, reach, reach, (end, end))
-    least, top = _least_and_top(slider)
-    if operation == "clamp":
-        return Axis(least, reach, reach, (end, end))
-    # A higher cap does less (a lower one, if the gap is negative), until it caps nothing.
-    far = abs(top - least) + reach
-    return Axis(top, far, 0.0, (end, "operation")) if top >= least else Axis(top, 0.0, far, ("operation", end))
-
-
-def _least_and_top(slider: Slider) -> tuple[float, float]:
-    """(the target's value on an average token of neutral chat, a value that almost no token exceeds), as amounts."""
-    d = slider.target
-    if not isinstance(d, Direction):
-        return 0.0, 2.0  # a feature is inactive, or at twice the 0.99 quantile of its positive activations
-    if not d.gap:
-        return 0.0, 0.0
-    highest = max(d.mean, d.with_mean, d.without_mean) + 4 * d.std
-    least, top = ((x - d.without_mean) / d.gap for x in (d.mean, highest))
-    return round(least, 2), round(top, 2)
-
-
-def _rounded_down(x: float) -> float:
-    digits = max(2, 2 - math.floor(math.log10(x)))
-    return math.floor(x * 10**digits) / 10**digits
-
-
-def _calibrated(trial: Trial, place: int, stands: float) -> SliderCalibration:
-    slider, axis = trial.slider, trial.axis
-    trial.try_kl([*axis.ladder(-1), axis.centre, *axis.ladder(1)])
-    if slider.operation == "clamp":
-        # Clamping at the mean moves tokens least, but another amount may change the predictions less.
-        trial.centre = min(trial.tested.values(), key=lambda t: t.kl).amount
-    if not trial.fails(trial.centre):
-        for _ in range(ROUNDS):
-            trial.try_kl([a for s in trial.sides if (a := trial.step(s)) is not None])
-        trial.try_replies([trial.centre, *(a for s in trial.sides for a in trial.rungs(s))])
-    if not trial.fails(trial.centre):
-        finer = [a for s in trial.sides for a in trial.between(s)]
-        trial.try_kl(finer)
-        trial.try_replies(finer)
-    reached = None if trial.fails(trial.centre) else [trial.end(-1), trial.end(1)]
-    return SliderCalibration(
-        name=slider.name,
-        place=place,
-        operation=slider.operation,
-        stands=stands,
-        centre=trial.centre,
-        tested=tuple(replace(t, passed=not trial.fails(a)) for a, t in sorted(trial.tested.items())),
-        range=(reached[0][0], reached[1][0]) if reached else None,
-        ends=(reached[0][1], reached[1][1]) if reached else None,
-    )
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self._on_tokens is not None:
+            self._on_tokens(tokens)
 
 
 class Trial:
-    """The measurements of one slider so far, and the choice of the next amounts."""
+    """The measurements of one slider so far, and the choice of the next amounts. A side is -1, below the centre, or
+    1."""
 
     def __init__(self, costs: NeutralCosts, slider: Slider, limits: Limits) -> None:
         self.costs, self.slider, self.limits = costs, slider, limits
-        self.axis = axis_of(slider)
-        self.centre = self.axis.centre
-        self.sides = [s for s in (-1, 1) if self.axis.reach(s) > 0]
+        self.centre, below, above, self._outermost = _axis(slider)
+        self._reach = {side: reach for side, reach in ((-1, below), (1, above)) if reach > 0}
+        self._ladder = {s: [self._rounded(self.centre + s * f * r) for f in LADDER] for s, r in self._reach.items()}
         self.tested: dict[float, TriedAmount] = {}
+
+    def calibrated(self, place: int, stands: float) -> SliderCalibration:
+        """Measure the slider's range."""
+        below, above = (self._ladder.get(side, []) for side in (-1, 1))
+        self.try_kl([*below, self.centre, *above])
+        if self.slider.operation == "clamp":
+            # Clamping at the mean moves tokens least, but another amount may change the predictions less.
+            self.centre = min(self.tested.values(), key=lambda t: t.kl).amount
+        if not self.fails(self.centre):
+            for _ in range(ROUNDS):
+                self.try_kl([a for s in self._reach if (a := self.step(s)) is not None])
+            self.try_replies([self.centre, *(a for s in self._reach for a in self.rungs(s))])
+        if not self.fails(self.centre):
+            finer = [a for s in self._reach for a in self.between(s)]
+            self.try_kl(finer)
+            self.try_replies(finer)
+        ends = None if self.fails(self.centre) else (self.end(-1), self.end(1))
+        return SliderCalibration(
+            name=self.slider.name,
+            place=place,
+            operation=self.slider.operation,
+            stands=stands,
+            centre=self.centre,
+            tested=tuple(replace(t, passed=not self.fails(a)) for a, t in sorted(self.tested.items())),
+            range=ends and (ends[0][0], ends[1][0]),
+            ends=ends and (ends[0][1], ends[1][1]),
+        )
 
     def try_kl(self, amounts: Sequence[float]) -> None:
         """Measure the KL divergence at those amounts that were not measured yet, in one pass."""
@@ -344,13 +329,13 @@ class Trial:
         # KL grows about as the square of the amount, so its root is close to linear.
         low, high, aim = (math.sqrt(x) for x in (self._kl(inside[-1]), self._kl(beyond), AIM * self.limits.kl))
         share = (aim - low) / (high - low) if math.isfinite(high) else 0.5
-        return self.axis.rounded(inside[-1] + (beyond - inside[-1]) * min(max(share, 0.02), 0.98))
+        return self._rounded(inside[-1] + (beyond - inside[-1]) * min(max(share, 0.02), 0.98))
 
     def rungs(self, side: int) -> list[float]:
         """The amounts on a side to generate replies at: the last one within the limits, and the ladder's amounts before
         it except the first, which moves little."""
         inside, _ = self.bracket(side)
-        ladder = {*self.axis.ladder(-1)[1:], *self.axis.ladder(1)[1:]}
+        ladder = {a for amounts in self._ladder.values() for a in amounts[1:]}
         return [a for a in inside if a in ladder or a == inside[-1]]
 
     def between(self, side: int) -> list[float]:
@@ -359,13 +344,13 @@ class Trial:
         if beyond is None or self.fails(beyond) != "repetition":
             return []
         near = self._complete(inside)[-1]
-        return [self.axis.rounded(near + f * (beyond - near)) for f in (0.25, 0.5, 0.75)]
+        return [self._rounded(near + f * (beyond - near)) for f in (0.25, 0.5, 0.75)]
 
     def end(self, side: int) -> tuple[float, End]:
         """(the last amount on a side such that it and all before it passed both limits; why the range ends there)."""
         inside, beyond = self.bracket(side)
         why = None if beyond is None else self.fails(beyond)
-        return self._complete(inside)[-1], why or self.axis.ends[side > 0]
+        return self._complete(inside)[-1], why or self._outermost[side > 0]
 
     def _complete(self, amounts: Sequence[float]) -> list[float]:
         return [a for a in amounts if self.tested[a].repetition is not None]
@@ -375,3 +360,46 @@ class Trial:
 
     def _edit(self, amount: float) -> Edit | None:
         return as_edit(self.costs.model, [(self.slider, amount)])
+
+    def _rounded(self, amount: float) -> float:
+        """`amount` rounded to two decimals, or to more if the interval of amounts is short."""
+        return round(amount, _decimals(min(self._reach.values()))) + 0.0
+
+
+def _axis(slider: Slider) -> tuple[float, float, float, tuple[End, End]]:
+    """(centre, distance to the lowest amount to try, to the highest, why these are the outermost).
+
+    A slider is tried up to the amount that moves the residual stream by `BUDGET` of its norm, and never further than
+    `LONGEST`. The distance is 0 on a side where no amount makes sense."""
+    target, operation = slider.target, slider.operation
+    if operation == "ablate":
+        return 0.0, 0.0, 1.0, ("operation", "operation")
+    step = slider.share(2.0) if operation == "scale" else target.share(1.0)
+    known = step > 0 and BUDGET / step < LONGEST  # false if step is nan
+    reach, end = BUDGET / step if known else LONGEST, "share" if known else "distance"
+    scale = 10 ** _decimals(reach)
+    reach = math.floor(reach * scale) / scale  # down, so that no amount exceeds the budget
+    if operation in ("add", "scale"):
+        return slider.neutral or 0.0, reach, reach, (end, end)
+    least, top = _least_and_top(slider)
+    if operation == "clamp":
+        return least, reach, reach, (end, end)
+    # A higher cap does less (a lower one, if the gap is negative), until it caps nothing.
+    far = abs(top - least) + reach
+    return (top, far, 0.0, (end, "operation")) if top >= least else (top, 0.0, far, ("operation", end))
+
+
+def _decimals(scale: float) -> int:
+    return max(2, 2 - math.floor(math.log10(scale)))
+
+
+def _least_and_top(slider: Slider) -> tuple[float, float]:
+    """(the target's value on an average token of neutral chat, a value that almost no token exceeds), as amounts."""
+    d = slider.target
+    if not isinstance(d, Direction):
+        return 0.0, 2.0  # a feature is inactive, or at twice the 0.99 quantile of its positive activations
+    if not d.gap:
+        return 0.0, 0.0
+    highest = max(d.mean, d.with_mean, d.without_mean) + 4 * d.std
+    least, top = ((x - d.without_mean) / d.gap for x in (d.mean, highest))
+    return round(least, 2), round(top, 2)

@@ -1,4 +1,5 @@
-"""On-policy contrast replies: the model answers the same topics under a trait's two opposite instructions.
+"""Contrast replies, a model's answers to the same topics under a trait's two opposite instructions, and the residual
+streams at their tokens.
 
 This is the first step of `steer find`: directions, text scorers and feature rankings are all computed from these
 replies.
@@ -8,21 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steer.core.sampler import Sampler
 from steer.core.trait import NeutralPrompts, Trait
 from steer.errors import SteerError
-from steer.model.loaded import Message
+from steer.model.forward import read_residuals
+from steer.model.loaded import Message, as_messages
 from steer.model.steered import SteeredModel
+from steer.model.tokens import padded
+from steer.progress import Advance
 
 FIT_SAMPLES = 2
 """Replies to each fit topic under each instruction."""
 SAMPLER = Sampler(max_new_tokens=64, temperature=0.7, top_k=40, repetition_penalty=1.05)
+Take = Callable[[list[int], Bool[Tensor, "rows seq"], int, Float[Tensor, "rows seq d"]], None]
+"""Callback of `read_replies`, called per batch and site with: the indices of the replies in the batch, the mask of
+their response tokens, the site, and the residual stream at that site."""
 _PARTS = ("fit_with", "fit_without", "held_out_with", "held_out_without", "neutral")
 
 
@@ -50,15 +58,20 @@ class Contrast:
     neutral: tuple[Reply, ...]
     """Replies to the neutral prompts of the fit split, under no instruction."""
 
+    @property
+    def sides(self) -> tuple[tuple[Reply, ...], ...]:
+        """Fit with and without the trait, held-out with and without."""
+        return self.fit_with, self.fit_without, self.held_out_with, self.held_out_without
+
     def as_json(self) -> dict[str, Any]:
         """A JSON value for a file. Of the trait it holds only the name."""
         parts = {name: [{"chat": r.chat, "ids": r.ids, "text": r.text} for r in getattr(self, name)] for name in _PARTS}
         return {"trait": self.trait.name, **parts}
 
     @classmethod
-    def from_json(cls, trait: Trait, told: Mapping[str, Any]) -> Contrast:
+    def from_json(cls, trait: Trait, value: Mapping[str, Any]) -> Contrast:
         """The contrast of `trait` from a value that `as_json` returned."""
-        parts = {n: tuple(Reply(tuple(r["chat"]), tuple(r["ids"]), r["text"]) for r in told[n]) for n in _PARTS}
+        parts = {n: tuple(Reply(tuple(r["chat"]), tuple(r["ids"]), r["text"]) for r in value[n]) for n in _PARTS}
         return cls(trait, **parts)
 
     def check(self) -> None:
@@ -81,7 +94,7 @@ def contrast_replies(
     *,
     sampler: Sampler = SAMPLER,
     neutral: Sequence[Reply] | None = None,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Advance | None = None,
 ) -> Contrast:
     """Let the model answer every topic under both instructions, all in one call of `model.replies`.
 
@@ -90,7 +103,7 @@ def contrast_replies(
     call.
     """
     parts: list[list[list[Message]]] = [
-        [_chat(topic, instruction) for topic in topics for _ in range(count)]
+        [as_messages(topic, instruction) for topic in topics for _ in range(count)]
         for topics, instruction, count in (
             (trait.fit, trait.with_instruction, FIT_SAMPLES),
             (trait.fit, trait.without_instruction, FIT_SAMPLES),
@@ -103,18 +116,72 @@ def contrast_replies(
     sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
     with model.untouched():
         made = model.replies(chats, sampler, on_tokens=on_tokens, sums=sums)
-    replies = [
+    replies = (
         Reply(tuple(c), tuple(ids), model.text(ids), (sums[:, i] / max(1, len(ids))).cpu())
         for i, (c, ids) in enumerate(zip(chats, made, strict=True))
-    ]
-    split: list[tuple[Reply, ...]] = []
-    for part in parts:
-        # A reply that ended at once has no tokens to measure.
-        split.append(tuple(r for r in replies[: len(part)] if r.ids))
-        replies = replies[len(part) :]
+    )
+    # A reply that ended at once has no tokens to measure.
+    split = [tuple(r for r in islice(replies, len(part)) if r.ids) for part in parts]
     return Contrast(trait, *split[:4], neutral=split[4] if neutral is None else tuple(neutral))
 
 
-def _chat(topic: str, instruction: str | None) -> list[Message]:
-    system: Sequence[Message] = [{"role": "system", "content": instruction}] if instruction else []
-    return [*system, {"role": "user", "content": topic}]
+def reply_means(
+    model: SteeredModel, replies: Sequence[Reply], *, on_rows: Advance | None = None
+) -> Float[Tensor, "replies sites d"]:
+    """The mean residual stream over each reply's tokens, at every site, fp32.
+
+    A reply whose `mean` is set already is not run through the model again. `on_rows` is called with the number of
+    replies of each batch.
+    """
+    out = torch.zeros(len(replies), model.anatomy.blocks, model.anatomy.width)
+
+    def take(rows: list[int], mask: Tensor, site: int, h: Tensor) -> None:
+        weights = (mask / mask.sum(1, keepdim=True)).to(h.device)
+        out[[unread[i] for i in rows], site] = torch.einsum("btd,bt->bd", h.float(), weights).cpu()
+
+    for i, reply in enumerate(replies):
+        if reply.mean is not None:
+            out[i] = reply.mean
+    unread = [i for i, reply in enumerate(replies) if reply.mean is None]
+    read_replies(model, [replies[i] for i in unread], range(model.anatomy.blocks), take, on_rows=on_rows)
+    model.check_finite(out)
+    return out
+
+
+def reply_tokens(model: SteeredModel, replies: Sequence[Reply], site: int) -> Float[Tensor, "tokens d"]:
+    """The residual stream at every token of the replies at one site, fp32."""
+    parts: list[Tensor] = []
+    read_replies(model, replies, [site], lambda rows, mask, at, h: parts.append(h.float().cpu()[mask]))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def read_replies(
+    model: SteeredModel,
+    replies: Sequence[Reply],
+    sites: Sequence[int],
+    take: Take,
+    *,
+    batch: int = 32,
+    on_rows: Advance | None = None,
+) -> None:
+    """Run chats with their replies through the unsteered model and pass the residual streams to `take`.
+
+    `batch` replies of similar length are run together. The mask given to `take` is true at the reply's tokens only,
+    not at the prompt, BOS, or the special tokens around the reply. `on_rows` is called with the number of replies of
+    each batch.
+    """
+    prompts = [model.prompt_ids(r.chat) for r in replies]
+    full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
+    order = sorted(range(len(full)), key=lambda i: len(full[i]))
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        ids, attention = padded([full[i] for i in rows], device=model.device)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for j, i in enumerate(rows):
+            mask[j, len(prompts[i]) : len(full[i])] = True
+        # No LM head and no block after the last site: the logits are not needed.
+        with model.untouched():
+            read_residuals(model, ids, sites, lambda site, h, r=rows, m=mask: take(r, m, site, h), attention)
+        if on_rows is not None:
+            on_rows(len(rows))

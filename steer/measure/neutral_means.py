@@ -6,48 +6,36 @@ and stored in $STEER_HOME beside the checkpoint's directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from steer.checkpoint.dtypes import computing_in, dtype_name
 from steer.checkpoint.fetch import home
 from steer.checkpoint.sketch import Sketch
+from steer.core.trait import NeutralPrompts
 from steer.errors import MismatchError, SteerError
 from steer.files import write_atomic
+from steer.measure.contrast import SAMPLER, Reply, reply_means
+from steer.measure.harness import neutral_replies
+from steer.model import steered
+from steer.model.steered import SteeredModel
+from steer.progress import Advance, bar
 
-if TYPE_CHECKING:
-    from steer.measure.contrast import Reply
-    from steer.model.steered import SteeredModel
 
-
-def neutral_means(
-    model: SteeredModel, *, seed: int = 0, on_tokens: Callable[[int], None] | None = None
-) -> Float[Tensor, "blocks d"]:
+def neutral_means(model: SteeredModel, *, on_tokens: Advance | None = None) -> Float[Tensor, "blocks d"]:
     """The mean residual stream after each block over the model's replies to the neutral prompts of the fit split,
-    each reply with equal weight, fp32. `steer find` makes its directions orthogonal to these means.
-
-    `seed` is that of sampling. `on_tokens` is called with the number of tokens written since its last call."""
-    from dataclasses import replace
-
-    from steer.core.trait import NeutralPrompts
-    from steer.measure.contrast import SAMPLER, Reply
-
-    chats = [({"role": "user", "content": prompt},) for prompt in NeutralPrompts.load().fit]
-    made = model.replies([list(c) for c in chats], replace(SAMPLER, seed=seed), on_tokens=on_tokens)
-    replies = [Reply(c, tuple(ids), model.text(ids)) for c, ids in zip(chats, made, strict=True) if ids]
-    return means_of(model, replies)
+    each reply with equal weight, fp32. `steer find` makes its directions orthogonal to these means."""
+    prompts = NeutralPrompts.load().fit
+    return means_of(model, neutral_replies(model, prompts, tokens=SAMPLER.max_new_tokens, on_tokens=on_tokens))
 
 
 def means_of(model: SteeredModel, replies: Sequence[Reply]) -> Float[Tensor, "blocks d"]:
     """The mean residual stream after each block over replies, each reply with equal weight, fp32."""
-    from steer.measure.residuals import reply_means
-
     return reply_means(model, replies).double().mean(0).float()
 
 
@@ -58,8 +46,8 @@ def neutral_for(
     *,
     force: bool = False,
     model: SteeredModel | None = None,
-) -> Tensor:
-    """The neutral means `[blocks, d]` of the checkpoint at `place`, read from `file`.
+) -> Float[Tensor, "blocks d"]:
+    """The neutral means of the checkpoint at `place`, read from `file`.
 
     Without `file` they are read from the place beside the checkpoint's directions in $STEER_HOME. If the file does not
     exist, or its means were measured in a dtype other than the one the model computes in now, they are measured and
@@ -68,37 +56,33 @@ def neutral_for(
 
     Errors: SteerError for a file without neutral means, MismatchError for those of another checkpoint, unless `force`.
     """
-    from steer.checkpoint.dtypes import computing_in, dtype_name
-
     path = file or home() / "directions" / sketch.id / "neutral" / "means.safetensors"
     dtype = dtype_name(model.hf.dtype if model is not None else computing_in(str(place)).dtype)
     if path.is_file():
-        means, stored_sketch, stored_dtype = _read(path)
-        if not force and stored_sketch.values.size and not sketch.same_as(stored_sketch):
+        means, header = _read(path)
+        found = Sketch.from_header(header)
+        if not force and found.values.size and not sketch.same_as(found):
             raise MismatchError(
                 f"{path}: expected neutral means of {place}, found those of a checkpoint whose weights differ by "
-                f"{sketch.distance(stored_sketch):.1%}; name another file, which is then measured, or pass --force"
+                f"{sketch.distance(found):.1%}; name another file, which is then measured, or pass --force"
             )
-        # A file without a sketch was not written by steer and is used as it is.
-        if force or not stored_sketch.values.size or stored_dtype == dtype:
+        # A file without a sketch was not written by steer and is used as it is; older versions wrote no dtype.
+        if force or not found.values.size or header.get("dtype") == dtype:
             return means
-    from steer.model.steered import load
-    from steer.progress import bar
-
     with bar("neutral replies", None, "tokens") as advance:
-        means = neutral_means(model or load(place), on_tokens=advance)
+        means = neutral_means(model or steered.load(place), on_tokens=advance)
     write_atomic(path, save({"neutral": means}, metadata={"sketch": sketch.to_header(), "dtype": dtype}))
     return means
 
 
-def _read(path: Path) -> tuple[Float[Tensor, "blocks d"], Sketch, str | None]:
-    """(means, sketch of their checkpoint, dtype they were computed in; files of older versions have no dtype: None)."""
+def _read(path: Path) -> tuple[Float[Tensor, "blocks d"], dict[str, str]]:
+    """(means, header) of a file."""
     try:
         with safe_open(str(path), framework="pt") as f:
-            means: torch.Tensor | None = f.get_tensor("neutral") if "neutral" in f.keys() else None  # noqa: SIM118
+            means: Tensor | None = f.get_tensor("neutral") if "neutral" in f.keys() else None  # noqa: SIM118
             header = f.metadata() or {}
     except (SafetensorError, OSError) as e:
         raise SteerError(f"{path}: expected neutral means, found something unreadable ({e}); remove it") from e
     if means is None or means.ndim != 2:
         raise SteerError(f"{path}: expected neutral means [blocks, d], found none; remove it, or name another file")
-    return means.float(), Sketch.from_header(header), header.get("dtype")
+    return means.float(), header

@@ -16,11 +16,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 
 from steer.core.trait import Trait
 from steer.errors import SteerError
-from steer.measure.contrast import Contrast
+from steer.measure.contrast import Contrast, Reply
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,7 @@ class Scorer:
     """
 
     trait: Trait
-    counts: TfidfVectorizer
-    judge: LogisticRegression
+    classifier: Pipeline
     auroc: float
     """AUROC on the contrast replies of the held-out topics."""
     marker_auroc: float
@@ -46,25 +45,21 @@ class Scorer:
 
         Errors: SteerError for replies that a classifier on words cannot learn from.
         """
-        texts = [r.text for r in (*contrast.fit_with, *contrast.fit_without)]
-        labels = [1] * len(contrast.fit_with) + [0] * len(contrast.fit_without)
-        counts, judge = _classifier()
-        with _named_errors(contrast.trait):
-            judge.fit(counts.fit_transform(texts), labels)
-        held = [r.text for r in (*contrast.held_out_with, *contrast.held_out_without)]
-        truth = [1] * len(contrast.held_out_with) + [0] * len(contrast.held_out_without)
-        trait = contrast.trait
+        trait, classifier = contrast.trait, _classifier()
+        texts, labels = _labelled(contrast.fit_with, contrast.fit_without)
+        with _named_errors(trait):
+            classifier.fit(texts, labels)
+        held, truth = _labelled(contrast.held_out_with, contrast.held_out_without)
         return cls(
             trait,
-            counts,
-            judge,
-            auroc=float(roc_auc_score(truth, judge.predict_proba(counts.transform(held))[:, 1])),
+            classifier,
+            auroc=float(roc_auc_score(truth, classifier.predict_proba(held)[:, 1])),
             marker_auroc=float(roc_auc_score(truth, [marker_rate(t, trait) for t in held])),
         )
 
     def probabilities(self, texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
         """Each text's probability of showing the trait."""
-        return self.judge.predict_proba(self.counts.transform(list(texts)))[:, 1]
+        return self.classifier.predict_proba(list(texts))[:, 1]
 
     def rate(self, texts: Sequence[str]) -> float:
         """Share of the texts that show the trait: probability above one half."""
@@ -72,8 +67,9 @@ class Scorer:
 
     def words(self, count: int = 12) -> tuple[list[str], list[str]]:
         """The `count` words with the largest weight for the trait, and those against it, to check what was learnt."""
-        names = self.counts.get_feature_names_out()
-        order = np.argsort(self.judge.coef_[0], kind="stable")
+        counts, judge = self.classifier[0], self.classifier[1]
+        names = counts.get_feature_names_out()
+        order = np.argsort(judge.coef_[0], kind="stable")
         return [str(names[i]) for i in order[::-1][:count]], [str(names[i]) for i in order[:count]]
 
 
@@ -83,15 +79,12 @@ def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
     Each reply is judged by a classifier that was trained without its topic (`folds`-fold cross-validation). All
     held-out replies stay.
     """
-    sides = (contrast.fit_with, contrast.fit_without)
-    replies = [r for side in sides for r in side]
-    labels = np.array([1] * len(sides[0]) + [0] * len(sides[1]))
+    replies = [*contrast.fit_with, *contrast.fit_without]
+    texts, labels = _labelled(contrast.fit_with, contrast.fit_without)
     topics = [r.chat[-1]["content"] for r in replies]
     cv = GroupKFold(min(folds, len(set(topics))))  # a topic is missing where all its replies were empty
     with _named_errors(contrast.trait):
-        judged = cross_val_predict(
-            make_pipeline(*_classifier()), [r.text for r in replies], labels, groups=topics, cv=cv
-        )
+        judged = cross_val_predict(_classifier(), texts, labels, groups=topics, cv=cv)
     clear = [[r for r, j, k in zip(replies, judged, labels, strict=True) if j == k == side] for side in (1, 0)]
     # A model that ignores its instructions leaves almost no clear replies: then all replies are the better data.
     if min(map(len, clear)) < len(replies) // 8:
@@ -111,9 +104,16 @@ def _named_errors(trait: Trait) -> Iterator[None]:
         ) from e
 
 
-def _classifier() -> tuple[TfidfVectorizer, LogisticRegression]:
-    counts = TfidfVectorizer(sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b")
-    return counts, LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
+def _classifier() -> Pipeline:
+    return make_pipeline(
+        TfidfVectorizer(sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b"),
+        LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000),
+    )
+
+
+def _labelled(with_: Sequence[Reply], without: Sequence[Reply]) -> tuple[list[str], list[int]]:
+    """Texts of replies, and 1 for each with the trait, 0 for each without."""
+    return [r.text for r in (*with_, *without)], [1] * len(with_) + [0] * len(without)
 
 
 def marker_rate(text: str, trait: Trait) -> float:
@@ -122,8 +122,3 @@ def marker_rate(text: str, trait: Trait) -> float:
     # Longest first, so that a phrase is counted once and its words are not counted again.
     pattern = "|".join(map(re.escape, sorted(trait.markers, key=len, reverse=True)))
     return 100 * len(re.findall(rf"\b(?:{pattern})\b", words)) / max(len(words.split()), 1)
-
-
-def marker_rates(texts: Sequence[str], trait: Trait) -> float:
-    """Mean marker rate per 100 words over texts."""
-    return float(np.mean([marker_rate(t, trait) for t in texts])) if texts else 0.0

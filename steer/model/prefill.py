@@ -1,6 +1,6 @@
 """Reading many texts at once, with every beginning that several of them share read once.
 
-`decode.generate` reads its prompts here, and scoring (`measure.fluency`) its replies. Prompts share a system prompt;
+`decode.generate` reads its prompts here, and scoring (`measure.harness`) its replies. Prompts share a system prompt;
 replies that are scored share their prompt. A beginning is shared only between texts under the same edit, since an edit
 changes the keys and values of the tokens that it acts on. No edit acts on the blocks before the first edited one, so
 there one text under several edits is read as one row (`Spread`).

@@ -15,8 +15,7 @@ from torch import Tensor
 from steer.core.dictionary import Dictionary
 from steer.core.fit import OUTLIER
 from steer.errors import MismatchError, UsageError
-from steer.measure.contrast import Reply
-from steer.measure.residuals import read_replies
+from steer.measure.contrast import Reply, read_replies
 from steer.model.forward import chunks
 from steer.model.steered import SteeredModel
 

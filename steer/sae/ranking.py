@@ -1,6 +1,6 @@
 """Which latents detect a trait: the AUROC of every latent at once, with a false discovery rate over all latents.
 
-Takes pooled activations (`pooling`) of contrast replies; `steer.finding.choosing` takes the best latents from here.
+Takes pooled activations (`pooling`) of contrast replies; `steer.finding.latents` takes the best latents from here.
 """
 
 from __future__ import annotations

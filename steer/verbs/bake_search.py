@@ -29,13 +29,12 @@ from steer.files import read_json_object, write_atomic
 from steer.finding.traits import contrast_for, find_trait
 from steer.measure.contrast import Contrast
 from steer.measure.neutral_means import neutral_for
+from steer.measure.report import write_search_report
 from steer.measure.scorer import Scorer
-from steer.measure.search.choice import Goal, told
 from steer.measure.search.held_out import HeldOut, compared, load_exported
-from steer.measure.search.report import write_search_report
 from steer.measure.search.space import VERSION, Space
 from steer.measure.search.study import BATCH, STUDY, Study, locked
-from steer.measure.search.trials import Bench, Scope
+from steer.measure.search.trials import Bench, Goal, Scope, search_json
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar, byte_bar
 from steer.verbs.bake import checkpoint_dir
@@ -227,7 +226,7 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
         "keep": [t.name for t in search.keep],
         "scorers": {s.trait.name: {"auroc": s.auroc} for s in (scorer, *kept_scorers.values())},
         "scope": asdict(search.scope),
-        **told(study.trials(space), untouched, choice, goal),
+        **search_json(study.trials(space), untouched, choice, goal),
     }
     chosen, missed = choice.trial, "" if choice.reached else "; the goal was reached by none, this is the nearest"
     say(

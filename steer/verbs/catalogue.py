@@ -11,7 +11,7 @@ from typing import Any
 
 from steer.checkpoint.sketch import Sketch
 from steer.core.dictionary import Dictionary
-from steer.core.dictionary_files import load_dictionary
+from steer.core.dictionary_files import FEATURES, load_dictionary
 from steer.errors import MismatchError, SteerError
 from steer.files import read_json_object
 from steer.model.steered import load
@@ -20,9 +20,8 @@ from steer.sae.labels import label_latents
 from steer.sae.records import FeatureRecord, read_records, write_records
 from steer.sae.records import search as search_records
 from steer.sae.shards import Harvest
-from steer.verbs.tables import feature_table
+from steer.verbs.tables import feature_table, latent_cells
 
-LABELS = "features.jsonl"
 LABEL_TOKENS = 300_000
 """Most tokens of the harvest that labels are made from."""
 
@@ -44,7 +43,7 @@ def label_dictionary(place: str | Path, harvest: str | Path, model: str | None =
             )
     live = load(model or read.manifest["checkpoint"])
     records = label_latents(live, dictionary, read, tokens=LABEL_TOKENS)
-    file = Path(place) / LABELS
+    file = Path(place) / FEATURES
     if file.exists():
         scores = {r.index: r.traits for r in read_records(file)}
         records = [replace(r, traits=scores.get(r.index, {})) for r in records]
@@ -69,21 +68,21 @@ def catalogue(
     Errors: SteerError for a directory without a dictionary or labels, UsageError for a trait that was never measured.
     """
     dictionary = load_dictionary(place)
-    records = label_dictionary(place, label, model) if label else read_records(Path(place) / LABELS)
+    records = label_dictionary(place, label, model) if label else read_records(Path(place) / FEATURES)
     found = search_records(records, search, trait, limit)
-    lines = [feature_table(found, trait)]
+    counts = f"{len(found)} of {len(records)} labelled features; {dictionary.latents} latents in all"
+    text = f"{feature_table(found, trait)}\n{counts}"
     result: dict[str, Any] = {
         "dictionary": str(place),
         "labelled": len(records),
         "latents": dictionary.latents,
         "features": [r.to_json() for r in found],
     }
-    lines.append(f"{len(found)} of {len(records)} labelled features; {dictionary.latents} latents in all")
     if html is not None:
         write_page(records, html, title=dictionary.name, summary=summary(dictionary), traits=trait_tables(Path(place)))
         result["html"] = str(html)
-        lines.append(f"{html}: written")
-    return result, "\n".join(lines)
+        text += f"\n{html}: written"
+    return result, text
 
 
 def summary(dictionary: Dictionary) -> dict[str, Any]:
@@ -118,17 +117,12 @@ def trait_tables(place: Path) -> list[dict[str, Any]]:
 
 
 def _latents_table(found: dict[str, Any]) -> dict[str, Any]:
-    rows = [
-        [
-            str(t["index"]), f"{t['auroc']:.3f}", f"{t['q']:.3f}", f"{t['attribution']:+.4f}",
-            f"{t['output_score']:+.2f}", " ".join(w.strip() for w in t["tokens"][:5]),
-        ]
-        for t in found["top"]
-    ]  # fmt: skip
     return {
         "trait": f"{found['trait']}: latents",
         "columns": ["latent", "held-out AUROC", "q", "attribution", "output score", "top tokens"],
-        "rows": rows,
+        "rows": [
+            [str(t["index"]), *latent_cells(t), " ".join(w.strip() for w in t["tokens"][:5])] for t in found["top"]
+        ],
         "note": f"The difference of means at this site has held-out AUROC {found['direction_auroc']:.3f}, the text "
         f"scorer {found['scorer_auroc']:.3f}.",
     }
@@ -138,21 +132,14 @@ def _dose_table(found: dict[str, Any]) -> dict[str, Any]:
     check, rows = found["check"], []
     for dose in check["doses"]:
         points = {p["amount"]: p for p in dose["points"]}
-        below = points[-1.0]
-        rows.append(
-            [
-                dose["name"], *(f"{points[a]['rate']:.2f}" for a in sorted(points)),
-                "yes" if dose["monotone"] else "no",
-                f"{below['kl']:.3f}", f"{below['repetition']:.3f}", f"{below['perplexity']:.1f}",
-            ]
-        )  # fmt: skip
+        rates, at = [f"{points[a]['rate']:.2f}" for a in sorted(points)], points[-1.0]
+        costs = [f"{at['kl']:.3f}", f"{at['repetition']:.3f}", f"{at['perplexity']:.1f}"]
+        rows.append([dose["name"], *rates, "yes" if dose["monotone"] else "no", *costs])
     amounts = [f"rate at {p['amount']:+g}".replace("+0", "0") for p in check["doses"][0]["points"]]
     wins = [name for name, won in check["wins_over_direction"].items() if any(won.values())]
-    won = (
-        f"Lower than the difference of means at no more KL: {', '.join(wins)}."
-        if wins
-        else ("None lowers the rate further than the difference of means at no more KL.")
-    )
+    won = f"Lower than the difference of means at no more KL: {', '.join(wins)}."
+    if not wins:
+        won = "None lowers the rate further than the difference of means at no more KL."
     return {
         "trait": f"{found['trait']}: moved on held-out topics",
         "columns": ["moved", *amounts, "monotone", "KL at -1", "repetition at -1", "perplexity at -1"],

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from steer import __version__
 from steer.checkpoint.fetch import DEFAULT_MODEL, fetch
 from steer.checkpoint.shipped import RECIPE, present
 from steer.checkpoint.staging import hash_file
-from steer.core.trait import NeutralPrompts, Trait
+from steer.core.trait import NeutralPrompts
 from steer.files import read_json_object, write_atomic
 from steer.progress import bar, byte_bar
 
@@ -33,19 +32,6 @@ SEARCH_SHARE = 0.3
 SEARCH_KL = 0.14
 """Most KL, in nats per token on neutral replies, that the bake may cost; on held-out text it may be a little more."""
 RESULTS = "results.json"
-
-
-@dataclass
-class _Clock:
-    """Wall time of each step, in the order they ran."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def run(
@@ -92,8 +78,18 @@ def _clear(directory: Path, ours: str) -> None:
 
 
 def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    clock = _Clock()
-    with clock.step("import"):
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str, line: str | None = None) -> Iterator[None]:
+        """Say `line`, and add the wall time of the block to `seconds`."""
+        if line:
+            say(line)
+        start = time.perf_counter()
+        yield
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    with step("import"):
         from steer.baking.bake import bake
         from steer.baking.certificate import CERTIFICATE
         from steer.baking.verify import verify
@@ -102,76 +98,71 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         from steer.checkpoint.merge import MANIFEST as MERGE_MANIFEST
         from steer.checkpoint.merge import is_merge_of, merge
         from steer.finding.traits import find_trait
-        from steer.measure.dose import control_settings, dose_settings, measure_baked, measure_settings, neutral_replies
-        from steer.measure.fluency import Reference, plain_paragraphs
+        from steer.measure import harness
         from steer.measure.neutral_means import means_of
         from steer.measure.report import write_report
-        from steer.measure.search.choice import Goal, told
         from steer.measure.search.space import Space
         from steer.measure.search.study import BATCH, Study
-        from steer.measure.search.trials import Bench, Scope
+        from steer.measure.search.trials import Bench, Goal, Scope, search_json
         from steer.model.steered import load
 
     merged_dir, baked_dir = out / "merged", out / "baked"
-    with clock.step("fetch"):
-        say("fetching the default model")
+    with step("fetch", "fetching the default model"):
         fetch(DEFAULT_MODEL)
-    with clock.step("merge"):
-        say("merging its tunes")
+    with step("merge", "merging its tunes"):
         if not is_merge_of(merged_dir, RECIPE):
             _clear(merged_dir, MERGE_MANIFEST)
             merge(RECIPE, merged_dir)
-    with clock.step("load"):
+    with step("load"):
         model = load(merged_dir)
         sketch = model.sketch()
 
-    found = {}
+    found, ordinary = {}, None
     for name in TRAITS:
-        say(f"finding {name}")
-        with clock.step(f"find {name}"):
-            shared = found[TRAITS[0]].candidates.contrast.neutral if found else None
-            found[name] = find_trait(model, name, seed=seed, neutral=shared)
+        with step(f"find {name}", f"finding {name}"):
+            found[name] = find_trait(model, name, seed=seed, neutral=ordinary)
+            ordinary = found[name].candidates.contrast.neutral
             found[name].direction.save(direction_place(sketch, name))
             found[name].direction.save(out / "directions" / f"{name}.safetensors")
 
-    with clock.step("dose response"), bar("neutral replies", None, "tokens") as advance:
+    with step("dose response"), bar("neutral replies", None, "tokens") as advance:
         prompts = NeutralPrompts.load().held_out[:NEUTRAL_PROMPTS]
-        reference = Reference.of(model, neutral_replies(model, prompts, on_tokens=advance))
+        reference = harness.Reference.of(model, harness.neutral_replies(model, prompts, on_tokens=advance))
     doses = {}
-    for name in TRAITS:
-        say(f"dose response of {name} on held-out topics")
-        d, trait = found[name].direction, found[name].scorer.trait
-        settings = dose_settings(d) + control_settings(d, trait, seed)
-        with clock.step("dose response"), bar(f"{name}: dose response", None, "tokens") as advance:
-            doses[name] = measure_settings(
-                model, found[name].scorer, settings, trait.held_out, reference, on_tokens=advance
-            )
+    for name, f in found.items():
+        topics = f.scorer.trait.held_out
+        settings = harness.dose_settings(f.direction) + harness.control_settings(f.direction, f.scorer.trait, seed)
+        with (
+            step("dose response", f"dose response of {name} on held-out topics"),
+            bar(f"{name}: dose response", None, "tokens") as advance,
+        ):
+            doses[name] = harness.measure_settings(model, f.scorer, settings, topics, reference, on_tokens=advance)
 
     moral = found["moralizing"]
-    say("searching what to bake, on fit topics")
-    with clock.step("search"), bar("searching", None, "tokens") as advance:
-        ordinary = moral.candidates.contrast.neutral
-        space = Space.of(moral.direction, model, means_of(model, ordinary))
-        bench = Bench(model, moral.scorer, {}, ordinary, Scope(topics=SEARCH_TOPICS), advance)
+    with step("search", "searching what to bake, on fit topics"), bar("searching", None, "tokens") as advance:
+        neutral = moral.candidates.contrast.neutral
+        space = Space.of(moral.direction, model, means_of(model, neutral))
+        bench = Bench(model, moral.scorer, {}, neutral, Scope(topics=SEARCH_TOPICS), advance)
         # One batch, the points worth a trial before anything is learnt: `steer bake --search` goes on from there.
         study, goal = Study(None, {}, "the demo"), Goal(share=SEARCH_SHARE, as_unsearched=False, max_kl=SEARCH_KL)
         study.run(bench, space, goal, BATCH, seed=seed)
         choice = study.choose(bench, space, goal, confirm=False)
         assert study.untouched is not None
-        search = told(study.trials(space), study.untouched, choice, goal)
-    say("baking and verifying")
+        search = search_json(study.trials(space), study.untouched, choice, goal)
     _clear(baked_dir, CERTIFICATE)
-    with clock.step("bake"), byte_bar("baking") as progress:
+    with step("bake", "baking and verifying"), byte_bar("baking") as progress:
         certificate = bake(merged_dir, baked_dir, choice.trial.edit, command="steer demo", progress=progress)
-    with clock.step("verify"), byte_bar("verifying") as progress:
+    with step("verify"), byte_bar("verifying") as progress:
         checks = verify(baked_dir, progress)
-    say("measuring the baked checkpoint")
     untouched = next(p for p in doses["moralizing"] if p.amount == 0)
-    with clock.step("measure baked"), bar("baked checkpoint", None, "tokens") as advance:
-        baked = measure_baked(
-            model, load(baked_dir), untouched, moral.scorer, Trait.load("moralizing").held_out, reference,
-            plain_paragraphs()[1], on_tokens=advance,
-        )  # fmt: skip
+    with (
+        step("measure baked", "measuring the baked checkpoint"),
+        bar("baked checkpoint", None, "tokens") as advance,
+    ):
+        prose = harness.plain_paragraphs()[1]
+        baked = harness.measure_baked(
+            model, load(baked_dir), untouched, moral.scorer, reference, prose, on_tokens=advance
+        )
 
     result = {
         "merged": str(merged_dir),
@@ -190,7 +181,7 @@ def _measure(out: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
             "verified": [c.name for c in checks],
             **baked,
         },
-        "seconds": {k: round(v, 2) for k, v in clock.seconds.items()},
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
     }
     write_report(result, out / "report.html")
     return result

@@ -23,7 +23,7 @@ import steer
 from steer.core.trait import Trait
 from steer.finding.traits import contrast_for
 from steer.measure.scorer import Scorer
-from steer.measure.search.held_out import HeldOut, load_exported
+from steer.measure.search.held_out import HeldOut, intervals, load_exported
 from steer.progress import bar
 from steer.verbs.tables import interval
 
@@ -46,13 +46,13 @@ def main(
     scorer = Scorer.train(contrast_for(source, Trait.load(trait)))
     with bar("measuring", None, "tokens") as advance, tempfile.TemporaryDirectory() as folder:
         held_out = HeldOut(source, scorer, {}, on_tokens=advance)
-        figures: dict[str, dict[str, Any]] = {"untouched": held_out.measure(source).as_json()}
+        figures: dict[str, dict[str, Any]] = {"untouched": intervals(held_out.measure(source))}
         del source  # one checkpoint at a time
         for name, options in BAKES.items():
             out = Path(folder) / "out"
             run("bake", model, str(out), "--ablate", trait, *options, "--json")
             run("verify", str(out), *(("--source", model) if "adapter" in options else ()), "--json")
-            figures[name] = held_out.measure(load_exported(out, Path(model))).as_json()
+            figures[name] = intervals(held_out.measure(load_exported(out, Path(model))))
             shutil.rmtree(out)
     if as_json:
         print(json.dumps(figures, indent=2))

@@ -13,8 +13,7 @@ from tiny_chat import save_tiny_chat
 from steer.core.trait import Trait
 from steer.errors import SteerError
 from steer.finding.directions import candidates, finished_direction, orthogonal
-from steer.measure.contrast import Contrast, Reply
-from steer.measure.residuals import reply_means, reply_tokens
+from steer.measure.contrast import Contrast, Reply, reply_means, reply_tokens
 from steer.measure.scorer import Scorer, clear_replies
 from steer.model.steered import SteeredModel, load
 

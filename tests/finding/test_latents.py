@@ -15,22 +15,19 @@ from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
 from steer.core.feature import Feature
 from steer.core.trait import Trait
-from steer.finding.choosing import displaced
 from steer.finding.latents import (
     AMOUNTS,
     Candidate,
-    Dose,
-    Screened,
+    Response,
     SteeringCheck,
-    Tried,
     best,
+    displaced,
     dose_response,
     screen,
     together,
 )
 from steer.measure.contrast import Contrast, Reply
-from steer.measure.dose import Point
-from steer.measure.fluency import Reference
+from steer.measure.harness import Point, Reference
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel, load
 
@@ -133,9 +130,9 @@ def test_only_latents_that_speak_for_the_trait_are_taken_out(dictionary: Diction
 
 @pytest.mark.slow
 def test_the_planted_latent_is_chosen_and_steers_held_out_topics(checked: SteeringCheck) -> None:
-    assert checked.latent.candidate.name == f"L{SITE}/{PLANTED}"
     dose = checked.dose("latent")
     assert dose is not None
+    assert dose.candidate.name == f"L{SITE}/{PLANTED}"
     assert dose.at(2.0).rate > dose.at(0.0).rate
     assert dose.at(2.0).probability > dose.at(-2.0).probability
     random = checked.dose("random")
@@ -169,10 +166,10 @@ def test_held_out_topics_have_no_say_in_the_screening(
         screen(model, s, direction, [latent(dictionary, 1)], latent(dictionary, 2), neutral, topics=2)
         for s in (scorer, others)
     ]
-    assert [[s.tried for s in screened] for _, screened in runs[:1]] == [[s.tried for s in runs[1][1]]]
+    assert [[s.points for s in screened] for _, screened in runs[:1]] == [[s.points for s in runs[1][1]]]
     fewer = replace(scorer, trait=replace(scorer.trait, fit=("da de",)))
     other = screen(model, fewer, direction, [latent(dictionary, 1)], latent(dictionary, 2), neutral, topics=2)
-    assert other[1][0].tried != runs[0][1][0].tried
+    assert other[1][0].points != runs[0][1][0].points
 
 
 def test_the_result_can_be_written_as_json(checked: SteeringCheck) -> None:
@@ -181,11 +178,13 @@ def test_the_result_can_be_written_as_json(checked: SteeringCheck) -> None:
     assert set(said["wins_over_direction"][said["best_latent"]]) == {"-2", "-1"}
 
 
-def dose(direction: Direction, kind: str, rates: list[float], kl: float) -> Dose:
-    points = [
-        Point("p", float(a), r, r, 0.0, abs(a) * kl, 0.0, 1.0, 0.0) for a, r in zip(range(-2, 3), rates, strict=True)
-    ]
-    return Dose(Candidate(kind, kind, direction), tuple(points))  # pyright: ignore[reportArgumentType]
+def point(amount: float, rate: float, kl: float, repetition: float = 0.0) -> Point:
+    return Point(rate, rate, kl, 1.0, repetition, label="p", amount=amount, share=0.0, markers=0.0)
+
+
+def dose(direction: Direction, kind: str, rates: list[float], kl: float) -> Response:
+    points = [point(float(a), r, abs(a) * kl) for a, r in zip(range(-2, 3), rates, strict=True)]
+    return Response(Candidate(kind, kind, direction), tuple(points))  # pyright: ignore[reportArgumentType]
 
 
 def test_equal_rates_are_monotone_and_a_falling_one_is_not(direction: Direction) -> None:
@@ -194,22 +193,20 @@ def test_equal_rates_are_monotone_and_a_falling_one_is_not(direction: Direction)
 
 
 def test_to_win_takes_a_lower_rate_at_no_more_kl(direction: Direction) -> None:
-    tried = Tried(0.0, 0.0, 0.0, 0.0, 0.0)
     mean = dose(direction, "direction", [0.1, 0.3, 0.5, 0.7, 0.9], 0.2)
-    any_ = Screened(mean.candidate, (tried,))
-    check = SteeringCheck(0.3, tried, (), any_, None, (mean,), None)
+    check = SteeringCheck(0.3, point(0.0, 0.0, 0.0), (), (mean,), None)
     assert check.wins(dose(direction, "latent", [0.1, 0.2, 0.5, 0.7, 0.9], 0.2)) == {-2.0: False, -1.0: True}
     assert check.wins(dose(direction, "latent", [0.0, 0.2, 0.5, 0.7, 0.9], 0.21)) == {-2.0: False, -1.0: False}
 
 
 def test_merit_pays_for_divergence_and_repetition(direction: Direction) -> None:
-    def screened(kl: float, again: float) -> Screened:
+    def screened(kl: float, again: float) -> Response:
         at = zip(AMOUNTS, (0.1, 0.2, 0.9), strict=True)
-        return Screened(Candidate("c", "latent", direction), tuple(Tried(a, p, p, kl, again) for a, p in at))
+        return Response(Candidate("c", "latent", direction), tuple(point(a, p, kl, again) for a, p in at))
 
     clean = screened(0.0, 0.0)
     assert clean.merit == pytest.approx(0.9 - 0.15)
     assert screened(0.1, 0.0).merit == pytest.approx(clean.merit - 0.2)
     assert screened(0.0, 0.1).merit == pytest.approx(clean.merit - 0.4)
-    assert best([screened(0.1, 0.0), clean], "latent") is clean
+    assert best([screened(0.1, 0.0), clean], "latent") is clean.candidate
     assert best([clean], "set") is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from steer.finding.sites import SiteCheck, chosen
+from steer.finding.directions import SiteCheck, chosen
 
 DEPTH = 30
 

@@ -18,9 +18,17 @@ from steer.core.sampler import PRESETS, Sampler
 from steer.core.slider import Slider
 from steer.core.trait import NeutralPrompts
 from steer.errors import MismatchError, UsageError
-from steer.measure.calibrate import LADDER, LONGEST, Limits, SliderCalibration, Trial, TriedAmount, calibrate
-from steer.measure.fluency import mean_repetition
-from steer.measure.neutral_costs import NeutralCosts
+from steer.measure.calibrate import (
+    LADDER,
+    LONGEST,
+    Limits,
+    NeutralCosts,
+    SliderCalibration,
+    Trial,
+    TriedAmount,
+    calibrate,
+)
+from steer.measure.harness import mean_repetition
 from steer.model.sliders import BUDGET, as_edit
 from steer.model.steered import SteeredModel, load
 from steer.verbs.tables import calibration_table
@@ -240,7 +248,7 @@ def test_what_is_not_finite_is_beyond_the_limit_and_null_in_json():
 
 
 def test_prompts_are_of_the_split_that_finding_never_sees(costs):
-    asked = {c[0]["content"] for c in costs.chats}
+    asked = set(costs.prompts)
     neutral = NeutralPrompts.load()
     assert asked <= set(neutral.held_out)
     assert not asked & set(neutral.fit)

@@ -9,7 +9,7 @@ import torch
 
 from steer.core.trait import Trait
 from steer.measure.contrast import Contrast, Reply
-from steer.measure.fluency import TOKENS, _compared, repetition
+from steer.measure.harness import TOKENS, _compared, repetition
 from steer.measure.scorer import Scorer, marker_rate
 
 
@@ -63,15 +63,15 @@ def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
 
 
 def test_kl_a_few_tokens_at_a_time_is_that_of_the_formula_and_zero_for_equals() -> None:
-    def compared(base: torch.Tensor, rows: list[torch.Tensor], said: list[int]) -> list[tuple[float, float]]:
-        return _compared(torch.nn.Identity(), base, torch.nn.Identity(), rows, said)
+    def compared(base: torch.Tensor, rows: list[torch.Tensor], said: list[int]) -> list[list[float]]:
+        return _compared(torch.nn.Identity(), base, torch.nn.Identity(), rows, said).tolist()
 
     p = torch.tensor([[0.5, 0.25, 0.25]]).log()
     q = torch.tensor([[0.25, 0.5, 0.25]]).log()
     formula = 0.5 * math.log(2) + 0.25 * math.log(0.5)
     assert compared(p, [q, p, p.clone()], [1]) == [
-        pytest.approx((formula, math.log(2))), (0, pytest.approx(math.log(4))), (0, pytest.approx(math.log(4)))
+        pytest.approx([formula, math.log(2)]), [0, pytest.approx(math.log(4))], [0, pytest.approx(math.log(4))]
     ]  # fmt: skip
     a, b = torch.randn(2, 2 * TOKENS + 9, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-    whole = float((a.exp() * (a - b)).sum()), -float(b[:, 7].sum())
+    whole = [float((a.exp() * (a - b)).sum()), -float(b[:, 7].sum())]
     assert compared(a, [b], [7] * len(a)) == [pytest.approx(whole, rel=1e-6)]

@@ -17,11 +17,9 @@ from steer.core.feature import Feature
 from steer.core.sampler import Sampler
 from steer.core.trait import Trait
 from steer.finding.directions import candidates, finished_direction
-from steer.measure.contrast import Reply, contrast_replies
-from steer.measure.dose import neutral_replies
-from steer.measure.fluency import Reference, row_costs, text_entropies
-from steer.measure.neutral_costs import NeutralCosts
-from steer.measure.residuals import reply_tokens
+from steer.measure.calibrate import NeutralCosts
+from steer.measure.contrast import Reply, contrast_replies, reply_tokens
+from steer.measure.harness import Reference, neutral_replies, row_costs, text_entropies
 from steer.model.fit_check import check_fit
 from steer.model.steered import SteeredModel, load
 from steer.sae.attribution import attribution, output_scores

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.measure.fluency import row_costs
+from steer.measure.harness import row_costs
 from steer.model.steered import SteeredModel
 
 IDS = torch.tensor([[1, 9, 20, 33]])

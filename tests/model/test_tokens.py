@@ -15,9 +15,8 @@ from tiny_chat import ENDLESS, TEMPLATE, save_tiny_chat
 from steer.chat.session import Session
 from steer.core.sampler import Sampler
 from steer.errors import CheckpointError, UsageError
-from steer.measure.contrast import Reply
-from steer.measure.fluency import text_entropies
-from steer.measure.residuals import reply_means
+from steer.measure.contrast import Reply, reply_means
+from steer.measure.harness import text_entropies
 from steer.model.steered import SteeredModel, load
 from steer.model.tokens import ContextWarning, context_length, padded
 from steer.sae.documents import documents

@@ -7,71 +7,44 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from scipy.stats import bootstrap
 
 from steer.baking.certificate import ADAPTER
 from steer.core.sampler import MEASURE
 from steer.core.trait import NeutralPrompts
-from steer.measure.dose import neutral_replies
-from steer.measure.fluency import Reference, plain_paragraphs, repetition, text_entropies
+from steer.measure.harness import (
+    Numbers,
+    Reference,
+    answers,
+    neutral_replies,
+    plain_paragraphs,
+    text_entropies,
+)
 from steer.measure.scorer import Scorer
 from steer.measure.search.trials import NEUTRAL_TOKENS, REPLY_TOKENS
-from steer.model.loaded import Message
 from steer.model.steered import SteeredModel, load
+from steer.progress import Advance
 
-PROMPTS = 24
-"""Number of held-out neutral prompts that KL is computed on."""
-SAMPLES = 2
-"""Replies to each held-out topic."""
-RESAMPLES = 9999
-"""Bootstrap resamples per interval."""
-LEVEL = 0.95
-"""Confidence level of the intervals."""
-Numbers = Float[np.ndarray, " n"]
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """The measurements of one checkpoint: one number per topic, neutral reply or passage. The bootstrap resamples
-    these."""
-
-    shows: Numbers
-    """Share of a topic's replies that the text scorer calls the trait."""
-    probability: Numbers
-    """The scorer's mean probability of a topic's replies."""
-    repetition: Numbers
-    """Mean share of repeated trigrams in a topic's replies."""
-    kl: Numbers
-    """KL(source || checkpoint) over each of the source's neutral replies, nats."""
-    lengths: Numbers
-    """Tokens of each neutral reply."""
-    entropy: Numbers
-    """Cross-entropy of each passage of plain prose, nats."""
-    words: Numbers
-    """Tokens of each passage."""
-    kept: dict[str, Numbers]
-    """Per trait that is to stay: for each of its topics, the share of replies that show the trait."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Every figure as {value, low, high}: the ends of its 95 % bootstrap interval."""
-        return {
-            "rate": mean_interval(self.shows),
-            "probability": mean_interval(self.probability),
-            "repetition": mean_interval(self.repetition),
-            "kl": ratio_interval(self.kl, self.lengths),
-            "perplexity": {k: float(np.exp(v)) for k, v in ratio_interval(self.entropy, self.words).items()},
-            "kept": {name: mean_interval(shows) for name, shows in self.kept.items()},
-        }
+PROMPTS, SAMPLES = 24, 2
+"""Number of held-out neutral prompts that KL is computed on, and replies to each held-out topic."""
+RESAMPLES, LEVEL = 9999, 0.95
+"""Bootstrap resamples per interval, and confidence level of the intervals."""
+Sample = dict[str, tuple[Numbers, ...]]
+"""The measurements of one checkpoint: for each figure an array with one number per topic, neutral reply or passage,
+which the bootstrap resamples. `rate`, `probability`, `repetition` and, for a trait that is to stay, `rate of NAME` are
+means over topics; `kl` and `perplexity` have a second array, the tokens of each text."""
 
 
 class HeldOut:
-    """Measures checkpoints on held-out topics, neutral prompts and prose, against the source's replies."""
+    """Measures checkpoints on held-out topics, neutral prompts and prose, against the source's replies.
+
+    `kept` has a scorer per trait that is to stay. `tokens` is the largest length of a reply.
+    """
 
     def __init__(
         self,
@@ -79,65 +52,52 @@ class HeldOut:
         scorer: Scorer,
         kept: Mapping[str, Scorer],
         *,
-        samples: int = SAMPLES,
         tokens: int = REPLY_TOKENS,
-        on_tokens: Callable[[int], None] | None = None,
+        on_tokens: Advance | None = None,
     ) -> None:
-        """Generate the source's replies to the neutral prompts.
-
-        `kept` has a scorer per trait that is to stay. `samples` is the number of replies per topic, `tokens` their
-        largest length. `on_tokens` is called with the number of tokens written since its last call.
-        """
-        self.scorer, self.kept, self.samples, self.on_tokens = scorer, dict(kept), samples, on_tokens
+        self.scorer, self.kept, self.on_tokens = scorer, dict(kept), on_tokens
         self.sampler = replace(MEASURE, max_new_tokens=tokens)
         prompts = NeutralPrompts.load().held_out[:PROMPTS]
         replies = neutral_replies(source, prompts, tokens=NEUTRAL_TOKENS, on_tokens=on_tokens)
         self.reference = Reference.of(source, replies)
 
-    @property
-    def tokens(self) -> int:
-        """Largest number of tokens written to measure one checkpoint."""
-        topics = sum(len(s.trait.held_out) for s in (self.scorer, *self.kept.values()))
-        return topics * self.samples * self.sampler.max_new_tokens
-
     def measure(self, model: SteeredModel) -> Sample:
         """Measure one checkpoint, which may be the source. A topic draws the same random numbers for each of them."""
         scorers = [self.scorer, *self.kept.values()]
-        chats: list[list[Message]] = [
-            [{"role": "user", "content": t}] for s in scorers for t in s.trait.held_out for _ in range(self.samples)
-        ]
-        replies = model.replies(chats, self.sampler, on_tokens=self.on_tokens)
-        probabilities: list[Numbers] = []
-        first = replies[: len(self.scorer.trait.held_out) * self.samples]
-        for s in scorers:
-            count = len(s.trait.held_out) * self.samples
-            probabilities.append(s.probabilities([model.text(r) for r in replies[:count]]))
-            replies = replies[count:]
-        entropy, words = text_entropies(model, plain_paragraphs()[1])
-        return Sample(
-            shows=self._by_topic(probabilities[0] > 0.5),
-            probability=self._by_topic(probabilities[0]),
-            repetition=self._by_topic(np.array([repetition(r) for r in first])),
-            kl=self.reference.kl_sums(model),
-            lengths=self.reference.lengths,
-            entropy=entropy,
-            words=words,
-            kept={name: self._by_topic(p > 0.5) for name, p in zip(self.kept, probabilities[1:], strict=True)},
+        topics = [s.trait.held_out for s in scorers]
+        ((first, *others),) = answers(
+            model, scorers, topics, [None], self.sampler, samples=SAMPLES, on_tokens=self.on_tokens
         )
+        return {
+            "rate": (_by_topic(first.probabilities > 0.5),),
+            "probability": (_by_topic(first.probabilities),),
+            "repetition": (_by_topic(first.repetitions),),
+            "kl": (self.reference.kl_sums(model, [None])[0], self.reference.lengths),
+            "perplexity": text_entropies(model, plain_paragraphs()[1]),
+        } | {f"rate of {n}": (_by_topic(a.probabilities > 0.5),) for n, a in zip(self.kept, others, strict=True)}
 
-    def _by_topic(self, values: Any) -> Numbers:
-        return np.asarray(values, float).reshape(-1, self.samples).mean(1)
+
+def _by_topic(values: Any) -> Numbers:
+    return np.asarray(values, float).reshape(-1, SAMPLES).mean(1)
+
+
+def intervals(sample: Sample) -> dict[str, Any]:
+    """Every figure as {value, low, high}: the ends of its 95 % bootstrap interval."""
+    out: dict[str, Any] = {n: ratio_interval(*x) if len(x) > 1 else mean_interval(*x) for n, x in sample.items()}
+    out["perplexity"] = {k: float(np.exp(v)) for k, v in out["perplexity"].items()}
+    kept = {n.removeprefix("rate of "): out.pop(n) for n in sample if n.startswith("rate of ")}
+    return out | {"kept": kept}
 
 
 def compared(untouched: Sample, unsearched: Sample, searched: Sample) -> dict[str, Any]:
     """The three measurements with their intervals, the searched bake's KL as a share of the unsearched one's, and the
     difference between their rates."""
     return {
-        "untouched": untouched.as_json(),
-        "unsearched": unsearched.as_json(),
-        "searched": searched.as_json(),
-        "kl_of_unsearched": ratio_interval(searched.kl, unsearched.kl),
-        "rate_above_unsearched": mean_interval(searched.shows - unsearched.shows),
+        "untouched": intervals(untouched),
+        "unsearched": intervals(unsearched),
+        "searched": intervals(searched),
+        "kl_of_unsearched": ratio_interval(searched["kl"][0], unsearched["kl"][0]),
+        "rate_above_unsearched": mean_interval(searched["rate"][0] - unsearched["rate"][0]),
     }
 
 

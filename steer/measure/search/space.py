@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from jaxtyping import Float
+from optuna.trial import BaseTrial
 from torch import Tensor
 
 from steer.baking.certificate import Form
@@ -18,11 +19,7 @@ from steer.baking.plan import no_constant
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import PLAIN, Kernel, Method, Projection, Strengths
-
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
-
-    from steer.model.steered import SteeredModel
+from steer.model.steered import SteeredModel
 
 VERSION = 2
 """Version of the parameters below. A study of another version cannot be continued."""
@@ -64,9 +61,9 @@ class Space:
         out if it changes almost nothing, as for directions that were made orthogonal to the neutral mean."""
         mean = neutral[direction.site].double()
         cosine = float((direction.vector.double() @ mean / mean.norm()).abs())
-        methods: tuple[Projection, ...] = ("plain", "biprojected")
-        if cosine >= NEARLY:
-            methods = ("plain", "projected", "biprojected")
+        methods: tuple[Projection, ...] = ("plain", "projected", "biprojected")
+        if cosine < NEARLY:
+            methods = ("plain", "biprojected")
         can_keep = form == "checkpoint" and model.steering.cannot_keep_norms is None
         anatomy = model.anatomy
         return cls(direction, anatomy.blocks, methods, neutral, no_constant(anatomy, form) is None, can_keep)
@@ -77,7 +74,7 @@ class Space:
         return max(1, round(self.blocks / STEPS))
 
     @property
-    def places(self) -> tuple[Literal["nowhere", "everywhere", "range", "kernel"], ...]:
+    def places(self) -> tuple[str, ...]:
         """Places of ablation: nowhere (a bias alone), every writer including the embedding, a range of blocks at
         constant strengths, or strengths by one kernel for attention and one for MLPs."""
         return ("nowhere", "everywhere", "range", "kernel") if self.can_add else ("everywhere", "range", "kernel")
@@ -94,21 +91,18 @@ class Space:
         where = trial.suggest_categorical("where", self.places)
         if self.can_add:
             trial.suggest_float("bias", -STRONGEST, 0.0, step=0.1)
-        if where == "nowhere":
-            return trial.params
-        trial.suggest_categorical("method", self.methods)
-        if self.can_keep:
-            trial.suggest_categorical("norms", ("free", "kept"))
+        if where != "nowhere":
+            trial.suggest_categorical("method", self.methods)
+            if self.can_keep:
+                trial.suggest_categorical("norms", ("free", "kept"))
         if where == "everywhere":
             trial.suggest_float("strength", 0.1, 1.0, step=0.1)
-            return trial.params
         if where == "range":
             trial.suggest_int("centre", 0, last, step=self.step)
             trial.suggest_int("reach", 0, last, step=self.step)
             trial.suggest_float("attention", 0.0, 1.0, step=0.25)
             trial.suggest_float("mlp", 0.0, 1.0, step=0.25)
-            return trial.params
-        for kind in ("attention", "mlp"):
+        for kind in ("attention", "mlp") if where == "kernel" else ():
             trial.suggest_int(f"{kind} peak", 0, last, step=self.step)
             trial.suggest_int(f"{kind} width", self.step, last + self.step, step=self.step)
             trial.suggest_float(f"{kind} height", 0.0, 1.0, step=0.25)
@@ -119,31 +113,30 @@ class Space:
         """The edit at a point; None if the point changes nothing."""
         amount = round(params.get("bias", 0.0), 3)
         add = ((self.direction, amount),) if amount else ()
-        where = params["where"]
-        if where == "nowhere":
+        ablation = self._ablation(params)
+        if ablation is None:
             return Edit(add=add) if add else None
-        method = self._method(params["method"], params.get("norms") == "kept")
-        ablate = (self.direction,)
+        projection, keep = params["method"], params.get("norms") == "kept"
+        neutral = None if projection == "plain" else self.neutral
+        method = Method(projection, keep, neutral) if keep or neutral is not None else PLAIN
+        return Edit((self.direction,), add=add, method=method, **ablation)
+
+    def _ablation(self, params: Params) -> dict[str, Any] | None:
+        """Strength and place of the ablation at a point, as fields of Edit; None without one."""
+        where = params["where"]
         if where == "everywhere":
-            return Edit(ablate, round(params["strength"], 3), None, add, method=method)
+            return {"strength": round(params["strength"], 3)}
         if where == "range":
             attention, mlp = params["attention"], params["mlp"]
             centre, reach = params["centre"], params["reach"]
             blocks = (max(0, centre - reach), min(self.blocks - 1, centre + reach))
-            if attention == mlp:
-                if attention:
-                    return Edit(ablate, attention, blocks, add, method=method)
-                return Edit(add=add) if add else None
-            return Edit(ablate, 1.0, blocks, add, method=method, strengths=Strengths(attention, mlp))
-        attention, mlp = (self._kernel(params, kind) for kind in ("attention", "mlp"))
-        if not attention and not mlp:
-            return Edit(add=add) if add else None
-        return Edit(ablate, 1.0, None, add, method=method, strengths=Strengths(attention, mlp))
-
-    def _method(self, projection: Projection, keep: bool) -> Method:
-        if projection == "plain":
-            return Method(norm_preserving=True) if keep else PLAIN
-        return Method(projection, keep, self.neutral)
+            if attention != mlp:
+                return {"blocks": blocks, "strengths": Strengths(attention, mlp)}
+            return {"blocks": blocks, "strength": attention} if attention else None
+        if where == "kernel":
+            attention, mlp = (self._kernel(params, kind) for kind in ("attention", "mlp"))
+            return {"strengths": Strengths(attention, mlp)} if attention or mlp else None
+        return None
 
     @staticmethod
     def _kernel(params: Params, kind: str) -> float | Kernel:
@@ -176,9 +169,8 @@ class Space:
         if not self.can_add:
             yield self._point("everywhere", strength=0.5)
             yield self._point("range", **near, attention=0.5, mlp=0.5)
-            for kind, other in (("attention", "mlp"), ("mlp", "attention")):
-                one: Params = {kind: 1.0, other: 0.0}
-                yield self._point("range", **near, **one)
+            yield self._point("range", **near, attention=1.0, mlp=0.0)
+            yield self._point("range", **near, attention=0.0, mlp=1.0)
             fewer = reach // self.step // 2 * self.step
             yield self._point("range", centre=centre, reach=fewer, attention=1.0, mlp=1.0)
 
@@ -203,12 +195,9 @@ def edit_label(edit: Edit) -> str:
         method = "" if edit.method.projection == "plain" else f"{edit.method.projection}, "
         method += "norms kept, " if edit.method.norm_preserving else ""
         place = "everywhere" if edit.blocks is None else f"in blocks {edit.blocks[0]}-{edit.blocks[1]}"
-        if edit.strengths is None:
-            how = f"{edit.strength:g} {place}"
-        else:
-            kinds = ("attention", "mlp")
-            strengths = [f"{kind} {_strength(getattr(edit.strengths, kind))}" for kind in kinds]
-            how = ", ".join(strengths) + (f" {place}" if edit.blocks else "")
+        how = f"{edit.strength:g} {place}"
+        if s := edit.strengths:
+            how = f"attention {_strength(s.attention)}, mlp {_strength(s.mlp)}" + (f" {place}" if edit.blocks else "")
         parts.append(f"{method}ablate {how}")
     parts += [f"bias {amount:+g} at block {d.site}" for d, amount in edit.add]
     return ", ".join(parts)

@@ -9,25 +9,26 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from sqlalchemy.exc import SQLAlchemyError
 
+from steer.baking.certificate import versions
 from steer.checkpoint.sketch import Sketch
 from steer.core.edit import Edit
 from steer.errors import MismatchError, OutputExistsError, SteerError
-from steer.measure.search.choice import Choice, Goal, Trial, choose, confirmed
+from steer.files import one_line
 from steer.measure.search.space import Space, edit_key
-from steer.measure.search.trials import Bench, Outcome
+from steer.measure.search.trials import Bench, Choice, Goal, Outcome, Trial, choose, confirmed
 
-if TYPE_CHECKING:
-    import optuna
-
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 STUDY = "study.sqlite3"
 BATCH = 8
 """Number of edits proposed and tried together."""
@@ -54,13 +55,9 @@ class Study:
         `about` describes what is searched (JSON), and must be the same each time; `name` is used in messages.
         Errors: MismatchError when the file is a study with another `about`, SteerError when it is not a study.
         """
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import SQLAlchemyError
-
-        optuna = _optuna()
         self.where = str(path) if path else "study"
         try:
-            self._study: optuna.Study = optuna.create_study(
+            self._study = optuna.create_study(
                 storage=f"sqlite:///{path}" if path else None,
                 study_name="steer bake --search",
                 directions=["minimize", "minimize"],
@@ -69,22 +66,19 @@ class Study:
             self._expect(about, name)
             self._finish_writing()
         except (SQLAlchemyError, StorageInternalError, RuntimeError) as e:
-            why = " ".join(str(e).split())[:160]
             raise SteerError(
-                f"{self.where}: expected the study of a search, found something unreadable ({why}); remove it, or name "
-                "another --search-dir"
+                f"{self.where}: expected the study of a search, found something unreadable ({one_line(e)}); remove it, "
+                "or name another --search-dir"
             ) from e
 
     def _expect(self, about: Mapping[str, Any], name: str) -> None:
         attributes = self._study.user_attrs
         if "about" not in attributes:
-            from steer.baking.certificate import versions
-
             with _quiet():
                 self._study.set_metric_names(["mean probability, from the aim on", "log10 KL"])
-            self._study.set_user_attr("name", name)
-            self._study.set_user_attr("versions", {**versions(), "optuna": _optuna().__version__})
-            self._study.set_user_attr("about", dict(about))
+            facts = {"name": name, "versions": {**versions(), "optuna": optuna.__version__}, "about": dict(about)}
+            for key, value in facts.items():
+                self._study.set_user_attr(key, value)
             return
         ours, theirs = json.loads(json.dumps(about)), attributes["about"]
         wrong = sorted(k for k in {*ours, *theirs} if not _same(k, ours.get(k), theirs.get(k)))
@@ -148,7 +142,7 @@ class Study:
         """The chosen trial. With `confirm`, the best trials are first measured on the rest of the fit topics; each such
         measurement is stored in the study and made once.
 
-        Errors: those of `steer.measure.search.choice.choose`.
+        Errors: those of `steer.measure.search.trials.choose`.
         """
         untouched, trials = self.untouched, self.trials(space)
         assert untouched is not None
@@ -156,12 +150,11 @@ class Study:
             return choose(trials, untouched, trials[0].outcome, goal)
 
         def again(group: Sequence[Trial | None]) -> list[Outcome]:
-            keys = ["rest of untouched" if t is None else f"rest of {t.number}" for t in group]
+            keys = {f"rest of {t.number if t else 'untouched'}": t and t.edit for t in group}
             known = self._study.user_attrs
-            new = [i for i, key in enumerate(keys) if key not in known]
-            edits = [None if (t := group[i]) is None else t.edit for i in new]
-            for i, outcome in zip(new, bench.outcomes(edits, rest=True) if new else (), strict=True):
-                self._study.set_user_attr(keys[i], outcome.as_json())
+            new = {key: edit for key, edit in keys.items() if key not in known}
+            for key, outcome in zip(new, bench.outcomes(list(new.values()), rest=True) if new else (), strict=True):
+                self._study.set_user_attr(key, outcome.as_json())
             known = self._study.user_attrs
             return [Outcome(**known[key]) for key in keys]
 
@@ -174,7 +167,6 @@ class Study:
         They are drawn from an in-memory copy of the study that holds the batches before this one, so that the study on
         disk never holds an unfinished trial.
         """
-        optuna = _optuna()
         before = self._study.get_trials(deepcopy=False)[: batch * BATCH]
         seeds = np.random.SeedSequence([seed, batch]).generate_state(2).tolist()
         with _quiet():
@@ -211,7 +203,7 @@ class Study:
     ) -> None:
         """Store a batch: first as one attribute of the study, then trial by trial, so that a kill in between is
         repaired by `_finish_writing`."""
-        optuna, untouched = _optuna(), self.untouched
+        untouched = self.untouched
         assert untouched is not None
         before = self._study.get_trials(deepcopy=False)
         plain = Outcome(**before[0].user_attrs["outcome"]) if before else outcomes[0]
@@ -223,27 +215,23 @@ class Study:
             over = {"rate": outcome.rate - rate, "probability": outcome.probability - probability}
             over |= {name: abs(r - untouched.kept[name]) - goal.tolerance for name, r in outcome.kept.items()}
             kinds = {n: optuna.distributions.distribution_to_json(d) for n, d in trial.distributions.items()}
-            rows.append(
-                {"params": trial.params, "kinds": kinds, "outcome": outcome.as_json(), "values": values, "over": over}
-            )
+            row = {"params": trial.params, "kinds": kinds, "values": values, "over": over}
+            rows.append(row | {"outcome": outcome.as_json()})
         self._study.set_user_attr("being written", {"first": first, "trials": rows})
         self._finish_writing()
 
     def _finish_writing(self) -> None:
         """Add those trials of the last stored batch that the study does not have yet."""
-        optuna = _optuna()
-        batch = self._study.user_attrs.get("being written")
-        if batch is None:
-            return
+        batch = self._study.user_attrs.get("being written", {"first": 0, "trials": []})
         for row in batch["trials"][self.count - batch["first"] :]:
-            params, kinds = row["params"], row["kinds"]
+            kinds = {name: optuna.distributions.json_to_distribution(k) for name, k in row["kinds"].items()}
             self._study.add_trial(
                 optuna.trial.create_trial(
-                    params=params,
-                    distributions={name: optuna.distributions.json_to_distribution(k) for name, k in kinds.items()},
+                    params=row["params"],
+                    distributions=kinds,
                     values=row["values"],
                     constraints=row["over"],
-                    user_attrs={"params": params, "outcome": row["outcome"]},
+                    user_attrs={"params": row["params"], "outcome": row["outcome"]},
                 )
             )
 
@@ -255,8 +243,7 @@ def locked(folder: Path) -> Iterator[None]:
     Errors: OutputExistsError when another search holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
+    with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
@@ -264,8 +251,6 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder}: another search is at work in it; wait, or name another --search-dir"
             ) from e
         yield
-    finally:
-        os.close(lock)
 
 
 def _same(what: str, ours: Any, theirs: Any) -> bool:
@@ -280,12 +265,5 @@ def _same(what: str, ours: Any, theirs: Any) -> bool:
 def _quiet() -> Iterator[None]:
     """Suppress Optuna's warnings about its experimental features."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", _optuna().exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", ExperimentalWarning)
         yield
-
-
-def _optuna() -> Any:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna

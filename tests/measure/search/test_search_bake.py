@@ -25,10 +25,9 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Strengths
 from steer.errors import MismatchError, OutputExistsError, StoppedError
-from steer.measure.search.choice import Goal
 from steer.measure.search.held_out import load_exported
 from steer.measure.search.study import BATCH, STUDY
-from steer.measure.search.trials import Bench, Outcome, Scope
+from steer.measure.search.trials import Bench, Goal, Outcome, Scope
 from steer.model.steered import load
 from steer.verbs.bake_search import RESULT, Searched, search_bake
 
@@ -68,7 +67,7 @@ def test_what_is_written_verifies_and_is_the_edit_that_was_chosen(result: tuple[
 def test_held_out_figures_are_those_of_the_files(result: tuple[Searched, Path], made: Path) -> None:
     found, folder = result
     from steer.core.trait import NeutralPrompts
-    from steer.measure.dose import neutral_replies
+    from steer.measure.harness import neutral_replies
     from steer.measure.search.held_out import PROMPTS
 
     source, written = load(made / "model"), load(folder / "out")
@@ -116,7 +115,7 @@ def test_a_killed_search_goes_on_to_what_an_undisturbed_one_finds(
     arguments = (str(made / "model"), str(tmp_path / "out"), str(made / "moral.yaml"), str(made / "calm.yaml"))
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from steer.measure.search.choice import Goal\n"
+        "from steer.measure.search.trials import Goal\n"
         "from steer.measure.search.trials import Scope\n"
         "from steer.verbs.bake_search import search_bake\n"
         "search_bake(*sys.argv[1:4], keep=sys.argv[4:], trials=16, scope=Scope(4, 12, 3),\n"

@@ -12,9 +12,8 @@ import torch
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.errors import SteerError
-from steer.measure.search.choice import Goal, Trial, choose, confirmed, pareto_front
 from steer.measure.search.held_out import mean_interval, ratio_interval
-from steer.measure.search.trials import Outcome
+from steer.measure.search.trials import Goal, Outcome, Trial, choose, confirmed, pareto_front
 
 
 def trial(

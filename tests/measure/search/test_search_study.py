@@ -17,10 +17,9 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Strengths
 from steer.errors import MismatchError, OutputExistsError, SteerError
-from steer.measure.search.choice import Goal, Trial
 from steer.measure.search.space import Space, edit_key, edit_label
 from steer.measure.search.study import AIM, BATCH, STUDY, Study, locked
-from steer.measure.search.trials import NEUTRAL_TOKENS, Bench, Outcome
+from steer.measure.search.trials import NEUTRAL_TOKENS, Bench, Goal, Outcome, Trial
 from steer.model.steered import SteeredModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
