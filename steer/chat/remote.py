@@ -249,7 +249,7 @@ class RemoteSlider(BaseModel, frozen=True):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     operation: str
     amount: FiniteFloat | None = None
-    moved: FiniteFloat | None = Field(None, alias="share")
+    moved: Annotated[FiniteFloat | None, Field(alias="share")] = None
     unit_share: FiniteFloat | None = None
     """How far amount 1 moves the residual stream, as a share of its median norm; None if the server does not say."""
     range: tuple[FiniteFloat, FiniteFloat] | None = None
@@ -342,13 +342,6 @@ class RemoteSliders(Amounts):
     def redo(self) -> bool:
         """Redo the last change that was undone. Return False if there is none."""
         return self._step(self._future, self._past)
-
-    def __setitem__(self, name: str, amount: float) -> None:
-        self._change(self._amounts | {name: self.slider(name).check(amount)})
-
-    def __delitem__(self, name: str) -> None:
-        self._set(name)
-        self._change({n: a for n, a in self._amounts.items() if n != name})
 
     def _change(self, amounts: dict[str, float]) -> None:
         if amounts != self._amounts:

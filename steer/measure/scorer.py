@@ -68,8 +68,10 @@ class Scorer:
     def words(self, count: int = 12) -> tuple[list[str], list[str]]:
         """The `count` words with the largest weight for the trait, and those against it, to check what was learnt."""
         counts, judge = self.classifier[0], self.classifier[1]
-        names = counts.get_feature_names_out()
-        order = np.argsort(judge.coef_[0], kind="stable")
+        assert isinstance(counts, TfidfVectorizer)
+        assert isinstance(judge, LogisticRegression)
+        names = np.asarray(counts.get_feature_names_out())
+        order = np.argsort(np.asarray(judge.coef_)[0], kind="stable")
         return [str(names[i]) for i in order[::-1][:count]], [str(names[i]) for i in order[:count]]
 
 

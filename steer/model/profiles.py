@@ -14,7 +14,7 @@ from steer.checkpoint.library import Checkpoint, Library
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
-from steer.core.sampler import PRESETS, Sampler
+from steer.core.sampler import PRESETS, PresetName, Sampler
 from steer.core.schedule import ALWAYS
 from steer.core.slider import Slider
 from steer.errors import SteerError
@@ -96,5 +96,5 @@ def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -
         operation = None if slider.operation == default else slider.operation
         entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
     free = {"seed": sampler.seed, "max_new_tokens": sampler.max_new_tokens}
-    preset = next((n for n, p in PRESETS.items() if replace(p, **free) == sampler), None)
+    preset: PresetName | None = next((n for n, p in PRESETS.items() if replace(p, **free) == sampler), None)
     return Profile(name, notes, sampler, preset, tuple(entries))
