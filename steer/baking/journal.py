@@ -76,6 +76,8 @@ def _plain(value: Any) -> Any:
     """A value that JSON does not know, as one that it does."""
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
+    if isinstance(value, Edit):
+        return {"Edit": [value.moves, value.blocks, value.method, value.strengths]}
     if is_dataclass(value):
         return {type(value).__name__: {f.name: getattr(value, f.name) for f in fields(value)}}
     tensor = torch.as_tensor(value).detach().contiguous().cpu()

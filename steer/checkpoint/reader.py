@@ -123,7 +123,8 @@ class Shard:
         except OSError as e:
             raise CheckpointError(f"{path}: could not be read ({e.strerror}); check its permissions") from e
         except SafetensorError as e:
-            raise _broken(path, one_line(e)) from e
+            why = one_line(e).removeprefix("Error while deserializing header: ")
+            raise _broken(path, f"{path.stat().st_size} bytes: {why}") from e
         entries = json.loads(header[8:])
         metadata = entries.pop("__metadata__", None)
         tensors = [

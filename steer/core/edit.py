@@ -6,7 +6,6 @@ The live model (`steer.model.steering`) and the bakes (`steer.baking`) both appl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -24,10 +23,11 @@ MAX_JOINT_DIRECTIONS = 10
 each subset of them is computed beforehand, and there are 2^n subsets."""
 
 
-@dataclass(eq=False, init=False)
 class Edit:
     """One edit of a checkpoint. The bake, and the live hooks that try the edit first, use the same value. Compared by
     identity, and not changed once it is made.
+
+    It is no dataclass: `dataclasses.replace(edit, strength=0.5)` would pass on sliders that have a strength already.
 
     Example:
         edit = steer.Edit(ablate=(moral,), strength=0.8)

@@ -158,8 +158,8 @@ def test_adds_go_into_the_biases_that_the_architecture_has(
         ("gemma2", "has a norm between its MLPs and the residual stream"),
         ("olmo2", "has a norm between its MLPs and the residual stream"),
         ("mistral", "has no biases in its MLPs"),
-        ("mixtral", "has no biases in its MLPs"),
-        ("qwen3-moe", "has no biases in its MLPs"),
+        ("mixtral", "has experts without biases in its MLPs"),
+        ("qwen3-moe", "has experts without biases in its MLPs"),
     ],
 )
 def test_an_add_that_no_bias_can_carry_is_refused(

@@ -213,7 +213,7 @@ def test_strengths_and_blocks_go_together(make_direction: MakeDirection) -> None
     assert [edit.edits_block(b) for b in range(3)] == [True, True, False]
     plain = Edit(ablate=(make_direction(),), strength=0.4)
     assert {plain.strength_at(b, k) for b, k in ((None, "embedding"), (0, "attention"), (9, "mlp"))} == {0.4}
-    whole = replace(plain, strength=1.0, strengths=Strengths(0.5, 0.25, embedding=0.75))
+    whole = Edit(plain.ablate, strengths=Strengths(0.5, 0.25, embedding=0.75))
     assert whole.embedding
     assert whole.strength_at(None, "embedding") == 0.75
     assert whole.describe()["strengths"] == {"attention": 0.5, "mlp": 0.25, "embedding": 0.75}

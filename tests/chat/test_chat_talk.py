@@ -207,7 +207,8 @@ def test_a_chat_that_the_model_cannot_reply_to_is_as_it_was(chat, model):
 
 
 def test_a_reply_that_breaks_off_keeps_its_words_and_one_without_any_is_taken_back(chat, model):
-    kept, said = model.hf.forward, []
+    decoder = model.hf.get_submodule(model.anatomy.decoder_module)
+    kept, said = decoder.forward, []
 
     def fail(*args, **kwargs):
         said.append(0)
@@ -215,14 +216,14 @@ def test_a_reply_that_breaks_off_keeps_its_words_and_one_without_any_is_taken_ba
             raise RuntimeError("out of memory")
         return kept(*args, **kwargs)
 
-    model.hf.forward = fail
+    decoder.forward = fail
     reply = say(chat)
     assert (reply.written.ending, len(reply.written.ids)) == ("error", 4)
     assert "out of memory" in chat.last_error
     again(chat)
     assert texts(chat) == ["hello", reply.text]
     assert "out of memory" in chat.last_error
-    model.hf.forward = kept
+    decoder.forward = kept
     again(chat)
     assert chat.last_error is None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -72,7 +71,7 @@ def edits(make_direction) -> dict[str, Any]:
     return {
         "add": lambda m: m.steered({one: -1.0}),
         "many": lambda m: m.steered({one: 1.0, Slider(two, "ablate"): 1.0, timed: 2.0}),
-        "kept": lambda m: m.edited(replace(kept, add=((one, 1.0),))),
+        "kept": lambda m: m.edited(Edit((two,), add=((one, 1.0),), method=Method(norm_preserving=True))),
         "none": lambda m: m.steered({}),
         "rows": lambda m: m.steering.applied([None, Edit(add=((one, 1.0),)), kept]),
         "record": lambda m: m.record(),

@@ -217,8 +217,8 @@ def test_a_receipt_tells_what_each_slider_did_and_one_that_never_fired_is_a_warn
     read = len(model.prompt_ids([{"role": "user", "content": "hello"}])) + 7
     assert said[-4:] == [
         f"{read} tokens went through the model",
-        f"moral add -0.1: {read} tokens, 0.20 of the residual norm on average",
         "late add 1: 0 tokens, 0.00 of the residual norm on average",
+        f"moral add -0.1: {read} tokens, 0.20 of the residual norm on average",
         warning,
     ]
 
