@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,6 +91,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
+_HOME = pytest.StashKey[str]()
+_USERS_HOME = os.environ.get("STEER_HOME")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Only tests of the default model see the user's STEER_HOME, where it is cached; the others share an empty one."""
+    if not item.get_closest_marker("model"):
+        shared = item.config.stash.setdefault(_HOME, tempfile.mkdtemp(prefix="steer-home-"))
+        os.environ["STEER_HOME"] = shared
+    elif _USERS_HOME is None:
+        os.environ.pop("STEER_HOME", None)
+    else:
+        os.environ["STEER_HOME"] = _USERS_HOME
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove that empty one."""
+    if _HOME in config.stash:
+        shutil.rmtree(config.stash[_HOME], ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Path]:
     """Writes a tiny random checkpoint; see `save_tiny_llama`."""
@@ -119,10 +143,11 @@ def change_config() -> Callable[..., None]:
     return change
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to threads that wait for each other than they gain."""
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models this small lose more to threads that wait for each other than they gain. The default model is larger."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if not request.node.get_closest_marker("model"):
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

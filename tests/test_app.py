@@ -16,7 +16,6 @@ from steer.chat.stored import saved_chats
 from steer.core.direction import Direction
 
 APP = Path(__file__).parents[1] / "app.py"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

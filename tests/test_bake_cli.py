@@ -33,7 +33,6 @@ from steer.measure.neutral_means import neutral_for, neutral_means
 from steer.model.steered import load
 from steer.verbs.bake import bake, parse_strength
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MakeDirection = Callable[..., Direction]
 BLOCKS = 3
 

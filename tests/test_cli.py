@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from commands import Command, Outcome, command_here, command_outside
 from tiny_chat import save_tiny_chat
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
@@ -28,14 +27,6 @@ MakeDirection = Callable[..., Direction]
 
 
 RECIPE = "merge_method: linear\nmodels:\n  - model: {0}\n  - model: {1}\nparameters: {{weight: 1}}\ndtype: float32\n"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_chat import keep_direction, save_tiny_chat
 
 from steer.chat.chat import Chat
@@ -16,15 +15,6 @@ from steer.core.sampler import Sampler
 from steer.model.steered import SteeredModel, load
 
 LENGTH = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to threads that wait for each other than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -29,9 +29,6 @@ SITE, LATENTS = 1, 64
 OTHER = {"name": "kept", "latents": [3], "units": [1.0], "operation": "add", "trait": "other"}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def model(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SteeredModel:
     place = tmp_path_factory.mktemp("found") / "chat"

@@ -33,8 +33,6 @@ from steer.model.sliders import BUDGET, as_edit
 from steer.model.steered import SteeredModel, load
 from steer.verbs.tables import calibration_table
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SITE = 2
 SOON = Sampler(temperature=1.0, repetition_penalty=1.0)
 ANY_KL = 1e6

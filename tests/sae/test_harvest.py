@@ -25,9 +25,6 @@ from steer.sae.shards import PARTIAL, Harvest
 CONTEXT = 16
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_chat(tiny_llama, tmp_path_factory.mktemp("harvest") / "chat")

@@ -21,9 +21,6 @@ HELD = [2, 32, 33, 42, 53]
 """The first documents of any text that are held out at a share of 0.05."""
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def model(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SteeredModel:
     return load(save_tiny_chat(tiny_llama, tmp_path_factory.mktemp("stream") / "chat"))

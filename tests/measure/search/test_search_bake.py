@@ -31,8 +31,6 @@ from steer.measure.search.trials import Bench, Goal, Outcome, Scope
 from steer.model.steered import load
 from steer.verbs.bake_search import RESULT, Searched, search_bake
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def searched(made: Path, at: Path, *, trials: int = BATCH, scope: Scope = SMALL, **options: Any) -> Searched:
     """A search with its output in a folder of its own."""

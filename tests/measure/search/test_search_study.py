@@ -22,9 +22,6 @@ from steer.measure.search.study import AIM, BATCH, STUDY, Study, locked
 from steer.measure.search.trials import NEUTRAL_TOKENS, Bench, Goal, Outcome, Trial
 from steer.model.steered import SteeredModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # The space
 
 

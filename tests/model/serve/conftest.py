@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from serving import Served, served
 from tiny_chat import keep_direction, save_tiny_chat
 
@@ -24,15 +23,6 @@ NOIR = {
         {"slider": "other", "amount": 1.0, "operation": "clamp", "enabled": False},
     ],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to threads that wait for each other than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
