@@ -404,7 +404,7 @@ BROKEN = ["{", "- name: x", "- {name: x, latents: [1], units: []}", "name: x", "
 def test_a_broken_list_of_sliders_is_passed_over_with_one_warning_that_names_it(model, keep, text):
     place = keep(make())
     (place / "sliders.yaml").write_text(text)
-    with pytest.warns(SkippedWarning, match=r"sliders\.yaml: expected") as caught:
+    with pytest.warns(SkippedWarning, match=r"sliders\.yaml: .*expected") as caught:
         assert model.sliders.known() == {}
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
