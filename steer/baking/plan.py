@@ -24,7 +24,7 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Kind
 from steer.core.slider import Slider
-from steer.errors import CheckpointError, UnsupportedError
+from steer.errors import CheckpointError, UnsupportedError, UsageError
 
 
 class Plan(ABC):
@@ -36,9 +36,15 @@ class Plan(ABC):
     total: int
     """The work of `write`, in the units of its `advance`: bytes of weights."""
 
-    def __init__(self, source: Path, edit: Edit) -> None:
-        """Plan the bake of `edit` into the checkpoint in `source`. Errors: as `steer.baking.bake.bake`."""
-        self.files = dequantised(CheckpointFiles.open(source))
+    def __init__(self, source: Path | CheckpointFiles, edit: Edit) -> None:
+        """Plan the bake of `edit` into the checkpoint in `source`; pass its files to open them once for many plans.
+
+        Errors: as `steer.baking.bake.bake`.
+        """
+        self.files = source if isinstance(source, CheckpointFiles) else dequantised(CheckpointFiles.open(source))
+        source = self.files.root
+        if unset := next((m for m in edit.moves if math.isnan(m.amount)), None):
+            raise UsageError(f"slider {unset.name!r}: expected an amount, found none; set it with `at`")
         self.anatomy = Anatomy.of(self.files.config, str(source))
         self.anatomy.check_edit(edit)
         even = Edit(edit.ablate, edit.strength, edit.blocks, edit.add, edit.others)  # an uneven ablation has no sliders

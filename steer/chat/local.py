@@ -121,6 +121,9 @@ class LocalDraft(PendingReply):
         self.text += self._pieces.add(token)
         return True
 
+    def rest(self) -> str:
+        return self._pieces.end()
+
     def close(self) -> None:
         self._steps.close()
 
@@ -147,11 +150,17 @@ class LocalDraft(PendingReply):
                 yield step.tokens[0]
 
 
-def named(edit: Edit | None, sampler: Sampler) -> Profile:
-    """Return an edit as a profile, by the names of its targets. Fast enough to be called between two tokens."""
+def named(edit: Edit | None, sampler: Sampler) -> Profile | None:
+    """Return an edit as a profile, by the names of its targets; None where a name is none that a profile can hold.
+
+    Fast enough to be called between two tokens.
+    """
     moves = edit.as_moves() if edit is not None else ()
-    sliders = (ProfileSlider(m.target.name, m.amount, m.operation, ScheduleSpec.of(m.when)) for m in moves)
-    return Profile("then", sampler=sampler, preset=None, sliders=tuple(sliders))
+    try:
+        sliders = [ProfileSlider(m.target.name, m.amount, m.operation, ScheduleSpec.of(m.when)) for m in moves]
+        return Profile("then", sampler=sampler, preset=None, sliders=tuple(sliders))
+    except UsageError:
+        return None
 
 
 FILLED = 0.75

@@ -266,7 +266,10 @@ class RemoteSlider(BaseModel, frozen=True):
         """Return how far an amount moves the residual stream, as a share of its median norm; nan if unknown."""
         if amount == self.neutral:
             return 0.0
-        return math.nan if self.operation != "add" or self.unit_share is None else abs(amount) * self.unit_share
+        unit = self.unit_share
+        if unit is None and self.moved is not None and self.amount:
+            unit = self.moved / abs(self.amount)
+        return math.nan if self.operation != "add" or unit is None else abs(amount) * unit
 
     def check(self, amount: Any) -> float:
         """Return the amount as a number. Errors: UsageError if the slider cannot have it."""

@@ -32,6 +32,11 @@ class BaseChat:
         """How tokens are drawn. Its seed is the seed of the first reply."""
 
     @property
+    def left_out(self) -> int:
+        """How many messages at the beginning of the chat did not fit into the model's context."""
+        return self.backend.left_out
+
+    @property
     def sliders(self) -> Any:
         """The backend's sliders: a mapping from name to amount."""
         return self.backend.sliders
@@ -128,6 +133,9 @@ class Session(BaseChat):
                 piece, written = draft.text[len(written) :], draft.text
                 if more or piece:
                     yield piece
+            if rest := draft.rest():
+                written += rest
+                yield rest
         finally:
             if draft is not None:
                 draft.close()

@@ -64,6 +64,10 @@ class PendingReply(ABC):
     def close(self) -> None:
         """Free the reply's resources. Always called at the end, also after an error."""
 
+    def rest(self) -> str:
+        """Return the incomplete character at the end, as U+FFFD, of a reply that nobody will continue; often empty."""
+        return ""
+
     def receipt(self) -> Receipt | None:
         """Return what the sliders did to the reply; None if unknown."""
         return None
@@ -194,7 +198,7 @@ class Writer:
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until the reply has ended. Return whether that happened in time."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(seconds)
         return not self.running
 

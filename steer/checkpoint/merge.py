@@ -150,7 +150,10 @@ def _model_name(value: Any) -> str | None:
         return None
     from mergekit.common import ModelReference
 
-    return str(ModelReference.model_validate(value))
+    try:
+        return str(ModelReference.model_validate(value))
+    except ValueError:  # an entry of a list whose only key is `model`
+        return None
 
 
 def _locate(name: str, recipe: Path) -> dict[str, dict[str, str | None]]:

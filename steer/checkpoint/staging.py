@@ -180,10 +180,12 @@ def _locked(work: Path, out: Path) -> int:
     """Make the directory, or take over one that a dead process left. Returns a file descriptor that holds the lock on
     it. Errors: OutputExistsError if a live process holds the lock."""
     while True:
-        work.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileExistsError):  # no directory; said below
+            work.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileNotFoundError), ExitStack() as closing:  # its last owner has just renamed or removed it
-            if work.is_symlink():
-                raise SteerError(f"{work}: expected a directory of this program, found a link; remove it")
+            if work.is_symlink() or work.is_file():
+                found = "a link" if work.is_symlink() else "a file"
+                raise SteerError(f"{work}: expected a directory of this program, found {found}; remove it")
             fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             closing.callback(os.close, fd)
             # The name can be guessed, and files that others put there would end up in the output.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from steer.core.profile import Profile
 from steer.core.small_files import read_small, shown
@@ -191,12 +191,13 @@ class _Fields(_Nullable):
     post_history_instructions: _Text = ""
     creator_notes: _Text = ""
     nickname: _Text = ""
-    alternate_greetings: Annotated[list[_Text], Field(fail_fast=True)] = []
+    alternate_greetings: Annotated[list[_Text], Field(fail_fast=True), BeforeValidator(lambda v: v or [])] = []
     extensions: _Extensions = _Extensions()
 
 
-def _fields(raw: dict[str, Any], where: str, folder: Path | None) -> tuple[dict[str, Any], _Fields]:
-    """The object with the card's fields (the one under `data` in V2 and later, the whole card in V1), also checked."""
+def _object(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    """The object with the card's fields (the one under `data` in V2 and later, the whole card in V1), and its place for
+    messages."""
     data = raw
     if "data" in raw or raw.get("spec") is not None:
         data, where = raw.get("data"), f"{where}: data"
@@ -208,6 +209,12 @@ def _fields(raw: dict[str, Any], where: str, folder: Path | None) -> tuple[dict[
             f"{where}: expected a character card ({', '.join(_V1_TEXTS)}, or `spec` and `data`), found no "
             f"{missing[0]!r}; is it another JSON file?"
         )
+    return data, where
+
+
+def _fields(raw: dict[str, Any], where: str, folder: Path | None) -> tuple[dict[str, Any], _Fields]:
+    """The object with the card's fields, also checked."""
+    data, where = _object(raw, where)
     fields = from_file(_Fields, data, where)
     if fields.extensions.steer.profile is not None:
         fields.extensions.steer.profile = replace(fields.extensions.steer.profile, folder=folder)
@@ -308,7 +315,7 @@ def _with_profile(data: bytes, profile: Profile, where: str) -> bytes:
     one and some the other."""
 
     def changed(raw: dict[str, Any], where: str, **layout: Any) -> bytes:
-        fields, _ = _fields(raw, where, None)
+        fields, _ = _object(raw, where)  # a broken profile in it is replaced
         extensions = fields.get("extensions") or {}
         steer = (extensions.get("steer") or {}) | {"profile": profile.dump()}
         made = fields | {"extensions": extensions | {"steer": steer}}

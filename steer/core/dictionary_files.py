@@ -245,8 +245,15 @@ def _modern(config: dict[str, Any], where: str) -> dict[str, Any]:
         return config  # refused by its architecture
     from sae_lens.loading.pretrained_sae_loaders import handle_pre_6_0_config
 
+    if config.get("activation_fn_str", activation) != activation:
+        raise _refused(
+            where, f"one activation, as activation_fn {activation!r}", f"{config['activation_fn_str']!r} too"
+        )
     try:
-        return handle_pre_6_0_config(config)
+        made = handle_pre_6_0_config(config)
+        if activation == "topk":  # without a k, sae_lens would make it a plain dictionary
+            made |= {"architecture": "topk", "k": (config.get("activation_fn_kwargs") or {}).get("k")}
+        return made | {"metadata": made.get("metadata", {}) | (config.get("metadata") or {})}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{where}: {CONFIG}: expected a config of sae_lens, found {one_line(e)}; {_AGAIN}") from e
 

@@ -140,7 +140,11 @@ class Direction:
                 f"{path}: expected a safetensors file with a direction, found something unreadable ({one_line(e)}); "
                 "make it again with `steer find`"
             ) from e
-        if not isinstance(header, dict) or vector is None:
+        if (
+            not isinstance(header, dict)
+            or vector is None
+            or not set(_SCALARS) <= set(header) <= {*_SCALARS, "provenance"}
+        ):
             raise SteerError(
                 f"{path}: expected a direction written by `steer find`, found a safetensors file without "
                 "one; pass the file that `steer find --out` wrote"

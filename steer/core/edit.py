@@ -5,6 +5,7 @@ The live model (`steer.model.steering`) and the bakes (`steer.baking`) both appl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,11 @@ class Edit:
         self.blocks, self.method, self.strengths = blocks, method, strengths
         ablations = [m for m in self.moves if m.ablates and m.acts]
         if any(not m.when.always for m in ablations) or len({m.amount for m in ablations}) > 1:
+            if self.uneven:
+                raise UsageError(
+                    "strengths: expected only directions ablated at one strength on every token, beside strengths by "
+                    "kind or a method, found others; ablate them in another edit"
+                )
             ablations = []  # weights cannot hold these
         self.ablate: tuple[Direction, ...] = tuple(_direction(m) for m in ablations)
         """The directions that weights can ablate: all of them if they are ablated at one strength on every token."""
@@ -87,7 +93,12 @@ class Edit:
 
     @classmethod
     def of(cls, moves: Sequence[Slider]) -> Edit | None:
-        """The edit of sliders at their amounts, None if nothing moves. The order of the sliders does not matter."""
+        """The edit of sliders at their amounts, None if nothing moves. The order of the sliders does not matter.
+
+        Errors: UsageError for a slider without an amount.
+        """
+        if unset := next((m for m in moves if math.isnan(m.amount)), None):
+            raise UsageError(f"slider {unset.name!r}: expected an amount, found none; set it with `at`")
         moving = [m for m in moves if m.acts]
         return cls(moves=moving) if moving else None
 

@@ -226,7 +226,8 @@ class _Shards:
             writing.result()
 
     def _write(self, file: Path, parts: list[dict[str, Tensor]], state: dict[str, Any] | None) -> None:
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # Each part is freed once it is joined: a shard of many sites takes gigabytes.
+        tensors = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
         with replacing(file) as work:
             try:
                 save_file(tensors, work)

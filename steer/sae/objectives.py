@@ -144,12 +144,15 @@ class SparseObjective(Objective):
         super().__init__()
         self.options, self.scale = options, scale
         decoder = decoder.to(device)
+        # Rows that do not learn have norm 1; training begins with small ones.
+        frozen = options.frozen_decoder
+        written = F.normalize(decoder, dim=-1) if frozen else decoder.clone()
         self.weights = nn.ParameterDict(
             [  # pairs, whose order stays: that of a dict would be sorted, and clipping would round in another order
                 # Transposed, so that the encoder weights of a latent are contiguous, as its decoder weights are.
                 ("encoder", nn.Parameter(decoder.clone())),
                 ("b_enc", nn.Parameter(torch.zeros(len(decoder), device=device))),
-                ("decoder", nn.Parameter(decoder.clone(), requires_grad=not options.frozen_decoder)),
+                ("decoder", nn.Parameter(written, requires_grad=not frozen)),
                 ("b_dec", nn.Parameter(b_dec.to(device))),
             ]
         )

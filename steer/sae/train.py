@@ -362,6 +362,11 @@ class _Run:
         weights = [weight for _, weight in sorted(self.objective.weights.items())]
         self.optimiser = torch.optim.Adam(weights, fused=True, betas=(0.9, 0.999))
         self.since_fired = torch.zeros(options.latents, dtype=torch.long, device=self.device)
+        if (self.place / "state.safetensors").exists():
+            raise MismatchError(
+                f"{self.place}: expected the state of a training in {STATE}, found that of an older version; finish it "
+                "with that version, or remove it"
+            )
         if (self.place / STATE).exists():
             if not resume:
                 raise OutputExistsError(

@@ -125,6 +125,7 @@ class Batcher:
         """Return the most pages, of `capacity`, that a text of `tokens` tokens takes."""
         return sum(math.ceil(a.needs_new_blocks("", 0, tokens) / a.blocks_per_sector) for a in self._allocators)
 
+    @_known_names()
     def add(self, id: str, prompt: Sequence[int], new: int, ends: Sequence[int]) -> None:
         """Add a text to the following steps, until `new` tokens are written or one of the tokens `ends`.
 
@@ -138,6 +139,7 @@ class Batcher:
         """Remove a text from the following steps."""
         self._manager.cancel_request(id)
 
+    @_known_names()
     def next(self) -> list[Part]:
         """Prepare the next step and return its texts; an empty list if there is nothing to do."""
         if not self._processor.prepare_next_batch():
@@ -163,6 +165,7 @@ class Batcher:
         inputs = self._inputs if self._writes else self._inputs | {"logits_to_keep": 1}
         return self._hf(**inputs).logits[0][: self._writes]
 
+    @_known_names()
     def take(self, tokens: Sequence[int]) -> None:
         """End the step: append the chosen tokens to the texts that write."""
         self._scheduler.took(time.perf_counter() - self._since)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from steer.baking.bake import PLANS, bake
 from steer.baking.certificate import CERTIFICATE, Certificate, Form
 from steer.checkpoint.dtypes import computing_in, dtype_name
 from steer.checkpoint.library import direction_place, directions_of
+from steer.checkpoint.quantised import dequantised
+from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
 from steer.core.direction import Direction
@@ -85,6 +88,10 @@ class _Search:
             "seed": self.seed,
         }
 
+    @cached_property
+    def _files(self) -> CheckpointFiles:
+        return dequantised(CheckpointFiles.open(self.place))
+
     @property
     def name(self) -> str:
         """The search in a few words, for messages."""
@@ -125,7 +132,7 @@ class _Search:
     def fits(self, edit: Edit) -> bool:
         """Return whether the form of the bake can hold an edit."""
         try:
-            PLANS[self.form](self.place, edit)
+            PLANS[self.form](self._files, edit)
         except SteerError:
             return False
         return True

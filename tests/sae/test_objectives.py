@@ -125,6 +125,13 @@ def test_a_frozen_decoder_gets_no_gradient():
     assert made.weights["encoder"].grad is not None
 
 
+@pytest.mark.parametrize(("frozen", "norm"), [(True, 1.0), (False, 0.1)])
+def test_rows_of_a_decoder_that_does_not_learn_have_norm_1(frozen, norm):
+    settings = options(architecture="topk", frozen_decoder=frozen)
+    made = objective_for(settings, WIDTH, 1.0, torch.zeros(WIDTH).double(), torch.device("cpu"))
+    assert torch.allclose(made.weights["decoder"].norm(dim=1), torch.full((LATENTS,), norm))
+
+
 def test_starting_from_a_dictionary_gives_its_reconstructions_back():
     torch.manual_seed(1)
     first = objective(architecture="topk")
