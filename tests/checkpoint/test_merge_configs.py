@@ -37,6 +37,11 @@ def test_a_merge_of_slices_has_a_layer_type_for_each_layer_of_its_own(tmp_path: 
     assert (config.num_hidden_layers, config.layer_types) == (4, [*kinds[:2], *kinds[1:]])
 
 
+def test_an_entry_with_only_a_model_in_the_form_of_mappings_names_it() -> None:
+    both = {"model": {"path": "a/b"}, "lora": {"path": "c/d"}}
+    assert recipe_models({"models": [{"model": both}, {"model": "e"}]}) == ["a/b+c/d", "e"]
+
+
 def test_lists_of_layer_numbers_move_with_their_layers() -> None:
     config = {"num_hidden_layers": 4, "mlp_only_layers": [0, 3], "no_rope_layers": [1, 1, 1, 0], "eos_token_id": [1, 2]}
     found = sliced_lists([(config, 2, 4), (config, 0, 1)])

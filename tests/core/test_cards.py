@@ -166,6 +166,12 @@ def test_a_v1_card_is_flat_and_lacks_a_system_prompt() -> None:
     assert load_card(png(chara=encoded(V1))).definition.startswith("You are Duke Orsino.")
 
 
+@pytest.mark.parametrize("none", ["", {}, 0, False, None])
+def test_greetings_that_are_nothing_are_none(none: object) -> None:
+    card = load_card(json.dumps(V2 | {"data": V2["data"] | {"alternate_greetings": none}}).encode())
+    assert card.alternate_greetings == ()
+
+
 def test_ccv3_comes_before_chara_and_brings_a_nickname() -> None:
     other = V2 | {"data": V2["data"] | {"name": "Backfill"}}
     for texts in ({"chara": encoded(other), "ccv3": encoded(V3)}, {"ccv3": encoded(V3), "chara": "rubbish"}):

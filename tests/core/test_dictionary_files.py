@@ -191,6 +191,15 @@ def test_a_kind_that_would_have_to_be_guessed_is_refused_in_one_line(saved, entr
     assert str(saved) in str(caught.value)
 
 
+def test_an_old_topk_without_k_is_not_read_as_another_kind(saved):
+    file = saved / "cfg.json"
+    old = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("architecture", "metadata", "k")}
+    for entries in ({"activation_fn_str": "topk"}, {"activation_fn": "relu", "activation_fn_str": "topk"}):
+        file.write_text(json.dumps(old | entries))
+        with pytest.raises(SteerError):
+            load_dictionary(saved)
+
+
 def test_a_finetuning_factor_is_refused_unless_it_is_1(saved):
     tensors = load_file(saved / WEIGHTS)
     save_file(tensors | {"scaling_factor": torch.ones(M)}, saved / WEIGHTS)

@@ -88,6 +88,13 @@ def test_a_safetensors_file_of_something_else_is_told_apart(tmp_path: Path) -> N
         Direction.load(tmp_path / "gone.safetensors")
 
 
+def test_statistics_that_a_file_lacks_are_not_made_up(tmp_path: Path) -> None:
+    for header in ('{"name": "d", "site": 3}', '{"self": 1}', "[]"):
+        save_file({"vector": torch.ones(4)}, tmp_path / "d.safetensors", metadata={"steer_direction": header})
+        with pytest.raises(SteerError, match="without one"):
+            Direction.load(tmp_path / "d.safetensors")
+
+
 def test_a_width_that_does_not_fit_names_both() -> None:
     Direction("d", 0, torch.ones(4)).check_width(4, "model")
     with pytest.raises(MismatchError, match=r"width 4, model has residual width 8"):

@@ -27,6 +27,13 @@ def pair(dictionary: Dictionary) -> Feature:
     return Feature("pair", dictionary, (0, 1), (2.0, -1.0))
 
 
+def test_an_edit_needs_amounts_and_is_not_changed_by_replace(pair):
+    with pytest.raises(UsageError, match="'pair': expected an amount, found none"):
+        Edit.of([Slider(pair)])
+    with pytest.raises(TypeError):
+        replace(Edit.of([Slider(pair, "add", 1.0)]), strength=0.5)  # it would come back unchanged
+
+
 def test_amount_1_of_add_is_one_unit_of_every_latent(pair):
     assert pair.direction.gap * pair.direction.vector.tolist()[0] == pytest.approx(4.0)
     shift = pair.direction.gap * pair.direction.vector
