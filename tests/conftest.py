@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,28 +87,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, item in enumerate(several):
             if number not in kept and len(several) > QUICK_CASES:
                 item.add_marker(pytest.mark.slow)
-
-
-_HOME = pytest.StashKey[str]()
-_USERS_HOME = os.environ.get("STEER_HOME")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Only tests of the default model see the user's STEER_HOME, where it is cached; the others share an empty one."""
-    if not item.get_closest_marker("model"):
-        shared = item.config.stash.setdefault(_HOME, tempfile.mkdtemp(prefix="steer-home-"))
-        os.environ["STEER_HOME"] = shared
-    elif _USERS_HOME is None:
-        os.environ.pop("STEER_HOME", None)
-    else:
-        os.environ["STEER_HOME"] = _USERS_HOME
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove that empty one."""
-    if _HOME in config.stash:
-        shutil.rmtree(config.stash[_HOME], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,14 @@ SMALL = ["--latents", "64", "--k", "4", "--batch", "64", "--dead-tokens", "2000"
 
 
 Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A STEER_HOME of its own: dictionaries that are trained are kept in the library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEER_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture
