@@ -19,6 +19,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from steer.core.version import __version__
+
 # Torch's libraries read these variables when they are loaded; tests/bench/threads.py measures both. Values that the
 # user has set stay.
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
@@ -53,8 +55,6 @@ if TYPE_CHECKING:
     from steer.sae.harvest import harvest
     from steer.sae.train import train_dictionary
     from steer.verbs.bake import bake
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "steer.baking.certificate": ["Certificate"],

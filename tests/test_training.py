@@ -27,7 +27,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A STEER_HOME of its own: dictionaries that are trained are kept in the library."""
+    """A new STEER_HOME, as the library remembers every dictionary that is trained."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEER_HOME", str(tmp_path_factory.mktemp("home")))
         yield

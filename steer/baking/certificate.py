@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from steer import __version__
 from steer.checkpoint.staging import write_json
+from steer.core.version import __version__
 from steer.errors import CheckpointError
 from steer.files import one_line, read_json_object
 

@@ -21,10 +21,10 @@ from steer.checkpoint.anatomy import Anatomy, Writer
 from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import CheckpointFiles
 from steer.core.direction import Direction
-from steer.core.edit import Edit
+from steer.core.edit import Edit, check_set
 from steer.core.method import Kind
 from steer.core.slider import Slider
-from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.errors import CheckpointError, UnsupportedError
 
 
 class Plan(ABC):
@@ -43,8 +43,7 @@ class Plan(ABC):
         """
         self.files = source if isinstance(source, CheckpointFiles) else dequantised(CheckpointFiles.open(source))
         source = self.files.root
-        if unset := next((m for m in edit.moves if math.isnan(m.amount)), None):
-            raise UsageError(f"slider {unset.name!r}: expected an amount, found none; set it with `at`")
+        check_set(edit.moves)
         self.anatomy = Anatomy.of(self.files.config, str(source))
         self.anatomy.check_edit(edit)
         even = Edit(edit.ablate, edit.strength, edit.blocks, edit.add, edit.others)  # an uneven ablation has no sliders

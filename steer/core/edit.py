@@ -97,8 +97,7 @@ class Edit:
 
         Errors: UsageError for a slider without an amount.
         """
-        if unset := next((m for m in moves if math.isnan(m.amount)), None):
-            raise UsageError(f"slider {unset.name!r}: expected an amount, found none; set it with `at`")
+        check_set(moves)
         moving = [m for m in moves if m.acts]
         return cls(moves=moving) if moving else None
 
@@ -175,6 +174,12 @@ class Edit:
         if self.strengths is not None:
             out |= {"strength": None, "strengths": self.strengths.describe()}
         return out | {"moves": [m.describe() for m in self.others]} if self.others else out
+
+
+def check_set(moves: Sequence[Slider]) -> None:
+    """Raise UsageError for a slider without an amount, which would be passed over."""
+    if unset := next((m for m in moves if math.isnan(m.amount)), None):
+        raise UsageError(f"slider {unset.name!r}: expected an amount, found none; set it with `at`")
 
 
 def _direction(move: Slider) -> Direction:

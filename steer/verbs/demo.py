@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from steer import __version__
 from steer.checkpoint.fetch import DEFAULT_MODEL, fetch
 from steer.checkpoint.shipped import RECIPE, present
 from steer.checkpoint.staging import hash_file
 from steer.core.trait import NeutralPrompts
+from steer.core.version import __version__
 from steer.files import read_json_object, write_atomic
 from steer.progress import bar, byte_bar
 
