@@ -21,8 +21,8 @@ from torch import Tensor
 from steer.baking.certificate import ADAPTER, BiasProof, Proofs, hub_name
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
-from steer.checkpoint.ablation import DTYPES, as_tensor, norm, shadow
 from steer.checkpoint.anatomy import Writer
+from steer.checkpoint.projection import DTYPES, as_tensor, norm, shadow
 from steer.checkpoint.reader import INDEX, CheckpointFiles, Shard
 from steer.checkpoint.staging import hash_file, write_bytes, write_json
 from steer.core.edit import Edit
@@ -134,7 +134,7 @@ class AdapterPlan(Plan):
         path = path.removesuffix(".weight")
         if writer.kind == "embedding":
             return [Target("embedding", path, PREFIX + path, (writer,), rank)]
-        if writer.kind == "mlp" and layout.experts_keys:
+        if writer.kind == "mlp" and layout.has_experts:
             return [Target("parameter", f"{path}.weight", PREFIX + path, (writer,), rank)]
         bias = site is not None or (biased and rank > 0)
         return [Target("linear", path, PREFIX + path, (writer,), max(rank, 1), site, bias)]
@@ -145,7 +145,7 @@ class AdapterPlan(Plan):
         if writer.stacked or writer.block is None:
             return path if writer.stacked else None
         block = f"{self.anatomy.block_module(writer.block)}."
-        parts = [part for form in self.anatomy.layout.mlp for part in form]
+        parts = [part for addend in self.anatomy.addends(writer.block) for part in addend.parts]
         one_expert = re.sub(r"(?<=\.)\d+(?=\.)", "{}", path.removeprefix(block))
         if "{}" not in one_expert or all(part.weight != one_expert for part in parts):
             return None
@@ -193,7 +193,7 @@ class AdapterPlan(Plan):
             "lora_dropout": 0.0,
             "bias": "none",
             "lora_bias": self.biases,
-            "fan_in_fan_out": self.anatomy.layout.attention.axis == 1,
+            "fan_in_fan_out": self.anatomy.layout.fan_in_first,
             "target_modules": [t.path for t in self.targets if t.kind in ("linear", "embedding")],
             "target_parameters": parameters or None,
         }

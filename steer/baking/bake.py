@@ -17,12 +17,20 @@ from jinja2 import Environment, PackageLoader
 from safetensors.torch import save
 
 from steer.baking.adapter import AdapterPlan
-from steer.baking.certificate import DIRECTIONS, Certificate, Form, SavedDirection, source_name, utf8, versions
+from steer.baking.certificate import (
+    DIRECTIONS,
+    Certificate,
+    Form,
+    SavedDirection,
+    proved_layout,
+    source_name,
+    utf8,
+    versions,
+)
 from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.control_vector import ControlVectorPlan
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
-from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.staging import check_output, hash_file, staged, write_text
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -101,6 +109,7 @@ def bake(
         cert = Certificate(
             source=source_name(source),
             architecture=plan.anatomy.architecture,
+            proved_layout=proved_layout(plan.anatomy),
             edit=plan.edit.describe(),
             strength=min((w.strength for w in writers), default=plan.edit.strength),
             neutral=neutral,
@@ -110,7 +119,7 @@ def bake(
             form=form,
             **(defaults | facts),
         )
-        files["README.md"] = write_text(work / "README.md", _model_card(cert, header))
+        files["README.md"] = write_text(work / "README.md", _model_card(cert, header, plan.anatomy.head_module))
         cert = replace(cert, files=dict(sorted(files.items())))
         cert.save(work)
         journal.close()
@@ -142,10 +151,10 @@ def _save_means(edit: Edit, work: Path) -> str | None:
     return name
 
 
-def _model_card(cert: Certificate, source_header: Mapping[str, Any]) -> str:
+def _model_card(cert: Certificate, source_header: Mapping[str, Any], head: str) -> str:
     """README.md for a model hub: a YAML header, then the edit and the measurements.
 
-    Licence and language are copied from `source_header`, the header of the source's card.
+    Licence and language are copied from `source_header`, the header of the source's card. `head`: path of the LM head.
     """
     form = _HEADERS[cert.form]
     header = {
@@ -161,7 +170,7 @@ def _model_card(cert: Certificate, source_header: Mapping[str, Any]) -> str:
     return environment.get_template("card.md.j2").render(
         cert=cert,
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
-        head=LAYOUTS[cert.architecture].head_module,
+        head=head,
         strength=" to ".join(dict.fromkeys(f"{s:.3g}" for s in (*strengths[:1], *strengths[-1:]))),
         sites=", ".join(map(str, sorted(b.site for b in cert.biases if b.site is not None))),
         changed=", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items()),

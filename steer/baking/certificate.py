@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import TypeAdapter, ValidationError
+
+from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.layouts import LAYOUTS, Layout
 from steer.checkpoint.staging import write_json
 from steer.core.version import __version__
 from steer.errors import CheckpointError
@@ -39,6 +43,13 @@ def rounding(dtype: str) -> float:
     fp32 is summed in fp64, narrower dtypes in fp32; directions are stored in fp32.
     """
     return max(_EPSILON[dtype], 1e-6)
+
+
+def proved_layout(anatomy: Anatomy) -> dict[str, Any] | None:
+    """The layout of a proved architecture as JSON holds it; None for a declared one."""
+    if anatomy.architecture in LAYOUTS:
+        return None
+    return TypeAdapter(Layout).dump_python(anatomy.layout, mode="json")
 
 
 @dataclass(frozen=True)
@@ -155,11 +166,26 @@ class Certificate:
     command: str | None
     """The exact command line; None if called from Python."""
     form: Form = "checkpoint"
+    proved_layout: dict[str, Any] | None = None
+    """The `Layout` of an architecture that was proved, with which an adapter can be checked without its source; None
+    for one whose layout is declared."""
     unloaded: tuple[str, ...] = ()
     """Tensors of the source that transformers does not load into its architecture, such as blocks that predict several
     tokens; they are not edited."""
     untie_to_merge: bool = False
     """Adapters: whether the adapter changes an embedding that is also the LM head, which merging would change too."""
+
+    def layout(self, folder: Path) -> Layout:
+        """The names of the architecture's parts. Errors: CheckpointError if they are unknown or broken."""
+        declared = LAYOUTS.get(self.architecture)
+        try:
+            if declared is not None and self.proved_layout is None:
+                return declared
+            return TypeAdapter(Layout).validate_python(self.proved_layout)
+        except ValidationError as e:
+            raise CheckpointError(
+                f"{folder}: architecture {self.architecture} of the certificate is unknown; bake again"
+            ) from e
 
     @property
     def writers_edited(self) -> int:

@@ -29,8 +29,8 @@ from steer.baking.certificate import (
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan, shorter
 from steer.baking.rewrite import Rewrite, rewrite_shards
-from steer.checkpoint.ablation import DTYPES, ablate, as_bytes, as_tensor, on_accelerator, projection
 from steer.checkpoint.anatomy import Writer
+from steer.checkpoint.projection import DTYPES, ablate, as_bytes, as_tensor, on_accelerator, projection
 from steer.checkpoint.reader import INDEX, Buffer, CheckpointFiles, NewTensor, TensorInfo
 from steer.checkpoint.staging import copy_file, hash_file, write_json
 from steer.core.edit import Edit

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan, Target, hash_sources
-from steer.baking.certificate import ADAPTER, Certificate, Proofs, WriterProof, rounding, same_set
+from steer.baking.certificate import ADAPTER, Certificate, Proofs, WriterProof, proved_layout, rounding, same_set
 from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.control_vector import FILE, read_control_vector
-from steer.checkpoint.ablation import as_tensor, projection
-from steer.checkpoint.layouts import LAYOUTS, Layout, Part
+from steer.checkpoint.layouts import Layout
+from steer.checkpoint.projection import as_tensor, projection
 from steer.checkpoint.reader import CheckpointFiles, TensorInfo
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -130,6 +130,7 @@ def _check_checkpoint_claims(plan: CheckpointPlan, cert: Certificate) -> None:
     adds |= plan.adds
     wrong = {
         "architecture": cert.architecture != anatomy.architecture,
+        "proved_layout": cert.proved_layout != proved_layout(anatomy),
         "writers_found": cert.writers_found != len(plan.found.writers),
         "writers": claimed != proofs or len(cert.writers) != len(proofs),
         "strength": cert.strength != min((p[-1] for p in proofs), default=plan.edit.strength),
@@ -189,9 +190,9 @@ def check_control_vector(folder: Path, cert: Certificate, edit: Edit) -> str:
     tensors = {f"direction.{site}": vector for site, vector in vectors.items()}
     same_set(folder, "tensor", set(tensors), set(shifts))
     cert.check_tensors(folder, {name: (FILE, "F32", tuple(v.shape)) for name, v in tensors.items()})
-    layout, norms = LAYOUTS.get(cert.architecture), {name: float(v.double().norm()) for name, v in tensors.items()}
+    norms = {name: float(v.double().norm()) for name, v in tensors.items()}
     wrong = {
-        "architecture": layout is None or hint != layout.model_type,
+        "architecture": hint != cert.layout(folder).model_type,
         "writers": bool(cert.writers or cert.writers_found or cert.unloaded or cert.untie_to_merge),
         "strength": cert.strength != edit.strength or bool(edit.ablate),
         "config": cert.config != {},
@@ -230,9 +231,7 @@ def _check_adapter_claims(folder: Path, cert: Certificate, edit: Edit, stored: M
     The source's number of blocks is not known here, so missing proofs and tensors of its last blocks would not be
     noticed.
     """
-    layout = LAYOUTS.get(cert.architecture)
-    if layout is None:
-        raise CheckpointError(f"{folder}: architecture {cert.architecture} of the certificate is unknown; bake again")
+    layout = cert.layout(folder)
     neutral, shifts = edit.method.neutral, edit.biases()
     known = [*(p.block for p in cert.writers if p.block is not None), *shifts, *(edit.blocks or ())]
     blocks = range(max(known, default=-1) + 1) if neutral is None else range(len(neutral))
@@ -269,18 +268,16 @@ def _place(layout: Layout, tensor: str) -> tuple[Kind, int | None, int, bool]:
 
     Errors: LookupError for a name that is not a writer's.
     """
-    name = tensor.removeprefix(layout.base)
-    if name in (f"{e}.weight" for e in layout.embeddings):
+    if any(f".{tensor}".endswith(f".{e}.weight") for e in layout.embeddings):
         return "embedding", None, 1, False
-    inside = re.fullmatch(re.escape(layout.block).replace(r"\{\}", r"(\d+)") + r"\.(.+)", name)
+    inside = re.fullmatch(r"(?:.*\.)?" + re.escape(layout.block).replace(r"\{\}", r"(\d+)") + r"\.(.+)", tensor)
     block, rest = (int(inside[1]), inside[2]) if inside else (None, "")
-    kinds: dict[Kind, list[Part]] = {"attention": [layout.attention], "mlp": [p for form in layout.mlp for p in form]}
-    for kind, parts in kinds.items():
-        for part in parts:
+    for addend in layout.addends:
+        for part in addend.parts:
             if re.fullmatch(re.escape(part.weight).replace(r"\{\}", r"\d+"), rest):
-                return kind, block, part.axis, False
+                return addend.kind, block, part.axis, False
             if rest == part.bias:
-                return kind, block, int(part.stacked), True
+                return addend.kind, block, int(part.stacked), True
     raise LookupError(f"{tensor} is no writer")
 
 
@@ -296,7 +293,7 @@ def _check_config(folder: Path, cert: Certificate, config: dict[str, Any], store
         "alpha_pattern": config["rank_pattern"],
         "bias": "none",
         "lora_bias": any(n.endswith(".lora_B.bias") for n in stored),
-        "fan_in_fan_out": LAYOUTS[cert.architecture].attention.axis == 1,
+        "fan_in_fan_out": cert.layout(folder).fan_in_first,
     }
     wrong = {key for key, value in expected.items() if config[key] != value} | config.keys() ^ CONFIG_KEYS
     if sorted(changed) != sorted(m[1].removesuffix(".base_layer") for m in found if m):
@@ -311,15 +308,14 @@ def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[
 
     Where a norm follows the writer, the directions depend on the norm's gain, which only the source has.
     """
-    layout = LAYOUTS[cert.architecture]
-    norms = {"attention": layout.attention_norm, "mlp": layout.mlp_norm}
+    normed = {addend.kind for addend in cert.layout(folder).addends if addend.norm}
     proofs: dict[str, list[WriterProof]] = {}
     for proof in cert.writers:
         if not proof.bias and proof.key is not None:
             proofs.setdefault(proof.key, []).append(proof)
     for key, group in proofs.items():
         first, a, b = group[0], stored[key].double(), stored[re.sub(r"(lora(_embedding)?)_A", r"\1_B", key)].double()
-        q = edit.basis(first.block) if norms.get(first.kind) is None else None
+        q = edit.basis(first.block) if first.kind not in normed else None
         rank = len(a) if q is None else q.shape[1]
         per_expert = b.view(len(b), rank, -1).permute(2, 0, 1)  # B's columns: the direction outside, the expert inside
         gram = (per_expert.mT @ per_expert - first.strength**2 * torch.eye(rank, dtype=b.dtype)).abs().max()
@@ -373,6 +369,7 @@ def _check_adapter_source(
     claims = {
         CONFIG: config != json.loads(json.dumps(plan.config(config["base_model_name_or_path"]))),
         "architecture": cert.architecture != plan.anatomy.architecture,
+        "proved_layout": cert.proved_layout != proved_layout(plan.anatomy),
         "writers_found": cert.writers_found != len(plan.found.writers),
         "writers": recomputed.keys() != certified.keys()
         or not all(_same_proof(recomputed[n], certified[n]) for n in recomputed),

@@ -186,10 +186,15 @@ def _obstacle(move: Slider, form: Form, anatomy: Anatomy, strengths: Sequence[fl
 def no_constant(anatomy: Anatomy, form: Form) -> str | None:
     """Why a bake of this form cannot add a constant after a block of this architecture; None if it can."""
     layout, name = anatomy.layout, anatomy.architecture
-    if layout.mlp_norm is not None:
+    mlps = [a for a in layout.addends if a.kind == "mlp"]
+    if any(a.norm for a in mlps):
         return f"{name} has a norm between its MLPs and the residual stream, which no constant passes"
     if layout.mlp_bias is not None:
         return None
-    if layout.experts_keys:
+    if len(mlps) != len(layout.blocks):
+        return f"{name} has blocks without an MLP, or with two, which no one bias stands for"
+    if any(a.scale != 1.0 for a in mlps):
+        return f"{name} multiplies what its MLPs write by {mlps[0].scale:.3g}, and a bias with it"
+    if layout.has_experts:
         return f"{name} has experts without biases in its MLPs, and no adapter can give them any"
     return f"{name} has no biases in its MLPs; bake an adapter" if form == "checkpoint" else None

@@ -1,7 +1,7 @@
 """The residual stream of one model: its blocks, its width, and every tensor that writes into it.
 
-`layouts` declares the names for each architecture, and nothing is guessed. `Anatomy.of` reads a config; `Anatomy.find`
-then finds and checks the writers among a checkpoint's tensors. Imports no torch.
+`layouts` declares the names for some architectures; `proof` finds them for others, and proves what it found. Nothing is
+guessed. `Anatomy.of` reads a config; `Anatomy.find` then finds and checks the writers among a checkpoint's tensors.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from steer.checkpoint.layouts import LAYOUTS, READERS, Layout, Part
+from steer.checkpoint.layouts import LAYOUTS, READERS, Addend, Part, Structure
 from steer.checkpoint.quantised import FLOATS, quantisation, refusal
 from steer.checkpoint.reader import TensorInfo
 from steer.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
@@ -34,6 +35,8 @@ class LiveWriter:
     module: str
     norm: str | None = None
     """Name of the weight of the norm between the module and the residual stream; None without one."""
+    axis: int = 1
+    """Axis of the module's weight that faces the residual stream, if the module is a matrix."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +75,9 @@ class WriterMap:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Anatomy(Structure):
     """What a config declares of a model. `find` then locates the writers in a checkpoint's files."""
 
-    architecture: str
-    layout: Layout
-    blocks: int
-    width: int
-    vocab: int
-    """Number of logits of the LM head."""
-    experts: int
-    """Number of experts in each MLP that has any; 0 if none has."""
-    biased: bool
-    """Whether the MLPs have biases already."""
-    tied: bool
-    """Whether LM head and embedding are the same tensor."""
-    logit_softcap: float | None
-    """Bound `c` on the logits, `c * tanh(logits / c)`; None without one."""
     rotary_limit: int | None
     """Position from which the rotary frequencies of a whole batch depend on its longest text; None if they never do."""
     where: str
@@ -98,15 +87,15 @@ class Anatomy:
     def of(cls, config: Mapping[str, Any], where: str) -> Anatomy:
         """The anatomy that a config.json, or a live model's `config.to_dict()`, declares.
 
-        Errors: UnsupportedError for an unknown architecture, CheckpointError for a config without sizes.
+        Errors: UnsupportedError for an architecture that transformers does not have or whose anatomy cannot be proved,
+        CheckpointError for a config without sizes.
         """
-        architecture = _architecture(config)
-        if architecture not in LAYOUTS:
-            raise UnsupportedError(
-                f"{where}: architecture {architecture} is unknown, expected one of {', '.join(LAYOUTS)}; "
-                "its writers would have to be guessed"
-            )
-        layout = LAYOUTS[architecture]
+        architecture = architecture_of(config)
+        layout = LAYOUTS.get(architecture)
+        if layout is None:
+            from steer.checkpoint import proof  # torch and transformers are not loaded for an architecture in the table
+
+            return cls(**vars(proof.structure(config, where)), rotary_limit=_rotary_limit(config), where=where)
 
         def size(*keys: str) -> int:
             found = next((config[k] for k in keys if config.get(k) is not None), None)
@@ -122,15 +111,21 @@ class Anatomy:
             architecture,
             layout,
             blocks=size("num_hidden_layers", "n_layer"),
+            kinds=(),
             width=size("hidden_size", "n_embd"),
             vocab=size("vocab_size"),
             experts=size(*layout.experts_keys) if layout.experts_keys else 0,
             biased=layout.mlp_bias == "always" or bool(layout.mlp_bias and config.get(layout.mlp_bias)),
             tied=layout.tied if tied is None else bool(tied),
             logit_softcap=config.get("final_logit_softcapping"),
+            logit_scale=1.0,
             rotary_limit=_rotary_limit(config),
             where=where,
         )
+
+    def addends(self, block: int) -> tuple[Addend, ...]:
+        """What a block adds to the residual stream."""
+        return self.layout.blocks[self.kinds[block] if self.kinds else 0]
 
     @property
     def decoder_module(self) -> str:
@@ -147,33 +142,35 @@ class Anatomy:
         """Path of the live module that computes the logits, before a softcap."""
         return self.layout.head_module
 
-    @property
-    def embedding_module(self) -> str:
-        """Path of the live module whose output is what the embedding writes, with positions where these are added."""
-        return self.layout.base + self.layout.embedding_output
-
     def block_module(self, block: int) -> str:
         """Path of a block in the live model. Its output is the residual stream at site `block`."""
         return self.layout.base + self.layout.block.format(block)
 
     def has_block(self, block: int, names: Iterable[str]) -> bool:
         """Whether any of `names`, all tensor names in a checkpoint's files, belongs to the block."""
-        path = f"{self.layout.block.format(block)}."
-        return any(name.startswith((self.layout.base + path, path)) for name in names)
+        path = re.compile(rf"(?:.*\.)?{re.escape(self.layout.block.format(block))}\.")
+        return any(path.match(name) for name in names)
 
     @property
+    def embedding_modules(self) -> tuple[str, ...]:
+        """Paths of the live modules whose outputs begin the residual stream: one that puts out their sum, or each."""
+        output = self.layout.embedding_output
+        names = self.layout.embeddings if output is None else (output,)
+        return tuple(self.layout.base + name for name in names)
+
+    @cached_property
     def live_writers(self) -> tuple[LiveWriter, ...]:
         """The live modules at which hooks do what a bake does to the weights, the embedding first. Where a norm lies
         between a module and the residual stream, both act before the norm: see `checkpoint.ablation`."""
-        layout = self.layout
-        kinds: tuple[tuple[Kind, str, str | None], ...] = (
-            ("attention", layout.attention_module, layout.attention_norm),
-            ("mlp", layout.mlp_module, layout.mlp_norm),
-        )
-        out = [LiveWriter("embedding", None, self.embedding_module)]
+        out = [LiveWriter("embedding", None, module) for module in self.embedding_modules]
         for block in range(self.blocks):
             path = self.block_module(block)
-            out += [LiveWriter(k, block, f"{path}.{m}", norm and f"{path}.{norm}.weight") for k, m, norm in kinds]
+            out += [
+                LiveWriter(
+                    a.kind, block, f"{path}.{a.module}", a.norm and f"{path}.{a.norm}.weight", a.forms[-1][0].axis
+                )
+                for a in self.addends(block)
+            ]
         return tuple(out)
 
     def find(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> WriterMap:
@@ -194,7 +191,7 @@ class Anatomy:
         if self.layout.mlp_bias is None:
             why = (
                 f"{self.architecture} has a norm between its MLPs and the residual stream, which no constant passes"
-                if self.layout.mlp_norm
+                if any(a.norm for a in self.layout.addends if a.kind == "mlp")
                 else f"{self.architecture} has no biases in its MLPs"
             )
             raise UnsupportedError(
@@ -239,6 +236,7 @@ class Anatomy:
 
 def _rotary_limit(config: Mapping[str, Any]) -> int | None:
     """The position at which LongRoPE (Phi 3) and dynamic NTK scaling switch to other frequencies."""
+    config = config.get("text_config") or config
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su", "dynamic"):
         return None
@@ -246,12 +244,7 @@ def _rotary_limit(config: Mapping[str, Any]) -> int | None:
     return rope.get(key) or config.get(key) or config.get("max_position_embeddings")
 
 
-def layout_of(config: Mapping[str, Any]) -> Layout | None:
-    """The layout of the architecture that a config names; None if it is not in `LAYOUTS`."""
-    return LAYOUTS.get(_architecture(config))
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
+def architecture_of(config: Mapping[str, Any]) -> str:
     """The name under `architectures`, else the architecture of the config's `model_type`."""
     names = config.get("architectures")
     if isinstance(names, list) and names:
@@ -264,13 +257,26 @@ _MTP = re.compile(r"(?:model\.)?mtp(?:_\w+)?\..+")
 """Blocks that predict several tokens, which some checkpoints store beside the decoder's blocks."""
 
 
+def pattern(name: str) -> str:
+    """A tensor's name with `{}` for every number in it, such as that of an expert."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)
+
+
 class _Search:
     """One search for the writers among a checkpoint's tensors."""
 
     def __init__(self, anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> None:
         self.anatomy, self.layout, self.tensors = anatomy, anatomy.layout, tensors
-        bare = self.layout.bare and not any(name.startswith(self.layout.base) for name in tensors)
-        self.base = "" if bare else self.layout.base
+        self.base = self._base()
+
+    def _base(self) -> str:
+        """The prefix of the decoder's tensors: a known one, else the one that the files have before the writers of
+        block 0. Some checkpoints leave out the name of the decoder, and wrappers put theirs before it."""
+        first = [part.weight.format(0) for addend in self.anatomy.addends(0) for part in addend.parts]
+        ends = tuple(f"{self.layout.block.format(0)}.{name}" for name in first)
+        found = {name.removesuffix(end) for name in self.tensors for end in ends if name.endswith(end)}
+        known = [base for base in (self.layout.base, *self.layout.bases) if base in found]
+        return (known or [b for b in sorted(found) if not b or b.endswith(".")] or [self.layout.base])[0]
 
     def found(self) -> WriterMap:
         """All writers, after every check."""
@@ -301,28 +307,25 @@ class _Search:
         return WriterMap(tuple(writers), embeddings[0], head, self.base, unloaded)
 
     def _block(self, block: int) -> Iterator[Writer]:
-        """The writers of one block: the attention's, then the MLP's in the form that the files hold."""
-        layout, path = self.layout, f"{self.base}{self.layout.block.format(block)}."
+        """The writers of one block, in the form that the files hold."""
+        path = f"{self.base}{self.layout.block.format(block)}."
 
         def names(part: Part) -> list[str]:
             experts = range(self.anatomy.experts if "{}" in part.weight else 1)
             return [path + part.weight.format(expert) for expert in experts]
 
-        forms = [form for form in layout.mlp if any(name in self.tensors for name in names(form[0]))]
-        if len(forms) > 1:
-            raise UnsupportedError(
-                f"{self.anatomy.where}: holds the MLP of block {block} twice, as {forms[0][0].weight} and as "
-                f"{forms[1][0].weight}; expected one of them, fetch the model again"
-            )
-        kinds: tuple[tuple[Kind, str | None, tuple[Part, ...]], ...] = (
-            ("attention", layout.attention_norm, (layout.attention,)),
-            ("mlp", layout.mlp_norm, (forms or layout.mlp)[0]),
-        )
-        for kind, norm, parts in kinds:
-            for part in parts:
+        for addend in self.anatomy.addends(block):
+            forms = [form for form in addend.forms if any(name in self.tensors for name in names(form[0]))]
+            if len(forms) > 1:
+                raise UnsupportedError(
+                    f"{self.anatomy.where}: holds the MLP of block {block} twice, as {forms[0][0].weight} and as "
+                    f"{forms[1][0].weight}; expected one of them, fetch the model again"
+                )
+            norm = addend.norm and f"{path}{addend.norm}.weight"
+            for part in (forms or addend.forms)[0]:
                 bias = part.bias and path + part.bias
                 for name in names(part):
-                    yield Writer(kind, block, name, part.axis, bias, part.stacked, norm and f"{path}{norm}.weight")
+                    yield Writer(addend.kind, block, name, part.axis, bias, part.stacked, norm)
 
     def _check_writer(self, writer: Writer) -> None:
         rank = 2 + writer.stacked
@@ -357,7 +360,7 @@ class _Search:
         if _MTP.fullmatch(name) or (inside and int(inside[1]) >= self.anatomy.blocks):
             return False
         shape = list(self.tensors[name].shape)
-        if name in known or (inside and READERS.fullmatch(inside[2])):
+        if name in known or (inside and (READERS.fullmatch(inside[2]) or pattern(inside[2]) in self.layout.names)):
             return True
         # A vector cannot write vectors, and what lies outside the decoder is copied unchanged.
         if not inside and (len(shape) < 2 or not name.startswith(self.base)):

@@ -1,4 +1,4 @@
-"""The names that each architecture gives to the parts of the residual stream: one declared table, nothing guessed.
+"""The names that an architecture gives to the parts of the residual stream, and those declared for some of them.
 
 Names on disk are those of published checkpoints. Where transformers names the parts of the running model differently
 (stacked experts, GPT-NeoX's head), both names are listed. `anatomy` applies the table to a checkpoint. Imports no
@@ -8,7 +8,12 @@ torch.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+BlockKind = Literal["attention", "mlp"]
+"""What a block's writer belongs to: attention or another mixer of tokens, or the MLP."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,45 @@ def linear(module: str, axis: int = 0) -> Part:
     return Part(f"{module}.weight", axis, f"{module}.bias")
 
 
+@dataclass(frozen=True)
+class Addend:
+    """One of the vectors that a block adds to the residual stream, and the weights that compute it."""
+
+    kind: BlockKind
+    module: str
+    """Live module below the block whose output it is, before the norm and the scale. Experts write together, as the
+    output of the whole MLP."""
+    forms: tuple[tuple[Part, ...], ...]
+    """Forms of its writers on disk, each with all of them; a block holds exactly one form."""
+    norm: str | None = None
+    """RMSNorm between the module and the residual stream; None without one."""
+    scale: float = 1.0
+    """Number by which the model multiplies it on its way into the residual stream."""
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """The writers of all forms."""
+        return (part for form in self.forms for part in form)
+
+    @property
+    def experts(self) -> bool:
+        """Whether experts compute it, in blocks that are not dense."""
+        return any(part.stacked or "{}" in part.weight for part in self.parts)
+
+
 _ATTENTION, _MLP = linear("self_attn.o_proj"), linear("mlp.down_proj")
+
+
+def attention_and_mlp(
+    attention: Part = _ATTENTION,
+    mlp: tuple[tuple[Part, ...], ...] = ((_MLP,),),
+    norms: tuple[str | None, str | None] = (None, None),
+) -> tuple[Addend, Addend]:
+    """What a block of attention and an MLP adds; `norms` lie between them and the residual stream. In most
+    architectures a norm of the same name lies before the MLP instead."""
+    first = Addend("attention", attention.weight.removesuffix(".weight"), ((attention,),), norms[0])
+    second = Addend("mlp", mlp[0][0].weight.removesuffix(".weight"), mlp, norms[1])
+    return first, replace(second, module="mlp") if second.experts else second
 
 
 @dataclass(frozen=True)
@@ -41,27 +84,22 @@ class Layout:
 
     model_type: str
     base: str = "model."
-    """Prefix of the decoder's tensor names."""
-    bare: bool = False
-    """Whether some checkpoints leave out `base`."""
+    """Prefix of the paths of the decoder's live modules."""
+    bases: tuple[str, ...] = ()
+    """Prefixes of the decoder's tensor names on disk, where they are not `base`."""
     block: str = "layers.{}"
+    blocks: tuple[tuple[Addend, ...], ...] = (attention_and_mlp(),)
+    """The kinds of blocks, each with what it adds to the residual stream."""
     embeddings: tuple[str, ...] = ("embed_tokens",)
     """Modules whose rows are summed to begin the residual stream; the token embedding comes first."""
-    embedding_output: str = "embed_tokens"
-    """Live module whose output is that sum."""
+    embedding_output: str | None = "embed_tokens"
+    """Live module whose output is that sum, or a multiple of it; None where no module puts it out."""
     heads: tuple[str, ...] = ("lm_head",)
     """Names of the LM head on disk; a bake that adds a head uses the first."""
     head_module: str = "lm_head"
     """Live module that computes the logits."""
     tied: bool = False
     """Whether the head is the embedding if config.json does not say."""
-    attention: Part = _ATTENTION
-    mlp: tuple[tuple[Part, ...], ...] = ((_MLP,),)
-    """Forms of a block's MLP on disk, each with all its writers; a block has exactly one form."""
-    attention_norm: str | None = None
-    """RMSNorm between the attention's writer and the residual stream; None without one. In most architectures a norm of
-    the same name lies before the MLP instead."""
-    mlp_norm: str | None = None
     gain_offset: float = 0.0
     """Number added to a norm's stored weight to get its gain."""
     softcap_or_sinks: bool = False
@@ -75,16 +113,49 @@ class Layout:
     """Config key that gives all MLPs of the model biases, or `always`; None if MLPs have none."""
     experts_keys: tuple[str, ...] = ()
     """Config keys that may hold the number of experts; empty for an architecture without."""
+    names: tuple[str, ...] = ()
+    """Patterns of all tensor names of a block on disk, `{}` for numbers, where a proof has listed them."""
 
     @property
-    def attention_module(self) -> str:
-        """Live module, below the block, whose output is what the attention writes, before a norm if there is one."""
-        return self.attention.weight.removesuffix(".weight")
+    def addends(self) -> Iterator[Addend]:
+        """What blocks of all kinds add."""
+        return (addend for kind in self.blocks for addend in kind)
 
     @property
-    def mlp_module(self) -> str:
-        """The same for the MLP. Experts write together, as the output of the whole MLP."""
-        return "mlp" if self.experts_keys else self.mlp[0][0].weight.removesuffix(".weight")
+    def has_experts(self) -> bool:
+        """Whether some blocks have experts."""
+        return any(addend.experts for addend in self.addends)
+
+    @property
+    def fan_in_first(self) -> bool:
+        """Whether the linear writers are stored `[in, out]`, as Conv1D stores them."""
+        return any(part.axis == 1 and not part.stacked for addend in self.addends for part in addend.parts)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The anatomy of one config, as a proof finds it: the names, and what sizes and flags of the config decide."""
+
+    architecture: str
+    """Name of the model's class in transformers."""
+    layout: Layout
+    blocks: int
+    kinds: tuple[int, ...]
+    """For each block, its kind in `layout.blocks`; empty if there is one kind only."""
+    width: int
+    """Width of the residual stream."""
+    vocab: int
+    """Number of logits of the LM head."""
+    experts: int
+    """Number of experts in each MLP that has any; 0 if none has."""
+    biased: bool
+    """Whether the MLPs have biases already."""
+    tied: bool
+    """Whether LM head and embedding are the same tensor."""
+    logit_softcap: float | None
+    """Bound `c` on the logits, `c * tanh(logits / c)`; None without one."""
+    logit_scale: float
+    """Number by which the model multiplies what the LM head puts out, before the bound."""
 
 
 READERS = re.compile(
@@ -109,7 +180,7 @@ save them like this."""
 _EXPERTS = Part("mlp.experts.{}.down_proj.weight")
 _SHARED = linear("mlp.shared_expert.down_proj")
 _NUMBERS = ("num_experts", "num_local_experts")
-_POST_ATTENTION, _POST_MLP = "post_attention_layernorm", "post_feedforward_layernorm"
+_BETWEEN = (attention_and_mlp(norms=("post_attention_layernorm", "post_feedforward_layernorm")),)
 
 LAYOUTS: dict[str, Layout] = {
     "LlamaForCausalLM": Layout("llama", mlp_bias="mlp_bias"),
@@ -118,23 +189,17 @@ LAYOUTS: dict[str, Layout] = {
     "Qwen3ForCausalLM": Layout("qwen3"),
     "Phi3ForCausalLM": Layout("phi3"),
     # Gemma multiplies the embedding's output by sqrt(d), which leaves directions as they are.
-    "Gemma2ForCausalLM": Layout(
-        "gemma2", tied=True, attention_norm=_POST_ATTENTION, mlp_norm=_POST_MLP, gain_offset=1.0, softcap_or_sinks=True
-    ),
-    "Gemma3ForCausalLM": Layout(
-        "gemma3_text", tied=True, attention_norm=_POST_ATTENTION, mlp_norm=_POST_MLP, gain_offset=1.0
-    ),
-    "Olmo2ForCausalLM": Layout("olmo2", attention_norm=_POST_ATTENTION, mlp_norm=_POST_MLP),
+    "Gemma2ForCausalLM": Layout("gemma2", tied=True, blocks=_BETWEEN, gain_offset=1.0, softcap_or_sinks=True),
+    "Gemma3ForCausalLM": Layout("gemma3_text", tied=True, blocks=_BETWEEN, gain_offset=1.0),
+    "Olmo2ForCausalLM": Layout("olmo2", blocks=_BETWEEN),
     "GPT2LMHeadModel": Layout(
         "gpt2",
         base="transformer.",
-        bare=True,
         block="h.{}",
+        blocks=(attention_and_mlp(linear("attn.c_proj", axis=1), ((linear("mlp.c_proj", axis=1),),)),),
         embeddings=("wte", "wpe"),  # positions are written into the stream too
         embedding_output="drop",
         tied=True,
-        attention=linear("attn.c_proj", axis=1),
-        mlp=((linear("mlp.c_proj", axis=1),),),
         final_norm="ln_f",
         centred=True,
         mlp_bias="always",
@@ -143,34 +208,42 @@ LAYOUTS: dict[str, Layout] = {
     "GPTNeoXForCausalLM": Layout(
         "gpt_neox",
         base="gpt_neox.",
+        blocks=(attention_and_mlp(linear("attention.dense"), ((linear("mlp.dense_4h_to_h"),),)),),
         embeddings=("embed_in",),
         embedding_output="embed_in",
         heads=("embed_out", "lm_head"),
-        attention=linear("attention.dense"),
-        mlp=((linear("mlp.dense_4h_to_h"),),),
         final_norm="final_layer_norm",
         centred=True,
         mlp_bias="always",
     ),
     "MixtralForCausalLM": Layout(
         "mixtral",
-        mlp=((Part("block_sparse_moe.experts.{}.w2.weight"),), (_STACKED,)),
+        blocks=(attention_and_mlp(mlp=((Part("block_sparse_moe.experts.{}.w2.weight"),), (_STACKED,))),),
         experts_keys=("num_local_experts",),
     ),
     # A gate scales the shared expert's output, as routing weights scale the others'. Scaling does not change
     # directions.
     "Qwen2MoeForCausalLM": Layout(
-        "qwen2_moe", mlp=((_EXPERTS, _SHARED), (_STACKED, _SHARED), (_MLP,)), experts_keys=_NUMBERS
+        "qwen2_moe",
+        blocks=(attention_and_mlp(mlp=((_EXPERTS, _SHARED), (_STACKED, _SHARED), (_MLP,))),),
+        experts_keys=_NUMBERS,
     ),
     # Some blocks may be dense.
-    "Qwen3MoeForCausalLM": Layout("qwen3_moe", mlp=((_EXPERTS,), (_STACKED,), (_MLP,)), experts_keys=_NUMBERS),
+    "Qwen3MoeForCausalLM": Layout(
+        "qwen3_moe", blocks=(attention_and_mlp(mlp=((_EXPERTS,), (_STACKED,), (_MLP,))),), experts_keys=_NUMBERS
+    ),
     # A token's routing weights sum to 1, so a constant in every expert's bias is that constant in the stream.
     "GptOssForCausalLM": Layout(
         "gpt_oss",
-        mlp=((Part("mlp.experts.down_proj", axis=2, bias="mlp.experts.down_proj_bias", stacked=True),),),
+        blocks=(
+            attention_and_mlp(
+                mlp=((Part("mlp.experts.down_proj", axis=2, bias="mlp.experts.down_proj_bias", stacked=True),),)
+            ),
+        ),
         mlp_bias="always",
         softcap_or_sinks=True,
         experts_keys=("num_local_experts", "num_experts"),
     ),
 }
-"""Layouts by the architecture's name in config.json, under `architectures`."""
+"""Layouts by the architecture's name in config.json, under `architectures`. Those of other architectures are found and
+proved by `proof`."""

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from safetensors import safe_open
 
-from steer.checkpoint.anatomy import layout_of
+from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.quantised import dequantised, quantisation
 from steer.checkpoint.reader import CheckpointFiles, DecodedTensor
 from steer.errors import CheckpointError, MismatchError
@@ -112,11 +112,8 @@ class Sketch:
 
 def _writers(names: Sequence[str], config: Mapping[str, Any]) -> list[str]:
     """Names of the weights that write into the residual stream, experts left out, according to the layout."""
-    layout = layout_of(config)
-    if layout is None:
-        return []
-    parts = [layout.attention, *(part for form in layout.mlp for part in form)]
-    weights = [p.weight for p in parts if not p.stacked and "{}" not in p.weight]
+    layout = Anatomy.of(config, "weights").layout
+    weights = [p.weight for a in layout.addends for p in a.parts if not p.stacked and "{}" not in p.weight]
     ends = tuple(f".{w}" for w in (*weights, *(f"{e}.weight" for e in layout.embeddings)))
     return sorted(n for n in names if f".{n}".endswith(ends))
 

@@ -99,6 +99,19 @@ def merge(
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 
+@app.command(epilog="Examples: `steer anatomy merged` · `steer anatomy config.json --json`")
+def anatomy(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or a config.json.")],
+    as_json: Json = False,
+) -> None:
+    """Find and prove which weights of an architecture write into the residual stream."""
+    from steer.checkpoint.proof import anatomy_of
+    from steer.verbs.tables import anatomy_as_json, anatomy_table
+
+    found = anatomy_of(model)
+    emit(anatomy_as_json(found), as_json, anatomy_table(found))
+
+
 @app.command(epilog="Examples: `steer find merged moralizing` · `steer find merged moralizing --dictionary dictionary`")
 def find(
     model: Model,

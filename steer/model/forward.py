@@ -66,11 +66,14 @@ Head = Callable[[Tensor], Tensor]
 
 
 def head_of(model: LoadedModel) -> Head:
-    """The model's LM head with its final softcap. Holding it keeps no other weights of the model in memory."""
-    head, softcap = model.hf.get_submodule(model.anatomy.head_module), model.anatomy.logit_softcap
+    """The model's LM head with its scale and softcap. Holding it keeps no other weights of the model in memory."""
+    anatomy = model.anatomy
+    head, scale, softcap = model.hf.get_submodule(anatomy.head_module), anatomy.logit_scale, anatomy.logit_softcap
 
     def logits(hidden: Tensor) -> Tensor:
         out = head(hidden)
+        if scale != 1.0:
+            out = out * scale
         if softcap is not None:  # in the model's dtype, as the model itself does
             out = (out / softcap).tanh() * softcap
         return out.to(torch.promote_types(out.dtype, torch.float32))
@@ -103,7 +106,9 @@ def direct_logits(model: LoadedModel, rows: Float[Tensor, "n d"]) -> Iterator[Fl
     anatomy, norm = model.anatomy, model.hf.get_submodule(model.anatomy.final_norm_module)
     unembedding = model.hf.get_submodule(anatomy.head_module).weight
     wide = torch.promote_types(unembedding.dtype, torch.float32)
-    unembedding, gain = unembedding.to(wide), norm.weight.to(wide) + anatomy.layout.gain_offset
+    unembedding = unembedding.to(wide) * anatomy.logit_scale
+    weight = getattr(norm, "weight", None)  # OLMo's norms have no gain
+    gain = torch.ones(anatomy.width).to(unembedding) if weight is None else weight.to(wide) + anatomy.layout.gain_offset
     for part in chunks(len(rows), len(unembedding)):
         row = rows[part].to(gain.device, wide)
         if anatomy.layout.centred:

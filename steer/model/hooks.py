@@ -96,7 +96,7 @@ def _acts(sliders: Sliders, what: Steers, reply_start: ReplyStart) -> list[tuple
     programs = module_edits((edit,), model.anatomy, model.steering.gain)
     out = [(name, _act(program, counter.text)) for name, program in programs.items()]
     timed = any(program.timed for program in programs.values())
-    return [(model.anatomy.embedding_module, counter), *out] if timed else out
+    return [(model.anatomy.embedding_modules[0], counter), *out] if timed else out
 
 
 def _act(program: ModuleEdit, text: ForwardContext) -> _Act:

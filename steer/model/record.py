@@ -21,10 +21,14 @@ Reader = Callable[[int, Float[Tensor, "batch seq d"]], None]
 
 
 def replacing(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
-    """A forward hook that replaces a module's output, or the first entry of a tuple, by `change` of it."""
+    """A forward hook that replaces a module's output, or the first entry of a tuple, by `change` of it. `change` sees
+    `[batch, new, d]`, also where a module of experts puts out a list of tokens."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        h = output[0] if isinstance(output, tuple) else output
+        shape = (*args[0].shape[:-1], h.shape[-1]) if h.ndim == 2 and args else h.shape
+        changed = change(h.view(shape)).view(h.shape)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return hook
 

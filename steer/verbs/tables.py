@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from steer.checkpoint.anatomy import Anatomy
+    from steer.checkpoint.layouts import Addend
     from steer.finding.features import FoundFeatures
     from steer.finding.latents import SteeringCheck
     from steer.finding.traits import FoundDirection
@@ -28,6 +32,64 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int 
     out = io.StringIO()
     Console(file=out, width=110, markup=False, emoji=False).print(table)  # tokens and names are no markup
     return out.getvalue()
+
+
+def anatomy_as_json(anatomy: Anatomy) -> dict[str, Any]:
+    """Return an anatomy as JSON: sizes, and for each kind of block what it adds to the residual stream."""
+    structure = {k: v for k, v in asdict(anatomy).items() if k != "where"}
+    layout = {k: v for k, v in structure.pop("layout").items() if k not in ("names", "experts_keys", "tied", "blocks")}
+    kinds = [{"blocks": numbers, "adds": [asdict(a) for a in adds]} for numbers, adds in _kinds(anatomy)]
+    return {**structure, "layout": layout, "kinds": kinds}
+
+
+def anatomy_table(anatomy: Anatomy) -> str:
+    """Return what each kind of block adds to the residual stream, and where the stream begins and ends."""
+    layout, rows = anatomy.layout, []
+    for numbers, adds in _kinds(anatomy):
+        for addend in adds:
+            for part in addend.forms[0]:
+                what = "experts" if part.stacked or "{}" in part.weight else addend.kind
+                bias = part.bias.rpartition(".")[2] if part.bias else ""
+                scale = "" if addend.scale == 1 else f"{addend.scale:.4g}"
+                rows.append([_ranges(numbers), what, part.weight, str(part.axis), bias, addend.norm or "", scale])
+    offset, tied = " + 1" if layout.gain_offset else "", " (the embedding)" if anatomy.tied else ""
+    ends = [
+        f"stream begins: {', '.join(layout.base + e for e in layout.embeddings)}",
+        f"stream ends: {anatomy.final_norm_module} ({'LayerNorm' if layout.centred else 'RMSNorm'}, gain = weight"
+        f"{offset}), then {anatomy.head_module}{tied}",
+    ]
+    if anatomy.logit_scale != 1:
+        ends.append(f"logits: times {anatomy.logit_scale:.6g}")
+    if anatomy.logit_softcap:
+        ends.append(f"logits: at most {anatomy.logit_softcap:g} (tanh)")
+    experts = f", {anatomy.experts} experts" if anatomy.experts else ""
+    return (
+        f"{anatomy.architecture}: {anatomy.blocks} blocks, residual width {anatomy.width}, {anatomy.vocab} tokens"
+        f"{experts}\n"
+        + text_table(["blocks", "adds", "weight on disk", "axis", "bias", "norm after it", "scale"], rows, left=6)
+        + "\n".join(
+            [*ends, "proved: hooks and baked weights give the same logits on a tiny random model of this class"]
+        )
+    )
+
+
+def _kinds(anatomy: Anatomy) -> list[tuple[list[int], tuple[Addend, ...]]]:
+    """(numbers of the blocks, what they add) for each kind of block that the model has."""
+    numbers: dict[int, list[int]] = {}
+    for block in range(anatomy.blocks):
+        numbers.setdefault(anatomy.kinds[block] if anatomy.kinds else 0, []).append(block)
+    return [(of_kind, anatomy.layout.blocks[kind]) for kind, of_kind in numbers.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as ranges: `0-2, 4`; with a constant step `0-30 by 2`."""
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(steps) == 1 and (step := steps.pop()) > 1 and len(numbers) > 2:
+        return f"{numbers[0]}-{numbers[-1]} by {step}"
+    starts = [n for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or n + 1 != numbers[i + 1]]
+    ranges = [f"{a}-{b}" if a != b else str(a) for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(ranges if len(ranges) < 4 else [*ranges[:2], f"... ({len(numbers)} blocks)"])
 
 
 def finding_table(found: FoundDirection) -> str:

@@ -17,7 +17,7 @@ from steer.baking.bake import bake
 from steer.baking.certificate import CERTIFICATE, Certificate
 from steer.baking.verify import verify
 from steer.checkpoint import staging
-from steer.checkpoint.ablation import ablate, through_norm
+from steer.checkpoint.projection import ablate, through_norm
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Kernel, Method, Strengths

@@ -25,8 +25,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steer.checkpoint.ablation import Ablation, ablate, growth, shadow
+from steer.checkpoint.ablation import Ablation
 from steer.checkpoint.anatomy import Anatomy, LiveWriter
+from steer.checkpoint.projection import ablate, growth, shadow
 from steer.model.steering.low_rank import ForwardContext, PerRowTensor
 from steer.model.steering.module_edits import Gain, Rows
 
@@ -74,8 +75,7 @@ def writer_hooks(
     out: list[WriterHook] = []
     for writer, module in _writers(model, anatomy) if any(edits) else ():
         if any(a is not None and a.strength(writer) for a in ablations):
-            axes = {"embedding": 1, "attention": anatomy.layout.attention.axis, "mlp": anatomy.layout.mlp[-1][0].axis}
-            tables = _WriterTables.of(writer, module, ablations, axes[writer.kind])
+            tables = _WriterTables.of(writer, module, ablations)
             out += _hooks(tables, module, entry_of)
     return tuple(out)
 
@@ -118,10 +118,11 @@ class _WriterTables:
     """[edits, 1, d]: `b' - b + QQ^T b`; 0 where there is no bias."""
 
     @classmethod
-    def of(cls, writer: LiveWriter, module: nn.Module, ablations: list[Ablation | None], axis: int) -> _WriterTables:
-        """The tables of a writer. `axis`: of its weight, the one that faces the residual stream."""
+    def of(cls, writer: LiveWriter, module: nn.Module, ablations: list[Ablation | None]) -> _WriterTables:
+        """The tables of a writer."""
         weight: Any = module.weight
         weight, bias, embeds = weight.detach(), getattr(module, "bias", None), writer.kind == "embedding"
+        axis = writer.axis
         strengths = [0.0 if a is None else a.strength(writer) for a in ablations]
         bases = [a.subspace(writer) for a, s in zip(ablations, strengths, strict=True) if a is not None and s]
         q = torch.cat(bases, dim=1)
