@@ -66,6 +66,7 @@ def structure(config: Mapping[str, Any], where: str) -> Structure:
             f"{where}: architecture {architecture_of(config)} is unknown to transformers {transformers.__version__}; "
             "expected one of its language models"
         )
+    typed = _completed(typed, model_class)
     key = json.dumps([architecture_of(config), transformers.__version__, __version__, _plain(typed)], sort_keys=True)
     path = home() / "anatomies" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if path not in _known:
@@ -116,6 +117,21 @@ def _typed(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
         raise UnsupportedError(
             f"{where}: config.json: transformers refuses it: {' '.join(str(e).split())[:200]}"
         ) from e
+
+
+def _completed(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The config that the class takes, which is the text part of some wrappers' configs, with the sizes of the heads
+    filled in that most classes work out and some leave out."""
+    text = config.get_text_config()
+    if model_class.config_class is not type(config) and isinstance(text, model_class.config_class):
+        config = text
+    values = text.to_dict()
+    heads, width = values.get("num_attention_heads"), values.get("hidden_size")
+    if isinstance(heads, int) and isinstance(width, int):
+        for key, value in (("head_dim", width // heads), ("num_key_value_heads", heads)):
+            if key in values and values[key] is None:
+                setattr(text, key, value)
+    return config
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
@@ -609,6 +625,8 @@ class _Proof:
         for names in groups.values():
             first, axis = names[0], source.weights[names[0]]
             parameter, bias = self.run.parameters[first], _bias_of(first, biases)
+            if bias is None and len(groups) == len(biases) == 1:  # JetMoe's experts have a bias in common
+                bias = biases.pop()
             stacked = parameter.ndim == 3
             if bias and len(names) > 1:
                 raise NotProved(f"{bias}: a bias of one expert of many")

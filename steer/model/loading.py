@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,6 +24,7 @@ from transformers.utils.hub import cached_file
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.dtypes import announce, computing_in
 from steer.checkpoint.reader import CheckpointFiles
+from steer.checkpoint.tiny import model_class_of
 from steer.errors import CheckpointError, UsageError
 from steer.model import attention
 from steer.model.products import use_fast_products
@@ -61,7 +63,11 @@ def read_model(
             )
             more = more | {"quantization_config": small_weights}
         tokenizer = AutoTokenizer.from_pretrained(place, **code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(place, **code, **hub)
+        model_class: Any = model_class_of(config) or AutoModelForCausalLM
+        if more.get("attn_implementation") == attention.NAME and not model_class._supports_attention_backend:
+            more = more | {"attn_implementation": "eager"}  # its attention is its own
+        loaded: Any = model_class.from_pretrained(
             place, dtype=chosen.dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
             **code | more,
         )  # fmt: skip
