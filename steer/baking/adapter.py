@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +36,8 @@ CONFIG_KEYS = {
 """All keys of adapter_config.json. With another key, such as `use_rslora`, peft would compute something else."""
 PREFIX = "base_model.model."
 """Prefix of the names of an adapter's tensors."""
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+"""Model types in which peft refuses modules of the name `out_proj`, but not their weights."""
 _FACTORS = ".factors-"
 """Prefix of the temporary files that hold finished targets until all are finished."""
 _GROUP = 1 << 30
@@ -118,14 +119,13 @@ class AdapterPlan(Plan):
 
     def _targets_of(self, writer: Writer, rank: int, site: int | None) -> list[Target]:
         """The targets that one writer needs. `rank`: directions to remove; `site`: where it carries an add."""
-        layout, biased = self.anatomy.layout, writer.bias in self.files.tensors
-        path = layout.base + writer.tensor.removeprefix(self.found.base)
-        if parameter := self._stack(writer, path):
-            module, out = parameter.rpartition(".")[0], []
+        layout, biased, path = self.anatomy.layout, writer.bias in self.files.tensors, writer.live
+        if writer.live_stack:
+            module, out = path.rpartition(".")[0], []
             if rank:
                 # With two changed parameters in one module, peft wraps the first in the second.
                 key = f"{PREFIX}{module}.base_layer" if biased else PREFIX + module
-                out.append(Target("experts", parameter, key, (writer,), rank))
+                out.append(Target("experts", path, key, (writer,), rank))
             if biased:
                 path = f"{module}.{str(writer.bias).rpartition('.')[2]}"
                 count = rank + (site is not None)
@@ -134,22 +134,11 @@ class AdapterPlan(Plan):
         path = path.removesuffix(".weight")
         if writer.kind == "embedding":
             return [Target("embedding", path, PREFIX + path, (writer,), rank)]
-        if writer.kind == "mlp" and layout.has_experts:
+        beside_experts = writer.kind == "mlp" and layout.has_experts
+        if beside_experts or (layout.model_type in _MAMBA and path.endswith(".out_proj")):
             return [Target("parameter", f"{path}.weight", PREFIX + path, (writer,), rank)]
         bias = site is not None or (biased and rank > 0)
         return [Target("linear", path, PREFIX + path, (writer,), max(rank, 1), site, bias)]
-
-    def _stack(self, writer: Writer, path: str) -> str | None:
-        """Path of the live parameter that holds all experts, for a writer that is one expert or all of them; None for
-        other writers. `path`: the live path of the writer itself."""
-        if writer.stacked or writer.block is None:
-            return path if writer.stacked else None
-        block = f"{self.anatomy.block_module(writer.block)}."
-        parts = [part for addend in self.anatomy.addends(writer.block) for part in addend.parts]
-        one_expert = re.sub(r"(?<=\.)\d+(?=\.)", "{}", path.removeprefix(block))
-        if "{}" not in one_expert or all(part.weight != one_expert for part in parts):
-            return None
-        return block + next(part.weight for part in parts if part.stacked)
 
     def changes(self, writers: Sequence[Writer]) -> str:
         kinds = dict.fromkeys(t.kind for t in self.targets if any(w in writers for w in t.writers))

@@ -22,7 +22,7 @@ from steer.baking.certificate import (
     Certificate,
     Form,
     SavedDirection,
-    proved_layout,
+    proved_structure,
     source_name,
     utf8,
     versions,
@@ -109,7 +109,7 @@ def bake(
         cert = Certificate(
             source=source_name(source),
             architecture=plan.anatomy.architecture,
-            proved_layout=proved_layout(plan.anatomy),
+            structure=None if form == "checkpoint" else proved_structure(plan.anatomy),
             edit=plan.edit.describe(),
             strength=min((w.strength for w in writers), default=plan.edit.strength),
             neutral=neutral,

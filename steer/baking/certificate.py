@@ -11,14 +11,14 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from steer.checkpoint.anatomy import Anatomy
-from steer.checkpoint.layouts import LAYOUTS, Layout
+from steer.checkpoint.layouts import LAYOUTS, Layout, Structure
 from steer.checkpoint.staging import write_json
 from steer.core.version import __version__
 from steer.errors import CheckpointError
@@ -45,11 +45,12 @@ def rounding(dtype: str) -> float:
     return max(_EPSILON[dtype], 1e-6)
 
 
-def proved_layout(anatomy: Anatomy) -> dict[str, Any] | None:
-    """The layout of a proved architecture as JSON holds it; None for a declared one."""
+def proved_structure(anatomy: Anatomy) -> dict[str, Any] | None:
+    """The structure of a proved architecture as JSON holds it; None for a declared one."""
     if anatomy.architecture in LAYOUTS:
         return None
-    return TypeAdapter(Layout).dump_python(anatomy.layout, mode="json")
+    values = {f.name: getattr(anatomy, f.name) for f in fields(Structure)}
+    return TypeAdapter(Structure).dump_python(Structure(**values), mode="json")
 
 
 @dataclass(frozen=True)
@@ -166,26 +167,31 @@ class Certificate:
     command: str | None
     """The exact command line; None if called from Python."""
     form: Form = "checkpoint"
-    proved_layout: dict[str, Any] | None = None
-    """The `Layout` of an architecture that was proved, with which an adapter can be checked without its source; None
-    for one whose layout is declared."""
+    structure: dict[str, Any] | None = None
+    """Adapters and control vectors: the `Structure` of a source whose anatomy was proved, so that they can be checked
+    without it; None where the layout is declared."""
     unloaded: tuple[str, ...] = ()
     """Tensors of the source that transformers does not load into its architecture, such as blocks that predict several
     tokens; they are not edited."""
     untie_to_merge: bool = False
     """Adapters: whether the adapter changes an embedding that is also the LM head, which merging would change too."""
 
-    def layout(self, folder: Path) -> Layout:
-        """The names of the architecture's parts. Errors: CheckpointError if they are unknown or broken."""
-        declared = LAYOUTS.get(self.architecture)
+    def proved(self, folder: Path) -> Structure | None:
+        """The structure of the source, None where it is declared. Errors: CheckpointError for one that is missing or
+        broken."""
+        if self.architecture in LAYOUTS and self.structure is None:
+            return None
         try:
-            if declared is not None and self.proved_layout is None:
-                return declared
-            return TypeAdapter(Layout).validate_python(self.proved_layout)
+            return TypeAdapter(Structure).validate_python(self.structure)
         except ValidationError as e:
             raise CheckpointError(
                 f"{folder}: architecture {self.architecture} of the certificate is unknown; bake again"
             ) from e
+
+    def layout(self, folder: Path) -> Layout:
+        """The names of the architecture's parts. Errors: as `proved`."""
+        found = self.proved(folder)
+        return LAYOUTS[self.architecture] if found is None else found.layout
 
     @property
     def writers_edited(self) -> int:

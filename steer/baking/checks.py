@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan, Target, hash_sources
-from steer.baking.certificate import ADAPTER, Certificate, Proofs, WriterProof, proved_layout, rounding, same_set
+from steer.baking.certificate import ADAPTER, Certificate, Proofs, WriterProof, proved_structure, rounding, same_set
 from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.control_vector import FILE, read_control_vector
 from steer.checkpoint.layouts import Layout
@@ -130,7 +130,7 @@ def _check_checkpoint_claims(plan: CheckpointPlan, cert: Certificate) -> None:
     adds |= plan.adds
     wrong = {
         "architecture": cert.architecture != anatomy.architecture,
-        "proved_layout": cert.proved_layout != proved_layout(anatomy),
+        "structure": cert.structure is not None,
         "writers_found": cert.writers_found != len(plan.found.writers),
         "writers": claimed != proofs or len(cert.writers) != len(proofs),
         "strength": cert.strength != min((p[-1] for p in proofs), default=plan.edit.strength),
@@ -228,15 +228,18 @@ def _check_adapter_claims(folder: Path, cert: Certificate, edit: Edit, stored: M
     """Check what the edit and the adapter determine without the source: which writers must have a proof and what it
     must say, and that no tensor changes anything without a proof.
 
-    The source's number of blocks is not known here, so missing proofs and tensors of its last blocks would not be
-    noticed.
+    For a declared architecture the source's number of blocks is not known here, so missing proofs and tensors of its
+    last blocks would not be noticed.
     """
-    layout = cert.layout(folder)
+    layout, structure = cert.layout(folder), cert.proved(folder)
     neutral, shifts = edit.method.neutral, edit.biases()
     known = [*(p.block for p in cert.writers if p.block is not None), *shifts, *(edit.blocks or ())]
     blocks = range(max(known, default=-1) + 1) if neutral is None else range(len(neutral))
-    kinds: tuple[Kind, ...] = ("attention", "mlp")
-    places = [(kind, block) for kind in kinds for block in blocks if edit.strength_at(block, kind) > 0]
+    if structure is None:
+        written: list[tuple[Kind, int]] = [(kind, block) for kind in ("attention", "mlp") for block in blocks]
+    else:
+        written = [(a.kind, block) for block in range(structure.blocks) for a in structure.addends(block)]
+    places = [(kind, block) for kind, block in written if edit.strength_at(block, kind) > 0]
     ablated, strengths, misstated = set(), [], False
     for proof in cert.writers:
         kind, block, axis, bias = _place(layout, proof.tensor)
@@ -369,7 +372,7 @@ def _check_adapter_source(
     claims = {
         CONFIG: config != json.loads(json.dumps(plan.config(config["base_model_name_or_path"]))),
         "architecture": cert.architecture != plan.anatomy.architecture,
-        "proved_layout": cert.proved_layout != proved_layout(plan.anatomy),
+        "structure": cert.structure != proved_structure(plan.anatomy),
         "writers_found": cert.writers_found != len(plan.found.writers),
         "writers": recomputed.keys() != certified.keys()
         or not all(_same_proof(recomputed[n], certified[n]) for n in recomputed),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from steer.checkpoint.layouts import LAYOUTS, READERS, Addend, Part, Structure
+from steer.checkpoint.layouts import LAYOUTS, READERS, Part, Structure, architecture_of, pattern
 from steer.checkpoint.quantised import FLOATS, quantisation, refusal
 from steer.checkpoint.reader import TensorInfo
 from steer.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
@@ -55,6 +55,10 @@ class Writer:
     """Whether the tensor holds all experts, `[experts, ...]`."""
     norm: str | None = None
     """Name of the weight of the norm between the writer and the residual stream; None without one."""
+    live: str = ""
+    """Path of the live parameter that holds it, alone or with the other experts."""
+    live_stack: bool = False
+    """Whether that parameter holds all experts, `[experts, ...]`."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,6 @@ class Anatomy(Structure):
             rotary_limit=_rotary_limit(config),
             where=where,
         )
-
-    def addends(self, block: int) -> tuple[Addend, ...]:
-        """What a block adds to the residual stream."""
-        return self.layout.blocks[self.kinds[block] if self.kinds else 0]
 
     @property
     def decoder_module(self) -> str:
@@ -244,22 +244,8 @@ def _rotary_limit(config: Mapping[str, Any]) -> int | None:
     return rope.get(key) or config.get(key) or config.get("max_position_embeddings")
 
 
-def architecture_of(config: Mapping[str, Any]) -> str:
-    """The name under `architectures`, else the architecture of the config's `model_type`."""
-    names = config.get("architectures")
-    if isinstance(names, list) and names:
-        return str(names[0])
-    model_type = config.get("model_type")
-    return next((a for a, layout in LAYOUTS.items() if layout.model_type == model_type), str(model_type))
-
-
 _MTP = re.compile(r"(?:model\.)?mtp(?:_\w+)?\..+")
 """Blocks that predict several tokens, which some checkpoints store beside the decoder's blocks."""
-
-
-def pattern(name: str) -> str:
-    """A tensor's name with `{}` for every number in it, such as that of an expert."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)
 
 
 class _Search:
@@ -282,7 +268,8 @@ class _Search:
         """All writers, after every check."""
         where, tied = self.anatomy.where, self.anatomy.tied
         embeddings = [f"{self.base}{e}.weight" for e in self.layout.embeddings]
-        writers = [Writer("embedding", None, name, axis=1) for name in embeddings]
+        live = [f"{self.layout.base}{e}.weight" for e in self.layout.embeddings]
+        writers = [Writer("embedding", None, n, axis=1, live=path) for n, path in zip(embeddings, live, strict=True)]
         for writer in writers:
             self._check_writer(writer)
         for block in range(self.anatomy.blocks):
@@ -321,11 +308,13 @@ class _Search:
                     f"{self.anatomy.where}: holds the MLP of block {block} twice, as {forms[0][0].weight} and as "
                     f"{forms[1][0].weight}; expected one of them, fetch the model again"
                 )
-            norm = addend.norm and f"{path}{addend.norm}.weight"
+            norm = addend.norm and f"{path}{addend.stored_norm or addend.norm}.weight"
             for part in (forms or addend.forms)[0]:
                 bias = part.bias and path + part.bias
-                for name in names(part):
-                    yield Writer(addend.kind, block, name, part.axis, bias, part.stacked, norm)
+                stack = part.stacked or ("{}" in part.weight and part.live is not None)
+                for expert, name in enumerate(names(part)):
+                    live = f"{self.anatomy.block_module(block)}.{(part.live or part.weight).format(expert)}"
+                    yield Writer(addend.kind, block, name, part.axis, bias, part.stacked, norm, live, stack)
 
     def _check_writer(self, writer: Writer) -> None:
         rank = 2 + writer.stacked
@@ -363,7 +352,8 @@ class _Search:
         if name in known or (inside and (READERS.fullmatch(inside[2]) or pattern(inside[2]) in self.layout.names)):
             return True
         # A vector cannot write vectors, and what lies outside the decoder is copied unchanged.
-        if not inside and (len(shape) < 2 or not name.startswith(self.base)):
+        below = name.removeprefix(self.base)
+        if not inside and (len(shape) < 2 or below == name or pattern(below) in self.layout.names):
             return True
         raise UnsupportedError(
             f"{self.anatomy.where}: tensor {name} {shape} is unknown in {self.anatomy.architecture} and might "

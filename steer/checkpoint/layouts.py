@@ -8,9 +8,9 @@ torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 BlockKind = Literal["attention", "mlp"]
 """What a block's writer belongs to: attention or another mixer of tokens, or the MLP."""
@@ -30,6 +30,9 @@ class Part:
     """Name of its bias, `[d]` or `[experts, d]`; a checkpoint may lack it. None: it never has one."""
     stacked: bool = False
     """Whether one tensor holds all experts, `[experts, ...]`."""
+    live: str | None = None
+    """The live parameter below the block, where it has another name: one for all experts, if they are stored one by
+    one."""
 
 
 def linear(module: str, axis: int = 0) -> Part:
@@ -49,6 +52,8 @@ class Addend:
     """Forms of its writers on disk, each with all of them; a block holds exactly one form."""
     norm: str | None = None
     """RMSNorm between the module and the residual stream; None without one."""
+    stored_norm: str | None = None
+    """Its name on disk, if that is another."""
     scale: float = 1.0
     """Number by which the model multiplies it on its way into the residual stream."""
 
@@ -114,7 +119,8 @@ class Layout:
     experts_keys: tuple[str, ...] = ()
     """Config keys that may hold the number of experts; empty for an architecture without."""
     names: tuple[str, ...] = ()
-    """Patterns of all tensor names of a block on disk, `{}` for numbers, where a proof has listed them."""
+    """Patterns of all tensor names on disk, `{}` for numbers, those of a block below the block and the others below the
+    decoder, where a proof has listed them."""
 
     @property
     def addends(self) -> Iterator[Addend]:
@@ -157,6 +163,10 @@ class Structure:
     logit_scale: float
     """Number by which the model multiplies what the LM head puts out, before the bound."""
 
+    def addends(self, block: int) -> tuple[Addend, ...]:
+        """What a block adds to the residual stream."""
+        return self.layout.blocks[self.kinds[block] if self.kinds else 0]
+
 
 READERS = re.compile(
     r"""(
@@ -177,7 +187,7 @@ weights that read from it, the norms before or inside attention and MLP, and the
 _STACKED = Part("mlp.experts.down_proj", axis=1, stacked=True)
 """Experts in one tensor, as transformers 5 holds them in the running model. It saves them separately; other programs
 save them like this."""
-_EXPERTS = Part("mlp.experts.{}.down_proj.weight")
+_EXPERTS = Part("mlp.experts.{}.down_proj.weight", live=_STACKED.weight)
 _SHARED = linear("mlp.shared_expert.down_proj")
 _NUMBERS = ("num_experts", "num_local_experts")
 _BETWEEN = (attention_and_mlp(norms=("post_attention_layernorm", "post_feedforward_layernorm")),)
@@ -218,7 +228,11 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "MixtralForCausalLM": Layout(
         "mixtral",
-        blocks=(attention_and_mlp(mlp=((Part("block_sparse_moe.experts.{}.w2.weight"),), (_STACKED,))),),
+        blocks=(
+            attention_and_mlp(
+                mlp=((Part("block_sparse_moe.experts.{}.w2.weight", live=_STACKED.weight),), (_STACKED,))
+            ),
+        ),
         experts_keys=("num_local_experts",),
     ),
     # A gate scales the shared expert's output, as routing weights scale the others'. Scaling does not change
@@ -247,3 +261,17 @@ LAYOUTS: dict[str, Layout] = {
 }
 """Layouts by the architecture's name in config.json, under `architectures`. Those of other architectures are found and
 proved by `proof`."""
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The name under `architectures`, else the architecture of the config's `model_type`."""
+    names = config.get("architectures")
+    if isinstance(names, list) and names:
+        return str(names[0])
+    model_type = config.get("model_type")
+    return next((a for a, layout in LAYOUTS.items() if layout.model_type == model_type), str(model_type))
+
+
+def pattern(name: str) -> str:
+    """A tensor's name with `{}` for every number in it, such as that of an expert."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)

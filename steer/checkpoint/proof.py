@@ -18,7 +18,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,19 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
-from steer.checkpoint.anatomy import Anatomy, architecture_of, pattern
-from steer.checkpoint.fetch import home, resolve
-from steer.checkpoint.layouts import Addend, BlockKind, Layout, Part, Structure
+from steer.checkpoint.fetch import home
+from steer.checkpoint.layouts import Addend, BlockKind, Layout, Part, Structure, architecture_of, pattern
 from steer.checkpoint.projection import ablate, through_norm
 from steer.checkpoint.tiny import IDS, Double, model_class_of, tiny_config, tiny_model
 from steer.core.version import __version__
 from steer.errors import UnsupportedError
-from steer.files import read_json_object, write_atomic
+from steer.files import write_atomic
 
 TOLERANCE = 1e-9
 """Largest error of an identity, as a share of the numbers compared. Rounding of fp64 gives 1e-13 or so."""
+_PADDED = 1e-5
+"""The same for a text in a batch, since blocks of linear attention compute in fp32."""
 _MOST_ADDENDS = 4
 _MOST_CANDIDATES = 14
 _MLP = re.compile(r"mlp|moe|ffn|feed_?forward|expert|\bfc", re.IGNORECASE)
@@ -75,28 +76,6 @@ def structure(config: Mapping[str, Any], where: str) -> Structure:
     if isinstance(found, str):
         raise NotProved(f"{where}: the anatomy of {model_class.__name__} is not proved: {found}")
     return found
-
-
-def anatomy_of(model: str) -> Anatomy:
-    """The proved anatomy of a checkpoint, a hub id, or a config.json; of a declared architecture too, whose declaration
-    has to say what the proof finds.
-
-    Errors: UnsupportedError, NotProved, and CheckpointError for a model that is not there.
-    """
-    path = Path(model)
-    if not path.is_file():
-        place = resolve(model)
-        found = cached_file(place, "config.json")
-        assert found is not None  # else it raises
-        path = Path(found)
-    config = read_json_object(path, what="a config", do="fetch the model again")
-    declared, proved = Anatomy.of(config, model), structure(config, model)
-    anatomy = replace(declared, **vars(proved))
-    for ours, theirs in zip(anatomy.live_writers, declared.live_writers, strict=True):
-        alike = replace(ours, module=theirs.module) if theirs.module.startswith(ours.module) else ours
-        if alike != theirs and ours.module != theirs.module:
-            raise NotProved(f"{model}: {theirs.module} is declared to write what {ours.module} is found to write")
-    return anatomy
 
 
 _known: dict[Path, Structure | str] = {}
@@ -229,6 +208,7 @@ class _Proof:
 
     def found(self) -> _Proved:
         """All steps; see the module."""
+        self._check_alone()
         sources = [self._sources(i) for i in range(len(self.blocks))]
         embeddings, output = self._embeddings()
         norm, centred, head, scale, softcap = self._head()
@@ -243,8 +223,10 @@ class _Proof:
             if signatures.setdefault(_signature(self.model, block), addends) != addends:
                 raise NotProved(f"{block}: writes in another way than a block with the same parameters")
         self._hooks_and_weights(sources, embeddings, output, tied)
-        names = {pattern(n.partition(f"{path.format(i)}.")[2]) for i, b in enumerate(self.blocks)
-                 for n in (*stored, *self.run.parameters) if f"{path.format(i)}." in n}  # fmt: skip
+        place = _on_disk(self.head_alone, stored)
+        inside = [(path.format(i), n) for i in range(len(self.blocks)) for n in (*stored, *self.run.parameters)]
+        names = {pattern(n.partition(f"{p}.")[2]) for p, n in inside if f"{p}." in n}
+        names |= {pattern(n.removeprefix(b)) for n in (*stored, *self.run.parameters) for b in (base, *prefixes)}
         layout = Layout(
             self.model.config.get_text_config().model_type,
             base=base,
@@ -253,7 +235,7 @@ class _Proof:
             blocks=tuple(signatures.values()),
             embeddings=tuple(e.removeprefix(base) for e in embeddings),
             embedding_output=output and output.removeprefix(base),
-            heads=tuple(dict.fromkeys((self._stored_head(head, stored), head))),
+            heads=tuple(dict.fromkeys((place[0].removesuffix(".weight") if place else head, head))),
             head_module=head,
             gain_offset=self.offset or 0.0,
             softcap_or_sinks=self._softcap_or_sinks(),
@@ -263,6 +245,28 @@ class _Proof:
             names=tuple(sorted(names - {""})),
         )
         return _Proved(layout, tuple(signatures), tied, softcap, scale)
+
+    def _check_alone(self) -> None:
+        """Raise NotProved where blocks share weights, or where padding on the left changes a text's logits."""
+        owner: dict[int, str] = {}
+        for block in self.blocks:
+            for name, parameter in self.model.get_submodule(block).named_parameters():
+                if owner.setdefault(id(parameter), block) != block:
+                    raise NotProved(f"{block}.{name}: is a weight of {owner[id(parameter)]} too")
+        width, short = self.ids.shape[1], 7
+        mask = torch.ones_like(self.ids)
+        mask[0, : width - short] = 0
+        padded, alone = self.ids.clone(), self.ids[:1, width - short :]
+        padded[0, : width - short] = 0
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        more = {"position_ids": places} if "position_ids" in signature(self.model.forward).parameters else {}
+        try:
+            with_others = self.model(input_ids=padded, attention_mask=mask, use_cache=False, **more).logits[:1, -short:]
+        except Exception as e:  # whatever the code of any class raises
+            raise NotProved(f"a text padded on the left cannot be read: {type(e).__name__}: {str(e)[:200]}") from e
+        off = float((with_others - self.model(input_ids=alone, use_cache=False).logits).abs().max())
+        if not off < _PADDED * (1 + float(with_others.abs().max())):
+            raise NotProved(f"a text padded on the left in a batch has logits that differ by {off:.1e} from it alone")
 
     def _blocks(self) -> list[str]:
         """Paths of the blocks: the longest list of modules of which each is given what the one before it put out."""
@@ -599,14 +603,26 @@ class _Proof:
         return bool(getattr(text, "attn_logit_softcapping", None)) or any("sinks" in n for n in self.run.parameters)
 
     def _stored(self) -> dict[str, Tensor]:
-        """The tensors of the model's files, by their names there."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder)
-            out: dict[str, Tensor] = {}
-            for path in Path(folder).glob("*.safetensors"):
-                with safe_open(path, "pt") as file:
-                    out |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return out
+        """The tensors of the model's files, by their names there, with a head of its own also where it is tied."""
+        head, config = self.model.get_output_embeddings(), self.model.config
+        tied, ties = head.weight, [(c, c.tie_word_embeddings) for c in (config, config.get_text_config())
+                                   if hasattr(c, "tie_word_embeddings")]  # fmt: skip
+        head.weight = nn.Parameter(torch.randn(tied.shape, generator=torch.Generator().manual_seed(6)))
+        for part, _ in ties:
+            part.tie_word_embeddings = False
+        try:
+            self.head_alone = head.weight
+            with tempfile.TemporaryDirectory() as folder:
+                self.model.save_pretrained(folder)
+                out: dict[str, Tensor] = {}
+                for path in Path(folder).glob("*.safetensors"):
+                    with safe_open(path, "pt") as file:
+                        out |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return out
+        finally:
+            head.weight = tied
+            for part, tie in ties:
+                part.tie_word_embeddings = tie
 
     def _addend(
         self,
@@ -625,8 +641,6 @@ class _Proof:
         for names in groups.values():
             first, axis = names[0], source.weights[names[0]]
             parameter, bias = self.run.parameters[first], _bias_of(first, biases)
-            if bias is None and len(groups) == len(biases) == 1:  # JetMoe's experts have a bias in common
-                bias = biases.pop()
             stacked = parameter.ndim == 3
             if bias and len(names) > 1:
                 raise NotProved(f"{bias}: a bias of one expert of many")
@@ -645,22 +659,24 @@ class _Proof:
             on_disk = parameter.ndim - 1 - axis if stored_as[0][1] and not stacked else on_disk
             if stored_as[0][1] and stacked:
                 on_disk = 3 - axis
-            below = [name.removeprefix(f"{block}.") for name in names[:2]]
+            live_name = _numbered([name.removeprefix(f"{block}.") for name in names[:2]])
+            live.append(Part(live_name, axis, bias and bias.removeprefix(f"{block}."), parameter.ndim == 3))
             disk_bias = bias and _on_disk(self.run.parameters[bias], stored)
-            live.append(Part(_numbered(below), axis, bias and bias.removeprefix(f"{block}."), parameter.ndim == 3))
-            bias_rest = _split(disk_bias[0], number, path)[1] if disk_bias else None
-            files.append(Part(_numbered([rest for _, rest in split]), on_disk, bias_rest, stacked))
+            bias_rest = _split(disk_bias[0], number, path) if disk_bias else None
+            name = _numbered([rest for _, rest in split])
+            renamed = None if name == live_name else live_name
+            files.append(Part(name, on_disk, bias_rest and bias_rest[1], stacked, renamed))
         if biases:
             raise NotProved(f"{biases[0]}: a bias that belongs to no weight")
-        norm, module = source.norm and source.norm.removeprefix(f"{block}."), source.module.removeprefix(f"{block}.")
-        forms = tuple(dict.fromkeys((tuple(files), tuple(live))))
-        return Addend(self._kind(source.module), module, forms, norm, round(source.scale, 12))
-
-    def _stored_head(self, head: str, stored: Mapping[str, Tensor]) -> str:
-        """Name of the LM head on disk; that in the model if it is tied."""
-        parameter = self.run.parameters.get(f"{head}.weight")
-        place = None if parameter is None else _on_disk(parameter, stored)
-        return head if place is None else place[0].removesuffix(".weight")
+        # What differs comes first: by it a checkpoint's form is recognised.
+        order = sorted(range(len(live)), key=lambda n: files[n] == live[n])
+        forms = dict.fromkeys((tuple(files[n] for n in order), tuple(live[n] for n in order)))
+        norm, stored_norm = source.norm and source.norm.removeprefix(f"{block}."), None
+        if source.norm and (place := _on_disk(self.run.parameters[f"{source.norm}.weight"], stored)):
+            name = place[0].partition(f"{path.format(number)}.")[2].removesuffix(".weight")
+            stored_norm = None if name == norm else name
+        module = source.module.removeprefix(f"{block}.")
+        return Addend(self._kind(source.module), module, tuple(forms), norm, stored_norm, round(source.scale, 12))
 
 
 def _of_config(config: PreTrainedConfig, model_class: type[PreTrainedModel], proved: _Proved) -> Structure:
@@ -677,13 +693,13 @@ def _of_config(config: PreTrainedConfig, model_class: type[PreTrainedModel], pro
     count = len(model.get_submodule(path))  # type: ignore[arg-type]
     kinds = []
     for block in range(count):
-        signature = _signature(model, f"{path}.{block}")
-        if signature not in proved.signatures:
-            nearest = min((signature ^ known for known in proved.signatures), key=len)
+        found = _signature(model, f"{path}.{block}")
+        if found not in proved.signatures:
+            nearest = min((found ^ known for known in proved.signatures), key=len)
             raise NotProved(
                 f"block {block}: no block of the tiny model has these parameters: {', '.join(sorted(nearest)[:3])}"
             )
-        kinds.append(proved.signatures.index(signature))
+        kinds.append(proved.signatures.index(found))
     values = {float(v) for v in config.get_text_config().to_dict().values() if isinstance(v, int | float)}
     for number in (proved.logit_scale, proved.logit_softcap):
         if number not in (None, 1.0) and number not in values and 1 / number not in values:

@@ -105,10 +105,10 @@ def anatomy(
     as_json: Json = False,
 ) -> None:
     """Find and prove which weights of an architecture write into the residual stream."""
-    from steer.checkpoint.proof import anatomy_of
+    from steer.verbs.anatomy import proved_anatomy
     from steer.verbs.tables import anatomy_as_json, anatomy_table
 
-    found = anatomy_of(model)
+    found = proved_anatomy(model)
     emit(anatomy_as_json(found), as_json, anatomy_table(found))
 
 

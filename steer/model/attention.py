@@ -29,6 +29,7 @@ _DONE_ELSEWHERE = frozenset(
         "output_router_logits",
         "return_dict",
         "num_items_in_batch",
+        "logits_to_keep",
     }
 )
 """Arguments that transformers passes to every attention and that change nothing in the attention of a decoder."""
