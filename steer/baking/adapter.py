@@ -37,7 +37,7 @@ CONFIG_KEYS = {
 PREFIX = "base_model.model."
 """Prefix of the names of an adapter's tensors."""
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-"""Model types in which peft refuses modules of the name `out_proj`, but not their weights."""
+"""Model types in which peft refuses to change modules of the name `out_proj`."""
 _FACTORS = ".factors-"
 """Prefix of the temporary files that hold finished targets until all are finished."""
 _GROUP = 1 << 30
@@ -120,6 +120,8 @@ class AdapterPlan(Plan):
     def _targets_of(self, writer: Writer, rank: int, site: int | None) -> list[Target]:
         """The targets that one writer needs. `rank`: directions to remove; `site`: where it carries an add."""
         layout, biased, path = self.anatomy.layout, writer.bias in self.files.tensors, writer.live
+        if writer.live_stack and writer.live_axis == 2 and self.anatomy.architecture != "GptOssForCausalLM":
+            raise self._refusal(f"peft takes {path}, whose experts are stored [in, out], for the transpose")
         if writer.live_stack:
             module, out = path.rpartition(".")[0], []
             if rank:
@@ -134,8 +136,9 @@ class AdapterPlan(Plan):
         path = path.removesuffix(".weight")
         if writer.kind == "embedding":
             return [Target("embedding", path, PREFIX + path, (writer,), rank)]
-        beside_experts = writer.kind == "mlp" and layout.has_experts
-        if beside_experts or (layout.model_type in _MAMBA and path.endswith(".out_proj")):
+        if layout.model_type in _MAMBA and path.endswith(".out_proj"):
+            raise self._refusal(f"peft refuses modules of the name out_proj in models of type {layout.model_type}")
+        if writer.kind == "mlp" and layout.has_experts:
             return [Target("parameter", f"{path}.weight", PREFIX + path, (writer,), rank)]
         bias = site is not None or (biased and rank > 0)
         return [Target("linear", path, PREFIX + path, (writer,), max(rank, 1), site, bias)]

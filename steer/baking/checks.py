@@ -318,8 +318,8 @@ def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[
             proofs.setdefault(proof.key, []).append(proof)
     for key, group in proofs.items():
         first, a, b = group[0], stored[key].double(), stored[re.sub(r"(lora(_embedding)?)_A", r"\1_B", key)].double()
+        rank = edit.basis(first.block).shape[1]
         q = edit.basis(first.block) if first.kind not in normed else None
-        rank = len(a) if q is None else q.shape[1]
         per_expert = b.view(len(b), rank, -1).permute(2, 0, 1)  # B's columns: the direction outside, the expert inside
         gram = (per_expert.mT @ per_expert - first.strength**2 * torch.eye(rank, dtype=b.dtype)).abs().max()
         outside = 0.0 if q is None else float((b - q @ (q.T @ b)).norm()) / b.shape[1]

@@ -15,7 +15,6 @@ import itertools
 import json
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from steer.checkpoint.fetch import home
 from steer.checkpoint.layouts import Addend, BlockKind, Layout, Part, Structure, architecture_of, pattern
 from steer.checkpoint.projection import ablate, through_norm
-from steer.checkpoint.tiny import IDS, Double, model_class_of, tiny_config, tiny_model
+from steer.checkpoint.tiny import IDS, model_class_of, tiny_config, tiny_model, tiny_world
 from steer.core.version import __version__
 from steer.errors import UnsupportedError
 from steer.files import write_atomic
@@ -137,32 +136,10 @@ def _proved(config: PreTrainedConfig, model_class: type[PreTrainedModel], path: 
 
 def prove(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Structure:
     """Find the anatomy of a config, and prove it. Errors: NotProved."""
-    with _quiet():
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with Double(), torch.no_grad():
-                proved = _Proof(tiny_model(tiny_config(config, model_class), model_class)).found()
-        finally:
-            torch.set_default_dtype(before)
-        return _of_config(config, model_class, proved)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """While inside, transformers says nothing: what it says is about tiny models that the user never asked for."""
-    log = transformers.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
+    config = _completed(config, model_class)
+    with tiny_world():
+        proved = _Proof(tiny_model(tiny_config(config, model_class), model_class)).found()
+    return _of_config(config, model_class, proved)
 
 
 @dataclass(frozen=True)

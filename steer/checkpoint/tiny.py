@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -59,6 +61,25 @@ _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 def _double(argument: Any) -> Any:
     return torch.float64 if isinstance(argument, torch.dtype) and argument in _LOW else argument
+
+
+@contextmanager
+def tiny_world() -> Iterator[None]:
+    """While inside, tiny models compute in float64 and without gradients, and transformers says nothing of them."""
+    log, before = transformers.logging, torch.get_default_dtype()
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with warnings.catch_warnings(), Double(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

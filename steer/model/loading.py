@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,8 +24,9 @@ from transformers.utils.hub import cached_file
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.dtypes import announce, computing_in
+from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.reader import CheckpointFiles
-from steer.checkpoint.tiny import model_class_of
+from steer.checkpoint.tiny import IDS, model_class_of, tiny_config, tiny_model, tiny_world
 from steer.errors import CheckpointError, UsageError
 from steer.model import attention
 from steer.model.products import use_fast_products
@@ -65,8 +67,8 @@ def read_model(
         tokenizer = AutoTokenizer.from_pretrained(place, **code)
         config = AutoConfig.from_pretrained(place, **code, **hub)
         model_class: Any = model_class_of(config) or AutoModelForCausalLM
-        if more.get("attn_implementation") == attention.NAME and not model_class._supports_attention_backend:
-            more = more | {"attn_implementation": "eager"}  # its attention is its own
+        if more.get("attn_implementation") == attention.NAME and not _grouped_attention_fits(config, model_class):
+            more = more | {"attn_implementation": "eager"}
         loaded: Any = model_class.from_pretrained(
             place, dtype=chosen.dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
             **code | more,
@@ -90,6 +92,24 @@ def read_model(
     announce(chosen, name)
     use_fast_products(hf)
     return hf, tokenizer
+
+
+def _grouped_attention_fits(config: PreTrainedConfig, model_class: Any) -> bool:
+    """Whether `attention.NAME` computes what the model's own attention does, tried on a tiny model of the class."""
+    if model_class.__name__ in LAYOUTS:
+        return True
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return False
+    with tiny_world():
+        model = tiny_model(tiny_config(config, model_class), model_class)
+        ids = torch.arange(IDS.start, IDS.stop)[None]
+        plain = model(input_ids=ids, use_cache=False).logits
+        model.set_attn_implementation(attention.NAME)
+        try:
+            ours = model(input_ids=ids, use_cache=False).logits
+        except Exception:  # an argument that it does not know, or shapes that it does not expect
+            return False
+    return bool((ours - plain).abs().max() < 1e-6 * plain.abs().max())
 
 
 def _check_blocks(place: Path, name: str) -> None:
