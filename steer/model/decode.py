@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steer.core.sampler import Sampler
 from steer.model.forward import logits
-from steer.model.kv_cache import PrefixCache, growing_cache
+from steer.model.kv_cache import PrefixCache, growing_cache, select_rows
 from steer.model.loaded import LoadedModel
 from steer.model.prefill import decoder_pass, prefill
 from steer.model.record import reading
@@ -85,7 +85,7 @@ def decode(
                 counts = mask[:, -new:].sum(1).tolist()
                 rows = [(i, i if several else 0, n) for i, n in zip(alive, counts, strict=True)]
                 tally.begin(rows, steering.rows)
-            one_token = len(prompts) == 1 and new == 1 and cache.get_seq_length() > 0
+            one_token = len(prompts) == 1 and new == 1 and mask.shape[1] > 1
             compiled = model.compiled if one_token else None
             with compiled.running(cache) if compiled is not None else nullcontext():
                 hidden = decoder_pass(model, fed, mask, cache, row if several else None, starts, tally=tally)
@@ -114,7 +114,7 @@ def decode(
         if len(going) < len(alive):
             keep = torch.tensor(going, device=device)
             mask, fed, starts = mask[keep], fed[keep], starts[keep]
-            cache.batch_select_indices(keep)
+            select_rows(cache, keep)
             alive = [alive[j] for j in going]
             row = torch.tensor(alive, device=device)
 
@@ -163,7 +163,7 @@ def generate(
     scores, mask, cache = logits(model, read.hidden[:, -1:])[:, -1], read.mask[expand], read.cache
     if len(distinct) < len(edit_and_prompt):
         scores = scores[expand]
-        cache.batch_select_indices(expand)
+        select_rows(cache, expand)
     seeds = keys if keys is not None else range(len(prompts))
     draws = [Draw(sampler, p, k, model.tokenizer) for p, k in zip(prompts, seeds, strict=True)]
     row = torch.tensor(list(which), device=device) if which is not None else None
@@ -195,7 +195,7 @@ def generate(
             if len(stay) < len(alive):
                 keep = torch.tensor(stay, device=device)
                 mask, starts, row = mask[keep], starts[keep], None if row is None else row[keep]
-                cache.batch_select_indices(keep)
+                select_rows(cache, keep)
                 alive, tokens = [alive[j] for j in stay], [tokens[j] for j in stay]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             hidden = decoder_pass(model, torch.tensor(tokens, device=device)[:, None], mask, cache, row, starts)

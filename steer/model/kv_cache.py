@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from steer.model.tokens import common_length
 
@@ -121,6 +121,26 @@ def branched(cache: Cache, pieces: Sequence[Piece], rows: int, columns: int) -> 
     return new
 
 
+def has_states(cache: Cache) -> bool:
+    """Whether some blocks keep a state of all tokens, as linear attention does, in place of keys and values."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
+def has_only_states(cache: Cache) -> bool:
+    """Whether no block keeps keys and values."""
+    return not any(isinstance(layer, DynamicLayer) for layer in cache.layers)
+
+
+def select_rows(cache: Cache, rows: Int[Tensor, " rows"]) -> None:
+    """Keep these rows of a cache, in this order."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            for states in (layer.conv_states, layer.recurrent_states):
+                states |= {i: state.index_select(0, rows) for i, state in states.items() if state is not None}
+        if isinstance(layer, DynamicLayer):
+            layer.batch_select_indices(rows)
+
+
 class PrefixCache:
     """The keys and values of a conversation, kept between its replies so that only new messages are read.
 
@@ -168,6 +188,8 @@ def _cut(cache: Cache, length: int, to: int) -> bool:
     interrupted leaves its tokens in some blocks only.
     """
     layers: list[Any] = cache.layers
+    if has_states(cache):  # they hold all tokens at once, also those of a pass that was interrupted
+        return False
     if any(int(layer.get_seq_length()) != length for layer in layers):
         return False
     if to == length:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.sketch import Sketch, sketch_files
@@ -119,6 +121,17 @@ class LoadedModel:
             f"{self.name}: expected finite numbers in the forward pass{under}, found NaN or infinity in {dtype}; "
             + ("load it as float32 or bfloat16" if dtype == "float16" else "check the weights")
         )
+
+    def cache_arguments(self, cache: Cache, positions: Tensor) -> dict[str, Any]:
+        """The arguments of the decoder for a cache and positions `[rows, new]`: Mamba's decoder has another name for
+        the one, and no use for the other."""
+        known = self._decoder_arguments
+        name = "cache_params" if "cache_params" in known else "past_key_values"
+        return {name: cache} | ({"position_ids": positions} if "position_ids" in known else {})
+
+    @cached_property
+    def _decoder_arguments(self) -> set[str]:
+        return set(signature(self.hf.get_submodule(self.anatomy.decoder_module).forward).parameters)
 
     @property
     def vocabulary(self) -> int:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from steer.model.kv_cache import GrowingLayer, Piece, branched, growing_cache
+from steer.model.kv_cache import GrowingLayer, Piece, branched, growing_cache, has_only_states, has_states
 from steer.model.loaded import LoadedModel
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Tally
@@ -69,7 +69,8 @@ def prefill(
     ids = ids[:, -fed:]
     row = torch.tensor(rows, device=model.device) if which is not None else None
     starts = torch.tensor([[p] for p in prompts], device=model.device)
-    step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
+    # Some classes begin their states anew in a pass of several tokens.
+    step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" and not has_states(cache) else fed
     before = mask.shape[1] - fed
     spread = Spread.of(model, texts, cache) if which is not None else None
     with spread.narrowed(cache) if spread is not None else nullcontext():
@@ -162,12 +163,13 @@ def decoder_pass(
         if spread is not None:
             ids, mask, positions = ids[spread.first], mask[spread.first], positions[spread.first]
         with model.steering.passing(context), spread.widened(model) if spread is not None else nullcontext():
+            # States know nothing of padding that was read before, so that a mask is for the new tokens.
+            whole = bool(mask.all()) or (ids.shape[1] == 1 and has_only_states(cache))
             return decoder(
                 input_ids=ids,
-                attention_mask=None if bool(mask.all()) else mask,
-                position_ids=positions,
-                past_key_values=cache,
+                attention_mask=None if whole else mask,
                 use_cache=True,
+                **model.cache_arguments(cache, positions),
             ).last_hidden_state
 
 
