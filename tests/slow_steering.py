@@ -99,7 +99,7 @@ class Slow:
     def logits(self, text: Sequence[int]) -> Tensor:
         """Logits of the whole text in one pass: `[tokens, vocab]`."""
         hf, anatomy = self.model.hf, self.model.anatomy
-        handles = [hf.get_submodule(anatomy.embedding_module).register_forward_hook(self._writer(-1))]
+        handles = [hf.get_submodule(anatomy.embedding_modules[0]).register_forward_hook(self._writer(-1))]
         for block in range(anatomy.blocks):
             for name in (w.module for w in anatomy.live_writers if w.block == block):
                 handles.append(hf.get_submodule(name).register_forward_hook(self._writer(block)))

@@ -356,8 +356,8 @@ class _Search:
         if name in known or (inside and (READERS.fullmatch(inside[2]) or pattern(inside[2]) in self.layout.names)):
             return True
         # A vector cannot write vectors, and what lies outside the decoder is copied unchanged.
-        below = name.removeprefix(self.base)
-        if not inside and (len(shape) < 2 or below == name or pattern(below) in self.layout.names):
+        below = pattern(name.removeprefix(self.base))
+        if not inside and (len(shape) < 2 or not name.startswith(self.base) or below in self.layout.names):
             return True
         raise UnsupportedError(
             f"{self.anatomy.where}: tensor {name} {shape} is unknown in {self.anatomy.architecture} and might "

@@ -111,7 +111,7 @@ def attend(
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)[..., :seq]
     out = weights.view(batch, groups, heads // groups * new, seq) @ value
-    return out.view(batch, heads, new, d)
+    return out.view(batch, heads, new, value.shape[-1])  # values may be narrower than keys
 
 
 AttentionInterface.register(NAME, grouped_attention)
