@@ -6,6 +6,7 @@ the routes and connects them to the other parts of `steer.serve`.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,9 +29,9 @@ from steer.model.sliders import as_edit
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Engine
 from steer.serve.errors import ApiError, handle_errors
-from steer.serve.limits import Guard, Limits, is_loopback
+from steer.serve.limits import Guard, Limits, Origins, host_name, is_loopback
 from steer.serve.metrics import Metrics
-from steer.serve.replies import Replies
+from steer.serve.replies import KeepAlive, Replies
 from steer.serve.requests import ChatRequest, CompletionRequest, Steering
 from steer.serve.steering import LiveSettings
 
@@ -49,8 +50,24 @@ class Options:
     """Profiles that clients choose by model name, as in `merged@noir`."""
     limits: Limits = field(default_factory=Limits)
     """How much one request may ask for."""
+    allow_hosts: Sequence[str] = ()
+    """Names by which clients may reach a server on loopback, besides this machine's, as `host.docker.internal`."""
+    allow_origins: Sequence[str] = ()
+    """Origins of web pages that may use the server, as `https://example.org`; `*` for every page, if there is no key."""
+    any_model_name: bool = False
+    """Whether a model's name that the server does not know, as `gpt-4o`, means the served model."""
+    keep_alive: KeepAlive = "chunks"
+    """What a stream sends while there is no text: empty chunks, or comments, which some clients take for JSON."""
 
     def __post_init__(self) -> None:
+        for name in self.allow_hosts:
+            if not name or host_name(name) != name.lower() or not re.fullmatch(r"[\w.:-]+", name):
+                raise UsageError(f"--allow-host {name}: expected a host's name without port, as host.docker.internal")
+        for origin in self.allow_origins:
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*?#@A-Z]+", origin):
+                raise UsageError(f"--allow-origin {origin}: expected scheme and host, as https://example.org")
+        if "*" in self.allow_origins and self.api_key is not None:
+            raise UsageError("--allow-origin *: expected named origins beside --api-key, found all; name them")
         key = self.api_key
         if key is not None and not (key.strip() == key != "" and key.isascii() and key.isprintable()):
             raise UsageError("--api-key: expected printable ASCII without spaces around it, found something else")
@@ -122,7 +139,9 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     # Clients know a directory by the last part of its path, and a hub id unchanged.
     name = Path(model.name).resolve().name if Path(model.name).is_dir() else model.name
     settings, metrics = LiveSettings(model, options.profiles), Metrics(engine)
-    replies = Replies(model, engine, settings, metrics, name, options.limits)
+    replies = Replies(
+        model, engine, settings, metrics, name, options.limits, options.any_model_name, options.keep_alive
+    )
     # FastAPI's documentation pages are switched off, because they load scripts from other hosts.
     app = FastAPI(title="steer", docs_url=None, redoc_url=None)
     handle_errors(app)
@@ -168,7 +187,11 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    app.add_middleware(Guard, host=options.host, api_key=options.api_key, max_body=options.limits.body, metrics=metrics)
+    app.add_middleware(
+        Guard, host=options.host, hosts=options.allow_hosts, api_key=options.api_key, max_body=options.limits.body,
+        metrics=metrics,
+    )  # fmt: skip
+    app.add_middleware(Origins, origins=options.allow_origins)
     return app
 
 
