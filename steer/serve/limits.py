@@ -70,7 +70,7 @@ class Guard:
     ) -> None:
         self.app, self._key, self._max_body, self._metrics = app, api_key, max_body, metrics
         own = {"localhost", "127.0.0.1", "::1", host.lower()}
-        self._hosts = own | {h.lower() for h in hosts} if is_loopback(host) else None
+        self._hosts = own | {host_name(h) for h in hosts} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,9 +108,7 @@ class Guard:
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         name = host_name(headers.get("host", ""))
         if self._hosts is not None and name not in self._hosts:
-            message = (
-                f"host {shown(name)}: expected this machine's, as localhost; or start the server with --allow-host"
-            )
+            message = f"host {shown(name)}: expected this machine's, as localhost, or one that --allow-host names"
             return ApiError(400, message, code="invalid_host")
         if self._key is not None and path != "/health":
             scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -146,7 +144,7 @@ class Origins(CORSMiddleware):
             return response
         origin, method = (request_headers[name] for name in ("origin", "access-control-request-method"))
         if not self.is_allowed_origin(origin):
-            message = f"origin {shown(origin)}: expected none; start the server with --allow-origin"
+            message = f"origin {shown(origin)}: expected one that --allow-origin names; start the server with it"
             return ApiError(403, message, code="invalid_origin").response()
         message = f"expected one of {', '.join(self.allow_methods)}, found {shown(method)}"
         return ApiError(403, message, code="method_not_allowed").response()

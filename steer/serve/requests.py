@@ -414,7 +414,7 @@ def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int,
     asks for -1. Errors: ApiError naming the field.
     """
     given = {name: value for name in _FIELDS if (value := getattr(request, name)) is not None}
-    given = {name: _SAME.get((name, value), value) if name != "logit_bias" else value for name, value in given.items()}
+    given |= {name: same for (name, value), same in _SAME.items() if given.get(name) == value}
     if "logit_bias" in given:
         given["logit_bias"] = [(token, bias) for token, bias in given["logit_bias"] if token < vocabulary]
     # Clients send -1 for "as many as there is room for", and 0 if nothing is set.
