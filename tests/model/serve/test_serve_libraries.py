@@ -4,6 +4,7 @@ server's own OpenAPI document allows, and what it does not."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import openai
@@ -58,7 +59,7 @@ def test_openais_client_streams_with_its_own_helper(server):
         model="gpt-4o", messages=HELLO, max_tokens=4, seed=1, logit_bias=NO_END
     ) as stream:
         said = "".join(event.delta for event in stream if event.type == "content.delta")
-        assert stream.get_final_completion().choices[0].message.content == said != ""
+        assert stream.current_completion_snapshot.choices[0].message.content == said != ""
 
 
 def test_openais_client_asks_for_a_form_that_the_reply_has_not(server):
@@ -111,7 +112,7 @@ def test_litellm_answers_streams_and_raises_its_own_errors(server, monkeypatch):
     assert whole.choices[0].finish_reason == "length"
     said = "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**asked, stream=True))
     assert said == whole.choices[0].message.content != ""
-    text = litellm.text_completion(**{k: v for k, v in asked.items() if k != "messages"}, prompt="hello")
+    text = litellm.text_completion(**{k: v for k, v in asked.items() if k not in ("messages", "tools")}, prompt="hello")
     assert text.choices[0].text
     with pytest.raises(litellm.BadRequestError, match="temperature"):
         litellm.completion(**asked, temperature=-1)
@@ -121,6 +122,7 @@ def test_litellm_answers_streams_and_raises_its_own_errors(server, monkeypatch):
 def test_schemathesis_finds_no_answer_that_the_openapi_document_does_not_foresee(server):
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
     from schemathesis import checks
 
     document = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
@@ -135,12 +137,13 @@ def test_schemathesis_finds_no_answer_that_the_openapi_document_does_not_foresee
 
             @given(case=operation.as_strategy(generation_mode=mode))
             @settings(
-                max_examples=40, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                max_examples=25, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )  # fmt: skip
             def call(case: Any) -> None:
                 case.call_and_validate(checks=wanted)
                 tried.append(case.path)
 
-            call()
+            with suppress(Unsatisfiable):  # nothing can be wrong in a request that takes nothing
+                call()
     assert {"/v1/chat/completions", "/v1/completions", "/v1/steering", "/v1/models", "/metrics"} <= set(tried)
