@@ -204,7 +204,7 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
 
 def _replied(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Return what the OpenAPI document says of a route that answers with a whole reply or a stream."""
-    return {200: {"model": whole, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    return {200: {"model": whole, "content": {"text/event-stream": {}}}}
 
 
 class _Http(H11Protocol):
