@@ -143,6 +143,9 @@ def test_no_verb_shows_the_help_and_is_bad_usage(steer: Command) -> None:
         (["bake", "a", "out", "--ablate", "moralizing", "--blocks", "2-1"], ["FIRST-LAST", "2-1"]),
         (["bake", "a", "out", "--ablate", "moralizing", "--blocks", "-1"], ["FIRST-LAST", "'-1'"]),
         (["bake", "a", "out", "--search"], ["--search"]),
+        (["serve", "a", "--allow-host", "http://x"], ["--allow-host http://x", "host.docker.internal"]),
+        (["serve", "a", "--allow-origin", "*", "--api-key", "k"], ["--allow-origin", "--api-key"]),
+        (["serve", "a", "--keep-alive", "loud"], ["keep-alive", "comments"]),
     ],
 )
 def test_a_name_or_number_that_is_none_is_bad_usage(

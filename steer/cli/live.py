@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -144,6 +144,18 @@ def serve(
     ] = None,
     max_body: Annotated[int, typer.Option(help="Most bytes of one request.")] = 4 * 2**20,
     max_messages: Annotated[int, typer.Option(help="Most messages of one chat.")] = 1000,
+    allow_host: Annotated[
+        list[str], typer.Option(help="Another name of this machine, as host.docker.internal; may be repeated.")
+    ] = [],  # noqa: B006
+    allow_origin: Annotated[
+        list[str], typer.Option(help="A web page that may use the server, as https://example.org; may be repeated.")
+    ] = [],  # noqa: B006
+    any_model_name: Annotated[
+        bool, typer.Option("--any-model-name", help="Take unknown names, as gpt-4o, for the served model.")
+    ] = False,
+    keep_alive: Annotated[
+        Literal["chunks", "comments"], typer.Option(help="What a stream sends while there is no text.")
+    ] = "chunks",
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     four_bit: FourBit = False,
@@ -156,7 +168,9 @@ def serve(
 
     keep_few_shapes()
     limits = Limits(max_body, max_messages, tokens=max_tokens)
-    options = Options(host, api_key, load_profiles(profile), limits)
+    options = Options(
+        host, api_key, load_profiles(profile), limits, allow_host, allow_origin, any_model_name, keep_alive
+    )
     from steer.model.steered import load
 
     live = load(model, device_map=device_map, four_bit=four_bit)

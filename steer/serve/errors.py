@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from steer.core.small_files import shown
@@ -22,6 +23,25 @@ log = logging.getLogger("steer.serve")
 _TYPES = {401: "authentication_error", 413: "request_too_large", 429: "rate_limit_error"}
 _LONGEST = 600
 """Most characters of a message; a message may quote what a client sent."""
+
+
+class ErrorFields(BaseModel):
+    """What went wrong, in OpenAI's format."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error response."""
+
+    error: ErrorFields
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+"""What the OpenAPI document says of errors."""
 
 
 class ApiError(Exception):

@@ -1,12 +1,15 @@
-"""Checks of a request before it reaches a route: host name, API key, size of the body; and `Limits`."""
+"""Checks of a request before it reaches a route: origin, host name, API key, size of the body; and `Limits`."""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.core.small_files import shown
@@ -48,22 +51,26 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(header: str) -> str:
-    """Return the host in a Host header, without the port."""
+    """Return the host in a Host header, without the port and the dot that ends a full name."""
     host = header.lower()
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return host.removesuffix(".")
 
 
 class Guard:
     """Middleware that refuses requests before their body is read, and counts all requests by route and status.
 
     It answers 401 without the server's key, except at /health, which reveals only that the server is running, and 413
-    for a body of more than `max_body` bytes. On loopback it answers 400 for a Host header other than this machine's,
-    against DNS rebinding: a page of another site can make its own host name point to this machine.
+    for a body of more than `max_body` bytes. On loopback it answers 400 for a Host header other than this machine's and
+    `hosts`, against DNS rebinding: a page of another site can make its own host name point to this machine.
     """
 
-    def __init__(self, app: ASGIApp, host: str, api_key: str | None, max_body: int, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, hosts: Sequence[str], api_key: str | None, max_body: int, metrics: Metrics
+    ) -> None:
         self.app, self._key, self._max_body, self._metrics = app, api_key, max_body, metrics
-        self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()} if is_loopback(host) else None
+        own = {"localhost", "127.0.0.1", "::1", host.lower()}
+        self._hosts = own | {host_name(h) for h in hosts} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,7 +108,8 @@ class Guard:
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         name = host_name(headers.get("host", ""))
         if self._hosts is not None and name not in self._hosts:
-            return ApiError(400, f"host {shown(name)}: expected this machine's, as localhost", code="invalid_host")
+            message = f"host {shown(name)}: expected this machine's, as localhost, or one that --allow-host names"
+            return ApiError(400, message, code="invalid_host")
         if self._key is not None and path != "/health":
             scheme, _, given = headers.get("authorization", "").partition(" ")
             # compare_digest takes the same time wherever two keys differ, so its timing reveals nothing of the key.
@@ -115,6 +123,31 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"body: expected at most {self._max_body:,} bytes, found more", code="request_too_large")
+
+
+class Origins(CORSMiddleware):
+    """Middleware that lets web pages of some origins use the server, and answers the question that browsers ask first.
+
+    It stands before `Guard`: a browser asks without the key, and a page must be able to read a refusal.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        """`origins`: as `https://example.org`, or `*` for every page."""
+        super().__init__(
+            app, origins, ("GET", "POST", "PUT"), ("*",), allow_private_network=True, expose_headers=("Retry-After",)
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Return the answer to a browser's question. A refusal is 403 and names the option."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        origin, method = (request_headers[name] for name in ("origin", "access-control-request-method"))
+        if not self.is_allowed_origin(origin):
+            message = f"origin {shown(origin)}: expected one that --allow-origin names; start the server with it"
+            return ApiError(403, message, code="invalid_origin").response()
+        message = f"expected one of {', '.join(self.allow_methods)}, found {shown(method)}"
+        return ApiError(403, message, code="method_not_allowed").response()
 
 
 class _TooLarge(BaseException):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import anyio
 from fastapi import Request as HttpRequest
@@ -25,7 +25,16 @@ from steer.serve.errors import ApiError, failed
 from steer.serve.limits import Limits
 from steer.serve.metrics import Metrics
 from steer.serve.openai_json import ChatFormat, CompletionFormat, usage
-from steer.serve.requests import ChatRequest, CompletionRequest, Prompt, Steering, check, prompts_of, sampler_of
+from steer.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    Prompt,
+    Steering,
+    check,
+    prompts_of,
+    sampler_of,
+    warnings_of,
+)
 from steer.serve.steering import LiveSettings, Setting
 from steer.serve.writing import Piece, Update, Writing
 
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
 
 PLANNED = 4
 """How many requests are planned at the same time, each in a thread."""
+KeepAlive = Literal["chunks", "comments"]
 T = TypeVar("T")
 
 
@@ -46,17 +56,27 @@ class RequestPlan:
     format: ChatFormat
     setting: Setting | None
     """The sliders of the request; None if it follows the live ones."""
+    warnings: list[str]
+    """What the request asks for and does not get."""
 
 
 class Replies:
     """Answers requests for text from one model."""
 
     def __init__(
-        self, model: SteeredModel, engine: Engine, settings: LiveSettings, metrics: Metrics, name: str, limits: Limits
+        self,
+        model: SteeredModel,
+        engine: Engine,
+        settings: LiveSettings,
+        metrics: Metrics,
+        name: str,
+        limits: Limits,
+        any_name: bool = False,
+        keep_alive: KeepAlive = "chunks",
     ) -> None:
-        """`name`: the model's name for clients."""
+        """`name`: the model's name for clients. `any_name`: whether unknown names mean it too."""
         self._model, self._engine, self._settings, self._metrics = model, engine, settings, metrics
-        self._name, self._limits = name, limits
+        self._name, self._limits, self._any_name, self._keep_alive = name, limits, any_name, keep_alive
         # Planning (templates, tokenisation, looking up directions) runs in threads beside the event loop. Several
         # requests are planned at a time, so that one that takes seconds to tokenise does not delay the others.
         self._planning_limiter = anyio.CapacityLimiter(PLANNED)
@@ -95,17 +115,20 @@ class Replies:
         if not model or model in names:
             return None
         base, _, profile = model.rpartition("@")
-        if base in names and profile in self._settings.profiles:
+        if (base in names or self._any_name) and profile in self._settings.profiles:
             return profile
+        if self._any_name and base not in names:
+            return None
         known_names = ", ".join([self._name, *(f"{self._name}@{p}" for p in self._settings.profiles)])
-        message = f"model {shown(model)}: expected one of {known_names}; see GET /v1/models"
+        other = "" if self._any_name else ", or start the server with --any-model-name"
+        message = f"model {shown(model)}: expected one of {known_names}; see GET /v1/models{other}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def _plan(self, request: ChatRequest | CompletionRequest) -> RequestPlan:
         model, limits, context = self._model, self._limits, self._engine.context
         check(request, limits, context, self._longest)
         setting = self._settings.setting_for(self.profile_of(request.model), request.steering or Steering())
-        sampler = sampler_of(request, (setting or self._settings.live).sampler, limits, len(model.tokenizer))
+        sampler = sampler_of(request, (setting or self._settings.live).sampler, limits, len(model.tokenizer), context)
         prompts = prompts_of(model, request, context)
         if sampler.dry_multiplier:
             breaker_ids(model.tokenizer, sampler.dry_sequence_breakers)  # fills its cache in this thread, not the loop
@@ -125,7 +148,7 @@ class Replies:
             jobs += [Job(prompt.ids, cut, edit, key, prompt.begun, top, one_request) for key in range(n)]
         choices = [prompt for prompt in prompts for _ in range(n)]
         shape = kind(request.model or self._name, model.tokenizer, choices, top is not None)
-        return RequestPlan(jobs, prompts, shape, setting)
+        return RequestPlan(jobs, prompts, shape, setting, warnings_of(model, request))
 
     async def _whole(self, plan: RequestPlan, writing: Writing) -> Response:
         """Return the whole reply once all choices have ended."""
@@ -148,9 +171,10 @@ class Replies:
             for chunk in plan.format.opening(more):
                 yield _event(chunk)
             async for update in writing.updates():
-                if update is None:
+                if update is None and self._keep_alive == "comments":
                     yield b": still here\n\n"
                     continue
+                update = update or Update(next(c.number for c in writing.choices if c.open), Piece(""))
                 if writing.finished and not with_usage:
                     more = {"steering": self._summary(plan, writing)["steering"]}
                 yield _event(plan.format.chunk(update, more))
@@ -174,7 +198,7 @@ class Replies:
             "sliders": dict(setting.sliders),
             "seed": plan.jobs[0].sampler.seed,
             "receipt": rows[0] if len(rows) == 1 else rows,
-            "warnings": list(dict.fromkeys([*setting.warnings(), *warnings])),
+            "warnings": list(dict.fromkeys([*plan.warnings, *setting.warnings(), *warnings])),
         }
         return {"usage": usage(plan.prompts, sum(c.tokens for c in writing.choices)), "steering": steering}
 

@@ -1,14 +1,15 @@
 """The body of a request, and what it asks for: its prompts as token ids, and its sampler.
 
 FastAPI parses bodies with the pydantic models: OpenAI's fields, and fields that other front ends add. Unknown fields
-are ignored, except in the steering extension, where they are refused. `steer.serve.replies` calls the functions below
-in a thread, before it submits jobs to the engine.
+are ignored, except in the steering extension, where they are refused; a reply warns of those in NOT_HONOURED.
+`steer.serve.replies` calls the functions below in a thread, before it submits jobs to the engine.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ MAX_TOKENS = 2**21
 """Tokens of a prompt that is given as token ids."""
 MAX_BIASES = 2**19
 """Entries of `logit_bias`; no vocabulary is larger."""
+_TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal"))
 MAX_SLIDERS = 64
 MAX_AMOUNT = 10_000.0
 """Largest absolute amount of a slider. Amount 1 is as strong as the model shows the trait itself; far larger amounts
@@ -41,9 +43,24 @@ def _aliased(*names: str) -> Any:
     return Field(default=None, validation_alias=AliasChoices(*names))
 
 
-def _number(token: Any) -> Any:
-    """Convert a token id from text, as the keys of JSON objects are."""
-    return int(token) if isinstance(token, str) and len(token) < 20 and token.isascii() and token.isdecimal() else token
+def _read_number(value: Any) -> Any:
+    """Convert a number that is written as text, and a whole number that is written with a decimal point.
+
+    Clients send "24" from text boxes, and 1024.0 from languages without whole numbers. Other values stay as they are.
+    """
+    number = value
+    if isinstance(value, str) and len(value) <= 40:
+        with suppress(ValueError, RecursionError):
+            number = json.loads(value)
+    if isinstance(number, float) and number.is_integer() and abs(number) < 2**63:
+        return int(number)
+    return number if type(number) in (int, float) else value
+
+
+def _read_flag(value: Any) -> Any:
+    """Convert a truth value that is written as text or as 0 or 1."""
+    written = str(value).strip().lower() if isinstance(value, str | int | float) and len(str(value)) <= 40 else ""
+    return {"true": True, "1": True, "false": False, "0": False}.get(written, value)
 
 
 def _check_count(sliders: Any) -> Any:
@@ -58,6 +75,9 @@ def _at_most(length: int, least: int = 0) -> Any:
     return Field(min_length=least, max_length=length, fail_fast=True)
 
 
+Whole = Annotated[int, BeforeValidator(_read_number, json_schema_input_type=int | float | str)]
+Number = Annotated[float, BeforeValidator(_read_number, json_schema_input_type=float | str)]
+Flag = Annotated[bool, BeforeValidator(_read_flag, json_schema_input_type=bool | int | str)]
 Text = Annotated[str, AfterValidator(without_surrogates)]
 Amount = Annotated[float, Field(ge=-MAX_AMOUNT, le=MAX_AMOUNT, allow_inf_nan=False)]
 SliderName = Annotated[str, Field(max_length=200)]
@@ -65,13 +85,13 @@ Sliders = Annotated[dict[SliderName, Amount | None], BeforeValidator(_check_coun
 
 
 class _Strict(BaseModel, strict=True):
-    """Base of all bodies: numbers and texts are not converted into each other."""
+    """Base of all bodies: nothing is converted that the types above do not name."""
 
 
 class StreamOptions(_Strict):
     """Options of a streamed reply."""
 
-    include_usage: bool | None = None
+    include_usage: Flag | None = None
 
 
 class Steering(_Strict, extra="forbid"):
@@ -87,42 +107,43 @@ class Steering(_Strict, extra="forbid"):
     removes a slider."""
 
 
-class Request(_Strict):
-    """Fields that chats and completions have in common."""
+class Request(_Strict, extra="allow"):
+    """Fields that chats and completions have in common. Others are kept for `not_honoured`."""
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=8)] | None = None
-    stream: bool | None = None
+    n: Annotated[Whole, Field(ge=1, le=8)] | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
     stop: Annotated[list[Text], _at_most(64)] | None = _aliased("stop", "stop_sequence", "stopping_strings")
     steering: Steering | None = None
 
     # The sampler, by its own field names
-    max_new_tokens: int | None = _aliased("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict")
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = _aliased("typical_p", "typical")
-    repetition_penalty: float | None = _aliased("repetition_penalty", "rep_pen", "repeat_penalty")
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_range: int | None = _aliased("dry_range", "dry_penalty_last_n")
+    max_new_tokens: Whole | None = _aliased("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict")
+    temperature: Number | None = None
+    top_k: Whole | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
+    typical_p: Number | None = _aliased("typical_p", "typical")
+    repetition_penalty: Number | None = _aliased("repetition_penalty", "rep_pen", "repeat_penalty")
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    dry_multiplier: Number | None = None
+    dry_base: Number | None = None
+    dry_allowed_length: Whole | None = None
+    dry_range: Whole | None = _aliased("dry_range", "dry_penalty_last_n")
     dry_sequence_breakers: Annotated[list[Text], _at_most(MAX_BREAKERS)] | None = None
-    xtc_probability: float | None = None
-    xtc_threshold: float | None = None
-    logit_bias: Annotated[list[tuple[int, float]], _at_most(MAX_BIASES)] | None = None
-    temperature_last: bool | None = None
-    seed: int | None = None
+    xtc_probability: Number | None = None
+    xtc_threshold: Number | None = None
+    logit_bias: Annotated[list[tuple[Whole, Number]], _at_most(MAX_BIASES)] | None = None
+    temperature_last: Flag | None = None
+    seed: Whole | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _given(cls, data: Any) -> Any:
-        """Drop fields that are null, so that another name of the same field can supply the value."""
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+        """Drop fields that are null, so that another name of the same field can supply the value, and names that are no
+        Unicode, which pydantic refuses."""
+        return {k: v for k, v in data.items() if v is not None and k.isprintable()} if isinstance(data, dict) else data
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -149,34 +170,79 @@ class Request(_Strict):
         pairs = list(value.items()) if isinstance(value, dict) else value
         if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
             return value
-        return [(_number(token), -100.0 if bias is False else bias) for token, bias in pairs]
+        return [(token, -100.0 if bias is False else bias) for token, bias in pairs]
 
 
 class Part(_Strict):
     """A part of a message."""
 
-    type: str
-    text: Text | None = None
+    type: str = "text"
+    text: Text | None = _aliased("text", "refusal")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        return {"text": data} if isinstance(data, str) else data
+
+
+class CalledFunction(_Strict):
+    """The function of a tool call, and its arguments: JSON as text, as OpenAI has it, or an object."""
+
+    name: Text = ""
+    arguments: Text | dict[str, Any] = ""
+
+    @property
+    def parsed(self) -> Any:
+        """The arguments as an object, which chat templates expect; text that is no JSON stays text."""
+        if isinstance(self.arguments, str):
+            with suppress(ValueError, RecursionError):
+                return json.loads(self.arguments)
+        return self.arguments
+
+    def __str__(self) -> str:
+        given = self.arguments if isinstance(self.arguments, str) else json.dumps(self.arguments)
+        return f"Called {self.name}({given})"
+
+
+class ToolCall(_Strict):
+    """A call that an earlier reply made."""
+
+    id: str | None = None
+    function: CalledFunction
 
 
 class Message(_Strict):
     """One turn of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[Part], _at_most(MAX_PROMPTS)] | None = None
+    name: Text | None = None
+    tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], _at_most(MAX_PROMPTS)] | None = None
+    function_call: CalledFunction | None = None
 
     @property
     def parts(self) -> list[Part]:
         """The content as a list of parts."""
         return self.content if isinstance(self.content, list) else [Part(type="text", text=self.content or "")]
 
+    @property
+    def text(self) -> str:
+        """The content as a text."""
+        return "\n".join(p.text or "" for p in self.parts)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls of the message, also one in the form that OpenAI had before tools."""
+        return [*(self.tool_calls or ()), *([ToolCall(function=self.function_call)] if self.function_call else ())]
+
 
 class ChatRequest(Request):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], _at_most(MAX_MESSAGES, 1)]
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
 class CompletionRequest(Request):
@@ -188,8 +254,8 @@ class CompletionRequest(Request):
         | Annotated[list[int], _at_most(MAX_TOKENS)]
         | Annotated[list[Annotated[list[int], _at_most(MAX_TOKENS)]], _at_most(MAX_PROMPTS)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    echo: Flag | None = None
     suffix: str | None = None
 
     @property
@@ -200,8 +266,33 @@ class CompletionRequest(Request):
 
 
 _FIELDS = tuple(f.name for f in fields(Sampler) if f.name in Request.model_fields)
-_OFF = {"top_k": 0, "dry_range": 0}
-"""Fields in which clients send -1 for "all tokens", and the value that means the same here."""
+_SAME: dict[tuple[str, float], float] = {
+    ("top_k", -1): 0,
+    ("dry_range", -1): 0,
+    ("top_p", 0): 1e-9,
+    ("typical_p", 0): 1e-9,
+    ("repetition_penalty", 0): 1,
+}
+"""Values that clients send, as -1 for "all tokens" and a top_p of 0 for the likeliest one, and what means the same
+here."""
+NOT_HONOURED: dict[str, tuple[Any, ...]] = {
+    # The form of the reply
+    **dict.fromkeys(("tools", "functions", "grammar", "grammar_string", "json_schema", "structured_outputs"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "audio"), ()),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    # Its words and its length
+    **dict.fromkeys(("banned_strings", "banned_tokens", "custom_token_bans", "negative_prompt"), ()),
+    **dict.fromkeys(("ignore_eos", "ban_eos_token", "min_tokens", "min_length"), ()),
+    # How tokens are drawn
+    **dict.fromkeys(("mirostat", "mirostat_mode", "top_a", "smoothing_factor", "dynatemp_range", "penalty_alpha"), ()),
+    **dict.fromkeys(("no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff"), ()),
+    **dict.fromkeys(("nsigma", "top_n_sigma"), (-1,)),
+    **dict.fromkeys(("tfs", "tfs_z", "guidance_scale", "encoder_repetition_penalty", "num_beams"), (1,)),
+}
+"""Fields of other servers that change a reply and that this server does not have -> values that change nothing, besides
+null, 0, false and what is empty."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +318,7 @@ def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int
         if len(request.messages) > limits.messages:
             found = f"{len(request.messages)}; leave out the oldest"
             raise invalid(param, f"at most {limits.messages}", found, "too_many_messages")
-        characters = sum(len(part.text or "") for message in request.messages for part in message.parts)
+        characters = sum(len(m.text) + sum(len(str(call.function)) for call in m.calls) for m in request.messages)
     else:
         param, prompts = "prompt", len(request.prompts)
         if request.suffix:
@@ -261,12 +352,14 @@ def chat_prompt(model: SteeredModel, request: ChatRequest) -> Prompt:
     If the last message is the assistant's, the reply continues it.
     Errors: ApiError for a chat that the template refuses.
     """
-    chat = []
+    knows_tools, called = _knows_tools(model), {}
+    chat: list[dict[str, Any]] = []
     for place, message in enumerate(request.messages):
-        if other := [p.type for p in message.parts if p.type != "text" or p.text is None]:
+        if other := [p.type for p in message.parts if p.type not in _TEXT_PARTS or p.text is None]:
             raise invalid(f"messages[{place}].content", "text", f"a part of type {shown(other[0])}")
-        role = "system" if message.role == "developer" else message.role
-        chat.append({"role": role, "content": "".join(p.text or "" for p in message.parts)})
+        called |= {call.id: call.function.name for call in message.calls}
+        name = message.name or called.get(message.tool_call_id, "tool")
+        chat.append(_with_tools(message, name) if knows_tools else _without_tools(message, name))
     last = chat.pop() if chat[-1]["role"] == "assistant" else None
     if not chat:
         raise invalid("messages", "one that the assistant's last one replies to", "none", "chat_refused")
@@ -295,15 +388,38 @@ def completion_prompts(model: SteeredModel, request: CompletionRequest, context:
     return prompts
 
 
-def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int) -> Sampler:
+def warnings_of(model: SteeredModel, request: ChatRequest | CompletionRequest) -> list[str]:
+    """Return a line for each thing that a request asks for and does not get."""
+    extra = request.model_extra or {}
+    fields = [name for name, neutral in NOT_HONOURED.items() if extra.get(name) and extra[name] not in neutral]
+    if extra.get("tool_choice") == "none":
+        fields = [name for name in fields if name != "tools"]
+    lines = [f"{name}: this server does not have it, the reply is written without it" for name in fields]
+    vocabulary = len(model.tokenizer)
+    if foreign := [token for token, _ in request.logit_bias or () if token >= vocabulary]:
+        found = f"{len(foreign)} beyond it, as {shown(foreign[0])}; they are left out"
+        lines.append(f"logit_bias: expected token ids of this model's vocabulary of {vocabulary}, found {found}")
+    if isinstance(request, ChatRequest) and not _knows_tools(model):
+        places = [i for i, m in enumerate(request.messages) if m.calls or m.role in ("tool", "function")]
+        if places:
+            found = ", ".join(f"messages[{i}]" for i in places[:5]) + (" and more" if places[5:] else "")
+            lines.append(f"{found}: the chat template has no tools, so calls and results are written as plain text")
+    return lines
+
+
+def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int, context: int) -> Sampler:
     """Return `base` with the fields that the request sets, and a random seed if it sets none.
 
-    Errors: ApiError naming the field.
+    Biases of token ids outside the vocabulary are left out. `context`: as many tokens may be written if the request
+    asks for -1. Errors: ApiError naming the field.
     """
-    if unknown := [token for token, _ in request.logit_bias or () if token >= vocabulary]:
-        raise invalid("logit_bias", f"token ids below {vocabulary}, the size of the vocabulary", shown(unknown[0]))
     given = {name: value for name in _FIELDS if (value := getattr(request, name)) is not None}
-    given |= {name: off for name, off in _OFF.items() if given.get(name) == -1}
+    given |= {name: same for (name, value), same in _SAME.items() if given.get(name) == value}
+    if "logit_bias" in given:
+        given["logit_bias"] = [(token, bias) for token, bias in given["logit_bias"] if token < vocabulary]
+    # Clients send -1 for "as many as there is room for", and 0 if nothing is set.
+    if given.get("max_new_tokens", 1) <= 0 and given.pop("max_new_tokens") < 0:
+        given["max_new_tokens"] = limits.tokens or context
     if request.temperature_last is not None and request.temperature_last != base.temperature_last:
         given["order"] = TEMPERATURE_LAST if request.temperature_last else ORDER
     # Clients send a seed below 0 for "any".
@@ -319,6 +435,33 @@ def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int)
         field = "max_tokens" if field == "max_new_tokens" else field
         raise ApiError(400, f"{field}:{says}", param=field, code="invalid_value") from e
     return replace(sampler, max_new_tokens=min(sampler.max_new_tokens, limits.tokens or sampler.max_new_tokens))
+
+
+def _knows_tools(model: SteeredModel) -> bool:
+    """Return whether the chat template has a form for tool calls."""
+    return "tool_calls" in str(model.tokenizer.chat_template)
+
+
+def _with_tools(message: Message, name: str) -> dict[str, Any]:
+    """Return a message in the form that chat templates with tools expect. `name`: the function that a tool ran."""
+    if message.role in ("tool", "function"):
+        return {"role": "tool", "name": name, "content": message.text, "tool_call_id": message.tool_call_id}
+    out = _without_tools(message.model_copy(update={"tool_calls": None, "function_call": None}), name)
+    if calls := message.calls:
+        functions = [{"name": c.function.name, "arguments": c.function.parsed} for c in calls]
+        out["tool_calls"] = [
+            {"type": "function", "id": c.id, "function": f} for c, f in zip(calls, functions, strict=True)
+        ]
+    return out
+
+
+def _without_tools(message: Message, name: str) -> dict[str, Any]:
+    """Return a message with its tool calls, or the result of one, as plain text."""
+    if message.role in ("tool", "function"):
+        return {"role": "user", "content": f"{name} returned: {message.text}"}
+    role = "system" if message.role == "developer" else message.role
+    said = [message.text] if message.text or not message.calls else []
+    return {"role": role, "content": "\n".join([*said, *(str(call.function) for call in message.calls)])}
 
 
 def _check_room(prompt: Prompt, context: int, param: str) -> None:

@@ -6,6 +6,7 @@ the routes and connects them to the other parts of `steer.serve`.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,22 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import h11
 import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import Response
-from openai.types import Model
+from fastapi.responses import PlainTextResponse, Response
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from steer.core.profile import Profile
+from steer.core.version import __version__
 from steer.errors import SteerError, UsageError, skip
 from steer.model.sliders import as_edit
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Engine
-from steer.serve.errors import ApiError, handle_errors
-from steer.serve.limits import Guard, Limits, is_loopback
+from steer.serve.errors import ERRORS, ApiError, handle_errors
+from steer.serve.limits import Guard, Limits, Origins, is_loopback
 from steer.serve.metrics import Metrics
-from steer.serve.replies import Replies
+from steer.serve.replies import KeepAlive, Replies
 from steer.serve.requests import ChatRequest, CompletionRequest, Steering
 from steer.serve.steering import LiveSettings
 
@@ -49,8 +55,24 @@ class Options:
     """Profiles that clients choose by model name, as in `merged@noir`."""
     limits: Limits = field(default_factory=Limits)
     """How much one request may ask for."""
+    allow_hosts: Sequence[str] = ()
+    """Names by which clients may reach a server on loopback, besides this machine's, as `host.docker.internal`."""
+    allow_origins: Sequence[str] = ()
+    """Origins of web pages that may use the server, as `https://example.org`; `*` for all, if there is no key."""
+    any_model_name: bool = False
+    """Whether a model's name that the server does not know, as `gpt-4o`, means the served model."""
+    keep_alive: KeepAlive = "chunks"
+    """What a stream sends while there is no text: empty chunks, or comments, which some clients take for JSON."""
 
     def __post_init__(self) -> None:
+        for name in self.allow_hosts:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise UsageError(f"--allow-host {name}: expected a host's name without port, as host.docker.internal")
+        for origin in self.allow_origins:
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*?#@A-Z]+", origin):
+                raise UsageError(f"--allow-origin {origin}: expected scheme and host alone, as https://example.org")
+        if "*" in self.allow_origins and self.api_key is not None:
+            raise UsageError("--allow-origin *: expected named origins beside --api-key, found all; name them")
         key = self.api_key
         if key is not None and not (key.strip() == key != "" and key.isascii() and key.isprintable()):
             raise UsageError("--api-key: expected printable ASCII without spaces around it, found something else")
@@ -103,7 +125,9 @@ class Server(uvicorn.Server):
         app = create_app(model, engine, options)
         # Open connections have 5 seconds to end after the server is asked to stop.
         super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off")
+            uvicorn.Config(
+                app, http=_Http, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off"
+            )
         )
         self._engine = engine
 
@@ -122,9 +146,11 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     # Clients know a directory by the last part of its path, and a hub id unchanged.
     name = Path(model.name).resolve().name if Path(model.name).is_dir() else model.name
     settings, metrics = LiveSettings(model, options.profiles), Metrics(engine)
-    replies = Replies(model, engine, settings, metrics, name, options.limits)
+    replies = Replies(
+        model, engine, settings, metrics, name, options.limits, options.any_model_name, options.keep_alive
+    )
     # FastAPI's documentation pages are switched off, because they load scripts from other hosts.
-    app = FastAPI(title="steer", docs_url=None, redoc_url=None)
+    app = FastAPI(title="steer", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     handle_errors(app)
     started = int(time.time())
 
@@ -132,11 +158,11 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
         id = name if profile is None else f"{name}@{profile}"
         return Model(id=id, object="model", created=started, owned_by="steer").to_dict()
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_replied(ChatCompletion))
     async def chat(http: HttpRequest, request: ChatRequest) -> Response:
         return await replies.answer(http, request)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_replied(Completion))
     async def complete(http: HttpRequest, request: CompletionRequest) -> Response:
         return await replies.answer(http, request)
 
@@ -164,12 +190,36 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
             raise ApiError(503, engine.problem, code="engine_error")
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    app.add_middleware(Guard, host=options.host, api_key=options.api_key, max_body=options.limits.body, metrics=metrics)
+    app.add_middleware(
+        Guard, host=options.host, hosts=options.allow_hosts, api_key=options.api_key, max_body=options.limits.body,
+        metrics=metrics,
+    )  # fmt: skip
+    app.add_middleware(Origins, origins=options.allow_origins)
     return app
+
+
+def _replied(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return what the OpenAPI document says of a route that answers with a whole reply or a stream."""
+    return {200: {"model": whole, "content": {"text/event-stream": {}}}}
+
+
+class _Http(H11Protocol):
+    """uvicorn's HTTP; its answer to bytes that are no HTTP is an error in OpenAI's format too."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer with an error and close the connection. `msg`: uvicorn's own words."""
+        error = ApiError(
+            400, f"request: expected HTTP/1.1, found something else; {msg}", code="invalid_http"
+        ).response()
+        headers = [*error.raw_headers, (b"connection", b"close")]
+        answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (answer, h11.Data(data=bytes(error.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -24,7 +24,7 @@ from steer.serve.metrics import Metrics
 
 Reason = Literal["stop", "length"]
 PING = 15.0
-"""Seconds without an update after which a stream sends a keep-alive comment."""
+"""Seconds without an update after which a stream sends a keep-alive."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def events(text: str) -> list[dict]:
 
 def test_its_settings_of_a_text_completion_reach_the_sampler():
     request = CompletionRequest.model_validate(body("text_completion"))
-    sampler = sampler_of(request, PRESETS["plain"], Limits(), 77)
+    sampler = sampler_of(request, PRESETS["plain"], Limits(), 77, 512)
     felt = {
         "max_new_tokens": 24,
         "temperature": 1.1,
