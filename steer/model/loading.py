@@ -60,7 +60,9 @@ def read_model(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of_products
             )
             more = more | {"quantization_config": small_weights}
-        tokenizer = AutoTokenizer.from_pretrained(place, **code)
+        # With mistral-common installed, transformers would take its tokenizer where there is a tekken.json: it has no
+        # chat template and no fast backend. The same directory has to work the same with and without that package.
+        tokenizer = AutoTokenizer.from_pretrained(place, mistral_format=False, **code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=chosen.dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
             **code | more,
