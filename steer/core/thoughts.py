@@ -56,6 +56,11 @@ class ThoughtSplitter:
         self._answering = self._trim = False
         self.add(begun)
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the reply is within its thoughts."""
+        return self.opened and not self._answering
+
     def add(self, text: str) -> tuple[str, str]:
         """Add text; return (thoughts, answer) that are decided now."""
         return self._take(text, False)

@@ -10,20 +10,16 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from steer.checkpoint.chat_templates import shipped_templates
 from steer.core.thoughts import MARKS, THINK, ThoughtMarks
 from steer.errors import CheckpointError, UsageError
 from steer.files import one_line
 
-VARIABLE = "STEER_CHAT_TEMPLATE"
-"""The environment variable of `--chat-template`."""
-TEMPLATES = Path(__file__).with_name("templates")
-"""The folder of the templates that ship."""
 OPENING = "Hello."
 """The user turn before a greeting, for templates in which the user speaks first."""
 THINKING = ("enable_thinking", "thinking")
@@ -268,31 +264,5 @@ def marks_of(tokenizer: Any) -> ThoughtMarks:
     template = tokenizer.chat_template
     written = template if isinstance(template, str) else " ".join(map(str, (template or {}).values()))
     tokens = {str(t) for t in tokenizer.added_tokens_decoder.values()}
-    found = (m for texts in (written, tokens) for m in MARKS if m.open in texts or m.close in texts)
-    return next(found, THINK)
-
-
-def shipped_templates() -> list[str]:
-    """Return the names of the templates that ship."""
-    return sorted(f.stem for f in TEMPLATES.glob("*.jinja"))
-
-
-def read_template(chosen: str | Path) -> str:
-    """Return the text of a template, by the name of one that ships or the path of a file.
-
-    Errors: UsageError for neither, for a file that cannot be read, and for one that is no Jinja.
-    """
-    names = shipped_templates()
-    place = TEMPLATES / f"{chosen}.jinja" if str(chosen) in names else Path(chosen).expanduser()
-    where = f"--chat-template {chosen}"
-    try:
-        text = place.read_text(encoding="utf-8")
-    except FileNotFoundError as e:
-        raise UsageError(f"{where}: expected one of {', '.join(names)}, or a file, found neither; check the path") from e
-    except OSError as e:
-        raise UsageError(f"{where}: could not be read, {e.strerror}; check the path and its permissions") from e
-    except UnicodeDecodeError as e:
-        raise UsageError(f"{where}: expected a template in UTF-8, found other bytes; convert it") from e
-    if not text.strip():
-        raise UsageError(f"{where}: expected a template, found an empty file; name another")
-    return text
+    known = [(m, [mark for mark in (m.open, m.close, m.answer) if mark]) for m in MARKS]
+    return next((m for texts in (written, tokens) for m, marks in known if any(k in texts for k in marks)), THINK)

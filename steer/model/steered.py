@@ -7,7 +7,6 @@ This is what `steer.load` returns, and where the parts of `steer.model` meet: `l
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from steer.checkpoint.chat_templates import chosen_template
 from steer.checkpoint.fetch import resolve
 from steer.core.edit import Edit
 from steer.core.lists import as_list
 from steer.core.sampler import CHAT, Sampler
 from steer.core.slider import Slider
-from steer.model.chat_template import VARIABLE, read_template
 from steer.model.compiled import CompiledStep
 from steer.model.decode import decode, generate
 from steer.model.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
@@ -67,8 +66,7 @@ def load(
     architecture, UsageError for 4 bits without bitsandbytes, a GPU that is not there, an unknown dtype and a template
     that cannot be read.
     """
-    chosen = chat_template or os.environ.get(VARIABLE)
-    text = None if not chosen else read_template(chosen)  # before the weights are read
+    text = chosen_template(chat_template)  # before the weights are read
     place = resolve(model)
     hf, tokenizer = read_model(place, str(model), dtype, device_map, four_bit, kwargs)
     if text is not None:

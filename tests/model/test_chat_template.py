@@ -13,8 +13,9 @@ from tiny_chat import SPECIAL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from steer.checkpoint.chat_templates import chosen_template, shipped_templates
 from steer.errors import CheckpointError, UsageError
-from steer.model.chat_template import OPENING, read_template, shipped_templates
+from steer.model.chat_template import OPENING
 from steer.model.loaded import WITHOUT_THOUGHTS
 from steer.model.steered import SteeredModel, load
 
@@ -211,7 +212,7 @@ def test_messages_that_are_empty_are_no_loss(use: Callable[[Any], SteeredModel])
 def test_a_template_that_ships_takes_every_chat_and_ends_a_reply(
     use: Callable[[Any], SteeredModel], name: str
 ) -> None:
-    model = use(read_template(name))
+    model = use(chosen_template(name))
     for case, chat in {**CHATS, "system alone": [S]}.items():
         text = text_of(model, chat)
         for m in chat:
