@@ -22,9 +22,9 @@ from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.control_vector import ControlVectorPlan
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
-from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.chat_templates import FILE as CHAT_TEMPLATE
 from steer.checkpoint.chat_templates import chosen_template
+from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.staging import check_output, hash_file, staged, write_text
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -63,9 +63,9 @@ def bake(
     Features that add become biases, as directions do; other operations on features are refused.
 
     `out` is complete or absent; files that a killed bake of the same source and edit had finished are not written
-    again. `chat_template`: one that ships or a file, by default $STEER_CHAT_TEMPLATE, that a checkpoint gets in place of
-    the source's; other forms hold none. `command` is the command line that the certificate and the card show. `say` is called with the plan before
-    anything is written, `progress` with (bytes of weights done, bytes in total).
+    again. `chat_template`: one that ships or a file, by default $STEER_CHAT_TEMPLATE, for a checkpoint in place of the
+    source's; other forms hold none. `command` is the command line that the certificate and the card show. `say` is
+    called with the plan before anything is written, `progress` with (bytes of weights done, bytes in total).
 
     Errors: OutputExistsError, CheckpointError for a broken source, UnsupportedError for a source or an edit of a kind
     that the form cannot hold, MismatchError for a direction of another width, UsageError for a block or site that the

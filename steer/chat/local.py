@@ -106,7 +106,7 @@ class LocalDraft(PendingReply):
         begun = task.ids or prompt.ids[head:]
         super().__init__(task.text, begun)
         self._opening = "" if task.text else prompt.opening
-        """The mark of thoughts that the template opens, which goes before the first token, so that a reader can see them."""
+        """The mark of thoughts that the template opens; the text has it before its first token, for readers."""
         self._backend, self._sampler = backend, task.sampler
         self._tally = Tally()
         if backend.left_out > left_out:

@@ -35,7 +35,7 @@ def chosen_template(chosen: str | Path | None = None) -> str | None:
     try:
         text = place.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise UsageError(f"{where}: expected one of {', '.join(names)}, or a file, found neither; check the path") from e
+        raise UsageError(f"{where}: expected a file, or one of {', '.join(names)}, found neither") from e
     except OSError as e:
         raise UsageError(f"{where}: could not be read, {e.strerror}; check the path and its permissions") from e
     except UnicodeDecodeError as e:

@@ -106,8 +106,9 @@ def find(
     site: Annotated[int | None, typer.Option(help="Use the residual stream after this block.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; by default the direction is saved by name.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the replies.")] = 0,
-    no_think: Annotated[bool, typer.Option("--no-think", help="Replies without thoughts; find asks for them anyway.")]
-    = True,
+    no_think: Annotated[
+        bool, typer.Option("--no-think", help="Replies without thoughts; find asks for them anyway.")
+    ] = True,
     dictionary: Annotated[Path | None, typer.Option(help="Rank this dictionary's latents instead.")] = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,

@@ -1,4 +1,4 @@
-"""The thoughts that a reasoning model writes before its answer: the marks around them, and how a reply is split at them."""
+"""The thoughts that a reasoning model writes before its answer: their marks, and splitting a reply at them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Chats as text: the one place that renders a chat by a tokenizer's chat template, for chats, finding, serving, training.
+"""Chats as text: the one place that renders chats by a chat template, for chatting, finding, serving and training.
 
-A chat is rendered as it is sent. Where the template refuses it, or leaves one of its messages out, `ChatTemplate.render`
-changes the chat's form until the template takes all of it, and says what it changed.
+A chat is rendered as it is sent. Where the template refuses it, or leaves a message out, `ChatTemplate` changes the
+chat's form until the template takes all of it, and says what it changed.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ class ChatTemplate:
         return [f"message {i + 1} ({chat[i].get('role')})" for i, probe in probes.items() if probe not in text]
 
     def _continued(self, chat: Chat, reply: str, options: Mapping[str, Any]) -> str | None:
-        """Return the template's own text of the chat with the reply, up to the end of the reply; None where the template
-        does not write all of it, as one that drops the thoughts of past replies."""
+        """Return the template's own text of the chat with the reply, up to the end of the reply; None where it does not
+        write all of the reply, as a template that drops the thoughts of past replies."""
         said = {"role": "assistant", "content": reply}
         try:
             own = self._apply([*chat, said], False, options)
@@ -185,8 +185,8 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate, **options)
         except TemplateSyntaxError as e:
             raise CheckpointError(
-                f"{self._name}: expected a chat template in Jinja, found a mistake in its line {e.lineno}: {e.message}; "
-                "choose another with --chat-template"
+                f"{self._name}: expected a chat template in Jinja, found a mistake in line {e.lineno}: "
+                f"{one_line(e)}; choose another with --chat-template"
             ) from e
         except _REFUSALS as e:
             raise UsageError(f"{self._name}: its chat template refuses this chat: {one_line(e)}") from e

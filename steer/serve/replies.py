@@ -136,9 +136,7 @@ class Replies:
             if update is not None:
                 pieces[update.choice].append(update.piece)
                 reasons[update.choice] = update.reason
-        choices = [
-            Update(i, _whole(parts), reasons[i]) for i, parts in enumerate(pieces)
-        ]
+        choices = [Update(i, _whole(parts), reasons[i]) for i, parts in enumerate(pieces)]
         return Response(plan.format.whole(choices, self._summary(plan, writing)), media_type="application/json")
 
     async def _chunks(self, plan: RequestPlan, writing: Writing, with_usage: bool) -> AsyncIterator[bytes]:

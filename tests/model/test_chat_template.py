@@ -1,4 +1,4 @@
-"""Chats as they are, through templates as they are: nothing is lost, nothing is added in silence, control tokens stay one."""
+"""Chats through every kind of template: nothing is lost, nothing is changed in silence, control tokens stay single."""
 
 from __future__ import annotations
 
@@ -142,13 +142,13 @@ def test_thoughts_are_left_out_by_whatever_switch_there_is(use: Callable[[Any], 
     [
         ("<think> </think>", KINDS["a switch for thoughts, empty ones in the last reply"].template),
         ("[THINK] [/THINK]", KINDS["thoughts as special tokens"].template),
-        ("<|channel|>analysis<|message|> <|end|><|start|>assistant<|channel|>final<|message|>",
-         KINDS["channels"].template),
+        (
+            "<|channel|>analysis<|message|> <|end|><|start|>assistant<|channel|>final<|message|>",
+            KINDS["channels"].template,
+        ),
     ],
 )
-def test_the_answer_begins_after_the_thoughts(
-    use: Callable[[Any], SteeredModel], marks: str, template: Any
-) -> None:
+def test_the_answer_begins_after_the_thoughts(use: Callable[[Any], SteeredModel], marks: str, template: Any) -> None:
     model = use(template)
     opened, closed = marks.split()
 
@@ -193,7 +193,7 @@ def test_a_message_that_no_form_shows_is_named(use: Callable[[Any], SteeredModel
 
 
 def test_a_broken_template_and_none_at_all_are_one_line_each(use: Callable[[Any], SteeredModel]) -> None:
-    with pytest.raises(CheckpointError, match="a mistake in its line 2") as e:
+    with pytest.raises(CheckpointError, match="a mistake in line 2") as e:
         use("\n{% for %}").prompt([A])
     assert "\n" not in str(e.value)
     for nothing in (None, "", {"tool_use": "x"}):
@@ -209,9 +209,7 @@ def test_messages_that_are_empty_are_no_loss(use: Callable[[Any], SteeredModel])
 
 
 @pytest.mark.parametrize("name", shipped_templates())
-def test_a_template_that_ships_takes_every_chat_and_ends_a_reply(
-    use: Callable[[Any], SteeredModel], name: str
-) -> None:
+def test_a_template_that_ships_takes_every_chat_and_ends_a_reply(use: Callable[[Any], SteeredModel], name: str) -> None:
     model = use(chosen_template(name))
     for case, chat in {**CHATS, "system alone": [S]}.items():
         text = text_of(model, chat)

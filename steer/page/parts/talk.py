@@ -68,7 +68,9 @@ def _message(chat: Chat, message: Message, last: bool) -> None:
 
 def _text(chat: Chat, message: Message, cursor: str = "") -> None:
     """Draw a message; the thoughts before a reply are folded away."""
-    thoughts, text = split_thoughts(message.text, chat.backend.marks) if message.role == "assistant" else ("", message.text)
+    thoughts, text = "", message.text
+    if message.role == "assistant":
+        thoughts, text = split_thoughts(text, chat.backend.marks)
     if thoughts:
         with st.expander("Thoughts", icon=":material/psychology:"):
             st.markdown(markdown(thoughts))

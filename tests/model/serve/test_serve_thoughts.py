@@ -1,4 +1,4 @@
-"""Templates and thoughts over HTTP: options reach the template, thoughts have a field of their own, changes are said."""
+"""Templates and thoughts over HTTP: options reach the template, thoughts have their field, changes are said."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from steer.chat.session import Session
 from steer.core.sampler import Sampler
 from steer.core.thoughts import THINK
 from steer.model.steered import load
-from steer.serve.writing import ReplyText
 from steer.serve.engine import Token
+from steer.serve.writing import ReplyText
 
 THINKING = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
