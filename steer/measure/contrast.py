@@ -148,10 +148,11 @@ def contrast_replies(
     ]
     if thought := [r for r in found if r.thoughts]:
         endless = sum(not r.ids for r in thought)
+        without = f", and {endless} are left out, as their thoughts do not end in {sampler.max_new_tokens} tokens"
         _log.warning(
             "%s: %d of %d replies begin with thoughts, which its chat template does not leave out; only what follows "
             "them is measured%s", model.name, len(thought), len(found),
-            f", and {endless} are left out, as their thoughts do not end in {sampler.max_new_tokens} tokens" if endless else "",
+            without if endless else "",
         )  # fmt: skip
     replies = iter(found)
     # A reply that ended at once has no tokens to measure.
