@@ -269,3 +269,14 @@ def test_no_error_or_toast_fetches_a_picture():
 
     at = AppTest.from_function(script, default_timeout=60).run()
     assert [e.value for e in (*at.toast, *at.error)] == ["!\\[](http://x/a.png)", "bad !\\[](http://x/b.png)"]
+
+
+def test_thoughts_are_folded_away(checkpoint):
+    at = page()
+    asked = chat_of(at).conversation.add("user", "hello", None)
+    chat_of(at).conversation.add("assistant", "<think>\nlie lie\n</think>\n\nwell yes", asked.id)
+    at.run()
+    assert not at.exception
+    (folded,) = at.chat_message[-1].expander
+    assert (folded.label, folded.markdown[0].value) == ("Thoughts", "lie lie")
+    assert [m.value for m in at.chat_message[-1].markdown][-1] == "well yes"

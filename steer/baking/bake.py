@@ -31,6 +31,8 @@ from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.control_vector import ControlVectorPlan
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
+from steer.checkpoint.chat_templates import FILE as CHAT_TEMPLATE
+from steer.checkpoint.chat_templates import chosen_template
 from steer.checkpoint.staging import check_output, hash_file, staged, write_text
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -56,6 +58,7 @@ def bake(
     edit: Edit,
     form: Form = "checkpoint",
     *,
+    chat_template: str | Path | None = None,
     command: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
@@ -68,8 +71,9 @@ def bake(
     Features that add become biases, as directions do; other operations on features are refused.
 
     `out` is complete or absent; files that a killed bake of the same source and edit had finished are not written
-    again. `command` is the command line that the certificate and the card show. `say` is called with the plan before
-    anything is written, `progress` with (bytes of weights done, bytes in total).
+    again. `chat_template`: one that ships or a file, by default $STEER_CHAT_TEMPLATE, for a checkpoint in place of the
+    source's; other forms hold none. `command` is the command line that the certificate and the card show. `say` is
+    called with the plan before anything is written, `progress` with (bytes of weights done, bytes in total).
 
     Errors: OutputExistsError, CheckpointError for a broken source, UnsupportedError for a source or an edit of a kind
     that the form cannot hold, MismatchError for a direction of another width, UsageError for a block or site that the
@@ -79,6 +83,7 @@ def bake(
     check_output(out)
     if form == "checkpoint" and out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: lies inside the source {source}; name an output outside it")
+    template = chosen_template(chat_template) if form == "checkpoint" else None
     plan = PLANS[form](source, edit)
     say(plan.summary())
     done = 0
@@ -97,6 +102,9 @@ def bake(
         files = facts["files"] | {name: hash_file(work / name) for name in {d.file for d in directions}}
         if neutral:
             files[neutral] = hash_file(work / neutral)
+        if template is not None:
+            (work / CHAT_TEMPLATE).unlink(missing_ok=True)
+            files[CHAT_TEMPLATE] = write_text(work / CHAT_TEMPLATE, template)
         order = {name: n for n, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
         writers = tuple(sorted(facts.get("writers", ()), key=lambda w: order[w.tensor]))
         facts |= {"writers": writers, "biases": tuple(facts["biases"]), "files": files}

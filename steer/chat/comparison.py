@@ -128,8 +128,8 @@ class _Row:
 
     ended = False
 
-    def __init__(self, backend: LocalBackend) -> None:
-        self.text = ""
+    def __init__(self, backend: LocalBackend, text: str) -> None:
+        self.text = text
         self.ids: list[int] = []
         self.pieces = Detokeniser(backend.model.tokenizer, ())
 
@@ -142,12 +142,12 @@ class PairDraft(PendingReply):
 
     def __init__(self, backend: LocalBackend, task: Task, sides: tuple[Side, Side]) -> None:
         super().__init__()
-        prompt = backend.prompt(task, 0)
+        prompt = backend.prompt(task)
         self.tally = Tally()
-        self.rows = (_Row(backend), _Row(backend))
+        self.rows = (_Row(backend, prompt.opening), _Row(backend, prompt.opening))
         self._backend, self._edits = backend, [side.edit for side in sides]
         # Both replies have the same key: as long as their texts agree they make the same draws.
-        self._steps = decode(backend.model, [prompt, prompt], task.sampler, [0, 0], tally=self.tally)
+        self._steps = decode(backend.model, [prompt.ids, prompt.ids], task.sampler, [0, 0], tally=self.tally)
 
     def step(self) -> bool:
         """Write one token of each reply that has not ended. Return False if both have ended."""

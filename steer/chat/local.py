@@ -20,8 +20,10 @@ from steer.core.edit import Edit
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import Sampler
 from steer.errors import UsageError
+from steer.model.chat_template import marks_of
 from steer.model.decode import decode
 from steer.model.kv_cache import PrefixCache
+from steer.model.loaded import ChatPrompt
 from steer.model.profiles import as_profile, use
 from steer.model.sampling import BAN
 from steer.model.sliders import Sliders
@@ -46,7 +48,10 @@ class LocalBackend(ReplyBackend):
         self.model, self.name = model, model.name
         self.sliders = Sliders(model, live=False) if sliders is None else sliders
         self.memory = PrefixCache()
+        self.noted: set[str] = set()
+        """What the chat template made necessary, as far as a receipt of this chat has said it."""
         self.turns = turns_of(model)
+        self.marks = marks_of(model.tokenizer)
 
     def draft(self, task: Task) -> LocalDraft:
         return LocalDraft(self, task)
@@ -74,15 +79,21 @@ class LocalBackend(ReplyBackend):
             with self.model.steering.alone([edit]):
                 yield edit
 
-    def prompt(self, task: Task, begun: int) -> list[int]:
-        """Return a task's prompt as token ids, without the oldest messages if the context is too short.
+    def prompt(self, task: Task) -> ChatPrompt:
+        """Return a task's prompt, without the oldest messages if the context is too short.
 
-        `begun`: tokens of the reply that exist already. Sets `left_out`.
-        Errors: as `SteeredModel.prompt_ids`; UsageError for a message that is too long.
+        A reply that is to be continued is part of the prompt, unless its token ids are known. Sets `left_out`.
+        Errors: as `SteeredModel.prompt`; UsageError for a message that is too long.
         """
-        model, wanted = self.model, task.sampler.max_new_tokens
-        ids, self.left_out = fit(task.messages, model.prompt_ids, model.context, wanted, begun, self.left_out)
-        return ids
+        model, prompts = self.model, []
+
+        def count(messages: Messages) -> list[int]:
+            prompts.append(model.prompt(messages, "" if task.ids else task.text))
+            return prompts[-1].ids
+
+        wanted = task.sampler.max_new_tokens
+        _, self.left_out = fit(task.messages, count, model.context, wanted, len(task.ids), self.left_out)
+        return prompts[-1]
 
 
 class LocalDraft(PendingReply):
@@ -90,9 +101,12 @@ class LocalDraft(PendingReply):
 
     def __init__(self, backend: LocalBackend, task: Task) -> None:
         model, left_out = backend.model, backend.left_out
-        begun = (task.ids or model.encode(task.text)) if task.text else ()
+        prompt = backend.prompt(task)
+        head = len(prompt.ids) - prompt.begun
+        begun = task.ids or prompt.ids[head:]
         super().__init__(task.text, begun)
-        prompt = backend.prompt(task, len(begun))
+        self._opening = "" if task.text else prompt.opening
+        """The mark of thoughts that the template opens; the text has it before its first token, for readers."""
         self._backend, self._sampler = backend, task.sampler
         self._tally = Tally()
         if backend.left_out > left_out:
@@ -100,9 +114,13 @@ class LocalDraft(PendingReply):
                 f"the context of {model.context:,} tokens is full: the chat is read without its first "
                 f"{backend.left_out} messages from here on"
             )
+        for note in prompt.notes:
+            if note not in backend.noted:
+                backend.noted.add(note)
+                self._tally.remark(note)
         # Decoded without the prompt, because the first word of a reply has no space before it.
         self._pieces = Detokeniser(model.tokenizer, begun)
-        self._steps = self._decode(prompt, task.nudge)
+        self._steps = self._decode(prompt.ids[:head], task.nudge)
 
     def step(self) -> bool:
         with self._backend.steered() as edit:
@@ -118,7 +136,8 @@ class LocalDraft(PendingReply):
             return False
         self.ids.append(token)
         self.tokens += 1
-        self.text += self._pieces.add(token)
+        self.text += self._opening + self._pieces.add(token)
+        self._opening = ""
         return True
 
     def rest(self) -> str:

@@ -181,7 +181,7 @@ class Readouts:
             # Restored afterwards, because `prompt` sets it for the chat, and this prompt is of an old reply.
             left_out = backend.left_out
             try:
-                prompt = backend.prompt(Task(chat, sampler), len(ids))
+                prompt = backend.prompt(Task(chat, sampler, ids=tuple(ids))).ids
             finally:
                 backend.left_out = left_out
             edits = [(s.start, self._edit(s)) for s in (written.stretches if written is not None else ())]

@@ -21,6 +21,7 @@ from steer.chat.writer import PendingReply, ReplyBackend, Task
 from steer.core.profile import Profile, ProfileSlider
 from steer.core.sampler import ORDER, TEMPERATURE_LAST, Sampler
 from steer.core.slider import OPERATIONS, Operation, check_amount, neutral_amount, parse_name
+from steer.core.thoughts import THINK, ThoughtSplitter
 from steer.errors import SteerError, UnknownNameError, UnsupportedError, UsageError
 from steer.files import one_line
 from steer.model.sliders import BUDGET, Amounts
@@ -40,6 +41,7 @@ class RemotePiece:
     """One piece of a streamed reply."""
 
     text: str
+    thoughts: str
     finish: str | None
     """`stop` or `length` in the last piece, else None."""
     steering: Mapping[str, Any] | None
@@ -71,6 +73,8 @@ class RemoteBackend(ReplyBackend):
         except (openai.OpenAIError, ValueError) as e:
             raise SteerError(f"{url}: expected the address of a server, found {e}; give http://HOST:PORT") from e
         self._cached_answer: tuple[float, _SteeringAnswer] | None = None
+        self.template_options: dict[str, Any] = {}
+        """Options of the chat template that every request carries."""
         self.name = name or self._first_model()
         self.sliders = RemoteSliders(self)
         self.offered()
@@ -148,6 +152,8 @@ class RemoteBackend(ReplyBackend):
         standard = {name: fields.pop(name) for name in _STANDARD}
         body = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         body |= {"temperature_last": sampler.temperature_last, "steering": {"sliders": dict(amounts)}}
+        if self.template_options:
+            body["chat_template_kwargs"] = self.template_options
         with self._errors():
             stream = self.client.chat.completions.create(
                 model=self.name, messages=cast(Any, list(messages)), stream=True, extra_body=body,
@@ -161,7 +167,7 @@ class RemoteBackend(ReplyBackend):
                 if chunk is None:
                     return
                 piece = _piece(chunk, self.url)
-                if piece.text or piece.finish or piece.steering:
+                if piece.text or piece.thoughts or piece.finish or piece.steering:
                     yield piece
 
     def _first_model(self) -> str:
@@ -197,6 +203,8 @@ class RemoteDraft(PendingReply):
     def __init__(self, backend: RemoteBackend, task: Task) -> None:
         super().__init__(task.text)
         self._backend, self._task = backend, task
+        self._thinking = ThoughtSplitter(THINK, task.text).thinking
+        """Whether the text so far ends within thoughts."""
         self._amounts: dict[str, float] = {}
         self._pieces: Generator[RemotePiece] | None = None
         self._steering: Mapping[str, Any] | None = None
@@ -214,9 +222,20 @@ class RemoteDraft(PendingReply):
         self._steering = piece.steering or self._steering
         if piece.finish is not None:
             self.ending = "length" if piece.finish == "length" else "ended"
-        self.text += piece.text
-        self.tokens += bool(piece.text)
+        self.text += self._with_marks(piece)
+        self.tokens += bool(piece.text or piece.thoughts)
         return True
+
+    def _with_marks(self, piece: RemotePiece) -> str:
+        """Return a piece's text, with the marks of thoughts before their first and after their last."""
+        text = ""
+        if piece.thoughts:
+            text = piece.thoughts if self._thinking else f"{THINK.open}\n{piece.thoughts}"
+            self._thinking = True
+        if piece.text:
+            text += f"\n{THINK.close}\n\n{piece.text}" if self._thinking else piece.text
+            self._thinking = False
+        return text
 
     def close(self) -> None:
         if self._pieces is not None:
@@ -394,8 +413,9 @@ def _piece(chunk: Any, url: str) -> RemotePiece:
     extension = (getattr(chunk, "model_extra", None) or {}).get("steering")
     choices = getattr(chunk, "choices", None)
     choice = choices[0] if isinstance(choices, list) and choices else None
-    text = getattr(getattr(choice, "delta", None), "content", None)
+    delta = getattr(choice, "delta", None)
+    text, thoughts = getattr(delta, "content", None), getattr(delta, "reasoning_content", None)
     finish = getattr(choice, "finish_reason", None)
-    if not isinstance(text, str | None) or not isinstance(finish, str | None) or not isinstance(extension, dict | None):
+    if not all(isinstance(x, str | None) for x in (text, thoughts, finish)) or not isinstance(extension, dict | None):
         raise SteerError(f"{url}: expected a reply in pieces, found a chunk of another kind; is it a steer server?")
-    return RemotePiece(text or "", finish, extension)
+    return RemotePiece(text or "", thoughts or "", finish, extension)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from steer.chat.conversation import Ending, Message, SettingsSpan, Written
 from steer.core.profile import Profile
 from steer.core.sampler import Sampler
+from steer.core.thoughts import THINK, ThoughtMarks
 from steer.errors import SteerError
 from steer.model.steering.receipts import Receipt
 
@@ -86,6 +87,8 @@ class ReplyBackend(ABC):
     """Amounts by name, with the interface of `steer.model.sliders.Sliders`."""
     on = True
     """If false, the sliders keep their amounts and move nothing."""
+    marks: ThoughtMarks = THINK
+    """The marks around thoughts in its replies."""
     left_out = 0
     """How many messages at the beginning of the last chat did not fit into the context."""
 

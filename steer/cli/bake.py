@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steer.baking.certificate import FORMS, Form
-from steer.cli.common import Dtype, Json, Model, emit, stoppable
+from steer.cli.common import ChatTemplate, Dtype, Json, Model, emit, stoppable
 from steer.errors import UsageError
 from steer.plain_text import plain
 
@@ -56,6 +56,7 @@ def bake(
     seed: Annotated[int | None, typer.Option(help="Seed of the replies and trials of --search.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Remove directions from the weights and write a new checkpoint, or an adapter, with a certificate.

@@ -45,6 +45,25 @@ Dtype = Annotated[
 ]  # fmt: skip
 """Verbs need not read this option: it sets STEER_DTYPE, which applies to every model that they load, and to every
 process that they start."""
+
+
+def _for_all_chats(chat_template: str | None) -> str | None:
+    if chat_template is not None:
+        os.environ["STEER_CHAT_TEMPLATE"] = chat_template
+    return chat_template
+
+
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template", envvar="STEER_CHAT_TEMPLATE", callback=_for_all_chats, show_default="the checkpoint's",
+        help="chatml, llama3, gemma, mistral, alpaca, plain, or a Jinja file: how chats become text.",
+    ),
+]  # fmt: skip
+"""As `Dtype`, in STEER_CHAT_TEMPLATE."""
+NoThink = Annotated[
+    bool, typer.Option("--no-think", help="Ask the chat template for replies without thoughts, where it can.")
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print a machine-readable result on stdout, everything else on stderr.")
 ]

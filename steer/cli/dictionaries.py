@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 
-from steer.cli.common import DeviceMap, Dtype, Json, Model, emit
+from steer.cli.common import ChatTemplate, DeviceMap, Dtype, Json, Model, emit
 from steer.errors import UsageError
 
 Text = Annotated[list[str], typer.Option(help="A .txt, .md, .jsonl[.gz] file or a datasets id; may be repeated.")]
@@ -25,6 +25,7 @@ def harvest(
     context: Annotated[int, typer.Option(help="Most tokens of a document.")] = 512,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     as_json: Json = False,
 ) -> None:
     """Write a model's residual streams on a text to disk, to train dictionaries on."""
@@ -63,6 +64,7 @@ def features(
     ] = None,
     limit: Annotated[int, typer.Option(help="Rows to show.")] = 20,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     as_json: Json = False,
 ) -> None:
     """List, search and label a dictionary's features; write its dashboard."""
@@ -86,6 +88,7 @@ def train(
     every: Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")] = 120.0,
     track: Annotated[str | None, typer.Option(help="tensorboard or wandb, beside the CSV file.")] = None,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     *,
     as_json: Json = False,
     **options: Any,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from steer.cli.common import DeviceMap, Dtype, FourBit, Json, Model, emit, unicode_option
+from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, NoThink, emit, unicode_option
 from steer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    no_think: NoThink = False,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     four_bit: FourBit = False,
 ) -> None:
     """Talk to a model with its sliders at hand: /moralizing 0.5, /sliders, /undo, /receipt, /help, /quit."""
@@ -57,7 +59,7 @@ def chat(
         chosen = replace(chosen, temperature=temperature)
     loaded_card = None if card is None else load_card(card)
     loaded_profile = None if profile is None else Profile.load(profile)
-    session = _session(model, server, chosen, device_map, four_bit)
+    session = _session(model, server, chosen, device_map, four_bit, no_think)
     if loaded_card is not None:
         session.play(loaded_card)
     if loaded_profile is not None:
@@ -74,7 +76,7 @@ def chat(
 
 
 def _session(
-    model: str | None, server: str | None, sampler: Sampler, device_map: str | None, four_bit: bool
+    model: str | None, server: str | None, sampler: Sampler, device_map: str | None, four_bit: bool, no_think: bool
 ) -> Session:
     """Return a chat with a model in this process, or with one behind a server."""
     from steer.chat.session import Session
@@ -82,14 +84,18 @@ def _session(
     if server is not None:
         from steer.chat.remote import RemoteBackend
 
-        return Session(RemoteBackend(server, os.environ.get("STEER_API_KEY"), model), sampler=sampler)
+        remote = RemoteBackend(server, os.environ.get("STEER_API_KEY"), model)
+        remote.template_options = {"enable_thinking": False} if no_think else {}
+        return Session(remote, sampler=sampler)
     if model is None:
         raise UsageError("chat: expected a model, or --server, found neither; name a checkpoint")
     from steer.model.compile_limits import keep_few_shapes
+    from steer.model.loaded import WITHOUT_THOUGHTS
     from steer.model.steered import load
 
     keep_few_shapes()
     live = load(model, device_map=device_map, four_bit=four_bit)
+    live.template_options = dict(WITHOUT_THOUGHTS) if no_think else {}
     return Session(live, sampler=sampler, sliders=live.sliders)
 
 
@@ -101,6 +107,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the replies.")] = 0,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     four_bit: FourBit = False,
     as_json: Json = False,
 ) -> None:
@@ -156,8 +163,10 @@ def serve(
     keep_alive: Annotated[
         Literal["chunks", "comments"], typer.Option(help="What a stream sends while there is no text.")
     ] = "chunks",
+    no_think: NoThink = False,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     four_bit: FourBit = False,
 ) -> None:
     """Answer OpenAI's API with sliders in every request: SillyTavern, the openai client, curl."""
@@ -171,9 +180,11 @@ def serve(
     options = Options(
         host, api_key, load_profiles(profile), limits, allow_host, allow_origin, any_model_name, keep_alive
     )
+    from steer.model.loaded import WITHOUT_THOUGHTS
     from steer.model.steered import load
 
     live = load(model, device_map=device_map, four_bit=four_bit)
+    live.template_options = dict(WITHOUT_THOUGHTS) if no_think else {}
     run(
         live, port=port, options=options, max_running=max_running, max_waiting=max_queue, context=context,
         ready=lambda url: typer.echo(f"{url}  (Ctrl-C stops)", err=True),
@@ -190,6 +201,7 @@ def ui(
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser.")] = False,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     four_bit: FourBit = False,
 ) -> None:
     """Open the slider chat in the browser."""

@@ -18,7 +18,7 @@ import typer
 from steer.cli import bake as cli_bake
 from steer.cli import dictionaries as cli_dictionaries
 from steer.cli import live as cli_live
-from steer.cli.common import DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
+from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
 from steer.errors import SteerError, UsageError
 from steer.plain_text import plain_line
 
@@ -119,9 +119,13 @@ def find(
     site: Annotated[int | None, typer.Option(help="Use the residual stream after this block.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; by default the direction is saved by name.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the replies.")] = 0,
+    no_think: Annotated[
+        bool, typer.Option("--no-think", help="Replies without thoughts; find asks for them anyway.")
+    ] = True,
     dictionary: Annotated[Path | None, typer.Option(help="Rank this dictionary's latents instead.")] = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     four_bit: FourBit = False,
     as_json: Json = False,
 ) -> None:
@@ -170,6 +174,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of every reply.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
     dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
     as_json: Json = False,
 ) -> None:
     """The whole way on the default model: fetch, merge, find, steer, bake, verify, report."""

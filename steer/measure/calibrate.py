@@ -219,7 +219,7 @@ class NeutralCosts:
         self.tokens = 0
         """Tokens that went through the model so far, prompts included."""
         self.prompts = NeutralPrompts.load().held_out[-PROMPTS:]
-        self._contexts = [model.prompt_ids(as_messages(p)) for p in self.prompts]
+        self._contexts = [model.prompt_ids(as_messages(p), thoughts=False) for p in self.prompts]
         untouched = self._replies([None])[0]
         self.repetition = mean_repetition(untouched)
         """Mean repetition of the untouched replies."""

@@ -7,6 +7,7 @@ replies.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,6 +32,7 @@ SAMPLER = Sampler(max_new_tokens=64, temperature=0.7, top_k=40, repetition_penal
 Take = Callable[[list[int], Bool[Tensor, "rows seq"], int, Float[Tensor, "rows seq d"]], None]
 """Callback of `read_replies`, called per batch and site with: the indices of the replies in the batch, the mask of
 their response tokens, the site, and the residual stream at that site."""
+_log = logging.getLogger(__name__)
 _PARTS = ("fit_with", "fit_without", "held_out_with", "held_out_without", "neutral")
 
 
@@ -44,6 +46,30 @@ class Reply:
     text: str
     mean: Float[Tensor, "sites d"] | None = field(default=None, compare=False, repr=False)
     """The mean residual stream over the reply's tokens after each block, if it was summed during generation."""
+    thoughts: tuple[int, ...] = ()
+    """Tokens of thoughts that the model wrote before `ids`. They are read, and nothing is measured on them."""
+
+    @classmethod
+    def of(cls, model: SteeredModel, chat: Sequence[Message], made: Sequence[int], mean: Tensor | None = None) -> Reply:
+        """The reply in what `model.replies` made. `mean`: over all its tokens; left out if some are thoughts."""
+        start = model.answer_start(made)
+        ids = tuple(made[start:])
+        return cls(tuple(chat), ids, model.text(ids), None if start else mean, tuple(made[:start]))
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON value for a file, without the mean."""
+        thoughts = {"thoughts": self.thoughts} if self.thoughts else {}
+        return {"chat": self.chat, "ids": self.ids, "text": self.text, **thoughts}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Reply:
+        """The reply of a value that `as_json` returned."""
+        thoughts = tuple(value.get("thoughts", ()))
+        return cls(tuple(value["chat"]), tuple(value["ids"]), value["text"], thoughts=thoughts)
+
+    def prompt_ids(self, model: SteeredModel) -> list[int]:
+        """Token ids of everything before the reply, the thoughts among them."""
+        return [*model.prompt_ids(self.chat, thoughts=False), *self.thoughts]
 
 
 @dataclass(frozen=True)
@@ -65,13 +91,13 @@ class Contrast:
 
     def as_json(self) -> dict[str, Any]:
         """A JSON value for a file. Of the trait it holds only the name."""
-        parts = {name: [{"chat": r.chat, "ids": r.ids, "text": r.text} for r in getattr(self, name)] for name in _PARTS}
+        parts = {name: [r.as_json() for r in getattr(self, name)] for name in _PARTS}
         return {"trait": self.trait.name, **parts}
 
     @classmethod
     def from_json(cls, trait: Trait, value: Mapping[str, Any]) -> Contrast:
         """The contrast of `trait` from a value that `as_json` returned."""
-        parts = {n: tuple(Reply(tuple(r["chat"]), tuple(r["ids"]), r["text"]) for r in value[n]) for n in _PARTS}
+        parts = {n: tuple(Reply.from_json(r) for r in value[n]) for n in _PARTS}
         return cls(trait, **parts)
 
     def check(self) -> None:
@@ -115,11 +141,20 @@ def contrast_replies(
     chats = [chat for part in parts for chat in part]
     sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
     with model.untouched():
-        made = model.replies(chats, sampler, on_tokens=on_tokens, sums=sums)
-    replies = (
-        Reply(tuple(c), tuple(ids), model.text(ids), (sums[:, i] / max(1, len(ids))).cpu())
+        made = model.replies(chats, sampler, on_tokens=on_tokens, sums=sums, thoughts=False)
+    found = [
+        Reply.of(model, c, ids, (sums[:, i] / max(1, len(ids))).cpu())
         for i, (c, ids) in enumerate(zip(chats, made, strict=True))
-    )
+    ]
+    if thought := [r for r in found if r.thoughts]:
+        endless = sum(not r.ids for r in thought)
+        without = f", and {endless} are left out, as their thoughts do not end in {sampler.max_new_tokens} tokens"
+        _log.warning(
+            "%s: %d of %d replies begin with thoughts, which its chat template does not leave out; only what follows "
+            "them is measured%s", model.name, len(thought), len(found),
+            without if endless else "",
+        )  # fmt: skip
+    replies = iter(found)
     # A reply that ended at once has no tokens to measure.
     split = [tuple(r for r in islice(replies, len(part)) if r.ids) for part in parts]
     return Contrast(trait, *split[:4], neutral=split[4] if neutral is None else tuple(neutral))
@@ -171,7 +206,7 @@ def read_replies(
     not at the prompt, BOS, or the special tokens around the reply. `on_rows` is called with the number of replies of
     each batch.
     """
-    prompts = [model.prompt_ids(r.chat) for r in replies]
+    prompts = [r.prompt_ids(model) for r in replies]
     full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
     order = sorted(range(len(full)), key=lambda i: len(full[i]))
     for start in range(0, len(order), batch):

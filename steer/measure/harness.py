@@ -155,7 +155,7 @@ def measure_settings(
     groups, surprises = [group for (group,) in found], [math.nan] * len(settings)
     if perplexities:
         # Each topic is read once for all settings.
-        asked = [(judge or model).prompt_ids(as_messages(topic)) for topic in topics]
+        asked = [(judge or model).prompt_ids(as_messages(topic), thoughts=False) for topic in topics]
         rows = [[(p, r) for p, r in zip(asked, g.ids[::samples], strict=True) if r] for g in groups]
         entropies = iter(text_costs(judge or model, [row for group in rows for row in group], [None])[0, :, 1])
         surprises = [perplexity([next(entropies) for _ in group], [len(r) for _, r in group]) for group in rows]
@@ -248,6 +248,7 @@ def replies_under(
         [e for e in edits for _ in prompts],
         keys=list(range(per)) * len(edits),
         on_tokens=on_tokens,
+        thoughts=False,
     )
     return [made[i * per : (i + 1) * per] for i in range(len(edits))]
 
@@ -258,8 +259,9 @@ def neutral_replies(
     """The untouched model's replies of at most `tokens` tokens to neutral prompts, without the empty ones."""
     chats: list[list[Message]] = [as_messages(p) for p in prompts]
     with model.untouched():
-        made = model.replies(chats, replace(MEASURE, max_new_tokens=tokens), on_tokens=on_tokens)
-    return [Reply(tuple(c), tuple(r), model.text(r)) for c, r in zip(chats, made, strict=True) if r]
+        made = model.replies(chats, replace(MEASURE, max_new_tokens=tokens), on_tokens=on_tokens, thoughts=False)
+    replies = [Reply.of(model, c, r) for c, r in zip(chats, made, strict=True)]
+    return [r for r in replies if r.ids]
 
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:
@@ -306,7 +308,7 @@ class Reference:
     @classmethod
     def of(cls, model: SteeredModel, replies: Sequence[Reply]) -> Reference:
         """Run the untouched model over `replies` once and store its predictions."""
-        texts = tuple((model.prompt_ids(r.chat), r.ids) for r in replies)
+        texts = tuple((r.prompt_ids(model), r.ids) for r in replies)
         hidden = {i: rows[0].clone() for i, rows in _hidden(model, texts, [None])}
         for rows in hidden.values():
             model.check_finite(rows)

@@ -6,15 +6,16 @@ loops, finding and measuring, takes a `LoadedModel`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
@@ -22,14 +23,34 @@ from transformers.cache_utils import Cache
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.core.edit import Edit
-from steer.errors import CheckpointError, UsageError
+from steer.core.thoughts import ThoughtSplitter
+from steer.errors import CheckpointError
 from steer.model import attention
+from steer.model.chat_template import THINKING, ChatTemplate, marks_of
 from steer.model.record import Recording, reading
 from steer.model.steering.steering import Steering
-from steer.model.tokens import context_length, end_token_ids, ids_of
+from steer.model.tokens import Detokeniser, common_length, context_length, end_token_ids, ids_of
 
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
+
+
+WITHOUT_THOUGHTS: Mapping[str, Any] = {THINKING[0]: False}
+"""Options of a chat template that ask for a reply without thoughts."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A chat as the model reads it."""
+
+    ids: list[int]
+    begun: int = 0
+    """How many ids at its end are the beginning of the reply."""
+    opening: str = ""
+    """As in `RenderedChat`: what `ThoughtSplitter` takes as the beginning of the reply."""
+    notes: tuple[str, ...] = ()
+    """What was changed so that the chat template takes the chat."""
 
 
 class LoadedModel:
@@ -50,7 +71,11 @@ class LoadedModel:
         self.steering = Steering(hf, self.anatomy)
         self.compiled: Any = None
         """The `CompiledStep` that single texts are decoded with, after `SteeredModel.compile`; else None."""
-        self.end_token_ids = end_token_ids(hf.config, hf.generation_config, tokenizer)
+        self.template = ChatTemplate(tokenizer, name)
+        self.template_options: dict[str, Any] = {}
+        """Variables of the chat template that every chat is rendered with, such as `WITHOUT_THOUGHTS`."""
+        self._noted: set[str] = set()
+        self.end_token_ids = end_token_ids(hf.config, hf.generation_config, tokenizer, self.template.turn_end())
         """Tokens that end a reply: those of the generation config, the config and the tokenizer, and the one that the
         chat template writes after a reply."""
         self.context = context_length(hf.config)
@@ -80,22 +105,40 @@ class LoadedModel:
         tensors = dict(self.hf.named_parameters())
         return Sketch.of(list(tensors), lambda name: tensors[name].detach(), self.hf.config.to_dict())
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat up to the point where the reply begins, with one BOS at most.
+    def prompt(
+        self, messages: Sequence[Message], reply: str = "", options: Mapping[str, Any] | None = None
+    ) -> ChatPrompt:
+        """A chat as token ids, up to the point where the reply begins, or where `reply`, its beginning, ends.
 
-        Errors: CheckpointError without a chat template, UsageError for a chat that the template refuses;
+        `options`: variables of the chat template, on top of `template_options`. Where the template does not take the
+        chat as it is, its form is changed (see `ChatTemplate.render`); each kind of change is logged once.
+        Errors: CheckpointError without a chat template, UsageError for a chat that the template refuses in every form;
         those of `encode`.
         """
-        if not self.tokenizer.chat_template:
-            raise CheckpointError(
-                f"{self.name}: expected a chat template in the tokenizer, found none; "
-                "copy chat_template.jinja from the tune it was made of"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as e:
-            raise UsageError(f"{self.name}: its chat template refuses this chat: {e}") from e
-        return self.encode(text)
+        chat = self.template.render(messages, reply, self.template_options | dict(options or {}))
+        ids = self.encode(chat.text)
+        # Not the length without the reply: its first token may have been joined with a space before it.
+        head = common_length(self.encode(chat.text[: len(chat.text) - chat.begun]), ids) if chat.begun else len(ids)
+        for note in chat.notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                _log.warning("%s: %s", self.name, note)
+        return ChatPrompt(ids, len(ids) - head, chat.opening, chat.notes)
+
+    def prompt_ids(self, messages: Sequence[Message], *, thoughts: bool = True) -> list[int]:
+        """Token ids of a chat up to the point where the reply begins, with one BOS at most.
+
+        `thoughts`: false asks the template for a reply without thoughts, where it can. Errors: as `prompt`.
+        """
+        return self.prompt(messages, options=None if thoughts else WITHOUT_THOUGHTS).ids
+
+    def answer_start(self, ids: Sequence[int], opening: str = "") -> int:
+        """How many of a reply's first tokens are thoughts, all of them if these do not end. `opening`: the prompt's."""
+        text, split = Detokeniser(self.tokenizer, ()), ThoughtSplitter(marks_of(self.tokenizer), opening)
+        for i, token in enumerate(ids):
+            if split.add(text.add(token))[1]:
+                return i if split.opened else 0
+        return len(ids) if split.opened else 0
 
     def encode(self, text: str, *, frame: bool = False) -> list[int]:
         """Token ids of a text as it is; with `frame`, between the special tokens that the tokenizer puts around a text.

@@ -64,7 +64,9 @@ def read_model(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of_products
             )
             more = more | {"quantization_config": small_weights}
-        tokenizer = AutoTokenizer.from_pretrained(place, **code)
+        # With mistral-common installed, transformers would take its tokenizer where there is a tekken.json: it has no
+        # chat template and no fast backend. The same directory has to work the same with and without that package.
+        tokenizer = AutoTokenizer.from_pretrained(place, mistral_format=False, **code)
         config = AutoConfig.from_pretrained(place, **code, **hub)
         model_class: Any = model_class_of(config) or AutoModelForCausalLM
         if more.get("attn_implementation") == attention.NAME and not _grouped_attention_fits(config, model_class):

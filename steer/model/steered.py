@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from steer.checkpoint.chat_templates import chosen_template
 from steer.checkpoint.fetch import resolve
 from steer.core.edit import Edit
 from steer.core.lists import as_list
@@ -38,7 +40,13 @@ does among 96: products of fewer rows wait for the weights."""
 
 
 def load(
-    model: str | Path, *, dtype: Any = None, device_map: Any = None, four_bit: bool = False, **kwargs: Any
+    model: str | Path,
+    *,
+    dtype: Any = None,
+    device_map: Any = None,
+    four_bit: bool = False,
+    chat_template: str | Path | None = None,
+    **kwargs: Any,
 ) -> SteeredModel:
     """Load a checkpoint and make it steerable.
 
@@ -52,11 +60,17 @@ def load(
     `device_map`, `quantization_config` and the rest go to transformers unchanged. Without a `device_map` the model goes
     to the GPU if there is one.
     `four_bit`: quantise the weights to bitsandbytes' NF4 as they are loaded, for a model that does not fit otherwise.
+    `chat_template`: a template that ships (chatml, llama3, gemma, mistral, alpaca, plain) or a file, in place of the
+    checkpoint's own. Where it is left out, $STEER_CHAT_TEMPLATE takes its place.
     Errors: CheckpointError when there is no such model, or no room for it, UnsupportedError for an unknown
-    architecture, UsageError for 4 bits without bitsandbytes, a GPU that is not there and an unknown dtype.
+    architecture, UsageError for 4 bits without bitsandbytes, a GPU that is not there, an unknown dtype and a template
+    that cannot be read.
     """
+    text = chosen_template(chat_template)  # before the weights are read
     place = resolve(model)
     hf, tokenizer = read_model(place, str(model), dtype, device_map, four_bit, kwargs)
+    if text is not None:
+        tokenizer.chat_template = text
     return SteeredModel(hf, tokenizer, name=str(model), files=files_of(place))
 
 
@@ -101,8 +115,11 @@ class SteeredModel(LoadedModel):
         Each token is made when its piece is asked for, so a slider that is moved between two pieces acts from the next
         one on. `sampling`: fields of `sampler` to change. `tally` and `memory`: as `decode` takes them.
         """
-        prompt = self.prompt_ids(as_messages(message, system))
-        return self.stream_ids(prompt, replace(sampler, **sampling), tally, memory)
+        prompt = self.prompt(as_messages(message, system))
+        return chain(
+            [prompt.opening] if prompt.opening else [],
+            self.stream_ids(prompt.ids, replace(sampler, **sampling), tally, memory),
+        )
 
     def stream_ids(
         self, prompt: list[int], sampler: Sampler, tally: Tally | None = None, memory: PrefixCache | None = None
@@ -127,6 +144,7 @@ class SteeredModel(LoadedModel):
         batch: int = ROWS,
         on_tokens: Callable[[int], None] | None = None,
         sums: Float[Tensor, "sites chats d"] | None = None,
+        thoughts: bool = True,
     ) -> list[list[int]]:
         """Replies to many chats, as token ids, each chat under its own edit (None: unedited).
 
@@ -134,8 +152,9 @@ class SteeredModel(LoadedModel):
         of them and the same number in each batch. `keys` seed the random streams: chats with the same key draw the same
         numbers, which pairs an edited reply with the unedited one. `on_tokens` is called at each step with the number
         of tokens made. `sums` is set to the residual stream after each block, summed over the tokens of each reply.
+        `thoughts`: as `prompt_ids`.
         """
-        prompts = [self.prompt_ids(c) for c in chats]
+        prompts = [self.prompt_ids(c, thoughts=thoughts) for c in chats]
         check_length(self.name, max(map(len, prompts), default=0), self.context)  # before hours are spent on the others
         keys = list(keys) if keys is not None else list(range(len(prompts)))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from steer.errors import CheckpointError, UsageError
-
-_PROBE = "steerprobe"
-"""A reply to render with a chat template, to see which token the template writes after a reply."""
+from steer.model.chat_template import marks_of
 
 
 class ContextWarning(UserWarning):
@@ -74,33 +71,14 @@ def padded(
     return ids.to(device), mask.to(device)
 
 
-def end_token_ids(config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
+def end_token_ids(config: Any, generation_config: Any, tokenizer: Any, turn_end: int | None) -> frozenset[int]:
     """Tokens that end a reply: the end tokens of the generation config, the config and the tokenizer, which may differ
-    in merges and tunes, and the token that the chat template writes after a reply."""
-    found: set[int] = set()
+    in merges and tunes, and `turn_end`, the token that the chat template writes after a reply."""
+    found: set[int] = set() if turn_end is None else {turn_end}
     for source in (generation_config, config, config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
         found |= {ids} if isinstance(ids, int) else set(ids or ())
-    turn_end = _turn_end(tokenizer)
-    return frozenset(found if turn_end is None else found | {turn_end})
-
-
-def _turn_end(tokenizer: Any) -> int | None:
-    """The first special or added token that the chat template writes after a reply; None where it writes none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, TypeError, KeyError, AttributeError):
-        return None  # the template refuses such a chat
-    _, said, after = text.rpartition(_PROBE)
-    if not said:
-        return None
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    # The unknown token ends no reply; BOS begins the next chat and ends none, unless it is EOS as well.
-    special -= {tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
-    return next((i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special), None)
+    return frozenset(found)
 
 
 def context_length(config: Any) -> int:
@@ -142,7 +120,7 @@ _CONTEXT = 8
 
 
 class Detokeniser:
-    """The text of one reply, as its tokens come: whole characters only, without special tokens.
+    """The text of one reply, as its tokens come: whole characters only, without special tokens but those of thoughts.
 
         text = Detokeniser(tokenizer, prompt_ids)
         pieces = [text.add(token) for token in reply_ids] + [text.end()]
@@ -154,6 +132,13 @@ class Detokeniser:
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         """`tokenizer`: one of transformers, with a fast backend. `prompt`: the tokens before the reply."""
         self._tokenizer = tokenizer.backend_tokenizer
+        marks = marks_of(tokenizer)
+        self._marks = {
+            i: t.content
+            for i, t in tokenizer.added_tokens_decoder.items()
+            if t.special and (t.content in marks.open or t.content in marks.close)
+        }
+        """Special tokens around thoughts. They stay in the text, or the thoughts would run into the answer."""
         self._seen = list(prompt[-_CONTEXT:])
         self._open: list[int] = []
         """Tokens that do not make a whole character yet."""
@@ -161,6 +146,11 @@ class Detokeniser:
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty while bytes of a character are missing."""
+        if token in self._marks:
+            text = self.end() + self._marks[token]
+            self._seen = [*self._seen, token][-_CONTEXT:]
+            self._begin()
+            return text
         self._open.append(token)
         try:
             text = self._stream.step(self._tokenizer, token)

@@ -17,6 +17,7 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.local import LocalBackend
 from steer.chat.writer import ReplyBackend
+from steer.checkpoint.chat_templates import VARIABLE as CHAT_TEMPLATE
 from steer.checkpoint.dtypes import DTYPES, VARIABLE
 from steer.model.compile_limits import keep_few_shapes
 from steer.model.steered import SteeredModel, load
@@ -138,7 +139,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device-map")
     parser.add_argument("--four-bit", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--chat-template")
     named = parser.parse_known_args(sys.argv[1:])[0]
     if named.dtype is not None:
         os.environ[VARIABLE] = named.dtype
+    if named.chat_template is not None:
+        os.environ[CHAT_TEMPLATE] = named.chat_template
     return named

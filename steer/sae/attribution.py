@@ -65,7 +65,7 @@ def attribution(
 def _reply_attributions(
     model: SteeredModel, dictionary: Dictionary, site: int, replies: Sequence[Reply], indices: Sequence[int]
 ) -> Float[Tensor, "replies latents"]:
-    prompts = [model.prompt_ids(r.chat) for r in replies]
+    prompts = [r.prompt_ids(model) for r in replies]
     full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
     ids, mask = padded(full, device=model.device)
     width = ids.shape[1]
@@ -148,7 +148,7 @@ def output_scores(
     Errors: those of `check_fits`.
     """
     check_fits(model, dictionary)
-    chats = [model.prompt_ids(as_messages(p)) for p in prompts]
+    chats = [model.prompt_ids(as_messages(p), thoughts=False) for p in prompts]
     if not features or not chats:
         return [0.0 for _ in features]
     top_ids = lens_topk(model, torch.stack([f.direction.vector for f in features]), TOP_TOKENS)[0][1]

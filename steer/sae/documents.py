@@ -11,13 +11,12 @@ import logging
 import operator
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from jinja2 import TemplateError
 
 from steer.core.lists import as_list
 from steer.errors import SteerError, UsageError
@@ -98,11 +97,9 @@ class _Reader:
         if self.tokenizer.chat_template:
             # Some fine-tunes use added tokens in their chat template that are not marked as special.
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-            try:
-                (ids,) = self._encode([self.tokenizer.apply_chat_template(chat, tokenize=False)])
+            with suppress(UsageError):  # the template refuses such a chat
+                (ids,) = self._encode([model.template.whole(chat)])
                 self.special |= {i for i in ids if i in added}
-            except TemplateError:
-                pass  # the template refuses such a chat
 
     def read(self, source: str) -> Iterator[Document]:
         file = source_file(source)
@@ -131,11 +128,9 @@ class _Reader:
                 "copy chat_template.jinja from the tune it was made of"
             )
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, TypeError, KeyError, AttributeError) as e:
-            raise SteerError(
-                f"{at}: expected a chat that the template of {self.model.name} takes, found one it refuses: {e}"
-            ) from e
+            return self.model.template.whole(messages)
+        except UsageError as e:
+            raise SteerError(f"{at}: expected a chat that the chat template takes, found another: {e}") from e
 
     def _packed(self, passages: Iterator[str]) -> Iterator[Document]:
         held: list[int] = []

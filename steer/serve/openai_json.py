@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from steer.serve.requests import Prompt
-from steer.serve.writing import Reason, Update
+from steer.serve.writing import Piece, Reason, Update
 
 Json = dict[str, Any]
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -40,12 +40,14 @@ class ChatFormat:
 
     def __init__(self, model: str, tokenizer: Any, choices: Sequence[Prompt], logprobs: bool) -> None:
         """`choices`: the prompt of each choice. `logprobs`: whether choices report them."""
-        self._tokenizer, self._choices, self._with_logprobs = tokenizer, choices, logprobs
+        self._tokenizer, self.choices, self._with_logprobs = tokenizer, choices, logprobs
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, choices: Sequence[Update], more: Json) -> str:
         """Return a whole reply; `choices`: the whole text of each."""
-        messages = [{"role": "assistant", "content": u.piece.text, "refusal": None} for u in choices]
+        messages = [
+            {"role": "assistant", "content": u.piece.text, **_thoughts(u.piece), "refusal": None} for u in choices
+        ]
         made = [self._choice(u, message=message) for u, message in zip(choices, messages, strict=True)]
         return self._response(ChatCompletion, "chat.completion", made, more)
 
@@ -53,12 +55,13 @@ class ChatFormat:
         """Return a chunk of a streamed reply; without an update its list of choices is empty."""
         made = []
         if update is not None:
-            made.append(self._choice(update, delta={"content": update.piece.text} if update.piece.text else {}))
+            answer = {"content": update.piece.text} if update.piece.text else {}
+            made.append(self._choice(update, delta=_thoughts(update.piece) | answer))
         return self._response(ChatCompletionChunk, "chat.completion.chunk", made, more)
 
     def opening(self, more: Json) -> Iterator[str]:
         """Yield the chunks to send before any token: the role of a chat's reply, or the echoed prompt."""
-        for index in range(len(self._choices)):
+        for index in range(len(self.choices)):
             delta = {"role": "assistant", "content": ""}
             first = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             yield self._response(ChatCompletionChunk, "chat.completion.chunk", [first], more)
@@ -92,7 +95,7 @@ class CompletionFormat(ChatFormat):
     prefix = "cmpl"
 
     def whole(self, choices: Sequence[Update], more: Json) -> str:
-        made = [self._choice(u, text=self._choices[u.choice].echo + u.piece.text) for u in choices]
+        made = [self._choice(u, text=self.choices[u.choice].echo + u.piece.text) for u in choices]
         return self._response(_Completion, "text_completion", made, more)
 
     def chunk(self, update: Update | None, more: Json) -> str:
@@ -100,13 +103,13 @@ class CompletionFormat(ChatFormat):
         return self._response(_Completion, "text_completion", made, more)
 
     def opening(self, more: Json) -> Iterator[str]:
-        for index, prompt in enumerate(self._choices):
+        for index, prompt in enumerate(self.choices):
             if prompt.echo:
                 first = {"index": index, "text": prompt.echo, "logprobs": None, "finish_reason": None}
                 yield self._response(_Completion, "text_completion", [first], more)
 
     def _logprobs(self, update: Update) -> Json:
-        begin, rows = len(self._choices[update.choice].echo), super()._logprobs(update)["content"]
+        begin, rows = len(self.choices[update.choice].echo), super()._logprobs(update)["content"]
         return {
             "tokens": [row["token"] for row in rows],
             "token_logprobs": [row["logprob"] for row in rows],
@@ -120,6 +123,11 @@ class CompletionFormat(ChatFormat):
         for token in (*row["top_logprobs"], row):
             out.setdefault(token["token"], token["logprob"])
         return out
+
+
+def _thoughts(piece: Piece) -> Json:
+    """Return the field of thoughts that servers of reasoning models add to OpenAI's messages, if there are any."""
+    return {"reasoning_content": piece.thoughts} if piece.thoughts else {}
 
 
 class _CompletionChoice(CompletionChoice):

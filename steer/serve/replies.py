@@ -89,7 +89,8 @@ class Replies:
         )
         if plan is None:
             return self._client_left()
-        writing = Writing(self._engine, plan.jobs, self._model.tokenizer, request.stop or [], self._metrics)
+        openings = [prompt.opening for prompt in plan.format.choices]
+        writing = Writing(self._engine, plan.jobs, openings, self._model.tokenizer, request.stop or [], self._metrics)
         self._metrics.prompt_tokens.inc(sum(len(p.ids) for p in plan.prompts))
         if request.stream:
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -158,10 +159,7 @@ class Replies:
             if update is not None:
                 pieces[update.choice].append(update.piece)
                 reasons[update.choice] = update.reason
-        choices = [
-            Update(i, Piece("".join(p.text for p in parts), tuple(t for p in parts for t in p.tokens)), reasons[i])
-            for i, parts in enumerate(pieces)
-        ]
+        choices = [Update(i, _whole(parts), reasons[i]) for i, parts in enumerate(pieces)]
         return Response(plan.format.whole(choices, self._summary(plan, writing)), media_type="application/json")
 
     async def _chunks(self, plan: RequestPlan, writing: Writing, with_usage: bool) -> AsyncIterator[bytes]:
@@ -191,7 +189,8 @@ class Replies:
         setting = plan.setting or self._settings.live
         receipts = [c.receipt for c in writing.choices]
         rows = [None if r is None else r.describe() for r in receipts]
-        warnings = [w for r in receipts if r is not None for w in r.warnings]
+        warnings = [note for prompt in plan.prompts for note in prompt.notes]
+        warnings += [w for r in receipts if r is not None for w in r.warnings]
         steering = {
             "profile": setting.profile,
             "live": plan.setting is None,
@@ -240,6 +239,11 @@ class _Stream(StreamingResponse):
             if not self._writing.finished and not self._writing.failed:
                 self._metrics.hung_up.inc()
             self._writing.cancel()
+
+
+def _whole(pieces: list[Piece]) -> Piece:
+    tokens = tuple(t for p in pieces for t in p.tokens)
+    return Piece("".join(p.text for p in pieces), tokens, "".join(p.thoughts for p in pieces))
 
 
 def _event(data: str) -> bytes:

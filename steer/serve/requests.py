@@ -13,11 +13,21 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from steer.core.sampler import MAX_BREAKERS, ORDER, TEMPERATURE_LAST, Sampler
 from steer.core.small_files import shown
 from steer.errors import SteerError
+from steer.model.chat_template import RESERVED
 from steer.plain_text import without_surrogates
 from steer.serve.errors import ApiError, invalid
 from steer.serve.limits import MAX_MESSAGES, Limits
@@ -32,6 +42,8 @@ MAX_TOKENS = 2**21
 MAX_BIASES = 2**19
 """Entries of `logit_bias`; no vocabulary is larger."""
 _TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal"))
+MAX_OPTIONS = 32
+"""Options of a chat template."""
 MAX_SLIDERS = 64
 MAX_AMOUNT = 10_000.0
 """Largest absolute amount of a slider. Amount 1 is as strong as the model shows the trait itself; far larger amounts
@@ -220,6 +232,8 @@ class Message(_Strict):
     tool_call_id: str | None = None
     tool_calls: Annotated[list[ToolCall], _at_most(MAX_PROMPTS)] | None = None
     function_call: CalledFunction | None = None
+    reasoning_content: Text | None = None
+    """The thoughts of a past reply, for templates that write them."""
 
     @property
     def parts(self) -> list[Part]:
@@ -243,6 +257,24 @@ class ChatRequest(Request):
     messages: Annotated[list[Message], _at_most(MAX_MESSAGES, 1)]
     logprobs: Flag | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=MAX_OPTIONS)] | None = None
+    """The chat template's own options."""
+    enable_thinking: Flag | None = None
+    """Short for this option of the template."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _options(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Refuse names that are transformers' own, one of which would replace the template."""
+        if reserved := RESERVED & (value or {}).keys():
+            raise ValueError(f"expected options of the chat template, found {min(reserved)}, which no request sets")
+        return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The chat template's options."""
+        short = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return short | (self.chat_template_kwargs or {})
 
 
 class CompletionRequest(Request):
@@ -304,6 +336,10 @@ class Prompt:
     """How many ids at its end are the beginning of the reply."""
     echo: str = ""
     """Text of the prompt to repeat at the start of the reply; empty unless `echo` was asked for."""
+    opening: str | None = None
+    """Of a chat: as in `ChatPrompt`, what the reply has of thoughts already. None: its thoughts stay in its text."""
+    notes: tuple[str, ...] = ()
+    """What was changed so that the chat template takes the chat."""
 
 
 def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int, longest: int) -> None:
@@ -319,6 +355,7 @@ def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int
             found = f"{len(request.messages)}; leave out the oldest"
             raise invalid(param, f"at most {limits.messages}", found, "too_many_messages")
         characters = sum(len(m.text) + sum(len(str(call.function)) for call in m.calls) for m in request.messages)
+        characters += sum(len(message.reasoning_content or "") for message in request.messages)
     else:
         param, prompts = "prompt", len(request.prompts)
         if request.suffix:
@@ -359,16 +396,17 @@ def chat_prompt(model: SteeredModel, request: ChatRequest) -> Prompt:
             raise invalid(f"messages[{place}].content", "text", f"a part of type {shown(other[0])}")
         called |= {call.id: call.function.name for call in message.calls}
         name = message.name or called.get(message.tool_call_id, "tool")
-        chat.append(_with_tools(message, name) if knows_tools else _without_tools(message, name))
+        turn = _with_tools(message, name) if knows_tools else _without_tools(message, name)
+        thoughts = {} if message.reasoning_content is None else {"reasoning_content": message.reasoning_content}
+        chat.append(turn | thoughts)
     last = chat.pop() if chat[-1]["role"] == "assistant" else None
     if not chat:
         raise invalid("messages", "one that the assistant's last one replies to", "none", "chat_refused")
     try:
-        ids = model.prompt_ids(chat)
-        begun = model.encode(last["content"]) if last else []
+        prompt = model.prompt(chat, (last and last["content"]) or "", request.options)
     except SteerError as e:
         raise ApiError(400, str(e), param="messages", code="chat_refused") from e
-    return Prompt((*ids, *begun), len(begun))
+    return Prompt(tuple(prompt.ids), prompt.begun, opening=prompt.opening, notes=prompt.notes)
 
 
 def completion_prompts(model: SteeredModel, request: CompletionRequest, context: int) -> list[Prompt]:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from steer.core.thoughts import ThoughtSplitter
 from steer.errors import SteerError, UsageError
+from steer.model.chat_template import marks_of
 from steer.model.steering.receipts import Receipt
 from steer.model.tokens import Detokeniser
 from steer.serve.engine import Busy, Engine, Event, Finished, Job, Token
@@ -43,6 +45,8 @@ class Piece:
 
     text: str
     tokens: tuple[TokenText, ...] = ()
+    thoughts: str = ""
+    """Text of the thoughts before the answer, where these are split off."""
 
 
 class ReplyText:
@@ -57,9 +61,13 @@ class ReplyText:
         print(text.end().text)
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        """`tokenizer`: a transformers tokenizer with a fast backend. `prompt`: the token ids before the reply."""
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = (), opening: str | None = None
+    ) -> None:
+        """`tokenizer`: a transformers tokenizer with a fast backend. `prompt`: the token ids before the reply.
+        `opening`: what the reply has of thoughts already, if these are to be split off; see `Prompt`."""
         self._decoder = Detokeniser(tokenizer, prompt)
+        self._splitter = None if opening is None else ThoughtSplitter(marks_of(tokenizer), opening)
         self._stop = tuple(stop)
         self._held = ""
         self._sent = 0
@@ -89,7 +97,10 @@ class ReplyText:
         # A token that only begins a character is reported together with that character.
         ready = [t for t in self._tokens if t.start < self._sent or (last and not self.stopped)]
         self._tokens = self._tokens[len(ready) :]
-        return Piece(out, tuple(ready))
+        if self._splitter is None:
+            return Piece(out, tuple(ready))
+        split = [self._splitter.add(out), *([self._splitter.end()] if last or self.stopped else [])]
+        return Piece("".join(s[1] for s in split), tuple(ready), "".join(s[0] for s in split))
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -137,9 +148,16 @@ class Writing:
     """
 
     def __init__(
-        self, engine: Engine, jobs: Sequence[Job], tokenizer: Any, stop: Sequence[str], metrics: Metrics
+        self,
+        engine: Engine,
+        jobs: Sequence[Job],
+        openings: Sequence[str | None],
+        tokenizer: Any,
+        stop: Sequence[str],
+        metrics: Metrics,
     ) -> None:
-        """Submit all jobs, or none if one is refused. Must be called in the event loop.
+        """Submit all jobs, or none if one is refused. Must be called in the event loop. `openings`: of each job, as
+        `ReplyText` takes it.
 
         Errors: ApiError, with status 429 when the queue is full.
         """
@@ -148,7 +166,10 @@ class Writing:
         self._metrics = metrics
         self.failed = False
         """Whether the request ended with an error."""
-        self.choices = [Choice(i, ReplyText(tokenizer, job.prompt, stop)) for i, job in enumerate(jobs)]
+        self.choices = [
+            Choice(i, ReplyText(tokenizer, job.prompt, stop, opening))
+            for i, (job, opening) in enumerate(zip(jobs, openings, strict=True))
+        ]
         try:
             for choice, job in zip(self.choices, jobs, strict=True):
                 choice.cancel = engine.submit(job, partial(self._receive, choice))
@@ -186,7 +207,7 @@ class Writing:
                 choice.open, self.failed = False, True
                 raise event
             update = self._finish(choice, event) if isinstance(event, Finished) else self._write(choice, event)
-            if update.piece.text or update.piece.tokens or update.reason:
+            if update.piece.text or update.piece.thoughts or update.piece.tokens or update.reason:
                 yield update
 
     def _receive(self, choice: Choice, event: Event) -> None:

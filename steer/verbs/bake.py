@@ -90,6 +90,7 @@ def bake(
     profile: Profile | str | Path | None = None,
     form: Form = "checkpoint",
     force: bool = False,
+    chat_template: str | Path | None = None,
     command: str | None = None,
     say: Say = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
@@ -102,8 +103,9 @@ def bake(
     a known direction is found first. `add`: direction -> amount, written as a bias. `profile`: sliders in place of
     both; all sliders that cannot be baked are named in one error. `form`: `checkpoint`, `adapter` (a PEFT LoRA) or
     `gguf` (a control vector, which holds only what is added). `force`: accept a direction that was found on another
-    checkpoint. `command`: the command line, for the certificate. `say`: called with the plan before anything is
-    written. `progress`: called with bytes done and bytes in all. `how`: fields of `HowToAblate`.
+    checkpoint. `chat_template`: as in `steer.load`; a baked checkpoint keeps it. `command`: the command line, for the
+    certificate. `say`: called with the plan before anything is written. `progress`: called with bytes done and bytes in
+    all. `how`: fields of `HowToAblate`.
 
     Tensors are streamed, so memory stays near the size of the largest one.
     Errors: SteerError and its subclasses, one line each.
@@ -128,7 +130,7 @@ def bake(
         added = [(d, amount) for name, amount in (add or {}).items() for d in found[name]]
         edit = Edit(tuple(d for name in ablate for d in found[name]), add=tuple(added))
     edit = ablation.applied(edit, place, sketch, force=force)
-    return bake_edit(place, out, edit, form, command=command, say=say, progress=progress)
+    return bake_edit(place, out, edit, form, chat_template=chat_template, command=command, say=say, progress=progress)
 
 
 def checkpoint_dir(source: str | Path) -> Path:

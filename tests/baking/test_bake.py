@@ -19,6 +19,7 @@ from steer.baking.verify import verify
 from steer.checkpoint.reader import INDEX, SINGLE, CheckpointFiles
 from steer.core.direction import Direction
 from steer.core.edit import Edit
+from steer.errors import CheckpointError, UsageError
 
 TinyLlama = Callable[..., Path]
 MakeDirection = Callable[..., Direction]
@@ -248,3 +249,28 @@ def test_weights_edited_on_a_gpu_are_those_edited_here_to_rounding(
     for name, w in here.items():
         assert torch.allclose(there[name].double(), w.double(), rtol=2 * torch.finfo(w.dtype).eps, atol=1e-7)
     verify(baked)
+
+
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_a_chosen_chat_template_stays_with_the_bake_and_is_certified(
+    source: Path, baked: Path, ablation: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    out, name = tmp_path / "out", "chat_template.jinja"
+    if by == "variable":
+        monkeypatch.setenv("STEER_CHAT_TEMPLATE", "alpaca")
+    cert = bake(source, out, ablation, chat_template="alpaca" if by == "argument" else None)
+    assert "### Instruction:" in (out / name).read_text()
+    assert (source / name).read_bytes() == b"{{ messages }}"
+    assert cert.files[name] != Certificate.load(baked).files[name]
+    verify(out, source=source)
+    (out / name).write_text("{{ other }}")
+    with pytest.raises(CheckpointError, match=name):
+        verify(out)
+
+
+def test_a_template_that_is_not_there_is_told_before_anything_is_written(
+    source: Path, ablation: Edit, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--chat-template chatlm: expected a file, or one of alpaca, chatml"):
+        bake(source, tmp_path / "out", ablation, chat_template="chatlm")
+    assert not list(tmp_path.iterdir())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_chat
 import torch
 from tiny_chat import save_tiny_chat
 
+from steer.core.sampler import Sampler
 from steer.core.trait import Trait
 from steer.errors import SteerError
 from steer.finding.directions import candidates, finished_direction, orthogonal
-from steer.measure.contrast import Contrast, Reply, reply_means, reply_tokens
+from steer.measure.contrast import Contrast, Reply, contrast_replies, reply_means, reply_tokens
 from steer.measure.scorer import Scorer, clear_replies
 from steer.model.steered import SteeredModel, load
 
@@ -109,3 +112,48 @@ def test_replies_without_a_word_in_common_are_an_error_of_one_line(model: Steere
     for judge in (Scorer.train, clear_replies):
         with pytest.raises(SteerError, match="expected replies that a classifier on words can learn from"):
             judge(alike)
+
+
+@pytest.fixture(scope="module")
+def thinker(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SteeredModel:
+    """A model with tokens for the marks of thoughts, whose template opens them unless it is asked not to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_chat, "WORDS", [*tiny_chat.WORDS, "<think>", "</think>"])
+        opened = "{% if add_generation_prompt %}<think> {% endif %}"
+        place = tmp_path_factory.mktemp("thinks") / "chat"
+        return load(save_tiny_chat(tiny_llama, place, template=tiny_chat.TEMPLATE + opened))
+
+
+def test_only_what_follows_the_thoughts_is_measured(thinker: SteeredModel) -> None:
+    chat = ({"role": "user", "content": "hello"},)
+    ids = thinker.encode("<think> lie lie </think> truth ba")
+    reply = Reply.of(thinker, chat, ids, torch.zeros(3, 32))
+    assert (reply.text, reply.ids, reply.mean) == ("truth ba", tuple(ids[-2:]), None)
+    assert reply.prompt_ids(thinker)[-4:] == ids[:4]
+    assert thinker.text(reply.prompt_ids(thinker)).count("<think>") == 2  # the template's, closed at once, and its own
+    (mean,) = reply_means(thinker, [reply])
+    with thinker.record([1]) as residuals, torch.no_grad():
+        thinker.hf(torch.tensor([[*thinker.prompt_ids(chat, thoughts=False), *ids]]))
+    torch.testing.assert_close(mean[1], residuals[1][0, -2:].mean(0), atol=1e-5, rtol=1e-4)
+    assert Reply.from_json(json.loads(json.dumps(reply.as_json()))) == reply
+    assert "thoughts" not in Reply.of(thinker, chat, ids[-2:]).as_json()
+
+
+def test_find_asks_for_no_thoughts_and_says_how_many_come_anyway(
+    thinker: SteeredModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    trait = Trait("t", "s", "w", "o", ("lie", "truth"), ("well",), ("yes",))
+
+    def replies_saying(word: str) -> Contrast:
+        (token,) = thinker.encode(word)
+        return contrast_replies(thinker, trait, sampler=Sampler(4, 0.0, logit_bias=((token, 100.0),)))
+
+    with caplog.at_level("WARNING", "steer"):
+        found = replies_saying("yes")
+        assert caplog.records == []
+        assert {r.text for side in found.sides for r in side} == {"yes yes yes yes"}
+        assert thinker.text(found.fit_with[0].prompt_ids(thinker)).split()[-2:] == ["<think>", "</think>"]
+        assert replies_saying("<think>").fit_with == ()
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert "replies begin with thoughts" in said
+    assert "are left out, as their thoughts do not end in 4 tokens" in said

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -125,3 +127,26 @@ def test_a_hub_id_without_owner_is_found_once_it_was_fetched(tmp_path: Path, mon
 def test_a_tied_head_need_not_be_in_the_files(chat: Path) -> None:
     without(chat, "lm_head.weight")
     assert load(chat, dtype=torch.float32).hf.lm_head.weight.shape[0] > 0
+
+
+@pytest.mark.slow
+def test_mistral_common_beside_it_changes_no_token(tiny_llama, tmp_path: Path) -> None:
+    """With that package, transformers would take its tokenizer where there is a tekken.json."""
+    place = save_tiny_chat(tiny_llama, tmp_path / "m", architecture="Mistral")
+    (place / "tekken.json").write_text("{}")
+    package = tmp_path / "site" / "mistral_common" / "tokens" / "tokenizers"
+    package.mkdir(parents=True)
+    (package / "tekken.py").write_text("class Tekkenizer: ...")
+    info = tmp_path / "site" / "mistral_common-99.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mistral-common\nVersion: 99.0.0\n")
+    script = (
+        "import sys, steer\nfrom transformers.utils.import_utils import is_mistral_common_available as there\n"
+        f"print(there(), steer.load({str(place)!r}).prompt_ids([{{'role': 'user', 'content': 'hello'}}]))"
+    )
+    paths = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    ids = load(place).prompt_ids([{"role": "user", "content": "hello"}])
+    assert done.stdout.strip() == f"True {ids}", done.stderr[-2000:]

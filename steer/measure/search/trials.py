@@ -102,7 +102,7 @@ class Bench:
         self.scorers = [scorer, *kept.values()]
         self.on_tokens = on_tokens
         cut = [r for r in neutral if r.ids][: scope.neutral]
-        self.neutral = [(model.prompt_ids(r.chat), r.ids[:NEUTRAL_TOKENS]) for r in cut]
+        self.neutral = [(r.prompt_ids(model), r.ids[:NEUTRAL_TOKENS]) for r in cut]
         self.prose = prose_texts(model, plain_paragraphs()[0][:PASSAGES], PASSAGE_TOKENS)
 
     def tokens(self, edits: int) -> int:

@@ -8,6 +8,7 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.chat.conversation import Message
+from steer.core.thoughts import split_thoughts
 from steer.page.drawing import markdown
 from steer.page.guard import button, safely, watch
 
@@ -49,7 +50,7 @@ def _growing(chat: Chat) -> None:
     message = next((m for m in chat.path() if m.id == chat.writer.message_id), None)
     if message is not None:
         with st.chat_message(message.role):
-            st.markdown(f"{markdown(message.text)} ▍")
+            _text(chat, message, " ▍")
     rate = chat.writer.rate
     with st.container(horizontal=True, vertical_alignment="center", key="growing"):
         button("Stop", chat.stop, "stop", key="stop", shortcut="Esc")
@@ -61,8 +62,19 @@ def _message(chat: Chat, message: Message, last: bool) -> None:
         if st.session_state.get("editing") == message.id:
             _editor(chat, message)
             return
-        st.markdown(markdown(message.text))
+        _text(chat, message)
         _actions(chat, message, last)
+
+
+def _text(chat: Chat, message: Message, cursor: str = "") -> None:
+    """Draw a message; the thoughts before a reply are folded away."""
+    thoughts, text = "", message.text
+    if message.role == "assistant":
+        thoughts, text = split_thoughts(text, chat.backend.marks)
+    if thoughts:
+        with st.expander("Thoughts", icon=":material/psychology:"):
+            st.markdown(markdown(thoughts))
+    st.markdown(f"{markdown(text)}{cursor}")
 
 
 def _actions(chat: Chat, message: Message, last: bool) -> None:

@@ -344,7 +344,7 @@ def test_what_nobody_foresaw_is_a_500_that_tells_nothing(served_model, server, m
     def broken(*_: object) -> list[int]:
         raise ZeroDivisionError("secret/path")
 
-    monkeypatch.setattr(served_model, "prompt_ids", broken)
+    monkeypatch.setattr(served_model, "prompt", broken)
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
     told = error(server.post(CHAT, {"messages": HELLO}), 500)
     assert "secret" not in str(told)

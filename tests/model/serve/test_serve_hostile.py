@@ -254,14 +254,14 @@ def test_health_is_503_once_the_engine_takes_nothing(served_model):
 
 def test_a_request_whose_client_hung_up_before_its_turn_is_not_planned(served_model, monkeypatch):
     planned, go = [], threading.Event()
-    real = served_model.prompt_ids
+    real = served_model.prompt
 
-    def slow(messages):
+    def slow(messages, *more):
         planned.append(messages[0]["content"])
         assert go.wait(30)
-        return real(messages)
+        return real(messages, *more)
 
-    monkeypatch.setattr(served_model, "prompt_ids", slow)
+    monkeypatch.setattr(served_model, "prompt", slow)
     with served(served_model) as server:
         body = {"messages": HELLO, "max_tokens": 2}
         first = [threading.Thread(target=server.post, args=(CHAT, body)) for _ in range(PLANNED)]
