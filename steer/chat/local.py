@@ -48,6 +48,13 @@ class LocalBackend(ReplyBackend):
         self.memory = PrefixCache()
         self.turns = turns_of(model)
 
+    @property
+    def context(self) -> int:
+        return self.model.context
+
+    def count(self, text: str) -> int:
+        return len(self.model.encode(text))
+
     def draft(self, task: Task) -> LocalDraft:
         return LocalDraft(self, task)
 

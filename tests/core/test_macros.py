@@ -46,7 +46,7 @@ def test_macros_that_are_not_known_stay_and_are_named() -> None:
 def test_a_hidden_key_is_there_for_scans_alone() -> None:
     text = "{{hidden_key: the crown }}{{// the sword}}"
     assert MACROS.expand(text) == ""
-    assert MACROS.expand(text, hidden=True) == "the crown "
+    assert MACROS.expand(text, hidden=True) == " the crown "
 
 
 def test_random_draws_anew_at_each_moment_and_pick_does_not() -> None:
