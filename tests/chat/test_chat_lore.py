@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_depth_counts_messages_from_the_last(decorators: str, wanted: str) -> 
     lore = Lore(book(entry(f"{decorators}\nL")))
     found = read(lore, ("user", "u1"), ("assistant", "a1"), ("user", "u2truth"))
     roles = [role for role, _ in found]
-    assert all(a != b for a, b in zip(roles, roles[1:], strict=False))
+    assert all(a != b for a, b in pairwise(roles))
     letter = {"system": "S", "user": "U", "assistant": "A"}
     shown = ["+".join(letter[role] if part == "L" else part for part in text.split("\n\n")) for role, text in found]
     assert " ".join(shown) == wanted

@@ -66,7 +66,7 @@ def test_random_draws_anew_at_each_moment_and_pick_does_not() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{{char}}" * 400_000, "{{" * 400_000 + "}}" * 400_000, "{{user}}" * 300_000, "{{random:a,b}}" * 250_000],
+    ["{{char}}" * 110_000, "{{" * 20_000 + "}}" * 20_000, "{{user}}" * 90_000, "{{random:a,b}}" * 110_000],
     ids=lambda t: t[:10],
 )
 def test_a_text_of_macros_ends_at_the_limit(text: str) -> None:
@@ -82,7 +82,7 @@ def test_a_text_of_macros_ends_at_the_limit(text: str) -> None:
         ("{{" + " " * 1_000_000, 1_000_002),
         ("{{x " + "a" * 1_000_000 + "}}", 1_000_006),
         ("{{random:" + ",," * 500_000 + "}}", 0),
-        ("{{" * 500_000, 1_000_000),
+        ("{{" * 100_000, 200_000),
     ],
     ids=["newlines", "trims", "spaces", "argument", "options", "open"],
 )
