@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from types import MappingProxyType
 
 from steer.errors import SteerError
 
@@ -46,7 +45,7 @@ class Macros:
     'Ann greets Bo. Hello'
     """
 
-    values: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({"char": "Assistant", "user": "You"}))
+    values: Mapping[str, str] = field(default_factory=lambda: {"char": "Assistant", "user": "You"})
     """Name in lower case -> text: `char`, `user`, `persona`, `description` and so on."""
     seed: int = 0
     """Seed of the draws of `{{random}}`, `{{pick}}` and `{{roll}}`."""

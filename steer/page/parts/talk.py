@@ -51,9 +51,8 @@ def _lore(chat: Chat) -> None:
     """Draw which entries of the lorebooks were in the last reply's prompt, and how much of the context they took."""
     found, context = chat.scanned, chat.backend.context
     of = "" if context is None else f" of {context:,}"
-    with st.expander(
-        f"Lorebook: {len(found.active)} entries, {found.tokens:,}{of} tokens", icon=":material/menu_book:"
-    ):
+    label = f"Lorebook: {len(found.active)} active, {found.tokens:,}{of} tokens"
+    with st.expander(label, icon=":material/menu_book:"):
         for a in found.active:
             st.markdown(markdown(f"**{plain_line(a.entry.name)}** ({a.tokens} tokens)"), help=markdown(a.text))
         if found.left_out:
