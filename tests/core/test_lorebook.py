@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from steer.core.cards import load_card
 from steer.core.lorebook import Key, Lorebook, load_lorebook, read_lorebook, scan
 from steer.core.macros import Macros
 from steer.core.small_files import shown
@@ -281,3 +283,48 @@ def test_after_a_second_no_further_pattern_is_looked_for(monkeypatch: pytest.Mon
     found = scan(book(entry(keys=["drag.n"], use_regex=True), entry("plain")), chat("dragon"), ANN)
     assert [a.text for a in found.active] == ["plain"]
     assert found.warnings == ("lorebook: drag.n: the patterns take too long; the rest of them count as not found",)
+
+
+ODD: list[Any] = [
+    None, "", 0, -1, 3.5, 1e300, 10**400, True, [], {}, ["a"], [None], [[]], {"a": 1}, "a, b", "{{char}} {{random:a",
+    "@@depth 1\nx", "@@role\n@@@depth", "/a/", "\ud83d", "\x1b[2J", "1e999", "NaN", "-5", 2**70, [{"keys": ["a"]}],
+]  # fmt: skip
+CARD_FIELDS = [
+    "name", "description", "personality", "scenario", "first_mes", "mes_example", "system_prompt", "nickname",
+    "creator_notes", "post_history_instructions", "alternate_greetings", "extensions", "character_version",
+    "tags", "assets",
+]  # fmt: skip
+BOOK_FIELDS = [
+    "name", "scan_depth", "token_budget", "recursive_scanning", "extensions",
+]  # fmt: skip
+ENTRY_FIELDS = [
+    "keys", "secondary_keys", "content", "enabled", "insertion_order", "case_sensitive", "use_regex",
+    "constant", "selective", "name", "comment", "priority", "position", "extensions", "uid", "key",
+    "keysecondary", "order", "disable", "depth", "role", "scanDepth", "selectiveLogic",
+]  # fmt: skip
+
+
+def test_no_value_of_any_field_gets_past_the_one_line() -> None:
+    rng = random.Random(16)
+
+    def some(fields: list[str]) -> dict[str, Any]:
+        return {name: rng.choice(ODD) for name in fields if rng.random() < 0.4}
+
+    loaded = found = 0
+    for _ in range(150):
+        entries = [entry() | some(ENTRY_FIELDS) if rng.random() < 0.9 else rng.choice(ODD) for _ in range(4)]
+        inside = some(BOOK_FIELDS) | {"entries": rng.choice([entries, {str(i): e for i, e in enumerate(entries)}])}
+        data = some(CARD_FIELDS) | {"character_book": inside}
+        card = rng.choice([{"data": data}, data, data | {"spec": rng.choice(ODD), "data": rng.choice(ODD)}])
+        try:
+            made = load_card(json.dumps(card).encode())
+        except SteerError as e:
+            lines: tuple[str, ...] = (str(e),)
+        else:
+            lines, loaded = made.warnings, loaded + 1
+            if made.lorebook is not None:
+                scanned = scan(made.lorebook, chat("a dragon"), made.macros, room=rng.choice([None, 0, 9]))
+                lines, found = (*lines, *scanned.warnings, scanned.describe()), found + len(scanned.active)
+        assert all("\n" not in line and len(line) < 900 for line in lines)
+    assert loaded > 80
+    assert found > 60
