@@ -176,7 +176,7 @@ def load_card(
         names = ", ".join(f"{{{{{n}}}}}" for n in sorted(fill.unknown)[:10])
         remarks["macros"] = f"{where}: macros that are not known stay as they are: {names}"
     warnings = (*remarks.values(), *(() if lorebook is None else lorebook.warnings))
-    return replace(card, warnings=tuple(one_line(w) for w in warnings))
+    return replace(card, warnings=tuple(" ".join(w.split())[:800] for w in warnings))
 
 
 def save_card_profile(card: str | Path, profile: Profile, out: str | Path) -> Path:

@@ -35,6 +35,8 @@ FILE_LIMIT = 20_000_000
 """Largest file of a lorebook, in bytes."""
 SCAN_DEPTH = 4
 """How many of the last messages are scanned where neither book nor entry says it."""
+ENTRY_LIMIT = 5_000
+"""Most entries of a book; a thousand are read or scanned in a tenth of a second or so."""
 ROUNDS = 10
 """Most times that contents of active entries are scanned for the keys of others."""
 PATTERN_LIMIT = 500
@@ -193,7 +195,10 @@ def read_lorebook(raw: Mapping[str, Any], where: str, name: str = "") -> Loreboo
     remarks: dict[str, str] = {}
     book = from_stranger(_Book, raw, where, remarks)
     entries = []
-    for number, fields in enumerate(book.entries):
+    if len(book.entries) > ENTRY_LIMIT:
+        found = f"{len(book.entries):,}; the rest is left out"
+        remarks["limit"] = f"{where}: entries: expected at most {ENTRY_LIMIT:,}, found {found}"
+    for number, fields in enumerate(book.entries[:ENTRY_LIMIT]):
         if isinstance(fields, dict):
             entries.append(_entry(fields, f"{where}: entries", number, remarks))
         else:
@@ -226,12 +231,14 @@ def scan(
     search = _Search(book, messages, macros, greeting, full)
     found: dict[int, str] = {}
     fresh: list[str] = []
-    for _ in range(ROUNDS if book.recursive_scanning else 1):
+    for _ in range(ROUNDS):
         new = [i for i, e in enumerate(book.entries) if i not in found and search.matches(e, len(messages), fresh)]
         if not new:
             break
         for i in new:
             found[i] = macros.expand(book.entries[i].content, moment=moment).strip()
+        if not book.recursive_scanning:
+            break
         fresh = [macros.expand(book.entries[i].content, moment=moment, hidden=True) for i in new]
     active = [ActiveEntry(book.entries[i], found[i], count(found[i])) for i in sorted(found) if found[i]]
     active.sort(key=lambda a: a.entry.insertion_order)
@@ -264,6 +271,7 @@ class _Search:
         self._depth = SCAN_DEPTH if book.scan_depth is None else book.scan_depth
         self._seconds = 0.0
         self._texts: dict[tuple[int, int], str] = {}
+        self._folded: dict[str, str] = {}
         self.warnings: dict[str, None] = {}
         """Lines, as keys, so that none stands there twice."""
 
@@ -318,7 +326,11 @@ class _Search:
     def _found(self, key: Key, text: str, name: str) -> bool:
         wanted = self._macros.expand(key.text) if "{{" in key.text else key.text
         if not key.pattern:
-            return wanted in text if key.case_sensitive else wanted.casefold() in text.casefold()
+            if key.case_sensitive:
+                return wanted in text
+            if text not in self._folded:
+                self._folded[text] = text.casefold()
+            return wanted.casefold() in self._folded[text]
         if self._seconds > PATTERN_SECONDS:
             self.warnings[f"lorebook: {name}: the patterns take too long; the rest of them count as not found"] = None
             return False
@@ -413,9 +425,9 @@ _AT_DEPTH = 4
 """SillyTavern's number of the position in the chat; 0 is before the character, the others come after it."""
 
 
-def _entry(raw: Mapping[str, Any], where: str, number: int, remarks: dict[str, str]) -> Entry:
+def _entry(raw: dict[str, Any], where: str, number: int, remarks: dict[str, str]) -> Entry:
     extensions = raw.get("extensions")
-    extra = extensions if isinstance(extensions, dict) else {}
+    extra: dict[str, Any] = extensions if isinstance(extensions, dict) else {}
     tavern = "uid" in raw or "selectiveLogic" in extra
     if tavern:
         raw = {_SILLYTAVERN.get(k, k): v for k, v in (raw | extra).items()}

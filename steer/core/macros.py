@@ -71,6 +71,8 @@ class Macros:
         `unknown`: gets the names of macros that are not known. `now`: the time of the clock macros.
         Errors: SteerError for macros that stand for more than `TEXT_LIMIT` characters.
         """
+        if "{{" not in text and "<" not in text:
+            return text
         values = {**_clock(now or datetime.now()), **self.values}
         grown, drawn = 0, 0
         start = hashlib.blake2b(f"{self.seed} {text}".encode("utf-8", "replace"), digest_size=8)

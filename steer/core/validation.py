@@ -24,12 +24,11 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
-    WrapValidator,
     field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs, PydanticOmit, PydanticUseDefault
+from pydantic_core import ArgsKwargs, PydanticUseDefault
 
 from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError
@@ -106,7 +105,15 @@ class Lenient(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _or_absent(cls, value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        return _read_or(PydanticUseDefault, value, read, info)
+        try:
+            if value is not None:
+                return read(value)
+        except ValidationError as e:
+            if value:  # "", [] and {} are nothing, whatever the kind
+                where, remarks = info.context  # pyright: ignore[reportGeneralTypeIssues]
+                place = f"{where}: {info.field_name}"
+                remarks.setdefault(place, f"{place}: {error_line(e)}; it counts as empty")
+        raise PydanticUseDefault
 
 
 _Lenient = TypeVar("_Lenient", bound=Lenient)
@@ -116,19 +123,6 @@ def from_stranger(kind: type[_Lenient], data: Mapping[str, Any], where: str, rem
     """A lenient value. `remarks` gets a line for each field with a value of the wrong kind, by the field's place; one
     line, although several mappings of one kind at the same `where` may have such a field."""
     return kind.model_validate(data, context=(where, remarks))
-
-
-def _read_or(otherwise: type[Exception], value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-    """The checked value; raise `otherwise` for null and for a value of the wrong kind."""
-    try:
-        if value is not None:
-            return read(value)
-    except ValidationError as e:
-        if value:  # "", [] and {} are nothing, whatever the kind
-            where, remarks = info.context  # pyright: ignore[reportGeneralTypeIssues]
-            place = f"{where}: {info.field_name}"
-            remarks.setdefault(place, f"{place}: {error_line(e)}; it counts as empty")
-    raise otherwise
 
 
 def known_keys(data: Any, keys: Iterable[str], path: str = "") -> dict[str, Any]:
@@ -209,10 +203,22 @@ Lines = Annotated[str, Field(strict=True), AfterValidator(lambda text: _plain_te
 """The same; newlines and tabs are allowed, and so is no text at all."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-Clean = Annotated[str, Field(strict=True), AfterValidator(lambda text: without_surrogates(_CONTROL.sub("", text)))]
+
+
+def _clean(text: str) -> str:
+    return text if text.isascii() and text.isprintable() else without_surrogates(_CONTROL.sub("", text))
+
+
+def _texts(items: list[Any], info: ValidationInfo) -> list[str]:
+    for item in items:
+        if item and not isinstance(item, str):
+            where, remarks = info.context  # pyright: ignore[reportGeneralTypeIssues]
+            place = f"{where}: {info.field_name}"
+            remarks.setdefault(place, f"{place}: expected text, found {shown(item)}; it counts as empty")
+    return [_clean(item) for item in items if isinstance(item, str)]
+
+
+Clean = Annotated[str, Field(strict=True), AfterValidator(_clean)]
 """Text without the characters that would move a terminal's cursor, or worse, which are taken out."""
-Cleans = Annotated[
-    list[Annotated[Clean, WrapValidator(lambda value, read, info: _read_or(PydanticOmit, value, read, info))]],
-    Field(strict=True),
-]
+Cleans = Annotated[list[Any], Field(strict=True), AfterValidator(_texts)]
 """A list of such texts in a `Lenient` mapping; what is no text is left out of it."""

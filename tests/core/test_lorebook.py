@@ -328,3 +328,10 @@ def test_no_value_of_any_field_gets_past_the_one_line() -> None:
         assert all("\n" not in line and len(line) < 900 for line in lines)
     assert loaded > 80
     assert found > 60
+
+
+def test_the_entries_beyond_the_limit_are_left_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.core.lorebook.ENTRY_LIMIT", 2)
+    made = book(entry("a"), entry("b"), entry("c"))
+    assert active(made, "dragon") == ["a", "b"]
+    assert made.warnings == ("book: entries: expected at most 2, found 3; the rest is left out",)

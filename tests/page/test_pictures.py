@@ -142,7 +142,7 @@ def everywhere(page: Page, url: str, folder: Path) -> None:
     data["character_book"] = {"name": pictures(url, "book"), "entries": [entry], "scan_depth": [pictures(url, "depth")]}
     card.write_text(json.dumps({"spec": "chara_card_v2", "spec_version": "2.0", "data": data}))
     page.click("Character and system prompt")
-    page.until(lambda: page.all("[data-testid=stSidebar] input[type=file]")[-1].send_keys(str(card)) is None)
+    page.until(lambda: page.all("[data-testid=stSidebar] input[type=file]")[1].send_keys(str(card)) is None)
     page.click("Play ")
     page.until(lambda: len(page.texts()) == 1)
     look("first_mes")
