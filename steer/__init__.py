@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from steer.core.direction import Direction
     from steer.core.edit import Edit
     from steer.core.feature import Feature
+    from steer.core.lorebook import Lorebook, load_lorebook
     from steer.core.profile import Profile
     from steer.core.sampler import PRESETS, Sampler
     from steer.core.schedule import Gate, Schedule
@@ -69,6 +70,7 @@ _MODULES = {
     "steer.core.direction": ["Direction"],
     "steer.core.edit": ["Edit"],
     "steer.core.feature": ["Feature"],
+    "steer.core.lorebook": ["Lorebook", "load_lorebook"],
     "steer.core.profile": ["Profile"],
     "steer.core.sampler": ["PRESETS", "Sampler"],
     "steer.core.schedule": ["Gate", "Schedule"],

@@ -280,3 +280,34 @@ def test_thoughts_are_folded_away(checkpoint):
     (folded,) = at.chat_message[-1].expander
     assert (folded.label, folded.markdown[0].value) == ("Thoughts", "lie lie")
     assert [m.value for m in at.chat_message[-1].markdown][-1] == "well yes"
+
+
+def test_a_cards_lorebook_is_scanned_and_what_is_active_is_shown(moral):
+    at = page()
+    name = next(t for t in at.sidebar.text_input if t.label == "Your name")
+    name.set_value("Viola").run()
+    entries = [{"keys": ["truth"], "content": "ba be $x$", "name": "The $sea$"}, {"keys": ["lie"], "content": "bi"}]
+    card = {"data": {"first_mes": "hello {{user}}", "personality": 3, "character_book": {"entries": entries}}}
+    upload = next(f for f in at.get("file_uploader") if f.label.startswith("Character card"))
+    upload.set_value(("duke.json", json.dumps(card).encode(), "application/json")).run()
+    assert [w.value for w in at.sidebar.warning] == [
+        "card: personality: expected text, found 3; put it in quotes; it counts as empty"
+    ]
+    click(at, "Play duke")
+    assert at.chat_message[0].markdown[0].value == "hello Viola"
+    say(at, "the truth")
+    labels = [e.label for e in at.main.expander]
+    assert labels == ["Lorebook: 1 active, 3 of 512 tokens"]
+    assert [m.value for m in at.main.expander[0].markdown] == ["**The \\$sea\\$** (3 tokens)"]
+    book = next(f for f in at.get("file_uploader") if f.label.startswith("Lorebook"))
+    book.set_value(("sea.json", json.dumps({"entries": [entries[1]]}).encode(), "application/json")).run()
+    next(b for b in at.button if b.label == "Add it").click().run()
+    say(at, "a lie")
+    assert [e.label for e in at.main.expander] == ["Lorebook: 3 active, 5 of 512 tokens"]
+    next(b for b in at.button if b.label == "Remove").click().run()
+    assert [b.name for b in chat_of(at).lore.all] == ["duke's lorebook"]
+    book = next(f for f in at.get("file_uploader") if f.label.startswith("Lorebook"))
+    book.set_value(("sea.json", b"{}", "application/json")).run()
+    next(b for b in at.button if b.label == "Add it").click().run()
+    assert [t.value.split(":")[0] for t in at.toast] == ["sea"]
+    assert not at.exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -389,3 +390,24 @@ def test_a_bake_knows_the_command_that_made_it(folder: Path, steer: Command, mak
     assert steer("bake", "a", "baked", "--ablate", "d.safetensors", "--strength", "0.5").code == 0
     certificate = json.loads((folder / "baked" / "steer_certificate.json").read_text())
     assert certificate["command"] == "steer bake a baked --ablate d.safetensors --strength 0.5"
+
+
+def test_a_card_and_lorebooks_are_read_before_the_model_and_told_of(
+    steer: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [{"keys": ["truth"], "content": "ba", "name": "sea"}]
+    card = {"first_mes": "{{user}} {{persona}} {{frob}}", "nickname": 3, "character_book": {"entries": entries}}
+    (folder / "duke.json").write_text(json.dumps({"data": card}))
+    (folder / "world.json").write_text(json.dumps({"entries": [{"keys": "hello, truth", "content": "be"}]}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("truth\n/receipt\n"))
+    books = ["--lorebook", "world.json", "--max-new-tokens", 2]
+    done = steer("chat", "a", "--card", "duke.json", *books, "--user", "Viola", "--persona", "a page")
+    assert done.code == 0
+    assert done.out.startswith("Viola a page {{frob}}\n")
+    assert "lorebook: sea, hello (2 tokens)\n" in done.out
+    assert [line for line in done.err.splitlines() if line.startswith("duke.json: ")] == [
+        "duke.json: nickname: expected text, found 3; put it in quotes; it counts as empty",
+        "duke.json: macros that are not known stay as they are: {{frob}}",
+    ]
+    lost = steer("chat", "nowhere", "--lorebook", "duke2.json")
+    assert (lost.code, "duke2.json: expected a lorebook, found none" in lost.err) == (1, True)

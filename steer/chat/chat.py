@@ -21,8 +21,9 @@ from steer.chat.readout import Readouts, TokenReadout
 from steer.chat.session import BaseChat
 from steer.chat.slider_panel import SliderPanel
 from steer.chat.stored import Stored, load_chat, new_place, save_chat
-from steer.chat.writer import PendingReply, ReplyBackend, Task, Writer, as_chat
+from steer.chat.writer import Messages, PendingReply, ReplyBackend, Task, Writer, as_chat
 from steer.core.cards import Card
+from steer.core.lorebook import Lorebook, Scan
 from steer.core.profile import Profile
 from steer.errors import SteerError, UnsupportedError, UsageError
 from steer.model.profiles import edit_of
@@ -63,7 +64,7 @@ class Chat(BaseChat):
         """Return warnings: sites that are moved too far, sliders beyond a calibrated range or unused by the reply."""
         last = self.conversation.last
         receipt = last.written.receipt if last is not None and last.written is not None else None
-        return [*self.panel.warnings(), *((receipt or {}).get("warnings") or [])]
+        return [*self.panel.warnings(), *((receipt or {}).get("warnings") or []), *self.scanned.warnings]
 
     # Messages
 
@@ -150,6 +151,14 @@ class Chat(BaseChat):
         if messages:
             self.conversation.choose(messages[0].id)
 
+    def add_lorebook(self, book: Lorebook) -> None:
+        super().add_lorebook(book)
+        self.save()
+
+    def remove_lorebook(self, name: str) -> None:
+        super().remove_lorebook(name)
+        self.save()
+
     def stop(self) -> None:
         """Stop the reply that is being written; its text so far stays. Errors: SteerError if it does not stop."""
         if not self.writer.stop():
@@ -194,15 +203,15 @@ class Chat(BaseChat):
         else:
             path.append(Message(-1, "user", _cleaned(text), None))
         seed = self.sampler.seed + sum(m.role == "user" for m in path) - 1
-        task = Task(as_chat(path, self.system), replace(self.sampler, seed=seed))
-        return Comparison(backend, task, (first, second), blind=blind)
+        task = Task(self._prompt(path, seed)[0], replace(self.sampler, seed=seed))
+        return Comparison(backend, task, (first, second), as_chat(path)[-1]["content"], blind=blind)
 
     def take(self, comparison: Comparison, place: Literal["left", "right"]) -> Message:
         """Add one reply of a comparison to the chat, and the message before it if the chat does not end with it."""
         self.stop()
         comparison.stop()
         text, written = comparison.written(place)
-        asked = comparison.task.messages[-1]["content"]
+        asked = comparison.asked
         path = self.path()
         while path and path[-1].role == "assistant" and path[-1].parent is not None:
             path.pop()
@@ -224,7 +233,8 @@ class Chat(BaseChat):
         written_now = self.writer.running and message == self.writer.message_id
         if m.role != "assistant" or m.parent is None or not m.text or written_now:
             raise UsageError("inside: expected a reply that is written, found another message; choose a reply")
-        return readouts.at(m, as_chat(self.conversation.upto(m.parent), self.system), self.sampler, names)
+        seed = self.sampler.seed if m.written is None else m.written.seed
+        return readouts.at(m, self._prompt(self.conversation.upto(m.parent), seed)[0], self.sampler, names)
 
     @cached_property
     def features(self) -> FeatureIndex:
@@ -271,11 +281,11 @@ class Chat(BaseChat):
             profile = None
         return Stored(
             self.conversation, self.backend.name, self.system, profile, tuple(self.panel.pinned), self.panel.on,
-            self.sampler.seed,
+            self.sampler.seed, self.lore,
         )  # fmt: skip
 
     def _open(self, stored: Stored) -> None:
-        self.conversation, self.system = stored.conversation, stored.system
+        self.conversation, self.system, self.lore = stored.conversation, stored.system, stored.lore
         self.panel = SliderPanel(self.backend, stored.pinned)
         self.panel.on = stored.on
         if stored.profile is not None:
@@ -301,7 +311,8 @@ class Chat(BaseChat):
         """Start to write a reply to the message `to`, or to continue the reply `into`."""
         before = into.written if into is not None else None
         seed = self._seed(to) if before is None else before.seed
-        task = Task(as_chat(self.conversation.upto(to), self.system), replace(self.sampler, seed=seed))
+        messages, self.scanned = self._prompt(self.conversation.upto(to), seed)
+        task = Task(messages, replace(self.sampler, seed=seed))
         if into is not None:
             # A reply that was cut off just goes on. If the model had ended it, its end token is banned once.
             ids = () if before is None else before.ids
@@ -314,6 +325,12 @@ class Chat(BaseChat):
 
         self.writer.start(draft, message.id, on_text=on_text, on_end=lambda d: self._end(message, d, task))
         return message
+
+    def _prompt(self, path: list[Message], seed: int) -> tuple[Messages, Scan]:
+        """The chat of a path as the model reads it, and which entries of lorebooks are in it."""
+        first = path[0]
+        greeting = self.place_of(first.id)[0] if first.role == "assistant" else None
+        return self.prompt(as_chat(path, self.system), seed, greeting)
 
     def _end(self, message: Message, draft: PendingReply, task: Task) -> None:
         empty = not draft.text.strip()

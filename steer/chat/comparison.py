@@ -61,10 +61,12 @@ class Shown:
 class Comparison(Writer):
     """Writes two replies to one chat in a background thread, and stores which one reads better."""
 
-    def __init__(self, backend: LocalBackend, task: Task, sides: tuple[Side, Side], *, blind: bool = False) -> None:
-        """Errors: as `ReplyBackend.draft`."""
+    def __init__(
+        self, backend: LocalBackend, task: Task, sides: tuple[Side, Side], asked: str, *, blind: bool = False
+    ) -> None:
+        """`asked`: the user's message, which need not be the task's last. Errors: as `ReplyBackend.draft`."""
         super().__init__()
-        self.sides, self.blind, self.task = sides, blind, task
+        self.sides, self.blind, self.task, self.asked = sides, blind, task, asked
         self.model = backend.name
         self.left = secrets.randbelow(2) if blind else 0
         """Index of the side that is shown on the left: 0, or random if `blind`."""
@@ -107,7 +109,7 @@ class Comparison(Writer):
         settings = [None if side.profile is None else side.profile.dump() for side in self.sides]
         sampler = self.task.sampler
         vote = Vote(
-            self.model, self.task.messages[-1]["content"], sampler.seed, asdict(sampler),
+            self.model, self.asked, sampler.seed, asdict(sampler),
             (first.title, second.title), (settings[0], settings[1]), which, self.blind, self.left,
         )  # fmt: skip
         keep_vote(vote)

@@ -53,6 +53,13 @@ class LocalBackend(ReplyBackend):
         self.turns = turns_of(model)
         self.marks = marks_of(model.tokenizer)
 
+    @property
+    def context(self) -> int:
+        return self.model.context
+
+    def count(self, text: str) -> int:
+        return len(self.model.encode(text))
+
     def draft(self, task: Task) -> LocalDraft:
         return LocalDraft(self, task)
 

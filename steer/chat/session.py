@@ -10,8 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from steer.chat.local import LocalBackend
-from steer.chat.writer import PendingReply, ReplyBackend, Task
+from steer.chat.lore import Lore, with_lore
+from steer.chat.writer import Messages, PendingReply, ReplyBackend, Task
 from steer.core.cards import Card
+from steer.core.lorebook import Lorebook, Scan
 from steer.core.profile import Profile
 from steer.core.sampler import CHAT, Sampler
 from steer.model.sliders import Sliders
@@ -30,6 +32,10 @@ class BaseChat:
         """The system prompt."""
         self.sampler = sampler
         """How tokens are drawn. Its seed is the seed of the first reply."""
+        self.lore = Lore()
+        """The lorebooks that are scanned before each reply."""
+        self.scanned = Scan()
+        """Which entries of the lorebooks were in the prompt of the last reply."""
 
     @property
     def left_out(self) -> int:
@@ -55,7 +61,7 @@ class BaseChat:
         return self.backend.profile(name, self.sampler)
 
     def play(self, card: Card) -> None:
-        """Start a new chat with a character: its system prompt, its first message, and its card's profile, if any.
+        """Start a new chat with a character: its system prompt, first message and lorebook, and its card's profile.
 
         The card's post-history instructions are appended to the system prompt, because not every chat template accepts
         a system message after the chat. Errors: as `use`; then nothing has changed.
@@ -64,6 +70,20 @@ class BaseChat:
             self.use(card.profile)
         self.clear()
         self.system = "\n\n".join(t for t in (card.system_prompt, card.post_history_instructions) if t)
+        self.lore = replace(self.lore, character=card.lorebook, macros=card.macros, sections=card.sections)
+
+    def add_lorebook(self, book: Lorebook) -> None:
+        """Scan another lorebook before each reply, besides the character's. A book of the same name is replaced."""
+        others = tuple(b for b in self.lore.books if b.name != book.name)
+        self.lore = replace(self.lore, books=(*others, book))
+
+    def remove_lorebook(self, name: str) -> None:
+        """Scan a lorebook no more that was added."""
+        self.lore = replace(self.lore, books=tuple(b for b in self.lore.books if b.name != name))
+
+    def prompt(self, messages: Messages, seed: int, greeting: int | None) -> tuple[Messages, Scan]:
+        """Return messages with the texts of the lorebooks for a reply with this seed; see `with_lore`."""
+        return with_lore(self.lore, messages, self.backend, moment=seed, greeting=greeting)
 
     def reread(self) -> None:
         """Read the whole chat again under the current sliders, before the next token.
@@ -74,9 +94,10 @@ class BaseChat:
         self.backend.reread()
 
     def clear(self) -> None:
-        """Start a new chat. The sliders do not change."""
+        """Start a new chat. The sliders and the lorebooks do not change."""
         self.backend.reread()
         self.backend.left_out = 0
+        self.scanned = Scan()
 
 
 class Session(BaseChat):
@@ -127,7 +148,9 @@ class Session(BaseChat):
         draft: PendingReply | None = None
         written, more = "", True
         try:
-            draft = self.backend.draft(Task((*system, *self.messages), sampler))
+            greeting = 0 if self.messages[0]["role"] == "assistant" else None
+            messages, self.scanned = self.prompt((*system, *self.messages), sampler.seed, greeting)
+            draft = self.backend.draft(Task(messages, sampler))
             while more:
                 more = draft.step()
                 piece, written = draft.text[len(written) :], draft.text
@@ -153,7 +176,7 @@ class Session(BaseChat):
     def warnings(self) -> list[str]:
         """Return warnings: sites that are moved too far, and sliders that never changed a token of the last reply."""
         fired = self.receipts[-1].warnings if self.receipts else []
-        return [*self.sliders.warnings(), *fired]
+        return [*self.sliders.warnings(), *fired, *self.scanned.warnings]
 
     def clear(self) -> None:
         """Remove all messages and receipts. The sliders do not change."""

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
 from steer.chat.conversation import Conversation, Ending, Message, Role, SettingsSpan, Written
+from steer.chat.lore import Lore
 from steer.checkpoint.fetch import home
 from steer.core.profile import Profile
 from steer.core.small_files import read_small
@@ -44,6 +46,8 @@ class Stored:
     on: bool = True
     """Whether the sliders move anything."""
     seed: int = 0
+    lore: Lore = field(default_factory=Lore)
+    """The lorebooks."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class _Chat(BaseModel):
     pinned: tuple[str, ...] = ()
     on: bool = True
     seed: int = 0
+    lore: Lore = Field(default_factory=Lore)
     messages: Annotated[list[_Message], Field(fail_fast=True)]
     page: list[int]
     """Ids of the messages that are shown."""
@@ -143,7 +148,12 @@ def save_chat(place: Path, stored: Stored) -> Path:
     c = stored.conversation
     with c.lock:
         chat = {name: getattr(stored, name) for name in ("model", "system", "seed", "pinned", "on")}
-        chat |= {"steer_chat": 1, "profile": _profile(stored.profile), "page": [m.id for m in c.path()]}
+        chat |= {
+            "steer_chat": 1,
+            "lore": to_jsonable_python(stored.lore),
+            "profile": _profile(stored.profile),
+            "page": [m.id for m in c.path()],
+        }
         chat["messages"] = [vars(m) | {"written": m.written and _written(m.written)} for m in c.all()]
         data = json.dumps(chat, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A user may have pasted a lone surrogate, which UTF-8 cannot encode.
@@ -179,4 +189,4 @@ def load_chat(place: Path) -> Stored:
         raise SteerError(
             f"{place}: expected a chat that this program saved, found another file ({found}); choose another"
         ) from e
-    return Stored(c, chat.model, chat.system, chat.profile, chat.pinned, chat.on, chat.seed)
+    return Stored(c, chat.model, chat.system, chat.profile, chat.pinned, chat.on, chat.seed, chat.lore)

@@ -33,7 +33,7 @@ HELP = """\
 /undo /redo    undo the last move of a slider, and redo it
 /reset         reset all sliders, so that none moves anything
 /reread        read the whole chat again under the current sliders; else they act on new tokens only
-/receipt       show what the sliders did to the last reply
+/receipt       show what the sliders did to the last reply, and which entries of lorebooks it was given
 /profile FILE  use a profile; /save FILE writes one
 /clear         forget the conversation
 /quit          leave; so does Ctrl-D
@@ -138,7 +138,8 @@ class _Terminal:
             self.say("\n(stopped)" if any_text else "(stopped)", style="dim")
         else:
             self.say("" if any_text else "(no reply)")
-        for warning in self.session.receipts[-1].warnings if any_text else ():
+        warnings = (*self.session.scanned.warnings, *(self.session.receipts[-1].warnings if any_text else ()))
+        for warning in warnings:
             self.say(warning, style="yellow")
 
     def command(self, line: str) -> None:
@@ -203,6 +204,8 @@ class _Terminal:
             self.say("no reply yet")
             return
         receipt = self.session.receipts[-1]
+        if self.session.lore.all:
+            self.say(self.session.scanned.describe())
         self.say(f"{receipt.tokens} tokens went through the model" + ("" if receipt.sliders else ", no slider moved"))
         for s in receipt.sliders:
             share = "" if math.isnan(s.mean_share) else f", {s.mean_share:.2f} of the residual norm on average"

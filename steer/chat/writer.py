@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -92,6 +92,15 @@ class ReplyBackend(ABC):
     left_out = 0
     """How many messages at the beginning of the last chat did not fit into the context."""
 
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model can read; None if unknown."""
+        return None
+
+    def count(self, text: str) -> int:
+        """Return how many tokens a text has; by default an estimate, one for four characters."""
+        return -(-len(text) // 4)
+
     @abstractmethod
     def draft(self, task: Task) -> PendingReply:
         """Begin a reply. Errors: SteerError for a chat that cannot be replied to; then nothing was begun."""
@@ -118,12 +127,18 @@ def as_chat(messages: Sequence[Message], system: str | None = None) -> Messages:
 
     Successive messages of the same role are joined into one. `system`: put first, if not empty.
     """
-    out: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    said = [{"role": m.role, "content": m.text} for m in messages]
+    return joined([{"role": "system", "content": system}, *said] if system else said)
+
+
+def joined(messages: Iterable[dict[str, str]]) -> Messages:
+    """Return messages with successive ones of the same role joined into one."""
+    out: list[dict[str, str]] = []
     for m in messages:
-        if out and out[-1]["role"] == m.role:
-            out[-1] = {"role": m.role, "content": f"{out[-1]['content']}\n\n{m.text}"}
+        if out and out[-1]["role"] == m["role"]:
+            out[-1] = m | {"content": f"{out[-1]['content']}\n\n{m['content']}"}
         else:
-            out.append({"role": m.role, "content": m.text})
+            out.append(m)
     return tuple(out)
 
 

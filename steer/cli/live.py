@@ -16,6 +16,7 @@ import typer
 
 from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, NoThink, emit, unicode_option
 from steer.errors import UsageError
+from steer.plain_text import plain_line
 
 if TYPE_CHECKING:
     from steer.chat.session import Session
@@ -35,7 +36,12 @@ def chat(
     server: _Server = None,
     slider: Annotated[list[str], typer.Option(help="NAME=AMOUNT or NAME:OPERATION=AMOUNT; may be repeated.")] = [],  # noqa: B006
     profile: Annotated[Path | None, typer.Option(help="A profile: sliders and a sampler, in YAML.")] = None,
-    card: Annotated[Path | None, typer.Option(help="A character card, PNG or JSON: who the model plays.")] = None,
+    card: Annotated[Path | None, typer.Option(help="A character card, PNG, WEBP or JSON: who the model plays.")] = None,
+    lorebook: Annotated[
+        list[Path], typer.Option(help="A lorebook, JSON: texts that the model reads where the chat names them.")
+    ] = [],  # noqa: B006
+    user: Annotated[str, typer.Option(help="Your name, for {{user}} in a card.", callback=unicode_option)] = "You",
+    persona: Annotated[str, typer.Option(help="Who you are, for {{persona}} in a card.", callback=unicode_option)] = "",
     system: Annotated[str | None, typer.Option(help="System prompt.", callback=unicode_option)] = None,
     sampler: Annotated[str | None, typer.Option(help="greedy, plain, wild or near-greedy.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
@@ -49,6 +55,7 @@ def chat(
 ) -> None:
     """Talk to a model with its sliders at hand: /moralizing 0.5, /sliders, /undo, /receipt, /help, /quit."""
     from steer.core.cards import load_card
+    from steer.core.lorebook import load_lorebook
     from steer.core.profile import Profile
     from steer.core.sampler import preset
     from steer.core.slider import parse_amount
@@ -57,11 +64,16 @@ def chat(
     chosen = replace(preset(sampler or "plain"), max_new_tokens=max_new_tokens, seed=seed)
     if temperature is not None:
         chosen = replace(chosen, temperature=temperature)
-    loaded_card = None if card is None else load_card(card)
+    loaded_card = None if card is None else load_card(card, user=user, persona=persona, seed=seed)
+    books = [load_lorebook(path) for path in lorebook]
+    for warning in (*(loaded_card.warnings if loaded_card else ()), *(w for b in books for w in b.warnings)):
+        typer.echo(plain_line(warning), err=True)
     loaded_profile = None if profile is None else Profile.load(profile)
     session = _session(model, server, chosen, device_map, four_bit, no_think)
     if loaded_card is not None:
         session.play(loaded_card)
+    for book in books:
+        session.add_lorebook(book)
     if loaded_profile is not None:
         session.use(loaded_profile)
     if sampler is not None or temperature is not None:

@@ -1,35 +1,40 @@
-"""Character cards: reads one from a PNG or JSON file, and turns it into a system prompt and a greeting for a chat.
+"""Character cards: reads one from a PNG, WEBP or JSON file, and makes the system prompt and the greeting of a chat.
 
+The fields are those of the Character Card specifications V1 to V3 (github.com/kwaroran/character-card-spec-v3); keys of
+Pygmalion's cards are read as well. A field of the wrong kind counts as empty, with a warning; a profile is checked.
 Cards come from strangers, so sizes are checked before anything is decoded. From the top down: `Card`, `load_card` and
-`save_card_profile`; the card's fields and macros; its JSON; the text chunks of a PNG.
+`save_card_profile`; the card's fields; its JSON; the text chunks of a PNG.
 """
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import re
 import struct
+import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import Field
 
+from steer.core.lorebook import Lorebook, read_lorebook
+from steer.core.macros import TEXT_LIMIT, Macros
 from steer.core.profile import Profile
 from steer.core.small_files import read_small, shown
-from steer.core.validation import from_file
+from steer.core.validation import Clean, Cleans, Lenient, from_file, from_stranger
 from steer.errors import SteerError, UsageError
 from steer.files import one_line, write_atomic
-from steer.plain_text import without_surrogates
 
 FILE_LIMIT = 20_000_000
 """Largest card file, in bytes."""
-TEXT_LIMIT = 4_000_000
-"""Largest JSON of a card, in bytes, and most characters that its macros may stand for."""
+JSON_LIMIT = 4_000_000
+"""Largest JSON of a card, in bytes."""
 DEPTH_LIMIT = 64
 """Deepest nesting of lists and objects in a card's JSON."""
 DEFAULT_PROMPT = "You are {{char}}. Write {{char}}'s next reply to {{user}}, and stay in character."
@@ -43,12 +48,16 @@ _V1_TEXTS = ("name", "description", "personality", "scenario", "first_mes", "mes
 _V2_TEXTS = ("system_prompt", "post_history_instructions", "creator_notes", "creator", "character_version")
 _V2_EMPTY: dict[str, Any] = dict.fromkeys((*_V1_TEXTS, *_V2_TEXTS), "") | {"alternate_greetings": [], "tags": []}
 """Every field that a V2 card must have, empty."""
-_MACRO = re.compile(
-    r"\{\{\s*(?P<name>char|user)\s*\}\}|<(?P<old>user|bot|char)>|\{\{(?://|comment:|hidden_key:)[^{}]*\}\}",
-    re.IGNORECASE,
-)
-_ORIGINAL = re.compile(r"\{\{\s*original\s*\}\}", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that would move a terminal's cursor, or worse
+_PYGMALION = {
+    "char_name": "name",
+    "char_persona": "description",
+    "world_scenario": "scenario",
+    "char_greeting": "first_mes",
+    "example_dialogue": "mes_example",
+}
+"""Key of a Pygmalion card -> the V1 field."""
+_TELLING = {*_V1_TEXTS, "system_prompt", "alternate_greetings", "mes_example"} - {"name", "description"}
+"""Fields of which a flat card has at least one; another JSON file may have a name and a description too."""
 _START = re.compile(r"<START>", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -73,6 +82,14 @@ class Card:
     """The character's greeting, which begins the chat. Empty: the user begins."""
     alternate_greetings: tuple[str, ...] = ()
     """Other greetings to choose from."""
+    sections: Mapping[str, str] = field(default_factory=dict)
+    """The parts of `definition`: `description`, `personality` and `scenario`. Lorebooks put texts beside them."""
+    lorebook: Lorebook | None = None
+    """The card's `character_book`, which a chat scans for keys before each reply; None without one."""
+    macros: Macros = field(default_factory=Macros)
+    """What macros in the lorebook stand for."""
+    warnings: tuple[str, ...] = ()
+    """One line for each field that could not be used, and one for all macros that are not known."""
     post_history_instructions: str = ""
     """Instructions to insert after the chat so far; empty for none."""
     creator_notes: str = ""
@@ -88,47 +105,78 @@ class Card:
         return "\n\n".join([self.definition, *(f"Example dialogue:\n{e}" for e in self.examples)])
 
 
-def load_card(source: str | Path | bytes, *, user: str = "You", original: str = DEFAULT_PROMPT) -> Card:
-    """Load a card from a PNG or JSON file, or from the bytes of one.
+def load_card(
+    source: str | Path | bytes,
+    *,
+    user: str = "You",
+    persona: str = "",
+    original: str = DEFAULT_PROMPT,
+    seed: int = 0,
+    filename: str | None = None,
+) -> Card:
+    """Load a card from a PNG, WEBP or JSON file, or from the bytes of one.
 
-    `user` replaces `{{user}}`. `original` replaces `{{original}}` in the card's prompts, and is the system prompt of a
-    card that has none.
+    `user` and `persona` replace `{{user}}` and `{{persona}}`, the user's name and description. `original` replaces
+    `{{original}}` in the card's prompts, and is the system prompt of a card that has none. `seed`: of the draws of
+    `{{random}}`, `{{pick}}` and `{{roll}}`. `filename`: the name of the file that the bytes are from; a card without a
+    name is called so.
 
         card = steer.load_card("character.png", user="Ann")
         print(card.name, card.first_message)
 
-    Errors: SteerError for a file that is missing, too large, truncated or damaged, for one without a card, for a card
-    with fields of the wrong type, and for an invalid profile in it.
+    Errors: SteerError for a file that is missing, too large, truncated or damaged, for one without a card, and for an
+    invalid profile in it.
     """
     where, folder = ("card", None) if isinstance(source, bytes) else (str(source), Path(source).parent)
     file = source if isinstance(source, bytes) else read_small(Path(source), FILE_LIMIT, "a character card")
     if len(file) > FILE_LIMIT:
         raise SteerError(f"{where}: expected at most {FILE_LIMIT:,} bytes, found {len(file):,}; is it the right file?")
     raw = _card_json(file, where)
-    data, fields = _fields(raw, where, folder)
-    name = " ".join(fields.name.split())
-    if not name:
-        raise SteerError(f"{where}: name: expected the character's name, found none; fill it in")
-    fill = _macros(" ".join(fields.nickname.split()) or name, user, original, where)
-    about = (
-        fill(fields.system_prompt or original, prompt=True),
-        fill(fields.description),
-        fill(fields.personality and "{{char}}'s personality: " + fields.personality),
-        fill(fields.scenario and "Scenario: " + fields.scenario),
-    )
+    remarks: dict[str, str] = {}
+    fields, profile = _fields(raw, where, folder, remarks)
+    stem = Path(filename or (source if not isinstance(source, bytes) else "")).stem
+    name = " ".join(fields.name.split()) or " ".join(stem.split()) or "Character"
+    fill = _Filler(Macros({"user": user, "persona": persona}, seed), where)
+    fill.name(" ".join(fields.nickname.split()) or name)
+    texts = {k: getattr(fields, k) for k in ("description", "personality", "scenario", "mes_example")}
+    texts |= {"charprompt": fields.system_prompt, "charjailbreak": fields.post_history_instructions}
+    texts |= {"mesexamples": fields.mes_example, "charversion": fields.character_version, "original": ""}
+    fill.macros = fill.macros.having(dict.fromkeys(texts, ""))
+    for _ in range(2):  # a text may stand in another, and not for ever in itself
+        fill.macros = fill.macros.having({k: fill(t).strip() for k, t in texts.items()})
+    known = fill.macros.values
+    sections = {
+        "description": known["description"],
+        "personality": known["personality"] and f"{known['char']}'s personality: {known['personality']}",
+        "scenario": known["scenario"] and f"Scenario: {known['scenario']}",
+    }
+    original = fill(original)
+    prompt = fill(fields.system_prompt, original=original).strip() or original.strip()
     examples = (fill(e).strip() for e in _START.split(fields.mes_example))
-    return Card(
+    book = fields.character_book
+    lorebook = None if book is None else read_lorebook(book, f"{where}: character_book", f"{name}'s lorebook")
+    for entry in () if lorebook is None else lorebook.entries:
+        fill(entry.content)
+    card = Card(
         name,
         version=_version(raw),
-        definition="\n\n".join(t.strip() for t in about if t.strip()),
+        definition="\n\n".join(t for t in (prompt, *sections.values()) if t),
         examples=tuple(e for e in examples if e),
         first_message=fill(fields.first_mes),
         alternate_greetings=tuple(fill(g) for g in fields.alternate_greetings),
-        post_history_instructions=fill(fields.post_history_instructions, prompt=True),
+        sections={k: t for k, t in sections.items() if t},
+        lorebook=lorebook,
+        macros=fill.macros,
+        post_history_instructions=fill(fields.post_history_instructions, original=original),
         creator_notes=fields.creator_notes,
-        profile=fields.extensions.steer.profile,
-        extensions=data.get("extensions") or {},
+        profile=profile,
+        extensions=fields.extensions,
     )
+    if fill.unknown:
+        names = ", ".join(f"{{{{{n}}}}}" for n in sorted(fill.unknown)[:10])
+        remarks["macros"] = f"{where}: macros that are not known stay as they are: {names}"
+    warnings = (*remarks.values(), *(() if lorebook is None else lorebook.warnings))
+    return replace(card, warnings=tuple(" ".join(w.split())[:800] for w in warnings))
 
 
 def save_card_profile(card: str | Path, profile: Profile, out: str | Path) -> Path:
@@ -143,6 +191,8 @@ def save_card_profile(card: str | Path, profile: Profile, out: str | Path) -> Pa
     """
     out, where = Path(out), str(card)
     data = read_small(Path(card), FILE_LIMIT, "a character card")
+    if data[:4] == b"RIFF":
+        raise UsageError(f"{where}: expected a PNG or JSON card, found a WEBP, which is only read; convert it")
     suffix = ".png" if data.startswith(_SIGNATURE) else ".json"
     if out.suffix.lower() in {".png", ".json"} - {suffix}:
         raise UsageError(f"{out}: expected a name that ends in {suffix}, as {where} does; a card keeps its kind")
@@ -154,76 +204,62 @@ def save_card_profile(card: str | Path, profile: Profile, out: str | Path) -> Pa
             f"{out}: expected a card of at most {FILE_LIMIT:,} bytes, found {len(changed):,}; shorten its profile"
         )
     # Read the result again, so that no card is written that `load_card` would refuse.
-    _fields(_card_json(changed, str(out)), str(out), out.parent)
+    _fields(_card_json(changed, str(out)), str(out), out.parent, {})
     return write_atomic(out, changed)
 
 
-class _Nullable(BaseModel):
-    """Fields of a card. Unknown ones are ignored, and null counts as absent."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _present(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
-
-
-class _Steer(_Nullable):
-    """The object in which this project keeps its data in a card."""
-
-    profile: Profile | None = None
-
-
-class _Extensions(_Nullable):
-    steer: _Steer = _Steer()
+class _Fields(Lenient):
+    name: Clean = ""
+    description: Clean = ""
+    personality: Clean = ""
+    scenario: Clean = ""
+    first_mes: Clean = ""
+    mes_example: Clean = ""
+    system_prompt: Clean = ""
+    post_history_instructions: Clean = ""
+    creator_notes: Clean = ""
+    character_version: Clean = ""
+    nickname: Clean = ""
+    alternate_greetings: Cleans = Field(default_factory=list)
+    character_book: dict[str, Any] | None = None
+    extensions: dict[str, Any] = Field(default_factory=dict)
 
 
-_Text = Annotated[str, Field(strict=True), AfterValidator(lambda text: without_surrogates(_CONTROL.sub("", text)))]
-
-
-class _Fields(_Nullable):
-    name: _Text = ""
-    description: _Text = ""
-    personality: _Text = ""
-    scenario: _Text = ""
-    first_mes: _Text = ""
-    mes_example: _Text = ""
-    system_prompt: _Text = ""
-    post_history_instructions: _Text = ""
-    creator_notes: _Text = ""
-    nickname: _Text = ""
-    alternate_greetings: Annotated[list[_Text], Field(fail_fast=True), BeforeValidator(lambda v: v or [])] = []
-    extensions: _Extensions = _Extensions()
-
-
-def _object(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
-    """The object with the card's fields (the one under `data` in V2 and later, the whole card in V1), and its place for
-    messages."""
-    data = raw
-    if "data" in raw or raw.get("spec") is not None:
-        data, where = raw.get("data"), f"{where}: data"
-    if not isinstance(data, dict):
-        raise SteerError(f"{where}: expected an object with the card's fields, found {shown(data)}; export it again")
-    missing = [k for k in ("name", "description", "first_mes") if data is raw and k not in raw]
-    if missing:
+def _object(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
+    """The object with the card's fields, and whether that is the whole card: in V1, and where an editor of V2 cards
+    forgot `data`. Pygmalion's keys are renamed."""
+    if isinstance(raw.get("data"), dict):
+        return raw["data"], False
+    flat = {_PYGMALION.get(k, k): v for k, v in raw.items()}
+    if raw.get("data") is not None or not _TELLING & flat.keys():
+        none = f"none of {', '.join(sorted(_TELLING))}"
+        found = none if raw.get("data") is None else f"`data` {shown(raw['data'])}"
         raise SteerError(
-            f"{where}: expected a character card ({', '.join(_V1_TEXTS)}, or `spec` and `data`), found no "
-            f"{missing[0]!r}; is it another JSON file?"
+            f"{where}: expected a character card ({', '.join(_V1_TEXTS)}, or `spec` and `data`), found {found}; "
+            "is it another JSON file?"
         )
-    return data, where
+    return flat, True
 
 
-def _fields(raw: dict[str, Any], where: str, folder: Path | None) -> tuple[dict[str, Any], _Fields]:
-    """The object with the card's fields, also checked."""
-    data, where = _object(raw, where)
-    fields = from_file(_Fields, data, where)
-    if fields.extensions.steer.profile is not None:
-        fields.extensions.steer.profile = replace(fields.extensions.steer.profile, folder=folder)
-        _check_files(fields.extensions.steer.profile, where)
-    return data, fields
+def _fields(
+    raw: dict[str, Any], where: str, folder: Path | None, remarks: dict[str, str]
+) -> tuple[_Fields, Profile | None]:
+    """The card's fields and its profile. `remarks` gets a line for each field that counts as empty."""
+    data, flat = _object(raw, where)
+    fields = from_stranger(_Fields, data, where, remarks)
+    steer = fields.extensions.get("steer") or {}
+    where = where if flat else f"{where}: data"
+    if not isinstance(steer, dict):
+        raise SteerError(f"{where}: extensions: steer: expected a mapping, found {shown(steer)}; take it out")
+    if steer.get("profile") is None:
+        return fields, None
+    profile = replace(from_file(Profile, steer["profile"], f"{where}: extensions: steer: profile"), folder=folder)
+    _check_files(profile, where)
+    return fields, profile
 
 
 def _version(raw: Mapping[str, Any]) -> str:
-    if "data" not in raw:
+    if not isinstance(raw.get("data"), dict) and raw.get("spec") is None:
         return "1.0"
     version = str(raw.get("spec_version"))[:8]
     if re.fullmatch(r"\d+(\.\d+)?", version):
@@ -243,30 +279,30 @@ def _check_files(profile: Profile, where: str) -> None:
             )
 
 
-def _macros(char: str, user: str, original: str, where: str) -> Callable[..., str]:
-    """A function that replaces the macros in a text, in one pass: macros inside of a replacement are not replaced
-    again. With `prompt=True`, `{{original}}` is replaced too.
+class _Filler:
+    """Replaces the macros in the texts of one card, and limits how much longer all of them together get: a short macro
+    can stand for a long name a million times."""
 
-    A short macro can stand for a long name a million times, so the growth of all texts together is limited.
-    """
-    grown = 0
+    def __init__(self, macros: Macros, where: str) -> None:
+        self.macros, self._where, self._grown = macros, where, 0
+        self.unknown: set[str] = set()
 
-    def counted(text: str) -> str:
-        nonlocal grown
-        grown += len(text)
-        if grown > TEXT_LIMIT:
+    def name(self, char: str) -> None:
+        """Set the character's name."""
+        self.macros = self.macros.having({"char": char, "charifnotgroup": char, "group": char})
+
+    def __call__(self, text: str, **values: str) -> str:
+        try:
+            out = self.macros.having(values).expand(text, unknown=self.unknown)
+        except SteerError as e:
+            raise SteerError(f"{self._where}: {e}") from e
+        self._grown += max(0, len(out) - len(text))
+        if self._grown > TEXT_LIMIT:
             raise SteerError(
-                f"{where}: expected macros that stand for at most {TEXT_LIMIT:,} characters, found more; take some out"
+                f"{self._where}: expected macros that stand for at most {TEXT_LIMIT:,} characters, found more; "
+                "take some out"
             )
-        return text
-
-    def value(match: re.Match[str]) -> str:
-        return counted({"": "", "user": user}.get((match["name"] or match["old"] or "").lower(), char))
-
-    def fill(text: str, prompt: bool = False) -> str:
-        return _MACRO.sub(value, _ORIGINAL.sub(lambda _: counted(original), text) if prompt else text)
-
-    return fill
+        return out
 
 
 def _card_json(data: bytes, where: str) -> dict[str, Any]:
@@ -275,14 +311,41 @@ def _card_json(data: bytes, where: str) -> dict[str, Any]:
         return _in_chunk(data, _chunks(data, where)[0], where)
     if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
         return _parse(data, where)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return _in_webp(data, where)
     do = "unpack it and pass its card.json" if data.startswith(b"PK") else "save it as PNG or JSON"
     raise SteerError(f"{where}: expected a PNG or a JSON object, found a file that begins {data[:8]!r}; {do}")
 
 
+def _in_webp(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in the comment of a WEBP picture: text, or the numbers of its bytes with commas between them."""
+    from PIL import ExifTags, Image
+
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=["WEBP"]) as picture:
+            warnings.simplefilter("error")
+            comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    except Exception as e:  # of many kinds, for a file made to break it
+        raise SteerError(f"{where}: expected a WEBP picture, found {one_line(e)}; save it as PNG or JSON") from e
+    text = comment.encode() if isinstance(comment, str) else bytes(comment)
+    text = text.removeprefix(b"ASCII\0\0\0").removeprefix(b"\0" * 8).strip(b"\0 \n")
+    if re.fullmatch(rb"[\d,\s]+", text):
+        try:
+            text = bytes(int(n) for n in text.split(b","))
+        except ValueError as e:
+            raise SteerError(f"{where}: expected bytes in the picture's comment, found {one_line(e)}") from e
+    if not text.startswith(b"{"):
+        raise SteerError(
+            f"{where}: expected a character card in the WEBP's comment, found none; sites that convert images strip "
+            "it, so fetch the original, or save the card as PNG or JSON"
+        )
+    return _parse(text, where)
+
+
 def _parse(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object within the limits of this file."""
-    if len(data) > TEXT_LIMIT:
-        raise SteerError(f"{where}: expected JSON of at most {TEXT_LIMIT:,} bytes, found {len(data):,}; is it a card?")
+    if len(data) > JSON_LIMIT:
+        raise SteerError(f"{where}: expected JSON of at most {JSON_LIMIT:,} bytes, found {len(data):,}; is it a card?")
     too_deep = SteerError(
         f"{where}: expected JSON of at most {DEPTH_LIMIT} levels, found more; is it a character card?"
     )
@@ -315,12 +378,14 @@ def _with_profile(data: bytes, profile: Profile, where: str) -> bytes:
     one and some the other."""
 
     def changed(raw: dict[str, Any], where: str, **layout: Any) -> bytes:
-        fields, _ = _object(raw, where)  # a broken profile in it is replaced
+        fields, flat = _object(raw, where)  # a broken profile in it is replaced
         extensions = fields.get("extensions") or {}
-        steer = (extensions.get("steer") or {}) | {"profile": profile.dump()}
-        made = fields | {"extensions": extensions | {"steer": steer}}
+        steer = (isinstance(extensions, dict) and extensions.get("steer")) or {}
+        if not isinstance(extensions, dict) or not isinstance(steer, dict):
+            raise SteerError(f"{where}: extensions: expected mappings, found {shown(extensions)}; take them out")
+        made = fields | {"extensions": extensions | {"steer": steer | {"profile": profile.dump()}}}
         card = raw | {"data": made}
-        if fields is raw:
+        if flat:
             card |= {"spec": "chara_card_v2", "spec_version": "2.0", "data": _V2_EMPTY | made}
         # JSON can escape half of a surrogate pair, but UTF-8 cannot hold it.
         text = json.dumps(card, ensure_ascii=False, **layout)
@@ -389,7 +454,7 @@ def _chunks(data: bytes, where: str) -> list[_Chunk]:
 def _in_chunk(data: bytes, chunk: _Chunk, where: str) -> dict[str, Any]:
     """The JSON object in a chunk."""
     where = f"{where}: text {chunk.keyword!r}"
-    text = b"".join(_text(data, chunk, 2 * TEXT_LIMIT, where).split())
+    text = b"".join(_text(data, chunk, 2 * JSON_LIMIT, where).split())
     try:
         decoded = base64.b64decode(text, validate=True)
     except ValueError as e:

@@ -6,6 +6,7 @@ An error is one line: the path of the key, what was expected, what was found, an
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
@@ -13,12 +14,25 @@ from functools import wraps
 from numbers import Integral
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
+from pydantic_core import ArgsKwargs, PydanticUseDefault
 
 from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError
+from steer.plain_text import without_surrogates
 
 _T = TypeVar("_T")
 
@@ -80,6 +94,35 @@ def from_file(kind: type[_T], data: Any, where: str) -> _T:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as e:
         raise SteerError(f"{where}: {error_line(e)}") from e
+
+
+class Lenient(BaseModel):
+    """A mapping in a stranger's file of which everything usable is used; build it with `from_stranger`.
+
+    A null and an unknown key are ignored. A value of the wrong kind counts as absent, and is remarked on.
+    """
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _or_absent(cls, value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            if value is not None:
+                return read(value)
+        except ValidationError as e:
+            if value:  # "", [] and {} are nothing, whatever the kind
+                where, remarks = info.context  # pyright: ignore[reportGeneralTypeIssues]
+                place = f"{where}: {info.field_name}"
+                remarks.setdefault(place, f"{place}: {error_line(e)}; it counts as empty")
+        raise PydanticUseDefault
+
+
+_Lenient = TypeVar("_Lenient", bound=Lenient)
+
+
+def from_stranger(kind: type[_Lenient], data: Mapping[str, Any], where: str, remarks: dict[str, str]) -> _Lenient:
+    """A lenient value. `remarks` gets a line for each field with a value of the wrong kind, by the field's place; one
+    line, although several mappings of one kind at the same `where` may have such a field."""
+    return kind.model_validate(data, context=(where, remarks))
 
 
 def known_keys(data: Any, keys: Iterable[str], path: str = "") -> dict[str, Any]:
@@ -158,3 +201,24 @@ Line = Annotated[Text, AfterValidator(_plain_text)]
 """Text without characters that a terminal or a file could not hold."""
 Lines = Annotated[str, Field(strict=True), AfterValidator(lambda text: _plain_text(text, "\n\t"))]
 """The same; newlines and tabs are allowed, and so is no text at all."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _clean(text: str) -> str:
+    return text if text.isascii() and text.isprintable() else without_surrogates(_CONTROL.sub("", text))
+
+
+def _texts(items: list[Any], info: ValidationInfo) -> list[str]:
+    for item in items:
+        if item and not isinstance(item, str):
+            where, remarks = info.context  # pyright: ignore[reportGeneralTypeIssues]
+            place = f"{where}: {info.field_name}"
+            remarks.setdefault(place, f"{place}: expected text, found {shown(item)}; it counts as empty")
+    return [_clean(item) for item in items if isinstance(item, str)]
+
+
+Clean = Annotated[str, Field(strict=True), AfterValidator(_clean)]
+"""Text without the characters that would move a terminal's cursor, or worse, which are taken out."""
+Cleans = Annotated[list[Any], Field(strict=True), AfterValidator(_texts)]
+"""A list of such texts in a `Lenient` mapping; what is no text is left out of it."""

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from steer.core.cards import DEFAULT_PROMPT, DEPTH_LIMIT, FILE_LIMIT, TEXT_LIMIT, Card, load_card, save_card_profile
+from steer.core.cards import DEFAULT_PROMPT, DEPTH_LIMIT, FILE_LIMIT, JSON_LIMIT, Card, load_card, save_card_profile
 from steer.core.profile import GateSpec, Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import PRESETS
 from steer.core.small_files import shown
@@ -207,14 +207,14 @@ def test_a_newer_version_is_read_and_null_counts_as_empty() -> None:
 def test_macros_are_filled_in_one_pass_and_comments_go() -> None:
     data = V2["data"] | {
         "name": "{{user}}\n the \\1st",
-        "description": "{{CHAR}}|<char>|<Bot>|{{ user }}|<user>|{{random:a,b}}|"
+        "description": "{{CHAR}}|<char>|<Bot>|{{ user }}|<user>|{{unheard of:a,b}}|"
         "{{// secret}}{{comment: x}}{{hidden_key:k}}|",
         "system_prompt": "{{original}}",
     }
     card = load_card(json.dumps({"data": data}).encode(), user="{{char}} \\g<0>", original="[{{user}}]")
     name, user = "{{user}} the \\1st", "{{char}} \\g<0>"
     assert card.name == name
-    assert card.definition.startswith(f"[{user}]\n\n{name}|{name}|{name}|{user}|{user}|{{{{random:a,b}}}}||\n\n")
+    assert card.definition.startswith(f"[{user}]\n\n{name}|{name}|{name}|{user}|{user}|{{{{unheard of:a,b}}}}||\n\n")
 
 
 def test_what_no_terminal_and_no_tokenizer_should_see_is_cleaned() -> None:
@@ -291,7 +291,7 @@ def test_a_card_keeps_its_kind_and_what_it_cannot_hold_is_not_written(tmp_path: 
     with pytest.raises(UsageError, match=r"out\.json: expected a name that ends in \.png"):
         save_card_profile(path, PROFILE, tmp_path / "out.json")
     with pytest.raises(SteerError, match=r"out\.png: .*at most 4,000,000 bytes"):
-        save_card_profile(path, Profile("long", notes="x" * TEXT_LIMIT), tmp_path / "out.png")
+        save_card_profile(path, Profile("long", notes="x" * JSON_LIMIT), tmp_path / "out.png")
     broken = tmp_path / "broken.png"
     broken.write_bytes(png(ccv3=encoded(V3), chara="rubbish"))
     with pytest.raises(SteerError, match=r"broken\.png: text 'chara': expected base64"):
@@ -364,8 +364,8 @@ BOMB = zlib.compress(b"A" * 50_000_000, 9)
         (png(chara=base64.b64encode(b"\xff{}").decode()), "no UTF-8 at 0"),
         (png(chara=encoded([V2])), "expected a JSON object, found ["),
         (png(chara=encoded("x" * 5000)), "expected a JSON object"),
-        (png(chara=encoded("x" * TEXT_LIMIT)), "at most 4,000,000 bytes"),
-        (png(chara="A" * (2 * TEXT_LIMIT + 1)), "at most 8,000,000 bytes"),
+        (png(chara=encoded("x" * JSON_LIMIT)), "at most 4,000,000 bytes"),
+        (png(chara="A" * (2 * JSON_LIMIT + 1)), "at most 8,000,000 bytes"),
         (with_chunk(b"zTXt", b"chara\0\0" + BOMB), "at most 8,000,000 bytes"),
         (with_chunk(b"iTXt", b"ccv3\0\1\0\0\0" + BOMB), "at most 8,000,000 bytes"),
         (with_chunk(b"zTXt", b"chara\0\0" + BOMB[:99]), "found it cut short"),
@@ -373,17 +373,17 @@ BOMB = zlib.compress(b"A" * 50_000_000, 9)
         (with_chunk(b"iTXt", b"chara\0\1\0en"), "no end of the keyword"),
         (with_chunk(b"zTXt", b"chara\0"), "cut short"),
         (b"{" + b" " * FILE_LIMIT, "at most 20,000,000 bytes"),
-        (b'{"a": "' + b"x" * TEXT_LIMIT + b'"}', "at most 4,000,000 bytes"),
+        (b'{"a": "' + b"x" * JSON_LIMIT + b'"}', "at most 4,000,000 bytes"),
         (b'{"a": ' * 600_000, "at most 64 levels"),
         (b'{"a": ' + b"[" * 3_000_000, "at most 64 levels"),
         (b'{"a": ' + b"9" * 5000 + b"}", "in JSON, found"),
         (b'{"a": 1e999}', "the number 1e999"),
         (b'{"a": NaN}', "the number NaN"),
-        (b'{"name": "x", "version": "1", "description": "a package"}', "found no 'first_mes'"),
+        (b'{"name": "x", "version": "1", "description": "a package"}', "found none of alternate_greetings"),
         (b"{}", "expected a character card (name, description"),
         (b'{"name": "\xff"}', "no UTF-8"),
-        (b'{"spec": "chara_card_v2"}', "data: expected an object with the card's fields, found None"),
-        (b'{"data": [1]}', "data: expected an object"),
+        (b'{"spec": "chara_card_v2"}', "found none of alternate_greetings"),
+        (b'{"data": [1]}', "found `data` [1]"),
     ],
     ids=lambda v: shown(v)[:40],
 )
@@ -398,17 +398,6 @@ def test_a_hostile_file_is_refused_in_one_line(data: bytes, says: str, tmp_path:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"name": ""}, "name: expected the character's name"),
-        ({"name": None}, "name: expected the character's name"),
-        ({"name": ["Duke"]}, "name: expected text, found ['Duke']"),
-        ({"description": ["a"]}, "description: expected text"),
-        ({"first_mes": 3}, "first_mes: expected text, found 3"),
-        ({"system_prompt": {"a": "b"}}, "system_prompt: expected text"),
-        ({"creator_notes": True}, "creator_notes: expected text"),
-        ({"nickname": 0}, "nickname: expected text, found 0"),
-        ({"alternate_greetings": "Hi"}, "alternate_greetings: expected a list, found 'Hi'"),
-        ({"alternate_greetings": ["Hi", None]}, "alternate_greetings[1]: expected text"),
-        ({"extensions": []}, "data: extensions: expected a mapping"),
         ({"extensions": {"steer": "noir"}}, "data: extensions: steer: expected a mapping"),
         ({"extensions": {"steer": {"profile": "noir"}}}, "data: extensions: steer: profile: expected a mapping"),
         ({"extensions": {"steer": {"profile": {"name": "a", "silders": []}}}}, "did you mean 'sliders'?"),
@@ -422,8 +411,140 @@ def test_a_hostile_file_is_refused_in_one_line(data: bytes, says: str, tmp_path:
     ],
     ids=lambda v: shown(v)[:60],
 )
-def test_a_card_with_fields_of_the_wrong_kind_is_refused_in_one_line(change: dict[str, Any], says: str) -> None:
+def test_a_wrong_profile_or_endless_macros_are_refused_in_one_line(change: dict[str, Any], says: str) -> None:
     assert says in refused(json.dumps({"data": V1 | change}).encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": ["Duke"]}, "name: expected text, found ['Duke']"),
+        ({"description": ["a"]}, "description: expected text"),
+        ({"first_mes": 3}, "first_mes: expected text, found 3"),
+        ({"system_prompt": {"a": "b"}}, "system_prompt: expected text"),
+        ({"creator_notes": True}, "creator_notes: expected text"),
+        ({"alternate_greetings": "1687194031049"}, "alternate_greetings: expected a list, found '1687194031049'"),
+        ({"alternate_greetings": ["Hi", 3, None, {}, [1]]}, "alternate_greetings: expected text, found 3"),
+        ({"extensions": ["x"]}, "extensions: expected a mapping"),
+        ({"character_book": "none"}, "character_book: expected a mapping"),
+    ],
+    ids=lambda v: shown(v)[:60],
+)
+def test_a_field_of_the_wrong_kind_counts_as_empty_with_one_warning(change: dict[str, Any], says: str) -> None:
+    for card in ({"data": V1 | change}, V2 | {"data": V2["data"] | change}):
+        loaded = load_card(json.dumps(card).encode(), filename="a/curio.png")
+        (warning,) = loaded.warnings
+        assert warning.startswith(f"card: {says}")
+        assert warning.endswith("; it counts as empty")
+        left = {k: v for k, v in card["data"].items() if k not in change}
+        if change.get("alternate_greetings", ["", ""])[0] == "Hi":
+            left["alternate_greetings"] = ["Hi"]
+        wanted = load_card(json.dumps(card | {"data": left}).encode(), filename="a/curio.png")
+        assert replace(loaded, warnings=()) == wanted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": ""}, {"name": None}, {"nickname": 0}, {"extensions": []}, {"alternate_greetings": [None]},
+        {"character_book": None}, {"tags": "drama"}, {"x": 10**400}, {"character_book": []}, {"first_mes": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_empty_or_not_used_counts_as_absent_without_a_word(change: dict[str, Any]) -> None:
+    absent = {"data": {k: v for k, v in V1.items() if k not in change}}
+    wanted = load_card(json.dumps(absent).encode())
+    assert load_card(json.dumps({"data": absent["data"] | change}).encode()) == wanted
+    assert wanted.warnings == ()
+
+
+def test_a_nameless_card_has_the_name_of_its_file(tmp_path: Path) -> None:
+    path = in_file(V1 | {"name": " "}, "json", tmp_path)
+    card = load_card(path)
+    assert (card.name, card.sections["description"]) == ("duke", "duke rules Illyria and sighs at You.")
+    assert load_card(path.read_bytes(), filename="Maria Bell.card.png").name == "Maria Bell.card"
+    assert load_card(path.read_bytes()).name == "Character"
+
+
+def test_flat_cards_of_every_sort_are_read_and_get_a_profile(tmp_path: Path) -> None:
+    wanted = load_card(json.dumps(V2).encode())
+    flat = V2["data"] | {"spec": "chara_card_v2", "spec_version": "2.0"}
+    assert load_card(json.dumps(flat).encode()) == wanted
+    pygmalion = {
+        "char_name": V1["name"], "char_persona": V1["description"], "world_scenario": V1["scenario"],
+        "char_greeting": V1["first_mes"], "example_dialogue": V1["mes_example"], "personality": V1["personality"],
+    }  # fmt: skip
+    assert load_card(json.dumps(pygmalion).encode()) == load_card(json.dumps(V1).encode())
+    for number, card in enumerate((flat, pygmalion, {"name": "Curio", "scenario": "A hunt."}, {"first_mes": "Hi"})):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(card))
+        before = load_card(path)
+        after = load_card(save_card_profile(path, PROFILE, path))
+        assert after.profile == PROFILE
+        assert (after.definition, after.first_message) == (before.definition, before.first_message)
+        assert card.items() <= json.loads(path.read_text()).items()
+
+
+@pytest.mark.parametrize("extensions", [["x"], "x", {"steer": "noir"}], ids=str)
+def test_a_profile_does_not_replace_what_is_there(extensions: object, tmp_path: Path) -> None:
+    path = in_file(V1 | {"extensions": extensions}, "json", tmp_path)
+    with pytest.raises(SteerError, match="extensions: expected mappings"):
+        save_card_profile(path, PROFILE, path)
+
+
+def webp(comment: bytes, tag: int = 0x9286) -> bytes:
+    """A WEBP picture with this comment in its EXIF data."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[tag] = comment
+    out = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(out, "WEBP", exif=exif)
+    return out.getvalue()
+
+
+def test_a_webp_holds_a_card_in_its_comment(tmp_path: Path) -> None:
+    card = json.dumps(V2).encode()
+    wanted = load_card(card)
+    for comment in (card, b"ASCII\0\0\0" + card, b"\0" * 8 + card, ",".join(map(str, card)).encode()):
+        assert load_card(webp(comment)) == wanted
+    for data, says in (
+        (webp(b"a sunset"), "card in the WEBP's comment, found none"),
+        (webp(b"1,2,999"), "expected bytes in the picture's comment"),
+        (webp(card, 0x829A), "card in the WEBP's comment, found none"),
+        (webp(card[:-9]), "expected a character card in JSON"),
+        (webp(card)[:40], "expected a WEBP picture"),
+    ):
+        assert says in refused(data)
+    path = tmp_path / "duke.webp"
+    path.write_bytes(webp(card))
+    with pytest.raises(UsageError, match="WEBP, which is only read"):
+        save_card_profile(path, PROFILE, path)
+
+
+def test_macros_that_are_not_known_stay_and_are_warned_of_once() -> None:
+    data = V1 | {"first_mes": "{{frob}} {{Frob}} {{roll:x}} {{time}}", "scenario": "{{frob}}"}
+    data |= {"character_book": {"entries": [{"keys": ["x"], "content": "{{glim::a}} {{persona}}"}]}}
+    card = load_card(json.dumps({"data": data}).encode(), persona="A page.")
+    assert card.warnings == ("card: macros that are not known stay as they are: {{frob}}, {{glim}}, {{roll}}",)
+    assert card.first_message.startswith("{{frob}} {{Frob}} {{roll:x}} ")
+    assert "{{" not in card.first_message[30:]
+
+
+def test_fields_stand_in_each_other_and_not_for_ever_in_themselves() -> None:
+    data = {"name": "Ann", "description": "D({{personality}}|{{description}})", "personality": "P({{description}})"}
+    card = load_card(json.dumps({"data": data | {"system_prompt": "{{Scenario}}{{charPrompt}}."}}).encode())
+    assert card.sections == {
+        "description": "D(P()|D(|))",
+        "personality": "Ann's personality: P(D(|))",
+    }
+    assert card.definition.startswith(".")
+    assert card.warnings == ()
+
+
+def test_a_seed_draws_the_same_greeting_and_another_another() -> None:
+    data = json.dumps({"data": V1 | {"first_mes": "{{random:a,b,c,d,e,f,g,h}}{{roll:100}}"}}).encode()
+    greetings = [load_card(data, seed=seed).first_message for seed in (0, 0, 1, 2, 3)]
+    assert greetings[0] == greetings[1]
+    assert len(set(greetings)) == 4
 
 
 def test_a_path_that_is_no_card_is_one_line(tmp_path: Path) -> None:

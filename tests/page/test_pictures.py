@@ -138,9 +138,11 @@ def everywhere(page: Page, url: str, folder: Path) -> None:
     card = folder / "card.json"
     texts = {f: pictures(url, f) for f in ("description", "personality", "scenario", "mes_example", "first_mes")}
     data = {"name": f"![a]({url}/name)", **texts, "alternate_greetings": [pictures(url, "greeting")]}
+    entry = {"keys": ["e"], "constant": True, "content": pictures(url, "lore"), "name": pictures(url, "entry")}
+    data["character_book"] = {"name": pictures(url, "book"), "entries": [entry], "scan_depth": [pictures(url, "depth")]}
     card.write_text(json.dumps({"spec": "chara_card_v2", "spec_version": "2.0", "data": data}))
     page.click("Character and system prompt")
-    page.until(lambda: page.all("[data-testid=stSidebar] input[type=file]")[-1].send_keys(str(card)) is None)
+    page.until(lambda: page.all("[data-testid=stSidebar] input[type=file]")[1].send_keys(str(card)) is None)
     page.click("Play ")
     page.until(lambda: len(page.texts()) == 1)
     look("first_mes")

@@ -1,4 +1,4 @@
-"""The sidebar below the sliders: profiles, the character and its system prompt, and the sampler."""
+"""The sidebar below the sliders: profiles, the character and its system prompt, lorebooks, and the sampler."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from steer.chat.profile_store import (
     uploaded_profile,
 )
 from steer.core.cards import load_card
+from steer.core.lorebook import load_lorebook
 from steer.core.profile import Profile
 from steer.core.sampler import PRESETS, Sampler, preset
 from steer.errors import SteerError
 from steer.page.drawing import markdown
 from steer.page.guard import button, new_chat, safely, tell
+from steer.plain_text import plain_line
 
 _CUSTOM = "as set below"
+_WARNED = 5
+"""How many warnings of one file are shown."""
 _FIELDS: dict[str, tuple[str, float, float, float]] = {
     "temperature": ("Temperature (0: greedy)", 0.0, 10.0, 0.1),
     "min_p": ("Min-p", 0.0, 1.0, 0.05),
@@ -40,10 +44,11 @@ _FIELDS: dict[str, tuple[str, float, float, float]] = {
 
 
 def draw(chat: Chat) -> None:
-    """Draw three expanders: profiles, character, sampler."""
+    """Draw four expanders: profiles, character, lorebooks, sampler."""
     for title, icon, part in (
         ("Profiles", "library_books", _profiles),
         ("Character and system prompt", "theater_comedy", _character),
+        ("Lorebooks", "menu_book", _lorebooks),
         ("Sampler", "casino", _sampler),
     ):
         with st.expander(title, icon=f":material/{icon}:"):
@@ -83,13 +88,19 @@ def _keep(chat: Chat, name: str) -> None:
 
 
 def _character(chat: Chat) -> None:
-    file = st.file_uploader("Character card (PNG or JSON)", ["png", "json"], key="card", max_upload_size=20)
+    with st.container(horizontal=True):
+        user = st.text_input("Your name", "You", key="user name", max_chars=80).strip() or "You"
+        persona = st.text_input("Who you are", key="persona", placeholder="for cards that ask", max_chars=2000)
+    kinds = ["png", "webp", "json"]
+    file = st.file_uploader("Character card (PNG, WEBP or JSON)", kinds, key="card", max_upload_size=20)
     if file is not None:
+        seed = chat.sampler.seed + st.session_state.get("chats", 0)
         try:
-            card = load_card(file.getvalue())
+            card = load_card(file.getvalue(), user=user, persona=persona, seed=seed, filename=file.name)
         except SteerError as e:
             st.error(markdown(str(e)))
         else:
+            _warn(card.warnings)
             label, hint = markdown(f"Play {card.name}"[:60]), "A new chat; this one stays among the old ones"
             button(label, lambda: (chat.play(card), new_chat()), type="primary", key="play", help=hint)
     key = f"system@{st.session_state.get('chats', 0)}"
@@ -97,6 +108,28 @@ def _character(chat: Chat) -> None:
         "System prompt", chat.system or "", key=key, placeholder="none",
         on_change=lambda: setattr(chat, "system", st.session_state[key].strip() or None),
     )  # fmt: skip
+
+
+def _lorebooks(chat: Chat) -> None:
+    if (book := chat.lore.character) is not None:
+        st.markdown(markdown(f"{book.name}: {len(book.entries)} entries, of the card"))
+    for book in chat.lore.books:
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(markdown(f"{book.name}: {len(book.entries)} entries"))
+            button("Remove", lambda name=book.name: chat.remove_lorebook(name), key=f"remove {book.name}")
+        _warn(book.warnings)
+    file = st.file_uploader("Lorebook (JSON)", ["json"], key="lorebook", max_upload_size=20)
+    if file is not None:
+        data, name = file.getvalue(), file.name
+        add = lambda: chat.add_lorebook(load_lorebook(data, name.removesuffix(".json")))  # noqa: E731
+        button("Add it", add, type="primary", key="add lorebook")
+
+
+def _warn(warnings: tuple[str, ...]) -> None:
+    for line in warnings[:_WARNED]:
+        st.warning(markdown(plain_line(line)))
+    if len(warnings) > _WARNED:
+        st.caption(f"and {len(warnings) - _WARNED} warnings more")
 
 
 def _sampler(chat: Chat) -> None:

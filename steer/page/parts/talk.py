@@ -11,6 +11,7 @@ from steer.chat.conversation import Message
 from steer.core.thoughts import split_thoughts
 from steer.page.drawing import markdown
 from steer.page.guard import button, safely, watch
+from steer.plain_text import plain_line
 
 POLL = 0.25
 """Seconds between two redraws of a reply that is being written."""
@@ -30,6 +31,8 @@ def draw(chat: Chat) -> None:
         button(f"Earlier messages ({more})", lambda: st.session_state.update(earlier), "expand_less", type="tertiary")
     if left_out := chat.backend.left_out:
         st.caption(f"The chat is longer than the model can read: it left out the first {left_out} messages.")
+    if chat.lore.all:
+        _lore(chat)
     for message in written[-shown:]:
         _message(chat, message, last=not running and message is path[-1])
     if running:
@@ -43,6 +46,22 @@ def draw(chat: Chat) -> None:
     if text := st.chat_input("Say something"):
         safely(lambda: chat.say(text))
         st.rerun()
+
+
+def _lore(chat: Chat) -> None:
+    """Draw which entries of the lorebooks were in the last reply's prompt, and how much of the context they took."""
+    found, context = chat.scanned, chat.backend.context
+    of = "" if context is None else f" of {context:,}"
+    label = f"Lorebook: {len(found.active)} active, {found.tokens:,}{of} tokens"
+    with st.expander(label, icon=":material/menu_book:"):
+        for a in found.active:
+            st.markdown(markdown(f"**{plain_line(a.entry.name)}** ({a.tokens} tokens)"), help=markdown(a.text))
+        if found.left_out:
+            st.caption(markdown(f"No room for: {plain_line(', '.join(found.left_out))}"))
+        if not found.active:
+            st.caption("The last reply was written without any.")
+        for warning in found.warnings:
+            st.warning(markdown(plain_line(warning)))
 
 
 def _growing(chat: Chat) -> None:
