@@ -1,0 +1,326 @@
+"""Anatomies are found and proved by numbers; what cannot be proved is refused by the identity that does not hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_anatomies import TINY, Tiny, config_of
+from tiny_types import TOKENS, config_of_type, load_plain, save_tiny_type
+from transformers import Gemma3ForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from steer.baking.bake import bake
+from steer.baking.verify import verify
+from steer.checkpoint import proof
+from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.layouts import LAYOUTS
+from steer.checkpoint.proof import NotProved, prove, structure
+from steer.checkpoint.reader import CheckpointFiles
+from steer.core.direction import Direction
+from steer.core.edit import Edit
+from steer.core.sampler import Sampler
+from steer.errors import SteerError, UnsupportedError
+from steer.model.decode import generate
+from steer.model.forward import hidden_states, logits
+from steer.model.steered import load
+from steer.verbs.anatomy import proved_anatomy
+from steer.verbs.tables import anatomy_as_json, anatomy_table
+
+TABLE = Path(__file__).parent / "anatomies.md"
+
+CURRENT = [
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "exaone4",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gemma4",
+    "gemma4_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "granitemoehybrid",
+    "lfm2",
+    "llama",
+    "llama4",
+    "llama4_text",
+    "mamba",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "nemotron_h",
+    "olmo2",
+    "olmo3",
+    "phi",
+    "phi3",
+    "phi4_multimodal",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+]
+"""What people merge today, and what mergekit 0.1.5 knows, as far as transformers has it for text alone."""
+WRAPPERS = [
+    "gemma3",
+    "gemma4",
+    "llama4",
+    "llava",
+    "mistral3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+]
+
+WALKED = [
+    "qwen3_5_text", "gemma4_text", "nemotron_h", "wrapper:mistral3", "llama4_text", "granitemoehybrid",
+    "cohere2", "glm4_moe", "olmo3", "phi3", "smollm3", "mamba", "jamba", "lfm2", "falcon", "deepseek_v3", "granite",
+    "olmo_hybrid", "aria_text", "flex_olmo", "kimi_linear", "wrapper:gemma3", "wrapper:qwen3_5_moe", "wrapper:llama4",
+]  # fmt: skip
+"""One of each kind: hybrids, experts in each form, shared experts, multipliers, norms between, wrappers."""
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+
+
+def direction(name: str, width: int, seed: int) -> Direction:
+    vector = torch.nn.functional.normalize(torch.randn(width, generator=torch.Generator().manual_seed(seed)), dim=0)
+    return Direction(name, 0, vector, with_mean=1.0, without_mean=0.0, residual_norm=10.0, provenance={})
+
+
+def undeclared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take every declared layout away, so that all architectures are found."""
+    monkeypatch.setattr("steer.checkpoint.anatomy.LAYOUTS", {})
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_declared_is_what_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kind: Tiny = TINY[name]
+    files = CheckpointFiles.open(kind.save(tmp_path / "source", torch.float32))
+    declared = Anatomy.of(files.config, "it")
+    expected = declared.find(files.config, files.tensors)
+    undeclared(monkeypatch)
+    found = Anatomy.of(files.config, "it")
+    told = replace(found.find(files.config, files.tensors), head=expected.head)  # a tied head may be stored or not
+    assert {replace(w, bias=w.bias if w.bias in files.tensors else None) for w in expected.writers} == set(told.writers)
+    assert (told.embedding, told.base, told.unloaded) == (expected.embedding, expected.base, expected.unloaded)
+    same = ("blocks", "width", "vocab", "experts", "logit_softcap", "logit_scale")
+    assert [getattr(found, k) for k in same] == [getattr(declared, k) for k in same]
+    assert found.final_norm_module == declared.final_norm_module
+    assert found.head_module == declared.head_module
+    assert found.layout.centred == declared.layout.centred
+    assert found.layout.gain_offset == declared.layout.gain_offset
+
+
+@pytest.mark.parametrize("model_type", WALKED)
+def test_hooks_and_bake_and_a_batch_agree_on(model_type: str, tmp_path: Path):
+    source = save_tiny_type(model_type, tmp_path / "source")
+    plain, model = load_plain(source), load(source, dtype="float32")
+    assert model.anatomy.architecture not in LAYOUTS
+    edit = Edit(tuple(direction(n, model.anatomy.width, s) for s, n in enumerate("ab")), strength=0.8)
+    with torch.no_grad():
+        before = plain(input_ids=TOKENS, use_cache=False).logits
+        size = float(before.abs().max())
+
+        def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+            return float((a - b).abs().max()) < 2e-5 * size
+
+        assert near(model.hf(input_ids=TOKENS, use_cache=False).logits, before)
+        assert near(logits(model, hidden_states(model, TOKENS)), before)
+        with model.edited(edit):
+            hooked = model.hf(input_ids=TOKENS, use_cache=False).logits
+        assert float((hooked - before).abs().max()) > 0.01 * size
+        bake(source, tmp_path / "baked", edit)
+        verify(tmp_path / "baked", source=source)
+        baked = load_plain(tmp_path / "baked")
+        assert near(baked(input_ids=TOKENS, use_cache=False).logits, hooked)
+    check_other_tensors(source, tmp_path / "baked")
+    prompts = [TOKENS[0].tolist(), TOKENS[1, :7].tolist(), TOKENS[0, :4].tolist()]
+    greedy = Sampler(temperature=0.0, max_new_tokens=8, repetition_penalty=1.0)
+    if (
+        model_type != "granitemoehybrid"
+    ):  # its default has no attention at all, of which transformers' cache knows no length
+        assert generate(model, prompts, greedy) == [alone(plain, p, model.end_token_ids) for p in prompts]
+        with model.edited(edit):
+            assert generate(model, prompts, greedy) == [alone(baked, p, model.end_token_ids) for p in prompts]
+    try:
+        bake(source, tmp_path / "adapter", edit, "adapter")
+    except UnsupportedError as e:
+        assert re.search("peft (refuses|takes)", str(e))
+        return
+    verify(tmp_path / "adapter")
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    with torch.no_grad():
+        assert near(adapted(input_ids=TOKENS, use_cache=False).logits, hooked)
+
+
+def alone(model: Any, prompt: list[int], ends: set[int]) -> list[int]:
+    """The likeliest tokens after a prompt, each from a pass over the whole text."""
+    text = list(prompt)
+    for _ in range(8):
+        with torch.no_grad():
+            text.append(int(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        if text[-1] in ends:
+            return text[len(prompt) : -1]
+    return text[len(prompt) :]
+
+
+def check_other_tensors(source: Path, baked: Path) -> None:
+    """What is no writer is in the output byte for byte: towers, projectors, routers."""
+    before, after = (load_file(p / "model.safetensors") for p in (source, baked))
+    cert = json.loads((baked / "steer_certificate.json").read_text())
+    edited = {w["tensor"] for w in cert["writers"]}
+    assert edited
+    for name in before.keys() - edited:
+        assert torch.equal(before[name], after[name]), name
+    assert not any("router" in n or "vision" in n or ".gate.weight" in n for n in edited)
+
+
+def test_a_wrapper_writes_what_its_text_model_writes(tmp_path: Path):
+    source = save_tiny_type("wrapper:gemma3", tmp_path / "source")
+    wrapper = load(source, dtype="float32")
+    text = Gemma3ForCausalLM(wrapper.hf.config.text_config).eval()
+    weights = {n.replace("model.language_model.", "model."): t for n, t in wrapper.hf.state_dict().items()}
+    text.load_state_dict({n: t for n, t in weights.items() if n in text.state_dict()})
+    text.set_attn_implementation("eager")
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=TOKENS, use_cache=False).logits for m in (wrapper.hf, text))
+    assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_proof_is_made_once_and_a_broken_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, _ = config_of_type("cohere")
+    values, calls = config.to_dict(), []
+    real = proof.prove
+    monkeypatch.setattr(proof, "prove", lambda *args: calls.append(1) or real(*args))
+    first = structure(values, "it")
+    (path,) = (tmp_path / "home" / "anatomies").glob("*.json")
+    proof._known.clear()  # as in another process
+    assert structure(values, "it") == first
+    assert len(calls) == 1
+    path.write_bytes(b"{}")
+    proof._known.clear()
+    assert structure(values, "it") == first
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        ("bloom", "without a direction in any embedding it is still given"),
+        ("minimax", "model.layers.0: what it adds to the residual stream is no sum of what its modules put out"),
+        ("recurrent_gemma", "a text padded on the left in a batch has logits that differ by"),
+        ("zamba", "is a weight of model.layers.2 too"),
+    ],
+)
+def test_what_is_not_proved_is_refused_by_its_identity(model_type: str, found: str, tmp_path: Path):
+    config, model_class = config_of_type(model_type)
+    with pytest.raises(NotProved) as e:
+        structure(config.to_dict(), "it")
+    assert str(e.value).startswith(f"it: the anatomy of {model_class.__name__} is not proved: ")
+    assert found in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({}, "model type None is unknown to transformers"),
+        ({"model_type": "nonsense", "architectures": ["NonsenseForCausalLM"]}, "model type nonsense is unknown"),
+        ({"model_type": "cohere", "architectures": ["NonsenseForCausalLM"]}, "architecture NonsenseForCausalLM is"),
+        ({"model_type": "cohere", "hidden_size": "wide"}, "transformers refuses it"),
+    ],
+)
+def test_a_config_that_transformers_does_not_know_is_one_line(config: dict[str, Any], found: str):
+    with pytest.raises(UnsupportedError, match="^it: ") as e:
+        Anatomy.of(config, "it")
+    assert found in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_the_verb_prints_what_each_kind_of_block_adds(tmp_path: Path):
+    config, _ = config_of_type("qwen3_next")
+    config.save_pretrained(tmp_path)
+    found = proved_anatomy(str(tmp_path / "config.json"))
+    table = anatomy_table(found)
+    assert table.startswith("Qwen3NextForCausalLM: 48 blocks, residual width 2048, 151936 tokens, 512 experts\n")
+    rows = [line.split() for line in table.splitlines() if "weight" in line]
+    assert ["3-47", "by", "4", "attention", "self_attn.o_proj.weight", "0"] in rows
+    assert any("linear_attn.out_proj.weight" in row for row in rows)
+    told = json.loads(json.dumps(anatomy_as_json(found)))
+    assert [len(kind["blocks"]) for kind in told["kinds"]] == [36, 12]
+
+
+@pytest.mark.slow
+def test_the_table_of_all_types_says_which_and_why_not():
+    rows, proved = [], []
+    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            config, model_class = config_of_type(model_type)
+            layout = prove(config, model_class).layout
+            adds = " / ".join(
+                dict.fromkeys(", ".join(part.weight for a in kind for part in a.forms[0]) for kind in layout.blocks)
+            )
+            rows.append(f"| {model_type} | {model_class.__name__} | `{adds}` |")
+            proved.append(model_type)
+        except SteerError as e:
+            rows.append(f"| {model_type} | - | {re.sub(r'[0-9.]+e[+-][0-9]+', '...', str(e))[:200]} |")
+        except Exception as e:  # the default config of a type cannot be made
+            rows.append(f"| {model_type} | - | {type(e).__name__}: {' '.join(str(e).split())[:150]} |")
+    text = (
+        f"{len(proved)} of {len(rows)} causal language model types of transformers have an anatomy that is proved, on a\n"
+        "tiny random model of each type's default config. `tests/checkpoint/test_proof.py` writes this table.\n\n"
+        "| type | class | weights that write into the residual stream, or why not |\n|---|---|---|\n"
+    ) + "\n".join(rows)
+    assert set(CURRENT) <= set(proved)
+    assert len(proved) >= 100
+    if text + "\n" != TABLE.read_text():
+        TABLE.write_text(text + "\n")
+        pytest.fail(f"{TABLE} was not what the proofs find now; it is written anew, look at what changed")
+
+
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_wrappers_are_proved(model_type: str):
+    config, model_class = config_of_type(f"wrapper:{model_type}")
+    found = prove(config, model_class)
+    text = config.get_text_config()
+    assert (found.blocks, found.width) == (text.num_hidden_layers, text.hidden_size)
+
+
+def test_the_configs_of_the_matrix_are_read(tmp_path: Path):
+    kind: Callable[..., Path] = TINY["llama"].save
+    assert config_of(kind(tmp_path / "it", torch.float32))["num_hidden_layers"] == 3

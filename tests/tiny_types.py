@@ -1,0 +1,50 @@
+"""Tiny random checkpoints of any type of transformers, each with a tokenizer of words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from steer.checkpoint.tiny import IDS, model_class_of, tiny_config, tiny_model, tiny_world
+
+TOKENS = torch.randint(IDS.start, IDS.stop, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def config_of_type(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The default config of a type and its class; `wrapper:TYPE` is the class that reads pictures too."""
+    wrapper, _, name = model_type.rpartition(":")
+    config = CONFIG_MAPPING[name]()
+    if wrapper:
+        config.architectures = [transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__]
+    model_class = model_class_of(config)
+    assert model_class is not None
+    return config, model_class
+
+
+def save_tiny_type(model_type: str, path: Path) -> Path:
+    """Write a tiny random checkpoint in fp32, loud enough for every part to be heard."""
+    config, model_class = config_of_type(model_type)
+    with tiny_world():
+        tiny_model(tiny_config(config, model_class), model_class).to(torch.float32).save_pretrained(path)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(IDS.start, IDS.stop)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+    return path
+
+
+def load_plain(path: Path, **more: Any) -> Any:
+    """The model as transformers runs it, with its own attention and experts, every weight accounted for."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    model_class: Any = model_class_of(config)
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32} | more
+    model, report = model_class.from_pretrained(path, output_loading_info=True, **plain)
+    assert not report["missing_keys"], report["missing_keys"]
+    assert not report["mismatched_keys"], report["mismatched_keys"]
+    return model.eval()
