@@ -1,0 +1,432 @@
+"""Tiny random models of any causal language model class of transformers, on which its anatomy can be proved.
+
+`tiny_config` shrinks a config: sizes become small and differ from one another, so that the shape of a tensor says which
+axis is which, and blocks are left out until each kind of block is there about once. Which kinds there are is read from
+the model itself, built without memory on the meta device. All else stays: flags, multipliers, softcaps, ties.
+`tiny_model` builds such a config with random weights that are loud enough for every part to be heard.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from steer.errors import UnsupportedError
+
+WIDTH, HEADS, VOCAB = 48, 4, 61
+IDS = range(3, VOCAB - 1)
+"""Token ids that are text in every tiny model: the ones below are special, the last stands for images and sounds."""
+_SMALL, _LARGE, _BLOCKS = 3_000_000, 30_000_000, 8
+"""Parameters of a config that is used as it is, and of one that is refused; the most blocks of either."""
+_LEAST_BLOCKS = 3
+
+
+class Unbuildable(UnsupportedError):
+    """transformers cannot build a tiny model of a class, or its forward pass fails."""
+
+
+class Double(TorchFunctionMode):
+    """Inside of it every tensor that would be float32, bfloat16 or float16 is float64.
+
+    Forward passes cast to float32 where bfloat16 is too coarse; in float64 that would be the coarsest step.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = {name: _double(value) for name, value in (kwargs or {}).items()}
+        if func in (torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half):
+            func = torch.Tensor.double
+        result = func(*map(_double, args), **kwargs)
+        # Without a dtype, torch.ones and others give the default one.
+        return result.double() if isinstance(result, Tensor) and result.dtype in _LOW else result
+
+
+_LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _double(argument: Any) -> Any:
+    return torch.float64 if isinstance(argument, torch.dtype) and argument in _LOW else argument
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that `config.architectures` names first, or without one the class for generation of its model_type;
+    None if transformers has none."""
+    if config.architectures:
+        found = getattr(transformers, config.architectures[0], None)
+        return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if (found := mapping.get(type(config), None)) is not None:
+            return found
+    return None
+
+
+def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """A config of the same class with small sizes and few blocks, every kind of block among them.
+
+    A config that is small is returned as a copy.
+
+    Errors: Unbuildable if no small config of the class can be built and run.
+    """
+    first: Exception | None = None
+    for attempt in _attempts(config, model_class):
+        try:
+            made = attempt()
+            _run(tiny_model(made, model_class))
+            return made
+        except Exception as error:  # whatever the code of any class raises
+            first = first or error
+    raise Unbuildable(
+        f"{model_class.__name__}: no tiny model can be built and run: {type(first).__name__}: "
+        f"{' '.join(str(first).split())[:300]}"
+    ) from first
+
+
+def tiny_model(config: PreTrainedConfig, model_class: type[PreTrainedModel], seed: int = 0) -> PreTrainedModel:
+    """A random model of `config` in float64, for inference, with eager attention and experts.
+
+    Weights have deviation 0.25, less where more than 48 numbers are summed; gains of norms are 0.5 to 1.5, biases about
+    0.1. Parameters of state spaces and the router's corrections keep the values that the class gives them.
+
+    Errors: Unbuildable if the model has over 30 million parameters.
+    """
+    size = sum(p.numel() for p in _on_meta(config, model_class).parameters())
+    if size > _LARGE:
+        raise Unbuildable(f"{model_class.__name__}: the smallest config has {size:.1e} parameters")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(config, model_class).double().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                _turn_up(name, parameter)
+    return model
+
+
+_OWN = re.compile(r"(^|[._])(A_log|A|D|dt_bias|\w*correction_bias|expert_bias)$")
+"""Parameters with a meaning that random values would break: rates of state spaces, corrections of routers."""
+
+
+def _turn_up(name: str, parameter: nn.Parameter) -> None:
+    """Fill a parameter with loud random values."""
+    if _OWN.search(name) or not parameter.is_floating_point():
+        return
+    if name.endswith("bias"):
+        parameter += 0.1 * torch.randn_like(parameter)
+    elif parameter.numel() == max(parameter.shape, default=1):  # a gain of a norm, stored as 1 or as 0
+        parameter += torch.rand_like(parameter) - 0.5
+    else:
+        parameter.copy_(torch.randn_like(parameter) * 0.25 * min(1.0, (WIDTH / parameter.shape[-1]) ** 0.5))
+
+
+def _build(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    # A copy: transformers writes the dtype and the attention into the config.
+    return model_class._from_config(
+        copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def _on_meta(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    with torch.device("meta"):
+        return _build(config, model_class)
+
+
+def _run(model: PreTrainedModel) -> None:
+    """Raise an error unless a forward pass gives finite logits."""
+    ids = torch.randint(IDS.start, IDS.stop, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Double():
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the logits are not finite")
+
+
+# --- sizes ---
+
+
+def _sizes(size: int, *keys: str) -> dict[str, int]:
+    return dict.fromkeys(keys, size)
+
+
+_DEPTHS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks"
+)  # fmt: skip
+_SIZES: dict[str, int] = {
+    **_sizes(WIDTH, "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim"),
+    **_sizes(HEADS, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+    **_sizes(HEADS, "num_decoder_attention_heads", "encoder_attention_heads", "swa_num_attention_heads"),
+    **_sizes(2, "num_key_value_heads", "num_kv_heads", "kv_n_heads", "num_global_key_value_heads"),
+    **_sizes(2, "swa_num_key_value_heads"),
+    **_sizes(16, "head_dim", "d_head", "dim_head", "global_head_dim", "swa_head_dim", "kv_channels"),
+    **_sizes(40, "intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "ffn_hidden_size"),
+    **_sizes(40, "d_ff", "dim_ff", "dff", "d_inner", "feed_forward_size", "intermediate_size_mlp"),
+    **_sizes(44, "dense_intermediate_size", "prefix_dense_intermediate_size"),
+    **_sizes(20, "moe_intermediate_size", "expert_ffn_hidden_size"),
+    **_sizes(28, "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
+    **_sizes(VOCAB, "vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"),
+    **_sizes(72, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"),
+    **_sizes(4, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    **_sizes(2, "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "moe_topk", "top_k_experts"),
+    **_sizes(2, "n_group", "n_groups", "mamba_n_groups", "mamba_ngroups"),
+    **_sizes(1, "topk_group"),
+    **_sizes(18, "q_lora_rank"),
+    **_sizes(22, "kv_lora_rank"),
+    **_sizes(12, "qk_nope_head_dim"),
+    **_sizes(8, "qk_rope_head_dim", "rotary_dim"),
+    **_sizes(14, "v_head_dim"),
+    **_sizes(2, "linear_num_key_heads"),
+    **_sizes(4, "linear_num_value_heads", "linear_num_heads"),
+    **_sizes(8, "linear_key_head_dim", "linear_head_dim"),
+    **_sizes(14, "linear_value_head_dim"),
+    **_sizes(4, "mamba_n_heads", "mamba_num_heads"),
+    **_sizes(2, "n_mamba_heads"),
+    **_sizes(24, "mamba_d_head", "mamba_head_dim"),
+    **_sizes(6, "mamba_d_state", "ssm_state_size", "state_size"),
+    **_sizes(5, "mamba_dt_rank", "time_step_rank"),
+    **_sizes(2 * WIDTH, "mamba_d_ssm"),
+    **_sizes(8, "sliding_window", "attention_window_size", "sliding_window_size", "window_size", "local_attention"),
+    **_sizes(8, "attention_chunk_size", "mamba_chunk_size", "chunk_size"),
+    **_sizes(8, "hidden_size_per_layer_input", "laurel_rank", "adapter_rank"),
+    **_sizes(2, "index_n_heads"),
+    **_sizes(10, "index_head_dim"),
+    **_sizes(4, "index_topk"),
+}
+"""Small sizes by key. Residual width, heads times head width, MLPs, vocabulary and positions differ from one another."""
+
+_FOLLOW = ("embedding_size", "word_embed_proj_dim", "input_embedding_size", "output_embedding_size", "lru_width")
+"""Widths that are the residual width in a config where they equal it, and 56 elsewhere."""
+
+_SAME = {
+    "num_key_value_heads": ("num_attention_heads",),
+    "swa_num_key_value_heads": ("swa_num_attention_heads",),
+    "linear_num_key_heads": ("linear_num_value_heads",),
+    "head_dim": ("qk_rope_head_dim", "qk_head_dim", "v_head_dim"),
+}
+"""Sizes that stay equal to another where the config has them equal."""
+
+_SQUARE = _sizes(WIDTH // HEADS, "head_dim", "global_head_dim", "swa_head_dim")
+"""Sizes of heads that together are as wide as the residual stream."""
+_NEVER_ABSENT = ("head_dim", "n_inner")
+"""Sizes where None stands for one that is computed."""
+_TOWERS = re.compile("vision|audio|image|video|speech|vq")
+_TOWER = {**_sizes(1, "depth", *_DEPTHS), **_sizes(32, "hidden_size", "d_model"), **_sizes(8, "head_dim")}
+"""Sizes of encoders of images and sounds, which are built and never run."""
+_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BIG = 64
+"""An integer from here on may be a size."""
+
+
+def _attempts(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel]
+) -> Iterator[Callable[[], PreTrainedConfig]]:
+    """Ways to make a tiny config, the most faithful first."""
+    if _is_small(config, model_class):
+        yield lambda: copy.deepcopy(config)
+    for fill in (False, True):
+        for square in (False, True):
+            yield lambda fill=fill, square=square: _fewer_blocks(
+                config, _shrunk(config, square=square, fill=fill), model_class
+            )
+
+
+def _is_small(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
+    text = config.get_text_config()
+    depth, width, vocab = (getattr(text, k, None) or 0 for k in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    if depth > _BLOCKS or width * vocab > _SMALL:
+        return False
+    try:
+        return sum(p.numel() for p in _on_meta(config, model_class).parameters()) < _SMALL
+    except Exception:  # an incomplete config; what is wrong is reported if shrinking it fails too
+        return False
+
+
+def _shrunk(
+    config: PreTrainedConfig, *, square: bool, fill: bool, more: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The config's keys with small sizes, with as many blocks as before.
+
+    `square`: heads times their width are the residual width. `fill`: sizes that are None are set too. `more`: sizes
+    that come before `_SIZES`.
+    """
+    before = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    fields = type(config).__dataclass_fields__
+    sizes = _SIZES | (_SQUARE if square else {}) | more
+    out: dict[str, Any] = {}
+    for key, value in before.items():
+        part = getattr(config, key, None)
+        if isinstance(part, PreTrainedConfig):
+            tower = bool(_TOWERS.search(key)) or bool(more)
+            out[key] = _shrunk(part, square=square, fill=fill, more=_TOWER if tower else {})
+        elif key in sizes:
+            out[key] = _resized(value, sizes[key], fill or key in _NEVER_ABSENT)
+        elif key in _FOLLOW:
+            out[key] = value and (WIDTH if value == before.get("hidden_size") else 56)
+        elif key.endswith(("_token_id", "_token_index")):
+            out[key] = value if value is None else _ENDS.get(key, IDS.stop)
+        elif "dropout" in key or key.endswith("pdrop"):
+            out[key] = 0.0 if isinstance(value, (int, float)) else value
+        elif type(value) is int and value >= _BIG and key in fields and fields[key].default is None:
+            out[key] = None  # the class computes it from the sizes
+        elif type(value) is not int or value < _BIG or key in fields or key in type(config).attribute_map:
+            out[key] = value
+        # An undeclared integer was computed by the class.
+    for key, others in _SAME.items():
+        for other in others:
+            if before.get(key) is not None and before.get(key) == before.get(other):
+                out[key] = out[other]
+    for rule in _RULES:
+        rule(before, out)
+    return out
+
+
+def _resized(value: Any, size: int, fill: bool) -> Any:
+    """`size` for a size; lists keep which of their entries are equal; None and 0 stay, for they mean absence."""
+    if isinstance(value, (list, tuple)):
+        ranks = sorted({v for v in value if v})
+        return [size * (1 + ranks.index(v)) if v else v for v in value]
+    if value is None:
+        return size if fill else None
+    return min(size, value) if type(value) is int else value
+
+
+def _heads_of_latents(before: Mapping[str, Any], out: dict[str, Any]) -> None:
+    """Multi-head latent attention: a query has a part with positions and one without."""
+    if out.get("qk_rope_head_dim") and out.get("qk_head_dim"):
+        out["qk_head_dim"] = out["qk_nope_head_dim"] + out["qk_rope_head_dim"]
+        if before.get("head_dim") == before["qk_head_dim"]:
+            out["head_dim"] = out["qk_head_dim"]
+
+
+def _heads_of_mamba(before: Mapping[str, Any], out: dict[str, Any]) -> None:
+    """Mamba 2: the heads share the expanded width."""
+    if out.get("expand") and out.get("num_heads") and out.get("head_dim"):
+        out["head_dim"] = int(out["expand"] * WIDTH) // out["num_heads"]
+
+
+def _rotary(before: Mapping[str, Any], out: dict[str, Any]) -> None:
+    """RoPE's lists have one entry per pair of rotated numbers."""
+    rope = out.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    out["rope_parameters"] = rope = copy.deepcopy(rope)
+    for one in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        width = out.get("qk_rope_head_dim") or out.get("head_dim") or WIDTH // HEADS
+        pairs = int(width * (one.get("partial_rotary_factor") or out.get("partial_rotary_factor") or 1)) // 2
+        for key in ("long_factor", "short_factor"):
+            if one.get(key):
+                one[key] = one[key][:pairs]
+        if section := one.get("mrope_section"):
+            shares = [n * pairs // sum(section) for n in section]
+            one["mrope_section"] = [shares[0] + pairs - sum(shares), *shares[1:]]
+
+
+def _gpt_neo(before: Mapping[str, Any], out: dict[str, Any]) -> None:
+    """GPT-Neo's list of kinds is computed from another."""
+    if "attention_types" in out and isinstance(out.get("attention_layers"), list):
+        out["attention_types"] = [[[kind], 1] for kind in out["attention_layers"]]
+
+
+_RULES = (_heads_of_latents, _heads_of_mamba, _rotary)
+
+
+# --- blocks ---
+
+
+def _fewer_blocks(
+    config: PreTrainedConfig, shrunk: dict[str, Any], model_class: type[PreTrainedModel]
+) -> PreTrainedConfig:
+    """The config of the keys `shrunk`, with the fewest blocks, at least three, that show every kind of block.
+
+    Either the first block of each kind is kept, with all lists cut to those blocks, or where kinds come by a period the
+    first blocks up to the one that shows the last kind. Both are built without memory and looked at.
+    """
+    whole = type(config).from_dict(shrunk)
+    text = next((k for k in type(config).sub_configs if getattr(config, k, None) is config.get_text_config()), None)
+    depth = _depth(shrunk[text] if text else shrunk)
+    if depth is None or depth <= _LEAST_BLOCKS:
+        return whole
+    kinds = _kinds(_on_meta(whole, model_class), shrunk[text] if text else shrunk, depth)
+    first = list(dict(reversed([(k, i) for i, k in enumerate(kinds)])).values())
+    prefix = max(_LEAST_BLOCKS, max(first) + 1)
+    picked = sorted(first)[:_BLOCKS]
+    picked = sorted([*picked, *(i for i in range(depth) if i not in picked)][: max(_LEAST_BLOCKS, len(picked))])
+    error: Exception | None = None
+    for keep in sorted((picked, list(range(prefix)), list(range(min(prefix, _BLOCKS)))), key=len):
+        cut = shrunk | {text: _cut(shrunk[text], keep)} if text else _cut(shrunk, keep)
+        try:
+            made = type(config).from_dict(copy.deepcopy(cut))
+            found = _kinds(_on_meta(made, model_class), cut[text] if text else cut, len(keep))
+        except Exception as failed:
+            error = failed
+            continue
+        if set(found) == set(kinds):
+            return made
+    raise ValueError(f"no cut of the {depth} blocks to {prefix} shows each kind of block") from error
+
+
+def _depth(keys: Mapping[str, Any]) -> int | None:
+    return max((keys[k] for k in _DEPTHS if type(keys.get(k)) is int), default=None)
+
+
+def _cut(keys: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """The keys of a config with the blocks `keep` alone."""
+    depth, out = _depth(keys), dict(keys)
+    for key, value in keys.items():
+        if key in _DEPTHS and type(value) is int:
+            out[key] = len(keep)
+        elif key in _AT_THE_START and type(value) is int:
+            out[key] = sum(i < value for i in keep)
+        elif key in _AT_THE_END and type(value) is int:
+            out[key] = sum(i >= depth - value for i in keep)
+        elif isinstance(value, (list, tuple)) and value and key not in ("architectures",):
+            if all(type(v) is int for v in value) and all(a < b for a, b in pairwise(value)) and value[-1] < depth:
+                out[key] = [keep.index(i) for i in value if i in keep]  # numbers of blocks
+            elif len(value) == depth:
+                out[key] = [value[i] for i in keep]
+    _gpt_neo(keys, out)
+    return out
+
+
+_AT_THE_START = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_AT_THE_END = ("num_kv_shared_layers",)
+"""Keys that count blocks."""
+
+
+def _kinds(model: nn.Module, keys: Mapping[str, Any], depth: int) -> list[tuple]:
+    """What tells each block of a model: its modules with their shapes, flags and words, and its entries in lists."""
+    stacks: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer, _ in stacks):
+            stacks.append((name, module))
+    columns = [[_signature(block) for block in stack] for _, stack in stacks if len(stack) == depth]
+    columns += [v for v in keys.values() if isinstance(v, (list, tuple)) and len(v) == depth and _is_kinds(v)]
+    return list(zip(*columns, strict=True)) if columns else [()] * depth
+
+
+def _is_kinds(column: Sequence[Any]) -> bool:
+    return all(isinstance(v, (str, float, bool, int)) for v in column) and len(set(column)) < len(column)
+
+
+def _signature(block: nn.Module) -> tuple:
+    return tuple(
+        (
+            name,
+            type(module).__name__,
+            *(tuple(p.shape) for p in module._parameters.values() if p is not None),
+            *sorted((k, _flag(v)) for k, v in vars(module).items() if not k.startswith("_")),
+        )
+        for name, module in block.named_modules()
+    )
+
+
+def _flag(value: Any) -> str:
+    """A flag or a word without numbers; of all else the type, for a block's number is no kind."""
+    return re.sub(r"\d+", "", str(value)) if isinstance(value, (bool, str)) else type(value).__name__
