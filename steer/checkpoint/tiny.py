@@ -199,7 +199,7 @@ _SIZES: dict[str, int] = {
     **_sizes(10, "index_head_dim"),
     **_sizes(4, "index_topk"),
 }
-"""Small sizes by key. Residual width, heads times head width, MLPs, vocabulary and positions differ from one another."""
+"""Small sizes by key: residual width, heads times head width, MLPs, vocabulary and positions all differ."""
 
 _FOLLOW = ("embedding_size", "word_embed_proj_dim", "input_embedding_size", "output_embedding_size", "lru_width")
 """Widths that are the residual width in a config where they equal it, and 56 elsewhere."""
@@ -224,9 +224,7 @@ _BIG = 64
 """An integer from here on may be a size."""
 
 
-def _attempts(
-    config: PreTrainedConfig, model_class: type[PreTrainedModel]
-) -> Iterator[Callable[[], PreTrainedConfig]]:
+def _attempts(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Iterator[Callable[[], PreTrainedConfig]]:
     """Ways to make a tiny config, the most faithful first."""
     if _is_small(config, model_class):
         yield lambda: copy.deepcopy(config)
@@ -265,19 +263,18 @@ def _shrunk(
         if isinstance(part, PreTrainedConfig):
             tower = bool(_TOWERS.search(key)) or bool(more)
             out[key] = _shrunk(part, square=square, fill=fill, more=_TOWER if tower else {})
+        elif type(value) is int and key not in fields and (key in sizes or value >= _BIG):
+            pass  # the class computed it, and will again
         elif key in sizes:
             out[key] = _resized(value, sizes[key], fill or key in _NEVER_ABSENT)
         elif key in _FOLLOW:
             out[key] = value and (WIDTH if value == before.get("hidden_size") else 56)
         elif key.endswith(("_token_id", "_token_index")):
             out[key] = value if value is None else _ENDS.get(key, IDS.stop)
-        elif "dropout" in key or key.endswith("pdrop"):
-            out[key] = 0.0 if isinstance(value, (int, float)) else value
         elif type(value) is int and value >= _BIG and key in fields and fields[key].default is None:
-            out[key] = None  # the class computes it from the sizes
-        elif type(value) is not int or value < _BIG or key in fields or key in type(config).attribute_map:
+            out[key] = None  # the same, of a declared key
+        else:
             out[key] = value
-        # An undeclared integer was computed by the class.
     for key, others in _SAME.items():
         for other in others:
             if before.get(key) is not None and before.get(key) == before.get(other):
@@ -295,14 +292,6 @@ def _resized(value: Any, size: int, fill: bool) -> Any:
     if value is None:
         return size if fill else None
     return min(size, value) if type(value) is int else value
-
-
-def _heads_of_latents(before: Mapping[str, Any], out: dict[str, Any]) -> None:
-    """Multi-head latent attention: a query has a part with positions and one without."""
-    if out.get("qk_rope_head_dim") and out.get("qk_head_dim"):
-        out["qk_head_dim"] = out["qk_nope_head_dim"] + out["qk_rope_head_dim"]
-        if before.get("head_dim") == before["qk_head_dim"]:
-            out["head_dim"] = out["qk_head_dim"]
 
 
 def _heads_of_mamba(before: Mapping[str, Any], out: dict[str, Any]) -> None:
@@ -334,7 +323,7 @@ def _gpt_neo(before: Mapping[str, Any], out: dict[str, Any]) -> None:
         out["attention_types"] = [[[kind], 1] for kind in out["attention_layers"]]
 
 
-_RULES = (_heads_of_latents, _heads_of_mamba, _rotary)
+_RULES = (_heads_of_mamba, _rotary)
 
 
 # --- blocks ---
@@ -348,51 +337,54 @@ def _fewer_blocks(
     Either the first block of each kind is kept, with all lists cut to those blocks, or where kinds come by a period the
     first blocks up to the one that shows the last kind. Both are built without memory and looked at.
     """
-    whole = type(config).from_dict(shrunk)
     text = next((k for k in type(config).sub_configs if getattr(config, k, None) is config.get_text_config()), None)
-    depth = _depth(shrunk[text] if text else shrunk)
-    if depth is None or depth <= _LEAST_BLOCKS:
+
+    def build(keys: dict[str, Any]) -> tuple[PreTrainedConfig, int, list[tuple]]:
+        made = type(config).from_dict(copy.deepcopy(keys))
+        return made, *_kinds(_on_meta(made, model_class), keys[text] if text else keys)
+
+    whole, depth, kinds = build(shrunk)
+    if depth <= _LEAST_BLOCKS:
         return whole
-    kinds = _kinds(_on_meta(whole, model_class), shrunk[text] if text else shrunk, depth)
-    first = list(dict(reversed([(k, i) for i, k in enumerate(kinds)])).values())
-    prefix = max(_LEAST_BLOCKS, max(first) + 1)
-    picked = sorted(first)[:_BLOCKS]
-    picked = sorted([*picked, *(i for i in range(depth) if i not in picked)][: max(_LEAST_BLOCKS, len(picked))])
+    first = sorted(dict(reversed([(kind, i) for i, kind in enumerate(kinds)])).values())[:_BLOCKS]
+    others = [i for i in range(depth) if i not in first]
+    picked = sorted(first + others[: max(0, _LEAST_BLOCKS - len(first))])
+    prefix = list(range(max(_LEAST_BLOCKS, first[-1] + 1)))
     error: Exception | None = None
-    for keep in sorted((picked, list(range(prefix)), list(range(min(prefix, _BLOCKS)))), key=len):
-        cut = shrunk | {text: _cut(shrunk[text], keep)} if text else _cut(shrunk, keep)
+    for keep in sorted((picked, prefix), key=len):
+        cut = shrunk | {text: _cut(shrunk[text], depth, keep)} if text else _cut(shrunk, depth, keep)
         try:
-            made = type(config).from_dict(copy.deepcopy(cut))
-            found = _kinds(_on_meta(made, model_class), cut[text] if text else cut, len(keep))
-        except Exception as failed:
+            made, _, found = build(cut)
+        except Exception as failed:  # a class may refuse the order, or find a layer that it shares cut off
             error = failed
             continue
         if set(found) == set(kinds):
             return made
-    raise ValueError(f"no cut of the {depth} blocks to {prefix} shows each kind of block") from error
+    raise ValueError(f"neither blocks {picked} nor the first {len(prefix)} show each kind of block") from error
 
 
-def _depth(keys: Mapping[str, Any]) -> int | None:
-    return max((keys[k] for k in _DEPTHS if type(keys.get(k)) is int), default=None)
-
-
-def _cut(keys: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    """The keys of a config with the blocks `keep` alone."""
-    depth, out = _depth(keys), dict(keys)
+def _cut(keys: dict[str, Any], depth: int, keep: Sequence[int]) -> dict[str, Any]:
+    """The keys of a config of `depth` blocks with the blocks `keep` alone."""
+    out = dict(keys)
     for key, value in keys.items():
         if key in _DEPTHS and type(value) is int:
-            out[key] = len(keep)
+            out[key] = max(1, value * len(keep) // depth)
         elif key in _AT_THE_START and type(value) is int:
             out[key] = sum(i < value for i in keep)
         elif key in _AT_THE_END and type(value) is int:
             out[key] = sum(i >= depth - value for i in keep)
-        elif isinstance(value, (list, tuple)) and value and key not in ("architectures",):
-            if all(type(v) is int for v in value) and all(a < b for a, b in pairwise(value)) and value[-1] < depth:
-                out[key] = [keep.index(i) for i in value if i in keep]  # numbers of blocks
-            elif len(value) == depth:
-                out[key] = [value[i] for i in keep]
+        elif isinstance(value, (list, tuple)) and _are_numbers_of_blocks(value, depth):
+            out[key] = [keep.index(i) for i in value if i in keep]
+        elif isinstance(value, (list, tuple)) and len(value) == depth:
+            out[key] = [value[i] for i in keep]
     _gpt_neo(keys, out)
     return out
+
+
+def _are_numbers_of_blocks(value: Sequence[Any], depth: int) -> bool:
+    return (
+        bool(value) and all(type(v) is int and 0 <= v < depth for v in value) and all(a < b for a, b in pairwise(value))
+    )
 
 
 _AT_THE_START = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
@@ -400,19 +392,23 @@ _AT_THE_END = ("num_kv_shared_layers",)
 """Keys that count blocks."""
 
 
-def _kinds(model: nn.Module, keys: Mapping[str, Any], depth: int) -> list[tuple]:
-    """What tells each block of a model: its modules with their shapes, flags and words, and its entries in lists."""
-    stacks: list[tuple[str, nn.ModuleList]] = []
+def _kinds(model: nn.Module, keys: Mapping[str, Any]) -> tuple[int, list[tuple]]:
+    """How many blocks a model has, and what tells each from others: its modules with their shapes, flags and words, and
+    its entries in the config's lists."""
+    stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer, _ in stacks):
-            stacks.append((name, module))
-    columns = [[_signature(block) for block in stack] for _, stack in stacks if len(stack) == depth]
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
+            stacks[name] = module
+    depths = {keys.get(k) for k in _DEPTHS}
+    depth = max((len(stack) for stack in stacks.values() if len(stack) in depths), default=0)
+    columns = [[_signature(block) for block in stack] for stack in stacks.values() if len(stack) == depth]
     columns += [v for v in keys.values() if isinstance(v, (list, tuple)) and len(v) == depth and _is_kinds(v)]
-    return list(zip(*columns, strict=True)) if columns else [()] * depth
+    return depth, list(zip(*columns, strict=True))
 
 
 def _is_kinds(column: Sequence[Any]) -> bool:
-    return all(isinstance(v, (str, float, bool, int)) for v in column) and len(set(column)) < len(column)
+    words = all(isinstance(v, (str, float, bool, int)) for v in column)
+    return words and not _are_numbers_of_blocks(column, len(column))
 
 
 def _signature(block: nn.Module) -> tuple:
