@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from steer.errors import UnsupportedError
 
-WIDTH, HEADS, VOCAB = 48, 4, 61
+WIDTH, HEADS, VOCAB = 64, 4, 61
 IDS = range(3, VOCAB - 1)
 """Token ids that are text in every tiny model: the ones below are special, the last stands for images and sounds."""
 _SMALL, _LARGE, _BLOCKS = 3_000_000, 30_000_000, 8
@@ -47,6 +47,8 @@ class Double(TorchFunctionMode):
         kwargs = {name: _double(value) for name, value in (kwargs or {}).items()}
         if func in (torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half):
             func = torch.Tensor.double
+        if func is torch.full and isinstance(args[1] if len(args) > 1 else kwargs.get("fill_value"), float):
+            kwargs.setdefault("dtype", torch.float64)  # the least number of float64 fits in no other
         result = func(*map(_double, args), **kwargs)
         # Without a dtype, torch.ones and others give the default one.
         return result.double() if isinstance(result, Tensor) and result.dtype in _LOW else result
@@ -78,6 +80,8 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
 
     Errors: Unbuildable if no small config of the class can be built and run.
     """
+    if model_class.config_class is not type(config) and isinstance(config.get_text_config(), model_class.config_class):
+        config = config.get_text_config()  # the text part of a wrapper
     first: Exception | None = None
     for attempt in _attempts(config, model_class):
         try:
@@ -95,7 +99,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
 def tiny_model(config: PreTrainedConfig, model_class: type[PreTrainedModel], seed: int = 0) -> PreTrainedModel:
     """A random model of `config` in float64, for inference, with eager attention and experts.
 
-    Weights have deviation 0.25, less where more than 48 numbers are summed; gains of norms are 0.5 to 1.5, biases about
+    Weights have deviation 0.25, less where more than 64 numbers are summed; gains of norms are 0.5 to 1.5, biases about
     0.1. Parameters of state spaces and the router's corrections keep the values that the class gives them.
 
     Errors: Unbuildable if the model has over 30 million parameters.
@@ -159,19 +163,21 @@ def _sizes(size: int, *keys: str) -> dict[str, int]:
 _DEPTHS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks"
 )  # fmt: skip
+_HEAD_WIDTHS = ("head_dim", "d_head", "dim_head", "swa_head_dim", "kv_channels")
 _SIZES: dict[str, int] = {
     **_sizes(WIDTH, "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim"),
     **_sizes(HEADS, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
     **_sizes(HEADS, "num_decoder_attention_heads", "encoder_attention_heads", "swa_num_attention_heads"),
-    **_sizes(2, "num_key_value_heads", "num_kv_heads", "kv_n_heads", "num_global_key_value_heads"),
+    **_sizes(2, "num_key_value_heads", "num_kv_heads", "kv_n_heads"),
     **_sizes(2, "swa_num_key_value_heads"),
-    **_sizes(16, "head_dim", "d_head", "dim_head", "global_head_dim", "swa_head_dim", "kv_channels"),
+    **_sizes(24, *_HEAD_WIDTHS),
     **_sizes(40, "intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "ffn_hidden_size"),
     **_sizes(40, "d_ff", "dim_ff", "dff", "d_inner", "feed_forward_size", "intermediate_size_mlp"),
     **_sizes(44, "dense_intermediate_size", "prefix_dense_intermediate_size"),
     **_sizes(20, "moe_intermediate_size", "expert_ffn_hidden_size"),
     **_sizes(28, "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
-    **_sizes(VOCAB, "vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"),
+    **_sizes(VOCAB, "vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "shape_vocab_size"),
+    **_sizes(VOCAB, "pronunciation_vocab_size"),
     **_sizes(72, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"),
     **_sizes(4, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     **_sizes(2, "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "moe_topk", "top_k_experts"),
@@ -212,7 +218,7 @@ _SAME = {
 }
 """Sizes that stay equal to another where the config has them equal."""
 
-_SQUARE = _sizes(WIDTH // HEADS, "head_dim", "global_head_dim", "swa_head_dim")
+_SQUARE = _sizes(WIDTH // HEADS, *_HEAD_WIDTHS)
 """Sizes of heads that together are as wide as the residual stream."""
 _NEVER_ABSENT = ("head_dim", "n_inner")
 """Sizes where None stands for one that is computed."""
@@ -228,11 +234,8 @@ def _attempts(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> I
     """Ways to make a tiny config, the most faithful first."""
     if _is_small(config, model_class):
         yield lambda: copy.deepcopy(config)
-    for fill in (False, True):
-        for square in (False, True):
-            yield lambda fill=fill, square=square: _fewer_blocks(
-                config, _shrunk(config, square=square, fill=fill), model_class
-            )
+    for square in (False, True):
+        yield lambda square=square: _fewer_blocks(config, _shrunk(config, square=square), model_class)
 
 
 def _is_small(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
@@ -247,26 +250,28 @@ def _is_small(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> b
 
 
 def _shrunk(
-    config: PreTrainedConfig, *, square: bool, fill: bool, more: Mapping[str, int] = MappingProxyType({})
+    config: PreTrainedConfig, *, square: bool, more: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Any]:
     """The config's keys with small sizes, with as many blocks as before.
 
-    `square`: heads times their width are the residual width. `fill`: sizes that are None are set too. `more`: sizes
-    that come before `_SIZES`.
+    `square`: heads times their width are the residual width. `more`: sizes that come before `_SIZES`.
     """
-    before = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    private = ("quantization_config", "output_attentions")
+    before = {k: v for k, v in config.to_dict().items() if k not in private and not k.startswith("_")}
     fields = type(config).__dataclass_fields__
     sizes = _SIZES | (_SQUARE if square else {}) | more
     out: dict[str, Any] = {}
     for key, value in before.items():
-        part = getattr(config, key, None)
+        part = vars(config).get(key)
         if isinstance(part, PreTrainedConfig):
             tower = bool(_TOWERS.search(key)) or bool(more)
-            out[key] = _shrunk(part, square=square, fill=fill, more=_TOWER if tower else {})
+            out[key] = _shrunk(part, square=square, more=_TOWER if tower else {})
         elif type(value) is int and key not in fields and (key in sizes or value >= _BIG):
             pass  # the class computed it, and will again
         elif key in sizes:
-            out[key] = _resized(value, sizes[key], fill or key in _NEVER_ABSENT)
+            out[key] = _resized(value, sizes[key], key in _NEVER_ABSENT)
+        elif key == "per_layer_config":
+            out[key] = {i: {k: _in_ratio(k, v, before, sizes) for k, v in own.items()} for i, own in value.items()}
         elif key in _FOLLOW:
             out[key] = value and (WIDTH if value == before.get("hidden_size") else 56)
         elif key.endswith(("_token_id", "_token_index")):
@@ -294,10 +299,19 @@ def _resized(value: Any, size: int, fill: bool) -> Any:
     return min(size, value) if type(value) is int else value
 
 
+def _in_ratio(key: str, value: Any, whole: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
+    """A block's own size, as many times the tiny model's as it was of the whole model's."""
+    return max(1, sizes[key] * value // whole[key]) if key in sizes and type(whole.get(key)) is int else value
+
+
 def _heads_of_mamba(before: Mapping[str, Any], out: dict[str, Any]) -> None:
     """Mamba 2: the heads share the expanded width."""
-    if out.get("expand") and out.get("num_heads") and out.get("head_dim"):
-        out["head_dim"] = int(out["expand"] * WIDTH) // out["num_heads"]
+    for heads, width, expand in (
+        ("num_heads", "head_dim", "expand"),
+        ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ):
+        if out.get(heads) and out.get(width) and out.get(expand):
+            out[width] = (out.get("mamba_d_ssm") or int(out[expand] * WIDTH)) // out[heads]
 
 
 def _rotary(before: Mapping[str, Any], out: dict[str, Any]) -> None:
@@ -338,29 +352,38 @@ def _fewer_blocks(
     first blocks up to the one that shows the last kind. Both are built without memory and looked at.
     """
     text = next((k for k in type(config).sub_configs if getattr(config, k, None) is config.get_text_config()), None)
-
-    def build(keys: dict[str, Any]) -> tuple[PreTrainedConfig, int, list[tuple]]:
-        made = type(config).from_dict(copy.deepcopy(keys))
-        return made, *_kinds(_on_meta(made, model_class), keys[text] if text else keys)
-
-    whole, depth, kinds = build(shrunk)
+    keys = shrunk[text] if text else shrunk
+    whole = type(config).from_dict(copy.deepcopy(shrunk))
+    stacks = _stacks(_on_meta(whole, model_class), keys)
+    depth = len(stacks[0]) if stacks else 0
     if depth <= _LEAST_BLOCKS:
         return whole
-    first = sorted(dict(reversed([(kind, i) for i, kind in enumerate(kinds)])).values())[:_BLOCKS]
-    others = [i for i in range(depth) if i not in first]
-    picked = sorted(first + others[: max(0, _LEAST_BLOCKS - len(first))])
-    prefix = list(range(max(_LEAST_BLOCKS, first[-1] + 1)))
+    lists = [k for k, v in keys.items() if isinstance(v, (list, tuple)) and len(v) == depth]
+    kinds = _kinds(stacks, keys, lists)
     error: Exception | None = None
-    for keep in sorted((picked, prefix), key=len):
-        cut = shrunk | {text: _cut(shrunk[text], depth, keep)} if text else _cut(shrunk, depth, keep)
+    for keep in _cuts(kinds):
+        few = _cut(keys, depth, keep)
         try:
-            made, _, found = build(cut)
-        except Exception as failed:  # a class may refuse the order, or find a layer that it shares cut off
+            made = type(config).from_dict(copy.deepcopy(shrunk | {text: few} if text else few))
+            stacks = _stacks(_on_meta(made, model_class), few)
+        except Exception as failed:  # a class may refuse the order, or miss a block that others share
             error = failed
             continue
-        if set(found) == set(kinds):
+        if stacks and set(_kinds(stacks, few, lists)) == set(kinds):
             return made
-    raise ValueError(f"neither blocks {picked} nor the first {len(prefix)} show each kind of block") from error
+    raise ValueError(f"no choice of the {depth} blocks shows all {len(set(kinds))} kinds of block") from error
+
+
+def _cuts(kinds: Sequence[Any]) -> Iterator[list[int]]:
+    """Blocks to keep: the first of each kind, or two where one alone cannot stand; or, where kinds come by a period,
+    all up to the last of these. Few blocks come first."""
+    cuts: list[list[int]] = []
+    for times in (1, 2):
+        first = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < times][:_BLOCKS]
+        others = [i for i in range(len(kinds)) if i not in first]
+        cuts.append(sorted(first + others[: max(0, _LEAST_BLOCKS - len(first))]))
+        cuts.append(list(range(max(_LEAST_BLOCKS, first[-1] + 1))))
+    yield from sorted(cuts, key=len)
 
 
 def _cut(keys: dict[str, Any], depth: int, keep: Sequence[int]) -> dict[str, Any]:
@@ -373,6 +396,8 @@ def _cut(keys: dict[str, Any], depth: int, keep: Sequence[int]) -> dict[str, Any
             out[key] = sum(i < value for i in keep)
         elif key in _AT_THE_END and type(value) is int:
             out[key] = sum(i >= depth - value for i in keep)
+        elif key == "per_layer_config":
+            out[key] = {str(keep.index(int(i))): own for i, own in value.items() if int(i) in keep}
         elif isinstance(value, (list, tuple)) and _are_numbers_of_blocks(value, depth):
             out[key] = [keep.index(i) for i in value if i in keep]
         elif isinstance(value, (list, tuple)) and len(value) == depth:
@@ -392,23 +417,23 @@ _AT_THE_END = ("num_kv_shared_layers",)
 """Keys that count blocks."""
 
 
-def _kinds(model: nn.Module, keys: Mapping[str, Any]) -> tuple[int, list[tuple]]:
-    """How many blocks a model has, and what tells each from others: its modules with their shapes, flags and words, and
-    its entries in the config's lists."""
+def _stacks(model: nn.Module, keys: Mapping[str, Any]) -> list[nn.ModuleList]:
+    """The model's lists of blocks: the longest that are as long as the config says."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
             stacks[name] = module
     depths = {keys.get(k) for k in _DEPTHS}
     depth = max((len(stack) for stack in stacks.values() if len(stack) in depths), default=0)
-    columns = [[_signature(block) for block in stack] for stack in stacks.values() if len(stack) == depth]
-    columns += [v for v in keys.values() if isinstance(v, (list, tuple)) and len(v) == depth and _is_kinds(v)]
-    return depth, list(zip(*columns, strict=True))
+    return [stack for stack in stacks.values() if depth and len(stack) == depth]
 
 
-def _is_kinds(column: Sequence[Any]) -> bool:
-    words = all(isinstance(v, (str, float, bool, int)) for v in column)
-    return words and not _are_numbers_of_blocks(column, len(column))
+def _kinds(stacks: Sequence[nn.ModuleList], keys: Mapping[str, Any], lists: Sequence[str]) -> list[tuple]:
+    """What tells each block from others: its modules with their shapes, flags and words, and its entries in lists."""
+    columns = [[_signature(block) for block in stack] for stack in stacks]
+    depth = len(columns[0])
+    columns += [keys[k] for k in lists if not _are_numbers_of_blocks(keys[k], depth)]
+    return [tuple(map(repr, kind)) for kind in zip(*columns, strict=True)]
 
 
 def _signature(block: nn.Module) -> tuple:
