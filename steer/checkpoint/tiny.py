@@ -161,7 +161,8 @@ def _sizes(size: int, *keys: str) -> dict[str, int]:
 
 
 _DEPTHS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks"
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
+    "depth",
 )  # fmt: skip
 _HEAD_WIDTHS = ("head_dim", "d_head", "dim_head", "swa_head_dim", "kv_channels")
 _SIZES: dict[str, int] = {
@@ -222,8 +223,7 @@ _SQUARE = _sizes(WIDTH // HEADS, *_HEAD_WIDTHS)
 """Sizes of heads that together are as wide as the residual stream."""
 _NEVER_ABSENT = ("head_dim", "n_inner")
 """Sizes where None stands for one that is computed."""
-_TOWERS = re.compile("vision|audio|image|video|speech|vq")
-_TOWER = {**_sizes(1, "depth", *_DEPTHS), **_sizes(32, "hidden_size", "d_model"), **_sizes(8, "head_dim")}
+_TOWER = _sizes(32, "hidden_size", "d_model", "embed_dim") | _sizes(8, "head_dim")
 """Sizes of encoders of images and sounds, which are built and never run."""
 _ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BIG = 64
@@ -264,7 +264,7 @@ def _shrunk(
     for key, value in before.items():
         part = vars(config).get(key)
         if isinstance(part, PreTrainedConfig):
-            tower = bool(_TOWERS.search(key)) or bool(more)
+            tower = part is not config.get_text_config() and (more or any(k in value for k in _DEPTHS))
             out[key] = _shrunk(part, square=square, more=_TOWER if tower else {})
         elif type(value) is int and key not in fields and (key in sizes or value >= _BIG):
             pass  # the class computed it, and will again
@@ -280,13 +280,17 @@ def _shrunk(
             out[key] = None  # the same, of a declared key
         else:
             out[key] = value
+    tiny = out
+    if out.get("qk_nope_head_dim") and out.get("qk_rope_head_dim"):
+        tiny = {"qk_head_dim": out["qk_nope_head_dim"] + out["qk_rope_head_dim"]} | out
     for key, others in _SAME.items():
         for other in others:
             if before.get(key) is not None and before.get(key) == before.get(other):
-                out[key] = out[other]
+                out[key] = tiny[other]
     for rule in _RULES:
         rule(before, out)
-    return out
+    depth = max((n for k in _DEPTHS if type(n := out.get(k)) is int), default=0)
+    return _cut(out, depth, [0]) if more and depth else out
 
 
 def _resized(value: Any, size: int, fill: bool) -> Any:
@@ -433,13 +437,14 @@ def _kinds(stacks: Sequence[nn.ModuleList], keys: Mapping[str, Any], lists: Sequ
     columns = [[_signature(block) for block in stack] for stack in stacks]
     depth = len(columns[0])
     columns += [keys[k] for k in lists if not _are_numbers_of_blocks(keys[k], depth)]
-    return [tuple(map(repr, kind)) for kind in zip(*columns, strict=True)]
+    return list(zip(*columns, strict=True))
 
 
-def _signature(block: nn.Module) -> tuple:
-    return tuple(
+def _signature(block: nn.Module) -> frozenset[tuple]:
+    """The modules of a block; those of a list count once, for it may hold one per block of the model."""
+    return frozenset(
         (
-            name,
+            re.sub(r"\d+", "", name),
             type(module).__name__,
             *(tuple(p.shape) for p in module._parameters.values() if p is not None),
             *sorted((k, _flag(v)) for k, v in vars(module).items() if not k.startswith("_")),
