@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -284,13 +284,12 @@ def _shrunk(
     if out.get("qk_nope_head_dim") and out.get("qk_rope_head_dim"):
         tiny = {"qk_head_dim": out["qk_nope_head_dim"] + out["qk_rope_head_dim"]} | out
     for key, others in _SAME.items():
-        for other in others:
-            if before.get(key) is not None and before.get(key) == before.get(other):
-                out[key] = tiny[other]
+        equal = [other for other in others if before.get(key) is not None and before.get(key) == before.get(other)]
+        if equal:
+            out[key] = tiny[equal[0]]
     for rule in _RULES:
         rule(before, out)
-    depth = max((n for k in _DEPTHS if type(n := out.get(k)) is int), default=0)
-    return _cut(out, depth, [0]) if more and depth else out
+    return _cut(out, max(_depths(out)), [0]) if more and _depths(out) else out
 
 
 def _resized(value: Any, size: int, fill: bool) -> Any:
@@ -325,6 +324,8 @@ def _rotary(before: Mapping[str, Any], out: dict[str, Any]) -> None:
         return
     out["rope_parameters"] = rope = copy.deepcopy(rope)
     for one in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if out.get("qk_nope_head_dim") and one.get("partial_rotary_factor") == _rotated(before):
+            one["partial_rotary_factor"] = _rotated(out)
         width = out.get("qk_rope_head_dim") or out.get("head_dim") or WIDTH // HEADS
         pairs = int(width * (one.get("partial_rotary_factor") or out.get("partial_rotary_factor") or 1)) // 2
         for key in ("long_factor", "short_factor"):
@@ -333,6 +334,11 @@ def _rotary(before: Mapping[str, Any], out: dict[str, Any]) -> None:
         if section := one.get("mrope_section"):
             shares = [n * pairs // sum(section) for n in section]
             one["mrope_section"] = [shares[0] + pairs - sum(shares), *shares[1:]]
+
+
+def _rotated(keys: Mapping[str, Any]) -> float:
+    """The share of a query that multi-head latent attention rotates."""
+    return keys["qk_rope_head_dim"] / (keys["qk_nope_head_dim"] + keys["qk_rope_head_dim"])
 
 
 def _gpt_neo(before: Mapping[str, Any], out: dict[str, Any]) -> None:
@@ -358,22 +364,23 @@ def _fewer_blocks(
     text = next((k for k in type(config).sub_configs if getattr(config, k, None) is config.get_text_config()), None)
     keys = shrunk[text] if text else shrunk
     whole = type(config).from_dict(copy.deepcopy(shrunk))
-    stacks = _stacks(_on_meta(whole, model_class), keys)
-    depth = len(stacks[0]) if stacks else 0
+    stacks = _stacks(_on_meta(whole, model_class), {whole.get_text_config().num_hidden_layers, *_depths(keys)})
+    depth = len(next(iter(stacks.values()), ()))
     if depth <= _LEAST_BLOCKS:
         return whole
     lists = [k for k, v in keys.items() if isinstance(v, (list, tuple)) and len(v) == depth]
-    kinds = _kinds(stacks, keys, lists)
+    kinds = _kinds(stacks.values(), keys, lists)
     error: Exception | None = None
     for keep in _cuts(kinds):
         few = _cut(keys, depth, keep)
         try:
             made = type(config).from_dict(copy.deepcopy(shrunk | {text: few} if text else few))
-            stacks = _stacks(_on_meta(made, model_class), few)
+            model = _on_meta(made, model_class)
+            found = _kinds([model.get_submodule(name) for name in stacks], few, lists)
         except Exception as failed:  # a class may refuse the order, or miss a block that others share
             error = failed
             continue
-        if stacks and set(_kinds(stacks, few, lists)) == set(kinds):
+        if set(found) == set(kinds) and len(found) == len(keep):
             return made
     raise ValueError(f"no choice of the {depth} blocks shows all {len(set(kinds))} kinds of block") from error
 
@@ -421,18 +428,21 @@ _AT_THE_END = ("num_kv_shared_layers",)
 """Keys that count blocks."""
 
 
-def _stacks(model: nn.Module, keys: Mapping[str, Any]) -> list[nn.ModuleList]:
-    """The model's lists of blocks: the longest that are as long as the config says."""
-    stacks: dict[str, nn.ModuleList] = {}
+def _depths(keys: Mapping[str, Any]) -> list[int]:
+    return [n for k in _DEPTHS if type(n := keys.get(k)) is int]
+
+
+def _stacks(model: nn.Module, depths: Collection[int]) -> dict[str, nn.ModuleList]:
+    """The model's lists of blocks by name: the longest whose length is one of `depths`."""
+    found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
-            stacks[name] = module
-    depths = {keys.get(k) for k in _DEPTHS}
-    depth = max((len(stack) for stack in stacks.values() if len(stack) in depths), default=0)
-    return [stack for stack in stacks.values() if depth and len(stack) == depth]
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    depth = max((len(stack) for stack in found.values() if len(stack) in depths), default=None)
+    return {name: stack for name, stack in found.items() if len(stack) == depth}
 
 
-def _kinds(stacks: Sequence[nn.ModuleList], keys: Mapping[str, Any], lists: Sequence[str]) -> list[tuple]:
+def _kinds(stacks: Iterable[Any], keys: Mapping[str, Any], lists: Sequence[str]) -> list[tuple]:
     """What tells each block from others: its modules with their shapes, flags and words, and its entries in lists."""
     columns = [[_signature(block) for block in stack] for stack in stacks]
     depth = len(columns[0])
