@@ -259,7 +259,7 @@ def _shrunk(
     private = ("quantization_config", "output_attentions")
     before = {k: v for k, v in config.to_dict().items() if k not in private and not k.startswith("_")}
     fields = type(config).__dataclass_fields__
-    sizes = _SIZES | (_SQUARE if square else {}) | more
+    sizes = {**_SIZES, **(_SQUARE if square else {}), **more}
     out: dict[str, Any] = {}
     for key, value in before.items():
         part = vars(config).get(key)
@@ -270,7 +270,7 @@ def _shrunk(
             pass  # the class computed it, and will again
         elif key in sizes:
             out[key] = _resized(value, sizes[key], key in _NEVER_ABSENT)
-        elif key == "per_layer_config":
+        elif isinstance(value, dict) and key == "per_layer_config":
             out[key] = {i: {k: _in_ratio(k, v, before, sizes) for k, v in own.items()} for i, own in value.items()}
         elif key in _FOLLOW:
             out[key] = value and (WIDTH if value == before.get("hidden_size") else 56)
@@ -364,7 +364,9 @@ def _fewer_blocks(
     text = next((k for k in type(config).sub_configs if getattr(config, k, None) is config.get_text_config()), None)
     keys = shrunk[text] if text else shrunk
     whole = type(config).from_dict(copy.deepcopy(shrunk))
-    stacks = _stacks(_on_meta(whole, model_class), {whole.get_text_config().num_hidden_layers, *_depths(keys)})
+    stacks = _stacks(
+        _on_meta(whole, model_class), {getattr(whole.get_text_config(), "num_hidden_layers", None), *_depths(keys)}
+    )
     depth = len(next(iter(stacks.values()), ()))
     if depth <= _LEAST_BLOCKS:
         return whole
@@ -432,7 +434,7 @@ def _depths(keys: Mapping[str, Any]) -> list[int]:
     return [n for k in _DEPTHS if type(n := keys.get(k)) is int]
 
 
-def _stacks(model: nn.Module, depths: Collection[int]) -> dict[str, nn.ModuleList]:
+def _stacks(model: nn.Module, depths: Collection[int | None]) -> dict[str, nn.ModuleList]:
     """The model's lists of blocks by name: the longest whose length is one of `depths`."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
