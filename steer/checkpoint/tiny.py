@@ -26,8 +26,8 @@ from steer.errors import UnsupportedError
 WIDTH, HEADS, VOCAB = 64, 4, 61
 IDS = range(3, VOCAB - 1)
 """Token ids that are text in every tiny model: the ones below are special, the last stands for images and sounds."""
-_SMALL, _LARGE, _BLOCKS = 3_000_000, 30_000_000, 8
-"""Parameters of a config that is used as it is, and of one that is refused; the most blocks of either."""
+_SMALL, _BLOCKS, _LARGE = 3_000_000, 8, 30_000_000
+"""Most parameters and blocks of a config that is used as it is; most parameters of a tiny model."""
 _LEAST_BLOCKS = 3
 
 
@@ -80,8 +80,9 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
 
     Errors: Unbuildable if no small config of the class can be built and run.
     """
-    if model_class.config_class is not type(config) and isinstance(config.get_text_config(), model_class.config_class):
-        config = config.get_text_config()  # the text part of a wrapper
+    text, expected = config.get_text_config(), model_class.config_class
+    if expected is not None and not isinstance(config, expected) and isinstance(text, expected):
+        config = text  # of a wrapper
     first: Exception | None = None
     for attempt in _attempts(config, model_class):
         try:
@@ -125,9 +126,9 @@ def _turn_up(name: str, parameter: nn.Parameter) -> None:
     if _OWN.search(name) or not parameter.is_floating_point():
         return
     if name.endswith("bias"):
-        parameter += 0.1 * torch.randn_like(parameter)
+        parameter.add_(0.1 * torch.randn_like(parameter))
     elif parameter.numel() == max(parameter.shape, default=1):  # a gain of a norm, stored as 1 or as 0
-        parameter += torch.rand_like(parameter) - 0.5
+        parameter.add_(torch.rand_like(parameter) - 0.5)
     else:
         parameter.copy_(torch.randn_like(parameter) * 0.25 * min(1.0, (WIDTH / parameter.shape[-1]) ** 0.5))
 
@@ -392,7 +393,7 @@ def _cuts(kinds: Sequence[Any]) -> Iterator[list[int]]:
     all up to the last of these. Few blocks come first."""
     cuts: list[list[int]] = []
     for times in (1, 2):
-        first = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < times][:_BLOCKS]
+        first = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < times]
         others = [i for i in range(len(kinds)) if i not in first]
         cuts.append(sorted(first + others[: max(0, _LEAST_BLOCKS - len(first))]))
         cuts.append(list(range(max(_LEAST_BLOCKS, first[-1] + 1))))
