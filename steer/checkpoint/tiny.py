@@ -65,12 +65,11 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that `config.architectures` names first, or without one the class for generation of its model_type;
     None if transformers has none."""
     if config.architectures:
-        found = getattr(transformers, config.architectures[0], None)
-        return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
-    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if (found := mapping.get(type(config), None)) is not None:
-            return found
-    return None
+        candidates = [getattr(transformers, config.architectures[0], None)]
+    else:
+        mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        candidates = [mapping.get(type(config), None) for mapping in mappings]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, PreTrainedModel)), None)
 
 
 def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
