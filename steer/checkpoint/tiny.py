@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from types import MappingProxyType
@@ -28,8 +28,8 @@ from steer.errors import UnsupportedError
 WIDTH, HEADS, VOCAB = 64, 4, 61
 IDS = range(3, VOCAB - 1)
 """Token ids that are text in every tiny model: the ones below are special, the last stands for images and sounds."""
-_SMALL, _LARGE, _BLOCKS = 3_000_000, 30_000_000, 8
-"""Parameters of a config that is used as it is, and of one that is refused; the most blocks of either."""
+_SMALL, _BLOCKS, _LARGE = 3_000_000, 8, 30_000_000
+"""Most parameters and blocks of a config that is used as it is; most parameters of a tiny model."""
 _LEAST_BLOCKS = 3
 
 
@@ -86,12 +86,11 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that `config.architectures` names first, or without one the class for generation of its model_type;
     None if transformers has none."""
     if config.architectures:
-        found = getattr(transformers, config.architectures[0], None)
-        return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
-    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if (found := mapping.get(type(config), None)) is not None:
-            return found
-    return None
+        candidates = [getattr(transformers, config.architectures[0], None)]
+    else:
+        mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        candidates = [mapping.get(type(config), None) for mapping in mappings]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, PreTrainedModel)), None)
 
 
 def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
@@ -101,8 +100,9 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
 
     Errors: Unbuildable if no small config of the class can be built and run.
     """
-    if model_class.config_class is not type(config) and isinstance(config.get_text_config(), model_class.config_class):
-        config = config.get_text_config()  # the text part of a wrapper
+    text, expected = config.get_text_config(), model_class.config_class
+    if expected is not None and not isinstance(config, expected) and isinstance(text, expected):
+        config = text  # of a wrapper
     first: Exception | None = None
     for attempt in _attempts(config, model_class):
         try:
@@ -146,9 +146,9 @@ def _turn_up(name: str, parameter: nn.Parameter) -> None:
     if _OWN.search(name) or not parameter.is_floating_point():
         return
     if name.endswith("bias"):
-        parameter += 0.1 * torch.randn_like(parameter)
+        parameter.add_(0.1 * torch.randn_like(parameter))
     elif parameter.numel() == max(parameter.shape, default=1):  # a gain of a norm, stored as 1 or as 0
-        parameter += torch.rand_like(parameter) - 0.5
+        parameter.add_(torch.rand_like(parameter) - 0.5)
     else:
         parameter.copy_(torch.randn_like(parameter) * 0.25 * min(1.0, (WIDTH / parameter.shape[-1]) ** 0.5))
 
@@ -280,7 +280,7 @@ def _shrunk(
     private = ("quantization_config", "output_attentions")
     before = {k: v for k, v in config.to_dict().items() if k not in private and not k.startswith("_")}
     fields = type(config).__dataclass_fields__
-    sizes = _SIZES | (_SQUARE if square else {}) | more
+    sizes = {**_SIZES, **(_SQUARE if square else {}), **more}
     out: dict[str, Any] = {}
     for key, value in before.items():
         part = vars(config).get(key)
@@ -291,7 +291,7 @@ def _shrunk(
             pass  # the class computed it, and will again
         elif key in sizes:
             out[key] = _resized(value, sizes[key], key in _NEVER_ABSENT)
-        elif key == "per_layer_config":
+        elif isinstance(value, dict) and key == "per_layer_config":
             out[key] = {i: {k: _in_ratio(k, v, before, sizes) for k, v in own.items()} for i, own in value.items()}
         elif key in _FOLLOW:
             out[key] = value and (WIDTH if value == before.get("hidden_size") else 56)
@@ -305,13 +305,12 @@ def _shrunk(
     if out.get("qk_nope_head_dim") and out.get("qk_rope_head_dim"):
         tiny = {"qk_head_dim": out["qk_nope_head_dim"] + out["qk_rope_head_dim"]} | out
     for key, others in _SAME.items():
-        for other in others:
-            if before.get(key) is not None and before.get(key) == before.get(other):
-                out[key] = tiny[other]
+        equal = [other for other in others if before.get(key) is not None and before.get(key) == before.get(other)]
+        if equal:
+            out[key] = tiny[equal[0]]
     for rule in _RULES:
         rule(before, out)
-    depth = max((n for k in _DEPTHS if type(n := out.get(k)) is int), default=0)
-    return _cut(out, depth, [0]) if more and depth else out
+    return _cut(out, max(_depths(out)), [0]) if more and _depths(out) else out
 
 
 def _resized(value: Any, size: int, fill: bool) -> Any:
@@ -346,6 +345,8 @@ def _rotary(before: Mapping[str, Any], out: dict[str, Any]) -> None:
         return
     out["rope_parameters"] = rope = copy.deepcopy(rope)
     for one in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if out.get("qk_nope_head_dim") and one.get("partial_rotary_factor") == _rotated(before):
+            one["partial_rotary_factor"] = _rotated(out)
         width = out.get("qk_rope_head_dim") or out.get("head_dim") or WIDTH // HEADS
         pairs = int(width * (one.get("partial_rotary_factor") or out.get("partial_rotary_factor") or 1)) // 2
         for key in ("long_factor", "short_factor"):
@@ -354,6 +355,11 @@ def _rotary(before: Mapping[str, Any], out: dict[str, Any]) -> None:
         if section := one.get("mrope_section"):
             shares = [n * pairs // sum(section) for n in section]
             one["mrope_section"] = [shares[0] + pairs - sum(shares), *shares[1:]]
+
+
+def _rotated(keys: Mapping[str, Any]) -> float:
+    """The share of a query that multi-head latent attention rotates."""
+    return keys["qk_rope_head_dim"] / (keys["qk_nope_head_dim"] + keys["qk_rope_head_dim"])
 
 
 def _gpt_neo(before: Mapping[str, Any], out: dict[str, Any]) -> None:
@@ -379,22 +385,25 @@ def _fewer_blocks(
     text = next((k for k in type(config).sub_configs if getattr(config, k, None) is config.get_text_config()), None)
     keys = shrunk[text] if text else shrunk
     whole = type(config).from_dict(copy.deepcopy(shrunk))
-    stacks = _stacks(_on_meta(whole, model_class), keys)
-    depth = len(stacks[0]) if stacks else 0
+    stacks = _stacks(
+        _on_meta(whole, model_class), {getattr(whole.get_text_config(), "num_hidden_layers", None), *_depths(keys)}
+    )
+    depth = len(next(iter(stacks.values()), ()))
     if depth <= _LEAST_BLOCKS:
         return whole
     lists = [k for k, v in keys.items() if isinstance(v, (list, tuple)) and len(v) == depth]
-    kinds = _kinds(stacks, keys, lists)
+    kinds = _kinds(stacks.values(), keys, lists)
     error: Exception | None = None
     for keep in _cuts(kinds):
         few = _cut(keys, depth, keep)
         try:
             made = type(config).from_dict(copy.deepcopy(shrunk | {text: few} if text else few))
-            stacks = _stacks(_on_meta(made, model_class), few)
+            model = _on_meta(made, model_class)
+            found = _kinds([model.get_submodule(name) for name in stacks], few, lists)
         except Exception as failed:  # a class may refuse the order, or miss a block that others share
             error = failed
             continue
-        if stacks and set(_kinds(stacks, few, lists)) == set(kinds):
+        if set(found) == set(kinds) and len(found) == len(keep):
             return made
     raise ValueError(f"no choice of the {depth} blocks shows all {len(set(kinds))} kinds of block") from error
 
@@ -404,7 +413,7 @@ def _cuts(kinds: Sequence[Any]) -> Iterator[list[int]]:
     all up to the last of these. Few blocks come first."""
     cuts: list[list[int]] = []
     for times in (1, 2):
-        first = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < times][:_BLOCKS]
+        first = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < times]
         others = [i for i in range(len(kinds)) if i not in first]
         cuts.append(sorted(first + others[: max(0, _LEAST_BLOCKS - len(first))]))
         cuts.append(list(range(max(_LEAST_BLOCKS, first[-1] + 1))))
@@ -442,18 +451,21 @@ _AT_THE_END = ("num_kv_shared_layers",)
 """Keys that count blocks."""
 
 
-def _stacks(model: nn.Module, keys: Mapping[str, Any]) -> list[nn.ModuleList]:
-    """The model's lists of blocks: the longest that are as long as the config says."""
-    stacks: dict[str, nn.ModuleList] = {}
+def _depths(keys: Mapping[str, Any]) -> list[int]:
+    return [n for k in _DEPTHS if type(n := keys.get(k)) is int]
+
+
+def _stacks(model: nn.Module, depths: Collection[int | None]) -> dict[str, nn.ModuleList]:
+    """The model's lists of blocks by name: the longest whose length is one of `depths`."""
+    found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
-            stacks[name] = module
-    depths = {keys.get(k) for k in _DEPTHS}
-    depth = max((len(stack) for stack in stacks.values() if len(stack) in depths), default=0)
-    return [stack for stack in stacks.values() if depth and len(stack) == depth]
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    depth = max((len(stack) for stack in found.values() if len(stack) in depths), default=None)
+    return {name: stack for name, stack in found.items() if len(stack) == depth}
 
 
-def _kinds(stacks: Sequence[nn.ModuleList], keys: Mapping[str, Any], lists: Sequence[str]) -> list[tuple]:
+def _kinds(stacks: Iterable[Any], keys: Mapping[str, Any], lists: Sequence[str]) -> list[tuple]:
     """What tells each block from others: its modules with their shapes, flags and words, and its entries in lists."""
     columns = [[_signature(block) for block in stack] for stack in stacks]
     depth = len(columns[0])
