@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_anatomies import TINY, Tiny, config_of
+from tiny_anatomies import TINY, Tiny
 from tiny_types import TOKENS, config_of_type, load_plain, save_tiny_type
 from transformers import Gemma3ForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -37,70 +36,18 @@ from steer.verbs.tables import anatomy_as_json, anatomy_table
 TABLE = Path(__file__).parent / "anatomies.md"
 
 CURRENT = [
-    "apertus",
-    "arcee",
-    "cohere",
-    "cohere2",
-    "cohere2_moe",
-    "exaone4",
-    "falcon",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-    "gemma4",
-    "gemma4_text",
-    "glm",
-    "glm4",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "granitemoe",
-    "granitemoehybrid",
-    "lfm2",
-    "llama",
-    "llama4",
-    "llama4_text",
-    "mamba",
-    "ministral",
-    "ministral3",
-    "mistral",
-    "mixtral",
-    "nemotron",
-    "nemotron_h",
-    "olmo2",
-    "olmo3",
-    "phi",
-    "phi3",
-    "phi4_multimodal",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_moe",
-    "qwen3_next",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-]
+    "apertus", "arcee", "cohere", "cohere2", "cohere2_moe", "exaone4", "falcon", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gemma4", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_bigcode", "gpt_neox",
+    "gpt_oss", "granite", "granitemoe", "granitemoehybrid", "lfm2", "llama", "llama4", "llama4_text", "mamba",
+    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "nemotron_h", "olmo2", "olmo3", "phi", "phi3",
+    "phi4_multimodal", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
+    "smollm3", "stablelm", "starcoder2",
+]  # fmt: skip
 """What people merge today, and what mergekit 0.1.5 knows, as far as transformers has it for text alone."""
 WRAPPERS = [
-    "gemma3",
-    "gemma4",
-    "llama4",
-    "llava",
-    "mistral3",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-]
+    "gemma3", "gemma4", "llama4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
+    "qwen3_5", "qwen3_5_moe",
+]  # fmt: skip
 
 WALKED = [
     "qwen3_5_text", "gemma4_text", "nemotron_h", "wrapper:mistral3", "llama4_text", "granitemoehybrid",
@@ -108,6 +55,9 @@ WALKED = [
     "olmo_hybrid", "aria_text", "flex_olmo", "kimi_linear", "wrapper:gemma3", "wrapper:qwen3_5_moe", "wrapper:llama4",
 ]  # fmt: skip
 """One of each kind: hybrids, experts in each form, shared experts, multipliers, norms between, wrappers."""
+
+NO_ADAPTER = ("nemotron_h", "mamba", "llama4_text", "wrapper:llama4")
+"""Types whose writers peft does not let an adapter change."""
 
 
 @pytest.fixture(autouse=True)
@@ -175,11 +125,11 @@ def test_hooks_and_bake_and_a_batch_agree_on(model_type: str, tmp_path: Path):
         assert generate(model, prompts, greedy) == [alone(plain, p, model.end_token_ids) for p in prompts]
         with model.edited(edit):
             assert generate(model, prompts, greedy) == [alone(baked, p, model.end_token_ids) for p in prompts]
-    try:
-        bake(source, tmp_path / "adapter", edit, "adapter")
-    except UnsupportedError as e:
-        assert re.search("peft (refuses|takes)", str(e))
+    if model_type in NO_ADAPTER:
+        with pytest.raises(UnsupportedError, match=r"peft (refuses|takes)"):
+            bake(source, tmp_path / "adapter", edit, "adapter")
         return
+    bake(source, tmp_path / "adapter", edit, "adapter")
     verify(tmp_path / "adapter")
     from peft import PeftModel
 
@@ -266,7 +216,7 @@ def test_what_is_not_proved_is_refused_by_its_identity(model_type: str, found: s
     ],
 )
 def test_a_config_that_transformers_does_not_know_is_one_line(config: dict[str, Any], found: str):
-    with pytest.raises(UnsupportedError, match="^it: ") as e:
+    with pytest.raises(UnsupportedError, match=r"^it: ") as e:
         Anatomy.of(config, "it")
     assert found in str(e.value)
     assert "\n" not in str(e.value)
@@ -302,8 +252,8 @@ def test_the_table_of_all_types_says_which_and_why_not():
         except Exception as e:  # the default config of a type cannot be made
             rows.append(f"| {model_type} | - | {type(e).__name__}: {' '.join(str(e).split())[:150]} |")
     text = (
-        f"{len(proved)} of {len(rows)} causal language model types of transformers have an anatomy that is proved, on a\n"
-        "tiny random model of each type's default config. `tests/checkpoint/test_proof.py` writes this table.\n\n"
+        f"{len(proved)} of {len(rows)} causal language model types of transformers have an anatomy that is proved, on a tiny\n"
+        "random model of each type's default config. `tests/checkpoint/test_proof.py` writes this table.\n\n"
         "| type | class | weights that write into the residual stream, or why not |\n|---|---|---|\n"
     ) + "\n".join(rows)
     assert set(CURRENT) <= set(proved)
@@ -319,8 +269,3 @@ def test_wrappers_are_proved(model_type: str):
     found = prove(config, model_class)
     text = config.get_text_config()
     assert (found.blocks, found.width) == (text.num_hidden_layers, text.hidden_size)
-
-
-def test_the_configs_of_the_matrix_are_read(tmp_path: Path):
-    kind: Callable[..., Path] = TINY["llama"].save
-    assert config_of(kind(tmp_path / "it", torch.float32))["num_hidden_layers"] == 3
