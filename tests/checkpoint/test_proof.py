@@ -252,7 +252,7 @@ def test_the_table_of_all_types_says_which_and_why_not():
         except Exception as e:  # the default config of a type cannot be made
             rows.append(f"| {model_type} | - | {type(e).__name__}: {' '.join(str(e).split())[:150]} |")
     text = (
-        f"{len(proved)} of {len(rows)} causal language model types of transformers have an anatomy that is proved, on a tiny\n"
+        f"{len(proved)} of {len(rows)} causal language model types of transformers have a proved anatomy, on a tiny\n"
         "random model of each type's default config. `tests/checkpoint/test_proof.py` writes this table.\n\n"
         "| type | class | weights that write into the residual stream, or why not |\n|---|---|---|\n"
     ) + "\n".join(rows)
