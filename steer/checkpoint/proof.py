@@ -101,7 +101,8 @@ def _completed(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
     """The config that the class takes, which is the text part of some wrappers' configs, with the sizes of the heads
     filled in that most classes work out and some leave out."""
     text = config.get_text_config()
-    if model_class.config_class is not type(config) and isinstance(text, model_class.config_class):
+    wanted = model_class.config_class
+    if wanted is not None and not isinstance(config, wanted) and isinstance(text, wanted):
         config = text
     values = text.to_dict()
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
@@ -172,6 +173,9 @@ class _Proof:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.head: Any = model.get_output_embeddings()
+        if self.head is None:
+            raise NotProved("LM head: expected a module that puts out the logits, found none")
         self.ids = torch.randint(IDS.start, IDS.stop, (2, 12), generator=torch.Generator().manual_seed(0))
         self.run = _Run(model, self.ids)
         if not bool(self.run.logits.isfinite().all()):
@@ -185,12 +189,13 @@ class _Proof:
 
     def found(self) -> _Proved:
         """All steps; see the module."""
+        self._check_own_residuals()
         self._check_alone()
         sources = [self._sources(i) for i in range(len(self.blocks))]
         embeddings, output = self._embeddings()
         norm, centred, head, scale, softcap = self._head()
         base = self._decoder(norm, embeddings)
-        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        tied = self.head.weight is self.model.get_input_embeddings().weight
         stored = self._stored()
         path = self.blocks[0].removeprefix(base).removesuffix("0") + "{}"
         signatures: dict[frozenset[str], tuple[Addend, ...]] = {}
@@ -222,6 +227,15 @@ class _Proof:
             names=tuple(sorted(names - {""})),
         )
         return _Proved(layout, tuple(signatures), tied, softcap, scale)
+
+    def _check_own_residuals(self) -> None:
+        """Raise NotProved where the residual streams are not those that the class itself gives."""
+        out = self.model(input_ids=self.ids, use_cache=False, output_hidden_states=True)
+        theirs = getattr(out, "hidden_states", None) or ()
+        if len(theirs) == len(self.blocks) + 1:  # the last one is after the final norm
+            for block, ours, its in zip(self.blocks, self.out[:-1], theirs[1:-1], strict=False):
+                if not _equal(ours, its):
+                    raise NotProved(f"{block}: puts out another residual stream than output_hidden_states gives")
 
     def _check_alone(self) -> None:
         """Raise NotProved where blocks share weights, or where padding on the left changes a text's logits."""
@@ -283,7 +297,7 @@ class _Proof:
                 columns = [self.given[i], *(run.out[g[0]] for g in chosen)]
                 factors, error = _solved(self.out[i], columns)
                 if error < TOLERANCE and abs(factors[0]) > TOLERANCE:
-                    return [self._source(block, g, f / factors[0]) for f, g in zip(factors[1:], chosen, strict=True)]
+                    return [self._source(block, g, round(f, 9)) for f, g in zip(factors[1:], chosen, strict=True)]
         found = ", ".join(g[0].removeprefix(f"{block}.") for g in groups)
         raise NotProved(f"{block}: what it adds to the residual stream is no sum of what its modules put out ({found})")
 
@@ -351,7 +365,9 @@ class _Proof:
         out: list[Tensor] = []
 
         def stop(_: nn.Module, args: Any, output: Any) -> None:
-            out.append(_first(output).clone())
+            put_out = _first(output)
+            assert put_out is not None
+            out.append(put_out.clone())
             raise _Enough
 
         handle = self.model.get_submodule(module).register_forward_hook(stop)
@@ -456,10 +472,9 @@ class _Proof:
 
     def _head(self) -> tuple[str, bool, str, float, float | None]:
         """(final norm, whether it subtracts the mean, LM head, scale of the logits, bound on the logits)."""
-        run, module = self.run, self.model.get_output_embeddings()
-        head = next((n for n, m in self.model.named_modules() if m is module), None)
-        if head is None or head not in run.given:
-            raise NotProved("LM head: expected a module that puts out the logits, found none")
+        run, head = self.run, next(n for n, m in self.model.named_modules() if m is self.head)
+        if head not in run.given:
+            raise NotProved(f"LM head: {head} does not put out the logits")
         given, last = run.given[head], self.out[-1]
         for norm in run.order:
             out = run.out[norm]
@@ -529,8 +544,7 @@ class _Proof:
             for handle in handles:
                 handle.remove()
         if tied:
-            head: Any = self.model.get_output_embeddings()
-            head.weight = nn.Parameter(head.weight.detach().clone())
+            self.head.weight = nn.Parameter(self.head.weight.detach().clone())
         for name, (axis, u) in writers.items():
             _ablate(self.run.parameters[name], u, axis)
         baked = _Run(self.model, self.ids)
@@ -569,11 +583,8 @@ class _Proof:
             if _MIXER.search(name) or _MLP.search(name):
                 return "attention" if _MIXER.search(name) else "mlp"
         outer = self.model.get_submodule(module.removesuffix("".join(f".{n}" for n in below[1:])))
-        return (
-            "mlp"
-            if re.search(r"(mlp|moe|feedforward|experts)(block|layer)?$", type(outer).__name__, re.I)
-            else "attention"
-        )
+        is_mlp = re.search(r"(mlp|moe|feedforward|experts)(block|layer)?$", type(outer).__name__, re.IGNORECASE)
+        return "mlp" if is_mlp else "attention"
 
     def _softcap_or_sinks(self) -> bool:
         text = self.model.config.get_text_config()
@@ -581,7 +592,7 @@ class _Proof:
 
     def _stored(self) -> dict[str, Tensor]:
         """The tensors of the model's files, by their names there, with a head of its own also where it is tied."""
-        head, config = self.model.get_output_embeddings(), self.model.config
+        head, config = self.head, self.model.config
         tied, ties = head.weight, [(c, c.tie_word_embeddings) for c in (config, config.get_text_config())
                                    if hasattr(c, "tie_word_embeddings")]  # fmt: skip
         head.weight = nn.Parameter(torch.randn(tied.shape, generator=torch.Generator().manual_seed(6)))
@@ -628,8 +639,8 @@ class _Proof:
             stored_as = [place for place in places if place is not None]
             if len(stored_as) != len(places):
                 raise NotProved(f"{first}: is stored in another way than it is used")
-            split = [_split(file, number, path) for file, _ in stored_as]
-            if not all(split):
+            split = [place for file, _ in stored_as if (place := _split(file, number, path))]
+            if len(split) != len(stored_as):
                 raise NotProved(f"{first}: is stored as {stored_as[0][0]}, expected {path.format(number)} in it")
             prefixes[split[0][0]] = None
             on_disk = axis - (parameter.ndim == 3 and not stacked)
@@ -638,7 +649,7 @@ class _Proof:
                 on_disk = 3 - axis
             live_name = _numbered([name.removeprefix(f"{block}.") for name in names[:2]])
             live.append(Part(live_name, axis, bias and bias.removeprefix(f"{block}."), parameter.ndim == 3))
-            disk_bias = bias and _on_disk(self.run.parameters[bias], stored)
+            disk_bias = _on_disk(self.run.parameters[bias], stored) if bias else None
             bias_rest = _split(disk_bias[0], number, path) if disk_bias else None
             name = _numbered([rest for _, rest in split])
             renamed = None if name == live_name else live_name
@@ -653,7 +664,7 @@ class _Proof:
             name = place[0].partition(f"{path.format(number)}.")[2].removesuffix(".weight")
             stored_norm = None if name == norm else name
         module = source.module.removeprefix(f"{block}.")
-        return Addend(self._kind(source.module), module, tuple(forms), norm, stored_norm, round(source.scale, 12))
+        return Addend(self._kind(source.module), module, tuple(forms), norm, stored_norm, source.scale)
 
 
 def _of_config(config: PreTrainedConfig, model_class: type[PreTrainedModel], proved: _Proved) -> Structure:

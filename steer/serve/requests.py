@@ -403,7 +403,7 @@ def chat_prompt(model: SteeredModel, request: ChatRequest) -> Prompt:
     if not chat:
         raise invalid("messages", "one that the assistant's last one replies to", "none", "chat_refused")
     try:
-        prompt = model.prompt(chat, (last and last["content"]) or "", request.options)
+        prompt = model.prompt(chat, str(last["content"] or "") if last else "", request.options)
     except SteerError as e:
         raise ApiError(400, str(e), param="messages", code="chat_refused") from e
     return Prompt(tuple(prompt.ids), prompt.begun, opening=prompt.opening, notes=prompt.notes)

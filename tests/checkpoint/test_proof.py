@@ -86,7 +86,7 @@ def test_what_is_declared_is_what_is_found(name: str, tmp_path: Path, monkeypatc
     told = replace(found.find(files.config, files.tensors), head=expected.head)  # a tied head may be stored or not
     assert {replace(w, bias=w.bias if w.bias in files.tensors else None) for w in expected.writers} == set(told.writers)
     assert (told.embedding, told.base, told.unloaded) == (expected.embedding, expected.base, expected.unloaded)
-    same = ("blocks", "width", "vocab", "experts", "logit_softcap", "logit_scale")
+    same = ("blocks", "width", "vocab", "experts", "biased", "logit_softcap", "logit_scale")
     assert [getattr(found, k) for k in same] == [getattr(declared, k) for k in same]
     assert found.final_norm_module == declared.final_norm_module
     assert found.head_module == declared.head_module
