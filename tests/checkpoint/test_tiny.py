@@ -155,7 +155,7 @@ def test_wrappers_run_on_text_alone(name: str) -> None:
 
 
 INCOMPLETE: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8}},
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "lfm2_moe": {"layer_types": ["conv", "conv", F, "conv"] * 8},
