@@ -14,11 +14,21 @@ from steer.checkpoint.tiny import IDS, model_class_of, tiny_config, tiny_model, 
 
 TOKENS = torch.randint(IDS.start, IDS.stop, (2, 12), generator=torch.Generator().manual_seed(1))
 
+INCOMPLETE: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "nemotron": {"num_key_value_heads": 8},
+    "xmod": {"default_language": "en_XX"},
+}
+"""What the default configs of some types lack, as checkpoints have it."""
+
 
 def config_of_type(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The default config of a type and its class; `wrapper:TYPE` is the class that reads pictures too."""
+    """The default config of a type, with what it lacks, and its class; `wrapper:TYPE` is the class that reads pictures too."""
     wrapper, _, name = model_type.rpartition(":")
-    config = CONFIG_MAPPING[name]()
+    config = CONFIG_MAPPING[name](**INCOMPLETE.get(name, {}))
     if wrapper:
         config.architectures = [transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__]
     model_class = model_class_of(config)

@@ -120,7 +120,7 @@ class AdapterPlan(Plan):
     def _targets_of(self, writer: Writer, rank: int, site: int | None) -> list[Target]:
         """The targets that one writer needs. `rank`: directions to remove; `site`: where it carries an add."""
         layout, biased, path = self.anatomy.layout, writer.bias in self.files.tensors, writer.live
-        if writer.live_stack and writer.live_axis == 2 and self.anatomy.architecture != "GptOssForCausalLM":
+        if not writer.adaptable:
             raise self._refusal(f"peft takes {path}, whose experts are stored [in, out], for the transpose")
         if writer.live_stack:
             module, out = path.rpartition(".")[0], []

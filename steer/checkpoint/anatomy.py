@@ -59,8 +59,8 @@ class Writer:
     """Path of the live parameter that holds it, alone or with the other experts."""
     live_stack: bool = False
     """Whether that parameter holds all experts, `[experts, ...]`."""
-    live_axis: int = 0
-    """Axis of that parameter that faces the residual stream."""
+    adaptable: bool = True
+    """See `layouts.Part`."""
 
 
 @dataclass(frozen=True)
@@ -311,14 +311,13 @@ class _Search:
                     f"{forms[1][0].weight}; expected one of them, fetch the model again"
                 )
             norm = addend.norm and f"{path}{addend.stored_norm or addend.norm}.weight"
-            axes = {part.weight: part.axis for part in addend.parts}
             for part in (forms or addend.forms)[0]:
                 bias = part.bias and path + part.bias
                 stack = part.stacked or ("{}" in part.weight and part.live is not None)
                 for expert, name in enumerate(names(part)):
                     live = f"{self.anatomy.block_module(block)}.{(part.live or part.weight).format(expert)}"
-                    axis = axes.get(part.live or part.weight, part.axis)
-                    yield Writer(addend.kind, block, name, part.axis, bias, part.stacked, norm, live, stack, axis)
+                    more = (norm, live, stack, part.adaptable)
+                    yield Writer(addend.kind, block, name, part.axis, bias, part.stacked, *more)
 
     def _check_writer(self, writer: Writer) -> None:
         rank = 2 + writer.stacked

@@ -30,6 +30,8 @@ class Part:
     """Name of its bias, `[d]` or `[experts, d]`; a checkpoint may lack it. None: it never has one."""
     stacked: bool = False
     """Whether one tensor holds all experts, `[experts, ...]`."""
+    adaptable: bool = True
+    """Whether peft can change it. Experts `[in, out]` of a module that does not say so it takes for their transpose."""
     live: str | None = None
     """The live parameter below the block, where it has another name: one for all experts, if they are stored one by
     one."""

@@ -648,12 +648,15 @@ class _Proof:
             if stored_as[0][1] and stacked:
                 on_disk = 3 - axis
             live_name = _numbered([name.removeprefix(f"{block}.") for name in names[:2]])
-            live.append(Part(live_name, axis, bias and bias.removeprefix(f"{block}."), parameter.ndim == 3))
+            module = self.model.get_submodule(first.rpartition(".")[0])
+            known = parameter.ndim < 3 or axis == 1 or bool(getattr(module, "is_transposed", False))
+            live_bias = bias and bias.removeprefix(f"{block}.")
+            live.append(Part(live_name, axis, live_bias, parameter.ndim == 3, known))
             disk_bias = _on_disk(self.run.parameters[bias], stored) if bias else None
             bias_rest = _split(disk_bias[0], number, path) if disk_bias else None
             name = _numbered([rest for _, rest in split])
             renamed = None if name == live_name else live_name
-            files.append(Part(name, on_disk, bias_rest and bias_rest[1], stacked, renamed))
+            files.append(Part(name, on_disk, bias_rest and bias_rest[1], stacked, known, renamed))
         if biases:
             raise NotProved(f"{biases[0]}: a bias that belongs to no weight")
         # What differs comes first: by it a checkpoint's form is recognised.

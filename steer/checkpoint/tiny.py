@@ -255,8 +255,11 @@ def _attempts(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> I
     """Ways to make a tiny config, the most faithful first."""
     if _is_small(config, model_class):
         yield lambda: copy.deepcopy(config)
-    for square in (False, True):
-        yield lambda square=square: _fewer_blocks(config, _shrunk(config, square=square), model_class)
+    sections = copy.deepcopy(config)
+    if isinstance(rope := getattr(sections.get_text_config(), "rope_parameters", None), dict):
+        rope.setdefault("mrope_section", [16, 24, 24])  # classes that need it have it for wide heads alone
+    for whole, square in ((config, False), (config, True), (sections, False), (sections, True)):
+        yield lambda c=whole, square=square: _fewer_blocks(c, _shrunk(c, square=square), model_class)
 
 
 def _is_small(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:

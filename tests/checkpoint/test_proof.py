@@ -51,7 +51,7 @@ WRAPPERS = [
 
 WALKED = [
     "qwen3_5_text", "gemma4_text", "nemotron_h", "wrapper:mistral3", "llama4_text", "granitemoehybrid",
-    "cohere2", "glm4_moe", "olmo3", "phi3", "smollm3", "mamba", "jamba", "lfm2", "falcon", "deepseek_v3", "granite",
+    "cohere2", "glm4_moe", "olmo3", "phi", "smollm3", "mamba", "jamba", "lfm2", "falcon", "deepseek_v3", "granite",
     "olmo_hybrid", "aria_text", "flex_olmo", "kimi_linear", "wrapper:gemma3", "wrapper:qwen3_5_moe", "wrapper:llama4",
 ]  # fmt: skip
 """One of each kind: hybrids, experts in each form, shared experts, multipliers, norms between, wrappers."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_types import INCOMPLETE
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -154,15 +155,6 @@ def test_wrappers_run_on_text_alone(name: str) -> None:
     assert config.get_text_config().hidden_size == WIDTH
 
 
-INCOMPLETE: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8.0}},
-    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
-    "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
-    "lfm2_moe": {"layer_types": ["conv", "conv", F, "conv"] * 8},
-    "nemotron": {"num_key_value_heads": 8},
-    "xmod": {"default_language": "en_XX"},
-}
-"""What the default configs of some types lack, as checkpoints have it."""
 OUT = {
     "blt": "reads bytes and tables of their hashes",
     "cohere_compass_text": "the default config has no rotary positions",
