@@ -26,7 +26,7 @@ INCOMPLETE: dict[str, dict[str, Any]] = {
 
 
 def config_of_type(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The default config of a type, with what it lacks, and its class. `wrapper:TYPE`: the class that reads pictures too."""
+    """The default config of a type, with what it lacks, and its class; of `wrapper:TYPE` that which reads pictures."""
     wrapper, _, name = model_type.rpartition(":")
     config = CONFIG_MAPPING[name](**INCOMPLETE.get(name, {}))
     if wrapper:
