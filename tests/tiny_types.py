@@ -40,7 +40,8 @@ def save_tiny_type(model_type: str, path: Path) -> Path:
     """Write a tiny random checkpoint in fp32, loud enough for every part to be heard."""
     config, model_class = config_of_type(model_type)
     with tiny_world():
-        tiny_model(tiny_config(config, model_class), model_class).to(torch.float32).save_pretrained(path)
+        model = tiny_model(tiny_config(config, model_class), model_class)
+    model.to(torch.float32).save_pretrained(path)  # outside, where fp32 is fp32
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(IDS.start, IDS.stop)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
