@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_anatomies import TINY, Tiny
 from tiny_types import TOKENS, config_of_type, load_plain, save_tiny_type
 from transformers import Gemma3ForCausalLM
@@ -170,6 +170,24 @@ def test_a_wrapper_writes_what_its_text_model_writes(tmp_path: Path):
     with torch.no_grad():
         ours, theirs = (m(input_ids=TOKENS, use_cache=False).logits for m in (wrapper.hf, text))
     assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "qwen3_next", "wrapper:gemma3"])
+def test_blocks_that_draft_tokens_pass_through_and_are_named(model_type: str, tmp_path: Path):
+    source = save_tiny_type(model_type, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    name = next(
+        n for n in tensors if re.search(r"(^|language_)model.*layers\.0\.(mlp\.down_proj|.*out_proj)\.weight$", n)
+    )
+    number = re.compile(rf"{re.escape(name.partition('layers.0.')[0])}layers\.(\d+)\.")
+    last = max(int(m[1]) for n in tensors if (m := number.match(n)))
+    extra = name.replace("layers.0.", f"layers.{last + 1}.")
+    drafts = {"mtp.layers.0.eh_proj.weight": torch.ones(4, 8), extra: tensors[name].clone()}
+    save_file(tensors | drafts, source / "model.safetensors", metadata={"format": "pt"})
+    width = load_plain(source).config.get_text_config().hidden_size
+    certificate = bake(source, tmp_path / "baked", Edit((direction("a", width, 1),)))
+    assert sorted(certificate.unloaded) == sorted(drafts)
+    verify(tmp_path / "baked", source=source)
 
 
 def test_a_proof_is_made_once_and_a_broken_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
