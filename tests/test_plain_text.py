@@ -80,6 +80,7 @@ def test_a_chat_shows_replies_names_and_greetings_without_it(text):
     session = SimpleNamespace(
         model=SimpleNamespace(name=f"m{text}"), messages=[{"content": f"hi{text}"}], sliders=Sliders({f"n{text}": 1.0}),
         reply=lambda line: (c for c in f"r{text}"), receipts=[SimpleNamespace(warnings=[f"v{text}"])],
+        scanned=SimpleNamespace(warnings=[f"s{text}"]),
     )  # fmt: skip
     out = io.StringIO()
     lines = io.StringIO("hello\n/sliders\n/n" + text.replace("\r", "") + "\n/quit\n")

@@ -56,7 +56,7 @@ class ChatTemplate:
 
     def source(self) -> str:
         """Return the template's text. Errors: CheckpointError if there is none."""
-        if not self._tokenizer.chat_template:
+        if not getattr(self._tokenizer, "chat_template", None):
             raise CheckpointError(
                 f"{self._name}: expected a chat template in the tokenizer, found none; copy chat_template.jinja from "
                 f"the tune it was made of, or choose one with --chat-template ({', '.join(shipped_templates())}, or a "

@@ -174,8 +174,8 @@ def test_parts_are_joined_by_a_newline_and_may_be_texts_or_refusals(served_model
 
 def test_tools_in_a_history_are_plain_text_for_a_template_without_them(server, monkeypatch):
     seen: list[Any] = []
-    prompt_ids = server.model.prompt_ids
-    monkeypatch.setattr(server.model, "prompt_ids", lambda chat: seen.append(chat) or prompt_ids(chat))
+    prompt = server.model.prompt
+    monkeypatch.setattr(server.model, "prompt", lambda chat, *more: seen.append(chat) or prompt(chat, *more))
     (warning,) = reply(server, {"messages": CALLED})["steering"]["warnings"]
     assert warning.startswith("messages[1], messages[2], messages[3]: the chat template has no tools")
     assert seen == [
