@@ -258,18 +258,23 @@ def interval(x: Mapping[str, float], digits: int) -> str:
 
 def demo_table(result: Mapping[str, Any]) -> str:
     """Return everything that the demo measured, in one table, and the time of each step."""
-    bake, seconds = result["bake"], result["seconds"]
+    bake, seconds, (before, model) = (
+        result["bake"], result["seconds"], ("merged", "merged") if "merged" in result else ("untouched", "model")
+    )
     rows = [[f"{name} {p['label']}", *_cells(p)] for name, points in result["dose"].items() for p in points]
-    rows.append(["moralizing, merged", *_cells(bake["before"] | {"kl": 0.0})])
-    rows.append(["moralizing, baked", *_cells(bake["after"])])
+    rows.append([f"{bake['trait']}, {before}", *_cells(bake["before"] | {"kl": 0.0})])
+    rows.append([f"{bake['trait']}, baked", *_cells(bake["after"])])
+    unreached = "" if result["search"]["reached"] else "no edit that was tried reaches the goal; the nearest is "
+    left_out = [f"{name} is left out: {why}\n" for name, why in result["missing"].items()]
     times = seconds | {"total": sum(seconds.values())}
     return (
         text_table(["held-out topics", *_FIGURES], rows)
-        + f"baked: {result['search']['chosen']['label']}; KL {bake['kl']:.3f} nats per token on neutral "
+        + "".join(left_out)
+        + f"baked: {unreached}{result['search']['chosen']['label']}; KL {bake['kl']:.3f} nats per token on neutral "
         f"prompts, perplexity of plain text {bake['perplexity_ratio']:.3f} times; {bake['writers_edited']} of "
         f"{bake['writers_found']} writers edited, verified\n"
         + text_table(["step", "seconds"], [[step, f"{s:.1f}"] for step, s in times.items()])
-        + f"merged:  {result['merged']}\nbaked:   {result['baked']}\nreport:  {result['report']}"
+        + f"{f'{model}:':<9}{result['source']}\nbaked:   {result['baked']}\nreport:  {result['report']}"
     )
 
 
