@@ -48,7 +48,7 @@ class OutputExistsError(SteerError):
 
 
 class TraitNotFoundError(SteerError):
-    """A model's replies do not show a trait: they are empty, share no words, or are the same under both instructions."""
+    """A model's replies do not show a trait: they are empty, or much the same under both instructions."""
 
 
 class UnsupportedError(SteerError):

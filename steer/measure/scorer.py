@@ -96,7 +96,7 @@ def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
 
 @contextmanager
 def _named_errors(trait: Trait) -> Iterator[None]:
-    """Turn scikit-learn's ValueError, raised for instance when replies share no word, into a one-line TraitNotFoundError."""
+    """Turn scikit-learn's ValueError, raised for instance when replies share no word, into a TraitNotFoundError."""
     try:
         yield
     except ValueError as e:

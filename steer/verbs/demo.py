@@ -136,7 +136,7 @@ def _check_out(out: Path, subject: _Subject) -> None:
 
 
 def _key(seed: int, subject: _Subject) -> dict[str, Any]:
-    """Return everything that the numbers depend on: code and texts of this package, the model, dtype, template, seed."""
+    """Return everything that the numbers depend on: the package's code and texts, model, dtype, template, seed."""
     package = Path(__file__).parents[1]
     files = [p for p in package.rglob("*") if p.suffix in (".py", ".yaml", ".txt")]
     files += [RECIPE, *RECIPE.parent.glob("tunes/*/adapter_model.safetensors")]

@@ -258,9 +258,8 @@ def interval(x: Mapping[str, float], digits: int) -> str:
 
 def demo_table(result: Mapping[str, Any]) -> str:
     """Return everything that the demo measured, in one table, and the time of each step."""
-    bake, seconds, (before, model) = (
-        result["bake"], result["seconds"], ("merged", "merged") if "merged" in result else ("untouched", "model")
-    )
+    bake, seconds = result["bake"], result["seconds"]
+    before, model = ("merged", "merged") if "merged" in result else ("untouched", "model")
     rows = [[f"{name} {p['label']}", *_cells(p)] for name, points in result["dose"].items() for p in points]
     rows.append([f"{bake['trait']}, {before}", *_cells(bake["before"] | {"kl": 0.0})])
     rows.append([f"{bake['trait']}, baked", *_cells(bake["after"])])
