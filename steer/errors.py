@@ -47,6 +47,10 @@ class OutputExistsError(SteerError):
     """The output directory exists and is not empty."""
 
 
+class TraitNotFoundError(SteerError):
+    """A model's replies do not show a trait: they are empty, or much the same under both instructions."""
+
+
 class UnsupportedError(SteerError):
     """The tool refuses instead of guessing: an unknown architecture, or a tensor that it cannot edit."""
 

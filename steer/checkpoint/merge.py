@@ -107,6 +107,14 @@ def merge(
     return out
 
 
+def input_hashes(recipe: Path) -> dict[str, dict[str, str]]:
+    """sha256 of every file that a merge by this recipe may read, by model. A hub id has none; its name stands for it.
+
+    Errors: as `merge`.
+    """
+    return {name: _input_hashes(_locate(name, recipe)) for name in recipe_models(read_recipe(recipe))}
+
+
 def is_merge_of(out: Path, recipe: Path) -> bool:
     """Whether `out` holds a complete merge of this recipe from the same inputs, unchanged since it was written."""
     file = out / MANIFEST
@@ -115,7 +123,7 @@ def is_merge_of(out: Path, recipe: Path) -> bool:
     manifest, raw = read_json_object(file, do="merge again"), read_recipe(recipe)
     if manifest.get("recipe") != raw or manifest.get("weights") != _hashes(out):
         return False
-    return manifest.get("inputs") == {n: _input_hashes(_locate(n, recipe)) for n in recipe_models(raw)}
+    return manifest.get("inputs") == input_hashes(recipe)
 
 
 def _validated(raw: Any, path: Path) -> Any:

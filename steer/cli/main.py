@@ -168,8 +168,12 @@ app.command(
 app.command(epilog="Example: `steer verify calm`")(cli_bake.verify)
 
 
-@app.command(epilog="Example: `steer demo --out demo`")
+@app.command(epilog="Examples: `steer demo --out demo` · `steer demo --model my-checkpoint --out demo-of-mine`")
 def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint of yours (directory or hub id), or a mergekit recipe, which is merged first."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the checkpoints and the report go.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of every reply.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
@@ -177,13 +181,14 @@ def demo(
     chat_template: ChatTemplate = None,
     as_json: Json = False,
 ) -> None:
-    """The whole way on the default model: fetch, merge, find, steer, bake, verify, report."""
+    """The whole way on the default model or your own: fetch, merge, find, steer, bake, verify, report."""
     from steer.verbs.demo import run
     from steer.verbs.tables import demo_table
 
-    result = run(out, seed=seed, fresh=fresh, say=tell)
+    result = run(out, model, seed=seed, fresh=fresh, say=tell)
     emit(result, as_json, demo_table(result))
-    typer.echo(f"\nNow talk to it: steer chat {result['merged']} --slider moralizing=-1", err=as_json)
+    slider = f"--slider {result['bake']['trait']}=-1"
+    typer.echo(f"\nNow talk to it: steer chat {result['source']} {slider}", err=as_json)
 
 
 app.command(epilog="Examples: `steer chat merged --slider moralizing=-1` · `steer chat merged --card duke.png`")(

@@ -1,8 +1,9 @@
-"""Turns an argument that may be one name or several into a list."""
+"""Arguments that may be one name or several, and lists of numbers for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,3 +19,14 @@ def as_list(given: T | Iterable[T]) -> list[T]:
     if isinstance(given, str | Path) or not isinstance(given, Iterable):
         return [given]  # pyright: ignore[reportReturnType]
     return list(given)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as ranges: `0-2, 4`; with a constant step `0-30 by 2`."""
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(steps) == 1 and (step := steps.pop()) > 1 and len(numbers) > 2:
+        return f"{numbers[0]}-{numbers[-1]} by {step}"
+    starts = [n for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or n + 1 != numbers[i + 1]]
+    found = [f"{a}-{b}" if a != b else str(a) for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(found if len(found) < 4 else [*found[:2], f"... ({len(numbers)} blocks)"])

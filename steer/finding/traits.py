@@ -6,6 +6,7 @@ at every site, and the choice of the site that steers best (both in `directions`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from steer.core.direction import Direction
 from steer.core.trait import NeutralPrompts, Trait
-from steer.errors import UsageError
+from steer.errors import TraitNotFoundError, UsageError
 from steer.finding.directions import Candidates, SiteCheck, candidates, check_sites, chosen, finished_direction
 from steer.measure.contrast import FIT_SAMPLES, SAMPLER, Contrast, Reply, contrast_replies
 from steer.measure.scorer import Scorer, clear_replies
@@ -34,6 +35,20 @@ class FoundDirection:
     """The vectors and AUROCs of all sites."""
     checks: tuple[SiteCheck, ...]
     """The measured effect of steering at each site tried; empty when the site was given."""
+
+    def check(self) -> None:
+        """Check that scorer and direction tell held-out replies under the two instructions apart.
+
+        Errors: TraitNotFoundError if either AUROC is within two standard errors (Mann-Whitney) of chance.
+        """
+        auroc = min(self.scorer.auroc, self.candidates.auroc[self.direction.site])
+        _, _, shown, hidden = map(len, self.candidates.contrast.sides)
+        least = 0.5 + 2 * math.sqrt((shown + hidden + 1) / (12 * shown * hidden))
+        if not auroc > least:
+            raise TraitNotFoundError(
+                f"trait {self.direction.name!r}: expected replies that differ between its two instructions, found an "
+                f"AUROC of {auroc:.2f} on {shown + hidden} held-out replies, where chance reaches {least:.2f}"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """The result as JSON, machine-readable."""
@@ -88,7 +103,7 @@ def find_trait(
 
     `site` skips this choice. `contrast` gives contrast replies that were generated before; `neutral` gives only the
     replies to neutral prompts, which several traits can share. `seed` is that of sampling.
-    Errors: UsageError for an unknown trait or site.
+    Errors: UsageError for an unknown trait or site, TraitNotFoundError without replies to compare.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)
     trait.check()
@@ -119,7 +134,7 @@ def contrast_for(
 ) -> Contrast:
     """Generate the contrast replies of a trait, with a progress bar. Arguments are those of `find_trait`.
 
-    Errors: SteerError when the model ends its replies at once.
+    Errors: TraitNotFoundError when the model ends its replies at once.
     """
     sampler = replace(SAMPLER, seed=seed)
     shared = NeutralPrompts.load().fit if neutral is None else ()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steer.core.sampler import Sampler
 from steer.core.trait import NeutralPrompts, Trait
-from steer.errors import SteerError
+from steer.errors import TraitNotFoundError
 from steer.model.forward import read_residuals
 from steer.model.loaded import Message, as_messages
 from steer.model.steered import SteeredModel
@@ -103,12 +103,12 @@ class Contrast:
     def check(self) -> None:
         """Check that every group has enough replies for a mean, a cross-validation fold and an AUROC.
 
-        Errors: SteerError that names the group with too few replies: the model ended them at once.
+        Errors: TraitNotFoundError that names the group with too few replies: the model ended them at once.
         """
         for name in _PARTS:
             topics = {r.chat[-1]["content"] for r in getattr(self, name)}
             if len(topics) < (2 if name.startswith("fit") else 1):
-                raise SteerError(
+                raise TraitNotFoundError(
                     f"trait {self.trait.name!r}: expected replies to the topics of {name}, found {len(topics)} that "
                     "are not empty; the model ends its replies at once, check its chat template and end tokens"
                 )

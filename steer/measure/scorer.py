@@ -19,7 +19,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from steer.core.trait import Trait
-from steer.errors import SteerError
+from steer.errors import TraitNotFoundError
 from steer.measure.contrast import Contrast, Reply
 
 
@@ -43,7 +43,7 @@ class Scorer:
     def train(cls, contrast: Contrast) -> Scorer:
         """Fit on the replies to the fit topics, and measure the AUROCs on those to the held-out topics.
 
-        Errors: SteerError for replies that a classifier on words cannot learn from.
+        Errors: TraitNotFoundError for replies that a classifier on words cannot learn from.
         """
         trait, classifier = contrast.trait, _classifier()
         texts, labels = _labelled(contrast.fit_with, contrast.fit_without)
@@ -96,12 +96,12 @@ def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
 
 @contextmanager
 def _named_errors(trait: Trait) -> Iterator[None]:
-    """Turn scikit-learn's ValueError, raised for instance when replies share no word, into a one-line SteerError."""
+    """Turn scikit-learn's ValueError, raised for instance when replies share no word, into a TraitNotFoundError."""
     try:
         yield
     except ValueError as e:
         found = " ".join(str(e).split())
-        raise SteerError(
+        raise TraitNotFoundError(
             f"trait {trait.name!r}: expected replies that a classifier on words can learn from, found: {found}"
         ) from e
 

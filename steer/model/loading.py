@@ -81,7 +81,7 @@ def read_model(
             f"{name}: expected room for it on {device_map}, found too little; spread it with --device-map auto, or "
             "load it in 4 bits with --four-bit"
         ) from e
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:  # a quantiser may not be installed
         raise CheckpointError(
             f"{name}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
         ) from e

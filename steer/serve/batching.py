@@ -26,7 +26,7 @@ from steer.model.sampling import Draw, choose, logprobs, nothing_to_draw
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Receipt, Tally
 from steer.serve.engine import Busy, Event, Finished, Job, Token
-from steer.serve.packed import Batcher, Part
+from steer.serve.packed import Batcher, Part, check_blocks
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
@@ -77,7 +77,8 @@ class BatchingEngine:
 
         `max_running`: texts that are written at the same time. `max_waiting`: texts that may queue behind them.
         `context`: most tokens of a prompt and its reply together, by default the model's; less if a quarter of the free
-        memory cannot hold that many. Errors: SteerError without memory, UnsupportedError for another transformers.
+        memory cannot hold that many. Errors: SteerError without memory, UnsupportedError for another transformers
+        and for blocks whose state cannot be paged.
         """
         for name, value, least in (
             ("max_running", max_running, 1),
@@ -89,6 +90,8 @@ class BatchingEngine:
         self.model, self.max_running, self.max_waiting = model, max_running, max_waiting
         # A text beyond the rotary limit would change the rotary embedding of the whole step.
         longest = min(n for n in (context, model.context, model.anatomy.rotary_limit) if n is not None)
+        with model.untouched():
+            check_blocks(model.hf, model.anatomy)
         self._new_batcher = partial(Batcher, model.hf, model.anatomy, max_running, longest)
         self._wake = threading.Event()
         """Set when there may be something to do; the engine's thread waits for it."""

@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationC
 from transformers.masking_utils import sdpa_mask
 
 from steer.checkpoint.anatomy import Anatomy
+from steer.core.lists import ranges
 from steer.errors import SteerError, UnsupportedError
 from steer.model.attention import attend, check_known, grouped_attention
 
@@ -59,6 +60,35 @@ def _known_names() -> Iterator[None]:
         yield
     except (AttributeError, TypeError, KeyError, ImportError) as e:
         raise _unsupported(f"{type(e).__name__}: {e}") from e
+
+
+@_known_names()
+@torch.inference_mode()
+def check_blocks(hf: Any, anatomy: Anatomy) -> None:
+    """Check that transformers' pages can hold what every block keeps of a text: keys and values of heads of one size.
+
+    The model reads one token, and the sizes are those in its cache.
+    Errors: UnsupportedError that names the other blocks.
+    """
+    from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR
+    from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
+    config, kept = hf.config.get_text_config(), {}
+    for block, layer_type in enumerate(getattr(config, "layer_types", None) or ()):
+        if layer_type not in ATTN_TYPE_TO_ALLOCATOR:
+            kept.setdefault(layer_type, []).append(block)
+    if not kept:
+        cache = hf(input_ids=torch.tensor([[0]], device=hf.device), use_cache=True).past_key_values
+        for block, layer in enumerate(cache.layers):
+            sizes = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
+            kept.setdefault("heads x key + value: {} x {} + {}".format(*sizes), []).append(block)
+        if len(kept) == 1 and sizes == (find_num_key_value_heads(config), find_head_dim(config), find_head_dim(config)):
+            return
+    found = "; ".join(f"{what} in {ranges(blocks)}" for what, blocks in kept.items())
+    raise UnsupportedError(
+        f"{anatomy.architecture}: serve expects blocks of full or sliding attention, whose heads all have the size in "
+        f"config.json; found blocks with {found}; use chat, find and bake, which work"
+    )
 
 
 class Batcher:

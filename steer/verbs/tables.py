@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from steer.core.lists import ranges
 
 if TYPE_CHECKING:
     from steer.checkpoint.anatomy import Anatomy
@@ -51,7 +52,7 @@ def anatomy_table(anatomy: Anatomy) -> str:
                 what = "experts" if part.stacked or "{}" in part.weight else addend.kind
                 bias = part.bias.rpartition(".")[2] if part.bias else ""
                 scale = "" if addend.scale == 1 else f"{addend.scale:.4g}"
-                rows.append([_ranges(numbers), what, part.weight, str(part.axis), bias, addend.norm or "", scale])
+                rows.append([ranges(numbers), what, part.weight, str(part.axis), bias, addend.norm or "", scale])
     offset, tied = " + 1" if layout.gain_offset else "", " (the embedding)" if anatomy.tied else ""
     ends = [
         f"stream begins: {', '.join(layout.base + e for e in layout.embeddings)}",
@@ -79,17 +80,6 @@ def _kinds(anatomy: Anatomy) -> list[tuple[list[int], tuple[Addend, ...]]]:
     for block in range(anatomy.blocks):
         numbers.setdefault(anatomy.kinds[block] if anatomy.kinds else 0, []).append(block)
     return [(of_kind, anatomy.layout.blocks[kind]) for kind, of_kind in numbers.items()]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as ranges: `0-2, 4`; with a constant step `0-30 by 2`."""
-    steps = {b - a for a, b in pairwise(numbers)}
-    if len(steps) == 1 and (step := steps.pop()) > 1 and len(numbers) > 2:
-        return f"{numbers[0]}-{numbers[-1]} by {step}"
-    starts = [n for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
-    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or n + 1 != numbers[i + 1]]
-    ranges = [f"{a}-{b}" if a != b else str(a) for a, b in zip(starts, ends, strict=True)]
-    return ", ".join(ranges if len(ranges) < 4 else [*ranges[:2], f"... ({len(numbers)} blocks)"])
 
 
 def finding_table(found: FoundDirection) -> str:
@@ -259,17 +249,21 @@ def interval(x: Mapping[str, float], digits: int) -> str:
 def demo_table(result: Mapping[str, Any]) -> str:
     """Return everything that the demo measured, in one table, and the time of each step."""
     bake, seconds = result["bake"], result["seconds"]
+    before, model = ("merged", "merged") if "merged" in result else ("untouched", "model")
     rows = [[f"{name} {p['label']}", *_cells(p)] for name, points in result["dose"].items() for p in points]
-    rows.append(["moralizing, merged", *_cells(bake["before"] | {"kl": 0.0})])
-    rows.append(["moralizing, baked", *_cells(bake["after"])])
+    rows.append([f"{bake['trait']}, {before}", *_cells(bake["before"] | {"kl": 0.0})])
+    rows.append([f"{bake['trait']}, baked", *_cells(bake["after"])])
+    unreached = "" if result["search"]["reached"] else "no edit that was tried reaches the goal; the nearest is "
+    left_out = [f"{name} is left out: {why}\n" for name, why in result["missing"].items()]
     times = seconds | {"total": sum(seconds.values())}
     return (
         text_table(["held-out topics", *_FIGURES], rows)
-        + f"baked: {result['search']['chosen']['label']}; KL {bake['kl']:.3f} nats per token on neutral "
+        + "".join(left_out)
+        + f"baked: {unreached}{result['search']['chosen']['label']}; KL {bake['kl']:.3f} nats per token on neutral "
         f"prompts, perplexity of plain text {bake['perplexity_ratio']:.3f} times; {bake['writers_edited']} of "
         f"{bake['writers_found']} writers edited, verified\n"
         + text_table(["step", "seconds"], [[step, f"{s:.1f}"] for step, s in times.items()])
-        + f"merged:  {result['merged']}\nbaked:   {result['baked']}\nreport:  {result['report']}"
+        + f"{f'{model}:':<9}{result['source']}\nbaked:   {result['baked']}\nreport:  {result['report']}"
     )
 
 

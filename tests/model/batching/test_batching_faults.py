@@ -13,10 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 from batched import DRAWN, GREEDY, LONG, PATIENCE, PROMPT, ask, by_decoding, job
-from tiny_chat import hooks_on
+from tiny_chat import hooks_on, save_tiny_chat
+from transformers import CONFIG_MAPPING
 
+from steer.checkpoint.proof import _completed
+from steer.checkpoint.tiny import model_class_of, tiny_config, tiny_model
 from steer.core.edit import Edit
 from steer.errors import MismatchError, SteerError, UnsupportedError, UsageError
+from steer.model.steered import load
 from steer.serve import packed
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Busy, Event, Finished, Job, Token
@@ -283,3 +287,43 @@ def test_numbers_of_places_that_cannot_be_are_refused(model):
     for name, value in (("max_running", 0), ("max_waiting", -1), ("context", 0)):
         with pytest.raises(UsageError, match=f"{name}: expected"):
             BatchingEngine(model, **{name: value})
+
+
+# Blocks that pages cannot hold
+
+
+UNPAGED = {
+    "qwen3_5_text": "linear_attention in 0-1;",
+    "gemma4_text": r"heads x key \+ value: 2 x 24 \+ 24 in 0, 2; heads x key \+ value: 2 x 48 \+ 48 in 1, 3;",
+    "nemotron_h": "linear_attention in 0; moe in 1; mlp in 3;",
+    "llama4_text": "chunked_attention in 0-1;",
+    "mamba": "linear_attention in 0-2;",
+    "falcon_h1": "hybrid in 0-2;",
+    "deepseek_v3": r"heads x key \+ value: 1 x 22 \+ 8 in 0-2;",
+}
+
+
+@pytest.mark.parametrize(
+    "model_type", [t if i < 3 else pytest.param(t, marks=pytest.mark.slow) for i, t in enumerate(UNPAGED)]
+)
+def test_blocks_that_cannot_be_paged_are_named_and_the_model_chats_on(model_type, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+    config = CONFIG_MAPPING[model_type]()
+    model_class = model_class_of(config)
+
+    def save(place, vocab_size):
+        made = tiny_config(_completed(config, model_class), model_class)
+        for key in ("vocab_size", "vocab_size_per_layer_input"):
+            if hasattr(made, key):
+                setattr(made, key, vocab_size)
+        tiny_model(made, model_class).float().save_pretrained(place)
+        return place
+
+    model = load(save_tiny_chat(save, tmp_path / "m"), dtype="float32")
+    own = model.hf.config._attn_implementation
+    with pytest.raises(UnsupportedError, match=f"{model_class.__name__}: .* {UNPAGED[model_type]} use chat") as error:
+        BatchingEngine(model)
+    assert "\n" not in str(error.value)
+    assert model.hf.config._attn_implementation == own
+    assert not any(t.name == "steer-engine" for t in threading.enumerate())
+    assert model.replies([[{"role": "user", "content": "hello friend"}]], GREEDY)

@@ -1,0 +1,237 @@
+"""`steer demo --model`: the whole line on tiny checkpoints of the user's own, with a merge by a recipe and without."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_chat import WORDS, save_tiny_chat
+
+from steer.baking.certificate import Certificate
+from steer.baking.verify import verify
+from steer.checkpoint.library import direction_place
+from steer.checkpoint.sketch import sketch_files
+from steer.cli.main import main
+from steer.core import trait
+from steer.errors import CheckpointError, OutputExistsError, SteerError, UnsupportedError, UsageError
+from steer.verbs import demo
+from steer.verbs.demo import run
+from steer.verbs.tables import demo_table
+
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", {}),
+    "Gemma 3": (
+        "Gemma3ForCausalLM",
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "query_pre_attn_scalar": 8},
+    ),
+    "Qwen 3.5": ("Qwen3_5ForCausalLM", {"layer_types": ["linear_attention", "full_attention"]} | LINEAR),
+}
+TOPICS = [" ".join(WORDS[(5 * i + j) % 40] for j in range(3)) + f" {i}" for i in range(24)]
+
+
+def save_parrot(path: Path, architecture: str = "Llama", *, seed: int = 0, **config: Any) -> Path:
+    """Write a checkpoint that repeats the words of its prompt, so that it shows what its instruction says.
+
+    Its full attention adds the mean of the prompt's embeddings to the residual stream; all else is small and random.
+    """
+    name, more = ARCHITECTURES[architecture]
+    model_class: Any = getattr(transformers, name)
+
+    def save(place: Path, **chat: Any) -> Path:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 512, "tie_word_embeddings": True,
+                 "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+        torch.manual_seed(seed)
+        model = model_class(model_class.config_class(**(sizes | more | chat | config)))
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if key.endswith(("v_proj.weight", "o_proj.weight")):
+                    weight.copy_(torch.eye(32) * (6 if architecture == "Qwen 3.5" else 3))  # an output gate halves it
+                elif architecture == "Gemma 3" and "post_attention_layernorm" in key:
+                    weight.fill_(20.0)  # the embedding is multiplied by the root of the width
+                elif weight.ndim > 1:
+                    weight.normal_(std=1.0 if "embed_tokens" in key else 0.02)
+        model.save_pretrained(place)
+        return place
+
+    return save_tiny_chat(save, path)
+
+
+def write_traits(folder: Path, **words: tuple[str, str]) -> None:
+    """Write small files in place of the shipped ones: traits that are said by (words with it, words without)."""
+    folder.mkdir()
+    prompts = {"fit": TOPICS[:8], "held_out": TOPICS[8:18]}
+    for name, (with_, without) in words.items():
+        said = {"name": name, "summary": name, "with": with_, "without": without, "markers": with_.split()}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(said | prompts))
+    (folder / "neutral.yaml").write_text(yaml.safe_dump({"fit": TOPICS[::3], "held_out": TOPICS[1::3]}))
+
+
+MORAL, EAGER = (3 * "ta te ti to tu ", 3 * "va ve vi vo vu "), (3 * "sa se si so su ", 3 * "ra re ri ro ru ")
+SAME = (3 * "ta te ti to tu ", 3 * "tu to ti te ta ")
+"""Instructions that are one to a model that does not see the order of words."""
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of its own, and traits of 18 topics."""
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+    write_traits(tmp_path / "traits", moralizing=MORAL, compliance=EAGER)
+    monkeypatch.setattr(trait, "_FOLDER", tmp_path / "traits")
+
+
+def check(result: dict[str, Any], source: Path, name: str) -> None:
+    """Check what every demo of a model of the user's own leaves behind."""
+    assert result["source"] == str(source)
+    assert result["model"] == name
+    assert set(result["found"]) == {"moralizing", "compliance"}
+    assert result["missing"] == {}
+    assert result["bake"]["trait"] == "moralizing"
+    rates = {p["amount"]: p["probability"] for p in result["dose"]["moralizing"] if p["amount"] is not None}
+    assert rates[-2] < rates[0] < rates[2], rates
+    assert result["bake"]["after"]["probability"] <= result["bake"]["before"]["probability"]
+    assert result["bake"]["writers_edited"] > 0
+    baked = Path(result["baked"])
+    assert [c.name for c in verify(baked, source=source)][: len(result["bake"]["verified"])]
+    assert Certificate.load(baked).source == source.name
+    assert Certificate.load(baked).command == result["command"] == f"steer demo --model {name}"
+    for found in result["found"]:
+        assert direction_place(sketch_files(source), found).is_file()
+    page = Path(result["report"]).read_text()
+    assert page.count("<svg") == 7
+    assert f"<code>steer demo --model {name}</code>" in page
+    for foreign in ("smollm2", "Default merge", str(source.parent)):
+        assert foreign not in page
+        assert foreign not in (baked / "README.md").read_text()
+    table = demo_table(result)
+    assert table.splitlines()[-3].split() == ["merged:" if "merged" in result else "model:", str(source)]
+
+
+@pytest.mark.parametrize(
+    "architecture", [a if a == "Llama" else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
+)
+def test_a_checkpoint_of_ones_own_goes_the_whole_way(architecture: str, tmp_path: Path) -> None:
+    source, out, said = save_parrot(tmp_path / "mine", architecture), tmp_path / "out", []
+    files = {p.name: p.read_bytes() for p in source.iterdir()}
+    result = run(out, str(source), say=said.append)
+    check(result, source, "mine")
+    assert "Checkpoint mine." in Path(result["report"]).read_text()
+    assert "merged" not in result
+    assert not {"fetch", "merge"} & set(result["seconds"])
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == files
+    # The same again measures nothing, and another model is refused with everything in its place.
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert run(out, str(source)) == result
+    other = save_parrot(tmp_path / "other", seed=1)
+    for model, named in ((str(other), str(other)), (None, "the default model")):
+        with pytest.raises(OutputExistsError, match=re.escape(f"{source}; name another --out")) as refused:
+            run(out, model, fresh=True)
+        assert f"the demo of {named}, found the demo of {source}" in str(refused.value)
+        assert "\n" not in str(refused.value)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_recipe_is_merged_first(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_parrot(tmp_path / name)
+    recipe = tmp_path / "mix.yml"
+    parts = [{"model": n, "parameters": {"weight": 0.5}} for n in ("a", "b")]
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": parts, "dtype": "float32"}))
+    result = run(tmp_path / "out", str(recipe))
+    assert result["merged"] == result["source"]
+    check(result, tmp_path / "out" / "merged", "mix.yml")
+    assert "Merge by the recipe mix.yml." in Path(result["report"]).read_text()
+    assert run(tmp_path / "out", str(recipe)) == result
+    key = demo._key(0, demo._Subject.of(str(recipe)))
+    save_parrot(tmp_path / "b", seed=1)
+    assert demo._key(0, demo._Subject.of(str(recipe))) != key, "a source that changed is measured again"
+
+
+def test_a_trait_that_the_model_does_not_show_is_one_line_and_the_rest_goes_on(tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "traits")
+    write_traits(tmp_path / "traits", moralizing=SAME, compliance=EAGER)
+    said: list[str] = []
+    result = run(tmp_path / "out", str(save_parrot(tmp_path / "mine")), say=said.append)
+    assert set(result["found"]) == {"compliance"}
+    assert result["bake"]["trait"] == "compliance"
+    line = result["missing"]["moralizing"]
+    assert re.fullmatch(r"trait 'moralizing': expected replies that differ .* AUROC of 0\.\d+ on 20 held-out .*", line)
+    assert f"moralizing is left out: {line}" in said
+    assert f"moralizing is left out: {line}\n" in demo_table(result)
+    page = Path(result["report"]).read_text()
+    assert "<p>moralizing is left out: trait &#39;moralizing&#39;: expected replies" in page
+    assert "<h2>Baked without compliance</h2>" in page
+    assert not (tmp_path / "out" / "directions" / "moralizing.safetensors").exists()
+
+
+def test_a_model_that_shows_no_trait_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mute = save_parrot(tmp_path / "mute", eos_token_id=list(range(77)))
+    monkeypatch.setattr(sys, "argv", ["steer", "demo", "--model", str(mute), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capfd.readouterr()
+    assert (ended.value.code, out) == (1, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("steer: mute: found none of the traits; trait 'moralizing': expected replies to the topics")
+    assert "trait 'compliance': " in last
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_models_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source, out = save_parrot(tmp_path / "mine"), tmp_path / "out"
+    broken = tmp_path / "broken.yml"
+    broken.write_text("merge_method: none\n")
+    for model, error in (
+        (tmp_path / "absent", CheckpointError), (tmp_path / "absent.yml", SteerError), (broken, SteerError),
+        (tmp_path, CheckpointError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=re.escape(str(model))) as refused:
+            run(out, str(model))
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UsageError, match="outside the model"):
+        run(source / "out", str(source))
+    assert not out.exists()
+    assert not (source / "out").exists()
+
+
+def test_a_directory_with_other_files_is_not_written_into(tmp_path: Path) -> None:
+    """A demo of the default model has no mark: neither it nor anything else is taken for a demo of this model."""
+    source, out = save_parrot(tmp_path / "mine"), tmp_path / "out"
+    (out / "merged").mkdir(parents=True)
+    (out / "results.json").write_text(json.dumps({"key": {}}))
+    with pytest.raises(OutputExistsError, match="found other files; name another --out"):
+        run(out, str(source), fresh=True)
+    assert (out / "results.json").read_text() == '{"key": {}}'
+    assert sorted(p.name for p in out.iterdir()) == ["merged", "results.json"]
+
+
+def test_a_checkpoint_that_cannot_be_baked_is_refused_before_it_is_measured(tmp_path: Path) -> None:
+    source = save_parrot(tmp_path / "mine")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight_scale"] = torch.ones(1)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedError, match=re.escape(str(source))):
+        run(tmp_path / "out", str(source))
+    assert not (tmp_path / "out" / "directions").exists()
+
+
+def test_a_package_that_a_checkpoint_needs_is_named(tmp_path: Path, change_config: Callable[..., None]) -> None:
+    source = save_parrot(tmp_path / "mine")
+    change_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(CheckpointError, match=r"transformers cannot load it: .*pip install optimum"):
+        run(tmp_path / "out", str(source))
