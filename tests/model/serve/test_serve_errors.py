@@ -67,7 +67,7 @@ def error(reply: httpx.Response, status: int) -> dict[str, str]:
         ({"stop": 3}, "stop", "valid list, found 3"),
         ({"stop": ["a"] * 65}, "stop", "at most 64"),
         ({"logit_bias": {"hello": 1}}, "logit_bias[0][0]", "valid integer, found 'hello'"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias", "at least 0, found -1"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias[0][0]", "at least 0, found -1"),
         ({"stream": "maybe"}, "stream", "valid boolean, found 'maybe'"),
         ({"seed": "1e400"}, "seed", "found '1e400'|found inf"),
         ({"temperature": "NaN"}, "temperature", "nan"),

@@ -41,7 +41,7 @@ WRONG: list[dict] = [
     {"steering": {"sliders": {"kindness": 1.0}}},
     {"steering": {"profile": "nobody"}},
     {"messages": "hello"},
-    {"max_tokens": -5},
+    {"max_tokens": 2.5},
     {"logit_bias": {"5": "much"}},
 ]
 
