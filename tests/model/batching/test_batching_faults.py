@@ -310,6 +310,7 @@ def test_blocks_that_cannot_be_paged_are_named_and_the_model_chats_on(model_type
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
     config = CONFIG_MAPPING[model_type]()
     model_class = model_class_of(config)
+    assert model_class is not None
 
     def save(place, vocab_size):
         made = tiny_config(_completed(config, model_class), model_class)
