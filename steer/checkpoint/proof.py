@@ -33,7 +33,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from steer.checkpoint.fetch import home
 from steer.checkpoint.layouts import Addend, BlockKind, Layout, Part, Structure, architecture_of, pattern
 from steer.checkpoint.projection import ablate, through_norm
-from steer.checkpoint.tiny import IDS, model_class_of, tiny_config, tiny_model, tiny_world
+from steer.checkpoint.tiny import IDS, model_class_of, own_config, tiny_config, tiny_model, tiny_world
 from steer.core.version import __version__
 from steer.errors import UnsupportedError
 from steer.files import write_atomic
@@ -98,12 +98,9 @@ def _typed(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
 
 
 def _completed(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The config that the class takes, which is the text part of some wrappers' configs, with the sizes of the heads
-    filled in that most classes work out and some leave out."""
+    """The class's own config, with the sizes of the heads filled in that most classes work out and some leave out."""
+    config = own_config(config, model_class)
     text = config.get_text_config()
-    wanted = model_class.config_class
-    if wanted is not None and not isinstance(config, wanted) and isinstance(text, wanted):
-        config = text
     values = text.to_dict()
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if isinstance(heads, int) and isinstance(width, int):
@@ -162,6 +159,8 @@ class _Source:
     module: str
     """Path of the module that puts it out, before the norm."""
     norm: str | None
+    u: Float[Tensor, " d"]
+    """The direction that has to leave its output so that the direction of the proof leaves the residual stream."""
     scale: float
     weights: dict[str, int]
     """Path of each weight that writes it -> the axis that faces the residual stream."""
@@ -317,7 +316,7 @@ class _Proof:
                 raise NotProved(f"{norm}: what it is given is no module's output")
             module = self._writing(sorted(before, key=lambda n: n.count(".")))
         weights, biases = self._writers(block, module, u)
-        return _Source(module, norm, scale, weights, biases)
+        return _Source(module, norm, u, scale, weights, biases)
 
     def _writing(self, group: Sequence[str]) -> str:
         """Of modules with equal outputs, from the outermost to the innermost, the innermost that has parameters and
@@ -356,7 +355,7 @@ class _Proof:
         if not left < TOLERANCE * (1 + float(base.abs().max())):
             names = sorted({pattern(n) for n in found})
             raise NotProved(f"{module}: without a direction in {', '.join(names)} it still puts out {left:.1e} of it")
-        matrices = {n: axis for n, axis in found.items() if self.run.parameters[n].ndim >= 2 and not _is_bias(n)}
+        matrices = {n: axis for n, axis in found.items() if self.run.parameters[n].ndim >= 2 and not n.endswith("bias")}
         return matrices, tuple(n for n in found if n not in matrices)
 
     def _again(self, block: str, module: str) -> Tensor:
@@ -528,14 +527,9 @@ class _Proof:
         writers = dict.fromkeys((f"{e}.weight" for e in embeddings), (1, self.r))
         hooked = dict.fromkeys([output] if output else embeddings, self.r)
         for source in itertools.chain(*sources):
-            u = self.r
-            if source.norm is not None:
-                gain = self._gain(source.norm)
-                assert gain is not None
-                u = through_norm(self.r[:, None], gain[0])[:, 0]
-            hooked[source.module] = u
-            writers |= {n: (axis, u) for n, axis in source.weights.items()}
-            writers |= {n: (self.run.parameters[n].ndim - 1, u) for n in source.biases}
+            hooked[source.module] = source.u
+            writers |= {n: (axis, source.u) for n, axis in source.weights.items()}
+            writers |= {n: (self.run.parameters[n].ndim - 1, source.u) for n in source.biases}
         handles = [self.model.get_submodule(n).register_forward_hook(_projecting(u)) for n, u in hooked.items()]
         try:
             by_hooks = _Run(self.model, self.ids)
@@ -643,9 +637,8 @@ class _Proof:
                 raise NotProved(f"{first}: is stored as {stored_as[0][0]}, expected {path.format(number)} in it")
             prefixes[split[0][0]] = None
             on_disk = axis - (parameter.ndim == 3 and not stacked)
-            on_disk = parameter.ndim - 1 - axis if stored_as[0][1] and not stacked else on_disk
-            if stored_as[0][1] and stacked:
-                on_disk = 3 - axis
+            if stored_as[0][1]:  # swapped: 0 and 1 of a matrix, 1 and 2 of a stack
+                on_disk = (3 if stacked else 1) - on_disk
             live_name = _numbered([name.removeprefix(f"{block}.") for name in names[:2]])
             module = self.model.get_submodule(first.rpartition(".")[0])
             known = parameter.ndim < 3 or axis == 1 or bool(getattr(module, "is_transposed", False))
@@ -821,10 +814,6 @@ def _signature(model: nn.Module, block: str) -> frozenset[str]:
     """The parameters of a block with their ranks, by which blocks of one kind are alike."""
     module = model.get_submodule(block)
     return frozenset(f"{pattern(n)} of rank {p.ndim}" for n, p in module.named_parameters(remove_duplicate=False))
-
-
-def _is_bias(name: str) -> bool:
-    return name.endswith("bias")
 
 
 def _bias_of(weight: str, biases: list[str]) -> str | None:

@@ -93,6 +93,12 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, PreTrainedModel)), None)
 
 
+def own_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The config that the class takes: the text part of it where the class is the text model of a wrapper."""
+    text, expected = config.get_text_config(), model_class.config_class
+    return text if expected and not isinstance(config, expected) and isinstance(text, expected) else config
+
+
 def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
     """A config of the same class with small sizes and few blocks, every kind of block among them.
 
@@ -100,9 +106,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
 
     Errors: Unbuildable if no small config of the class can be built and run.
     """
-    text, expected = config.get_text_config(), model_class.config_class
-    if expected is not None and not isinstance(config, expected) and isinstance(text, expected):
-        config = text  # of a wrapper
+    config = own_config(config, model_class)
     first: Exception | None = None
     for attempt in _attempts(config, model_class):
         try:

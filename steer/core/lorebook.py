@@ -191,7 +191,7 @@ def load_lorebook(source: str | Path | bytes, name: str = "") -> Lorebook:
 
 
 def read_lorebook(raw: Mapping[str, Any], where: str, name: str = "") -> Lorebook:
-    """Return the lorebook in a JSON object. What has the wrong kind counts as absent, and is told of in `warnings`."""
+    """Return the lorebook in a JSON object. What has the wrong kind counts as absent, and `warnings` names it."""
     remarks: dict[str, str] = {}
     book = from_stranger(_Book, raw, where, remarks)
     entries = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
-from steer.checkpoint.anatomy import Anatomy, LiveWriter
+from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.fetch import resolve
 from steer.checkpoint.proof import NotProved, structure
 from steer.files import read_json_object
@@ -27,17 +27,12 @@ def proved_anatomy(model: str) -> Anatomy:
     config = read_json_object(path, what="a config", do="fetch the model again")
     declared = Anatomy.of(config, model)
     proved = replace(declared, **vars(structure(config, model)))
-    for ours, theirs in zip(places(proved), places(declared), strict=True):
+    for ours, theirs in zip(_places(proved), _places(declared), strict=True):
         if ours != theirs:
             raise NotProved(f"{model}: {ours} is found to write into the residual stream, {theirs} is declared to")
     return proved
 
 
-def places(anatomy: Anatomy) -> list[tuple[str, str | None]]:
-    """(module, norm after it) of every writer in a block. Several modules may put out the same: the outer one is
-    declared where experts write together, the inner one is found where only that has parameters."""
-
-    def place(writer: LiveWriter) -> tuple[str, str | None]:
-        return writer.module, writer.norm
-
-    return [place(w) for w in anatomy.live_writers if w.block is not None]
+def _places(anatomy: Anatomy) -> list[tuple[str, str | None]]:
+    """(module, norm after it) of every writer in a block."""
+    return [(w.module, w.norm) for w in anatomy.live_writers if w.block is not None]
