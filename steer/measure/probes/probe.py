@@ -1,0 +1,156 @@
+"""What a probe asks of a reader, and what it returns: the values that probes, readers and the evaluation share.
+
+A reader is a model that can be asked: a checkpoint under an edit, an OpenAI-compatible endpoint, or in tests a program
+that knows the answers. A probe never sees a model, only a reader, so that every reader gets the same items.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from steer.progress import Advance
+
+Chat = tuple[tuple[str, str], ...]
+"""(role, text) of each message; the roles are system, user and assistant."""
+LogProbs = Float[np.ndarray, " tokens"]
+Ability = Literal["logprobs", "replies", "divergences"]
+"""What a reader can do: one per method of `Reader`."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text whose tokens are scored, and what the model reads before it."""
+
+    text: str
+    begun: str = ""
+    """The beginning of the same reply, or of the same plain text. It is read and not scored."""
+    chat: Chat = ()
+    """The chat that the reply answers. Empty: plain text, without a chat template."""
+
+
+class Reader(Protocol):
+    """A model that can be asked. Errors: SteerError in one line, such as for logits that are not finite."""
+
+    name: str
+    abilities: frozenset[Ability]
+    context: int
+    """How many tokens it reads at most, a prompt and its reply together."""
+
+    def length(self, passage: Passage) -> int:
+        """Return how many tokens a passage takes, all of it. An endpoint may estimate, upwards."""
+        ...
+
+    def logprobs(self, passages: Sequence[Passage], advance: Advance | None = None) -> list[LogProbs]:
+        """Return the log-probability of each token of each passage's `text`. `advance`: called with passages done."""
+        ...
+
+    def replies(
+        self,
+        chats: Sequence[Chat],
+        *,
+        tokens: int,
+        seeds: Sequence[int],
+        temperature: float = 0.8,
+        advance: Advance | None = None,
+    ) -> list[str]:
+        """Return a reply of at most `tokens` tokens to each chat, without thoughts. The same seed draws the same
+        random numbers under every arm, so that differences come from the model."""
+        ...
+
+    def divergences(
+        self, pairs: Sequence[tuple[Passage, Passage]], advance: Advance | None = None
+    ) -> list[Float[np.ndarray, " tokens"]]:
+        """Return KL(first || second) in nats at each token of a text that both passages of a pair score."""
+        ...
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a probe. The mean over items is what is reported."""
+
+    name: str
+    better: Literal["higher", "lower", "neither"]
+    """`neither`: a change is told, not judged."""
+    label: str
+    """What the axis of a plot says, with the unit."""
+    chance: float | None = None
+    """What a reader scores that knows nothing of the text; None where there is no such level."""
+    exponent: bool = False
+    """Show e to the mean: a mean of nats per token becomes a perplexity."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The value of one metric for one item under one arm."""
+
+    metric: str
+    item: str
+    """The same for every arm and seed-independent within a run: arms are paired by it."""
+    value: float
+    group: str = ""
+    """Items of one story are one group: they are resampled together. Empty: the item alone."""
+    n: int | None = None
+    """How hard the item is, in the probe's own unit, such as moves."""
+    turn: int | None = None
+    """How many messages of the chat come before the question."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item with what the reader made of it, for the report."""
+
+    item: str
+    asked: str
+    """The end of what the reader read."""
+    right: str
+    """The right answer; empty where there is none."""
+    answered: str
+    """What the reader answered or wrote."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a probe found out about one reader."""
+
+    figures: list[Figure]
+    examples: list[Example] = field(default_factory=list)
+    """Of the same items for every reader; the report shows five."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out and why, one line each, such as turns that do not fit into the context."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a probe asks."""
+
+    quick: bool = False
+    seed: int = 0
+
+    def of(self, whole: int, quick: int) -> int:
+        """Return `quick` in a quick run, else `whole`."""
+        return quick if self.quick else whole
+
+
+class Probe(ABC):
+    """One question about a model."""
+
+    name: str
+    says: str
+    """One sentence for people: what a higher figure means."""
+    metrics: tuple[Metric, ...]
+    """The first is the probe's headline."""
+    needs: frozenset[Ability]
+
+    @abstractmethod
+    def plan(self, size: Size) -> Any:
+        """Return the items as JSON: what their hash is taken of. Two runs are comparable if it is the same."""
+
+    @abstractmethod
+    def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
+        """Ask the reader every item that fits into its context."""
