@@ -1,1 +1,1 @@
-"""Probes of `steer eval`: each file asks one question about a model, with its items, what it says and what chance is."""
+"""Probes of `steer eval`: each file asks one question, with its items, what a figure says and what chance is."""
