@@ -107,7 +107,8 @@ def unicode_option(text: str | None) -> str | None:
 def stoppable(message: str) -> Iterator[None]:
     """Inside the block, SIGTERM stops as Ctrl-C does, and raises StoppedError with `message` and exit code 143.
 
-    A stop counts as a stop even if a library turns it into another exception, as an interrupted import may do.
+    `main` has a line for every verb; this is for verbs that know more about what is kept. A stop counts as a stop even
+    if a library turns it into another exception, as an interrupted import may do.
     """
     seen: list[int] = []
 
@@ -117,8 +118,7 @@ def stoppable(message: str) -> Iterator[None]:
 
     old_handlers = {}
     if threading.current_thread() is threading.main_thread():
-        default_handlers = (signal.SIG_DFL, signal.default_int_handler)  # a signal that is ignored stays ignored
-        numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) in default_handlers]
+        numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
         old_handlers = {n: signal.signal(n, stop) for n in numbers}
     try:
         yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -41,6 +42,7 @@ def main() -> None:
     warnings.showwarning = _warn
     print_notices()
     arguments = sys.argv[1:]
+    before = signal.signal(signal.SIGTERM, _terminated) if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else None
     try:
         code = app(arguments or ["--help"], prog_name="steer", standalone_mode=False)
         if code == _STOPPED:
@@ -53,7 +55,20 @@ def main() -> None:
         code = _fail(str(e), e.exit_code)
     except OSError as e:
         code = _fail(f"{e.filename or 'steer'}: {e.strerror or e}; check the path, its permissions and the disk", 1)
+    except _TerminatedError:
+        code = _fail("stopped by SIGTERM; what is finished is kept, run the same command again", 128 + signal.SIGTERM)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     sys.exit((code or 0) if arguments else 2)
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM, raised as an exception so that temporary files are removed. Nobody takes it for Ctrl-C or an error."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _TerminatedError
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object) -> None:
