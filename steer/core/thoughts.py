@@ -61,6 +61,11 @@ class ThoughtSplitter:
         """Whether the reply is within its thoughts."""
         return self.opened and not self._answering
 
+    @property
+    def answering(self) -> bool:
+        """Whether the answer has begun: the thoughts are closed, or there are none."""
+        return self._answering
+
     def add(self, text: str) -> tuple[str, str]:
         """Add text; return (thoughts, answer) that are decided now."""
         return self._take(text, False)

@@ -260,9 +260,14 @@ def _user(text: str) -> dict[str, Any]:
 
 
 def marks_of(tokenizer: Any) -> ThoughtMarks:
-    """Return the marks that a model writes around its thoughts: those in its template or vocabulary, else <think>."""
+    """Return the marks that a model writes around its thoughts: those that are known of it, else <think>."""
+    return known_marks(tokenizer) or THINK
+
+
+def known_marks(tokenizer: Any) -> ThoughtMarks | None:
+    """Return the marks of thoughts in a model's template or vocabulary; None where neither has any."""
     template = tokenizer.chat_template
     written = template if isinstance(template, str) else " ".join(map(str, (template or {}).values()))
     tokens = {str(t) for t in tokenizer.added_tokens_decoder.values()}
     known = [(m, [mark for mark in (m.open, m.close, m.answer) if mark]) for m in MARKS]
-    return next((m for texts in (written, tokens) for m, marks in known if any(k in texts for k in marks)), THINK)
+    return next((m for texts in (written, tokens) for m, marks in known if any(k in texts for k in marks)), None)

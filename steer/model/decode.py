@@ -25,6 +25,7 @@ from steer.model.record import reading
 from steer.model.sampling import Draw, choose_each
 from steer.model.steering.receipts import Tally
 from steer.model.tokens import check_length, filled, padded, warn_filled
+from steer.model.written import WrittenText
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,14 @@ def decode(
     seeds = keys if keys is not None else range(len(prompts))
     draws = [Draw(sampler, p, k, model.tokenizer, begun) for p, k in zip(prompts, seeds, strict=True)]
     ids, mask = padded(prompts, left=True, device=device)
-    starts = torch.tensor([[n - begun] for n in lengths], device=device)
+    texts = [WrittenText(model.tokenizer, p, len(p) - begun) for p in prompts]
     alive, row = list(range(len(prompts))), None
-    text = list(prompts[0])
     fed, cache = ids, growing_cache(model.hf.config)
     if memory is not None:
         memory.read = 0
     for made in range(1, sampler.max_new_tokens + 1):
         if memory is not None and not memory.holds(cache):
-            cache, unread = memory.recall(text, model.hf.config)
+            cache, unread = memory.recall(texts[0].ids, model.hf.config)
             fed = torch.tensor([unread], device=device)
         new = fed.shape[1]
         with steering.lock, torch.inference_mode():
@@ -88,13 +88,14 @@ def decode(
             one_token = len(prompts) == 1 and new == 1 and mask.shape[1] > 1
             compiled = model.compiled if one_token else None
             with compiled.running(cache) if compiled is not None else nullcontext():
-                hidden = decoder_pass(model, fed, mask, cache, row if several else None, starts, tally=tally)
+                hidden = decoder_pass(model, fed, mask, cache, row if several else None, texts, tally=tally)
                 scores = logits(model, hidden[:, -1:])[:, -1]
         if memory is not None and memory.holds(cache):
             memory.add(fed[0].tolist())
         model.check_finite(scores)
         tokens = choose_each(scores, [draws[i] for i in alive])
-        text.append(tokens[0])
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
         yield Step(tuple(alive), tuple(tokens))
         going = []
         for j, token in enumerate(tokens):
@@ -113,9 +114,9 @@ def decode(
         mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
         if len(going) < len(alive):
             keep = torch.tensor(going, device=device)
-            mask, fed, starts = mask[keep], fed[keep], starts[keep]
+            mask, fed = mask[keep], fed[keep]
             select_rows(cache, keep)
-            alive = [alive[j] for j in going]
+            alive, texts = [alive[j] for j in going], [texts[j] for j in going]
             row = torch.tensor(alive, device=device)
 
 
@@ -167,7 +168,7 @@ def generate(
     seeds = keys if keys is not None else range(len(prompts))
     draws = [Draw(sampler, p, k, model.tokenizer) for p, k in zip(prompts, seeds, strict=True)]
     row = torch.tensor(list(which), device=device) if which is not None else None
-    starts = torch.tensor([[len(p)] for p in prompts], device=device)
+    texts = [WrittenText(model.tokenizer, p, len(p)) for p in prompts]
     out: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     with ExitStack() as hooks:
@@ -194,11 +195,13 @@ def generate(
                 break
             if len(stay) < len(alive):
                 keep = torch.tensor(stay, device=device)
-                mask, starts, row = mask[keep], starts[keep], None if row is None else row[keep]
+                mask, row = mask[keep], None if row is None else row[keep]
                 select_rows(cache, keep)
-                alive, tokens = [alive[j] for j in stay], [tokens[j] for j in stay]
+                alive, tokens, texts = ([x[j] for j in stay] for x in (alive, tokens, texts))
+            for text, token in zip(texts, tokens, strict=True):
+                text.append(token)
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            hidden = decoder_pass(model, torch.tensor(tokens, device=device)[:, None], mask, cache, row, starts)
+            hidden = decoder_pass(model, torch.tensor(tokens, device=device)[:, None], mask, cache, row, texts)
             if not last:
                 scores = logits(model, hidden[:, -1:])[:, -1]
     return out
