@@ -120,10 +120,14 @@ class LoadedModel:
         # Not the length without the reply: its first token may have been joined with a space before it.
         head = common_length(self.encode(chat.text[: len(chat.text) - chat.begun]), ids) if chat.begun else len(ids)
         for note in chat.notes:
-            if note not in self._noted:
-                self._noted.add(note)
-                _log.warning("%s: %s", self.name, note)
+            self.warn_once(note, note)
         return ChatPrompt(ids, len(ids) - head, chat.opening, chat.notes)
+
+    def warn_once(self, key: str, text: str) -> None:
+        """Log a warning about this model, unless there was one with this key."""
+        if key not in self._noted:
+            self._noted.add(key)
+            _log.warning("%s: %s", self.name, text)
 
     def prompt_ids(self, messages: Sequence[Message], *, thoughts: bool = True) -> list[int]:
         """Token ids of a chat up to the point where the reply begins, with one BOS at most.

@@ -28,7 +28,7 @@ from steer.serve.engine import Finished, Job, Token
 
 OPENS = TEMPLATE.replace("<|assistant|> {%", "<|assistant|> <think> {%")
 D = close_directions()
-LENGTH = 24
+LENGTH = 16
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_decoding_moves_the_part_alone_and_is_one_full_pass(thinker, name, kind)
 
 def test_a_slider_on_the_answer_leaves_the_thoughts_and_changes_what_follows(thinker):
     prompt, changed = ids(thinker, PROMPTS["opens"]), 0
-    for seed in range(4):
+    for seed in range(3):
         plain = generate(thinker, [prompt], sampler(thinker, seed))[0]
         with thinker.steering.applied([moved("answer")]):
             steered = generate(thinker, [prompt], sampler(thinker, seed))[0]
@@ -161,7 +161,7 @@ def test_a_slider_on_the_answer_leaves_the_thoughts_and_changes_what_follows(thi
         changed += steered != plain
         with thinker.steering.applied([moved("thoughts")]):
             assert generate(thinker, [prompt], sampler(thinker, seed))[0] != plain
-    assert changed == 4
+    assert changed == 3
 
 
 def test_a_batch_whose_rows_close_at_different_times_is_each_row_alone(thinker):
