@@ -25,6 +25,7 @@ from steer.chat.writer import PendingReply, Task, Writer
 from steer.checkpoint.fetch import home
 from steer.core.edit import Edit
 from steer.core.profile import Profile
+from steer.core.thoughts import split_thoughts
 from steer.errors import SteerError, UsageError
 from steer.files import parse_json
 from steer.model.decode import decode
@@ -52,7 +53,9 @@ class Shown:
 
     title: str | None
     """The setting's title; None while it must stay hidden, before the vote of a blind comparison."""
+    thoughts: str
     text: str
+    """The reply without the thoughts before it."""
     spans: list[Span]
     """The text in parts, each with whether the other reply lacks it; one part until both are written."""
     tokens: int
@@ -67,7 +70,7 @@ class Comparison(Writer):
         """`asked`: the user's message, which need not be the task's last. Errors: as `ReplyBackend.draft`."""
         super().__init__()
         self.sides, self.blind, self.task, self.asked = sides, blind, task, asked
-        self.model = backend.name
+        self.model, self.marks = backend.name, backend.marks
         self.left = secrets.randbelow(2) if blind else 0
         """Index of the side that is shown on the left: 0, or random if `blind`."""
         self.voted: Vote | None = None
@@ -83,10 +86,10 @@ class Comparison(Writer):
     def shown(self) -> tuple[Shown, Shown]:
         """The left and the right reply, as far as they are written."""
         rows = self._draft.rows
-        texts = [row.text for row in rows]
+        thoughts, texts = zip(*(split_thoughts(row.text, self.marks) for row in rows), strict=True)
         spans = [[(text, False)] for text in texts] if self.running else marked(*texts)
         out = [
-            Shown(None if self.hidden else side.title, texts[i], spans[i], len(rows[i].ids))
+            Shown(None if self.hidden else side.title, thoughts[i], texts[i], spans[i], len(rows[i].ids))
             for i, side in enumerate(self.sides)
         ]
         return out[self.left], out[1 - self.left]

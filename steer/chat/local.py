@@ -112,6 +112,7 @@ class LocalDraft(PendingReply):
         head = len(prompt.ids) - prompt.begun
         begun = task.ids or prompt.ids[head:]
         super().__init__(task.text, begun)
+        self.prompt_tokens = head
         self._opening = "" if task.text else prompt.opening
         """The mark of thoughts that the template opens; the text has it before its first token, for readers."""
         self._backend, self._sampler = backend, task.sampler

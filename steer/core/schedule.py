@@ -24,7 +24,7 @@ PARALLEL = 1e-6
 for rounding are one direction."""
 Part = Literal["text", "reply", "thoughts", "answer"]
 """`text`: the whole text, prompt included. `reply`: only the tokens of the reply. `thoughts`: its tokens up to the mark
-that ends the thoughts, both marks included. `answer`: its tokens after that mark, and the whole reply of a model without
+that ends the thoughts, both marks included. `answer`: its tokens after that mark, and all of them where a model has no
 thoughts. Whether a reply begins with thoughts is known once its first token is written. So that token, or all of a mark
 that takes several, counts as thoughts wherever the model's template or vocabulary has such marks and the prompt has not
 closed the thoughts already."""

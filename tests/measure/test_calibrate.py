@@ -65,7 +65,7 @@ def test_costs_are_measured_after_the_thoughts_of_a_model_that_thinks_unasked(
     assert all(open_ in context for context, _ in thought)
     assert all(text[0] != open_ for context, text in costs.replies if context[-1] != close)
     endless = replace(SOON, logit_bias=((open_, 100.0),))
-    with pytest.raises(UsageError, match="expected replies to neutral prompts, found .* thoughts left out"):
+    with pytest.raises(UsageError, match=r"expected replies to neutral prompts, found .* thoughts left out"):
         NeutralCosts(thinker, endless)
 
 

@@ -250,5 +250,5 @@ def test_readouts_read_a_reply_under_the_sliders_of_its_parts(thinker):
 def test_passes_of_ones_own_are_refused_since_steer_does_not_see_their_parts(thinker):
     with pytest.raises(UsageError, match="part text or reply"):
         thinker.hooks(moved("answer"))
-    with thinker.edited(moved("answer")), pytest.raises(UsageError, match="model.chat"):
+    with thinker.edited(moved("answer")), pytest.raises(UsageError, match=r"model\.chat"):
         thinker.hf(input_ids=torch.tensor([[1, 2, 3]]))

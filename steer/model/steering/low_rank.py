@@ -97,7 +97,9 @@ class ReplyWindow:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for windows that hold equal numbers."""
-        return tuple((tuple(t.data.shape), *t.data.flatten().tolist()) for t in (self.start, self.end, self.ramp, self.part))
+        return tuple(
+            (tuple(t.data.shape), *t.data.flatten().tolist()) for t in (self.start, self.end, self.ramp, self.part)
+        )
 
     def share(self, text: ForwardContext, like: Tensor) -> Float[Tensor, "batch new n"]:
         """The share of each column that acts on each token, from 0 to 1, in the dtype and on the device of `like`.

@@ -130,7 +130,9 @@ def _details(chat: Chat, row: SliderRow) -> None:
             format_func=dict(zip(PARTS, ("the whole text", "the reply alone", "its thoughts", "its answer"),
                                  strict=True)).__getitem__,
         )  # fmt: skip
-        st.number_input("Only the first tokens of the reply or part (0: all)", 0, 4096, when.first or 0, key=f"first {at}")
+        st.number_input(
+            "Only the first tokens of the reply or part (0: all)", 0, 4096, when.first or 0, key=f"first {at}"
+        )
         st.number_input("After so many tokens of it", 0, 4096, when.after or 0, key=f"after {at}")
         st.number_input("Grows over so many tokens (0: at once)", 0, 4096, when.ramp or 0, key=f"ramp {at}")
         if when.gate is not None:
