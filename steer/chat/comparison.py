@@ -30,7 +30,6 @@ from steer.errors import SteerError, UsageError
 from steer.files import parse_json
 from steer.model.decode import decode
 from steer.model.steering.receipts import Tally
-from steer.model.tokens import Detokeniser
 
 Place = Literal["left", "right"]
 Better = Literal["first", "second", "neither"]
@@ -136,7 +135,7 @@ class _Row:
     def __init__(self, backend: LocalBackend, text: str) -> None:
         self.text = text
         self.ids: list[int] = []
-        self.pieces = Detokeniser(backend.model.tokenizer, ())
+        self.pieces = backend.model.detokeniser()
 
 
 class PairDraft(PendingReply):
@@ -163,14 +162,18 @@ class PairDraft(PendingReply):
             return False
         for number, token in zip(step.rows, step.tokens, strict=True):
             row = self.rows[number]
-            row.ended = token in model.end_token_ids
-            if row.ended:
+            if row.ended:  # at a text, which does not end it for `decode`
+                continue
+            if token in model.end_token_ids:
+                row.ended = True
                 row.text += row.pieces.end()
-            else:
-                row.ids.append(token)
-                row.text += row.pieces.add(token)
-                self.tokens += 1
-        return True
+                continue
+            row.ids.append(token)
+            row.text += row.pieces.add(token)
+            self.tokens += 1
+            if row.pieces.ended:
+                row.ended, row.ids = True, model.without_end(row.ids)
+        return not all(row.ended for row in self.rows)
 
     def close(self) -> None:
         """Stop decoding."""

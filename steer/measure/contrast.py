@@ -161,10 +161,12 @@ def contrast_replies(
         )
     ]
     chats = [chat for part in parts for chat in part]
-    sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
+    sums = None
+    if model.end_text is None:  # else the sums would have the tokens of that text in them
+        sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
     with model.untouched():
         made = model.replies(chats, sampler, on_tokens=on_tokens, sums=sums, thoughts=False)
-    means = [(sums[:, i] / max(1, len(ids))).cpu() for i, ids in enumerate(made)]
+    means = sums if sums is None else [(sums[:, i] / max(1, len(ids))).cpu() for i, ids in enumerate(made)]
     replies = iter(Reply.all_of(model, chats, made, means))
     # A reply that ended at once has no tokens to measure.
     split = [tuple(r for r in islice(replies, len(part)) if r.ids) for part in parts]

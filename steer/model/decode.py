@@ -141,7 +141,7 @@ def generate(
     under the only edit. `on_tokens` is called at each step with the number of tokens made. `sums`: the residual stream
     of every reply token is added to it, by site and row.
 
-    A row whose text fills the model's context ends there, with a ContextWarning; with `sums` all rows end where the
+    A reply also ends at `model.end_text`. A row whose text fills the model's context ends there, with a ContextWarning; with `sums` all rows end where the
     first would. Errors: UsageError for a prompt that leaves no room for a reply and where no token can be drawn,
     CheckpointError for logits that are not finite.
     """
@@ -171,6 +171,20 @@ def generate(
     texts = [WrittenText(model.tokenizer, p, len(p)) for p in prompts]
     out: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
+    pieces = [model.detokeniser() for _ in prompts] if model.end_text else []
+
+    def ended(row: int, token: int) -> bool:
+        """Add a token to a row's reply; return whether it ends the reply."""
+        if token in ends:
+            return True
+        out[row].append(token)
+        if pieces:
+            pieces[row].add(token)
+            if pieces[row].ended:
+                out[row] = model.without_end(out[row])
+                return True
+        return False
+
     with ExitStack() as hooks:
         if sums is not None:
 
@@ -183,14 +197,12 @@ def generate(
             tokens = choose_each(scores, [draws[i] for i in alive])
             if on_tokens is not None:
                 on_tokens(len(alive))
-            for i, token in zip(alive, tokens, strict=True):
-                if token not in ends:
-                    out[i].append(token)
+            over = [ended(i, token) for i, token in zip(alive, tokens, strict=True)]
             last = step + 1 == most
             full = [sums is None and len(prompts[i]) + len(out[i]) >= model.context for i in alive]
             if not last and any(full):
                 warn_filled(model.name, model.context)
-            stay = _order([token not in ends and not f for token, f in zip(tokens, full, strict=True)])
+            stay = _order([not o and not f for o, f in zip(over, full, strict=True)])
             if not stay or (last and sums is None):
                 break
             if len(stay) < len(alive):

@@ -90,7 +90,9 @@ class Replies:
         if plan is None:
             return self._client_left()
         openings = [prompt.opening for prompt in plan.format.choices]
-        writing = Writing(self._engine, plan.jobs, openings, self._model.tokenizer, request.stop or [], self._metrics)
+        ends = [self._model.end_text] if self._model.end_text and isinstance(request, ChatRequest) else []
+        stop = [*(request.stop or ()), *ends]
+        writing = Writing(self._engine, plan.jobs, openings, self._model.tokenizer, stop, self._metrics)
         self._metrics.prompt_tokens.inc(sum(len(p.ids) for p in plan.prompts))
         if request.stream:
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
