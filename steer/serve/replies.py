@@ -33,6 +33,7 @@ from steer.serve.requests import (
     check,
     prompts_of,
     sampler_of,
+    takes_tools,
     warnings_of,
 )
 from steer.serve.steering import LiveSettings, Setting
@@ -129,7 +130,7 @@ class Replies:
 
     def _plan(self, request: ChatRequest | CompletionRequest) -> RequestPlan:
         model, limits, context = self._model, self._limits, self._engine.context
-        check(request, limits, context, self._longest)
+        check(request, limits, context, self._longest, takes_tools(model))
         setting = self._settings.setting_for(self.profile_of(request.model), request.steering or Steering())
         sampler = sampler_of(request, (setting or self._settings.live).sampler, limits, len(model.tokenizer), context)
         prompts = prompts_of(model, request, context)

@@ -44,6 +44,8 @@ MAX_BIASES = 2**19
 _TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal"))
 MAX_OPTIONS = 32
 """Options of a chat template."""
+MAX_TOOLS = 128
+"""Tools of a request."""
 MAX_SLIDERS = 64
 MAX_AMOUNT = 10_000.0
 """Largest absolute amount of a slider. Amount 1 is as strong as the model shows the trait itself; far larger amounts
@@ -261,9 +263,9 @@ class ChatRequest(Request):
     """The chat template's own options."""
     enable_thinking: Flag | None = None
     """Short for this option of the template."""
-    tools: Annotated[list[dict[str, JsonValue]], _at_most(MAX_OPTIONS)] | None = None
+    tools: Annotated[list[dict[str, JsonValue]], _at_most(MAX_TOOLS)] | None = None
     """Functions that the model may call, for templates that take them."""
-    functions: Annotated[list[dict[str, JsonValue]], _at_most(MAX_OPTIONS)] | None = None
+    functions: Annotated[list[dict[str, JsonValue]], _at_most(MAX_TOOLS)] | None = None
     """The same in the form that OpenAI had before tools."""
     tool_choice: JsonValue = _aliased("tool_choice", "function_call")
     """`none`, `auto`, `required`, or the one function that may be called."""
@@ -364,10 +366,13 @@ class Prompt:
     """What was changed so that the chat template takes the chat."""
 
 
-def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int, longest: int) -> None:
+def check(
+    request: ChatRequest | CompletionRequest, limits: Limits, context: int, longest: int, tools: bool = False
+) -> None:
     """Refuse a request that is too large, by counting only, or that asks for what the server does not do.
 
-    `context`: most tokens of a prompt. `longest`: characters of the vocabulary's longest token. Errors: ApiError.
+    `context`: most tokens of a prompt. `longest`: characters of the vocabulary's longest token. `tools`: whether the
+    chat template writes tools. Errors: ApiError.
     """
     if isinstance(request, ChatRequest):
         param, prompts = "messages", 1
@@ -378,6 +383,7 @@ def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int
             raise invalid(param, f"at most {limits.messages}", found, "too_many_messages")
         characters = sum(len(m.text) + sum(len(str(call.function)) for call in m.calls) for m in request.messages)
         characters += sum(len(message.reasoning_content or "") for message in request.messages)
+        characters += len(json.dumps(request.offered)) if tools else 0
     else:
         param, prompts = "prompt", len(request.prompts)
         if request.suffix:
@@ -425,7 +431,7 @@ def chat_prompt(model: SteeredModel, request: ChatRequest) -> Prompt:
     if not chat:
         raise invalid("messages", "one that the assistant's last one replies to", "none", "chat_refused")
     try:
-        tools = {"tools": request.offered} if request.offered and _takes_tools(model) else {}
+        tools = {"tools": request.offered} if request.offered and takes_tools(model) else {}
         prompt = model.prompt(chat, str(last["content"] or "") if last else "", request.options | tools)
     except SteerError as e:
         raise ApiError(400, str(e), param="messages", code="chat_refused") from e
@@ -454,10 +460,10 @@ def warnings_of(model: SteeredModel, request: ChatRequest | CompletionRequest) -
     extra = request.model_extra or {}
     fields = [name for name, neutral in NOT_HONOURED.items() if extra.get(name) and extra[name] not in neutral]
     offered = isinstance(request, ChatRequest) and bool(request.offered)
-    if offered and not _takes_tools(model):
+    if offered and not takes_tools(model):
         fields = [*(name for name in ("tools", "functions") if getattr(request, name)), *fields]
     lines = [f"{name}: this server does not have it, the reply is written without it" for name in fields]
-    if isinstance(request, ChatRequest) and offered and _takes_tools(model):
+    if isinstance(request, ChatRequest) and offered and takes_tools(model):
         lines.append("tools: they are in the prompt; a call that the model writes stays in the text of the reply")
         if request.tool_choice not in (None, "auto"):
             lines.append("tool_choice: the chat template has the tools that it leaves, and the model may call none")
@@ -508,7 +514,7 @@ def _knows_tools(model: SteeredModel) -> bool:
     return "tool_calls" in str(model.tokenizer.chat_template)
 
 
-def _takes_tools(model: SteeredModel) -> bool:
+def takes_tools(model: SteeredModel) -> bool:
     """Return whether the chat template writes the tools that a model may call."""
     return bool(model.tokenizer.chat_template) and model.template.reads("tools")
 

@@ -27,7 +27,9 @@ GREEDY = Sampler(24, 0.0, repetition_penalty=1.0)
 def model(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SteeredModel:
     """A model of bytes that says "yes[END]" again and again: each token is chosen by the token before it alone."""
     place = tmp_path_factory.mktemp("ends") / "chat"
-    model = load(save_tiny_chat(tiny_llama, place, by_bytes=True, template=ENDS, tie=False, max_position_embeddings=512))
+    model = load(
+        save_tiny_chat(tiny_llama, place, by_bytes=True, template=ENDS, tie=False, max_position_embeddings=512)
+    )
     with torch.no_grad():
         for name, weight in model.hf.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):

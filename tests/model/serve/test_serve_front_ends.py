@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from serving import NO_END, Served, served
+from tiny_chat import TEMPLATE
 
 from steer.core.profile import Profile
 from steer.core.sampler import PRESETS
