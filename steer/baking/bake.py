@@ -77,8 +77,9 @@ def bake(
 
     `out` is complete or absent; files that a killed bake of the same source and edit had finished are not written
     again. `chat_template`: one that ships or a file, by default $STEER_CHAT_TEMPLATE, in place of the source's: an
-    adapter then has the source's tokenizer too, and a control vector a file for llama.cpp's --chat-template-file. `command` is the command line that the certificate and the card show. `say` is
-    called with the plan before anything is written, `progress` with (bytes of weights done, bytes in total).
+    adapter then has the source's tokenizer too, and a control vector a file for llama.cpp's --chat-template-file.
+    `command` is the command line that the certificate and the card show. `say` is called with the plan before anything
+    is written, `progress` with (bytes of weights done, bytes in total).
 
     Errors: OutputExistsError, CheckpointError for a broken source, UnsupportedError for a source or an edit of a kind
     that the form cannot hold, MismatchError for a direction of another width, UsageError for a block or site that the

@@ -141,9 +141,9 @@ def generate(
     under the only edit. `on_tokens` is called at each step with the number of tokens made. `sums`: the residual stream
     of every reply token is added to it, by site and row.
 
-    A reply also ends at `model.end_text`. A row whose text fills the model's context ends there, with a ContextWarning; with `sums` all rows end where the
-    first would. Errors: UsageError for a prompt that leaves no room for a reply and where no token can be drawn,
-    CheckpointError for logits that are not finite.
+    A reply also ends at `model.end_text`. A row whose text fills the model's context ends there, with a ContextWarning;
+    with `sums` all rows end where the first would. Errors: UsageError for a prompt that leaves no room for a reply and
+    where no token can be drawn, CheckpointError for logits that are not finite.
     """
     longest, most = max(map(len, prompts)), sampler.max_new_tokens
     check_length(model.name, longest, model.context)

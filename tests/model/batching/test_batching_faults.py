@@ -23,9 +23,8 @@ from steer.errors import MismatchError, SteerError, UnsupportedError, UsageError
 from steer.model.steered import load
 from steer.serve import packed
 from steer.serve.batching import BatchingEngine
-from steer.serve.packed import check_files
 from steer.serve.engine import Busy, Event, Finished, Job, Token
-from steer.serve.packed import Packing, Reading
+from steer.serve.packed import Packing, Reading, check_files
 
 
 def test_a_job_that_is_cancelled_leaves_its_place_to_the_next(endless):
