@@ -209,7 +209,8 @@ def generate(
                 keep = torch.tensor(stay, device=device)
                 mask, row = mask[keep], None if row is None else row[keep]
                 select_rows(cache, keep)
-                alive, tokens, texts = ([x[j] for j in stay] for x in (alive, tokens, texts))
+                alive, tokens = [alive[j] for j in stay], [tokens[j] for j in stay]
+                texts = [texts[j] for j in stay]
             for text, token in zip(texts, tokens, strict=True):
                 text.append(token)
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
