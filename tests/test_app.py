@@ -298,6 +298,12 @@ def test_a_cards_lorebook_is_scanned_and_what_is_active_is_shown(moral):
     say(at, "the truth")
     labels = [e.label for e in at.main.expander]
     assert labels == ["Lorebook: 1 active, 3 of 512 tokens"]
+    used = chat_of(at).used
+    assert used is not None
+    assert (used.lorebook, used.reply, used.context) == (3, 12, 512)
+    assert at.main.caption[0].value == f"Context: {used.describe()}"
+    assert "lorebook 3, history" in used.describe()
+    assert f"free {512 - sum(used.parts.values())} of 512 tokens" in used.describe()
     assert [m.value for m in at.main.expander[0].markdown] == ["**The \\$sea\\$** (3 tokens)"]
     book = next(f for f in at.get("file_uploader") if f.label.startswith("Lorebook"))
     book.set_value(("sea.json", json.dumps({"entries": [entries[1]]}).encode(), "application/json")).run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ def save_tiny_chat(
     by_bytes: bool = False,
     eos: str | None = "</s>",
     template: str = TEMPLATE,
+    marks: Sequence[str] = (),
     **config: object,
 ) -> Path:
     """Write a checkpoint with `save` (the fixture `tiny_llama`) and give it a voice.
 
     Its tokens are words of two letters, or with `by_bytes` single bytes, so that one character may take
-    several tokens. `eos` and `template` are the tokenizer's.
+    several tokens. `eos` and `template` are the tokenizer's; `marks` are special tokens that it has besides.
     """
     if by_bytes:
         words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -43,7 +44,7 @@ def save_tiny_chat(
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
     else:
-        words = [*SPECIAL, *WORDS]
+        words = [*SPECIAL, *WORDS, *marks]
         tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     save(path, vocab_size=len(words), **config)
@@ -52,7 +53,7 @@ def save_tiny_chat(
         bos_token="<s>",
         eos_token=eos,
         unk_token="<unk>",
-        extra_special_tokens=SPECIAL[3:],
+        extra_special_tokens=[*SPECIAL[3:], *marks],
         chat_template=template,
     ).save_pretrained(path)
     return path

@@ -22,6 +22,7 @@ from steer.baking.certificate import (
     Certificate,
     Form,
     SavedDirection,
+    inside,
     proved_structure,
     source_name,
     utf8,
@@ -33,7 +34,7 @@ from steer.baking.journal import Journal
 from steer.baking.plan import Plan
 from steer.checkpoint.chat_templates import FILE as CHAT_TEMPLATE
 from steer.checkpoint.chat_templates import chosen_template
-from steer.checkpoint.staging import check_output, hash_file, staged, write_text
+from steer.checkpoint.staging import check_output, copy_file, hash_file, staged, write_text
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.small_files import load_yaml
@@ -43,6 +44,10 @@ PLANS: dict[Form, type[Plan]] = {p.form: p for p in (CheckpointPlan, AdapterPlan
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Keys of a card's header that also hold for a derived model."""
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json"
+)  # fmt: skip
+"""Names of a tokenizer's files."""
 _LIMIT = 1 << 20
 """Bytes of a card that are read."""
 _HEADERS: dict[Form, dict[str, Any]] = {
@@ -71,9 +76,10 @@ def bake(
     Features that add become biases, as directions do; other operations on features are refused.
 
     `out` is complete or absent; files that a killed bake of the same source and edit had finished are not written
-    again. `chat_template`: one that ships or a file, by default $STEER_CHAT_TEMPLATE, for a checkpoint in place of the
-    source's; other forms hold none. `command` is the command line that the certificate and the card show. `say` is
-    called with the plan before anything is written, `progress` with (bytes of weights done, bytes in total).
+    again. `chat_template`: one that ships or a file, by default $STEER_CHAT_TEMPLATE, in place of the source's: an
+    adapter then has the source's tokenizer too, and a control vector a file for llama.cpp's --chat-template-file.
+    `command` is the command line that the certificate and the card show. `say` is called with the plan before anything
+    is written, `progress` with (bytes of weights done, bytes in total).
 
     Errors: OutputExistsError, CheckpointError for a broken source, UnsupportedError for a source or an edit of a kind
     that the form cannot hold, MismatchError for a direction of another width, UsageError for a block or site that the
@@ -83,9 +89,11 @@ def bake(
     check_output(out)
     if form == "checkpoint" and out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: lies inside the source {source}; name an output outside it")
-    template = chosen_template(chat_template) if form == "checkpoint" else None
+    template = chosen_template(chat_template)
     plan = PLANS[form](source, edit)
     say(plan.summary())
+    if template is not None and form == "gguf":
+        say(f"  {CHAT_TEMPLATE}: llama.cpp takes it with --jinja --chat-template-file")
     done = 0
 
     def advance(n: int) -> None:
@@ -103,6 +111,9 @@ def bake(
         if neutral:
             files[neutral] = hash_file(work / neutral)
         if template is not None:
+            for file in _tokenizer_files(source) if form == "adapter" else ():  # else nothing loads the template there
+                (work / file.name).unlink(missing_ok=True)
+                files[file.name] = copy_file(file, work / file.name)
             (work / CHAT_TEMPLATE).unlink(missing_ok=True)
             files[CHAT_TEMPLATE] = write_text(work / CHAT_TEMPLATE, template)
         order = {name: n for n, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
@@ -132,6 +143,12 @@ def bake(
         cert.save(work)
         journal.close()
     return cert
+
+
+def _tokenizer_files(source: Path) -> list[Path]:
+    """The files of a checkpoint that a tokenizer is loaded from."""
+    found = (f for pattern in _TOKENIZER for f in source.glob(pattern))
+    return sorted(f for f in found if f.is_file() and inside(f, source))
 
 
 def _save_directions(edit: Edit, work: Path) -> tuple[SavedDirection, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from steer.chat.comparison import Comparison, Side
+from steer.chat.context_use import ContextUse
 from steer.chat.conversation import Conversation, Message
 from steer.chat.feature_index import FeatureIndex
 from steer.chat.jobs import BakePlan, Form, plan
@@ -52,6 +53,8 @@ class Chat(BaseChat):
         """The chat's file; None before the first save."""
         self._keep, self._saving = keep, threading.Lock()
         self._problem: str | None = None
+        self.used: ContextUse | None = None
+        """How the last prompt fills the context; None before the first, and where the context is not known."""
         if place is not None:
             self._open(load_chat(place))
 
@@ -141,7 +144,7 @@ class Chat(BaseChat):
         self.stop()
         super().clear()
         self.conversation = Conversation()
-        self.writer.error = self._problem = self.saved = None
+        self.writer.error = self._problem = self.saved = self.used = None
 
     def play(self, card: Card) -> None:
         """See `BaseChat.play`. The character's other greetings are alternatives of its first message."""
@@ -318,6 +321,7 @@ class Chat(BaseChat):
             ids = () if before is None else before.ids
             task = replace(task, text=into.text, ids=ids, nudge=before is None or before.ending == "ended")
         draft = self.backend.draft(task)
+        self.used = self._context_use(task, draft)
         message = into if into is not None else self.conversation.add("assistant", "", to)
 
         def on_text(draft: PendingReply) -> None:
@@ -331,6 +335,14 @@ class Chat(BaseChat):
         first = path[0]
         greeting = self.place_of(first.id)[0] if first.role == "assistant" else None
         return self.prompt(as_chat(path, self.system), seed, greeting)
+
+    def _context_use(self, task: Task, draft: PendingReply) -> ContextUse | None:
+        backend = self.backend
+        if backend.context is None:
+            return None
+        prompt = draft.prompt_tokens or sum(backend.count(m["content"]) for m in task.messages)
+        system = backend.count(self.system) if self.system else 0
+        return ContextUse.of(prompt, system, self.scanned.tokens, task.sampler.max_new_tokens, backend.context)
 
     def _end(self, message: Message, draft: PendingReply, task: Task) -> None:
         empty = not draft.text.strip()

@@ -25,11 +25,11 @@ from steer.chat.writer import PendingReply, Task, Writer
 from steer.checkpoint.fetch import home
 from steer.core.edit import Edit
 from steer.core.profile import Profile
+from steer.core.thoughts import split_thoughts
 from steer.errors import SteerError, UsageError
 from steer.files import parse_json
 from steer.model.decode import decode
 from steer.model.steering.receipts import Tally
-from steer.model.tokens import Detokeniser
 
 Place = Literal["left", "right"]
 Better = Literal["first", "second", "neither"]
@@ -52,7 +52,9 @@ class Shown:
 
     title: str | None
     """The setting's title; None while it must stay hidden, before the vote of a blind comparison."""
+    thoughts: str
     text: str
+    """The reply without the thoughts before it."""
     spans: list[Span]
     """The text in parts, each with whether the other reply lacks it; one part until both are written."""
     tokens: int
@@ -67,7 +69,7 @@ class Comparison(Writer):
         """`asked`: the user's message, which need not be the task's last. Errors: as `ReplyBackend.draft`."""
         super().__init__()
         self.sides, self.blind, self.task, self.asked = sides, blind, task, asked
-        self.model = backend.name
+        self.model, self.marks = backend.name, backend.marks
         self.left = secrets.randbelow(2) if blind else 0
         """Index of the side that is shown on the left: 0, or random if `blind`."""
         self.voted: Vote | None = None
@@ -83,10 +85,10 @@ class Comparison(Writer):
     def shown(self) -> tuple[Shown, Shown]:
         """The left and the right reply, as far as they are written."""
         rows = self._draft.rows
-        texts = [row.text for row in rows]
+        thoughts, texts = zip(*(split_thoughts(row.text, self.marks) for row in rows), strict=True)
         spans = [[(text, False)] for text in texts] if self.running else marked(*texts)
         out = [
-            Shown(None if self.hidden else side.title, texts[i], spans[i], len(rows[i].ids))
+            Shown(None if self.hidden else side.title, thoughts[i], texts[i], spans[i], len(rows[i].ids))
             for i, side in enumerate(self.sides)
         ]
         return out[self.left], out[1 - self.left]
@@ -133,7 +135,7 @@ class _Row:
     def __init__(self, backend: LocalBackend, text: str) -> None:
         self.text = text
         self.ids: list[int] = []
-        self.pieces = Detokeniser(backend.model.tokenizer, ())
+        self.pieces = backend.model.detokeniser()
 
 
 class PairDraft(PendingReply):
@@ -160,14 +162,18 @@ class PairDraft(PendingReply):
             return False
         for number, token in zip(step.rows, step.tokens, strict=True):
             row = self.rows[number]
-            row.ended = token in model.end_token_ids
-            if row.ended:
+            if row.ended:  # at a text, which does not end it for `decode`
+                continue
+            if token in model.end_token_ids:
+                row.ended = True
                 row.text += row.pieces.end()
-            else:
-                row.ids.append(token)
-                row.text += row.pieces.add(token)
-                self.tokens += 1
-        return True
+                continue
+            row.ids.append(token)
+            row.text += row.pieces.add(token)
+            self.tokens += 1
+            if row.pieces.ended:
+                row.ended, row.ids = True, model.without_end(row.ids)
+        return not all(row.ended for row in self.rows)
 
     def close(self) -> None:
         """Stop decoding."""

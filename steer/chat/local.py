@@ -28,7 +28,6 @@ from steer.model.profiles import as_profile, use
 from steer.model.sampling import BAN
 from steer.model.sliders import Sliders
 from steer.model.steering.receipts import Receipt, Tally
-from steer.model.tokens import Detokeniser
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
@@ -112,6 +111,7 @@ class LocalDraft(PendingReply):
         head = len(prompt.ids) - prompt.begun
         begun = task.ids or prompt.ids[head:]
         super().__init__(task.text, begun)
+        self.prompt_tokens = head
         self._opening = "" if task.text else prompt.opening
         """The mark of thoughts that the template opens; the text has it before its first token, for readers."""
         self._backend, self._sampler = backend, task.sampler
@@ -126,7 +126,7 @@ class LocalDraft(PendingReply):
                 backend.noted.add(note)
                 self._tally.remark(note)
         # Decoded without the prompt, because the first word of a reply has no space before it.
-        self._pieces = Detokeniser(model.tokenizer, begun)
+        self._pieces = model.detokeniser(begun)
         self._steps = self._decode(prompt.ids[:head], task.nudge)
 
     def step(self) -> bool:
@@ -145,7 +145,9 @@ class LocalDraft(PendingReply):
         self.tokens += 1
         self.text += self._opening + self._pieces.add(token)
         self._opening = ""
-        return True
+        if self._pieces.ended:
+            self.ending, self.ids = "ended", self._backend.model.without_end(self.ids)
+        return not self._pieces.ended
 
     def rest(self) -> str:
         return self._pieces.end()

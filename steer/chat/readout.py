@@ -28,6 +28,7 @@ from steer.model.profiles import edit_of
 from steer.model.record import reading
 from steer.model.steering.low_rank import ForwardContext, amounts
 from steer.model.tokens import Detokeniser
+from steer.model.written import WrittenText
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel
@@ -98,13 +99,14 @@ def look_inside(
     start, n = len(prompt), len(reply)
     # Reply token i is predicted at the position before it, so its sliders act at that position.
     at = torch.arange(ids.shape[1], device=model.device) - (start - 1)
+    answer = WrittenText(model.tokenizer, [*prompt, *reply], start).answer
     edits = [edit for _, edit in stretches] or [None]
     begins = torch.tensor([first for first, _ in stretches][1:], dtype=torch.long, device=model.device)
     row = torch.bucketize(at, begins, right=True)
-    steered, steered_logits = _read(model, ids, n, edits, row, at, targets)
+    steered, steered_logits = _read(model, ids, n, edits, row, at, answer, targets)
     plain, kl = steered, [0.0] * n
     if any(edits):
-        plain, plain_logits = _read(model, ids, n, [None], row, at, targets)
+        plain, plain_logits = _read(model, ids, n, [None], row, at, answer, targets)
         kl = _divergence(steered_logits, plain_logits)
     titles = {name: title_of(slider) for name, slider in sliders.items()}
     return TokenReadout(pieces_of(model, reply), steered, plain, kl, titles)
@@ -126,12 +128,13 @@ def _read(
     edits: list[Edit | None],
     row: Tensor,
     index: Tensor,
+    answer: int,
     targets: Mapping[str, Direction | Feature],
 ) -> tuple[dict[str, list[float]], Float[Tensor, "n vocab"]]:
     """Return the readings on the last `n` tokens, and the logits from which these tokens were drawn.
 
     `row`: for each position, the index of its edit in `edits`, as for texts packed into one pass. `index`: for each
-    position, the number of the reply token that it predicts, for schedules.
+    position, the number of the reply token that it predicts, for schedules. `answer`: as `WrittenText.answer`.
     """
     found: dict[int, Tensor] = {}
     steering, sites = model.steering, sorted({t.site for t in targets.values()})
@@ -139,7 +142,7 @@ def _read(
         several = len(edits) > 1
         context = ForwardContext(row=row if several else None, packed=several)
         if steering.timed:
-            context.index = index[None]
+            context.index, context.answer = index[None], torch.full_like(index[None], answer)
         with (
             steering.passing(context),
             reading(model.hf, model.anatomy, sites, lambda site, h: found.__setitem__(site, h[0, -n:].clone())),

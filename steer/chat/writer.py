@@ -54,6 +54,8 @@ class PendingReply(ABC):
         """All token ids of the reply; empty if unknown."""
         self.tokens = 0
         """Number of tokens written so far."""
+        self.prompt_tokens: int | None = None
+        """Number of tokens before the reply; None if unknown."""
         self.stretches: list[SettingsSpan] = []
         """All slider settings that applied so far, in order."""
 

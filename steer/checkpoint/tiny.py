@@ -129,7 +129,7 @@ def tiny_model(config: PreTrainedConfig, model_class: type[PreTrainedModel], see
 
     Errors: Unbuildable if the model has over 30 million parameters.
     """
-    size = sum(p.numel() for p in _on_meta(config, model_class).parameters())
+    size = sum(p.numel() for p in on_meta(config, model_class).parameters())
     if size > _LARGE:
         raise Unbuildable(f"{model_class.__name__}: the smallest config has {size:.1e} parameters")
     with torch.random.fork_rng(devices=[]):
@@ -164,7 +164,7 @@ def _build(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreT
     )
 
 
-def _on_meta(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+def on_meta(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:
     with torch.device("meta"):
         return _build(config, model_class)
 
@@ -272,7 +272,7 @@ def _is_small(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> b
     if depth > _BLOCKS or width * vocab > _SMALL:
         return False
     try:
-        return sum(p.numel() for p in _on_meta(config, model_class).parameters()) < _SMALL
+        return sum(p.numel() for p in on_meta(config, model_class).parameters()) < _SMALL
     except Exception:  # an incomplete config; what is wrong is reported if shrinking it fails too
         return False
 
@@ -393,7 +393,7 @@ def _fewer_blocks(
     keys = shrunk[text] if text else shrunk
     whole = type(config).from_dict(copy.deepcopy(shrunk))
     stacks = _stacks(
-        _on_meta(whole, model_class), {getattr(whole.get_text_config(), "num_hidden_layers", None), *_depths(keys)}
+        on_meta(whole, model_class), {getattr(whole.get_text_config(), "num_hidden_layers", None), *_depths(keys)}
     )
     depth = len(next(iter(stacks.values()), ()))
     if depth <= _LEAST_BLOCKS:
@@ -405,7 +405,7 @@ def _fewer_blocks(
         few = _cut(keys, depth, keep)
         try:
             made = type(config).from_dict(copy.deepcopy(shrunk | {text: few} if text else few))
-            model = _on_meta(made, model_class)
+            model = on_meta(made, model_class)
             found = _kinds([model.get_submodule(name) for name in stacks], few, lists)
         except Exception as failed:  # a class may refuse the order, or miss a block that others share
             error = failed

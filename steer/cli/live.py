@@ -192,9 +192,12 @@ def serve(
     options = Options(
         host, api_key, load_profiles(profile), limits, allow_host, allow_origin, any_model_name, keep_alive
     )
+    from steer.checkpoint.fetch import resolve
     from steer.model.loaded import WITHOUT_THOUGHTS
     from steer.model.steered import load
+    from steer.serve.packed import check_files
 
+    check_files(resolve(model), model)
     live = load(model, device_map=device_map, four_bit=four_bit)
     live.template_options = dict(WITHOUT_THOUGHTS) if no_think else {}
     run(

@@ -57,11 +57,11 @@ class ScheduleSpec:
 
     part: Part = "text"
     first: _Tokens | None = None
-    """Only while the first n tokens of the reply are written."""
+    """Only while the first n tokens of the reply, or of that part of it, are written."""
     after: Count | None = None
-    """Only once n tokens of the reply are written."""
+    """Only once n tokens of the reply, or of that part of it, are written."""
     ramp: _Tokens | None = None
-    """The effect grows evenly over n tokens of the reply, until all of it acts."""
+    """The effect grows evenly over n tokens of the reply or part, until all of it acts."""
     gate: Annotated[GateSpec | None, Field(alias="while")] = None
 
     def __post_init__(self) -> None:

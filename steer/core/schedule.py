@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,8 +22,14 @@ from steer.errors import UsageError
 PARALLEL = 1e-6
 """Singular values of a set of unit vectors below this share of the largest count as 0: vectors that are parallel except
 for rounding are one direction."""
-Part = Literal["text", "reply"]
-"""`text`: the whole text, prompt included. `reply`: only the tokens of the reply."""
+Part = Literal["text", "reply", "thoughts", "answer"]
+"""`text`: the whole text, prompt included. `reply`: only the tokens of the reply. `thoughts`: its tokens up to the mark
+that ends the thoughts, both marks included. `answer`: its tokens after that mark, and all of them where a model has no
+thoughts. Whether a reply begins with thoughts is known once its first token is written. So that token, or all of a mark
+that takes several, counts as thoughts wherever the model's template or vocabulary has such marks and the prompt has not
+closed the thoughts already."""
+PARTS: tuple[Part, ...] = get_args(Part)
+THOUGHTS, ANSWER = PARTS.index("thoughts"), PARTS.index("answer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,17 +104,17 @@ class Schedule:
 
     part: Part = "text"
     first: int | None = None
-    """Only while the first n tokens of the reply are written."""
+    """Only while the first n tokens of the reply, or of that part of it, are written."""
     after: int | None = None
-    """Only once n tokens of the reply are written."""
+    """Only once n tokens of the reply, or of that part of it, are written."""
     ramp: int | None = None
-    """The effect grows evenly over n tokens of the reply (counted from `after`) until all of it acts."""
+    """The effect grows evenly over n tokens of the reply or part (counted from `after`) until all of it acts."""
     gate: Gate | None = None
     """Acts only on tokens on which this gate is open. None: on all."""
 
     def __post_init__(self) -> None:
-        if self.part not in ("text", "reply"):
-            raise UsageError(f"when: expected part text or reply, found {self.part!r}")
+        if self.part not in PARTS:
+            raise UsageError(f"when: expected part {', '.join(PARTS[:-1])} or {PARTS[-1]}, found {self.part!r}")
         for name, least in (("first", 1), ("after", 0), ("ramp", 1)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
@@ -119,7 +125,7 @@ class Schedule:
     @property
     def timed(self) -> bool:
         """Whether the effect depends on the token's position."""
-        return self.part == "reply" or any(x is not None for x in (self.first, self.after, self.ramp))
+        return self.part != "text" or any(x is not None for x in (self.first, self.after, self.ramp))
 
     @property
     def always(self) -> bool:
@@ -127,19 +133,26 @@ class Schedule:
         return not self.timed and self.gate is None
 
     @property
-    def window(self) -> tuple[float, float, float]:
-        """(start, end, ramp) in reply tokens: the share that acts on reply token `i` is
-        `clamp((i - start + 1) / ramp, 0, 1)` where `i < end`, else 0. Tokens of the prompt are negative."""
+    def window(self) -> tuple[float, float, float, int]:
+        """(start, end, ramp, part) in reply tokens: the share that acts on reply token `i` is
+        `clamp((i - start + 1) / ramp, 0, 1)` where `i < end`, else 0. Tokens of the prompt are negative. `part`:
+        `THOUGHTS` if it acts on thoughts alone, `ANSWER` if on the answer, from whose first token `i` is counted then,
+        else 0."""
         if not self.timed:
-            return -math.inf, math.inf, 1.0
+            return -math.inf, math.inf, 1.0, 0
         end = math.inf if self.first is None else float(self.first)
-        return float(self.after or 0), end, float(self.ramp or 1)
+        part = PARTS.index(self.part) if self.part in ("thoughts", "answer") else 0
+        return float(self.after or 0), end, float(self.ramp or 1), part
 
     def excludes(self, other: Schedule) -> bool:
         """Whether no token can be in both schedules."""
         if self.gate is not None and other.gate is not None and self.gate.excludes(other.gate):
             return True
-        (start, end, _), (other_start, other_end, _) = self.window, other.window
+        (start, end, _, part), (other_start, other_end, _, other_part) = self.window, other.window
+        if part != other_part and ANSWER in (part, other_part):
+            # Token `i` of the answer is token `i` of the reply or a later one.
+            answer_start, reply_end = (start, other_end) if part == ANSWER else (other_start, end)
+            return THOUGHTS in (part, other_part) or answer_start >= reply_end
         return max(start, other_start) >= min(end, other_end)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from steer.core.stops import begun
+
 
 @dataclass(frozen=True)
 class ThoughtMarks:
@@ -61,6 +63,11 @@ class ThoughtSplitter:
         """Whether the reply is within its thoughts."""
         return self.opened and not self._answering
 
+    @property
+    def answering(self) -> bool:
+        """Whether the answer has begun: the thoughts are closed, or there are none."""
+        return self._answering
+
     def add(self, text: str) -> tuple[str, str]:
         """Add text; return (thoughts, answer) that are decided now."""
         return self._take(text, False)
@@ -83,7 +90,7 @@ class ThoughtSplitter:
                 self._held, self._trim = begin[len(found) :], True
         if not self._answering:
             inside, closed, after = self._held.partition(self._marks.close)
-            cut = len(inside) if closed or last else len(inside) - _begun(inside, self._marks.close)
+            cut = len(inside) if closed or last else len(inside) - begun(inside, (self._marks.close,))
             thoughts = inside[:cut].rstrip()
             if self._trim:
                 thoughts = thoughts.lstrip()
@@ -105,8 +112,3 @@ def split_thoughts(text: str, marks: ThoughtMarks) -> tuple[str, str]:
     splitter = ThoughtSplitter(marks)
     pieces = [splitter.add(text), splitter.end()]
     return "".join(p[0] for p in pieces), "".join(p[1] for p in pieces)
-
-
-def _begun(text: str, mark: str) -> int:
-    """Return how many characters at the end of a text may be the beginning of a mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)

@@ -19,8 +19,10 @@ from steer.core.slider import Operation, Slider
 from steer.core.trait import NeutralPrompts
 from steer.errors import UsageError
 from steer.files import without_nan
+from steer.measure.contrast import Reply
 from steer.measure.harness import (
     Text,
+    answered,
     mean_repetition,
     plain_paragraphs,
     prose_texts,
@@ -221,16 +223,17 @@ class NeutralCosts:
         self.prompts = NeutralPrompts.load().held_out[-PROMPTS:]
         self._contexts = [model.prompt_ids(as_messages(p), thoughts=False) for p in self.prompts]
         untouched = self._replies([None])[0]
-        self.repetition = mean_repetition(untouched)
+        self.repetition = mean_repetition([r.ids for r in untouched])
         """Mean repetition of the untouched replies."""
-        texts = [(p, r[:TEXT_TOKENS]) for p, r in zip(self._contexts, untouched, strict=True) if r]
-        self.replies: Sequence[Text] = texts[-TEXTS:]
+        texts = [(r.prompt_ids(model), r.ids[:TEXT_TOKENS]) for r in answered(model, untouched)[-TEXTS:]]
+        self.replies: Sequence[Text] = texts
         # The second half of the prose: searches for bakes use the first.
         self.prose = prose_texts(model, plain_paragraphs()[1][:PASSAGES], TEXT_TOKENS)
 
     def repetitions(self, edits: Sequence[Edit | None]) -> list[float]:
         """The mean repetition of replies under each edit. For None that of the untouched replies is returned."""
-        made = map(mean_repetition, self._replies([e for e in edits if e is not None]))
+        replies = self._replies([e for e in edits if e is not None])
+        made = (mean_repetition([r.ids for r in group]) for group in replies)
         return [self.repetition if e is None else next(made) for e in edits]
 
     def divergences(self, edits: Sequence[Edit | None]) -> list[tuple[float, float]]:
@@ -241,7 +244,7 @@ class NeutralCosts:
         found = iter([(a, b) for (a, _), (b, _) in zip(chat, prose, strict=True)])
         return [(0.0, 0.0) if e is None else next(found) for e in edits]
 
-    def _replies(self, edits: Sequence[Edit | None]) -> list[list[list[int]]]:
+    def _replies(self, edits: Sequence[Edit | None]) -> list[list[Reply]]:
         self._count(len(edits) * sum(map(len, self._contexts)))
         return replies_under(self.model, self.prompts, edits, self.sampler, on_tokens=self._count)
 

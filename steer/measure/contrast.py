@@ -7,7 +7,6 @@ replies.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,7 +31,6 @@ SAMPLER = Sampler(max_new_tokens=64, temperature=0.7, top_k=40, repetition_penal
 Take = Callable[[list[int], Bool[Tensor, "rows seq"], int, Float[Tensor, "rows seq d"]], None]
 """Callback of `read_replies`, called per batch and site with: the indices of the replies in the batch, the mask of
 their response tokens, the site, and the residual stream at that site."""
-_log = logging.getLogger(__name__)
 _PARTS = ("fit_with", "fit_without", "held_out_with", "held_out_without", "neutral")
 
 
@@ -48,6 +46,30 @@ class Reply:
     """The mean residual stream over the reply's tokens after each block, if it was summed during generation."""
     thoughts: tuple[int, ...] = ()
     """Tokens of thoughts that the model wrote before `ids`. They are read, and nothing is measured on them."""
+
+    @classmethod
+    def all_of(
+        cls,
+        model: SteeredModel,
+        chats: Sequence[Sequence[Message]],
+        made: Sequence[Sequence[int]],
+        means: Sequence[Tensor | None] | None = None,
+    ) -> list[Reply]:
+        """The replies in what `model.replies` made of `chats`, without the thoughts of a model that thinks unasked.
+
+        The first time, a warning says how many had thoughts, and how many are empty as their thoughts did not end.
+        """
+        means = means or [None] * len(chats)
+        out = [cls.of(model, *row) for row in zip(chats, made, means, strict=True)]
+        if thought := [r for r in out if r.thoughts]:
+            endless, longest = sum(not r.ids for r in thought), max(map(len, made))
+            without = f", and {endless} are nothing else in {longest} tokens" if endless else ""
+            model.warn_once(
+                "thoughts",
+                f"{len(thought)} of {len(out)} replies begin with thoughts, which its chat template does not leave "
+                f"out; only what follows them is measured{without}",
+            )
+        return out
 
     @classmethod
     def of(cls, model: SteeredModel, chat: Sequence[Message], made: Sequence[int], mean: Tensor | None = None) -> Reply:
@@ -139,22 +161,13 @@ def contrast_replies(
         )
     ]
     chats = [chat for part in parts for chat in part]
-    sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
+    sums = None
+    if model.end_text is None:  # else the sums would have the tokens of that text in them
+        sums = torch.zeros(model.anatomy.blocks, len(chats), model.anatomy.width, device=model.device)
     with model.untouched():
         made = model.replies(chats, sampler, on_tokens=on_tokens, sums=sums, thoughts=False)
-    found = [
-        Reply.of(model, c, ids, (sums[:, i] / max(1, len(ids))).cpu())
-        for i, (c, ids) in enumerate(zip(chats, made, strict=True))
-    ]
-    if thought := [r for r in found if r.thoughts]:
-        endless = sum(not r.ids for r in thought)
-        without = f", and {endless} are left out, as their thoughts do not end in {sampler.max_new_tokens} tokens"
-        _log.warning(
-            "%s: %d of %d replies begin with thoughts, which its chat template does not leave out; only what follows "
-            "them is measured%s", model.name, len(thought), len(found),
-            without if endless else "",
-        )  # fmt: skip
-    replies = iter(found)
+    means = sums if sums is None else [(sums[:, i] / max(1, len(ids))).cpu() for i, ids in enumerate(made)]
+    replies = iter(Reply.all_of(model, chats, made, means))
     # A reply that ended at once has no tokens to measure.
     split = [tuple(r for r in islice(replies, len(part)) if r.ids) for part in parts]
     return Contrast(trait, *split[:4], neutral=split[4] if neutral is None else tuple(neutral))

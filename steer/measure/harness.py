@@ -23,6 +23,7 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.sampler import MEASURE, Sampler
 from steer.core.trait import Trait
+from steer.errors import UsageError
 from steer.files import without_nan
 from steer.measure.contrast import Reply
 from steer.measure.scorer import Scorer, marker_rate
@@ -95,10 +96,19 @@ class Point(Scores):
 class Answers:
     """A model's replies to one trait's topics under one edit, and what the trait's scorer says about each."""
 
-    ids: list[list[int]]
-    texts: list[str]
+    replies: list[Reply]
     probabilities: Numbers
     """The scorer's probability that a reply shows the trait."""
+
+    @property
+    def ids(self) -> list[tuple[int, ...]]:
+        """The tokens of each reply."""
+        return [r.ids for r in self.replies]
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each reply."""
+        return [r.text for r in self.replies]
 
     @property
     def repetitions(self) -> Numbers:
@@ -156,7 +166,10 @@ def measure_settings(
     if perplexities:
         # Each topic is read once for all settings.
         asked = [(judge or model).prompt_ids(as_messages(topic), thoughts=False) for topic in topics]
-        rows = [[(p, r) for p, r in zip(asked, g.ids[::samples], strict=True) if r] for g in groups]
+        rows = [
+            [([*p, *r.thoughts], r.ids) for p, r in zip(asked, g.replies[::samples], strict=True) if r.ids]
+            for g in groups
+        ]
         entropies = iter(text_costs(judge or model, [row for group in rows for row in group], [None])[0, :, 1])
         surprises = [perplexity([next(entropies) for _ in group], [len(r) for _, r in group]) for group in rows]
     # The untouched model has a KL of 0, but a baked checkpoint (`judge` is given) has one without an edit.
@@ -220,9 +233,8 @@ def answers(
     for replies in map(iter, replies_under(model, asked, edits, sampler, systems=systems, on_tokens=on_tokens)):
         row = []
         for scorer, part in zip(scorers, topics, strict=True):
-            ids = list(islice(replies, samples * len(part)))
-            texts = [model.text(r) for r in ids]
-            row.append(Answers(ids, texts, scorer.probabilities(texts)))
+            said = list(islice(replies, samples * len(part)))
+            row.append(Answers(said, scorer.probabilities([r.text for r in said])))
         out.append(row)
     return out
 
@@ -235,22 +247,24 @@ def replies_under(
     *,
     systems: Sequence[str | None] | None = None,
     on_tokens: Advance | None = None,
-) -> list[list[list[int]]]:
-    """Replies to every prompt under each edit (None: the untouched model), as token ids, generated in one call.
+) -> list[list[Reply]]:
+    """Replies to every prompt under each edit (None: the untouched model), without thoughts, generated in one call.
 
     A prompt draws the same random numbers under every edit, so that differences come from the edit. `systems` has a
     system prompt per edit.
     """
     per = len(prompts)
+    chats = [as_messages(prompt, system) for system in systems or [None] * len(edits) for prompt in prompts]
     made = model.replies(
-        [as_messages(prompt, system) for system in systems or [None] * len(edits) for prompt in prompts],
+        chats,
         sampler,
         [e for e in edits for _ in prompts],
         keys=list(range(per)) * len(edits),
         on_tokens=on_tokens,
         thoughts=False,
     )
-    return [made[i * per : (i + 1) * per] for i in range(len(edits))]
+    replies = Reply.all_of(model, chats, made)
+    return [replies[i * per : (i + 1) * per] for i in range(len(edits))]
 
 
 def neutral_replies(
@@ -260,8 +274,18 @@ def neutral_replies(
     chats: list[list[Message]] = [as_messages(p) for p in prompts]
     with model.untouched():
         made = model.replies(chats, replace(MEASURE, max_new_tokens=tokens), on_tokens=on_tokens, thoughts=False)
-    replies = [Reply.of(model, c, r) for c, r in zip(chats, made, strict=True)]
-    return [r for r in replies if r.ids]
+    return answered(model, Reply.all_of(model, chats, made))
+
+
+def answered(model: SteeredModel, replies: Sequence[Reply]) -> list[Reply]:
+    """The replies that are not empty. Errors: UsageError if all are, as nothing can be measured on them."""
+    found = [r for r in replies if r.ids]
+    if not found:
+        raise UsageError(
+            f"{model.name}: expected replies to neutral prompts, found {len(replies)} that are empty, thoughts left "
+            "out; check its chat template and end tokens"
+        )
+    return found
 
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:

@@ -28,6 +28,8 @@ RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_templa
 """Names that cannot be a template's options, because they mean something else to transformers."""
 _PROBE = "steerprobe"
 """Stands for a text that is looked for in what a template writes."""
+_MARK = re.compile(r"\s*(<[^<>\s]{2,40}>|\[[^\[\]\s]{2,40}\])")
+"""A mark, as templates write them between turns."""
 _REFUSALS = (TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError)
 """What a template that does not take a chat may raise."""
 Chat = list[dict[str, Any]]
@@ -45,6 +47,16 @@ class RenderedChat:
     that the reply begins with."""
     notes: tuple[str, ...] = ()
     """What was changed so that the template takes the chat, in sentences."""
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """What a template writes after a reply, by which the reply ends."""
+
+    token: int | None = None
+    """The first special or added token; None where there is none."""
+    text: str | None = None
+    """A mark such as <|im_end|> that is no token of the tokenizer, so that the model writes it as ordinary text."""
 
 
 class ChatTemplate:
@@ -110,20 +122,25 @@ class ChatTemplate:
         """Return a chat as text, replies and all. Errors: as `render`."""
         return self._taken([dict(m) for m in messages], False, {})[1]
 
-    def turn_end(self) -> int | None:
-        """Return the first special or added token that the template writes after a reply; None where it writes none."""
+    def turn_end(self) -> TurnEnd:
+        """Return what the template writes after a reply."""
         tokenizer = self._tokenizer
         try:
             text = self._apply([_user("a"), {"role": "assistant", "content": _PROBE}], False, {})
         except (CheckpointError, UsageError):
-            return None
+            return TurnEnd()
         _, said, after = text.rpartition(_PROBE)
         if not said:
-            return None
+            return TurnEnd()
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         # The unknown token ends no reply; BOS begins the next chat and ends none, unless it is EOS as well.
         special -= {tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
-        return next((i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special), None)
+
+        def token_in(text: str) -> int | None:
+            return next((i for i in tokenizer(text, add_special_tokens=False).input_ids if i in special), None)
+
+        mark = _MARK.match(after)
+        return TurnEnd(token_in(after), mark[1] if mark is not None and token_in(mark[1]) is None else None)
 
     @staticmethod
     def _aliased(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,9 +277,14 @@ def _user(text: str) -> dict[str, Any]:
 
 
 def marks_of(tokenizer: Any) -> ThoughtMarks:
-    """Return the marks that a model writes around its thoughts: those in its template or vocabulary, else <think>."""
+    """Return the marks that a model writes around its thoughts: those that are known of it, else <think>."""
+    return known_marks(tokenizer) or THINK
+
+
+def known_marks(tokenizer: Any) -> ThoughtMarks | None:
+    """Return the marks of thoughts in a model's template or vocabulary; None where neither has any."""
     template = tokenizer.chat_template
     written = template if isinstance(template, str) else " ".join(map(str, (template or {}).values()))
     tokens = {str(t) for t in tokenizer.added_tokens_decoder.values()}
     known = [(m, [mark for mark in (m.open, m.close, m.answer) if mark]) for m in MARKS]
-    return next((m for texts in (written, tokens) for m, marks in known if any(k in texts for k in marks)), THINK)
+    return next((m for texts in (written, tokens) for m, marks in known if any(k in texts for k in marks)), None)

@@ -25,6 +25,7 @@ from steer.model.kv_cache import GrowingLayer, growing_cache
 from steer.model.loaded import LoadedModel
 from steer.model.prefill import decoder_pass
 from steer.model.products import is_matrix
+from steer.model.written import WrittenText
 
 
 class CompiledStep:
@@ -50,10 +51,13 @@ class CompiledStep:
             growing_cache(self._model.hf.config),
             torch.zeros(1, 2, dtype=torch.long, device=self._model.device),
         )
-        mask, starts = torch.ones(1, 3, dtype=torch.long, device=self._model.device), ids[:, :1] + 2
-        decoder_pass(self._model, ids, mask[:, :2], cache, None, starts)
+        mask, texts = (
+            torch.ones(1, 3, dtype=torch.long, device=ids.device),
+            [WrittenText(self._model.tokenizer, [0, 0], 2)],
+        )
+        decoder_pass(self._model, ids, mask[:, :2], cache, None, texts)
         with self.running(cache):
-            logits(self._model, decoder_pass(self._model, ids[:, :1], mask, cache, None, starts))
+            logits(self._model, decoder_pass(self._model, ids[:, :1], mask, cache, None, texts))
 
     @contextmanager
     def running(self, cache: Cache) -> Iterator[None]:

@@ -25,6 +25,7 @@ from steer.model.record import reading
 from steer.model.sampling import Draw, choose_each
 from steer.model.steering.receipts import Tally
 from steer.model.tokens import check_length, filled, padded, warn_filled
+from steer.model.written import WrittenText
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,14 @@ def decode(
     seeds = keys if keys is not None else range(len(prompts))
     draws = [Draw(sampler, p, k, model.tokenizer, begun) for p, k in zip(prompts, seeds, strict=True)]
     ids, mask = padded(prompts, left=True, device=device)
-    starts = torch.tensor([[n - begun] for n in lengths], device=device)
+    texts = [WrittenText(model.tokenizer, p, len(p) - begun) for p in prompts]
     alive, row = list(range(len(prompts))), None
-    text = list(prompts[0])
     fed, cache = ids, growing_cache(model.hf.config)
     if memory is not None:
         memory.read = 0
     for made in range(1, sampler.max_new_tokens + 1):
         if memory is not None and not memory.holds(cache):
-            cache, unread = memory.recall(text, model.hf.config)
+            cache, unread = memory.recall(texts[0].ids, model.hf.config)
             fed = torch.tensor([unread], device=device)
         new = fed.shape[1]
         with steering.lock, torch.inference_mode():
@@ -88,13 +88,14 @@ def decode(
             one_token = len(prompts) == 1 and new == 1 and mask.shape[1] > 1
             compiled = model.compiled if one_token else None
             with compiled.running(cache) if compiled is not None else nullcontext():
-                hidden = decoder_pass(model, fed, mask, cache, row if several else None, starts, tally=tally)
+                hidden = decoder_pass(model, fed, mask, cache, row if several else None, texts, tally=tally)
                 scores = logits(model, hidden[:, -1:])[:, -1]
         if memory is not None and memory.holds(cache):
             memory.add(fed[0].tolist())
         model.check_finite(scores)
         tokens = choose_each(scores, [draws[i] for i in alive])
-        text.append(tokens[0])
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
         yield Step(tuple(alive), tuple(tokens))
         going = []
         for j, token in enumerate(tokens):
@@ -113,9 +114,9 @@ def decode(
         mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
         if len(going) < len(alive):
             keep = torch.tensor(going, device=device)
-            mask, fed, starts = mask[keep], fed[keep], starts[keep]
+            mask, fed = mask[keep], fed[keep]
             select_rows(cache, keep)
-            alive = [alive[j] for j in going]
+            alive, texts = [alive[j] for j in going], [texts[j] for j in going]
             row = torch.tensor(alive, device=device)
 
 
@@ -140,9 +141,9 @@ def generate(
     under the only edit. `on_tokens` is called at each step with the number of tokens made. `sums`: the residual stream
     of every reply token is added to it, by site and row.
 
-    A row whose text fills the model's context ends there, with a ContextWarning; with `sums` all rows end where the
-    first would. Errors: UsageError for a prompt that leaves no room for a reply and where no token can be drawn,
-    CheckpointError for logits that are not finite.
+    A reply also ends at `model.end_text`. A row whose text fills the model's context ends there, with a ContextWarning;
+    with `sums` all rows end where the first would. Errors: UsageError for a prompt that leaves no room for a reply and
+    where no token can be drawn, CheckpointError for logits that are not finite.
     """
     longest, most = max(map(len, prompts)), sampler.max_new_tokens
     check_length(model.name, longest, model.context)
@@ -167,9 +168,23 @@ def generate(
     seeds = keys if keys is not None else range(len(prompts))
     draws = [Draw(sampler, p, k, model.tokenizer) for p, k in zip(prompts, seeds, strict=True)]
     row = torch.tensor(list(which), device=device) if which is not None else None
-    starts = torch.tensor([[len(p)] for p in prompts], device=device)
+    texts = [WrittenText(model.tokenizer, p, len(p)) for p in prompts]
     out: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
+    pieces = [model.detokeniser() for _ in prompts] if model.end_text else []
+
+    def ended(row: int, token: int) -> bool:
+        """Add a token to a row's reply; return whether it ends the reply."""
+        if token in ends:
+            return True
+        out[row].append(token)
+        if pieces:
+            pieces[row].add(token)
+            if pieces[row].ended:
+                out[row] = model.without_end(out[row])
+                return True
+        return False
+
     with ExitStack() as hooks:
         if sums is not None:
 
@@ -182,23 +197,24 @@ def generate(
             tokens = choose_each(scores, [draws[i] for i in alive])
             if on_tokens is not None:
                 on_tokens(len(alive))
-            for i, token in zip(alive, tokens, strict=True):
-                if token not in ends:
-                    out[i].append(token)
+            over = [ended(i, token) for i, token in zip(alive, tokens, strict=True)]
             last = step + 1 == most
             full = [sums is None and len(prompts[i]) + len(out[i]) >= model.context for i in alive]
             if not last and any(full):
                 warn_filled(model.name, model.context)
-            stay = _order([token not in ends and not f for token, f in zip(tokens, full, strict=True)])
+            stay = _order([not o and not f for o, f in zip(over, full, strict=True)])
             if not stay or (last and sums is None):
                 break
             if len(stay) < len(alive):
                 keep = torch.tensor(stay, device=device)
-                mask, starts, row = mask[keep], starts[keep], None if row is None else row[keep]
+                mask, row = mask[keep], None if row is None else row[keep]
                 select_rows(cache, keep)
                 alive, tokens = [alive[j] for j in stay], [tokens[j] for j in stay]
+                texts = [texts[j] for j in stay]
+            for text, token in zip(texts, tokens, strict=True):
+                text.append(token)
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            hidden = decoder_pass(model, torch.tensor(tokens, device=device)[:, None], mask, cache, row, starts)
+            hidden = decoder_pass(model, torch.tensor(tokens, device=device)[:, None], mask, cache, row, texts)
             if not last:
                 scores = logits(model, hidden[:, -1:])[:, -1]
     return out

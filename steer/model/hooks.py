@@ -26,6 +26,7 @@ from steer.model.record import replacing
 from steer.model.sliders import Sliders, Target
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.module_edits import ModuleEdit, module_edits
+from steer.model.steering.steering import PASSES_WITHOUT_PARTS
 
 Steers = Profile | str | Path | Edit | Mapping[Target, float] | Mapping[str, float]
 """What hooks can be made from: a profile or its file, an Edit, or amounts as `model.steered` takes them."""
@@ -95,6 +96,8 @@ def _acts(sliders: Sliders, what: Steers, reply_start: ReplyStart) -> list[tuple
     edit, model, counter = _edit(sliders, what), sliders.model, _Counter(reply_start)
     programs = module_edits((edit,), model.anatomy, model.steering.gain)
     out = [(name, _act(program, counter.text)) for name, program in programs.items()]
+    if any(program.splits_reply for program in programs.values()):
+        raise UsageError(PASSES_WITHOUT_PARTS)
     timed = any(program.timed for program in programs.values())
     return [(model.anatomy.embedding_modules[0], counter), *out] if timed else out
 

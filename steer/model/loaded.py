@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.core.edit import Edit
+from steer.core.stops import begun
 from steer.core.thoughts import ThoughtSplitter
 from steer.errors import CheckpointError
 from steer.model import attention
@@ -75,7 +76,16 @@ class LoadedModel:
         self.template_options: dict[str, Any] = {}
         """Variables of the chat template that every chat is rendered with, such as `WITHOUT_THOUGHTS`."""
         self._noted: set[str] = set()
-        self.end_token_ids = end_token_ids(hf.config, hf.generation_config, tokenizer, self.template.turn_end())
+        turn_end = self.template.turn_end()
+        self.end_text = turn_end.text
+        """Text that ends a reply and is no part of it; None where a token does."""
+        if self.end_text is not None:
+            self.warn_once(
+                "end of turn",
+                f"its tokenizer has no token {self.end_text}, with which the chat template ends a turn; replies end "
+                "where the model writes it as text",
+            )
+        self.end_token_ids = end_token_ids(hf.config, hf.generation_config, tokenizer, turn_end.token)
         """Tokens that end a reply: those of the generation config, the config and the tokenizer, and the one that the
         chat template writes after a reply."""
         self.context = context_length(hf.config)
@@ -120,10 +130,14 @@ class LoadedModel:
         # Not the length without the reply: its first token may have been joined with a space before it.
         head = common_length(self.encode(chat.text[: len(chat.text) - chat.begun]), ids) if chat.begun else len(ids)
         for note in chat.notes:
-            if note not in self._noted:
-                self._noted.add(note)
-                _log.warning("%s: %s", self.name, note)
+            self.warn_once(note, note)
         return ChatPrompt(ids, len(ids) - head, chat.opening, chat.notes)
+
+    def warn_once(self, key: str, text: str) -> None:
+        """Log a warning about this model, unless there was one with this key."""
+        if key not in self._noted:
+            self._noted.add(key)
+            _log.warning("%s: %s", self.name, text)
 
     def prompt_ids(self, messages: Sequence[Message], *, thoughts: bool = True) -> list[int]:
         """Token ids of a chat up to the point where the reply begins, with one BOS at most.
@@ -139,6 +153,20 @@ class LoadedModel:
             if split.add(text.add(token))[1]:
                 return i if split.opened else 0
         return len(ids) if split.opened else 0
+
+    def detokeniser(self, prompt: Sequence[int] = ()) -> Detokeniser:
+        """A Detokeniser for one reply, which ends at `end_text`. `prompt`: the tokens before the text."""
+        return Detokeniser(self.tokenizer, prompt, self.end_text)
+
+    def without_end(self, ids: Sequence[int]) -> list[int]:
+        """A reply's tokens up to the first that has a part of `end_text` in it."""
+        out = list(ids)
+        while self.end_text and out:
+            text = self.text(out)
+            if self.end_text not in text and not begun(text, (self.end_text,)):
+                break
+            out.pop()
+        return out
 
     def encode(self, text: str, *, frame: bool = False) -> list[int]:
         """Token ids of a text as it is; with `frame`, between the special tokens that the tokenizer puts around a text.

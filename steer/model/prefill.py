@@ -24,6 +24,7 @@ from steer.model.loaded import LoadedModel
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Tally
 from steer.model.tokens import common_length, padded
+from steer.model.written import WrittenText
 
 PASS = 64
 """The cost of a pass, in tokens: a pass over few tokens takes as long as one over this many more, since every weight is
@@ -68,14 +69,14 @@ def prefill(
     ids, mask = padded(texts, left=True, device=model.device)
     ids = ids[:, -fed:]
     row = torch.tensor(rows, device=model.device) if which is not None else None
-    starts = torch.tensor([[p] for p in prompts], device=model.device)
+    written = [WrittenText(model.tokenizer, t, p) for t, p in zip(texts, prompts, strict=True)]
     # Some classes begin their states anew in a pass of several tokens.
     step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" and not has_states(cache) else fed
     before = mask.shape[1] - fed
     spread = Spread.of(model, texts, cache) if which is not None else None
     with spread.narrowed(cache) if spread is not None else nullcontext():
         hidden = [
-            decoder_pass(model, ids[:, i : i + step], mask[:, : before + i + step], cache, row, starts, spread)
+            decoder_pass(model, ids[:, i : i + step], mask[:, : before + i + step], cache, row, written, spread)
             for i in range(0, fed, step)
         ]
     return Prefill(cache, mask, torch.cat(hidden, dim=1))
@@ -140,13 +141,13 @@ def decoder_pass(
     mask: Int[Tensor, "rows seq"],
     cache: Cache,
     row: Int[Tensor, " rows"] | None,
-    starts: Int[Tensor, "rows 1"],
+    texts: Sequence[WrittenText],
     spread: Spread | None = None,
     tally: Tally | None = None,
 ) -> Float[Tensor, "rows new d"]:
     """Run the decoder over new tokens, add them to the cache and return the input of the LM head.
 
-    `row`: as `ForwardContext.row`. `starts`: how many tokens of each text come before its reply. `spread`: how
+    `row`: as `ForwardContext.row`. `texts`: each text up to the new tokens, or further. `spread`: how
     the cache is narrowed, inside of `Spread.narrowed`. `tally`: records what the sliders do.
     """
     decoder = model.hf.get_submodule(model.anatomy.decoder_module)
@@ -154,9 +155,15 @@ def decoder_pass(
         seen = mask[:, -ids.shape[1] :]
         # In new memory: the strides of a slice differ from step to step, and compiled code would see new cases.
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].clone(memory_format=torch.contiguous_format)
+        index = answer = None
+        if model.steering.timed:
+            index = positions - torch.tensor([[t.start] for t in texts], device=ids.device) + 1
+        if model.steering.splits_reply:
+            answer = torch.tensor([[t.answer] for t in texts], device=ids.device)
         context = ForwardContext(
             row,
-            positions - starts + 1 if model.steering.timed else None,
+            index,
+            answer,
             valid=None if tally is None or bool(seen.all()) else seen.bool(),
             tally=tally,
         )

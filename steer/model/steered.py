@@ -32,7 +32,7 @@ from steer.model.loaded import LoadedModel, Message, as_messages
 from steer.model.loading import files_of, read_model
 from steer.model.sliders import Sliders, Target
 from steer.model.steering.receipts import Tally
-from steer.model.tokens import Detokeniser, check_length
+from steer.model.tokens import check_length
 
 ROWS = 192
 """How many replies are written together at most. On two cores with AVX2 a token of a 135M Llama costs 0.75 of what it
@@ -126,11 +126,13 @@ class SteeredModel(LoadedModel):
     ) -> Iterator[str]:
         """As `stream`, for a prompt given as token ids."""
         # Without the prompt, so that a tokenizer which puts a space before a first word leaves it out of the reply.
-        text = Detokeniser(self.tokenizer, ())
+        text = self.detokeniser()
         for step in decode(self, [prompt], sampler, tally=tally, memory=memory):
             if step.tokens[0] in self.end_token_ids:
                 break
             yield text.add(step.tokens[0])
+            if text.ended:
+                return
         if rest := text.end():
             yield rest
 

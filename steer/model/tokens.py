@@ -14,6 +14,7 @@ from jaxtyping import Int
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from steer.core.stops import begun
 from steer.errors import CheckpointError, UsageError
 from steer.model.chat_template import marks_of
 
@@ -129,8 +130,12 @@ class Detokeniser:
     that the time per token does not grow with the reply.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
-        """`tokenizer`: one of transformers, with a fast backend. `prompt`: the tokens before the reply."""
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], end_text: str | None = None) -> None:
+        """`tokenizer`: one of transformers, with a fast backend. `prompt`: the tokens before the reply. `end_text`: a
+        text at which the reply ends; what may be its beginning is held back."""
+        self._end_text, self._held = end_text, ""
+        self.ended = False
+        """Whether the end text has come."""
         self._tokenizer = tokenizer.backend_tokenizer
         marks = marks_of(tokenizer)
         self._marks = {
@@ -146,8 +151,27 @@ class Detokeniser:
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty while bytes of a character are missing."""
+        return self._until_end(self._decoded(token))
+
+    def end(self) -> str:
+        """The rest of the text: a character that was never completed shows as U+FFFD."""
+        return self._until_end(self._rest(), last=True)
+
+    def _until_end(self, text: str, last: bool = False) -> str:
+        """Of text that is new, what is decided to come before the end text."""
+        if self._end_text is None or self.ended:
+            return "" if self.ended else text
+        self._held += text
+        at = self._held.find(self._end_text)
+        self.ended = at >= 0
+        if not self.ended:
+            at = len(self._held) - (0 if last else begun(self._held, (self._end_text,)))
+        out, self._held = self._held[:at], self._held[at:]
+        return out
+
+    def _decoded(self, token: int) -> str:
         if token in self._marks:
-            text = self.end() + self._marks[token]
+            text = self._rest() + self._marks[token]
             self._seen = [*self._seen, token][-_CONTEXT:]
             self._begin()
             return text
@@ -158,15 +182,14 @@ class Detokeniser:
             # With byte fallback, bytes that are not UTF-8 change how earlier bytes are decoded; the library then fails.
             if "prefix" not in str(e):
                 raise
-            text = self.end()
+            text = self._rest()
             self._begin()
         if text is None:
             return ""
         self._close()
         return text
 
-    def end(self) -> str:
-        """The rest of the text: a character that was never completed shows as U+FFFD."""
+    def _rest(self) -> str:
         text = self._tokenizer.decode(self._open, skip_special_tokens=True)
         self._close()
         return text

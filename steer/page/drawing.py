@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import streamlit as st
 
@@ -43,6 +43,8 @@ _STYLE = """
   [class*="st-key-slider"] [data-testid="stSliderTickBar"] { display: none; }
   .st-budget { height: 8px; border-radius: 4px; background: rgba(128, 128, 128, .25); overflow: hidden; }
   .st-budget div { height: 100%; }
+  .st-context { display: flex; gap: 1px; height: 8px; border-radius: 4px; overflow: hidden;
+    background: rgba(128, 128, 128, .25); }
   .st-heat span { border-radius: 2px; padding: 1px 0; white-space: pre-wrap; }
   .st-heat { line-height: 1.9; overflow-wrap: anywhere; }
   .st-legend { display: flex; gap: .6rem; align-items: center; font-size: .8rem; flex-wrap: wrap; }
@@ -51,12 +53,21 @@ _STYLE = """
 </style>
 """
 _LEVELS = {"fine": "rgba(60,160,90,.85)", "near": "rgba(230,160,30,.9)", "over": "rgba(220,60,60,.9)"}
+_CONTEXT = ("rgba(80,120,220,.85)", "rgba(150,90,200,.85)", "rgba(60,160,90,.85)", "rgba(230,160,30,.6)")
+"""Colours of the parts of a context."""
 _SAFE, _RED = "rgba(60, 160, 90, .75)", "rgba(220, 60, 60, .6)"
 
 
 def style() -> None:
     """Add the page's style sheet."""
     st.html(_STYLE)
+
+
+def folded_thoughts(thoughts: str) -> None:
+    """Draw the thoughts before a reply, folded away; nothing if there are none."""
+    if thoughts:
+        with st.expander("Thoughts", icon=":material/psychology:"):
+            st.markdown(markdown(thoughts))
 
 
 def rail(key: str, low: float, high: float, safe: tuple[float, float]) -> str:
@@ -87,6 +98,16 @@ def budget_bar(share: float, limit: float, level: str) -> str:
         f'aria-label="share of the residual norm that the sliders move">'
         f'<div style="width:{width:.0f}%;background:{_LEVELS[level]}"></div></div>'
     )
+
+
+def context_bar(parts: Mapping[str, int], context: int, words: str) -> str:
+    """Return a bar of the context, one colour per part in tokens. `words`: the same as a sentence."""
+    spans = (
+        f'<div title="{html.escape(f"{name}: {tokens:,} tokens", quote=True)}" '
+        f'style="width:{100 * tokens / context:.2f}%;background:{colour}"></div>'
+        for (name, tokens), colour in zip(parts.items(), _CONTEXT, strict=True)
+    )
+    return f'<div class="st-context" role="img" aria-label="{html.escape(words, quote=True)}">{"".join(spans)}</div>'
 
 
 def marked(spans: Iterable[tuple[str, bool]]) -> str:

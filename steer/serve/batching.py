@@ -25,6 +25,7 @@ from steer.errors import SteerError, UsageError
 from steer.model.sampling import Draw, choose, logprobs, nothing_to_draw
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Receipt, Tally
+from steer.model.written import WrittenText
 from steer.serve.engine import Busy, Event, Finished, Job, Token
 from steer.serve.packed import Batcher, Part, check_blocks
 
@@ -43,6 +44,7 @@ class _Text:
     job: Job
     on_event: Callable[[Event], None]
     draw: Draw
+    tokens: WrittenText
     pages: int
     """Pages of the KV cache that the job takes at most."""
     edit: Edit | None = None
@@ -132,8 +134,9 @@ class BatchingEngine:
     def submit(self, job: Job, on_event: Callable[[Event], None]) -> Callable[[], None]:
         self._check(job)
         draw = Draw(job.sampler, job.prompt, job.key, self.model.tokenizer, job.begun)
+        tokens = WrittenText(self.model.tokenizer, job.prompt, len(job.prompt) - job.begun)
         pages = self._batcher.pages(len(job.prompt) + job.sampler.max_new_tokens)
-        text = _Text(next(self._numbers), job, on_event, draw, pages)
+        text = _Text(next(self._numbers), job, on_event, draw, tokens, pages)
 
         def cancel() -> None:
             text.cancelled = True
@@ -242,17 +245,22 @@ class BatchingEngine:
         # Texts with the same edit share a row, so that nothing is prepared again when one of them comes or goes.
         rows = list(dict.fromkeys(text.edit for text in texts))
         row_of_text = [rows.index(text.edit) for text in texts]
-        if self._routing[0] != (parts, row_of_text):
+
+        def of_tokens(numbers: list[int]) -> Tensor:
+            """Return a number per text as one per packed token."""
             counts = torch.tensor([p.tokens.stop - p.tokens.start for p in parts])
-            firsts = torch.tensor([len(t.job.prompt) - t.job.begun - 1 for t in texts])
-            device = batcher.positions.device
-            row, first = (x.repeat_interleave(counts).to(device) for x in (torch.tensor(row_of_text), firsts))
-            self._routing = (parts, row_of_text), row, first
+            return torch.tensor(numbers).repeat_interleave(counts).to(batcher.positions.device)
+
+        if self._routing[0] != (parts, row_of_text):
+            row = of_tokens(row_of_text)
+            self._routing = (parts, row_of_text), row, of_tokens([t.tokens.start - 1 for t in texts])
         _, row, first = self._routing
         with steering.alone(rows), torch.inference_mode():
             context = ForwardContext(row=row if len(rows) > 1 else None, packed=True, tally=self._tally)
             if steering.timed:
                 context.index = batcher.positions - first
+            if steering.splits_reply:
+                context.answer = of_tokens([text.tokens.answer for text in texts])[None]
             reads = [(text.number, row, p.tokens) for text, row, p in zip(texts, row_of_text, parts, strict=True)]
             self._tally.begin(reads, rows)
             with steering.passing(context):
@@ -263,6 +271,7 @@ class BatchingEngine:
         logprob, top = (None, []) if job.top_logprobs is None else logprobs(logits, token, job.top_logprobs)
         if not text.cancelled:
             self._send_event(text, Token(token, logprob, tuple(top), end))
+        text.tokens.append(token)
         text.written += 1
         if not text.cancelled and (end or text.written >= job.sampler.max_new_tokens):
             self._end(text, "stop" if end else "length")

@@ -7,6 +7,7 @@ is used where the architecture allows it.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from bisect import bisect_right
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,14 +24,18 @@ import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationConfig
 from transformers.masking_utils import sdpa_mask
 
 from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.reader import CheckpointFiles
+from steer.checkpoint.tiny import model_class_of, on_meta
 from steer.core.lists import ranges
 from steer.errors import SteerError, UnsupportedError
+from steer.files import one_line
 from steer.model.attention import attend, check_known, grouped_attention
 
+_log = logging.getLogger(__name__)
 SHARE = 0.25
 """Share of the free memory that pages may take on a CPU."""
 PAGE = 64
@@ -60,6 +66,28 @@ def _known_names() -> Iterator[None]:
         yield
     except (AttributeError, TypeError, KeyError, ImportError) as e:
         raise _unsupported(f"{type(e).__name__}: {e}") from e
+
+
+def check_files(place: str, name: str) -> None:
+    """`check_blocks` on a model without weights, from a checkpoint's config.json, before minutes of loading.
+
+    `place`: a directory or a hub id. `name`: what messages call it. A model that needs its weights for the pass, or
+    whose config transformers cannot read, is not refused here: loading it says so, or `BatchingEngine` does.
+    """
+    if not Path(place).is_dir():
+        return
+    anatomy = Anatomy.of(CheckpointFiles.open(Path(place)).config, name)
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        model_class = model_class_of(config)
+        if model_class is not None:
+            hf: Any = on_meta(config, model_class).eval()
+            hf.set_experts_implementation("batched_mm")  # others look which experts were chosen, in numbers
+            check_blocks(hf, anatomy)
+    except UnsupportedError:
+        raise
+    except Exception as e:
+        _log.debug("%s: not checked before it is loaded: %s", name, one_line(e))
 
 
 @_known_names()

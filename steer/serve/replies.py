@@ -33,6 +33,7 @@ from steer.serve.requests import (
     check,
     prompts_of,
     sampler_of,
+    takes_tools,
     warnings_of,
 )
 from steer.serve.steering import LiveSettings, Setting
@@ -90,7 +91,9 @@ class Replies:
         if plan is None:
             return self._client_left()
         openings = [prompt.opening for prompt in plan.format.choices]
-        writing = Writing(self._engine, plan.jobs, openings, self._model.tokenizer, request.stop or [], self._metrics)
+        ends = [self._model.end_text] if self._model.end_text and isinstance(request, ChatRequest) else []
+        stop = [*(request.stop or ()), *ends]
+        writing = Writing(self._engine, plan.jobs, openings, self._model.tokenizer, stop, self._metrics)
         self._metrics.prompt_tokens.inc(sum(len(p.ids) for p in plan.prompts))
         if request.stream:
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -127,7 +130,7 @@ class Replies:
 
     def _plan(self, request: ChatRequest | CompletionRequest) -> RequestPlan:
         model, limits, context = self._model, self._limits, self._engine.context
-        check(request, limits, context, self._longest)
+        check(request, limits, context, self._longest, takes_tools(model))
         setting = self._settings.setting_for(self.profile_of(request.model), request.steering or Steering())
         sampler = sampler_of(request, (setting or self._settings.live).sampler, limits, len(model.tokenizer), context)
         prompts = prompts_of(model, request, context)

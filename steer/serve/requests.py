@@ -44,6 +44,8 @@ MAX_BIASES = 2**19
 _TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal"))
 MAX_OPTIONS = 32
 """Options of a chat template."""
+MAX_TOOLS = 128
+"""Tools of a request."""
 MAX_SLIDERS = 64
 MAX_AMOUNT = 10_000.0
 """Largest absolute amount of a slider. Amount 1 is as strong as the model shows the trait itself; far larger amounts
@@ -261,6 +263,12 @@ class ChatRequest(Request):
     """The chat template's own options."""
     enable_thinking: Flag | None = None
     """Short for this option of the template."""
+    tools: Annotated[list[dict[str, JsonValue]], _at_most(MAX_TOOLS)] | None = None
+    """Functions that the model may call, for templates that take them."""
+    functions: Annotated[list[dict[str, JsonValue]], _at_most(MAX_TOOLS)] | None = None
+    """The same in the form that OpenAI had before tools."""
+    tool_choice: JsonValue = _aliased("tool_choice", "function_call")
+    """`none`, `auto`, `required`, or the one function that may be called."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -269,6 +277,22 @@ class ChatRequest(Request):
         if reserved := RESERVED & (value or {}).keys():
             raise ValueError(f"expected options of the chat template, found {min(reserved)}, which no request sets")
         return value
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call. Errors: ApiError if the request chooses one that it does not have."""
+        tools = [*(self.tools or ()), *({"type": "function", "function": f} for f in self.functions or ())]
+        if self.tool_choice == "none" or not isinstance(self.tool_choice, dict):
+            return [] if self.tool_choice == "none" else tools
+
+        def name_of(tool: dict[str, Any]) -> Any:
+            function = tool.get("function", tool)
+            return function.get("name") if isinstance(function, dict) else None
+
+        chosen = [tool for tool in tools if name_of(tool) == name_of(self.tool_choice)]
+        if tools and not chosen:
+            raise invalid("tool_choice", "the name of one of the tools", shown(name_of(self.tool_choice)))
+        return chosen
 
     @property
     def options(self) -> dict[str, Any]:
@@ -342,10 +366,13 @@ class Prompt:
     """What was changed so that the chat template takes the chat."""
 
 
-def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int, longest: int) -> None:
+def check(
+    request: ChatRequest | CompletionRequest, limits: Limits, context: int, longest: int, tools: bool = False
+) -> None:
     """Refuse a request that is too large, by counting only, or that asks for what the server does not do.
 
-    `context`: most tokens of a prompt. `longest`: characters of the vocabulary's longest token. Errors: ApiError.
+    `context`: most tokens of a prompt. `longest`: characters of the vocabulary's longest token. `tools`: whether the
+    chat template writes tools. Errors: ApiError.
     """
     if isinstance(request, ChatRequest):
         param, prompts = "messages", 1
@@ -356,6 +383,7 @@ def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int
             raise invalid(param, f"at most {limits.messages}", found, "too_many_messages")
         characters = sum(len(m.text) + sum(len(str(call.function)) for call in m.calls) for m in request.messages)
         characters += sum(len(message.reasoning_content or "") for message in request.messages)
+        characters += len(json.dumps(request.offered)) if tools else 0
     else:
         param, prompts = "prompt", len(request.prompts)
         if request.suffix:
@@ -403,7 +431,8 @@ def chat_prompt(model: SteeredModel, request: ChatRequest) -> Prompt:
     if not chat:
         raise invalid("messages", "one that the assistant's last one replies to", "none", "chat_refused")
     try:
-        prompt = model.prompt(chat, str(last["content"] or "") if last else "", request.options)
+        tools = {"tools": request.offered} if request.offered and takes_tools(model) else {}
+        prompt = model.prompt(chat, str(last["content"] or "") if last else "", request.options | tools)
     except SteerError as e:
         raise ApiError(400, str(e), param="messages", code="chat_refused") from e
     return Prompt(tuple(prompt.ids), prompt.begun, opening=prompt.opening, notes=prompt.notes)
@@ -430,9 +459,14 @@ def warnings_of(model: SteeredModel, request: ChatRequest | CompletionRequest) -
     """Return a line for each thing that a request asks for and does not get."""
     extra = request.model_extra or {}
     fields = [name for name, neutral in NOT_HONOURED.items() if extra.get(name) and extra[name] not in neutral]
-    if extra.get("tool_choice") == "none":
-        fields = [name for name in fields if name != "tools"]
+    offered = isinstance(request, ChatRequest) and bool(request.offered)
+    if offered and not takes_tools(model):
+        fields = [*(name for name in ("tools", "functions") if getattr(request, name)), *fields]
     lines = [f"{name}: this server does not have it, the reply is written without it" for name in fields]
+    if isinstance(request, ChatRequest) and offered and takes_tools(model):
+        lines.append("tools: they are in the prompt; a call that the model writes stays in the text of the reply")
+        if request.tool_choice not in (None, "auto"):
+            lines.append("tool_choice: the chat template has the tools that it leaves, and the model may call none")
     vocabulary = len(model.tokenizer)
     if foreign := [token for token, _ in request.logit_bias or () if token >= vocabulary]:
         found = f"{len(foreign)} beyond it, as {shown(foreign[0])}; they are left out"
@@ -478,6 +512,11 @@ def sampler_of(request: Request, base: Sampler, limits: Limits, vocabulary: int,
 def _knows_tools(model: SteeredModel) -> bool:
     """Return whether the chat template has a form for tool calls."""
     return "tool_calls" in str(model.tokenizer.chat_template)
+
+
+def takes_tools(model: SteeredModel) -> bool:
+    """Return whether the chat template writes the tools that a model may call."""
+    return bool(model.tokenizer.chat_template) and model.template.reads("tools")
 
 
 def _with_tools(message: Message, name: str) -> dict[str, Any]:

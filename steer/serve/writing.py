@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from steer.core.stops import begun, find_stop
 from steer.core.thoughts import ThoughtSplitter
 from steer.errors import SteerError, UsageError
 from steer.model.chat_template import marks_of
@@ -101,18 +102,6 @@ class ReplyText:
             return Piece(out, tuple(ready))
         split = [self._splitter.add(out), *([self._splitter.end()] if last or self.stopped else [])]
         return Piece("".join(s[1] for s in split), tuple(ready), "".join(s[0] for s in split))
-
-
-def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first stop string in a text begins; None if there is none."""
-    found = [at for s in stop if (at := text.find(s)) >= 0]
-    return min(found, default=None)
-
-
-def begun(text: str, stop: Sequence[str]) -> int:
-    """Return how many characters at the end of a text may be the beginning of a stop string."""
-    longest = min(max(map(len, stop), default=1) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
 
 
 @dataclass(frozen=True)

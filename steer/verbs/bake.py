@@ -103,9 +103,9 @@ def bake(
     a known direction is found first. `add`: direction -> amount, written as a bias. `profile`: sliders in place of
     both; all sliders that cannot be baked are named in one error. `form`: `checkpoint`, `adapter` (a PEFT LoRA) or
     `gguf` (a control vector, which holds only what is added). `force`: accept a direction that was found on another
-    checkpoint. `chat_template`: as in `steer.load`; a baked checkpoint keeps it. `command`: the command line, for the
-    certificate. `say`: called with the plan before anything is written. `progress`: called with bytes done and bytes in
-    all. `how`: fields of `HowToAblate`.
+    checkpoint. `chat_template`: as in `steer.load`; it is written beside what is baked. `command`: the command line,
+    for the certificate. `say`: called with the plan before anything is written. `progress`: called with bytes done and
+    bytes in all. `how`: fields of `HowToAblate`.
 
     Tensors are streamed, so memory stays near the size of the largest one.
     Errors: SteerError and its subclasses, one line each.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from steer.baking.bake import bake
-from steer.baking.certificate import Certificate
+from steer.baking.certificate import Certificate, Form
 from steer.baking.verify import verify
 from steer.checkpoint.reader import INDEX, SINGLE, CheckpointFiles
 from steer.core.direction import Direction
@@ -266,6 +266,22 @@ def test_a_chosen_chat_template_stays_with_the_bake_and_is_certified(
     (out / name).write_text("{{ other }}")
     with pytest.raises(CheckpointError, match=name):
         verify(out)
+
+
+@pytest.mark.parametrize("form", ["adapter", "gguf"])
+def test_adapters_and_control_vectors_keep_a_chosen_template_too(
+    source: Path, make_direction: Callable[..., Direction], tmp_path: Path, form: Form
+) -> None:
+    out, lines = tmp_path / "out", list[str]()
+    edit = Edit(add=((make_direction(), 1.0),)) if form == "gguf" else Edit(ablate=(make_direction(),))
+    cert = bake(source, out, edit, form, chat_template="chatml", say=lines.append)
+    assert "<|im_start|>" in (out / "chat_template.jinja").read_text()
+    assert ("tokenizer.json" in cert.files) == (form == "adapter")
+    assert any("--chat-template-file" in line for line in lines) == (form == "gguf")
+    assert ("--chat-template-file chat_template.jinja" in (out / "README.md").read_text()) == (form == "gguf")
+    verify(out)
+    plain = bake(source, tmp_path / "plain", edit, form)
+    assert not {"tokenizer.json", "chat_template.jinja"} & plain.files.keys()
 
 
 def test_a_template_that_is_not_there_is_told_before_anything_is_written(

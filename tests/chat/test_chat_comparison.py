@@ -46,6 +46,21 @@ def test_each_side_is_what_the_chat_would_have_said_alone(new_chat, model):
     assert hooks_on(model) == 0
 
 
+def test_the_thoughts_of_both_sides_stand_apart_from_what_is_compared(new_chat, model):
+    open_, close = model.template.source(), "</think>"
+    model.tokenizer.chat_template = open_.replace("<|assistant|> {% endif %}", "<|assistant|> <think> {% endif %}")
+    chat = new_chat(8)
+    comparison = chat.compare("hello", chat.side("plain"), chat.side("plain"))
+    assert comparison.wait(20)
+    for side in comparison.shown:
+        assert (side.text, side.spans) == ("", [])
+        assert side.thoughts
+        assert "<think>" not in side.thoughts
+    text = comparison.written("left")[0]
+    assert text.startswith("<think>")
+    assert close not in text
+
+
 def test_equal_settings_draw_equal_words(chat):
     comparison = chat.compare("hello", chat.side("plain"), chat.side("plain"))
     assert comparison.wait(20)

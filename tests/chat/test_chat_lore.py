@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from steer.chat.chat import Chat
+from steer.chat.context_use import ContextUse
 from steer.chat.local import LocalBackend
 from steer.chat.lore import Lore, with_lore
 from steer.chat.session import Session
@@ -245,3 +246,19 @@ def test_a_chat_that_cannot_be_scanned_is_as_it_was(model) -> None:
     with pytest.raises(Exception, match="macros that stand for at most"):
         list(session.reply("x"))
     assert session.messages == []
+
+
+def test_the_context_is_divided_among_card_lorebook_history_and_reply(new_chat, model):
+    chat = new_chat(20)
+    chat.system = "ba be bi"
+    chat.add_lorebook(read_lorebook({"entries": [{"keys": ["hello"], "content": "lie lie"}]}, "sea"))
+    chat.say("hello well")
+    chat.writer.wait(20)
+    prompt = model.prompt_ids([
+        {"role": "system", "content": "lie lie\n\nba be bi"}, {"role": "user", "content": "hello well"}
+    ])  # fmt: skip
+    assert chat.used == ContextUse(3, 2, len(prompt) - 5, 20, 512)
+    chat.clear()
+    assert chat.used is None
+    assert ContextUse.of(500, 40, 10, 50, 512).reply == 12
+    assert ContextUse.of(30, 40, 0, 50, 512).history == 0

@@ -34,10 +34,50 @@ LATE = replace(close_directions(site=2, n=1, seed=8)[0], name="late")
 )
 def test_the_share_that_acts_is_told_by_the_reply_token_that_is_written(when, shares):
     index = torch.arange(-2, 5)
-    window, x = ReplyWindow(torch.tensor(when.window, dtype=torch.float64).view(3, 1, 1, 1)), torch.zeros(1).double()
+    window, x = ReplyWindow(torch.tensor(when.window, dtype=torch.float64).view(4, 1, 1, 1)), torch.zeros(1).double()
     assert window.share(ForwardContext(index=index[None]), x).flatten().tolist() == shares
     assert [share_at(when, int(i)) for i in index] == shares
     assert when.timed is (when is not ALWAYS)
+
+
+@pytest.mark.parametrize(
+    ("when", "shares"),
+    [
+        (Schedule("thoughts"), [0, 1, 1, 1, 0, 0, 0]),
+        (Schedule("thoughts", after=1, ramp=4), [0, 0, 0.25, 0.5, 0, 0, 0]),
+        (Schedule("answer"), [0, 0, 0, 0, 1, 1, 1]),
+        (Schedule("answer", first=2), [0, 0, 0, 0, 1, 1, 0]),
+        (Schedule("answer", after=1, ramp=2), [0, 0, 0, 0, 0, 0.5, 1]),
+    ],
+)
+def test_thoughts_and_answer_are_counted_apart(when, shares):
+    text = ForwardContext(index=torch.arange(-1, 6)[None], answer=torch.tensor([[3]]))
+    window, x = ReplyWindow(torch.tensor(when.window, dtype=torch.float64).view(4, 1, 1, 1)), torch.zeros(1).double()
+    assert window.share(text, x).flatten().tolist() == shares
+    assert when.timed
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        (Schedule("thoughts"), Schedule("answer"), True),
+        (Schedule("thoughts"), Schedule("reply"), False),
+        (Schedule("thoughts", first=3), Schedule("reply", after=3), True),
+        (Schedule("answer", after=3), Schedule("reply", first=3), True),
+        (Schedule("answer", first=3), Schedule("reply", after=3), False),
+        (Schedule("answer", first=3), Schedule("answer", after=3), True),
+        (Schedule("answer"), ALWAYS, False),
+    ],
+)
+def test_parts_that_no_token_can_share_exclude_each_other(one, other, apart):
+    assert one.excludes(other) is other.excludes(one) is apart
+    for a, b in ((one, other), (other, one)):
+        sliders = [Intervention(D[0], "clamp", 1.0, a), Intervention(D[0], "clamp", 0.0, b)]
+        if apart:
+            assert Edit.of(sliders)
+        else:
+            with pytest.raises(UsageError, match="one of them at most on any token"):
+                Edit.of(sliders)
 
 
 @pytest.mark.parametrize(

@@ -156,4 +156,4 @@ def test_find_asks_for_no_thoughts_and_says_how_many_come_anyway(
         assert replies_saying("<think>").fit_with == ()
     (said,) = (r.getMessage() for r in caplog.records)
     assert "replies begin with thoughts" in said
-    assert "are left out, as their thoughts do not end in 4 tokens" in said
+    assert "are nothing else in 4 tokens" in said

@@ -52,6 +52,23 @@ def lie(model: SteeredModel) -> Direction:
     return Direction("lie", SITE, word, mean=0.2, std=0.5, with_mean=1.0, without_mean=0.0, residual_norm=10.0)
 
 
+def test_costs_are_measured_after_the_thoughts_of_a_model_that_thinks_unasked(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    marks = ("<think>", "</think>")
+    place = save_tiny_chat(tiny_llama, tmp_path / "chat", marks=marks, max_position_embeddings=256)
+    thinker = load(place)
+    open_, close = thinker.encode(" ".join(marks))
+    costs = NeutralCosts(thinker, replace(SOON, logit_bias=((open_, 6.0), (close, 4.0), (2, -100.0))))
+    thought = [(context, text) for context, text in costs.replies if context[-1] == close]
+    assert thought
+    assert all(open_ in context for context, _ in thought)
+    assert all(text[0] != open_ for context, text in costs.replies if context[-1] != close)
+    endless = replace(SOON, logit_bias=((open_, 100.0),))
+    with pytest.raises(UsageError, match=r"expected replies to neutral prompts, found .* thoughts left out"):
+        NeutralCosts(thinker, endless)
+
+
 @pytest.fixture
 def profile(lie: Direction, tmp_path: Path) -> Callable[..., Profile]:
     """`profile(operation, **changes of the direction)`: one slider on it."""

@@ -28,7 +28,7 @@ def windows(anatomy, *moves: Intervention) -> list[ReplyWindow | None]:
 
 
 def window(when: Schedule) -> ReplyWindow:
-    return ReplyWindow(torch.tensor(when.window, dtype=torch.float64).view(3, 1, 1, 1))
+    return ReplyWindow(torch.tensor(when.window, dtype=torch.float64).view(4, 1, 1, 1))
 
 
 def test_sites_with_equal_windows_share_one_and_others_do_not(anatomy, make_direction):

@@ -23,6 +23,7 @@ from torch import Tensor
 from steer.core.dictionary import Dictionary, EncoderRows
 from steer.core.direction import Direction
 from steer.core.feature import Feature
+from steer.core.schedule import ALWAYS, ANSWER, THOUGHTS
 from steer.core.slider import Slider
 
 
@@ -36,6 +37,9 @@ class ForwardContext:
     index: Int[Tensor, "batch new"] | None = None
     """The number of the reply token that each position writes: its position in the text minus (prompt length - 1).
     Negative in the prompt, except for its last position, which writes reply token 0. Needed where `Steering.timed`."""
+    answer: Int[Tensor, "batch new"] | None = None
+    """The number of the reply token that the answer of each text begins with; `NO_ANSWER` within thoughts. The second
+    dimension is 1 unless `packed`. Needed where `Steering.splits_reply`."""
     packed: bool = False
     """Whether several texts are packed into one, so that `row` has one entry per token."""
     valid: Bool[Tensor, "batch new"] | None = None
@@ -84,14 +88,18 @@ class PerRowTensor:
 class ReplyWindow:
     """On which reply tokens each column acts, and with what share: `Schedule.window` by row and column."""
 
-    def __init__(self, data: Float[Tensor, "3 rows 1 n"]) -> None:
-        self.start, self.end, self.ramp = (PerRowTensor(part) for part in data)
+    def __init__(self, data: Float[Tensor, "4 rows 1 n"]) -> None:
+        self.start, self.end, self.ramp, self.part = map(PerRowTensor, data)
+        self.splits_reply = bool(self.part.data.any())
+        """Whether it needs `ForwardContext.answer`."""
         self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for windows that hold equal numbers."""
-        return tuple((tuple(t.data.shape), *t.data.flatten().tolist()) for t in (self.start, self.end, self.ramp))
+        return tuple(
+            (tuple(t.data.shape), *t.data.flatten().tolist()) for t in (self.start, self.end, self.ramp, self.part)
+        )
 
     def share(self, text: ForwardContext, like: Tensor) -> Float[Tensor, "batch new n"]:
         """The share of each column that acts on each token, from 0 to 1, in the dtype and on the device of `like`.
@@ -105,11 +113,21 @@ class ReplyWindow:
                 return share
         i = text.index.to(like.device, like.dtype)[..., None]
         start, end, ramp = (t.at(text, like) for t in (self.start, self.end, self.ramp))
+        acts = None
+        if self.splits_reply:
+            assert text.answer is not None
+            part, answer = self.part.at(text, like), text.answer.to(like.device, like.dtype)[..., None]
+            acts = (part != THOUGHTS) | (i < answer)
+            i = torch.where(part == ANSWER, i - answer, i)
         share = ((i - start + 1) / ramp).clamp(0, 1) * (i < end)
+        if acts is not None:
+            share = share * acts
         self._last = (text.index, text.row, share)
         return share
 
 
+NO_ANSWER = 1 << 40
+"""In place of the number of a token, while a reply is within its thoughts."""
 _CACHED_SETS = 16
 """How many sets of encoder rows are cached for each dictionary."""
 
@@ -224,7 +242,7 @@ class LowRankEdit:
         table = (self.rows, 1, self.columns)
         alpha, beta, used = torch.zeros(3, *table, dtype=torch.float64)
         upper = torch.full(table, math.inf, dtype=torch.float64)
-        window = torch.tensor([-math.inf, math.inf, 1.0], dtype=torch.float64).view(3, 1, 1, 1).repeat(1, *table)
+        window = torch.tensor(ALWAYS.window, dtype=torch.float64).view(-1, 1, 1, 1).repeat(1, *table)
         masks: dict[object, Tensor] = {}
         for t in self.terms:
             at, when = (t.row, 0, t.column), t.move.when

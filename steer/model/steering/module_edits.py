@@ -87,6 +87,11 @@ class ModuleEdit:
         """Whether it needs `ForwardContext.index`, the reply token of every position."""
         return any(c.window is not None for c in (*self.added, *self.set))
 
+    @property
+    def splits_reply(self) -> bool:
+        """Whether it acts on thoughts or answers alone, and so needs `ForwardContext.answer`."""
+        return any(c.window is not None and c.window.splits_reply for c in (*self.added, *self.set))
+
 
 def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEdit]:
     """Module path -> what is done to its output. Empty when no row moves anything.

@@ -21,13 +21,17 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.core.edit import Edit
-from steer.errors import UnsupportedError
+from steer.errors import UnsupportedError, UsageError
 from steer.model.record import replacing
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.module_edits import ModuleEdit, Rows, module_edits
 from steer.model.steering.norm_preserving import WriterHook, keeping, obstacle, writer_hooks
 
 NEUTRAL: Rows = (None,)
+PASSES_WITHOUT_PARTS = (
+    "when: a slider acts on the thoughts or the answer, which steer tells apart in its own decoding only; expected "
+    "part text or reply in passes that you run yourself, or model.chat, model.stream or model.replies"
+)
 _CACHED_ROWS = 8
 """For how many rows the computed hooks are cached: sessions that take turns on a model apply and withdraw theirs at
 every token."""
@@ -48,6 +52,11 @@ class _Applied:
     def timed(self) -> bool:
         """Whether an edit depends on the position in the reply."""
         return any(p.timed for p in self.programs.values())
+
+    @cached_property
+    def splits_reply(self) -> bool:
+        """Whether an edit acts on thoughts or answers alone."""
+        return any(p.splits_reply for p in self.programs.values())
 
 
 class Steering:
@@ -178,6 +187,11 @@ class Steering:
         return self._now.timed
 
     @property
+    def splits_reply(self) -> bool:
+        """Whether an applied edit acts on thoughts or answers alone, so that passes need `ForwardContext.answer`."""
+        return self._now.splits_reply
+
+    @property
     def untouched_blocks(self) -> int:
         """How many of the first blocks run as without any edit; 0 where no block, or the embedding, is edited."""
         if self._now.writers or any(
@@ -259,6 +273,8 @@ class Steering:
         """
         if self._described:
             return
+        if self.splits_reply:
+            raise UsageError(PASSES_WITHOUT_PARTS)
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs["inputs_embeds"] if ids is None else ids
         cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")

@@ -9,7 +9,7 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.comparison import Comparison, Place, Side, read_votes, tally
 from steer.chat.profile_store import load_profile, saved_profiles
-from steer.page.drawing import markdown, marked
+from steer.page.drawing import folded_thoughts, markdown, marked
 from steer.page.guard import button, redraw, safely, watch
 
 POLL = 0.3
@@ -52,6 +52,7 @@ def _pair(chat: Chat, comparison: Comparison) -> None:
     for column, place, shown in zip(st.columns(2), places, comparison.shown, strict=True):
         with column, st.container(border=True):
             st.markdown(f"**{markdown(shown.title or place.capitalize())}**")
+            folded_thoughts(shown.thoughts)
             st.html(marked(shown.spans) if shown.text else "<em>nothing yet</em>")
             st.caption(f"{shown.tokens} tokens")
             if not running and not comparison.hidden:

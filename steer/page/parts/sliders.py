@@ -8,7 +8,7 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.chat.slider_panel import SliderRow
-from steer.core.schedule import Schedule
+from steer.core.schedule import PARTS, Schedule
 from steer.page.drawing import budget_bar, markdown, rail, rails
 from steer.page.guard import button, safely, tag
 from steer.page.parts import setup
@@ -126,10 +126,13 @@ def _details(chat: Chat, row: SliderRow) -> None:
     with st.form(f"shape of {at}", border=False):
         st.selectbox("Operation", row.operations, row.operations.index(row.operation), key=f"operation {at}")
         st.selectbox(
-            "Acts on", ["text", "reply"], int(when.part == "reply"), key=f"part {at}",
-            format_func={"text": "the whole text", "reply": "the reply alone"}.__getitem__,
+            "Acts on", PARTS, PARTS.index(when.part), key=f"part {at}",
+            format_func=dict(zip(PARTS, ("the whole text", "the reply alone", "its thoughts", "its answer"),
+                                 strict=True)).__getitem__,
         )  # fmt: skip
-        st.number_input("Only the first tokens of a reply (0: all)", 0, 4096, when.first or 0, key=f"first {at}")
+        st.number_input(
+            "Only the first tokens of the reply or part (0: all)", 0, 4096, when.first or 0, key=f"first {at}"
+        )
         st.number_input("After so many tokens of it", 0, 4096, when.after or 0, key=f"after {at}")
         st.number_input("Grows over so many tokens (0: at once)", 0, 4096, when.ramp or 0, key=f"ramp {at}")
         if when.gate is not None:

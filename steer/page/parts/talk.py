@@ -9,7 +9,7 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.conversation import Message
 from steer.core.thoughts import split_thoughts
-from steer.page.drawing import markdown
+from steer.page.drawing import context_bar, folded_thoughts, markdown
 from steer.page.guard import button, safely, watch
 from steer.plain_text import plain_line
 
@@ -31,6 +31,10 @@ def draw(chat: Chat) -> None:
         button(f"Earlier messages ({more})", lambda: st.session_state.update(earlier), "expand_less", type="tertiary")
     if left_out := chat.backend.left_out:
         st.caption(f"The chat is longer than the model can read: it left out the first {left_out} messages.")
+    if chat.used is not None:
+        words = chat.used.describe()
+        st.html(context_bar(chat.used.parts, chat.used.context, words))
+        st.caption(f"Context: {words}")
     if chat.lore.all:
         _lore(chat)
     for message in written[-shown:]:
@@ -90,9 +94,7 @@ def _text(chat: Chat, message: Message, cursor: str = "") -> None:
     thoughts, text = "", message.text
     if message.role == "assistant":
         thoughts, text = split_thoughts(text, chat.backend.marks)
-    if thoughts:
-        with st.expander("Thoughts", icon=":material/psychology:"):
-            st.markdown(markdown(thoughts))
+    folded_thoughts(thoughts)
     st.markdown(f"{markdown(text)}{cursor}")
 
 

@@ -24,7 +24,7 @@ from steer.model.steered import load
 from steer.serve import packed
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Busy, Event, Finished, Job, Token
-from steer.serve.packed import Packing, Reading
+from steer.serve.packed import Packing, Reading, check_files
 
 
 def test_a_job_that_is_cancelled_leaves_its_place_to_the_next(endless):
@@ -320,11 +320,21 @@ def test_blocks_that_cannot_be_paged_are_named_and_the_model_chats_on(model_type
         tiny_model(made, model_class).float().save_pretrained(place)
         return place
 
-    model = load(save_tiny_chat(save, tmp_path / "m"), dtype="float32")
+    place, says = save_tiny_chat(save, tmp_path / "m"), f"{model_class.__name__}: .* {UNPAGED[model_type]} use chat"
+    with pytest.raises(UnsupportedError, match=says):
+        check_files(str(place), "m")  # no weight is read
+    model = load(place, dtype="float32")
     own = model.hf.config._attn_implementation
-    with pytest.raises(UnsupportedError, match=f"{model_class.__name__}: .* {UNPAGED[model_type]} use chat") as error:
+    with pytest.raises(UnsupportedError, match=says) as error:
         BatchingEngine(model)
     assert "\n" not in str(error.value)
     assert model.hf.config._attn_implementation == own
     assert not any(t.name == "steer-engine" for t in threading.enumerate())
     assert model.replies([[{"role": "user", "content": "hello friend"}]], GREEDY)
+
+
+def test_what_can_be_paged_is_known_from_the_config_too(tiny_llama, tmp_path, caplog):
+    with caplog.at_level("DEBUG", "steer"):
+        check_files(str(save_tiny_chat(tiny_llama, tmp_path / "m")), "m")
+        check_files("someone/on-the-hub", "m")  # loading fetches it
+    assert caplog.records == []

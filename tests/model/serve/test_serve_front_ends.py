@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from serving import NO_END, Served, served
+from tiny_chat import TEMPLATE
 
 from steer.core.profile import Profile
 from steer.core.sampler import PRESETS
@@ -201,6 +202,48 @@ def test_a_template_with_tools_gets_them_as_it_expects_them(server, monkeypatch)
     assert reply(server, {"messages": CALLED})["steering"]["warnings"] == []
     assert "<|assistant|> weather bo time none  </s>" in seen[0]
     assert "<|tool|> yesweather </s>" in seen[0]
+
+
+TOOLED = "{% for t in tools or [] %}{{ t.function.name + ' ' }}{% endfor %}" + TEMPLATE
+"""A template that writes the names of the tools that may be called."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "written", "named"),
+    [
+        ({"tools": TOOLS}, "weather ", ["tools"]),
+        ({"tools": TOOLS, "tool_choice": "auto"}, "weather ", ["tools"]),
+        ({"functions": [TOOLS[0]["function"]]}, "weather ", ["tools"]),
+        ({"tools": TOOLS, "tool_choice": "required"}, "weather ", ["tools", "tool_choice"]),
+        (
+            {"tools": [*TOOLS, {"type": "function", "function": {"name": "time"}}],
+             "tool_choice": {"type": "function", "function": {"name": "time"}}},
+            "time ", ["tools", "tool_choice"],
+        ),
+        ({"functions": [{"name": "time"}], "function_call": {"name": "time"}}, "time ", ["tools", "tool_choice"]),
+        ({"tools": TOOLS, "tool_choice": "none"}, "", []),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "weather ", ["response_format", "tools"]),
+        ({"tools": []}, "", []),
+    ],
+)  # fmt: skip
+def test_tools_reach_a_template_that_takes_them(server, monkeypatch, fields, written, named):
+    seen: list[str] = []
+    encode = server.model.encode
+    monkeypatch.setattr(server.model, "encode", lambda text, **more: seen.append(text) or encode(text, **more))
+    monkeypatch.setattr(server.model.tokenizer, "chat_template", TOOLED)
+    warnings = reply(server, fields)["steering"]["warnings"]
+    assert [w.partition(":")[0] for w in warnings] == named
+    assert seen[0].startswith(f"{written}<s>")
+
+
+def test_a_tool_that_the_request_does_not_have_is_refused(server):
+    body = {"messages": HELLO, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "tame"}}}
+    refused = server.post(CHAT, body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "tool_choice"
+    assert "'tame'" in refused.json()["error"]["message"]
+    for wrong in ({"tools": "weather"}, {"tools": ["weather"]}, {"functions": {"name": "x"}}):
+        assert server.post(CHAT, {"messages": HELLO} | wrong).status_code == 400
 
 
 def test_calls_as_openai_had_them_before_tools(server):
