@@ -45,8 +45,8 @@ class CheckpointPlan(Plan):
 
     form = "checkpoint"
 
-    def __init__(self, source: Path, edit: Edit) -> None:
-        super().__init__(source, edit)
+    def __init__(self, source: Path | CheckpointFiles, edit: Edit, *, edit_mtp: bool = False) -> None:
+        super().__init__(source, edit, edit_mtp=edit_mtp)
         tensors, found = self.files.tensors, self.found
         self.new: list[tuple[str, NewTensor]] = []
         """(shard, tensor added to it): an untied LM head, biases."""

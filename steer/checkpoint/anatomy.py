@@ -7,12 +7,12 @@ guessed. `Anatomy.of` reads a config; `Anatomy.find` then finds and checks the w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from steer.checkpoint.layouts import LAYOUTS, READERS, Part, Structure, architecture_of, pattern
+from steer.checkpoint.layouts import LAYOUTS, READERS, Addend, Part, Structure, architecture_of, pattern
 from steer.checkpoint.quantised import FLOATS, quantisation, refusal
 from steer.checkpoint.reader import TensorInfo
 from steer.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
@@ -76,8 +76,11 @@ class WriterMap:
     base: str
     """Prefix of the decoder's tensor names in these files."""
     unloaded: tuple[str, ...] = ()
-    """Tensors that transformers does not load into this architecture, such as blocks that predict several tokens. They
-    write nothing into the residual stream and are copied unchanged."""
+    """Tensors that transformers does not load into this architecture, such as layers that predict several tokens. They
+    write nothing into the model's residual stream and are copied unchanged unless `mtp` holds them and is edited."""
+    mtp: tuple[Writer, ...] = ()
+    """The writers among them: those of layers for multi-token prediction that hold all writers of a block. Such a layer
+    goes on from the last block, whose number they have; what begins its stream has none, as an embedding."""
 
 
 @dataclass(frozen=True)
@@ -293,17 +296,71 @@ class _Search:
                     f"{where}: {head}: expected the shape {wanted} of the embedding, to which config.json ties "
                     f"it, found {found}; fetch the model again"
                 )
-        return WriterMap(tuple(writers), embeddings[0], head, self.base, unloaded)
+        mtp = tuple(self._mtp(unloaded, self.tensors[embeddings[0]].shape))
+        return WriterMap(tuple(writers), embeddings[0], head, self.base, unloaded, mtp)
+
+    def _mtp(self, unloaded: Sequence[str], embedding: tuple[int, ...]) -> Iterator[Writer]:
+        """The writers of the layers for multi-token prediction that hold what a block of some kind holds.
+
+        `embedding`: shape of the model's embedding, of which such a layer may hold a copy.
+        """
+        writing = "|".join({re.escape(p.weight).replace(r"\{\}", r"\d+") for a in self.layout.addends for p in a.parts})
+        weight = re.compile(rf"((?:.*\.)?\d+\.)({writing})")
+        paths = dict.fromkeys(m[1] for name in unloaded if (m := weight.fullmatch(name)))
+        layers = {path: self._mtp_layer(path, unloaded, weight) for path in paths}
+        others = tuple(path for path, writers in layers.items() if not writers)
+        for writers in layers.values():
+            yield from writers
+        if len(others) == len(layers):
+            return
+        known = {writer.tensor for writers in layers.values() for writer in writers}
+        for name in unloaded:
+            shape, begins = self.tensors[name].shape, self._begins_mtp(name)
+            copied = shape == embedding and name.endswith(f".{self.layout.embeddings[0]}.weight")
+            if name not in known and not name.startswith(others) and (begins or copied):
+                yield Writer("embedding", None, name, int(copied), None if copied else f"{name[:-6]}bias")
+
+    def _mtp_layer(self, path: str, unloaded: Sequence[str], weight: re.Pattern[str]) -> list[Writer]:
+        """The writers of a layer for multi-token prediction; none if it is not like a block."""
+        found: list[Writer] = []
+        for addends in self.layout.blocks:
+            try:
+                writers = list(self._writers(path, path, self.anatomy.blocks - 1, addends))
+                for writer in writers:
+                    self._check_writer(writer)
+            except (CheckpointError, UnsupportedError):  # it is no block of this kind
+                continue
+            found = max(found, writers, key=len)
+        known = {writer.tensor for writer in found}
+        for name in unloaded:
+            if not name.startswith(path) or name in known or len(self.tensors[name].shape) < 2:
+                continue
+            below = name.removeprefix(path)
+            reads = READERS.fullmatch(below) or pattern(below) in self.layout.names or self._begins_mtp(name)
+            outside = self.tensors[name].shape[0] == self.anatomy.vocab
+            if weight.fullmatch(name) or not (reads or outside):
+                return []
+        return found
+
+    def _begins_mtp(self, name: str) -> bool:
+        """Whether a tensor maps a token's embedding and the last block's output to the stream of a layer for
+        multi-token prediction: a matrix from twice the residual width to the residual width."""
+        tensor, width = self.tensors[name], self.anatomy.width
+        return name.endswith(".weight") and tensor.shape == (width, 2 * width) and tensor.dtype in FLOATS
 
     def _block(self, block: int) -> Iterator[Writer]:
         """The writers of one block, in the form that the files hold."""
         path = f"{self.base}{self.layout.block.format(block)}."
+        return self._writers(path, f"{self.anatomy.block_module(block)}.", block, self.anatomy.addends(block))
+
+    def _writers(self, path: str, module: str, block: int, addends: Sequence[Addend]) -> Iterator[Writer]:
+        """The writers of a block whose tensors have the prefix `path`, and whose live modules the prefix `module`."""
 
         def names(part: Part) -> list[str]:
             experts = range(self.anatomy.experts if "{}" in part.weight else 1)
             return [path + part.weight.format(expert) for expert in experts]
 
-        for addend in self.anatomy.addends(block):
+        for addend in addends:
             forms = [form for form in addend.forms if any(name in self.tensors for name in names(form[0]))]
             if len(forms) > 1:
                 raise UnsupportedError(
@@ -315,7 +372,7 @@ class _Search:
                 bias = part.bias and path + part.bias
                 stack = part.stacked or ("{}" in part.weight and part.live is not None)
                 for expert, name in enumerate(names(part)):
-                    live = f"{self.anatomy.block_module(block)}.{(part.live or part.weight).format(expert)}"
+                    live = module + (part.live or part.weight).format(expert)
                     more = (norm, live, stack, part.adaptable)
                     yield Writer(addend.kind, block, name, part.axis, bias, part.stacked, *more)
 
