@@ -95,7 +95,7 @@ class CheckpointPlan(Plan):
         facts = [f": {', '.join(shorter(w.tensor for w in writers))}"]
         if any(w.bias in self.files.tensors for w in writers):
             facts.append("with biases")
-        if norms := [w.norm for w in writers if w.norm]:
+        if norms := [norm for w in writers for norm in w.norms]:
             facts.append(f"through the gain of {', '.join(shorter(norms))}")
         if strengths := sorted(s for w in writers if (s := self.ablation.strength(w)) > 0):
             facts.append(f"strength {' to '.join(dict.fromkeys(f'{s:.3g}' for s in (strengths[0], strengths[-1])))}")

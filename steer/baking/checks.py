@@ -315,7 +315,7 @@ def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[
 
     Where a norm follows the writer, the directions depend on the norm's gain, which only the source has.
     """
-    normed = {addend.kind for addend in cert.layout(folder).addends if addend.norm}
+    normed = {addend.kind for addend in cert.layout(folder).addends if addend.norms}
     proofs: dict[str, list[WriterProof]] = {}
     for proof in cert.writers:
         if not proof.bias and proof.key is not None:

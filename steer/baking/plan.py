@@ -227,7 +227,7 @@ def no_constant(anatomy: Anatomy, form: Form) -> str | None:
     """Why a bake of this form cannot add a constant after a block of this architecture; None if it can."""
     layout, name = anatomy.layout, anatomy.architecture
     mlps = [a for a in layout.addends if a.kind == "mlp"]
-    if any(a.norm for a in mlps):
+    if any(a.norms for a in mlps):
         return f"{name} has a norm between its MLPs and the residual stream, which no constant passes"
     if layout.mlp_bias is not None:
         return None

@@ -33,10 +33,12 @@ class LiveWriter:
     block: int | None
     """None for the embedding."""
     module: str
-    norm: str | None = None
-    """Name of the weight of the norm between the module and the residual stream; None without one."""
+    norms: tuple[str, ...] = ()
+    """Names of the weights of the norms between the module and the residual stream."""
     axis: int = 1
     """Axis of the module's weight that faces the residual stream, if the module is a matrix."""
+    given: bool = False
+    """Whether what the module is given is written, not what it puts out."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Writer:
     """Name of the bias, `[d]` or `[experts, d]`; the checkpoint need not have it."""
     stacked: bool = False
     """Whether the tensor holds all experts, `[experts, ...]`."""
-    norm: str | None = None
-    """Name of the weight of the norm between the writer and the residual stream; None without one."""
+    norms: tuple[str, ...] = ()
+    """Names of the weights of the norms between the writer and the residual stream."""
     live: str = ""
     """Path of the live parameter that holds it, alone or with the other experts."""
     live_stack: bool = False
@@ -172,7 +174,12 @@ class Anatomy(Structure):
             path = self.block_module(block)
             out += [
                 LiveWriter(
-                    a.kind, block, f"{path}.{a.module}", a.norm and f"{path}.{a.norm}.weight", a.forms[-1][0].axis
+                    a.kind,
+                    block,
+                    f"{path}.{a.module}",
+                    tuple(f"{path}.{norm}.weight" for norm in a.norms),
+                    a.forms[-1][0].axis,
+                    a.given,
                 )
                 for a in self.addends(block)
             ]
@@ -196,7 +203,7 @@ class Anatomy(Structure):
         if self.layout.mlp_bias is None:
             why = (
                 f"{self.architecture} has a norm between its MLPs and the residual stream, which no constant passes"
-                if any(a.norm for a in self.layout.addends if a.kind == "mlp")
+                if any(a.norms for a in self.layout.addends if a.kind == "mlp")
                 else f"{self.architecture} has no biases in its MLPs"
             )
             raise UnsupportedError(
@@ -283,7 +290,7 @@ class _Search:
                 writers.append(writer)
         heads = [f"{head}.weight" for head in self.layout.heads]
         head = next((h for h in heads if h in self.tensors), heads[0])
-        known = {name for w in writers for name in (w.tensor, w.bias, w.norm)} | {*heads}
+        known = {name for w in writers for name in (w.tensor, w.bias, *w.norms)} | {*heads}
         unloaded = tuple(name for name in self.tensors if not self._is_loaded(name, known))
         if not tied and head not in self.tensors:
             raise CheckpointError(
@@ -367,13 +374,13 @@ class _Search:
                     f"{self.anatomy.where}: holds the MLP of block {block} twice, as {forms[0][0].weight} and as "
                     f"{forms[1][0].weight}; expected one of them, fetch the model again"
                 )
-            norm = addend.norm and f"{path}{addend.stored_norm or addend.norm}.weight"
+            norms = tuple(f"{path}{norm}.weight" for norm in addend.stored_norms or addend.norms)
             for part in (forms or addend.forms)[0]:
                 bias = part.bias and path + part.bias
                 stack = part.stacked or ("{}" in part.weight and part.live is not None)
                 for expert, name in enumerate(names(part)):
                     live = module + (part.live or part.weight).format(expert)
-                    more = (norm, live, stack, part.adaptable)
+                    more = (norms, live, stack, part.adaptable)
                     yield Writer(addend.kind, block, name, part.axis, bias, part.stacked, *more)
 
     def _check_writer(self, writer: Writer) -> None:
@@ -381,8 +388,8 @@ class _Search:
         self._check(writer.tensor, rank, writer.axis, writer.stacked)
         if writer.bias is not None and writer.bias in self.tensors:
             self._check(writer.bias, rank - 1, rank - 2, writer.stacked)
-        if writer.norm is not None:
-            self._check(writer.norm, 1, 0, False)
+        for norm in writer.norms:
+            self._check(norm, 1, 0, False)
 
     def _check(self, name: str, rank: int, axis: int, stacked: bool) -> None:
         where, width, experts = self.anatomy.where, self.anatomy.width, self.anatomy.experts

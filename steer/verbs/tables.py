@@ -52,7 +52,9 @@ def anatomy_table(anatomy: Anatomy) -> str:
                 what = "experts" if part.stacked or "{}" in part.weight else addend.kind
                 bias = part.bias.rpartition(".")[2] if part.bias else ""
                 scale = "" if addend.scale == 1 else f"{addend.scale:.4g}"
-                rows.append([ranges(numbers), what, part.weight, str(part.axis), bias, addend.norm or "", scale])
+                rows.append(
+                    [ranges(numbers), what, part.weight, str(part.axis), bias, ", ".join(reversed(addend.norms)), scale]
+                )
     offset, tied = " + 1" if layout.gain_offset else "", " (the embedding)" if anatomy.tied else ""
     ends = [
         f"stream begins: {', '.join(layout.base + e for e in layout.embeddings)}",
