@@ -5,7 +5,7 @@ to it, which weights write these outputs, and how the logits come from the last 
 made by hooks and in the weights, and both have to give the same logits. The model is in fp64, so that an identity holds
 to ten digits or does not hold.
 
-`structure` returns what was found for a config. It is cached by the config and the version of transformers.
+`structure` returns what was found for a config. It is cached by the config and the versions of the libraries.
 """
 
 from __future__ import annotations
@@ -67,15 +67,20 @@ def structure(config: Mapping[str, Any], where: str) -> Structure:
             "expected one of its language models"
         )
     typed = _completed(typed, model_class)
-    made_by = [transformers.__version__, __version__, _ADAPTER.json_schema()]
-    key = json.dumps([architecture_of(config), *made_by, _plain(typed)], sort_keys=True)
-    path = home() / "anatomies" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    path = cache_file(typed, model_class)
     if path not in _known:
         _known[path] = _cached(path) or _proved(typed, model_class, path)
     found = _known[path]
     if isinstance(found, str):
         raise NotProved(f"{where}: the anatomy of {model_class.__name__} is not proved: {found}")
     return found
+
+
+def cache_file(config: PreTrainedConfig, model_class: type[PreTrainedModel], what: str = "structure") -> Path:
+    """The file that keeps what was found for a config: `what` it is, by the class, the config and the versions."""
+    made_by = [__version__, transformers.__version__, torch.__version__, _ADAPTER.json_schema()]
+    key = json.dumps([what, model_class.__name__, *made_by, _plain(config)], sort_keys=True)
+    return home() / "anatomies" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 _known: dict[Path, Structure | str] = {}
