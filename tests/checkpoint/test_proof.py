@@ -36,12 +36,12 @@ from steer.verbs.tables import anatomy_as_json, anatomy_table
 TABLE = Path(__file__).parent / "anatomies.md"
 
 CURRENT = [
-    "apertus", "arcee", "axk1", "cohere", "cohere2", "cohere2_moe", "exaone4", "falcon", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gemma4", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_bigcode", "gpt_neox",
-    "gpt_oss", "granite", "granitemoe", "granitemoehybrid", "lfm2", "llama", "llama4", "llama4_text", "mamba",
-    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "nemotron_h", "olmo2", "olmo3", "phi", "phi3",
-    "phi4_multimodal", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
-    "smollm3", "stablelm", "starcoder2",
+    "apertus", "arcee", "axk1", "cohere", "cohere2", "cohere2_moe", "deepseek_v3", "deepseek_v32", "exaone4",
+    "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "glm", "glm4", "glm4_moe",
+    "glm4_moe_lite", "glm_moe_dsa", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe",
+    "granitemoehybrid", "lfm2", "llama", "llama4", "llama4_text", "mamba", "ministral", "ministral3", "mistral",
+    "mixtral", "nemotron", "nemotron_h", "olmo2", "olmo3", "phi", "phi3", "phi4_multimodal", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "smollm3", "stablelm", "starcoder2",
 ]  # fmt: skip
 """What people merge today, and what mergekit 0.1.5 knows, as far as transformers has it for text alone."""
 WRAPPERS = [
@@ -59,10 +59,11 @@ WALKED = [
     "qwen3_5_text", slow("gemma4_text"), "nemotron_h", "wrapper:mistral3", "llama4_text", "granitemoehybrid",
     "cohere2", "glm4_moe", "olmo3", "phi", "smollm3", "mamba", "jamba", "lfm2", "falcon", "deepseek_v3", "granite",
     "olmo_hybrid", "aria_text", "flex_olmo", "kimi_linear", "wrapper:gemma3", "wrapper:qwen3_5_moe", "wrapper:llama4",
-    "gemma4_text+experts", slow("wrapper:gemma4+experts"), slow("axk1"),
+    "gemma4_text+experts", slow("wrapper:gemma4+experts"), slow("axk1"), slow("deepseek_v32"), slow("glm_moe_dsa"),
+    slow("axk2"),
 ]  # fmt: skip
-"""One of each kind: hybrids, experts in each form, shared experts, multipliers, norms between, norms of sums of normed
-vectors, wrappers."""
+"""One of each kind: hybrids, sparse attention, experts in each form, shared experts, multipliers, norms between, norms
+of sums of normed vectors, wrappers."""
 
 NO_ADAPTER = ("nemotron_h", "mamba", "llama4_text", "wrapper:llama4", "phi")
 """Types whose writers peft does not let an adapter change."""
