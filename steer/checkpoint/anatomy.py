@@ -342,18 +342,22 @@ class _Search:
         for name in unloaded:
             if not name.startswith(path) or name in known or len(self.tensors[name].shape) < 2:
                 continue
-            below = name.removeprefix(path)
-            reads = READERS.fullmatch(below) or pattern(below) in self.layout.names or self._begins_mtp(name)
-            outside = self.tensors[name].shape[0] == self.anatomy.vocab
-            if weight.fullmatch(name) or not (reads or outside):
+            vocab = self.tensors[name].shape[0] == self.anatomy.vocab  # a copy of the embedding or of the LM head
+            known_name = vocab or self._begins_mtp(name) or self._reads(name.removeprefix(path))
+            if weight.fullmatch(name) or not known_name:
                 return []
         return found
 
     def _begins_mtp(self, name: str) -> bool:
         """Whether a tensor maps a token's embedding and the last block's output to the stream of a layer for
-        multi-token prediction: a matrix from twice the residual width to the residual width."""
+        multi-token prediction: a matrix from twice the residual width to the residual width that no block has."""
         tensor, width = self.tensors[name], self.anatomy.width
-        return name.endswith(".weight") and tensor.shape == (width, 2 * width) and tensor.dtype in FLOATS
+        shaped = name.endswith(".weight") and tensor.shape == (width, 2 * width) and tensor.dtype in FLOATS
+        return shaped and not self._reads(re.split(r"\.\d+\.", name, maxsplit=1)[-1])
+
+    def _reads(self, below: str) -> bool:
+        """Whether a tensor with this name below a block is known to the architecture."""
+        return bool(READERS.fullmatch(below)) or pattern(below) in self.layout.names
 
     def _block(self, block: int) -> Iterator[Writer]:
         """The writers of one block, in the form that the files hold."""
@@ -416,7 +420,7 @@ class _Search:
         if _MTP.fullmatch(name) or (inside and int(inside[1]) >= self.anatomy.blocks):
             return False
         shape = list(self.tensors[name].shape)
-        if name in known or (inside and (READERS.fullmatch(inside[2]) or pattern(inside[2]) in self.layout.names)):
+        if name in known or (inside and self._reads(inside[2])):
             return True
         # A vector cannot write vectors, and what lies outside the decoder is copied unchanged.
         below = pattern(name.removeprefix(self.base))

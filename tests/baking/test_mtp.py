@@ -22,10 +22,14 @@ from steer.baking.journal import JOURNAL, Journal
 from steer.baking.verify import verify
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.reader import SINGLE, CheckpointFiles
+from steer.checkpoint.sketch import sketch_files
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Method
+from steer.core.trait import Trait
 from steer.errors import CheckpointError, SteerError, UnsupportedError, UsageError
+from steer.measure.search.trials import Scope
+from steer.verbs.bake_search import _baked, _Search, search_bake
 
 Tensors = dict[str, torch.Tensor]
 
@@ -196,6 +200,8 @@ def test_what_has_no_such_layer_is_refused(tmp_path: Path):
     plain = TINY["llama"].save(tmp_path / "plain", torch.float32)
     with pytest.raises(UnsupportedError, match="block's writers, found no tensor of such layers; leave it out"):
         bake(plain, tmp_path / "out", edit, edit_mtp=True)
+    with pytest.raises(UnsupportedError, match="found no tensor of such layers"):  # before the model is loaded
+        search_bake(plain, tmp_path / "out", "moralizing", edit_mtp=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -221,6 +227,17 @@ def test_a_layer_of_another_shape_than_a_block_passes_through_whole(
     cert = bake(source, tmp_path / "out", edit)
     assert "model.layers.3.mlp.down_proj.weight" in cert.unloaded
     verify(tmp_path / "out", source=source)
+
+
+def test_what_a_search_chooses_is_baked_into_the_layer_too_unless_it_is_an_add(tmp_path: Path):
+    source = llama(tmp_path / "source")
+    edit, r = edit_for(source)
+    add = Edit(add=((Direction("b", 2, r, with_mean=1.0, without_mean=0.0, residual_norm=10.0, provenance={}), 1.0),))
+    about = (sketch_files(source), "float32", Trait.load("moralizing"), (), "checkpoint", tmp_path, 0, Scope(), True)
+    for n, (chosen, edited) in enumerate([(edit, True), (add, False)]):
+        cert = _baked(_Search(source, *about), tmp_path / f"out{n}", chosen, None, print)
+        assert cert.edit_mtp == any(p.tensor.startswith("model.layers.3.") for p in cert.writers) == edited
+        assert _baked(_Search(source, *about), tmp_path / f"out{n}", chosen, None, print) == cert  # not written again
 
 
 def test_a_killed_bake_does_not_go_on_with_the_other_choice(tmp_path: Path):
