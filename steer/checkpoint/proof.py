@@ -561,9 +561,7 @@ class _Proof:
         """Ablate a direction by hooks at the modules and in the weights: the logits have to be equal, and no residual
         stream may hold anything of the direction."""
         writers = dict.fromkeys((f"{e}.weight" for e in embeddings), (1, self.r))
-        hooked: dict[str, tuple[Tensor, bool]] = {
-            name: (self.r, False) for name in ([output] if output else embeddings)
-        }
+        hooked: dict[str, tuple[Tensor, bool]] = dict.fromkeys([output] if output else embeddings, (self.r, False))
         for source in itertools.chain(*sources):
             hooked[source.module] = source.u, source.given
             writers |= {n: (axis, source.u) for n, axis in source.weights.items()}
