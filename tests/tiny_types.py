@@ -25,11 +25,23 @@ INCOMPLETE: dict[str, dict[str, Any]] = {
 """What the default configs of some types lack, as checkpoints have it."""
 
 
+WITH_EXPERTS: dict[str, Any] = {
+    "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+    "hidden_size": 2816, "intermediate_size": 2112, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+    "num_global_key_value_heads": 2, "num_attention_heads": 16, "num_key_value_heads": 8,
+}  # fmt: skip
+"""What Gemma 4 26B-A4B sets otherwise than the default config."""
+
+
 def config_of_type(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The default config of a type, with what it lacks, and its class; of `wrapper:TYPE` that which reads pictures."""
+    """The default config of a type, with what it lacks, and its class; of `wrapper:TYPE` that which reads pictures.
+    `gemma4+experts` is Gemma 4 with experts beside each MLP."""
     wrapper, _, name = model_type.rpartition(":")
-    config = CONFIG_MAPPING[name](**INCOMPLETE.get(name, {}))
+    name, _, experts = name.partition("+")
+    config = CONFIG_MAPPING[name](**INCOMPLETE.get(name, {}) | (WITH_EXPERTS if experts and not wrapper else {}))
     if wrapper:
+        if experts:
+            config.text_config = type(config.text_config)(**WITH_EXPERTS)
         config.architectures = [transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__]
     model_class = model_class_of(config)
     assert model_class is not None

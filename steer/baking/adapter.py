@@ -76,8 +76,8 @@ class AdapterPlan(Plan):
 
     form = "adapter"
 
-    def __init__(self, source: Path, edit: Edit) -> None:
-        super().__init__(source, edit)
+    def __init__(self, source: Path | CheckpointFiles, edit: Edit, *, edit_mtp: bool = False) -> None:
+        super().__init__(source, edit, edit_mtp=edit_mtp)
         self.targets = self._find_targets()
         self.biases = any(t.kind == "linear" and t.bias for t in self.targets)
         """Whether the adapter changes the bias of every Linear that it changes."""

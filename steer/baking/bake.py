@@ -31,7 +31,7 @@ from steer.baking.certificate import (
 from steer.baking.checkpoint import CheckpointPlan
 from steer.baking.control_vector import ControlVectorPlan
 from steer.baking.journal import Journal
-from steer.baking.plan import Plan
+from steer.baking.plan import Plan, check_mtp
 from steer.checkpoint.chat_templates import FILE as CHAT_TEMPLATE
 from steer.checkpoint.chat_templates import chosen_template
 from steer.checkpoint.staging import check_output, copy_file, hash_file, staged, write_text
@@ -63,6 +63,7 @@ def bake(
     edit: Edit,
     form: Form = "checkpoint",
     *,
+    edit_mtp: bool = False,
     chat_template: str | Path | None = None,
     command: str | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -76,10 +77,12 @@ def bake(
     Features that add become biases, as directions do; other operations on features are refused.
 
     `out` is complete or absent; files that a killed bake of the same source and edit had finished are not written
-    again. `chat_template`: one that ships or a file, by default $STEER_CHAT_TEMPLATE, in place of the source's: an
-    adapter then has the source's tokenizer too, and a control vector a file for llama.cpp's --chat-template-file.
-    `command` is the command line that the certificate and the card show. `say` is called with the plan before anything
-    is written, `progress` with (bytes of weights done, bytes in total).
+    again. `edit_mtp`: whether a checkpoint's layers for multi-token prediction that have the shape of a block are
+    ablated too, at the strength of the last block; adds do not concern them. `chat_template`: one that ships or a file,
+    by default $STEER_CHAT_TEMPLATE, in place of the source's: an adapter then has the source's tokenizer too, and a
+    control vector a file for llama.cpp's --chat-template-file. `command` is the command line that the certificate and
+    the card show. `say` is called with the plan before anything is written, `progress` with (bytes of weights done,
+    bytes in total).
 
     Errors: OutputExistsError, CheckpointError for a broken source, UnsupportedError for a source or an edit of a kind
     that the form cannot hold, MismatchError for a direction of another width, UsageError for a block or site that the
@@ -90,7 +93,9 @@ def bake(
     if form == "checkpoint" and out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: lies inside the source {source}; name an output outside it")
     template = chosen_template(chat_template)
-    plan = PLANS[form](source, edit)
+    plan = PLANS[form](source, edit, edit_mtp=edit_mtp)
+    if edit_mtp:
+        check_mtp(plan.found, form, plan.anatomy, ablates=bool(plan.edit.ablate))
     say(plan.summary())
     if template is not None and form == "gguf":
         say(f"  {CHAT_TEMPLATE}: llama.cpp takes it with --jinja --chat-template-file")
@@ -104,7 +109,7 @@ def bake(
 
     header = _card_header(source / "README.md")
     with staged(out, resume=form != "gguf") as work:
-        journal = Journal.of(work, plan.files, plan.edit, form)
+        journal = Journal.of(work, plan.files, plan.edit, form, edit_mtp=edit_mtp)
         facts = plan.write(journal, advance)
         directions, neutral = _save_directions(plan.edit, work), _save_means(plan.edit, work)
         files = facts["files"] | {name: hash_file(work / name) for name in {d.file for d in directions}}
@@ -116,14 +121,14 @@ def bake(
                 files[file.name] = copy_file(file, work / file.name)
             (work / CHAT_TEMPLATE).unlink(missing_ok=True)
             files[CHAT_TEMPLATE] = write_text(work / CHAT_TEMPLATE, template)
-        order = {name: n for n, w in enumerate(plan.found.writers) for name in (w.tensor, w.bias)}
+        order = {name: n for n, w in enumerate(plan.all_writers) for name in (w.tensor, w.bias)}
         writers = tuple(sorted(facts.get("writers", ()), key=lambda w: order[w.tensor]))
         facts |= {"writers": writers, "biases": tuple(facts["biases"]), "files": files}
         defaults = {
-            "writers_found": len(plan.found.writers),
+            "writers_found": len(plan.all_writers),
             "config": {},
             "left_out": (),
-            "unloaded": plan.found.unloaded,
+            "unloaded": plan.passed_through,
         }
         cert = Certificate(
             source=source_name(source),
@@ -136,6 +141,7 @@ def bake(
             versions=versions(),
             command=None if command is None else utf8(command),
             form=form,
+            edit_mtp=edit_mtp,
             **(defaults | facts),
         )
         files["README.md"] = write_text(work / "README.md", _model_card(cert, header, plan.anatomy.head_module))

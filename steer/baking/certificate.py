@@ -170,9 +170,11 @@ class Certificate:
     structure: dict[str, Any] | None = None
     """Adapters and control vectors: the `Structure` of a source whose anatomy was proved, so that they can be checked
     without it; None where the layout is declared."""
+    edit_mtp: bool = False
+    """Whether layers for multi-token prediction with the shape of a block are edited too; their writers are then among
+    `writers` and `writers_found`, those that go on from the last block with its number."""
     unloaded: tuple[str, ...] = ()
-    """Tensors of the source that transformers does not load into its architecture, such as blocks that predict several
-    tokens; they are not edited."""
+    """Tensors of the source that transformers does not load into its architecture and that are not edited."""
     untie_to_merge: bool = False
     """Adapters: whether the adapter changes an embedding that is also the LM head, which merging would change too."""
 

@@ -45,8 +45,8 @@ class CheckpointPlan(Plan):
 
     form = "checkpoint"
 
-    def __init__(self, source: Path, edit: Edit) -> None:
-        super().__init__(source, edit)
+    def __init__(self, source: Path | CheckpointFiles, edit: Edit, *, edit_mtp: bool = False) -> None:
+        super().__init__(source, edit, edit_mtp=edit_mtp)
         tensors, found = self.files.tensors, self.found
         self.new: list[tuple[str, NewTensor]] = []
         """(shard, tensor added to it): an untied LM head, biases."""
@@ -95,7 +95,7 @@ class CheckpointPlan(Plan):
         facts = [f": {', '.join(shorter(w.tensor for w in writers))}"]
         if any(w.bias in self.files.tensors for w in writers):
             facts.append("with biases")
-        if norms := [w.norm for w in writers if w.norm]:
+        if norms := [norm for w in writers for norm in w.norms]:
             facts.append(f"through the gain of {', '.join(shorter(norms))}")
         if strengths := sorted(s for w in writers if (s := self.ablation.strength(w)) > 0):
             facts.append(f"strength {' to '.join(dict.fromkeys(f'{s:.3g}' for s in (strengths[0], strengths[-1])))}")

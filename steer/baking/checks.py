@@ -82,12 +82,13 @@ def _check_source_files(folder: Path, cert: Certificate, source: CheckpointFiles
 def check_checkpoint(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> str | None:
     """Measure what the writers of a baked checkpoint still put into the directions, and what its biases add. With a
     `source`, bake it again; returns what was compared with it."""
-    plan = CheckpointPlan(folder, edit)  # planned again on the output, it names the tensors that must have a proof
+    # Planned again on the output, it names the tensors that must have a proof.
+    plan = CheckpointPlan(folder, edit, edit_mtp=cert.edit_mtp)
     _check_checkpoint_claims(plan, cert)
     files, shifts = plan.files, plan.shifts
     writers = {name: w for w in plan.writers for name in (w.tensor, w.bias)}
     for proof in cert.writers:
-        shift = shifts.get(proof.block) if proof.block is not None and proof.kind == "mlp" else None
+        shift = shifts[plan.adds[proof.tensor]] if proof.tensor in plan.adds else None
         q = plan.ablation.subspace(writers[proof.tensor])
         after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
         slack = rounding(proof.dtype) * size
@@ -131,13 +132,14 @@ def _check_checkpoint_claims(plan: CheckpointPlan, cert: Certificate) -> None:
     wrong = {
         "architecture": cert.architecture != anatomy.architecture,
         "structure": cert.structure is not None,
-        "writers_found": cert.writers_found != len(plan.found.writers),
+        "writers_found": cert.writers_found != len(plan.all_writers),
         "writers": claimed != proofs or len(cert.writers) != len(proofs),
         "strength": cert.strength != min((p[-1] for p in proofs), default=plan.edit.strength),
         "biases": {b.tensor: b.site for b in cert.biases} != adds
         or len(cert.biases) != len(adds)
         or any(b.created != added for b in cert.biases),
-        "unloaded": cert.unloaded != plan.found.unloaded,
+        "edit_mtp": cert.edit_mtp is not (cert.edit_mtp is True and bool(plan.found.mtp and plan.edit.ablate)),
+        "unloaded": cert.unloaded != plan.passed_through,
         "untie_to_merge": cert.untie_to_merge,
     }
     _check_claims(plan.files.root, wrong)
@@ -146,7 +148,7 @@ def _check_checkpoint_claims(plan: CheckpointPlan, cert: Certificate) -> None:
 def _check_checkpoint_source(files: CheckpointFiles, cert: Certificate, edit: Edit, source: Path) -> str:
     """Bake the source again, one tensor in memory at a time, and compare the result with the files. Returns what was
     compared."""
-    plan, proofs = CheckpointPlan(source, edit), Proofs()
+    plan, proofs = CheckpointPlan(source, edit, edit_mtp=cert.edit_mtp), Proofs()
     _check_source_files(files.root, cert, plan.files)
     if cert.config != plan.files.decoded | plan.config or files.config != plan.files.config | plan.config:
         raise CheckpointError(f"{files.root / 'config.json'}: is not what {source} gives; bake again")
@@ -196,6 +198,7 @@ def check_control_vector(folder: Path, cert: Certificate, edit: Edit) -> str:
         "writers": bool(cert.writers or cert.writers_found or cert.unloaded or cert.untie_to_merge),
         "strength": cert.strength != edit.strength or bool(edit.ablate),
         "config": cert.config != {},
+        "edit_mtp": cert.edit_mtp,
         "biases": [(b.tensor, b.site, b.created) for b in cert.biases] != [(n, shifts[n][0], True) for n in tensors]
         or not all(abs(b.norm - norms[b.tensor]) <= 1e-6 * norms[b.tensor] for b in cert.biases),
     }
@@ -259,6 +262,7 @@ def _check_adapter_claims(folder: Path, cert: Certificate, edit: Edit, stored: M
         "biases": sorted(str(b.site) for b in cert.biases) != sorted(map(str, shifts))
         or not all(b.created and b.tensor in stored for b in cert.biases),
         "config": cert.config != {},
+        "edit_mtp": cert.edit_mtp,
         "tensors": any(bool(stored[name].any()) for name in loose),  # the A of a part that only adds is zero
         "untie_to_merge": cert.untie_to_merge and ("embedding", None) not in ablated,
         "writers_found": cert.writers_found < cert.writers_edited,
@@ -311,7 +315,7 @@ def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[
 
     Where a norm follows the writer, the directions depend on the norm's gain, which only the source has.
     """
-    normed = {addend.kind for addend in cert.layout(folder).addends if addend.norm}
+    normed = {addend.kind for addend in cert.layout(folder).addends if addend.norms}
     proofs: dict[str, list[WriterProof]] = {}
     for proof in cert.writers:
         if not proof.bias and proof.key is not None:
@@ -373,11 +377,11 @@ def _check_adapter_source(
         CONFIG: config != json.loads(json.dumps(plan.config(config["base_model_name_or_path"]))),
         "architecture": cert.architecture != plan.anatomy.architecture,
         "structure": cert.structure != proved_structure(plan.anatomy),
-        "writers_found": cert.writers_found != len(plan.found.writers),
+        "writers_found": cert.writers_found != len(plan.all_writers),
         "writers": recomputed.keys() != certified.keys()
         or not all(_same_proof(recomputed[n], certified[n]) for n in recomputed),
         "biases": {(b.tensor, b.site) for b in cert.biases} != {(b.tensor, b.site) for b in proofs.biases},
-        "unloaded": cert.unloaded != plan.found.unloaded,
+        "unloaded": cert.unloaded != plan.passed_through,
         "untie_to_merge": cert.untie_to_merge != plan.untie_to_merge,
     }
     _check_claims(folder, claims)

@@ -22,6 +22,7 @@ from torch import Tensor
 from steer.baking.certificate import BiasProof
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
+from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -38,8 +39,8 @@ class ControlVectorPlan(Plan):
     form = "gguf"
     total = 1
 
-    def __init__(self, source: Path, edit: Edit) -> None:
-        super().__init__(source, edit)
+    def __init__(self, source: Path | CheckpointFiles, edit: Edit, *, edit_mtp: bool = False) -> None:
+        super().__init__(source, edit, edit_mtp=edit_mtp)
         self.vectors = {site: shift.float() for site, shift in sorted(self.shifts.items()) if shift.any()}
         self.adds = {f"direction.{site}": site for site in self.vectors}
         if not self.vectors:

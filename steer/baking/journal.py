@@ -44,11 +44,11 @@ class Journal:
         sync(work)
 
     @classmethod
-    def of(cls, work: Path, files: CheckpointFiles, edit: Edit, form: Form) -> Journal:
+    def of(cls, work: Path, files: CheckpointFiles, edit: Edit, form: Form, *, edit_mtp: bool = False) -> Journal:
         """The journal of a bake of this edit, in this form, into this directory, with what a killed run finished."""
         shards = [(s.name, s.size, s.mtime_ns, s.header) for s in files.shards]
         where = torch.cuda.is_available()  # sums on a GPU are rounded differently
-        return cls(work, fingerprint(versions(), where, form, files.config, shards, edit))
+        return cls(work, fingerprint(versions(), where, form, files.config, shards, edit, edit_mtp))
 
     def record(self, file: str, **facts: Any) -> None:
         """Record facts of a file, for the next run with the same key. With `written`, its sha256, it is an output file

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, get_args
 from steer.baking.certificate import Form, WriterProof
 from steer.baking.journal import Journal
 from steer.checkpoint.ablation import Ablation
-from steer.checkpoint.anatomy import Anatomy, Writer
+from steer.checkpoint.anatomy import Anatomy, Writer, WriterMap
 from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import CheckpointFiles
 from steer.core.direction import Direction
 from steer.core.edit import Edit, check_set
 from steer.core.method import Kind
 from steer.core.slider import Slider
-from steer.errors import CheckpointError, UnsupportedError
+from steer.errors import CheckpointError, UnsupportedError, UsageError
 
 
 class Plan(ABC):
@@ -36,8 +36,10 @@ class Plan(ABC):
     total: int
     """The work of `write`, in the units of its `advance`: bytes of weights."""
 
-    def __init__(self, source: Path | CheckpointFiles, edit: Edit) -> None:
+    def __init__(self, source: Path | CheckpointFiles, edit: Edit, *, edit_mtp: bool = False) -> None:
         """Plan the bake of `edit` into the checkpoint in `source`; pass its files to open them once for many plans.
+
+        `edit_mtp`: whether the writers of layers for multi-token prediction are ablated too.
 
         Errors: as `steer.baking.bake.bake`.
         """
@@ -51,11 +53,17 @@ class Plan(ABC):
         plain = edit.with_adds_as_directions()
         self.edit = Edit(plain.ablate, plain.strength, plain.blocks, plain.add, (), plain.method, plain.strengths)
         self.found = self.anatomy.find(self.files.config, self.files.tensors)
+        self.edit_mtp = edit_mtp
+        self.all_writers = (*self.found.writers, *(self.found.mtp if edit_mtp else ()))
+        """The writers that an ablation edits where its strength is above 0."""
         self.ablation = Ablation.of(self.edit, self.anatomy, self.files)
         self.shifts = self.edit.biases()
-        self.writers = [w for w in self.found.writers if self.ablation.strength(w) > 0]
+        self.writers = [w for w in self.all_writers if self.ablation.strength(w) > 0]
         for writer in self.writers:
             self.ablation.subspace(writer)  # raises now if the method leaves nothing of a direction
+        edited = {name for w in self.writers for name in (w.tensor, w.bias)}
+        self.passed_through = tuple(name for name in self.found.unloaded if name not in edited)
+        """Tensors that transformers does not load and the bake does not edit."""
 
     def changes(self, writers: Sequence[Writer]) -> str:
         """What is done to the writers of one kind, for people."""
@@ -72,18 +80,27 @@ class Plan(ABC):
 
     def summary(self) -> str:
         """A description for people before anything is written: writers found, what is done to them, and coverage."""
-        a, edited, found = self.anatomy, self.writers, self.found.writers
+        a, edited, found, mtp = self.anatomy, self.writers, self.all_writers, self.found.mtp
         lines = [f"{self.files.root}: {a.architecture}, {a.blocks} blocks, residual width {a.width}"]
         for kind in get_args(Kind):
-            writers = [w for w in found if w.kind == kind]
-            count = sum(w.kind == kind for w in edited)
-            lines.append(f"  {kind}: {count} of {len(writers)} edited{self.changes(writers)}")
+            writers = [w for w in self.found.writers if w.kind == kind]
+            lines.append(f"  {kind}: {self._count(writers)}")
+        if self.edit_mtp:
+            lines.append(f"  multi-token prediction: {self._count(mtp)}")
+            if self.adds:
+                lines.append("  multi-token prediction: no add, as each acts after one block of the model")
         lines += [f"  coverage: {len(edited)} of {len(found)} writers edited", *self.notes()]
         lines += [f"  add after block {site}: {name}" for name, site in sorted(self.adds.items(), key=lambda a: a[1])]
-        if others := self.found.unloaded:
+        if others := self.passed_through:
             shown = ", ".join(shorter(others)[:8])
             lines.append(f"  not loaded by transformers, not edited: {len(others)} tensors ({shown})")
+            if mtp and self.form == "checkpoint" and self.edit.ablate and not self.edit_mtp:
+                lines.append(f"  --edit-mtp would edit the {len(mtp)} writers of multi-token prediction among them")
         return "\n".join(lines)
+
+    def _count(self, writers: Sequence[Writer]) -> str:
+        edited = sum(w in self.writers for w in writers)
+        return f"{edited} of {len(writers)} edited{self.changes(writers)}"
 
     def proof(
         self, writer: Writer, tensor: str, dtype: str, before: float, after: float, norm: float, key: str | None = None
@@ -110,6 +127,29 @@ class Plan(ABC):
         if not self.anatomy.tied or head is None:
             return self.anatomy.tied
         return files.read(head) == files.read(files.tensors[self.found.embedding])
+
+
+def check_mtp(found: WriterMap, form: Form, anatomy: Anatomy, *, ablates: bool = True) -> None:
+    """Raise UsageError or UnsupportedError unless a bake of this form can edit the model's layers for multi-token
+    prediction."""
+    where, why = anatomy.where, None
+    if form != "checkpoint":
+        raise UsageError(f"--edit-mtp: expected the form checkpoint, found {form}; no {form} reaches these layers")
+    if not ablates:
+        raise UsageError(
+            "--edit-mtp: expected a direction to ablate, found none; an add acts after one block of the model, which "
+            "changes no layer for multi-token prediction"
+        )
+    if not found.unloaded:
+        why = "no tensor of such layers"
+    elif not found.mtp:
+        names = ", ".join(shorter(found.unloaded)[:4])
+        why = f"{len(found.unloaded)} tensors that are not those of a block of {anatomy.architecture} ({names})"
+    if why:
+        raise UnsupportedError(
+            f"{where}: --edit-mtp: expected layers for multi-token prediction with a block's writers, found {why}; "
+            "leave it out"
+        )
 
 
 def shorter(names: Iterable[str]) -> list[str]:
@@ -187,7 +227,7 @@ def no_constant(anatomy: Anatomy, form: Form) -> str | None:
     """Why a bake of this form cannot add a constant after a block of this architecture; None if it can."""
     layout, name = anatomy.layout, anatomy.architecture
     mlps = [a for a in layout.addends if a.kind == "mlp"]
-    if any(a.norm for a in mlps):
+    if any(a.norms for a in mlps):
         return f"{name} has a norm between its MLPs and the residual stream, which no constant passes"
     if layout.mlp_bias is not None:
         return None

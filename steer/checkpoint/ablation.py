@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +12,12 @@ from steer.checkpoint.anatomy import Anatomy, LiveWriter, Writer
 from steer.checkpoint.projection import as_tensor, through_norm
 from steer.checkpoint.reader import CheckpointFiles
 from steer.core.edit import Edit
+
+
+def gain_of(norms: Sequence[str], gain: Callable[[str], Float[Tensor, " d"]]) -> Float[Tensor, " d"] | None:
+    """What norms that follow one another multiply by: the product of their gains; None without a norm. `gain`: as in
+    `Ablation`."""
+    return math.prod(map(gain, norms)) if norms else None  # type: ignore[return-value]
 
 
 class Ablation:
@@ -22,7 +29,7 @@ class Ablation:
 
     def __init__(self, edit: Edit, gain: Callable[[str], Float[Tensor, " d"]]) -> None:
         self.edit, self._gain = edit, gain
-        self._bases: dict[tuple[int | None, str | None], Tensor] = {}
+        self._bases: dict[tuple[int | None, tuple[str, ...]], Tensor] = {}
 
     @classmethod
     def of(cls, edit: Edit, anatomy: Anatomy, files: CheckpointFiles) -> Ablation:
@@ -40,8 +47,8 @@ class Ablation:
 
     def subspace(self, writer: Writer | LiveWriter) -> Float[Tensor, "d k"]:
         """Orthonormal basis, fp64, of the subspace to remove from the writer's output."""
-        key = (writer.block if self.edit.method.by_block else None, writer.norm)
+        key = (writer.block if self.edit.method.by_block else None, writer.norms)
         if key not in self._bases:
-            q = self.edit.basis(writer.block)
-            self._bases[key] = q if writer.norm is None else through_norm(q, self._gain(writer.norm))
+            q, gain = self.edit.basis(writer.block), gain_of(writer.norms, self._gain)
+            self._bases[key] = q if gain is None else through_norm(q, gain)
         return self._bases[key]

@@ -7,12 +7,12 @@ guessed. `Anatomy.of` reads a config; `Anatomy.find` then finds and checks the w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from steer.checkpoint.layouts import LAYOUTS, READERS, Part, Structure, architecture_of, pattern
+from steer.checkpoint.layouts import LAYOUTS, READERS, Addend, Part, Structure, architecture_of, pattern
 from steer.checkpoint.quantised import FLOATS, quantisation, refusal
 from steer.checkpoint.reader import TensorInfo
 from steer.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
@@ -33,10 +33,12 @@ class LiveWriter:
     block: int | None
     """None for the embedding."""
     module: str
-    norm: str | None = None
-    """Name of the weight of the norm between the module and the residual stream; None without one."""
+    norms: tuple[str, ...] = ()
+    """Names of the weights of the norms between the module and the residual stream."""
     axis: int = 1
     """Axis of the module's weight that faces the residual stream, if the module is a matrix."""
+    given: bool = False
+    """Whether what the module is given is written, not what it puts out."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Writer:
     """Name of the bias, `[d]` or `[experts, d]`; the checkpoint need not have it."""
     stacked: bool = False
     """Whether the tensor holds all experts, `[experts, ...]`."""
-    norm: str | None = None
-    """Name of the weight of the norm between the writer and the residual stream; None without one."""
+    norms: tuple[str, ...] = ()
+    """Names of the weights of the norms between the writer and the residual stream."""
     live: str = ""
     """Path of the live parameter that holds it, alone or with the other experts."""
     live_stack: bool = False
@@ -76,8 +78,11 @@ class WriterMap:
     base: str
     """Prefix of the decoder's tensor names in these files."""
     unloaded: tuple[str, ...] = ()
-    """Tensors that transformers does not load into this architecture, such as blocks that predict several tokens. They
-    write nothing into the residual stream and are copied unchanged."""
+    """Tensors that transformers does not load into this architecture, such as layers that predict several tokens. They
+    write nothing into the model's residual stream and are copied unchanged unless `mtp` holds them and is edited."""
+    mtp: tuple[Writer, ...] = ()
+    """The writers among them: those of layers for multi-token prediction that hold all writers of a block. Such a layer
+    goes on from the last block, whose number they have; what begins its stream has none, as an embedding."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,12 @@ class Anatomy(Structure):
             path = self.block_module(block)
             out += [
                 LiveWriter(
-                    a.kind, block, f"{path}.{a.module}", a.norm and f"{path}.{a.norm}.weight", a.forms[-1][0].axis
+                    a.kind,
+                    block,
+                    f"{path}.{a.module}",
+                    tuple(f"{path}.{norm}.weight" for norm in a.norms),
+                    a.forms[-1][0].axis,
+                    a.given,
                 )
                 for a in self.addends(block)
             ]
@@ -193,7 +203,7 @@ class Anatomy(Structure):
         if self.layout.mlp_bias is None:
             why = (
                 f"{self.architecture} has a norm between its MLPs and the residual stream, which no constant passes"
-                if any(a.norm for a in self.layout.addends if a.kind == "mlp")
+                if any(a.norms for a in self.layout.addends if a.kind == "mlp")
                 else f"{self.architecture} has no biases in its MLPs"
             )
             raise UnsupportedError(
@@ -280,7 +290,7 @@ class _Search:
                 writers.append(writer)
         heads = [f"{head}.weight" for head in self.layout.heads]
         head = next((h for h in heads if h in self.tensors), heads[0])
-        known = {name for w in writers for name in (w.tensor, w.bias, w.norm)} | {*heads}
+        known = {name for w in writers for name in (w.tensor, w.bias, *w.norms)} | {*heads}
         unloaded = tuple(name for name in self.tensors if not self._is_loaded(name, known))
         if not tied and head not in self.tensors:
             raise CheckpointError(
@@ -293,30 +303,88 @@ class _Search:
                     f"{where}: {head}: expected the shape {wanted} of the embedding, to which config.json ties "
                     f"it, found {found}; fetch the model again"
                 )
-        return WriterMap(tuple(writers), embeddings[0], head, self.base, unloaded)
+        mtp = tuple(self._mtp(unloaded, self.tensors[embeddings[0]].shape))
+        return WriterMap(tuple(writers), embeddings[0], head, self.base, unloaded, mtp)
+
+    def _mtp(self, unloaded: Sequence[str], embedding: tuple[int, ...]) -> Iterator[Writer]:
+        """The writers of the layers for multi-token prediction that hold what a block of some kind holds.
+
+        `embedding`: shape of the model's embedding, of which such a layer may hold a copy.
+        """
+        writing = "|".join({re.escape(p.weight).replace(r"\{\}", r"\d+") for a in self.layout.addends for p in a.parts})
+        weight = re.compile(rf"((?:.*\.)?\d+\.)({writing})")
+        paths = dict.fromkeys(m[1] for name in unloaded if (m := weight.fullmatch(name)))
+        layers = {path: self._mtp_layer(path, unloaded, weight) for path in paths}
+        others = tuple(path for path, writers in layers.items() if not writers)
+        for writers in layers.values():
+            yield from writers
+        if len(others) == len(layers):
+            return
+        known = {writer.tensor for writers in layers.values() for writer in writers}
+        for name in unloaded:
+            shape, begins = self.tensors[name].shape, self._begins_mtp(name)
+            copied = shape == embedding and name.endswith(f".{self.layout.embeddings[0]}.weight")
+            if name not in known and not name.startswith(others) and (begins or copied):
+                yield Writer("embedding", None, name, int(copied), None if copied else f"{name[:-6]}bias")
+
+    def _mtp_layer(self, path: str, unloaded: Sequence[str], weight: re.Pattern[str]) -> list[Writer]:
+        """The writers of a layer for multi-token prediction; none if it is not like a block."""
+        found: list[Writer] = []
+        for addends in self.layout.blocks:
+            try:
+                writers = list(self._writers(path, path, self.anatomy.blocks - 1, addends))
+                for writer in writers:
+                    self._check_writer(writer)
+            except (CheckpointError, UnsupportedError):  # it is no block of this kind
+                continue
+            found = max(found, writers, key=len)
+        known = {writer.tensor for writer in found}
+        for name in unloaded:
+            if not name.startswith(path) or name in known or len(self.tensors[name].shape) < 2:
+                continue
+            vocab = self.tensors[name].shape[0] == self.anatomy.vocab  # a copy of the embedding or of the LM head
+            known_name = vocab or self._begins_mtp(name) or self._reads(name.removeprefix(path))
+            if weight.fullmatch(name) or not known_name:
+                return []
+        return found
+
+    def _begins_mtp(self, name: str) -> bool:
+        """Whether a tensor maps a token's embedding and the last block's output to the stream of a layer for
+        multi-token prediction: a matrix from twice the residual width to the residual width that no block has."""
+        tensor, width = self.tensors[name], self.anatomy.width
+        shaped = name.endswith(".weight") and tensor.shape == (width, 2 * width) and tensor.dtype in FLOATS
+        return shaped and not self._reads(re.split(r"\.\d+\.", name, maxsplit=1)[-1])
+
+    def _reads(self, below: str) -> bool:
+        """Whether a tensor with this name below a block is known to the architecture."""
+        return bool(READERS.fullmatch(below)) or pattern(below) in self.layout.names
 
     def _block(self, block: int) -> Iterator[Writer]:
         """The writers of one block, in the form that the files hold."""
         path = f"{self.base}{self.layout.block.format(block)}."
+        return self._writers(path, f"{self.anatomy.block_module(block)}.", block, self.anatomy.addends(block))
+
+    def _writers(self, path: str, module: str, block: int, addends: Sequence[Addend]) -> Iterator[Writer]:
+        """The writers of a block whose tensors have the prefix `path`, and whose live modules the prefix `module`."""
 
         def names(part: Part) -> list[str]:
             experts = range(self.anatomy.experts if "{}" in part.weight else 1)
             return [path + part.weight.format(expert) for expert in experts]
 
-        for addend in self.anatomy.addends(block):
+        for addend in addends:
             forms = [form for form in addend.forms if any(name in self.tensors for name in names(form[0]))]
             if len(forms) > 1:
                 raise UnsupportedError(
                     f"{self.anatomy.where}: holds the MLP of block {block} twice, as {forms[0][0].weight} and as "
                     f"{forms[1][0].weight}; expected one of them, fetch the model again"
                 )
-            norm = addend.norm and f"{path}{addend.stored_norm or addend.norm}.weight"
+            norms = tuple(f"{path}{norm}.weight" for norm in addend.stored_norms or addend.norms)
             for part in (forms or addend.forms)[0]:
                 bias = part.bias and path + part.bias
                 stack = part.stacked or ("{}" in part.weight and part.live is not None)
                 for expert, name in enumerate(names(part)):
-                    live = f"{self.anatomy.block_module(block)}.{(part.live or part.weight).format(expert)}"
-                    more = (norm, live, stack, part.adaptable)
+                    live = module + (part.live or part.weight).format(expert)
+                    more = (norms, live, stack, part.adaptable)
                     yield Writer(addend.kind, block, name, part.axis, bias, part.stacked, *more)
 
     def _check_writer(self, writer: Writer) -> None:
@@ -324,8 +392,8 @@ class _Search:
         self._check(writer.tensor, rank, writer.axis, writer.stacked)
         if writer.bias is not None and writer.bias in self.tensors:
             self._check(writer.bias, rank - 1, rank - 2, writer.stacked)
-        if writer.norm is not None:
-            self._check(writer.norm, 1, 0, False)
+        for norm in writer.norms:
+            self._check(norm, 1, 0, False)
 
     def _check(self, name: str, rank: int, axis: int, stacked: bool) -> None:
         where, width, experts = self.anatomy.where, self.anatomy.width, self.anatomy.experts
@@ -352,7 +420,7 @@ class _Search:
         if _MTP.fullmatch(name) or (inside and int(inside[1]) >= self.anatomy.blocks):
             return False
         shape = list(self.tensors[name].shape)
-        if name in known or (inside and (READERS.fullmatch(inside[2]) or pattern(inside[2]) in self.layout.names)):
+        if name in known or (inside and self._reads(inside[2])):
             return True
         # A vector cannot write vectors, and what lies outside the decoder is copied unchanged.
         below = pattern(name.removeprefix(self.base))

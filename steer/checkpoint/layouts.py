@@ -48,16 +48,20 @@ class Addend:
 
     kind: BlockKind
     module: str
-    """Live module below the block whose output it is, before the norm and the scale. Experts write together, as the
+    """Live module below the block whose output it is, before the norms and the scale. Experts write together, as the
     output of the whole MLP."""
     forms: tuple[tuple[Part, ...], ...]
     """Forms of its writers on disk, each with all of them; a block holds exactly one form."""
-    norm: str | None = None
-    """RMSNorm between the module and the residual stream; None without one."""
-    stored_norm: str | None = None
-    """Its name on disk, if that is another."""
+    norms: tuple[str, ...] = ()
+    """RMSNorms between the module and the residual stream, the one before the residual stream first. More than one
+    where a norm is given a sum of normed vectors."""
+    stored_norms: tuple[str, ...] = ()
+    """Their names on disk, if those are others."""
     scale: float = 1.0
     """Number by which the model multiplies it on its way into the residual stream."""
+    given: bool = False
+    """Whether it is what `module` is given, not what it puts out: of experts that see a list of tokens without the
+    texts, the norm behind them."""
 
     @property
     def parts(self) -> Iterator[Part]:
@@ -76,12 +80,12 @@ _ATTENTION, _MLP = linear("self_attn.o_proj"), linear("mlp.down_proj")
 def attention_and_mlp(
     attention: Part = _ATTENTION,
     mlp: tuple[tuple[Part, ...], ...] = ((_MLP,),),
-    norms: tuple[str | None, str | None] = (None, None),
+    norms: tuple[str, ...] = (),
 ) -> tuple[Addend, Addend]:
     """What a block of attention and an MLP adds; `norms` lie between them and the residual stream. In most
     architectures a norm of the same name lies before the MLP instead."""
-    first = Addend("attention", attention.weight.removesuffix(".weight"), ((attention,),), norms[0])
-    second = Addend("mlp", mlp[0][0].weight.removesuffix(".weight"), mlp, norms[1])
+    first = Addend("attention", attention.weight.removesuffix(".weight"), ((attention,),), norms[:1])
+    second = Addend("mlp", mlp[0][0].weight.removesuffix(".weight"), mlp, norms[1:])
     return first, replace(second, module="mlp") if second.experts else second
 
 

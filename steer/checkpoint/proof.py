@@ -5,7 +5,7 @@ to it, which weights write these outputs, and how the logits come from the last 
 made by hooks and in the weights, and both have to give the same logits. The model is in fp64, so that an identity holds
 to ten digits or does not hold.
 
-`structure` returns what was found for a config. It is cached by the config and the version of transformers.
+`structure` returns what was found for a config. It is cached by the config and the versions of the libraries.
 """
 
 from __future__ import annotations
@@ -67,14 +67,20 @@ def structure(config: Mapping[str, Any], where: str) -> Structure:
             "expected one of its language models"
         )
     typed = _completed(typed, model_class)
-    key = json.dumps([architecture_of(config), transformers.__version__, __version__, _plain(typed)], sort_keys=True)
-    path = home() / "anatomies" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    path = cache_file(typed, model_class)
     if path not in _known:
         _known[path] = _cached(path) or _proved(typed, model_class, path)
     found = _known[path]
     if isinstance(found, str):
         raise NotProved(f"{where}: the anatomy of {model_class.__name__} is not proved: {found}")
     return found
+
+
+def cache_file(config: PreTrainedConfig, model_class: type[PreTrainedModel], what: str = "structure") -> Path:
+    """The file that keeps what was found for a config: `what` it is, by the class, the config and the versions."""
+    made_by = [__version__, transformers.__version__, torch.__version__, _ADAPTER.json_schema()]
+    key = json.dumps([what, model_class.__name__, *made_by, _plain(config)], sort_keys=True)
+    return home() / "anatomies" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 _known: dict[Path, Structure | str] = {}
@@ -157,8 +163,11 @@ class _Source:
     """One vector that a block adds, in the live model."""
 
     module: str
-    """Path of the module that puts it out, before the norm."""
-    norm: str | None
+    """Path of the module that puts it out, before the norms, or that is `given` it."""
+    given: bool
+    norms: tuple[str, ...]
+    """The norms between it and the residual stream, the one before the residual stream first."""
+    kind: BlockKind
     u: Float[Tensor, " d"]
     """The direction that has to leave its output so that the direction of the proof leaves the residual stream."""
     scale: float
@@ -274,8 +283,17 @@ class _Proof:
 
     def _sources(self, i: int) -> list[_Source]:
         """What block `i` adds to the residual stream: the fewest outputs of modules that sum to its change."""
+        block, groups = self.blocks[i], self._groups(i)
+        if found := self._summed(self.out[i], groups, [self.given[i]]):
+            return [source for scale, group in found for source in self._written(i, group, scale, self.r, ())]
+        names = ", ".join(g[0].removeprefix(f"{block}.") for g in groups)
+        raise NotProved(f"{block}: what it adds to the residual stream is no sum of what its modules put out ({names})")
+
+    def _groups(self, i: int) -> list[list[str]]:
+        """The modules of block `i` that put out a vector for each token, those with equal outputs in one group, the
+        outermost first."""
         block, run = self.blocks[i], self.run
-        groups: list[list[str]] = []  # modules with equal outputs, the outermost first
+        groups: list[list[str]] = []
         for name in run.order:
             out = run.out[name]
             if not name.startswith(f"{block}.") or out.numel() != self.out[i].numel() or not float(out.abs().max()):
@@ -289,49 +307,67 @@ class _Proof:
                 same.append(name)
         for group in groups:
             group.sort(key=lambda name: name.count("."))
-        groups = sorted(groups, key=lambda g: g[0].count("."))[:_MOST_CANDIDATES]
+        return sorted(groups, key=lambda g: g[0].count("."))[:_MOST_CANDIDATES]
+
+    def _summed(
+        self, target: Tensor, groups: Sequence[list[str]], residual: Sequence[Tensor]
+    ) -> list[tuple[float, list[str]]]:
+        """(factor, modules) of the fewest outputs that sum to `target`, together with a multiple of the residual stream
+        where one is given; empty if none do."""
         for count in range(1, _MOST_ADDENDS + 1):
             for chosen in itertools.combinations(groups, count):
-                columns = [self.given[i], *(run.out[g[0]] for g in chosen)]
-                factors, error = _solved(self.out[i], columns)
-                if error < TOLERANCE and abs(factors[0]) > TOLERANCE:
-                    return [self._source(block, g, round(f, 9)) for f, g in zip(factors[1:], chosen, strict=True)]
-        found = ", ".join(g[0].removeprefix(f"{block}.") for g in groups)
-        raise NotProved(f"{block}: what it adds to the residual stream is no sum of what its modules put out ({found})")
+                factors, error = _solved(target, [*residual, *(self.run.out[g[0]] for g in chosen)])
+                if error < TOLERANCE and all(abs(f) > TOLERANCE for f in factors[: len(residual)]):
+                    return [(round(f, 9), g) for f, g in zip(factors[len(residual) :], chosen, strict=True)]
+        return []
 
-    def _source(self, block: str, group: Sequence[str], scale: float) -> _Source:
-        """The writers of one vector that a block adds. `group`: the modules that put it out."""
-        module, norm, u = self._writing(group), None, self.r
-        if (gain := self._gain(module)) is not None:
-            norm, given = module, self.run.given[module]
-            weight, offset, centred = gain
-            if centred:
-                raise NotProved(f"{norm}: a LayerNorm lies between a writer and the residual stream")
-            self._one_offset(norm, offset)
-            u = through_norm(self.r[:, None], weight)[:, 0]
-            before = [n for n in self.run.order if n.startswith(f"{block}.") and n != norm
-                      and self.run.out[n].numel() == given.numel()
-                      and _equal(self.run.out[n].flatten(), given.flatten())]  # fmt: skip
-            if not before:
-                raise NotProved(f"{norm}: what it is given is no module's output")
-            module = self._writing(sorted(before, key=lambda n: n.count(".")))
-        weights, biases = self._writers(block, module, u)
-        return _Source(module, norm, u, scale, weights, biases)
+    def _written(
+        self, i: int, group: Sequence[str], scale: float, u: Float[Tensor, " d"], norms: tuple[str, ...]
+    ) -> list[_Source]:
+        """The vectors that sum to what the modules `group` put out, each with its writers. `norms`: those between it
+        and the residual stream. `u`: the direction that has to leave it."""
+        module = self._writing(group)
+        if module is None:
+            raise NotProved(f"{group[0]}: adds to the residual stream, and has no parameters")
+        if (gain := self._gain(module)) is None:
+            return [self._source(i, module, scale, u, norms)]
+        norm, given, (weight, offset, centred) = module, self.run.given[module], gain
+        if centred:
+            raise NotProved(f"{norm}: a LayerNorm lies between a writer and the residual stream")
+        self._one_offset(norm, offset)
+        u, norms, groups = through_norm(u[:, None], weight)[:, 0], (*norms, norm), self._groups(i)
+        before = next((g for g in groups if _equal(self.run.out[g[0]].flatten(), given.flatten())), [])
+        if self._writing(before) is not None:
+            return self._written(i, before, scale, u, norms)
+        try:
+            return [self._source(i, norm, scale, u, norms, given=True)]
+        except NotProved:  # what it is given passes norms itself
+            found = self._summed(given, [g for g in groups if norm not in g], ())
+            if not found:
+                raise
+            return [s for factor, g in found for s in self._written(i, g, scale * factor, u, norms)]
 
-    def _writing(self, group: Sequence[str]) -> str:
+    def _source(
+        self, i: int, module: str, scale: float, u: Float[Tensor, " d"], norms: tuple[str, ...], *, given: bool = False
+    ) -> _Source:
+        """The vector that a module puts out, or is `given`, with its writers."""
+        weights, biases = self._writers(self.blocks[i], module, u, given=given)
+        return _Source(module, given, norms, self._kind(next(iter(weights), module)), u, scale, weights, biases)
+
+    def _writing(self, group: Sequence[str]) -> str | None:
         """Of modules with equal outputs, from the outermost to the innermost, the innermost that has parameters and
         is given texts: one that is given a list of tokens does not know which text each belongs to."""
         shaped = [n for n in group if (g := self.run.given.get(n)) is not None and g.shape[:-1] == self.ids.shape]
         owning = [n for n in shaped if any(True for _ in self.model.get_submodule(n).parameters())]
-        if not owning:
-            raise NotProved(f"{group[0]}: adds to the residual stream, and has no parameters")
-        return owning[-1]
+        return owning[-1] if owning else None
 
-    def _writers(self, block: str, module: str, u: Float[Tensor, " d"]) -> tuple[dict[str, int], tuple[str, ...]]:
-        """The weights and the biases that write what a module puts out: without `u` in one of them, what the module
-        puts out changes along `u` alone, and without `u` in all of them, nothing of it is left along `u`."""
-        names = [n for n in self.run.parameters if n.startswith(f"{module}.")]
-        base = self._again(block, module)
+    def _writers(
+        self, block: str, module: str, u: Float[Tensor, " d"], *, given: bool
+    ) -> tuple[dict[str, int], tuple[str, ...]]:
+        """The weights and the biases that write what a module puts out, or is `given`: without `u` in one of them, it
+        changes along `u` alone, and without `u` in all of them, nothing of it is left along `u`."""
+        names = [n for n in self.run.parameters if n.startswith(f"{block if given else module}.")]
+        base = self._again(block, module, given=given)
         found: dict[str, int] = {}
         silent: list[tuple[str, int]] = []
         for name in names:
@@ -340,7 +376,7 @@ class _Proof:
                 if parameter.ndim > 3 or parameter.shape[axis] != self.width:
                     continue
                 with self._without(u, {name: axis}):
-                    change = self._again(block, module) - base
+                    change = self._again(block, module, given=given) - base
                 size = float(change.abs().max())
                 if size < 1e-13:
                     silent.append((name, axis))  # an expert that no token chose
@@ -351,19 +387,19 @@ class _Proof:
         if not found:
             raise NotProved(f"{module}: adds to the residual stream, and none of its weights alone decides what")
         with self._without(u, found):
-            left = float((self._again(block, module) @ u).abs().max())
+            left = float((self._again(block, module, given=given) @ u).abs().max())
         if not left < TOLERANCE * (1 + float(base.abs().max())):
             names = sorted({pattern(n) for n in found})
             raise NotProved(f"{module}: without a direction in {', '.join(names)} it still puts out {left:.1e} of it")
         matrices = {n: axis for n, axis in found.items() if self.run.parameters[n].ndim >= 2 and not n.endswith("bias")}
         return matrices, tuple(n for n in found if n not in matrices)
 
-    def _again(self, block: str, module: str) -> Tensor:
-        """What a module of a block puts out now, for what the block was given."""
+    def _again(self, block: str, module: str, *, given: bool = False) -> Tensor:
+        """What a module of a block puts out now, or is `given`, for what the block was given."""
         out: list[Tensor] = []
 
         def stop(_: nn.Module, args: Any, output: Any) -> None:
-            put_out = _first(output)
+            put_out = _first(args if given else output)
             assert put_out is not None
             out.append(put_out.clone())
             raise _Enough
@@ -525,12 +561,12 @@ class _Proof:
         """Ablate a direction by hooks at the modules and in the weights: the logits have to be equal, and no residual
         stream may hold anything of the direction."""
         writers = dict.fromkeys((f"{e}.weight" for e in embeddings), (1, self.r))
-        hooked = dict.fromkeys([output] if output else embeddings, self.r)
+        hooked: dict[str, tuple[Tensor, bool]] = dict.fromkeys([output] if output else embeddings, (self.r, False))
         for source in itertools.chain(*sources):
-            hooked[source.module] = source.u
+            hooked[source.module] = source.u, source.given
             writers |= {n: (axis, source.u) for n, axis in source.weights.items()}
             writers |= {n: (self.run.parameters[n].ndim - 1, source.u) for n in source.biases}
-        handles = [self.model.get_submodule(n).register_forward_hook(_projecting(u)) for n, u in hooked.items()]
+        handles = [self.model.get_submodule(n).register_forward_hook(_projecting(*how)) for n, how in hooked.items()]
         try:
             by_hooks = _Run(self.model, self.ids)
         finally:
@@ -556,8 +592,8 @@ class _Proof:
     def _constant_passes(self, sources: Sequence[Sequence[_Source]]) -> bool:
         """Whether every block has an MLP whose biases add a constant to the residual stream."""
         for block, found in zip(self.blocks, sources, strict=True):
-            mlps = [s for s in found if self._kind(s.module) == "mlp"]
-            if len(mlps) != 1 or mlps[0].norm or mlps[0].scale != 1.0 or not mlps[0].biases:
+            mlps = [s for s in found if s.kind == "mlp"]
+            if len(mlps) != 1 or mlps[0].norms or mlps[0].scale != 1.0 or not mlps[0].biases:
                 return False
             before = self._again(block, mlps[0].module)
             biases = [self.run.parameters[n] for n in mlps[0].biases]
@@ -654,12 +690,15 @@ class _Proof:
         # What differs comes first: by it a checkpoint's form is recognised.
         order = sorted(range(len(live)), key=lambda n: files[n] == live[n])
         forms = dict.fromkeys((tuple(files[n] for n in order), tuple(live[n] for n in order)))
-        norm, stored_norm = source.norm and source.norm.removeprefix(f"{block}."), None
-        if source.norm and (place := _on_disk(self.run.parameters[f"{source.norm}.weight"], stored)):
-            name = place[0].partition(f"{path.format(number)}.")[2].removesuffix(".weight")
-            stored_norm = None if name == norm else name
+        norms, stored_norms = [], []
+        for norm in source.norms:
+            norms.append(norm.removeprefix(f"{block}."))
+            place = _on_disk(self.run.parameters[f"{norm}.weight"], stored)
+            name = place[0].partition(f"{path.format(number)}.")[2].removesuffix(".weight") if place else norms[-1]
+            stored_norms.append(name)
+        renamed = tuple(stored_norms) if stored_norms != norms else ()
         module = source.module.removeprefix(f"{block}.")
-        return Addend(self._kind(source.module), module, tuple(forms), norm, stored_norm, source.scale)
+        return Addend(source.kind, module, tuple(forms), tuple(norms), renamed, source.scale, source.given)
 
 
 def _of_config(config: PreTrainedConfig, model_class: type[PreTrainedModel], proved: _Proved) -> Structure:
@@ -798,13 +837,15 @@ def _ablate(parameter: Tensor, u: Float[Tensor, " d"], axis: int) -> None:
         ablate(parameter, u[:, None], axis, 1.0)
 
 
-def _projecting(u: Float[Tensor, " d"]) -> Callable[[nn.Module, Any, Any], Any]:
-    """A forward hook that removes `u` from a module's output."""
+def _projecting(u: Float[Tensor, " d"], given: bool) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that removes `u` from a module's output, or from what the module is `given`."""
 
-    def hook(_: nn.Module, args: Any, output: Any) -> Any:
-        x = _first(output)
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        x = _first(args if given else output)
         assert x is not None
         out = x - (x @ u)[..., None] * u
+        if given:
+            return module.forward(out, *args[1:])
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
     return hook

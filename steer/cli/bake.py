@@ -54,6 +54,9 @@ def bake(
     search_dir: Annotated[Path | None, typer.Option(help="Study, plot and figures of --search; default OUT-search.")]
     = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the replies and trials of --search.")] = None,
+    edit_mtp: Annotated[
+        bool, typer.Option("--edit-mtp", help="Edit layers for multi-token prediction too; a checkpoint alone.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
     dtype: Dtype = None,
     chat_template: ChatTemplate = None,
@@ -102,7 +105,7 @@ def bake(
         from steer.verbs.bake_search import search_bake
 
         searched = search_bake(
-            model, out, ablate[0], keep=keep, form=what, command=command, say=say,
+            model, out, ablate[0], keep=keep, form=what, edit_mtp=edit_mtp, command=command, say=say,
             goal=Goal(**_given(share=goal, max_kl=max_kl, tolerance=tolerance)),
             **_given(trials=trials, folder=search_dir, seed=seed),
         )  # fmt: skip
@@ -115,8 +118,8 @@ def bake(
         )
         with stoppable(stop_message), byte_bar("baking") as progress:
             cert = run(
-                model, out, ablate=ablate, add=added, profile=profile, form=what, force=force, command=command,
-                say=say, progress=progress, **how,
+                model, out, ablate=ablate, add=added, profile=profile, form=what, edit_mtp=edit_mtp, force=force,
+                command=command, say=say, progress=progress, **how,
             )  # fmt: skip
     summary = {
         what: str(out),
@@ -126,6 +129,7 @@ def bake(
         "writers_found": cert.writers_found,
         "writers_edited": cert.writers_edited,
         "worst_remaining": cert.worst_remaining,
+        "edit_mtp": cert.edit_mtp,
         "not_loaded_by_transformers": list(cert.unloaded),
         "untie_to_merge": cert.untie_to_merge,
     }

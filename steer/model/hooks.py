@@ -42,7 +42,8 @@ _Act = Callable[[Float[Tensor, "batch new d"]], Float[Tensor, "batch new d"]]
 
 def plain_hooks(sliders: Sliders, what: Steers, reply_start: ReplyStart = None) -> list[tuple[str, ModuleHook]]:
     """See `SteeredModel.hooks`."""
-    return [(name, replacing(act)) for name, act in _acts(sliders, what, reply_start)]
+    given = {writer.module for writer in sliders.model.anatomy.live_writers if writer.given}
+    return [(name, replacing(act, given=name in given)) for name, act in _acts(sliders, what, reply_start)]
 
 
 def lens_hooks(sliders: Sliders, what: Steers, bridge: Any = None, reply_start: ReplyStart = None) -> LensHooks:
@@ -137,7 +138,7 @@ def _lens_names(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
         if writer.block is None:
             out[writer.module] = ("hook_embed", "hook_pos_embed")[: len(anatomy.layout.embeddings)]
         else:
-            points = after if writer.norm is None else before_norm
+            points = before_norm if writer.norms else after
             out[writer.module] = (f"blocks.{writer.block}.{points[writer.kind]}",)
     return out
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from transformers.utils.hub import cached_file
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.dtypes import announce, computing_in
 from steer.checkpoint.layouts import LAYOUTS
+from steer.checkpoint.proof import cache_file
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.tiny import IDS, model_class_of, tiny_config, tiny_model, tiny_world
 from steer.errors import CheckpointError, UsageError
+from steer.files import write_atomic
 from steer.model import attention
 from steer.model.products import use_fast_products
 
@@ -97,11 +100,22 @@ def read_model(
 
 
 def _grouped_attention_fits(config: PreTrainedConfig, model_class: Any) -> bool:
-    """Whether `attention.NAME` computes what the model's own attention does, tried on a tiny model of the class."""
+    """Whether `attention.NAME` computes what the model's own attention does, tried on a tiny model of the class, kept
+    beside the proof of its anatomy."""
     if model_class.__name__ in LAYOUTS:
         return True
     if not getattr(model_class, "_supports_attention_backend", False):
         return False
+    file = cache_file(config, model_class, "grouped attention")
+    try:
+        return {"true": True, "false": False}[file.read_text()]
+    except (OSError, UnicodeError, KeyError):  # not tried yet, or written by another program
+        fits = _tried_grouped_attention(config, model_class)
+    write_atomic(file, json.dumps(fits))
+    return fits
+
+
+def _tried_grouped_attention(config: PreTrainedConfig, model_class: Any) -> bool:
     with tiny_world():
         model = tiny_model(tiny_config(config, model_class), model_class)
         ids = torch.arange(IDS.start, IDS.stop)[None]

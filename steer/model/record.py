@@ -20,9 +20,13 @@ Reader = Callable[[int, Float[Tensor, "batch seq d"]], None]
 """Called with (site, residual stream) in every forward pass."""
 
 
-def replacing(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+def replacing(change: Callable[[Tensor], Tensor], *, given: bool = False) -> Callable[[nn.Module, Any, Any], Any]:
     """A forward hook that replaces a module's output, or the first entry of a tuple, by `change` of it. `change` sees
-    `[batch, new, d]`, also where a module of experts puts out a list of tokens."""
+    `[batch, new, d]`, also where a module of experts puts out a list of tokens. With `given` the output becomes what
+    the module makes of `change` of its input, for a norm."""
+
+    def again(module: nn.Module, args: Any, output: Any) -> Any:
+        return module.forward(change(args[0]), *args[1:])
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
@@ -30,7 +34,7 @@ def replacing(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, A
         changed = change(h.view(shape)).view(h.shape)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    return hook
+    return again if given else hook
 
 
 @contextmanager

@@ -33,6 +33,6 @@ def proved_anatomy(model: str) -> Anatomy:
     return proved
 
 
-def _places(anatomy: Anatomy) -> list[tuple[str, str | None]]:
-    """(module, norm after it) of every writer in a block."""
-    return [(w.module, w.norm) for w in anatomy.live_writers if w.block is not None]
+def _places(anatomy: Anatomy) -> list[tuple[str, tuple[str, ...]]]:
+    """(module, norms after it) of every writer in a block."""
+    return [(w.module, w.norms) for w in anatomy.live_writers if w.block is not None]

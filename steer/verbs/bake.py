@@ -16,10 +16,11 @@ import torch
 from steer.baking.bake import bake as bake_edit
 from steer.baking.certificate import FORMS, Certificate, Form
 from steer.baking.control_vector import load_control_vector
-from steer.baking.plan import bakeable, check_bakeable
+from steer.baking.plan import bakeable, check_bakeable, check_mtp
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.fetch import resolve
 from steer.checkpoint.library import direction_place, directions_of
+from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
@@ -89,6 +90,7 @@ def bake(
     add: Mapping[Any, float] | None = None,
     profile: Profile | str | Path | None = None,
     form: Form = "checkpoint",
+    edit_mtp: bool = False,
     force: bool = False,
     chat_template: str | Path | None = None,
     command: str | None = None,
@@ -102,10 +104,11 @@ def bake(
     afterwards. `ablate`: one or several directions, removed from every writer, including the embedding; a trait without
     a known direction is found first. `add`: direction -> amount, written as a bias. `profile`: sliders in place of
     both; all sliders that cannot be baked are named in one error. `form`: `checkpoint`, `adapter` (a PEFT LoRA) or
-    `gguf` (a control vector, which holds only what is added). `force`: accept a direction that was found on another
-    checkpoint. `chat_template`: as in `steer.load`; it is written beside what is baked. `command`: the command line,
-    for the certificate. `say`: called with the plan before anything is written. `progress`: called with bytes done and
-    bytes in all. `how`: fields of `HowToAblate`.
+    `gguf` (a control vector, which holds only what is added). `edit_mtp`: also edit layers for multi-token prediction
+    that have the shape of a block, which pass through otherwise; only a checkpoint has them. `force`: accept a
+    direction that was found on another checkpoint. `chat_template`: as in `steer.load`; it is written beside what is
+    baked. `command`: the command line, for the certificate. `say`: called with the plan before anything is written.
+    `progress`: called with bytes done and bytes in all. `how`: fields of `HowToAblate`.
 
     Tensors are streamed, so memory stays near the size of the largest one.
     Errors: SteerError and its subclasses, one line each.
@@ -122,6 +125,8 @@ def bake(
     if profile is not None and (ablate or add):
         raise UsageError("profile: expected no ablate or add beside it; put them into the profile")
     place = checkpoint_dir(source)
+    if edit_mtp:
+        check_mtp_of(place, form)
     sketch = sketch_files(place)
     if profile is not None:
         edit = _profile_edit(place, sketch, profile, form, force, say)
@@ -130,7 +135,18 @@ def bake(
         added = [(d, amount) for name, amount in (add or {}).items() for d in found[name]]
         edit = Edit(tuple(d for name in ablate for d in found[name]), add=tuple(added))
     edit = ablation.applied(edit, place, sketch, force=force)
-    return bake_edit(place, out, edit, form, chat_template=chat_template, command=command, say=say, progress=progress)
+    return bake_edit(
+        place, out, edit, form, edit_mtp=edit_mtp, chat_template=chat_template, command=command, say=say,
+        progress=progress,
+    )  # fmt: skip
+
+
+def check_mtp_of(place: Path, form: Form) -> None:
+    """Raise UsageError or UnsupportedError if a bake of this form cannot edit layers for multi-token prediction of the
+    checkpoint, before anything that takes long."""
+    files = dequantised(CheckpointFiles.open(place))
+    anatomy = Anatomy.of(files.config, str(place))
+    check_mtp(anatomy.find(files.config, files.tensors), form, anatomy)
 
 
 def checkpoint_dir(source: str | Path) -> Path:

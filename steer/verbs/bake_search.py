@@ -40,7 +40,7 @@ from steer.measure.search.study import BATCH, STUDY, Study, locked
 from steer.measure.search.trials import Bench, Goal, Scope, search_json
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar, byte_bar
-from steer.verbs.bake import checkpoint_dir
+from steer.verbs.bake import check_mtp_of, checkpoint_dir
 
 TRIALS = 48
 """Default number of edits that a search tries."""
@@ -73,6 +73,7 @@ class _Search:
     folder: Path
     seed: int
     scope: Scope
+    edit_mtp: bool
 
     @property
     def about(self) -> dict[str, Any]:
@@ -150,6 +151,7 @@ def search_bake(
     folder: str | Path | None = None,
     seed: int = 0,
     scope: Scope | None = None,
+    edit_mtp: bool = False,
     command: str | None = None,
     say: Say = lambda line: None,
 ) -> Searched:
@@ -160,7 +162,8 @@ def search_bake(
     on held-out topics beside the unsearched bake, which is written into `folder` for that and removed afterwards.
 
     `trait`: the trait to remove. `keep`: traits whose rate must not change. `form`: `checkpoint` or `adapter`. `goal`:
-    the rate to reach and the cost allowed. `scope`: how much text each trial uses. `command`, `say`: as in `bake`.
+    the rate to reach and the cost allowed. `scope`: how much text each trial uses. `edit_mtp`, `command`, `say`: as in
+    `bake`; layers for multi-token prediction do not run in the trials.
 
     Errors: those of `steer.verbs.bake.bake`; MismatchError for a folder with another study; SteerError if every edit
     moves a trait of `keep`; StoppedError on Ctrl-C.
@@ -184,9 +187,12 @@ def search_bake(
     if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
         raise UsageError(f"--keep: expected traits beside {removed.name}, each once, found {repeated[0]} again")
     place = checkpoint_dir(source)
+    if edit_mtp:
+        check_mtp_of(place, form)
     dtype = dtype_name(computing_in(str(place)).dtype)
     folder = Path(folder) if folder else out.with_name(f"{out.name}-search")
-    search = _Search(place, sketch_files(place), dtype, removed, staying, form, folder, seed, scope or Scope())
+    sketch, scope = sketch_files(place), scope or Scope()
+    search = _Search(place, sketch, dtype, removed, staying, form, folder, seed, scope, edit_mtp)
     if not ((folder / STUDY).is_file() and (out / CERTIFICATE).is_file()):
         check_output(out)  # not checked for a search that was stopped after writing `out`: it measures it and ends
     with locked(folder):
@@ -265,13 +271,17 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
 
 def _baked(search: _Search, out: Path, edit: Edit, command: str | None, say: Say) -> Certificate:
     """Write the bake, unless an earlier, stopped run of the same search has written it."""
+    edit_mtp = search.edit_mtp and bool(edit.ablate)  # the choice may be an add alone, which concerns no such layer
     if (out / CERTIFICATE).is_file():
         with suppress(SteerError):
             cert = Certificate.load(out)
-            if (cert.edit, cert.form) == (json.loads(json.dumps(edit.describe())), search.form):
+            about = (json.loads(json.dumps(edit.describe())), search.form, edit_mtp)
+            if (cert.edit, cert.form, cert.edit_mtp) == about:
                 return cert
     with byte_bar("baking") as progress:
-        return bake(search.place, out, edit, search.form, command=command, say=say, progress=progress)
+        return bake(
+            search.place, out, edit, search.form, edit_mtp=edit_mtp, command=command, say=say, progress=progress
+        )
 
 
 def _digest(trait: Trait) -> str:

@@ -52,7 +52,8 @@ def anatomy_table(anatomy: Anatomy) -> str:
                 what = "experts" if part.stacked or "{}" in part.weight else addend.kind
                 bias = part.bias.rpartition(".")[2] if part.bias else ""
                 scale = "" if addend.scale == 1 else f"{addend.scale:.4g}"
-                rows.append([ranges(numbers), what, part.weight, str(part.axis), bias, addend.norm or "", scale])
+                norms = ", ".join(reversed(addend.norms))
+                rows.append([ranges(numbers), what, part.weight, str(part.axis), bias, norms, scale])
     offset, tied = " + 1" if layout.gain_offset else "", " (the embedding)" if anatomy.tied else ""
     ends = [
         f"stream begins: {', '.join(layout.base + e for e in layout.embeddings)}",

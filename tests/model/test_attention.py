@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_types import save_tiny_type
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig
 
 from steer.errors import UnsupportedError
-from steer.model import attention
-from steer.model.steered import SteeredModel
+from steer.model import attention, loading
+from steer.model.steered import SteeredModel, load
 from steer.serve.packed import packed_attention
 
 SIZES = {
@@ -80,3 +83,19 @@ def test_a_model_whose_scores_have_a_softcap_does_not_run_on_transformers_sdpa()
     assert SteeredModel(hf, None).hf.config._attn_implementation == attention.NAME
     plain = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation="sdpa")
     assert SteeredModel(plain, None).hf.config._attn_implementation == "sdpa"
+
+
+def test_whether_it_fits_a_proved_architecture_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
+    source, tried, real = save_tiny_type("glm", tmp_path / "source"), [], loading._tried_grouped_attention
+    monkeypatch.setattr(loading, "_tried_grouped_attention", lambda *args: tried.append(1) or real(*args))
+
+    def loaded() -> str:
+        return load(source, dtype="float32").hf.config._attn_implementation
+
+    assert [loaded(), loaded(), len(tried)] == [attention.NAME, attention.NAME, 1]
+    (kept,) = (p for p in (tmp_path / "home" / "anatomies").glob("*.json") if p.read_text() == "true")
+    kept.write_text("false")
+    assert [loaded(), len(tried)] == ["eager", 1]
+    kept.write_bytes(b"\xff")
+    assert [loaded(), len(tried)] == [attention.NAME, 2]

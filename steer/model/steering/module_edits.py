@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.checkpoint.ablation import Ablation
+from steer.checkpoint.ablation import Ablation, gain_of
 from steer.checkpoint.anatomy import Anatomy, LiveWriter
 from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
@@ -55,6 +55,8 @@ class ModuleEdit:
     """Projections set together or, at a writer, ablated. Each row takes part in one of them at most."""
     writes_to: int | None = None
     """The block that this module is a writer of, -1 for the embedding. None: the module is a block."""
+    given: bool = False
+    """Whether what the module is given is edited, not its output."""
 
     def apply(self, h: Tensor, text: ForwardContext) -> Tensor:
         """The edited output, `[batch, new, d]`.
@@ -94,7 +96,7 @@ class ModuleEdit:
 
 
 def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEdit]:
-    """Module path -> what is done to its output. Empty when no row moves anything.
+    """Module path -> what is done to its output, or to what it is given. Empty when no row moves anything.
 
     `gain` is called where an architecture has a norm between a writer and the residual stream.
     """
@@ -104,7 +106,8 @@ def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEd
         return out.setdefault(anatomy.block_module(site), ModuleEdit())
 
     def at_writer(writer: LiveWriter) -> ModuleEdit:
-        return out.setdefault(writer.module, ModuleEdit(writes_to=-1 if writer.block is None else writer.block))
+        writes_to = -1 if writer.block is None else writer.block
+        return out.setdefault(writer.module, ModuleEdit(writes_to=writes_to, given=writer.given))
 
     for r, edit in enumerate(rows):
         for site, shift in edit.biases().items() if edit is not None else ():
@@ -162,15 +165,15 @@ def _ablations(
     """
     ablations = [(r, m) for r, m in moves if m.ablates]
     for blocks, group in _grouped(ablations, lambda r, m: rows[r].blocks).items():  # type: ignore[union-attr]
-        by_norm: dict[str | None, list[LowRankEdit]] = {}
+        by_norms: dict[tuple[str, ...], list[LowRankEdit]] = {}
         for writer in anatomy.live_writers:
             if blocks is None or (writer.block is not None and blocks[0] <= writer.block <= blocks[1]):
-                if writer.norm not in by_norm:
-                    columns = _joined(group, len(rows), None if writer.norm is None else gain(writer.norm))
-                    for low_rank, first in zip(columns, next(iter(by_norm.values()), columns), strict=True):
+                if writer.norms not in by_norms:
+                    columns = _joined(group, len(rows), gain_of(writer.norms, gain))
+                    for low_rank, first in zip(columns, next(iter(by_norms.values()), columns), strict=True):
                         low_rank.account = first
-                    by_norm[writer.norm] = columns
-                yield writer, by_norm[writer.norm]
+                    by_norms[writer.norms] = columns
+                yield writer, by_norms[writer.norms]
 
 
 def _uneven(rows: Rows, anatomy: Anatomy, gain: Gain) -> Iterable[tuple[LiveWriter, LowRankEdit]]:
@@ -192,7 +195,7 @@ def _uneven(rows: Rows, anatomy: Anatomy, gain: Gain) -> Iterable[tuple[LiveWrit
             if strength := ablations[edit].strength(writer):
                 method = edit.method
                 neutral = None if method.neutral is None else id(method.neutral)
-                key = (edit.ablate, method.projection, neutral, writer.block if method.by_block else None, writer.norm)
+                key = (edit.ablate, method.projection, neutral, writer.block if method.by_block else None, writer.norms)
                 bases[key] = ablations[edit].subspace(writer)
                 strengths.setdefault(key, {})[r] = strength
         if strengths:

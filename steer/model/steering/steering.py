@@ -244,7 +244,7 @@ class Steering:
     def _bring(self, to: _Applied) -> None:
         """Make the hooks on the model apply `to`. The caller holds the lock, so no forward pass is being made."""
         wanted: dict[object, Callable[[], RemovableHandle]] = {
-            name: partial(self._register, name, module) for name, module in to.modules.items()
+            name: partial(self._register, name, module, to.programs[name].given) for name, module in to.modules.items()
         }
         wanted |= {hook: hook for hook in to.writers}
         if to.timed:
@@ -258,13 +258,13 @@ class Steering:
             self._handles[key].remove()
             del self._handles[key]
 
-    def _register(self, name: str, module: nn.Module) -> RemovableHandle:
+    def _register(self, name: str, module: nn.Module, given: bool) -> RemovableHandle:
         def apply(h: Tensor) -> Tensor:
             program = self._now.programs.get(name)
             return h if program is None else program.apply(h, self.text)
 
         # Runs before all other hooks, so that a hook that reads the module sees the steered output.
-        return module.register_forward_hook(replacing(apply), prepend=True)
+        return module.register_forward_hook(replacing(apply, given=given), prepend=True)
 
     def _count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Set `ForwardContext.index` in a pass that `passing` does not describe.
