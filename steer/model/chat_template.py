@@ -106,7 +106,7 @@ class ChatTemplate:
         if opened and given.get(THINKING[0]) is False:
             head, opened = f"{head.rstrip()}\n\n{marks.close}\n\n", False
             ignored -= {THINKING[0]}
-        if THINKING[1] in options:
+        if THINKING[1] in options or (given.get(THINKING[0]) is False and known_marks(self._tokenizer) is None):
             ignored -= {THINKING[0]}
         notes += tuple(f"its chat template has no option {name}, which is ignored" for name in sorted(ignored))
         if not reply:
