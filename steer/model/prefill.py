@@ -216,55 +216,28 @@ def _only_growing(cache: Cache) -> bool:
 def _heads(
     texts: Sequence[Sequence[int]], limits: Sequence[int], rows: Sequence[int]
 ) -> tuple[list[int], list[int], int]:
-    """Which shared beginnings to read ahead of the rest: those for which the fewest tokens are read in all.
+    """Which beginnings to read ahead of the rest: those for which the fewest tokens are read in all.
 
-    `limits`: how many tokens of each text may be read ahead at most. `rows`: the edit of each text. Returns, for each
-    text, how many of its first tokens are read ahead, and the text from which it takes them (itself if it shares none);
-    and how many of the remaining tokens are fed, the same number for every text.
+    The beginnings are read by `prefill` too, so that what these share is read once as well: a story, then its
+    questions, then their answers. `limits`: how many tokens of each text may be read ahead at most. `rows`: the edit of
+    each text. Returns, for each text, how many of its first tokens are read ahead, and the text from which it takes
+    them (itself if it shares none); and how many of the remaining tokens are fed, the same number for every text.
     """
-    shared, groups = _shared(texts, limits, rows)
-    lengths = [len(t) for t in texts]
-
-    def split(tail: int) -> tuple[list[int], list[int]]:
-        heads = [max(n - tail, 0) for n in lengths]
-        longest: dict[int, int] = {}
-        for i, head in enumerate(heads):
-            if head <= shared[i] and head > heads[longest.setdefault(groups[i], i)]:
-                longest[groups[i]] = i
-        return heads, [longest[groups[i]] if head <= shared[i] else i for i, head in enumerate(heads)]
+    lengths, order = [len(t) for t in texts], sorted(range(len(texts)), key=lambda i: (rows[i], texts[i]))
+    common = [common_length(texts[a], texts[b]) if rows[a] == rows[b] else 0 for a, b in pairwise(order)]
 
     def cost(tail: int) -> int:
-        heads, sources = split(tail)
-        read = sum(heads[s] for s in set(sources))
+        heads = [max(lengths[i] - tail, 0) for i in order]
+        read = sum(heads) - sum(map(min, common, heads, heads[1:]))
         return tail * len(texts) + read + (PASS if read else 0)
 
     least = max(n - limit for n, limit in zip(lengths, limits, strict=True))
-    tails = {max(least, n - s) for n, s in zip(lengths, shared, strict=True)}
-    tail = min(sorted({*tails, max(lengths)}, reverse=True), key=cost)
-    return *split(tail), tail
-
-
-def _shared(texts: Sequence[Sequence[int]], limits: Sequence[int], rows: Sequence[int]) -> tuple[list[int], list[int]]:
-    """For each text, how many first tokens it shares with its group, and the group, for the groups that save most."""
-    order = sorted(range(len(texts)), key=lambda i: (rows[i], texts[i]))
-    common = [
-        min(common_length(texts[a], texts[b]), limits[a], limits[b]) if rows[a] == rows[b] else 0
-        for a, b in pairwise(order)
-    ]
-
-    def best(first: int, last: int) -> tuple[int, list[tuple[int, int, int]]]:
-        """The tokens saved, and the groups (first, last, shared length) of `order[first : last + 1]`."""
-        if first == last:
-            return 0, [(first, last, 0)]
-        weakest = min(range(first, last), key=common.__getitem__)
-        whole = common[weakest] * (last - first)
-        left, right = best(first, weakest), best(weakest + 1, last)
-        if left[0] + right[0] > whole:
-            return left[0] + right[0], left[1] + right[1]
-        return whole, [(first, last, common[weakest])]
-
-    shared, groups = [0] * len(texts), [0] * len(texts)
-    for group, (first, last, length) in enumerate(best(0, len(order) - 1)[1]):
-        for i in order[first : last + 1]:
-            shared[i], groups[i] = length, group
-    return shared, groups
+    ends = {lengths[i] - c for pair, c in zip(pairwise(order), common, strict=True) for i in pair}
+    tail = min(sorted({max(lengths), *(max(least, end) for end in ends)}, reverse=True), key=cost)
+    heads, sources = [max(n - tail, 0) for n in lengths], list(range(len(texts)))
+    for k, i in enumerate(order):
+        # Those that begin with the same tokens stand next to it.
+        first = next((j + 1 for j in range(k - 1, -1, -1) if common[j] < heads[i]), 0)
+        last = next((j for j in range(k, len(common)) if common[j] < heads[i]), len(common))
+        sources[i] = max(order[first : last + 1], key=heads.__getitem__)
+    return heads, sources, tail

@@ -88,6 +88,18 @@ def test_texts_with_nothing_in_common_are_read_in_one_pass(model64: SteeredModel
     assert fed == [12]
 
 
+def test_a_story_its_questions_and_their_answers_are_each_read_once(model64: SteeredModel, fed):
+    story, questions = [1, *range(10, 40)], [[40 + q, *range(50, 60)] for q in range(3)]
+    texts = [[*story, *question, 70 + answer, 75] for question in questions for answer in range(4)]
+    asked = len(story) + len(questions[0])
+    read = prefill(model64, texts, prompts=[asked] * len(texts))
+    # The last token of each question is read with each answer: its output predicts the answer's first token.
+    assert sum(fed) == len(story) + 3 * (len(questions[0]) - 1) + 3 * len(texts)
+    for text, hidden in zip(texts, read.hidden, strict=True):
+        whole = hidden_states(model64, torch.tensor([text]))[0, asked - 1 :]
+        torch.testing.assert_close(hidden, whole, rtol=1e-10, atol=1e-10)
+
+
 def test_replies_are_the_same_whether_or_not_their_beginnings_are_shared(model: SteeredModel, edits, fed, monkeypatch):
     prompts, which, keys = (
         TEXTS * 2 * len(edits),
@@ -98,7 +110,7 @@ def test_replies_are_the_same_whether_or_not_their_beginnings_are_shared(model: 
     with model.steering.applied(edits):
         shared = generate(model, prompts, DRAWN, keys, which=which)
         read = sum(fed)
-        monkeypatch.setattr(prefill_module, "_shared", lambda texts, *_: ([0] * len(texts), [*range(len(texts))]))
+        monkeypatch.setattr(prefill_module, "_heads", lambda t, *_: ([0] * len(t), [*range(len(t))], max(map(len, t))))
         fed.clear()
         assert generate(model, prompts, DRAWN, keys, which=which) == shared
     assert read < 0.8 * sum(fed)
