@@ -41,6 +41,8 @@ class Reader(Protocol):
     abilities: frozenset[Ability]
     context: int
     """How many tokens it reads at most, a prompt and its reply together."""
+    dtype: str | None
+    """What it computes in; None where that is not known."""
     notes: Sequence[str]
     """What people should know of how it reads, such as a chat template that is not its own."""
 
