@@ -360,8 +360,6 @@ def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int
         param, prompts = "prompt", len(request.prompts)
         if request.suffix:
             raise invalid("suffix", "none, as gaps are not filled", "a text", "unsupported_value")
-        if request.echo and request.logprobs is not None:
-            raise invalid("echo", "no logprobs beside it, as a prompt's are not told", "both", "unsupported_value")
         ids = max((len(p) for p in request.prompts if isinstance(p, list)), default=0)
         if ids > context:
             raise invalid(param, f"at most {context} tokens", f"{ids}; shorten it", "context_length_exceeded")
