@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -201,6 +202,43 @@ class EndpointReader:
 
     def _encode(self, text: str) -> list[int]:
         return ids_of(self._tokenizer, [text], len(self._tokenizer), self.name)[0]
+
+
+@dataclass(eq=False)
+class EndpointArm:
+    """A model behind a server: an `evaluation.Arm`."""
+
+    url: str
+    model: str = ""
+    """One of the server's; empty for the first."""
+    place: str | None = None
+    """The checkpoint whose tokenizer is used."""
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float = 120.0
+    control: bool = False
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/").removesuffix("/v1")
+        self.name = self.model or self.url.partition("://")[2] or self.url
+        self.about = f"{self.model or 'the model'} at {self.url}"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """See `evaluation.Arm`. The server does not say which weights it runs."""
+        return {"url": self.url, "model": self.model, "tokenizer": self.place and self._tokenizer[0].chat_template}
+
+    def reader(self) -> EndpointReader:
+        """See `evaluation.Arm`."""
+        tokenizer, notes = self._tokenizer
+        made = EndpointReader(
+            self.url, self.model, tokenizer=tokenizer, label=self.name, api_key=self.api_key, timeout=self.timeout
+        )
+        made.notes += notes
+        return made
+
+    @cached_property
+    def _tokenizer(self) -> tuple[Any, list[str]]:
+        return (None, []) if self.place is None else tokenizer_of(self.place)
 
 
 _PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0, "add_special_tokens": False}

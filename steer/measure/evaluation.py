@@ -108,7 +108,8 @@ def evaluate_arms(
                     found = {**_EMPTY, "skipped": one_line(failed or SteerError())}
                 else:
                     found = _asked(arm, reader, probe, size, f"[{done}/{total}] {arm.name}: {probe.name}")
-                    write_atomic(file, json.dumps(without_nan(found)) + "\n")
+                    if probe.needs <= reader.abilities:  # else it takes no time, and a server may learn to
+                        write_atomic(file, json.dumps(without_nan(found)) + "\n")
             results[probe.name][arm.name] = {k: v for k, v in found.items() if k != "dtype"}
             dtypes[arm.name] = found["dtype"] or dtypes.get(arm.name)
             say(f"[{done}/{total}] {arm.name}, {probe.name}: {_line(probe, found)}")

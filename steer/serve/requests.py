@@ -29,6 +29,7 @@ from steer.core.small_files import shown
 from steer.errors import SteerError
 from steer.model.chat_template import RESERVED
 from steer.plain_text import without_surrogates
+from steer.serve.engine import Token
 from steer.serve.errors import ApiError, invalid
 from steer.serve.limits import MAX_MESSAGES, Limits
 
@@ -336,6 +337,8 @@ class Prompt:
     """How many ids at its end are the beginning of the reply."""
     echo: str = ""
     """Text of the prompt to repeat at the start of the reply; empty unless `echo` was asked for."""
+    scored: tuple[Token, ...] = ()
+    """The prompt's tokens but the first, with their log-probabilities, if these are echoed too."""
     opening: str | None = None
     """Of a chat: as in `ChatPrompt`, what the reply has of thoughts already. None: its thoughts stay in its text."""
     notes: tuple[str, ...] = ()
