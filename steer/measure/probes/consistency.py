@@ -18,8 +18,8 @@ from steer.measure.probes.probe import Figure, Metric, Probe, Reader, Result, Si
 from steer.measure.probes.stories import small_talk, told, written
 from steer.progress import Advance
 
-LATER = (0, 10, 30)
-"""After how many messages of small talk the questions are asked."""
+LATER = (10, 30)
+"""After how many messages of small talk the questions are asked again."""
 
 
 class Consistency(Probe):
@@ -42,7 +42,9 @@ class Consistency(Probe):
         """Return the questions; those of one family are the same one in other words and at other times."""
         rng, stories = random.Random(f"consistency {size.seed}"), written("consistency")
         return [
-            item for number in range(size.of(10, 2)) for item in _asked(rng, stories[number % len(stories)], number)
+            item
+            for number in range(size.of(20, 10))
+            for item in _asked(rng, stories[number % len(stories)], number, size.quick)
         ]
 
     def plan(self, size: Size) -> Any:
@@ -57,15 +59,17 @@ class Consistency(Probe):
         return Result(_compared(items, found), [example(i, s) for i, s in shown], notes)
 
 
-def _asked(rng: random.Random, story: dict[str, Any], number: int) -> list[Choice]:
+def _asked(rng: random.Random, story: dict[str, Any], number: int, quick: bool) -> list[Choice]:
+    """Return the questions on one story. A quick run asks in three ways, and half of its stories are asked once."""
     people = rng.sample(written("positions")["people"], 3)
     things = rng.sample(story["things"], 3)
-    facts = [story["fact"].format(who=who, thing=thing) for who, thing in zip(people, things, strict=True)]
+    ways = rng.sample(story["ways"], 3 if quick else 5)
+    begun = told([" ".join(story["fact"].format(who=w, thing=t) for w, t in zip(people, things, strict=True))])
     options, talk = rng.sample(people, 3), small_talk(rng, max(LATER))
-    begun = told([" ".join(facts)], 1)
+    again = (LATER[number // 2 % 2],) * (number % 2) if quick else LATER
     return [
         Choice(
-            f"{number:02} {thing} {later} {way}",
+            f"{number:02} {ask.format(thing=thing)}",
             (*begun, *talk[:later], ("user", ask.format(thing=thing))),
             answer.format(thing=thing),
             tuple(f" {o}" for o in options),
@@ -74,9 +78,9 @@ def _asked(rng: random.Random, story: dict[str, Any], number: int) -> list[Choic
             turn=len(begun) + later,
             family=f"{number:02} {thing}",
         )
-        for later in LATER
+        for later, asked in ((0, ways), *((later, ways[:1]) for later in again))
         for who, thing in zip(people, things, strict=True)
-        for way, (ask, answer) in enumerate(story["ways"])
+        for ask, answer in asked
     ]
 
 

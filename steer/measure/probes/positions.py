@@ -6,13 +6,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from steer.measure.probes.choice import Choice, ForcedChoice
-from steer.measure.probes.probe import Size
+from steer.measure.probes.choice import MARGIN, Choice, ForcedChoice
+from steer.measure.probes.probe import Metric, Size
 from steer.measure.probes.stories import small_talk, told, written
 
 MOVES = ((0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 2), (0, 1, 2, 3), (1, 2, 2, 4), (0, 2, 3, 6), (1, 2, 4, 8))
 """How often each of the four things of a story is moved."""
-LATER = (0, 4, 10)
+LATER = (0, 2, 8)
 """How many messages of small talk come between a story and its questions."""
 
 
@@ -70,11 +70,12 @@ class Positions(ForcedChoice):
 
     name = "positions"
     says = "how well the model knows where things and people are after they were moved"
+    metrics = (Metric("accuracy", "higher", "share of right answers", 0.25), MARGIN)
 
     def items(self, size: Size) -> list[Choice]:
         """Return four questions on each story."""
         rng, words = random.Random(f"positions {size.seed}"), written("positions")
-        return [item for story in range(size.of(84, 15)) for item in _questions(rng, words, story)]
+        return [item for story in range(size.of(60, 15)) for item in _questions(rng, words, story)]
 
 
 def _questions(rng: random.Random, words: dict[str, list[str]], story: int) -> list[Choice]:
