@@ -31,7 +31,7 @@ class Consequences(ForcedChoice):
         people = written("positions")["people"]
         items = []
         for turn in range(size.of(3, 1)):
-            order = rng.sample(scenes, size.of(len(scenes), 24))
+            order = rng.sample(scenes, size.of(len(scenes), 30))
             for i in range(0, len(order), TOGETHER):
                 together = order[i : i + TOGETHER]
                 later = LATER[(turn + i // TOGETHER) % len(LATER)]

@@ -63,14 +63,26 @@ def frequency(p: Passage) -> float:
     return float(np.mean([zipf_frequency(w, "en") for w in words(p.text)]))
 
 
+def mentioned(p: Passage, last: bool) -> float:
+    """Where the option is mentioned, first or last, as the number of sentences before it; -1 where it is not."""
+    sentences = [option_in(s, p.text) for s in re.split(r"[.?:,] ?", read(p.chat))]
+    found = [i for i, s in enumerate(sentences) if s]
+    return found[-1 if last else 0] if found else -1
+
+
+@cache
+def option_in(sentence: str, option: str) -> bool:
+    return option.strip().lower() in sentence
+
+
 SHALLOW: dict[str, Liking] = {
     "word overlap with the chat": overlap,
     "words most often in the chat": count,
     "longest": lambda p: len(p.text),
     "shortest": lambda p: -len(p.text),
     "most words": lambda p: len(words(p.text)),
-    "mentioned first": lambda p: -read(p.chat).find(p.text.strip().lower()),
-    "mentioned last": lambda p: read(p.chat).rfind(p.text.strip().lower()),
+    "mentioned first": lambda p: -mentioned(p, last=False),
+    "mentioned last": lambda p: mentioned(p, last=True),
     "most frequent": frequency,
     "rarest": lambda p: -frequency(p),
 }
