@@ -63,7 +63,7 @@ def test_each_option_is_right_equally_often(probe: Any, size: Size) -> None:
     told: dict[Any, list[Choice]] = defaultdict(list)
     for item in probe.items(size):
         if item.family:
-            told[item.group, item.metric].append(item)
+            told[item.group, item.metric, item.turn].append(item)
     assert told
     for items in told.values():
         assert len({tuple(sorted(i.options)) for i in items}) == 1
@@ -210,11 +210,18 @@ def test_answers_that_never_change_are_not_consistent() -> None:
     assert mean(found, "consistency") == pytest.approx(0.0, abs=1e-6)
 
 
+def test_answers_at_random_are_not_consistent() -> None:
+    rng = np.random.default_rng(0)
+    found = [mean(Consistency().run(Synthetic(lambda _: rng.normal()), Size()), "consistency") for _ in range(5)]
+    assert np.mean(found) == pytest.approx(0.0, abs=0.01)
+
+
 def test_answers_that_change_with_the_words_of_a_question_are_less_consistent() -> None:
     items = Consistency().items(Size())
     right = knowing(items)
-    half = Synthetic(lambda p: right(p) if len(p.chat[-1][1]) % 2 else float(len(p.text)))
-    assert 0.1 < mean(Consistency().run(half, Size()), "consistency") < 0.8
+    other = {i.passages[(i.right + 1) % 3] for i in items}
+    half = Synthetic(lambda p: right(p) if len(p.begun) % 2 else -30.0 * (p not in other))
+    assert 0.0 < mean(Consistency().run(half, Size()), "consistency") < 0.8
 
 
 def test_a_page_never_says_the_everyday_answer() -> None:
