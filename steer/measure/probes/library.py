@@ -6,9 +6,24 @@ from collections.abc import Sequence
 
 from steer.errors import UsageError
 from steer.measure.probes.capability import Capability
+from steer.measure.probes.consequences import Consequences
+from steer.measure.probes.consistency import Consistency
+from steer.measure.probes.implications import Implications
+from steer.measure.probes.knowledge import Knowledge
+from steer.measure.probes.positions import Positions
 from steer.measure.probes.probe import Probe
 
-PROBES: dict[str, Probe] = {probe.name: probe for probe in (Capability(),)}
+PROBES: dict[str, Probe] = {
+    probe.name: probe
+    for probe in (
+        Positions(),
+        Consequences(),
+        Implications(),
+        Consistency(),
+        Knowledge(),
+        Capability(),
+    )
+}
 
 
 def probes_named(names: Sequence[str] | None = None) -> list[Probe]:
