@@ -1,18 +1,19 @@
 """Persona: whether the model still is who its card says, by facts and by how far the card moves its words.
 
-Each card tells the same facts of four people, one of whom is the model's character, so that an option cannot be chosen
-because the card has its words. Over all cards each place in the card and among the options is right as often.
+A card tells the same facts of four people and ends with which of them the model is. Each of the four is it once: what
+is right then depends on whose card it is, and on nothing else. The names have the same length.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
-from steer.measure.probes.choice import Choice, ForcedChoice
+from steer.measure.probes.choice import MARGIN, Choice, ForcedChoice
 from steer.measure.probes.probe import Chat, Figure, Metric, Passage, Reader, Result, Size
-from steer.measure.probes.stories import written
+from steer.measure.probes.stories import small_talk, written
 from steer.progress import Advance
 
 PEOPLE = 4
@@ -27,25 +28,45 @@ class Persona(ForcedChoice):
     needs = frozenset({"logprobs", "divergences"})
     metrics = (
         Metric("accuracy", "higher", "share of facts told right", 1 / PEOPLE),
+        MARGIN,
         Metric("distance", "higher", "KL divergence from the reply without the card, nats per token"),
     )
 
     def items(self, size: Size) -> list[Choice]:
         """Return every fact of every card at every turn."""
-        rng = random.Random(size.seed)
-        talk = [("user", "assistant")[i % 2] for i in range(48)]
-        lines = [text for pair in rng.sample(written("dialogue"), 24) for text in pair]
-        small_talk = list(zip(talk, lines, strict=True))
+        rng, given = random.Random(f"persona {size.seed}"), written("people")
         turns = (0, 8) if size.quick else (0, 8, 24)
-        return [i for card in range(size.of(12, 4)) for i in _items(rng, card, [tuple(small_talk[:t]) for t in turns])]
+        talk = small_talk(rng, max(turns))
+        out = []
+        for world in range(size.of(6, 2)):
+            names = rng.sample(given["names"], PEOPLE)
+            facts = [(fact, rng.sample(fact["of"], PEOPLE)) for fact in given["facts"]]
+            lines = [
+                f"{name} {', '.join(fact['says'].format(of[i]) for fact, of in facts)}." for i, name in enumerate(names)
+            ]
+            for number, name in enumerate(names):
+                card = ("system", " ".join([*lines, f"You are {name}."]))
+                for turn, (fact, of) in product(turns, facts):
+                    options = rng.sample(of, PEOPLE)
+                    place = f"{world} {fact['begun']} {turn}"
+                    out.append(
+                        Choice(
+                            f"{place} {name}",
+                            (card, *talk[:turn], ("user", fact["asked"])),
+                            fact["begun"],
+                            tuple(f" {option}" for option in options),
+                            options.index(of[number]),
+                            place,
+                            turn=turn,
+                            family=place,
+                        )
+                    )
+        return out
 
     def pairs(self, size: Size) -> list[tuple[Choice, tuple[Passage, Passage]]]:
         """Return the items whose right answer is also read without the card, and that answer with and without it."""
-        return [
-            (item, (_answer(item, item.chat), _answer(item, item.chat[1:])))
-            for item in self.items(size)
-            if int(item.group.split()[1]) < size.of(4, 2)
-        ]
+        items = [item for item in self.items(size) if item.id.startswith("0 ")]
+        return [(i, (_answer(i, i.chat), _answer(i, i.chat[1:]))) for i in items[:: size.of(1, 2)]]
 
     def plan(self, size: Size) -> Any:
         """Return the items, and those that are also read without the card."""
@@ -64,36 +85,3 @@ class Persona(ForcedChoice):
 
 def _answer(item: Choice, chat: Chat) -> Passage:
     return Passage(f"{item.begun}{item.options[item.right]}.", chat=chat)
-
-
-def _items(rng: random.Random, card: int, talks: list[Chat]) -> list[Choice]:
-    """The facts of one card, after each of the beginnings of a chat."""
-    given, place = written("people"), card % PEOPLE
-    names = rng.sample(given["names"], PEOPLE)
-    facts = [(fact, rng.sample(fact["of"], PEOPLE)) for fact in given["facts"]]
-    lines = []
-    for i, name in enumerate(names):
-        if i == place:
-            says = [f"{fact['begun'].replace('I ', 'you ')} {of[i]}" for fact, of in facts]
-            lines.append(f"You are {name}: {', '.join(says)}.")
-        else:
-            lines.append(f"{name} {', '.join(fact['says'].format(of[i]) for fact, of in facts)}.")
-    chat: Chat = (("system", " ".join([*lines, f"Answer as {names[place]}."])),)
-    out = []
-    for talk in talks:
-        for number, (fact, of) in enumerate(facts):
-            right = (card // PEOPLE + number + card) % PEOPLE
-            others = [value for value in of if value != of[place]]
-            options = [*others[:right], of[place], *others[right:]]
-            out.append(
-                Choice(
-                    f"{fact['begun']} {card} {len(talk)}",
-                    (*chat, *talk, ("user", fact["asked"])),
-                    fact["begun"],
-                    tuple(f" {option}" for option in options),
-                    right,
-                    f"card {card}",
-                    turn=len(talk),
-                )
-            )
-    return out

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-from importlib import resources
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-import yaml
-
+from steer.core.small_files import read_yaml
 from steer.measure.probes.probe import Chat
 
 
+@cache
 def written(name: str) -> Any:
     """Return what `items/NAME.yaml` says."""
-    return yaml.safe_load((resources.files("steer.measure.probes") / "items" / f"{name}.yaml").read_text("utf-8"))
+    return read_yaml(Path(__file__).parent / "items" / f"{name}.yaml", "the items of a probe")
 
 
 def small_talk(rng: random.Random, messages: int) -> Chat:
