@@ -23,6 +23,7 @@ from steer.measure.probes.stories import written
 from steer.measure.probes.traits import COMPLIANCE, MORALIZING
 from steer.measure.probes.words import words
 from steer.measure.scorer import Scorer
+from steer.measure.statistics import mean_of
 
 QUICK = Size(quick=True)
 PROBES: list[Probe] = [Characters(), Persona(), Prose(), Drift(), MORALIZING, COMPLIANCE]
@@ -80,6 +81,49 @@ def test_the_same_seed_asks_the_same_and_another_does_not(probe: Probe) -> None:
         assert len(set(keys)) == len(keys)
         assert 1 <= len(result.examples) <= 5
         assert all(np.isfinite(f.value) for f in result.figures)
+
+
+VOCABULARY = [
+    "rain",
+    "door",
+    "lamp",
+    "bread",
+    "song",
+    "garden",
+    "never",
+    "always",
+    "honest",
+    "sorry",
+    "story",
+    "must",
+    "you",
+    "I",
+    "of",
+    "the",
+    "and",
+]
+
+
+@pytest.mark.parametrize(
+    ("probe", "metric"),
+    [(Persona(), "margin"), (Prose(), "distinct"), (Drift(), "surprise"), (MORALIZING, "probability")],
+)
+def test_two_seeds_of_one_reader_differ_as_little_as_their_intervals_say(probe: Probe, metric: str) -> None:
+    """In 95 % of repetitions; of 40, at least 34 in all but 1 % of cases."""
+    within = 0
+    for repetition in range(40):
+        means = []
+        for seed in (2 * repetition, 2 * repetition + 1):
+            noise = random.Random(seed)
+            reader = Program(
+                lambda chat, rng: " ".join(rng.choices(VOCABULARY, k=rng.randint(5, 20))),
+                lambda passage, noise=noise: noise.gauss(-3, 1),
+            )
+            figures = probe.run(reader, Size(True, seed)).figures
+            means.append(mean_of([f for f in figures if f.metric == metric]))
+        allowed = np.hypot(*((m.high - m.low) / 2 for m in means))
+        within += abs(means[0].value - means[1].value) <= allowed
+    assert within >= 34
 
 
 # Characters
