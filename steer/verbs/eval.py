@@ -8,11 +8,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from steer.checkpoint.fetch import resolve
 from steer.checkpoint.staging import check_output
 from steer.core.profile import Profile
 from steer.errors import MismatchError, UsageError
 from steer.files import read_json_object, without_nan, write_atomic
 from steer.measure.arms import Loader, LocalArm, Source, damaged_arms, edit_of_amounts, edit_of_profile
+from steer.measure.endpoint import EndpointArm
 from steer.measure.evaluation import RESULTS, Arm, compared, evaluate_arms
 from steer.measure.probes.library import probes_named
 from steer.measure.probes.probe import Size
@@ -71,6 +73,34 @@ def evaluate(
     arms.sort(key=lambda arm: (arm.damage is not None, order[id(arm.source)]))
     _ = [arm.edit for arm in arms]  # a slider that is not known is refused before hours are spent
     return evaluate_arms(arms, chosen, Size(quick, seed), Path(out), fresh=fresh, say=say)
+
+
+def evaluate_endpoint(
+    url: str,
+    *,
+    name: str = "",
+    tokenizer: str | Path | None = None,
+    probes: Sequence[str] | None = None,
+    out: str | Path = "eval",
+    quick: bool = False,
+    seed: int = 0,
+    fresh: bool = False,
+    api_key: str | None = None,
+    timeout: float = 120.0,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Measure a model behind an OpenAI-compatible server, as `evaluate` does; the probes that it cannot be asked are
+    skipped with the reason.
+
+        evaluate_endpoint("http://127.0.0.1:8321", tokenizer="merged", quick=True)
+
+    `name`: one of its models, by default the first. `tokenizer`: the checkpoint on this machine that it serves, whose
+    tokenizer and chat template are used and whose weights are not. `timeout`: seconds for one answer.
+    Errors: as `evaluate`; UnreachableError if nothing answers, or no longer. The same call then goes on.
+    """
+    chosen, place = probes_named(probes), None if tokenizer is None else resolve(tokenizer)
+    arm = EndpointArm(url, name, place, api_key, timeout)
+    return evaluate_arms([arm], chosen, Size(quick, seed), Path(out), fresh=fresh, say=say)
 
 
 def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[str, Any]:

@@ -88,7 +88,9 @@ def test_the_scored_tokens_are_those_of_the_text(model: SteeredModel) -> None:
     assert scored(PASSAGES[5]) == " And then the rain."
     assert scored(PASSAGES[4]) == "he hen ran on."  # the first token has nothing before it
     assert scored(Passage("e and on", "The hen ran on h")) == "he and on"  # "he" is one token, across the boundary
-    assert reader.length(PASSAGES[0]) == len(model.prompt_ids(readers._messages(CHAT))) + len(model.encode(" He is in the inn"))
+    assert reader.length(PASSAGES[0]) == len(model.prompt_ids(readers.as_chat(CHAT))) + len(
+        model.encode(" He is in the inn")
+    )
 
 
 def test_texts_that_begin_others_are_read_with_them(model: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +102,7 @@ def test_texts_that_begin_others_are_read_with_them(model: SteeredModel, monkeyp
 
     prefill = readers.prefill
     monkeypatch.setattr(readers, "prefill", counted)
-    words = "The hen ran on and the rain ran in and on the hill the inn is".split()
+    words = ["The", *["hen", "ran", "on", "and", "in"] * 4]
     passages = [Passage(f" {words[i]}", " ".join(words[:i])) for i in range(1, len(words))]
     together = LocalReader(model).logprobs(passages)
     assert read == [len(model.encode(" ".join(words))) - 1]
