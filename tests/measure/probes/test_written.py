@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from readers import SHALLOW
+from synthetic_readers import SHALLOW
 
 from steer.core.trait import Trait
 from steer.measure.contrast import Contrast, Reply
