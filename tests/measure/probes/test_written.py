@@ -138,7 +138,7 @@ def speaker(chat: Chat) -> str:
 def test_speakers_with_words_of_their_own_are_told_apart() -> None:
     said = SAYS | {"Holt": "march boots duty", "Odile": "moon shadow cards", "Fen": "maybe soil worms"}
     result = Characters().run(Program(lambda chat, rng: rng.choice(said[speaker(chat)].split())), Size())
-    assert mean(result, "late") == mean(result, "early") == 1
+    assert mean(result, "late") == mean(result, "recognised") == 1
     assert result.notes == []
 
 
@@ -148,12 +148,12 @@ def test_speakers_who_all_say_the_same_are_at_chance_and_their_names_do_not_help
 
     found = [Characters().run(Program(reply), Size(True, seed)) for seed in range(12)]
     assert np.mean([mean(r, "late") for r in found]) == pytest.approx(0.5, abs=0.1)
-    assert np.mean([mean(r, "early") for r in found]) == pytest.approx(0.5, abs=0.1)
+    assert np.mean([mean(r, "recognised", turn=0) for r in found]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_speaker_who_takes_over_another_voice_late_in_the_chat_is_seen_as_confused() -> None:
     result = Characters().run(Program(lambda chat, rng: SAYS["Mara" if len(chat) > 2 else speaker(chat)]), QUICK)
-    assert mean(result, "early") == 1
+    assert mean(result, "recognised", turn=0) == 1
     assert mean(result, "late") == 0.5
     assert result.notes == ["Bram is taken for Mara in 12 of 12 late replies"]
 
