@@ -29,7 +29,7 @@ class Persona(ForcedChoice):
     metrics = (
         Metric("accuracy", "higher", "share of facts told right", 1 / PEOPLE),
         MARGIN,
-        Metric("distance", "higher", "KL divergence from the reply without the card, nats per token"),
+        Metric("distance", "neither", "KL divergence from the reply without the card, nats per token"),
     )
 
     def items(self, size: Size) -> list[Choice]:
