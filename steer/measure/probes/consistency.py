@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial.distance import jensenshannon
-from scipy.special import softmax
+from scipy.special import entr, softmax
 
 from steer.measure.probes.choice import EXAMPLES, Choice, example, fitting, relative, scores
 from steer.measure.probes.probe import Figure, Metric, Probe, Reader, Result, Size
@@ -84,6 +83,15 @@ def _asked(rng: random.Random, story: dict[str, Any], number: int, quick: bool) 
     ]
 
 
+def agreement(answers: Float[np.ndarray, "n options"]) -> Float[np.ndarray, "n n"]:
+    """Return 1 less the Jensen-Shannon distance of each two distributions: 1 for equal ones, 0 for those that have no
+    option in common."""
+    bits = entr(answers).sum(1) / np.log(2)
+    between = entr((answers[:, None] + answers) / 2).sum(2) / np.log(2)
+    # Rounding takes it below 0 for equal distributions, where scipy's own function is not a number.
+    return 1 - np.sqrt(np.clip(between - (bits[:, None] + bits) / 2, 0, 1))
+
+
 def _compared(items: Sequence[Choice], found: Sequence[Float[np.ndarray, " options"]]) -> list[Figure]:
     stories: defaultdict[str, list[int]] = defaultdict(list)
     for i, item in enumerate(items):
@@ -91,8 +99,7 @@ def _compared(items: Sequence[Choice], found: Sequence[Float[np.ndarray, " optio
     figures = []
     for story in stories.values():
         answers = softmax(np.array([found[i] for i in story]), axis=1)
-        # One minus the distance, in bits: 1 for equal distributions, 0 for those without a common option.
-        near = 1 - np.array([jensenshannon(answers, a[None], base=2, axis=1) for a in answers])
+        near = agreement(answers)
         families = np.array([items[i].family for i in story])
         rights = np.array([items[i].right for i in story])
         for row, i in enumerate(story):

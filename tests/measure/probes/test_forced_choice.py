@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import jensenshannon
+from scipy.special import softmax
 from synthetic_readers import SHALLOW, Synthetic, knowing
 
 from steer.measure.probes.choice import Choice, relative
 from steer.measure.probes.consequences import Consequences
-from steer.measure.probes.consistency import Consistency
+from steer.measure.probes.consistency import Consistency, agreement
 from steer.measure.probes.implications import Implications
 from steer.measure.probes.knowledge import Knowledge
 from steer.measure.probes.positions import Positions
@@ -208,6 +210,20 @@ def test_answers_that_never_change_are_not_consistent() -> None:
     found = Consistency().run(Synthetic(lambda p: float(len(p.text))), Size(quick=True))
     assert mean(found, "agreement") == pytest.approx(1.0)
     assert mean(found, "consistency") == pytest.approx(0.0, abs=1e-6)
+
+
+def test_agreement_is_one_less_the_jensen_shannon_distance() -> None:
+    answers = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    expected = [[1 - jensenshannon(a, b, base=2) for b in answers] for a in answers]
+    np.testing.assert_allclose(agreement(answers), expected, atol=1e-7)
+
+
+def test_answers_that_differ_by_rounding_agree() -> None:
+    rng = np.random.default_rng(0)
+    answers = softmax(rng.normal(size=(3, 3)), axis=1)[rng.integers(0, 3, 200)]
+    near = agreement(answers * (1 + 1e-12 * rng.normal(size=answers.shape)))
+    assert np.isfinite(near).all()
+    assert near.max() == pytest.approx(1.0)
 
 
 def test_answers_at_random_are_not_consistent() -> None:
