@@ -16,6 +16,7 @@ import steer  # noqa: F401, I001  # before torch, whose libraries read the varia
 import pytest
 import torch
 
+from steer.checkpoint.fetch import home
 from steer.core.direction import Direction
 
 WIDTH, BLOCKS, VOCAB = 32, 3, 97
@@ -117,6 +118,19 @@ def change_config() -> Callable[..., None]:
         path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
     return change
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A STEER_HOME for the tests, so that what they find and use is not listed for the user; what takes long to make,
+    the default model and proofs of anatomies, is the user's."""
+    place = tmp_path_factory.mktemp("home")
+    for name in ("models", "anatomies"):
+        (home() / name).mkdir(parents=True, exist_ok=True)
+        (place / name).symlink_to(home() / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEER_HOME", str(place))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from template_shelf import FOLDED, JOINED, KINDS, LATER, OPENED, Kind
-from tiny_chat import SPECIAL
+from tiny_chat import SPECIAL, save_tiny_chat
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -132,10 +132,17 @@ def test_thoughts_are_left_out_by_whatever_switch_there_is(use: Callable[[Any], 
     assert model.prompt([A], options={"enable_thinking": True}).notes == ()
     model = use(KINDS["chatml"].template)
     assert text_of(model, [A], options=WITHOUT_THOUGHTS) == text_of(model, [A])
-    assert model.prompt([A], options=WITHOUT_THOUGHTS).notes == ()  # a model without thoughts writes none anyway
-    assert "no option enable_thinking" in model.prompt([A], options={"enable_thinking": True}).notes[0]
+    assert "no option enable_thinking" in model.prompt([A], options=WITHOUT_THOUGHTS).notes[0]
     model = use(KINDS["a date and tools in the system turn"].template)
     assert "Today: 1 May" in text_of(model, [A], options={"date_string": "1 May"})
+
+
+def test_a_model_without_thoughts_is_not_said_to_ignore_the_wish_for_none(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = load(save_tiny_chat(tiny_llama, tmp_path / "m"))
+    assert model.prompt([A], options=WITHOUT_THOUGHTS).notes == ()
+    assert "no option enable_thinking" in model.prompt([A], options={"enable_thinking": True}).notes[0]
 
 
 @pytest.mark.parametrize(
