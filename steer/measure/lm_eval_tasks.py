@@ -56,11 +56,13 @@ class LmEvalTask(Probe):
                     f"{reader.name}: expected sliders that act on every token, found some that act on a part of the "
                     "reply, and lm-eval does not say where that begins"
                 )
-            harness = HFLM(
+            # Their decorators hide the parameters from type checkers.
+            harness_class: Any = HFLM
+            run: Any = simple_evaluate
+            harness = harness_class(
                 pretrained=model.hf, tokenizer=model.tokenizer, batch_size=BATCH, max_length=reader.context,
                 device=str(model.device),
             )  # fmt: skip
-            run: Any = simple_evaluate  # its decorators hide its parameters
             found = run(
                 harness, tasks=[self._task.config.task], task_manager=self._manager, bootstrap_iters=0,
                 limit=LIMIT if size.quick else None, random_seed=size.seed, numpy_random_seed=size.seed,
