@@ -204,9 +204,9 @@ def _step(metric: Json, difference: float | None) -> str:
 
 
 def no_signal(probe: Json) -> str | None:
-    """Return why a probe tells nothing about this model; None if it does, or nobody tried."""
-    signal = probe.get("signal") or {}
-    return signal.get("says") or "no signal at this size" if signal.get("none") else None
+    """Return the line of a probe that tells nothing about this model; None for one that does, or may."""
+    signal = probe["signal"]
+    return signal["line"] if signal["status"] in ("none", "chance") else None
 
 
 def _section(probe: Json, arms: Sequence[Json]) -> dict[str, Any]:
@@ -320,10 +320,19 @@ def _draw_differences(ax: Any, rows: Sequence[Comparison | None]) -> list[str]:
             ax.plot([low, high], [y, y], color=colour, lw=1.6)
             ax.plot(value, y, marker, color=colour, ms=7, mfc="white" if c.outcome == "noise" else colour)
             if abs(c.difference[0]) > edge:
+                # Inside the axes, beside the mark.
+                x, side = (-9, "right") if value > 0 else (9, "left")
+                text = f"{c.difference[0]:+.{int(abs(c.difference[0]) < 10)}f}"
                 ax.annotate(
-                    f"{c.difference[0]:+.{int(abs(c.difference[0]) < 10)}f}", (value, y), (-9 if value > 0 else 9, 0), textcoords="offset points",
-                    ha="right" if value > 0 else "left", va="center", fontsize=7.5, color=colour,
-                )  # fmt: skip
+                    text,
+                    (value, y),
+                    (x, 0),
+                    textcoords="offset points",
+                    ha=side,
+                    va="center",
+                    fontsize=7.5,
+                    color=colour,
+                )
     return [c.values if c else "not compared" for c in rows]
 
 

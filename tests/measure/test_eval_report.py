@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_eval import ARMS, PROBES, SHIFTS, synthetic_eval
+from synthetic_eval import ARMS, PROBES, synthetic_eval
 
 from steer.measure.eval_report import comparisons, number, verdicts, write_eval_report
 
+PICTURED = ("capability", "positions", "prose")
 DAMAGED = ("merged", "slid", "baked", "noise 10 %", "noise 30 %", "MLPs in 2 bits", "the slider at 3 times its range")
 
 
@@ -83,23 +84,23 @@ def test_perplexities_are_shown_as_such_and_their_differences_as_factors(tmp_pat
     summary = row(result, "capability", "slid")
     summary.update(value=3.0, low=2.0, high=4.0, difference=0.5, difference_low=0.4, difference_high=0.6)
     page = written(result, tmp_path)
-    assert "<td>20.1</td><td>7.389 to 54.6</td>" in page
+    assert "<td>20.09</td><td>7.389 to 54.60</td>" in page
     assert "<td>× 1.65 (× 1.49 to × 1.82)</td>" in page
 
 
-@pytest.mark.parametrize("arms", [ARMS[:1], ARMS[:2], ARMS, DAMAGED], ids=len)
+@pytest.mark.parametrize("arms", [ARMS[:1], ARMS[:2], DAMAGED], ids=len)
 def test_any_number_of_arms_has_a_picture_a_section_per_probe_and_every_answer(arms, tmp_path):
-    result = synthetic_eval(arms=arms)
+    result = synthetic_eval(arms, PICTURED)
     page = written(result, tmp_path)
-    for probe in PROBES:
+    for probe in PICTURED:
         assert page.count(f'<h2 id="{probe}">') == 1
     for arm in arms:
-        assert page.count(f"says {arm}</div>") == 5 * len(PROBES)
-    # Two pictures, and positions has two metrics by n and by turn, consequences n, drift turns.
-    assert page.count("<svg") == 2 + 4 + 1 + 1
+        assert page.count(f"says {arm}</div>") == 5 * len(PICTURED)
+    # Two pictures, and positions has two metrics by n and by turn.
+    assert page.count("<svg") == 2 + 4
     picture = re.findall(r"<svg.*?</svg>", page, re.DOTALL)[0]
     for arm in arms[1:] if len(arms) > 2 else ():
-        assert picture.count(arm[:25]) >= len(PROBES)
+        assert picture.count(arm[:25]) >= len(PICTURED)
     assert ("One model, so nothing is compared" in page) == (len(arms) == 1)
     assert ("better →" in picture) == (len(arms) > 1)
 
@@ -113,16 +114,16 @@ def test_chance_stands_in_words_and_in_the_plots(tmp_path):
 
 def test_a_probe_that_was_not_asked_says_why_and_one_without_signal_is_no_verdict(tmp_path):
     why = "the endpoint gives no log-probabilities"
-    result = synthetic_eval(skipped={("slid", "positions"): why})
-    result["probes"][2]["signal"] = {"none": True, "says": "No signal at this size: no damage moves it."}
+    result = synthetic_eval(probes=("positions", "consequences"), skipped={("slid", "positions"): why})
+    result["probes"][1]["signal"] = {"status": "none", "line": "no signal at this size; chance is 0.5"}
     page = written(result, tmp_path)
     assert f"slid was not asked: {why}" in page
-    assert "No signal at this size: no damage moves it." in page
+    assert "<b>No signal at this size; chance is 0.5.</b>" in page
     assert "consequences *" in page
     slid = " ".join(dict(verdicts(result))["slid"])
     assert "Not compared: positions." in slid
     assert "No signal at this size, so nothing can be said: consequences." in slid
-    assert "positions" in dict(verdicts(result))["baked"][1]
+    assert "positions (0." in dict(verdicts(result))["baked"][0]
 
 
 def test_a_run_that_could_ask_nothing_says_so(tmp_path):
@@ -134,7 +135,7 @@ def test_a_run_that_could_ask_nothing_says_so(tmp_path):
 
 
 def test_figures_that_are_not_numbers_leave_gaps(tmp_path):
-    result = synthetic_eval()
+    result = synthetic_eval(probes=("positions", "drift"))
     for probe in result["probes"]:
         for figure in probe["arms"]["slid"]["figures"][::2]:
             figure["value"] = None
@@ -147,9 +148,9 @@ def test_figures_that_are_not_numbers_leave_gaps(tmp_path):
 
 def test_names_and_answers_of_strangers_stay_text(tmp_path):
     arm = "$x^$ <b>loud</b> \x1b[31m 漢字 " + "long " * 20
-    result = synthetic_eval(arms=("merged", arm), shifts={(arm, "positions"): -0.3})
-    result["probes"][1]["arms"][arm]["examples"][0]["answered"] = "<script>alert(1)</script>"
-    result["probes"][1]["arms"][arm]["notes"] = ["<i>cut</i>"]
+    result = synthetic_eval(("merged", "other", arm), ("consequences",))
+    result["probes"][0]["arms"][arm]["examples"][0]["answered"] = "<script>alert(1)</script>"
+    result["probes"][0]["arms"][arm]["notes"] = ["<i>cut</i>"]
     page = written(result, tmp_path)
     assert "&lt;script&gt;" in page
     assert "<b>loud" not in page
@@ -165,7 +166,7 @@ def test_a_difference_far_off_the_scale_stands_at_its_edge_with_its_number(tmp_p
 
 
 def test_the_same_result_gives_the_same_page(tmp_path):
-    a, b = (write_eval_report(synthetic_eval(shifts=SHIFTS), tmp_path / n).read_bytes() for n in ("a", "b"))
+    a, b = (write_eval_report(synthetic_eval(probes=("consequences",)), tmp_path / n).read_bytes() for n in ("a", "b"))
     assert a == b
 
 
