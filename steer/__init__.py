@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from steer.sae.harvest import harvest
     from steer.sae.train import train_dictionary
     from steer.verbs.bake import bake
+    from steer.verbs.eval import evaluate
 
 _MODULES = {
     "steer.baking.certificate": ["Certificate"],
@@ -83,6 +84,7 @@ _MODULES = {
     "steer.sae.harvest": ["harvest"],
     "steer.sae.train": ["train_dictionary"],
     "steer.verbs.bake": ["bake"],
+    "steer.verbs.eval": ["evaluate"],
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = list(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -20,7 +20,7 @@ from steer.chat.chat import Chat
 from steer.chat.feature_index import FeatureIndex
 from steer.chat.local import LocalBackend
 from steer.chat.session import Session
-from steer.checkpoint.library import Library, dictionaries_of, dictionary_at, register_dictionary
+from steer.checkpoint.library import Library, OnDisk, dictionaries_of, dictionary_at, register_dictionary
 from steer.checkpoint.sketch import sketch_files
 from steer.core.dictionary_files import FEATURES, SLIDERS
 from steer.core.profile import Profile, ProfileSlider
@@ -34,7 +34,6 @@ from steer.sae.records import FeatureRecord, write_records
 from steer.sae.train import train_dictionary
 from steer.serve.batching import BatchingEngine
 from steer.serve.server import create_app
-from steer.verbs.bake import OnDisk
 
 TRAIT = Trait(
     "lying", "s", "lie lie lie", "truth truth truth", ("lie",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,6 +36,18 @@ class Checkpoint(Protocol):
     @property
     def name(self) -> str: ...
     def sketch(self) -> Sketch: ...
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A checkpoint on disk, to look up names of sliders without loading it."""
+
+    name: str
+    found: Sketch
+
+    def sketch(self) -> Sketch:
+        """Return the sketch of its weights."""
+        return self.found
 
 
 def direction_files() -> Iterator[Path]:

@@ -19,7 +19,7 @@ from steer.baking.control_vector import load_control_vector
 from steer.baking.plan import bakeable, check_bakeable
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.fetch import resolve
-from steer.checkpoint.library import direction_place, directions_of
+from steer.checkpoint.library import OnDisk, direction_place, directions_of
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.checkpoint.staging import check_output
@@ -139,18 +139,6 @@ def checkpoint_dir(source: str | Path) -> Path:
     if not place.is_dir():
         raise UsageError(f"{source}: expected a checkpoint on disk, found a hub id; run: steer fetch {source}")
     return place
-
-
-@dataclass(frozen=True)
-class OnDisk:
-    """A checkpoint on disk, to look up names of sliders without loading it."""
-
-    name: str
-    found: Sketch
-
-    def sketch(self) -> Sketch:
-        """Return the sketch of its weights."""
-        return self.found
 
 
 def _profile_edit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -266,6 +267,31 @@ def demo_table(result: Mapping[str, Any]) -> str:
         + text_table(["step", "seconds"], [[step, f"{s:.1f}"] for step, s in times.items()])
         + f"{f'{model}:':<9}{result['source']}\nbaked:   {result['baked']}\nreport:  {result['report']}"
     )
+
+
+def eval_table(result: Mapping[str, Any]) -> str:
+    """Return the headline of every probe for every arm, what moved and what is noise, then what was left out."""
+    rows, notes = [], []
+    for probe in result["probes"]:
+        headline = probe["metrics"][0]
+        for row in (r for r in probe["summary"] if r["metric"] == headline["name"]):
+            shown = {k: _shown(row[k], headline["exponent"]) for k in ("value", "low", "high")}
+            cells = [probe["name"], row["arm"], f"{shown['value']} ({shown['low']}-{shown['high']})"]
+            if "difference" in row:
+                change, low, high = (f"{row[k]:+.3g}" for k in ("difference", "difference_low", "difference_high"))
+                verdict = "moved" if row["moved"] else f"noise below {row['noise']:.2g}"
+                cells += [f"{change} ({low} to {high})", verdict]
+            rows.append([*cells, *[""] * (5 - len(cells))])
+        if probe["signal"]["line"] and probe["signal"]["status"] != "signal":
+            notes.append(f"{probe['name']}: {probe['signal']['line']}")
+        for arm, part in probe["arms"].items():
+            notes += [f"{arm}: {line}" for line in ([part["skipped"]] if part["skipped"] else part["notes"])]
+    columns = ["probe", "arm", "mean (95 %)", "difference (95 %)", ""]
+    return text_table(columns, rows, left=1) + "\n".join(dict.fromkeys(notes))
+
+
+def _shown(value: float | None, exponent: bool) -> str:
+    return "-" if value is None else f"{math.exp(value) if exponent else value:.3g}"
 
 
 _FIGURES = {"rate": ".2f", "probability": ".2f", "KL": ".3f", "repetition": ".3f", "perplexity": ".1f"}

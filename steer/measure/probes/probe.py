@@ -19,8 +19,8 @@ from steer.progress import Advance
 Chat = tuple[tuple[str, str], ...]
 """(role, text) of each message; the roles are system, user and assistant."""
 LogProbs = Float[np.ndarray, " tokens"]
-Ability = Literal["logprobs", "replies", "divergences"]
-"""What a reader can do: one per method of `Reader`."""
+Ability = Literal["logprobs", "replies", "divergences", "weights"]
+"""What a reader can do: one per method of `Reader`. "weights": it is a model in this process, `readers.LocalReader`."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,18 @@ class Reader(Protocol):
     abilities: frozenset[Ability]
     context: int
     """How many tokens it reads at most, a prompt and its reply together."""
+    dtype: str | None
+    """What it computes in; None where that is not known."""
+    notes: Sequence[str]
+    """What people should know of how it reads, such as a chat template that is not its own."""
 
     def length(self, passage: Passage) -> int:
         """Return how many tokens a passage takes, all of it. An endpoint may estimate, upwards."""
         ...
 
     def logprobs(self, passages: Sequence[Passage], advance: Advance | None = None) -> list[LogProbs]:
-        """Return the log-probability of each token of each passage's `text`. `advance`: called with passages done."""
+        """Return the log-probability of each token of each passage's `text`, the first token left out where nothing
+        comes before it. `advance`: called with passages done."""
         ...
 
     def replies(

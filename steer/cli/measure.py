@@ -1,0 +1,63 @@
+"""The verb that measures: eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, emit, stoppable, tell
+from steer.errors import UsageError
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="The model that the others are compared with: a directory or a hub id.")
+    ] = None,
+    against: Annotated[list[str], typer.Option(help="Another checkpoint; may be repeated.")] = [],  # noqa: B006
+    profile: Annotated[list[Path], typer.Option(help="The model under a profile; may be repeated.")] = [],  # noqa: B006
+    slider: Annotated[
+        list[str], typer.Option(help="The model under NAME=AMOUNT, or several with commas; may be repeated.")
+    ] = [],  # noqa: B006
+    probes: Annotated[str | None, typer.Option(help="Some of the probes, with commas between; by default all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new directory, or that of a run to go on with. [default: eval]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer items: minutes on two cores.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the items and the replies.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
+    damage: Annotated[
+        bool, typer.Option("--damage", help="Also damage the model on purpose: a probe that cannot tell says so.")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Join two results, A.json B.json, in place of measuring.")
+    ] = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
+    four_bit: FourBit = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what a merge, a slider or a bake cost and changed: the same items for all, paired, no judge model."""
+    from steer.core.slider import parse_amount
+    from steer.verbs import eval as verb
+    from steer.verbs.tables import eval_table
+
+    if compare is not None:
+        if model is not None:
+            raise UsageError(f"--compare: expected no model beside it, found {model}; leave one out")
+        result = verb.compare(compare, out)
+        emit(result, as_json, eval_table(result))
+        return
+    if model is None:
+        raise UsageError("eval: expected a model, or --compare, found neither; name a checkpoint")
+    place = out or Path("eval")
+    with stoppable(f"what is done is in {place}, run the same command again to go on"):
+        result = verb.evaluate(
+            model, against=against, profiles=profile, probes=probes.split(",") if probes else None,
+            sliders=[dict(parse_amount(s) for s in several.split(",")) for several in slider],
+            out=place, quick=quick, seed=seed, fresh=fresh, damage=damage, say=tell,
+            device_map=device_map, four_bit=four_bit,
+        )  # fmt: skip
+    emit(result, as_json, f"{eval_table(result)}\n{place}")

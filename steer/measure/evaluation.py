@@ -1,0 +1,276 @@
+"""`evaluate`: every probe asks every arm the same items, and the arms are compared item by item.
+
+What one probe found out about one arm is a file in OUT/parts, written as soon as it is known, so that a run that was
+stopped goes on. OUT/eval.json is the whole, OUT/run.json says which run the directory belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from steer.core.version import __version__
+from steer.errors import OutputExistsError, SteerError, UsageError
+from steer.files import read_json_object, without_nan, write_atomic
+from steer.measure.probes.probe import Figure, Metric, Probe, Reader, Size
+from steer.measure.statistics import corrected, difference_of, mean_of
+from steer.progress import bar
+
+RESULTS, RUN, PARTS = "eval.json", "run.json", "parts"
+REPORT = "eval.html"
+ALPHA = 0.05
+"""A difference is called moved from this corrected p-value down."""
+Json = dict[str, Any]
+
+
+class Arm(Protocol):
+    """One model among those that are compared."""
+
+    name: str
+    about: str
+    """What it is, for people."""
+    control: bool
+    """Whether it is damaged on purpose, to show what the probes can tell."""
+
+    @property
+    def key(self) -> Json:
+        """All that its figures depend on, as JSON. Reads no weights into memory."""
+        ...
+
+    def reader(self) -> Reader:
+        """Load it. The reader of the arm before is not used any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where the result of one probe for one arm is kept."""
+
+    arm: Arm
+    probe: Probe
+    file: Path
+
+
+def evaluate_arms(
+    arms: Sequence[Arm],
+    probes: Sequence[Probe],
+    size: Size,
+    out: Path,
+    *,
+    fresh: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Json:
+    """Ask every arm every probe's items, write OUT/eval.json and return it. The first arm is what the others are
+    compared with.
+
+    A probe that fails for an arm, or that it cannot be asked, is skipped there with one line that says why.
+    `fresh`: ask everything again, and drop what an earlier run left in `out`. `say`: called with a line per result.
+    Errors: UsageError for no arm, or two of one name; OutputExistsError where `out` holds another run, or other files.
+    """
+    names = [arm.name for arm in arms]
+    if not names or len(set(names)) < len(names):
+        raise UsageError(
+            f"arms: expected at least one, each with a name of its own, found {', '.join(names) or 'none'}"
+        )
+    plans = {p.name: _hash(p.plan(size)) for p in probes}
+    run = {"steer": __version__, "code": code_hash(), "seed": size.seed, "quick": size.quick, "first": arms[0].key}
+    keys = {arm.name: arm.key for arm in arms}
+    _prepare(out, run, fresh)
+    results: dict[str, dict[str, Json]] = {p.name: {} for p in probes}
+    dtypes: dict[str, str | None] = {}
+    total, done = len(arms) * len(probes), 0
+    for arm in arms:
+        reader: Reader | None = None
+        for probe in probes:
+            done += 1
+            name = _hash([run, keys[arm.name], probe.name, plans[probe.name]])[:16]
+            file = out / PARTS / f"{_slug(arm.name)}-{_slug(probe.name)}-{name}.json"
+            if file.is_file():
+                found = read_json_object(file, what="a result of steer eval", do="delete it, or run with --fresh")
+            else:
+                reader = reader or arm.reader()
+                found = _asked(arm, reader, probe, size, f"[{done}/{total}] {arm.name}: {probe.name}")
+                write_atomic(file, json.dumps(without_nan(found)) + "\n")
+            results[probe.name][arm.name] = {k: v for k, v in found.items() if k != "dtype"}
+            dtypes[arm.name] = found["dtype"]
+            say(f"[{done}/{total}] {arm.name}, {probe.name}: {_line(probe, found)}")
+        del reader
+    result = {
+        "steer": __version__,
+        "seed": size.seed,
+        "quick": size.quick,
+        "model": arms[0].about,
+        "arms": [
+            {"name": a.name, "about": a.about, "dtype": dtypes.get(a.name), "control": a.control} for a in arms
+        ],
+        "probes": compared(
+            [
+                {"name": p.name, "says": p.says, "sha256": plans[p.name], "metrics": [asdict(m) for m in p.metrics],
+                 "arms": results[p.name]}
+                for p in probes
+            ],
+            names,
+            [a.name for a in arms if a.control],
+            size.seed,
+        ),
+    }  # fmt: skip
+    write_atomic(out / RESULTS, json.dumps(without_nan(result), indent=1) + "\n")
+    return without_nan(result)
+
+
+def compared(probes: list[Json], arms: Sequence[str], controls: Sequence[str] = (), seed: int = 0) -> list[Json]:
+    """Return probes as in eval.json with their `summary` and `signal`, which are computed of their figures alone.
+
+    P-values are corrected for the number of probes, each with its headline; those of the other metrics for the number
+    of those. Each arm is a question of its own.
+    """
+    rows: list[list[Json]] = [[] for _ in probes]
+    for arm in arms:
+        families: dict[bool, list[Json]] = {True: [], False: []}
+        for probe, summary in zip(probes, rows, strict=True):
+            for i, metric in enumerate(probe["metrics"]):
+                row = _row(probe, metric["name"], arm, arms[0], seed)
+                if row is not None:
+                    summary.append(row)
+                    if "p" in row:
+                        families[i == 0].append(row)
+        for family in families.values():
+            for row, p in zip(family, corrected([r["p"] for r in family]), strict=True):
+                row["p_corrected"], row["moved"] = p, p < ALPHA
+    return [
+        {**probe, "summary": summary, "signal": _signal(probe, summary, arms[0], controls)}
+        for probe, summary in zip(probes, rows, strict=True)
+    ]
+
+
+def figures_of(part: Json, metric: str) -> list[Figure]:
+    """Return one metric's figures in a part of eval.json. A figure that was no number has been left out."""
+    return [Figure(**f) for f in part["figures"] if f["metric"] == metric and f["value"] is not None]
+
+
+def code_hash() -> str:
+    """Return a hash of the code and the texts that figures depend on."""
+    package = Path(__file__).parents[1]
+    folders = [package / name for name in ("core", "checkpoint", "model", "measure")]
+    files = sorted(p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".txt", ".yaml", ".jinja"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _asked(arm: Arm, reader: Reader, probe: Probe, size: Size, title: str) -> Json:
+    """Return what a probe finds out about a reader, or why it cannot be asked."""
+    out: Json = {"figures": [], "examples": [], "notes": list(reader.notes), "seconds": 0.0, "skipped": None}
+    start = time.perf_counter()
+    missing = sorted(probe.needs - reader.abilities)
+    if missing:
+        out["skipped"] = f"{arm.name}: expected a model that gives {' and '.join(missing)}, found none"
+    else:
+        try:
+            with bar(title, None, "items") as advance:
+                found = probe.run(reader, size, advance)
+            figures = [f for f in found.figures if math.isfinite(f.value)]
+            out |= {"figures": [asdict(f) for f in figures], "examples": [asdict(e) for e in found.examples]}
+            out["notes"] += found.notes
+            if left := len(found.figures) - len(figures):
+                out["notes"].append(f"{left} of {len(found.figures)} figures left out: they are no finite number")
+            if not figures:
+                out["skipped"] = "; ".join(
+                    [f"{probe.name}: expected items that {arm.name} can be asked, found none", *out["notes"]]
+                )
+        except SteerError as e:
+            out["skipped"] = f"{probe.name}: {' '.join(str(e).split())}"
+    out["seconds"] = round(time.perf_counter() - start, 2)
+    return out | {"dtype": reader.dtype}
+
+
+def _prepare(out: Path, run: Json, fresh: bool) -> None:
+    """Make `out` ready for a run; raise OutputExistsError where it holds anything else."""
+    mark = out / RUN
+    entries = [p.name for p in out.iterdir()] if out.is_dir() else []
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out}: expected a directory, found a file; name another --out")
+    if entries and not mark.is_file():
+        raise OutputExistsError(f"{out}: expected a new directory or a run of steer eval, found {min(entries)}; "
+                                "name another --out")  # fmt: skip
+    if mark.is_file() and not fresh:
+        other = read_json_object(mark, do="name another --out, or run with --fresh")
+        different = [k for k in run if other.get(k) != run[k]]
+        if different:
+            key = different[0]
+            what = {"first": "another first model", "code": "another version of steer's code"}.get(
+                key, f"{key} {other.get(key)}, not {run[key]}"
+            )
+            raise OutputExistsError(f"{out}: expected this run, found one with {what}; name another --out, or run with "
+                                    "--fresh, which drops it")  # fmt: skip
+    if fresh:
+        for file in (*(out / PARTS).glob("*.json"), out / RESULTS, out / REPORT):
+            file.unlink(missing_ok=True)
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    write_atomic(mark, json.dumps(run, indent=1) + "\n")
+
+
+def _row(probe: Json, metric: str, arm: str, first: str, seed: int) -> Json | None:
+    """Return a line of the summary: one metric of one arm, beside the first arm's."""
+    figures = figures_of(probe["arms"].get(arm, {"figures": []}), metric)
+    if not figures:
+        return None
+    mean = mean_of(figures, seed)
+    row: Json = {"arm": arm, "metric": metric, **asdict(mean)}
+    if arm == first:
+        return row
+    difference = difference_of(figures_of(probe["arms"].get(first, {"figures": []}), metric), figures, seed)
+    if difference is None:
+        return row
+    return row | {
+        "difference": difference.mean.value,
+        "difference_low": difference.mean.low,
+        "difference_high": difference.mean.high,
+        "pairs": difference.mean.items,
+        "p": difference.p,
+        "noise": difference.noise,
+    }
+
+
+def _signal(probe: Json, summary: Sequence[Json], first: str, controls: Sequence[str]) -> Json:
+    """Return whether the probe tells anything at this size: with damaged arms if it moves for one of them, else if the
+    first arm is above chance."""
+    headline = Metric(**probe["metrics"][0])
+    rows = {r["arm"]: r for r in summary if r["metric"] == headline.name}
+    moved = [arm for arm in controls if rows.get(arm, {}).get("moved")]
+    at = "" if headline.chance is None else f"; chance is {headline.chance:g}"
+    if controls:
+        status = "signal" if moved else "none"
+        line = f"tells {', '.join(moved)} from {first}" if moved else f"no signal at this size{at}"
+    elif headline.chance is None or first not in rows:
+        status, line = "unknown", ""
+    elif rows[first]["low"] is not None and rows[first]["low"] <= headline.chance <= rows[first]["high"]:
+        status, line = "chance", f"{first} is no better than chance at this size{at}"
+    else:
+        status, line = "signal", f"{first} differs from chance{at}"
+    return {"status": status, "moved": moved, "chance": headline.chance, "line": line}
+
+
+def _line(probe: Probe, found: Json) -> str:
+    if found["skipped"]:
+        return f"skipped: {found['skipped']}"
+    metric = probe.metrics[0]
+    figures = figures_of(found, metric.name)
+    value = sum(f.value for f in figures) / len(figures) if figures else math.nan
+    return f"{metric.name} {math.exp(value) if metric.exponent else value:.3g} ({found['seconds']:.1f} s)"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", name)[:60]

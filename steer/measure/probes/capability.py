@@ -1,0 +1,50 @@
+"""Capability: how well plain prose is predicted, whatever is asked of the character."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from steer.measure.harness import plain_paragraphs
+from steer.measure.probes.probe import Example, Figure, Metric, Passage, Probe, Reader, Result, Size
+from steer.progress import Advance
+
+WORDS = 8
+"""Words of a piece. The first piece of a paragraph is read and not scored."""
+
+
+class Capability(Probe):
+    """Nats per token of pieces of plain prose, each given what comes before it in its paragraph."""
+
+    name = "capability"
+    says = "How well the model predicts plain prose: a lower perplexity is better, and damage raises it first."
+    metrics = (Metric("perplexity", "lower", "perplexity of plain prose, per token", exponent=True),)
+    needs = frozenset({"logprobs"})
+
+    def plan(self, size: Size) -> Any:
+        """Return the pieces as JSON."""
+        return [(item, group, asdict(p)) for item, group, p in self._pieces(size)]
+
+    def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
+        """Read every paragraph once."""
+        asked = self._pieces(size)
+        found = reader.logprobs([p for _, _, p in asked], advance)
+        scored = [(*piece, -float(f.mean())) for piece, f in zip(asked, found, strict=True)]
+        return Result(
+            [Figure("perplexity", item, nats, group) for item, group, _, nats in scored],
+            [
+                Example(item, f"{p.begun[-80:]}…", p.text.strip(), f"{nats:.2f} nats per token")
+                for item, _, p, nats in scored[:: max(1, len(scored) // 5)]
+            ],
+        )
+
+    @staticmethod
+    def _pieces(size: Size) -> list[tuple[str, str, Passage]]:
+        """Return (item, its paragraph, the piece) of the half of the paragraphs that no search has seen."""
+        out, paragraphs = [], plain_paragraphs()[1]
+        for number, paragraph in enumerate(paragraphs[: size.of(len(paragraphs), 8)]):
+            words, group = paragraph.split(), f"paragraph {number + 1}"
+            for at in range(WORDS, len(words), WORDS):
+                piece = Passage(f" {' '.join(words[at : at + WORDS])}", " ".join(words[:at]))
+                out.append((f"{group}, word {at + 1}", group, piece))
+        return out

@@ -1,0 +1,21 @@
+"""Every probe of `steer eval`, by name, in the order of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steer.errors import UsageError
+from steer.measure.probes.capability import Capability
+from steer.measure.probes.probe import Probe
+
+PROBES: dict[str, Probe] = {probe.name: probe for probe in (Capability(),)}
+
+
+def probes_named(names: Sequence[str] | None = None) -> list[Probe]:
+    """Return the probes of these names, all without any. Errors: UsageError that lists the probes."""
+    if names is None:
+        return list(PROBES.values())
+    for name in names:
+        if name not in PROBES:
+            raise UsageError(f"--probes: expected some of {', '.join(PROBES)}, found {name!r}; mend the list")
+    return [PROBES[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,151 @@
+"""`steer eval`: what a merge, a slider or a bake cost, and what it changed, measured without a judge model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from steer.checkpoint.staging import check_output
+from steer.core.profile import Profile
+from steer.errors import MismatchError, UsageError
+from steer.files import read_json_object, without_nan, write_atomic
+from steer.measure.arms import Loader, LocalArm, Source, damaged_arms, edit_of_amounts, edit_of_profile
+from steer.measure.evaluation import RESULTS, Arm, compared, evaluate_arms
+from steer.measure.probes.library import probes_named
+from steer.measure.probes.probe import Size
+from steer.model.steered import SteeredModel
+
+Say = Callable[[str], None]
+
+
+def evaluate(
+    model: str | Path | SteeredModel,
+    *,
+    against: Sequence[str | Path] = (),
+    profiles: Sequence[Profile | str | Path] = (),
+    sliders: Sequence[Mapping[str, float]] = (),
+    probes: Sequence[str] | None = None,
+    out: str | Path = "eval",
+    quick: bool = False,
+    seed: int = 0,
+    fresh: bool = False,
+    damage: bool = False,
+    say: Say = lambda line: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure a model and what changes it, on the same items; write OUT/eval.json and return what it holds.
+
+        steer.evaluate("merged", sliders=[{"moralizing": -1}], against=["calm"], quick=True)
+
+    `model`: the first arm, which the others are compared with. `against`: other checkpoints. `profiles` and `sliders`:
+    the first model under each of them. `probes`: some of the probes, by name. `damage`: also the first model damaged on
+    purpose, so that a probe which cannot tell that says so. `out`: a new directory, or one of the same run, which then
+    goes on; `fresh`: measure again there. `options`: as `steer.load` takes them.
+    Errors: UsageError for unknown probes and sliders, OutputExistsError if `out` holds another run, those of
+    `steer.load`. A probe that fails for one arm is skipped there, with its reason in the result.
+    """
+    chosen = probes_named(probes)
+    loader = Loader(options)
+    source = Source(loader, model)
+    arms = [LocalArm(source.name, source.name, source)]
+    for other in against:
+        other_source = Source(loader, other)
+        arms.append(LocalArm(other_source.name, other_source.name, other_source))
+    for given in profiles:
+        profile = given if isinstance(given, Profile) else Profile.load(given)
+        about = f"{source.name} with the profile {profile.name}"
+        arms.append(LocalArm(profile.name, about, source, edit_of_profile(profile)))
+    for amounts in sliders:
+        name = ", ".join(f"{slider}={amount:g}" for slider, amount in amounts.items())
+        arms.append(LocalArm(name, f"{source.name} with {name}", source, edit_of_amounts(amounts)))
+    if damage:
+        if source.place is None:
+            raise UsageError("damage: expected a checkpoint on disk, found a model in use; name its directory")
+        arms += damaged_arms(source, arms[0])
+    _name_apart(arms)
+    # Arms of one checkpoint stand side by side, so that it is loaded once; damaged ones come last.
+    order = {id(s): i for i, s in enumerate(dict.fromkeys(arm.source for arm in arms))}
+    arms.sort(key=lambda arm: (arm.damage is not None, order[id(arm.source)]))
+    _ = [arm.edit for arm in arms]  # a slider that is not known is refused before hours are spent
+    return evaluate_arms(arms, chosen, Size(quick, seed), Path(out), fresh=fresh, say=say)
+
+
+def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[str, Any]:
+    """Join runs that were made on different days into one result: their arms beside each other, the first file's first
+    arm as what the others are compared with. Arms are named by their file. `out`: a directory to write eval.json into.
+
+    Errors: MismatchError where a probe's items differ, or no probe is in every file; CheckpointError for a file that is
+    no result of steer eval.
+    """
+    if len(files) < 2:
+        raise UsageError(f"--compare: expected at least two results, found {len(files)}; name another eval.json")
+    runs = [(Path(f), _result(Path(f))) for f in files]
+    (first_file, first), *rest = runs
+    for file, run in rest:
+        for key in ("seed", "quick"):
+            if run[key] != first[key]:
+                raise MismatchError(f"{file}: expected {key} {first[key]}, as in {first_file}, found {run[key]}; "
+                                    "run both with the same options")  # fmt: skip
+    labels = [_label(file) for file, _ in runs]
+    if len(set(labels)) < len(labels):
+        labels = [str(file) for file, _ in runs]
+    names = [[f"{label}: {arm['name']}" for arm in run["arms"]] for label, (_, run) in zip(labels, runs, strict=True)]
+    joined = []
+    for probe in first["probes"]:
+        same = [next((p for p in run["probes"] if p["name"] == probe["name"]), None) for _, run in runs]
+        found = [p for p in same if p is not None]
+        if len(found) < len(runs):
+            continue
+        for (file, _), other in zip(runs, found, strict=True):
+            if other["sha256"] != probe["sha256"]:
+                raise MismatchError(f"{file}: expected the items of {probe['name']} as in {first_file}, found others; "
+                                    "run both with the same version of steer")  # fmt: skip
+        parts = {
+            f"{label}: {name}": part for label, p in zip(labels, found, strict=True) for name, part in p["arms"].items()
+        }
+        joined.append({k: probe[k] for k in ("name", "says", "sha256", "metrics")} | {"arms": parts})
+    if not joined:
+        raise MismatchError(f"{rest[0][0]}: expected a probe that {first_file} has too, found none; run the same ones")
+    arms = [
+        arm | {"name": name}
+        for (_, run), own in zip(runs, names, strict=True)
+        for arm, name in zip(run["arms"], own, strict=True)
+    ]
+    controls = [arm["name"] for arm in arms if arm.get("control")]
+    result = without_nan({
+        **{k: first[k] for k in ("steer", "seed", "quick", "model")},
+        "arms": arms,
+        "probes": compared(joined, [arm["name"] for arm in arms], controls, first["seed"]),
+    })  # fmt: skip
+    if out is not None:
+        place = Path(out)
+        check_output(place)
+        write_atomic(place / RESULTS, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _result(file: Path) -> dict[str, Any]:
+    file = file / RESULTS if file.is_dir() else file
+    result = read_json_object(file, what="a result of steer eval", do="name an eval.json")
+    if missing := [k for k in ("steer", "seed", "quick", "model", "arms", "probes") if k not in result]:
+        raise UsageError(
+            f"{file}: expected a result of steer eval, found JSON without {missing[0]!r}; name an eval.json"
+        )
+    return result
+
+
+def _label(file: Path) -> str:
+    return file.resolve().parent.name if file.name == RESULTS else file.stem
+
+
+def _name_apart(arms: Sequence[Arm]) -> None:
+    """Number arms that have the name of an earlier one."""
+    taken: set[str] = set()
+    for arm in arms:
+        base, numbers = arm.name, count(2)
+        while arm.name in taken:
+            arm.name = f"{base} ({next(numbers)})"
+        taken.add(arm.name)
