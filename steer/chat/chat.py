@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from steer.chat.comparison import Comparison, Side
-from steer.chat.costs import Cost, bake_cost, costs_of, profile_cost
 from steer.chat.conversation import Conversation, Message
+from steer.chat.costs import Cost, bake_cost, costs_of, profile_cost
 from steer.chat.feature_index import FeatureIndex
 from steer.chat.jobs import BakePlan, Form, plan
 from steer.chat.local import LocalBackend

@@ -41,6 +41,7 @@ def evaluate(
 ) -> None:
     """Measure what a merge, a slider or a bake cost and changed: the same items for all, paired, no judge model."""
     from steer.core.slider import parse_amount
+    from steer.measure.evaluation import REPORT
     from steer.verbs import eval as verb
     from steer.verbs.tables import eval_table
 
@@ -48,7 +49,7 @@ def evaluate(
         if model is not None:
             raise UsageError(f"--compare: expected no model beside it, found {model}; leave one out")
         result = verb.compare(compare, out)
-        emit(result, as_json, eval_table(result))
+        emit(result, as_json, "\n".join([eval_table(result), *([str(out / REPORT)] if out else [])]))
         return
     if model is None:
         raise UsageError("eval: expected a model, or --compare, found neither; name a checkpoint")
@@ -60,4 +61,4 @@ def evaluate(
             out=place, quick=quick, seed=seed, fresh=fresh, damage=damage, say=tell,
             device_map=device_map, four_bit=four_bit,
         )  # fmt: skip
-    emit(result, as_json, f"{eval_table(result)}\n{place}")
+    emit(result, as_json, f"{eval_table(result)}\n{place / REPORT}")

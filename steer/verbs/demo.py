@@ -1,7 +1,7 @@
 """`steer demo`: the whole pipeline on the default model or the user's own, measured on text that it was not fitted on.
 
-`run` fetches, merges, finds two traits, searches an edit, bakes, verifies, measures, evaluates what slider and bake cost,
-and writes the report.
+`run` fetches, merges, finds two traits, searches an edit, bakes, verifies, measures, evaluates what the slider and the
+bake cost, and writes the report.
 """
 
 from __future__ import annotations

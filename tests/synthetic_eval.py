@@ -83,8 +83,10 @@ def _probe(
         ]  # fmt: skip
         results[arm] = {"figures": figures, "examples": examples, "notes": [], "seconds": 12.5, "skipped": None}
     summary = [_summary(a, m, values, arms[0]) for m in metrics for a in arms if (a, m["name"]) in values]
-    return {"name": name, "says": f"A higher figure means that the model is good at {name}.", "sha256": "0" * 64,
-            "metrics": metrics, "arms": results, "summary": summary, "signal": {"status": "unknown", "moved": [], "chance": metrics[0]["chance"], "line": ""}}  # fmt: skip
+    signal = {"status": "unknown", "moved": [], "chance": metrics[0]["chance"], "line": ""}
+    says = f"A higher figure means that the model is good at {name}."
+    return {"name": name, "says": says, "sha256": "0" * 64, "metrics": metrics, "arms": results, "summary": summary,
+            "signal": signal}  # fmt: skip
 
 
 def _summary(arm: str, metric: dict[str, Any], values: dict[Any, Any], first: str) -> dict[str, Any]:
