@@ -307,6 +307,46 @@ def test_a_bake_says_what_cannot_be_written_and_writes_the_rest(page, tmp_path):
     verify(out)
 
 
+def test_what_sliders_cost_is_measured_while_the_page_is_loaded_again_and_its_report_opens(page, chromium):
+    page.move("moral", LEFT * 4)
+    page.settled()
+    page.click("Profiles")
+    page.fill("Save as", "noir")
+    page.click("What did this cost?")
+    page.until(lambda: "Measuring, " in page.all(".stMain")[0].text)
+    chromium.refresh()
+    page.until(lambda: page.all("textarea[data-testid=stChatInputTextArea]"), FIRST)
+    page.settled()
+    page.part("Cost")
+    page.until(lambda: "noir" in page.all(".stMain")[0].text)
+    page.until(lambda: "Download it" in page.all(".stMain")[0].text, FIRST)
+    assert "capability" in page.all(".stMain li")[0].text
+    page.click("Download it")
+    report: Path = chromium.downloads / "eval.html"
+    page.until(report.is_file)
+    page.click("Open the report")
+    frame = page.until(lambda: page.all("[data-testid=stDialog] iframe"))[0]
+    chromium.switch_to.frame(frame)
+    page.until(lambda: "What changed" in page.all("h1")[0].text)
+    assert page.all("figure svg")
+    chromium.switch_to.default_content()
+
+
+def test_what_a_bake_cost_is_asked_under_it_and_can_be_stopped_and_go_on(page, tmp_path):
+    page.move("moral", LEFT * 4)
+    page.settled()
+    page.part("Bake")
+    page.fill("Folder to write", str(tmp_path / "calm"))
+    page.bake()
+    page.until(lambda: "Written:" in page.all(".stMain")[0].text)
+    page.click("What did this cost?")
+    page.until(lambda: "Measuring, " in page.all(".stMain")[0].text)
+    page.click("Cancel")
+    page.until(lambda: "what was measured is kept" in page.all(".stMain")[0].text)
+    page.click("Go on")
+    page.until(lambda: "Open the report" in page.all(".stMain")[0].text, FIRST)
+
+
 def verify(out: Path) -> None:
     """As a user does, or the test fails."""
     command = [sys.executable, "-c", "from steer.cli.main import main; main()", "verify", str(out)]
