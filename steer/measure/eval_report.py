@@ -91,8 +91,9 @@ class Comparison:
 
     @property
     def values(self) -> str:
-        """Both values, for people."""
-        return f"{number(self.before)} → {number(self.after)}"
+        """Both values, for people, with as many digits as they take to differ."""
+        pairs = [(number(self.before, digits), number(self.after, digits)) for digits in (2, 3, 4)]
+        return " → ".join(next((p for p in pairs if p[0] != p[1]), pairs[0]))
 
 
 def comparisons(result: Json) -> list[Comparison]:
