@@ -343,6 +343,7 @@ def test_what_a_bake_cost_is_asked_under_it_and_can_be_stopped_and_go_on(page, t
     page.until(lambda: "Measuring, " in page.all(".stMain")[0].text)
     page.click("Cancel")
     page.until(lambda: "what was measured is kept" in page.all(".stMain")[0].text)
+    page.settled()  # the part is drawn again without its timer, and a button of before is gone
     page.click("Go on")
     page.until(lambda: "Open the report" in page.all(".stMain")[0].text, FIRST)
 
