@@ -55,6 +55,10 @@ class UnsupportedError(SteerError):
     """The tool refuses instead of guessing: an unknown architecture, or a tensor that it cannot edit."""
 
 
+class UnreachableError(SteerError):
+    """A server does not answer, or stops in the middle of an answer. The same request may succeed later."""
+
+
 class StoppedError(SteerError):
     """A signal stopped the work; finished parts are on the disk. The exit code is 128 + signal, as in shells."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,12 @@ def evaluate(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Join two results, A.json B.json, in place of measuring.")
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask an OpenAI-compatible server; MODEL is then the checkpoint whose tokenizer it has."),
+    ] = None,
+    model_name: Annotated[str, typer.Option(help="One of the server's models. [default: the first]")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds that the server may take for an answer.")] = 120.0,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     chat_template: ChatTemplate = None,
@@ -51,12 +58,22 @@ def evaluate(
         result = verb.compare(compare, out)
         emit(result, as_json, "\n".join([eval_table(result), *([str(out / REPORT)] if out else [])]))
         return
+    place, names = out or Path("eval"), probes.split(",") if probes else None
+    if url is not None:
+        if against or profile or slider or damage:
+            raise UsageError("--url: expected one model, found other arms; measure them alone and join with --compare")
+        with stoppable(f"what is done is in {place}, run the same command again to go on"):
+            result = verb.evaluate_endpoint(
+                url, name=model_name, tokenizer=model, probes=names, out=place, quick=quick, seed=seed, fresh=fresh,
+                api_key=os.environ.get("STEER_API_KEY"), timeout=timeout, say=tell,
+            )  # fmt: skip
+        emit(result, as_json, f"{eval_table(result)}\n{place}")
+        return
     if model is None:
-        raise UsageError("eval: expected a model, or --compare, found neither; name a checkpoint")
-    place = out or Path("eval")
+        raise UsageError("eval: expected a model, --url or --compare, found none of them; name a checkpoint")
     with stoppable(f"what is done is in {place}, run the same command again to go on"):
         result = verb.evaluate(
-            model, against=against, profiles=profile, probes=probes.split(",") if probes else None,
+            model, against=against, profiles=profile, probes=names,
             sliders=[dict(parse_amount(s) for s in several.split(",")) for several in slider],
             out=place, quick=quick, seed=seed, fresh=fresh, damage=damage, say=tell,
             device_map=device_map, four_bit=four_bit,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from steer.core.version import __version__
-from steer.errors import OutputExistsError, SteerError, UsageError
-from steer.files import read_json_object, without_nan, write_atomic
+from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
+from steer.files import one_line, read_json_object, without_nan, write_atomic
 from steer.measure.probes.probe import Figure, Metric, Probe, Reader, Size
 from steer.measure.statistics import corrected, difference_of, mean_of
 from steer.progress import bar
@@ -72,7 +72,9 @@ def evaluate_arms(
 
     A probe that fails for an arm, or that it cannot be asked, is skipped there with one line that says why.
     `fresh`: ask everything again, and drop what an earlier run left in `out`. `say`: called with a line per result.
-    Errors: UsageError for no arm, or two of one name; OutputExistsError where `out` holds another run, or other files.
+    Errors: UsageError for no arm, or two of one name; OutputExistsError where `out` holds another run, or other files;
+    UnreachableError for a server that stops answering, after which the same call goes on. An arm that cannot be loaded
+    is skipped, unless it is the first.
     """
     names = [arm.name for arm in arms]
     if not names or len(set(names)) < len(names):
@@ -88,6 +90,7 @@ def evaluate_arms(
     total, done = len(arms) * len(probes), 0
     for arm in arms:
         reader: Reader | None = None
+        failed: SteerError | None = None
         for probe in probes:
             done += 1
             name = _hash([run, keys[arm.name], probe.name, plans[probe.name]])[:16]
@@ -95,11 +98,20 @@ def evaluate_arms(
             if file.is_file():
                 found = read_json_object(file, what="a result of steer eval", do="delete it, or run with --fresh")
             else:
-                reader = reader or arm.reader()
-                found = _asked(arm, reader, probe, size, f"[{done}/{total}] {arm.name}: {probe.name}")
-                write_atomic(file, json.dumps(without_nan(found)) + "\n")
+                try:
+                    reader = reader or (None if failed else arm.reader())
+                except SteerError as e:
+                    if arm is arms[0]:  # what all others are compared with
+                        raise
+                    failed = e
+                if reader is None:  # not written: mended, it is asked by the next run
+                    found = {**_EMPTY, "skipped": one_line(failed or SteerError())}
+                else:
+                    found = _asked(arm, reader, probe, size, f"[{done}/{total}] {arm.name}: {probe.name}")
+                    if probe.needs <= reader.abilities:  # else it takes no time, and a server may learn to
+                        write_atomic(file, json.dumps(without_nan(found)) + "\n")
             results[probe.name][arm.name] = {k: v for k, v in found.items() if k != "dtype"}
-            dtypes[arm.name] = found["dtype"]
+            dtypes[arm.name] = found["dtype"] or dtypes.get(arm.name)
             say(f"[{done}/{total}] {arm.name}, {probe.name}: {_line(probe, found)}")
         del reader
     result = {
@@ -166,9 +178,13 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+_EMPTY: Json = {"figures": [], "examples": [], "notes": [], "seconds": 0.0, "skipped": None, "dtype": None}
+"""What is kept of one probe and arm before anything is known."""
+
+
 def _asked(arm: Arm, reader: Reader, probe: Probe, size: Size, title: str) -> Json:
     """Return what a probe finds out about a reader, or why it cannot be asked."""
-    out: Json = {"figures": [], "examples": [], "notes": list(reader.notes), "seconds": 0.0, "skipped": None}
+    out: Json = {**_EMPTY, "notes": list(reader.notes), "dtype": reader.dtype}
     start = time.perf_counter()
     missing = sorted(probe.needs - reader.abilities)
     if missing:
@@ -186,10 +202,12 @@ def _asked(arm: Arm, reader: Reader, probe: Probe, size: Size, title: str) -> Js
                 out["skipped"] = "; ".join(
                     [f"{probe.name}: expected items that {arm.name} can be asked, found none", *out["notes"]]
                 )
+        except UnreachableError:
+            raise  # what is done is kept, and the next run asks this again
         except SteerError as e:
             out["skipped"] = f"{probe.name}: {' '.join(str(e).split())}"
     out["seconds"] = round(time.perf_counter() - start, 2)
-    return out | {"dtype": reader.dtype}
+    return out
 
 
 def _prepare(out: Path, run: Json, fresh: bool) -> None:

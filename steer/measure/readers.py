@@ -6,10 +6,11 @@ a time than memory has room for. `steer.measure.endpoint` reads through a server
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class LocalReader:
         prompts = [self._prompt(chat, "") for chat in chats]
         longest = max(len(p.ids) for p in prompts) + tokens
         made = self.model.replies(
-            [_messages(chat) for chat in chats],
+            [as_chat(chat) for chat in chats],
             Sampler(max_new_tokens=tokens, temperature=temperature, repetition_penalty=1.0),
             [self.edit] * len(chats),
             keys=seeds,
@@ -189,22 +190,50 @@ class LocalReader:
             yield [i for i, _ in out], [hidden for _, hidden in out]
 
     def _render(self, chat: Chat, reply: str) -> ChatPrompt:
-        return self.model.prompt(_messages(chat), reply, WITHOUT_THOUGHTS)
+        return self.model.prompt(as_chat(chat), reply, WITHOUT_THOUGHTS)
 
     def _tokenise(self, passage: Passage) -> PassageTokens:
-        whole_text = passage.begun + passage.text
-        if passage.chat:
-            whole = self._prompt(passage.chat, whole_text).ids
-            begins = common_length(self._prompt(passage.chat, "").ids, whole)
-            start = common_length(self._prompt(passage.chat, passage.begun).ids, whole) if passage.begun else begins
-            return PassageTokens(tuple(whole), start, begins)
-        # Only the mark of the beginning: what a tokenizer puts at the end of a text would end the passage there.
-        bos = self.model.encode("", frame=True)[:1]
-        bos = bos if bos == [self.model.tokenizer.bos_token_id] else []
-        whole = [*bos, *self.model.encode(whole_text)]
-        before = [*bos, *self.model.encode(passage.begun)] if passage.begun else bos
-        start = max(1, common_length(before, whole))
-        return PassageTokens(tuple(whole), start, start)
+        return passage_tokens(
+            passage,
+            lambda chat, reply: self._prompt(chat, reply).ids,
+            self.model.encode,
+            first_token(self.model.tokenizer),
+        )
+
+
+def passage_tokens(
+    passage: Passage,
+    prompt: Callable[[Chat, str], Sequence[int]],
+    encode: Callable[[str], Sequence[int]],
+    first: Sequence[int],
+) -> PassageTokens:
+    """Return a passage as token ids. What is read before and what is scored are tokenised together, since a token may
+    lie across the boundary: it is scored.
+
+    `prompt`: a chat with the beginning of its reply as ids. `encode`: a plain text as ids, which `first` precedes.
+    """
+    whole_text = passage.begun + passage.text
+    if passage.chat:
+        whole = prompt(passage.chat, whole_text)
+        begins = common_length(prompt(passage.chat, ""), whole)
+        start = common_length(prompt(passage.chat, passage.begun), whole) if passage.begun else begins
+        return PassageTokens(tuple(whole), start, begins)
+    whole = [*first, *encode(whole_text)]
+    before = [*first, *encode(passage.begun)] if passage.begun else first
+    start = max(1, common_length(before, whole))
+    return PassageTokens(tuple(whole), start, start)
+
+
+def first_token(tokenizer: Any) -> list[int]:
+    """Return the token that a tokenizer puts before a plain text: its BOS, or none. What it puts at the end of a text
+    would end a passage there, and is left out."""
+    framed = tokenizer("").input_ids[:1]
+    return framed if framed == [tokenizer.bos_token_id] else []
+
+
+def as_chat(chat: Chat) -> list[Message]:
+    """Return a chat as messages."""
+    return [{"role": role, "content": text} for role, text in chat]
 
 
 def with_template(model: SteeredModel) -> list[str]:
@@ -257,7 +286,3 @@ def _carried(rows: Sequence[PassageTokens], timed: bool) -> dict[int, list[int]]
             out[i] = []
         out[after].append(i)
     return out
-
-
-def _messages(chat: Chat) -> list[Message]:
-    return [{"role": role, "content": text} for role, text in chat]

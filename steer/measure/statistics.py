@@ -104,7 +104,7 @@ def _interval(
     mean = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         return math.nan, math.nan
-    if np.ptp(sums / counts) == 0:
+    if np.ptp(sums / counts) <= 1e-9 * abs(mean):  # equal up to rounding, where the acceleration is 0 / 0
         return mean, mean
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)

@@ -15,9 +15,11 @@ from typing import Any
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.completion_choice import Logprobs
 from pydantic import BaseModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from steer.serve.engine import Token
 from steer.serve.requests import Prompt
 from steer.serve.writing import Piece, Reason, Update
 
@@ -76,11 +78,10 @@ class ChatFormat:
         return {"index": update.choice, **text, "logprobs": logprobs, "finish_reason": update.reason}
 
     def _logprobs(self, update: Update) -> Json:
-        rows = [
-            self._logprob(t.token.id, t.token.logprob) | {"top_logprobs": list(starmap(self._logprob, t.token.top))}
-            for t in update.piece.tokens
-        ]
-        return {"content": rows, "refusal": None}
+        return {"content": [self._row(t.token) for t in update.piece.tokens], "refusal": None}
+
+    def _row(self, token: Token) -> Json:
+        return self._logprob(token.id, token.logprob) | {"top_logprobs": list(starmap(self._logprob, token.top))}
 
     def _logprob(self, token: int, logprob: float | None) -> Json:
         raw = token_bytes(self._tokenizer, token)
@@ -96,6 +97,9 @@ class CompletionFormat(ChatFormat):
 
     def whole(self, choices: Sequence[Update], more: Json) -> str:
         made = [self._choice(u, text=self.choices[u.choice].echo + u.piece.text) for u in choices]
+        for choice in made:
+            if self._with_logprobs and (prompt := self._echoed(self.choices[choice["index"]])) is not None:
+                choice["logprobs"] = {k: prompt[k] + values for k, values in choice["logprobs"].items()}
         return self._response(_Completion, "text_completion", made, more)
 
     def chunk(self, update: Update | None, more: Json) -> str:
@@ -105,16 +109,39 @@ class CompletionFormat(ChatFormat):
     def opening(self, more: Json) -> Iterator[str]:
         for index, prompt in enumerate(self.choices):
             if prompt.echo:
-                first = {"index": index, "text": prompt.echo, "logprobs": None, "finish_reason": None}
+                logprobs = self._echoed(prompt) if self._with_logprobs else None
+                first = {"index": index, "text": prompt.echo, "logprobs": logprobs, "finish_reason": None}
                 yield self._response(_Completion, "text_completion", [first], more)
 
     def _logprobs(self, update: Update) -> Json:
         begin, rows = len(self.choices[update.choice].echo), super()._logprobs(update)["content"]
+        return self._columns(rows, [begin + t.start for t in update.piece.tokens])
+
+    def _echoed(self, prompt: Prompt) -> Json | None:
+        """Return the log-probabilities of an echoed prompt, null for its first token; None where none is echoed."""
+        if not prompt.echo:
+            return None
+        first = self._logprob(prompt.ids[0], None)
+        rows = [self._row(token) for token in prompt.scored]
+        # In the echoed text special tokens are left out, and so they take no room in it.
+        special, place, offsets = set(self._tokenizer.all_special_ids), 0, []
+        for token, row in zip(prompt.ids, [first, *rows], strict=True):
+            offsets.append(place)
+            place = min(place + (0 if token in special else len(row["token"])), len(prompt.echo))
+        told = self._columns(rows, offsets[1:])
+        return {
+            "tokens": [first["token"], *told["tokens"]],
+            "token_logprobs": [None, *told["token_logprobs"]],
+            "top_logprobs": [None, *told["top_logprobs"]],
+            "text_offset": offsets,
+        }
+
+    def _columns(self, rows: list[Json], offsets: list[int]) -> Json:
         return {
             "tokens": [row["token"] for row in rows],
             "token_logprobs": [row["logprob"] for row in rows],
             "top_logprobs": [self._top(row) for row in rows],
-            "text_offset": [begin + t.start for t in update.piece.tokens],
+            "text_offset": offsets,
         }
 
     def _top(self, row: Json) -> dict[str, float]:
@@ -130,7 +157,14 @@ def _thoughts(piece: Piece) -> Json:
     return {"reasoning_content": piece.thoughts} if piece.thoughts else {}
 
 
+class _Logprobs(Logprobs):
+    token_logprobs: list[float | None] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    top_logprobs: list[dict[str, float] | None] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Null for the first token of an echoed prompt, as OpenAI sends it, which its types do not foresee."""
+
+
 class _CompletionChoice(CompletionChoice):
+    logprobs: _Logprobs | None = None
     finish_reason: Reason | None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     """Null in the chunks of a stream that goes on, which OpenAI's type does not foresee."""
 

@@ -35,6 +35,7 @@ from steer.serve.requests import (
     sampler_of,
     warnings_of,
 )
+from steer.serve.scoring import prompt_tokens
 from steer.serve.steering import LiveSettings, Setting
 from steer.serve.writing import Piece, Update, Writing
 
@@ -137,6 +138,8 @@ class Replies:
         def edit() -> Edit | None:
             return (setting or self._settings.live).sliders.current
 
+        if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+            prompts = [replace(p, scored=prompt_tokens(model, p.ids, edit(), request.logprobs)) for p in prompts]
         if isinstance(request, ChatRequest):
             kind, top = ChatFormat, (request.top_logprobs or 0) if request.logprobs else None
         else:

@@ -29,6 +29,7 @@ from steer.core.small_files import shown
 from steer.errors import SteerError
 from steer.model.chat_template import RESERVED
 from steer.plain_text import without_surrogates
+from steer.serve.engine import Token
 from steer.serve.errors import ApiError, invalid
 from steer.serve.limits import MAX_MESSAGES, Limits
 
@@ -336,6 +337,8 @@ class Prompt:
     """How many ids at its end are the beginning of the reply."""
     echo: str = ""
     """Text of the prompt to repeat at the start of the reply; empty unless `echo` was asked for."""
+    scored: tuple[Token, ...] = ()
+    """The prompt's tokens but the first, with their log-probabilities, if these are echoed too."""
     opening: str | None = None
     """Of a chat: as in `ChatPrompt`, what the reply has of thoughts already. None: its thoughts stay in its text."""
     notes: tuple[str, ...] = ()
@@ -360,8 +363,6 @@ def check(request: ChatRequest | CompletionRequest, limits: Limits, context: int
         param, prompts = "prompt", len(request.prompts)
         if request.suffix:
             raise invalid("suffix", "none, as gaps are not filled", "a text", "unsupported_value")
-        if request.echo and request.logprobs is not None:
-            raise invalid("echo", "no logprobs beside it, as a prompt's are not told", "both", "unsupported_value")
         ids = max((len(p) for p in request.prompts if isinstance(p, list)), default=0)
         if ids > context:
             raise invalid(param, f"at most {context} tokens", f"{ids}; shorten it", "context_length_exceeded")

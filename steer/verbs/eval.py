@@ -8,15 +8,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from steer.checkpoint.fetch import resolve
 from steer.checkpoint.staging import check_output
 from steer.core.profile import Profile
 from steer.errors import MismatchError, UsageError
 from steer.files import read_json_object, without_nan, write_atomic
 from steer.measure.arms import Loader, LocalArm, Source, damaged_arms, edit_of_amounts, edit_of_profile
+from steer.measure.endpoint import EndpointArm
 from steer.measure.eval_report import write_eval_report
 from steer.measure.evaluation import REPORT, RESULTS, Arm, compared, evaluate_arms
 from steer.measure.probes.library import probes_named
-from steer.measure.probes.probe import Size
+from steer.measure.probes.probe import Probe, Size
 from steer.model.steered import SteeredModel
 
 Say = Callable[[str], None]
@@ -72,8 +74,43 @@ def evaluate(
     order = {id(s): i for i, s in enumerate(dict.fromkeys(arm.source for arm in arms))}
     arms.sort(key=lambda arm: (arm.damage is not None, order[id(arm.source)]))
     _ = [arm.edit for arm in arms]  # a slider that is not known is refused before hours are spent
-    result = evaluate_arms(arms, chosen, Size(quick, seed), Path(out), fresh=fresh, say=say)
-    write_eval_report(result, Path(out) / REPORT)
+    return _measure(arms, chosen, Size(quick, seed), Path(out), fresh, say)
+
+
+def evaluate_endpoint(
+    url: str,
+    *,
+    name: str = "",
+    tokenizer: str | Path | None = None,
+    probes: Sequence[str] | None = None,
+    out: str | Path = "eval",
+    quick: bool = False,
+    seed: int = 0,
+    fresh: bool = False,
+    api_key: str | None = None,
+    timeout: float = 120.0,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Measure a model behind an OpenAI-compatible server, as `evaluate` does; the probes that it cannot be asked are
+    skipped with the reason.
+
+        evaluate_endpoint("http://127.0.0.1:8321", tokenizer="merged", quick=True)
+
+    `name`: one of its models, by default the first. `tokenizer`: the checkpoint on this machine that it serves, whose
+    tokenizer and chat template are used and whose weights are not. `timeout`: seconds for one answer.
+    Errors: as `evaluate`; UnreachableError if nothing answers, or no longer. The same call then goes on.
+    """
+    chosen, place = probes_named(probes), None if tokenizer is None else resolve(tokenizer)
+    arm = EndpointArm(url, name, place, api_key, timeout)
+    return _measure([arm], chosen, Size(quick, seed), Path(out), fresh, say)
+
+
+def _measure(
+    arms: Sequence[Arm], probes: Sequence[Probe], size: Size, out: Path, fresh: bool, say: Say
+) -> dict[str, Any]:
+    """Evaluate arms, write the report beside eval.json, and return what that holds."""
+    result = evaluate_arms(arms, probes, size, out, fresh=fresh, say=say)
+    write_eval_report(result, out / REPORT)
     return result
 
 

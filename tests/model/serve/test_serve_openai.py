@@ -177,6 +177,36 @@ def test_echo_puts_the_prompt_before_the_reply(server, stream):
     assert said == "hello friend" + plain
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_has_its_log_probabilities(server, stream):
+    ids = server.model.tokenizer("<s> hello friend well hello", add_special_tokens=False).input_ids
+    asked = {"model": "chat", "prompt": ids, "max_tokens": 2, "logprobs": 3, "echo": True, **GREEDY}
+    made = server.client().completions.create(**asked, stream=stream)
+    told = [c.choices[0].logprobs for c in made if c.choices[0].logprobs] if stream else [made.choices[0].logprobs]
+    tokens, logprobs, top, offsets = (
+        [x for part in told for x in getattr(part, name)]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    )
+    assert tokens[: len(ids)] == server.model.tokenizer.convert_ids_to_tokens(ids)
+    assert len(tokens) == len(logprobs) == len(top) == len(offsets) == len(ids) + 2
+    with torch.no_grad():
+        scores = server.model.hf(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert logprobs[0] is top[0] is None
+    assert logprobs[1 : len(ids)] == pytest.approx([float(scores[i, t]) for i, t in enumerate(ids[1:])], abs=1e-5)
+    assert sorted(top[2].values())[-3:] == pytest.approx(sorted(scores[1].topk(3).values.tolist()), abs=1e-5)
+    assert offsets == sorted(offsets)
+
+
+def test_an_echoed_prompt_is_scored_under_the_sliders_of_its_request(server):
+    asked = {"model": "chat", "prompt": "hello friend well", "max_tokens": 1, "logprobs": 0, "echo": True, **GREEDY}
+    plain = server.client().completions.create(**asked).choices[0].logprobs
+    name = next(iter(server.model.sliders.known()))
+    extra = asked["extra_body"] | {"steering": {"sliders": {name: 2.0}}}
+    moved = server.client().completions.create(**asked | {"extra_body": extra}).choices[0].logprobs
+    assert moved.tokens[:3] == plain.tokens[:3]
+    assert moved.token_logprobs[1] != pytest.approx(plain.token_logprobs[1], abs=1e-3)
+
+
 def test_prompts_may_be_texts_token_ids_and_several(server):
     def texts(prompt, **more):
         made = server.client().completions.create(model="chat", prompt=prompt, max_tokens=5, seed=1, **more)
