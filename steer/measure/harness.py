@@ -264,8 +264,8 @@ def neutral_replies(
     return [r for r in replies if r.ids]
 
 
-def repetition(ids: Sequence[int], n: int = 3) -> float:
-    """Share of a text's n-grams that occurred in it before (seq-rep-n, Welleck et al. 2019)."""
+def repetition(ids: Sequence[int | str], n: int = 3) -> float:
+    """Share of a text's n-grams, of tokens or of words, that occurred in it before (seq-rep-n, Welleck et al. 2019)."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -45,7 +48,7 @@ class Scorer:
 
         Errors: TraitNotFoundError for replies that a classifier on words cannot learn from.
         """
-        trait, classifier = contrast.trait, _classifier()
+        trait, classifier = contrast.trait, word_classifier()
         texts, labels = _labelled(contrast.fit_with, contrast.fit_without)
         with _named_errors(trait):
             classifier.fit(texts, labels)
@@ -57,6 +60,40 @@ class Scorer:
             marker_auroc=float(roc_auc_score(truth, [marker_rate(t, trait) for t in held])),
         )
 
+    @classmethod
+    def shipped(cls, trait: str) -> Scorer:
+        """The scorer of a trait that ships, trained on the default merge's contrast replies: the same for all models.
+
+        Errors: FileNotFoundError for a trait without one.
+        """
+        place = resources.files("steer") / "measure" / "probes" / "items" / f"{trait}.json"
+        return cls.from_json(json.loads(place.read_text(encoding="utf-8")))
+
+    def as_json(self) -> dict[str, Any]:
+        """The scorer as a JSON value: per word its inverse document frequency and its weight."""
+        counts, judge = self._steps
+        names, weights = counts.get_feature_names_out(), np.asarray(judge.coef_)[0]
+        return {
+            "trait": self.trait.name,
+            "auroc": round(self.auroc, 4),
+            "marker_auroc": round(self.marker_auroc, 4),
+            "intercept": round(float(np.asarray(judge.intercept_)[0]), 4),
+            "words": {
+                str(w): [round(float(f), 4), round(float(c), 4)]
+                for w, f, c in zip(names, counts.idf_, weights, strict=True)
+            },
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Scorer:
+        """The scorer of a value that `as_json` returned, for a trait that ships."""
+        classifier = word_classifier(vocabulary=list(value["words"]))
+        scorer = cls(Trait.load(value["trait"]), classifier, value["auroc"], value["marker_auroc"])
+        counts, judge = scorer._steps
+        counts.idf_, weights = np.array(list(value["words"].values())).T
+        judge.coef_, judge.intercept_, judge.classes_ = weights[None], np.array([value["intercept"]]), np.array([0, 1])
+        return scorer
+
     def probabilities(self, texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
         """Each text's probability of showing the trait."""
         return self.classifier.predict_proba(list(texts))[:, 1]
@@ -67,12 +104,17 @@ class Scorer:
 
     def words(self, count: int = 12) -> tuple[list[str], list[str]]:
         """The `count` words with the largest weight for the trait, and those against it, to check what was learnt."""
-        counts, judge = self.classifier[0], self.classifier[1]
-        assert isinstance(counts, TfidfVectorizer)
-        assert isinstance(judge, LogisticRegression)
+        counts, judge = self._steps
         names = np.asarray(counts.get_feature_names_out())
         order = np.argsort(np.asarray(judge.coef_)[0], kind="stable")
         return [str(names[i]) for i in order[::-1][:count]], [str(names[i]) for i in order[:count]]
+
+    @property
+    def _steps(self) -> tuple[TfidfVectorizer, LogisticRegression]:
+        counts, judge = self.classifier[0], self.classifier[1]
+        assert isinstance(counts, TfidfVectorizer)
+        assert isinstance(judge, LogisticRegression)
+        return counts, judge
 
 
 def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
@@ -86,7 +128,7 @@ def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
     topics = [r.chat[-1]["content"] for r in replies]
     cv = GroupKFold(min(folds, len(set(topics))))  # a topic is missing where all its replies were empty
     with _named_errors(contrast.trait):
-        judged = cross_val_predict(_classifier(), texts, labels, groups=topics, cv=cv)
+        judged = cross_val_predict(word_classifier(), texts, labels, groups=topics, cv=cv)
     clear = [[r for r, j, k in zip(replies, judged, labels, strict=True) if j == k == side] for side in (1, 0)]
     # A model that ignores its instructions leaves almost no clear replies: then all replies are the better data.
     if min(map(len, clear)) < len(replies) // 8:
@@ -106,9 +148,10 @@ def _named_errors(trait: Trait) -> Iterator[None]:
         ) from e
 
 
-def _classifier() -> Pipeline:
+def word_classifier(vocabulary: Sequence[str] | None = None) -> Pipeline:
+    """A logistic regression on word counts, not fitted. `vocabulary`: the words it counts; None: those of two texts."""
     return make_pipeline(
-        TfidfVectorizer(sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b"),
+        TfidfVectorizer(sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b[\w']+\b", vocabulary=vocabulary),
         LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000),
     )
 

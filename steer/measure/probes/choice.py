@@ -1,12 +1,15 @@
 """Forced choice: which of several continuations a reader finds most likely, with no judge and no sampling.
 
 The score of an option is its log-probability per token over the whole continuation, so that long and short options
-can be compared.
+can be compared. Some options are likely in themselves, whatever the chat says (Holtzman et al. 2021, "Surface form
+competition"). So items come in families that offer the same options, each of them right equally often, and an option's
+score is relative to its mean over the family. A reader that goes by the options alone then scores chance, exactly.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +22,11 @@ from steer.progress import Advance
 
 EXAMPLES = 5
 """How many items a report shows."""
+
+MARGIN = Metric("margin", "higher", "right less wrong options, nats per token", 0.0)
+"""The score of the right option less the mean of the others."""
+TIE = 1e-6
+"""Scores nearer than this, in nats, are equal: it is rounding that tells them apart."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Choice:
     turn: int | None = None
     metric: str = "accuracy"
     """The metric that the item counts for; controls count for one of their own."""
+    family: str = ""
+    """Items of one family offer the same options, each right equally often. Empty: the item alone, scored as it is."""
 
     @property
     def passages(self) -> list[Passage]:
@@ -53,11 +63,45 @@ def scores(
     return [np.array([float(np.mean(next(found))) for _ in item.options]) for item in items]
 
 
+def relative(
+    items: Sequence[Choice], found: Sequence[Float[np.ndarray, " options"]]
+) -> list[Float[np.ndarray, " options"]]:
+    """Return the scores less each option's mean over the item's family, and less the item's mean."""
+    family: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for item, values in zip(items, found, strict=True):
+        for option, value in zip(item.options, values, strict=True):
+            family[item.family, option].append(float(value))
+    expected = [
+        np.array([np.mean(family[i.family, option]) for option in i.options]) if i.family else np.zeros(len(i.options))
+        for i in items
+    ]
+    less = [values - mean for values, mean in zip(found, expected, strict=True)]
+    return [values - values.mean() for values in less]
+
+
+def fitting(reader: Reader, asked: Sequence[Choice]) -> tuple[list[Choice], list[str]]:
+    """Return the items whose whole family fits into the reader's context, and a note where some do not."""
+    long = {i.family or i.id for i in asked if max(map(reader.length, i.passages)) > reader.context}
+    # A family is asked as a whole, or its options would no longer be right equally often.
+    items = [i for i in asked if (i.family or i.id) not in long]
+    if not long:
+        return items, []
+    longest = max((i.turn or 0 for i in items), default=0)
+    return items, [
+        f"{len(asked) - len(items)} of {len(asked)} items left out: longer than the context of {reader.context} "
+        f"tokens; the longest chat asked has {longest} messages"
+    ]
+
+
 class ForcedChoice(Probe):
-    """A probe whose items are `Choice`s. Its figures are 1 for a right choice and 0 for a wrong one."""
+    """A probe whose items are `Choice`s.
+
+    Its figures are 1 for a right choice, 0 for a wrong one, and for several that are equal the share of the right one.
+    Items of the first metric also have a margin, which tells small changes that no choice shows.
+    """
 
     needs = frozenset({"logprobs"})
-    metrics: tuple[Metric, ...] = (Metric("accuracy", "higher", "share of right answers"),)
+    metrics: tuple[Metric, ...] = (Metric("accuracy", "higher", "share of right answers"), MARGIN)
 
     @abstractmethod
     def items(self, size: Size) -> list[Choice]:
@@ -69,27 +113,27 @@ class ForcedChoice(Probe):
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Score every item that fits into the reader's context."""
-        asked = self.items(size)
-        items = [i for i in asked if max(map(reader.length, i.passages)) <= reader.context]
-        notes = []
-        if len(items) < len(asked):
-            longest = max((i.turn or 0 for i in items), default=0)
-            notes.append(
-                f"{len(asked) - len(items)} of {len(asked)} items left out: longer than the context of "
-                f"{reader.context} tokens; the longest chat asked has {longest} messages"
-            )
-        found = scores(reader, items, advance)
-        return Result(
-            [
-                Figure(i.metric, i.id, float(s.argmax() == i.right), i.group, i.n, i.turn)
-                for i, s in zip(items, found, strict=True)
-            ],
-            [_example(i, s) for i, s in list(zip(items, found, strict=True))[:: max(1, len(items) // EXAMPLES)]],
-            notes,
-        )
+        items, notes = fitting(reader, self.items(size))
+        found = relative(items, scores(reader, items, advance))
+        figures = [
+            Figure(i.metric, i.id, _chosen(s, i.right), i.group, i.n, i.turn) for i, s in zip(items, found, strict=True)
+        ]
+        figures += [
+            Figure(MARGIN.name, i.id, float(s[i.right] - np.delete(s, i.right).mean()), i.group, i.n, i.turn)
+            for i, s in zip(items, found, strict=True)
+            if i.metric == self.metrics[0].name
+        ]
+        shown = list(zip(items, found, strict=True))[:: max(1, len(items) // EXAMPLES)]
+        return Result(figures, [example(i, s) for i, s in shown], notes)
 
 
-def _example(item: Choice, scored: Float[np.ndarray, " options"]) -> Example:
+def _chosen(scored: Float[np.ndarray, " options"], right: int) -> float:
+    best = scored >= scored.max() - TIE
+    return float(best[right] / best.sum())
+
+
+def example(item: Choice, scored: Float[np.ndarray, " options"]) -> Example:
+    """Return an item with its scores as shares of the options, for the report."""
     share = np.exp(scored - scored.max())
     share /= share.sum()
     options = ", ".join(f"{o.strip()} ({p:.2f})" for o, p in zip(item.options, share, strict=True))

@@ -6,9 +6,16 @@ from collections.abc import Sequence
 
 from steer.errors import UsageError
 from steer.measure.probes.capability import Capability
+from steer.measure.probes.characters import Characters
+from steer.measure.probes.drift import Drift
+from steer.measure.probes.persona import Persona
 from steer.measure.probes.probe import Probe
+from steer.measure.probes.prose import Prose
+from steer.measure.probes.traits import COMPLIANCE, MORALIZING
 
-PROBES: dict[str, Probe] = {probe.name: probe for probe in (Capability(),)}
+PROBES: dict[str, Probe] = {
+    probe.name: probe for probe in (Capability(), Characters(), Persona(), MORALIZING, COMPLIANCE, Prose(), Drift())
+}
 
 
 def probes_named(names: Sequence[str] | None = None) -> list[Probe]:

@@ -1,0 +1,116 @@
+"""Characters: whether speakers that the model writes from their cards still sound different late in a chat.
+
+A word classifier learns from first replies who says what; the late replies follow a chat made of these first replies,
+in which all speakers have talked in turns. It judges two speakers at a time, so that chance is one half in every scene,
+and does not see their names.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import combinations
+from typing import Any
+
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+from steer.measure.probes.probe import Chat, Example, Figure, Metric, Probe, Reader, Result, Size
+from steer.measure.probes.stories import written
+from steer.measure.probes.words import words
+from steer.measure.scorer import word_classifier
+from steer.progress import Advance
+
+FOLDS = 8
+Line = tuple[str, str]
+"""(speaker, question)"""
+
+
+class Characters(Probe):
+    """Who is speaking, judged from words alone."""
+
+    name = "characters"
+    says = "How well the speakers of a scene can be told apart by their words after all have talked for a while."
+    metrics = (
+        Metric("late", "higher", "share of late replies whose speaker is recognised", 0.5),
+        Metric("early", "higher", "share of first replies whose speaker is recognised", 0.5),
+    )
+    needs = frozenset({"replies"})
+
+    def plan(self, size: Size) -> Any:
+        """Return per scene the cards, the first questions, those of them that the chat has, and the late ones."""
+        given, rng = written("characters"), random.Random(size.seed)
+        scenes = []
+        for cards in given["scenes"][: size.of(len(given["scenes"]), 1)]:
+            early, late = rng.sample(given["early"], size.of(24, 16)), rng.sample(given["late"], size.of(16, 12))
+            scenes.append({"cards": cards, "early": early, "said": early[: size.of(8, 4)], "late": late})
+        return {"scenes": scenes, "tokens": size.of(40, 32), "seed": size.seed}
+
+    def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
+        """Let the speakers of every scene reply, first without and then with a chat before the question."""
+        plan, result = self.plan(size), Result([])
+        for number, scene in enumerate(plan["scenes"]):
+            first_seed = 1000 * (len(plan["scenes"]) * size.seed + number)
+            early, late, turn = _written(reader, scene, plan["tokens"], first_seed, advance)
+            _compare(result, scene, early, late, turn)
+        return result
+
+
+def _written(
+    reader: Reader, scene: Any, tokens: int, first_seed: int, advance: Advance | None
+) -> tuple[dict[Line, str], dict[Line, str], int]:
+    """The first replies, the late ones, and how many messages come before the late ones."""
+    cards = scene["cards"]
+
+    def replies(questions: list[str], before: Chat, seed: int) -> dict[Line, str]:
+        lines = [(name, question) for name in cards for question in questions]
+        chats = [(("system", cards[name]), *before, _asked(name, question)) for name, question in lines]
+        texts = reader.replies(chats, tokens=tokens, seeds=range(seed, seed + len(lines)), advance=advance)
+        return dict(zip(lines, texts, strict=True))
+
+    early = replies(scene["early"], (), first_seed)
+    said = [(name, question) for question in scene["said"] for name in cards]
+    before = tuple(message for line in said for message in (_asked(*line), ("assistant", early[line])))
+    return early, replies(scene["late"], before, first_seed + len(early)), len(before)
+
+
+def _asked(name: str, question: str) -> tuple[str, str]:
+    return "user", f"{name}? {question}"
+
+
+def _compare(result: Result, scene: Any, early: dict[Line, str], late: dict[Line, str], turn: int) -> None:
+    """Add a figure per reply and other speaker, whom the reply could be taken for."""
+    names = list(scene["cards"])
+    seen = {line: " ".join(w for w in words(text) if w.capitalize() not in names) for line, text in early.items()}
+    later = {line: " ".join(w for w in words(text) if w.capitalize() not in names) for line, text in late.items()}
+    for pair in combinations(names, 2):
+        first, last = ({line: text for line, text in found.items() if line[0] in pair} for found in (seen, later))
+        taken: Counter[tuple[str, str]] = Counter()
+        guessed = _guesses(first, last)
+        if guessed is None:
+            result.notes.append(f"{' and '.join(pair)} cannot be told apart: most of their replies have no words")
+        for metric, lines, guesses, at in zip(
+            ("early", "late"), (first, last), guessed or (None, None), (0, turn), strict=True
+        ):
+            for i, (name, question) in enumerate(lines):
+                value = 0.5 if guesses is None else float(guesses[i] == name)
+                item, group = f"{name} of {'/'.join(pair)}: {question}", f"{'/'.join(names)}: {question}"
+                result.figures.append(Figure(metric, item, value, group, turn=at))
+                if guesses is not None and not value and metric == "late":
+                    taken[name, guesses[i]] += 1
+        each = len(scene["late"])
+        result.notes.extend(f"{name} is taken for {other} in {n} of {each} late replies"
+                            for (name, other), n in sorted(taken.items()))  # fmt: skip
+    for line in [line for line in late if line[1] in scene["late"][:2]][: max(0, 5 - len(result.examples))]:
+        result.examples.append(Example(f"{line[0]}: {line[1]}", line[1], line[0], late[line]))
+
+
+def _guesses(first: dict[Line, str], last: dict[Line, str]) -> tuple[Any, Any] | None:
+    """The speakers that a classifier recognises: of the first replies, each judged without its fold, and of the late
+    ones. None if half of the first replies are empty, and nothing could be learnt."""
+    texts, speakers = list(first.values()), [name for name, _ in first]
+    if sum(map(bool, texts)) <= len(texts) // 2:
+        return None
+    classifier = word_classifier().set_params(tfidfvectorizer__min_df=1)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    early = cross_val_predict(classifier, texts, speakers, cv=folds)
+    return early, classifier.fit(texts, speakers).predict(list(last.values()))

@@ -1,0 +1,82 @@
+"""Prose: repetition, phrases that come back in other chats, words used far too often, and sentences of one length.
+
+No list of phrases: what counts as a stock phrase is what this reader writes again and again, about different things.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from wordfreq import word_frequency
+
+from steer.measure.harness import repetition
+from steer.measure.probes.probe import Chat, Example, Figure, Metric, Probe, Reader, Result, Size
+from steer.measure.probes.stories import written
+from steer.measure.probes.words import runs, sentence_lengths, share, words
+from steer.progress import Advance
+
+PHRASE = 4
+"""Words of a phrase."""
+CHATS, TIMES = 3, 30
+"""A word is overused if replies to at least `CHATS` different prompts have it, and it is at least `TIMES` times as
+frequent as in ordinary English (wordfreq)."""
+
+
+class Prose(Probe):
+    """What the replies to story prompts read like."""
+
+    name = "prose"
+    says = "Repetition, phrases and words that come back in every chat, and how different the sentences' lengths are."
+    metrics = (
+        Metric("overused", "lower", f"share of words {TIMES} times as frequent as in ordinary English"),
+        Metric("reuse", "lower", "share of four-word phrases that another chat has too"),
+        Metric("repetition", "lower", "share of three-word phrases seen before in the same reply"),
+        Metric("distinct", "higher", "share of word pairs written once in all replies"),
+        Metric("spread", "neither", "deviation of sentence lengths, as a share of their mean"),
+        Metric("known", "higher", "share of words that English has"),
+    )
+    needs = frozenset({"replies"})
+
+    def plan(self, size: Size) -> Any:
+        """Return the prompts, how many replies each gets, and how long they are."""
+        return {"prompts": written("prose"), "samples": size.of(3, 1), "tokens": size.of(96, 64), "seed": size.seed}
+
+    def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
+        """Let the reader write a reply to each prompt, and count."""
+        plan = self.plan(size)
+        asked = [prompt for prompt in plan["prompts"] for _ in range(plan["samples"])]
+        chats: list[Chat] = [(("user", prompt),) for prompt in asked]
+        seeds = [size.seed * len(asked) + i for i in range(len(asked))]
+        texts = reader.replies(chats, tokens=plan["tokens"], seeds=seeds, advance=advance)
+        return Result(
+            [f for prompt_figures in measured(asked, texts) for f in prompt_figures],
+            [Example(f"{i}", asked[i], "", texts[i]) for i in range(0, len(asked), plan["samples"])][:5],
+        )
+
+
+def measured(prompts: list[str], texts: list[str]) -> list[list[Figure]]:
+    """The figures of each reply, given with the prompts they answer."""
+    replies = [words(text) for text in texts]
+    places: dict[object, set[str]] = {}
+    for prompt, reply in zip(prompts, replies, strict=True):
+        for gram in {*reply, *runs(reply, PHRASE)}:
+            places.setdefault(gram, set()).add(prompt)
+    pairs = Counter(pair for reply in replies for pair in runs(reply, 2))
+    counts = Counter(word for reply in replies for word in reply)
+    most = {w: c / counts.total() / TIMES for w, c in counts.items() if len(places[w]) >= CHATS}
+    overused = {w for w, limit in most.items() if word_frequency(w, "en") <= limit}
+    out = []
+    for i, (prompt, text, reply) in enumerate(zip(prompts, texts, replies, strict=True)):
+        lengths, own = sentence_lengths(text), set(words(prompt))
+        values = {
+            "overused": share(sum(w in overused - own for w in reply), len(reply)),
+            "reuse": share(sum(len(places[g]) > 1 for g in runs(reply, PHRASE)), len(runs(reply, PHRASE))),
+            "repetition": repetition(reply),
+            "distinct": share(sum(pairs[p] == 1 for p in runs(reply, 2)), len(runs(reply, 2))),
+            "spread": float(np.std(lengths) / np.mean(lengths)) if lengths else 0.0,
+            "known": share(sum(word_frequency(w, "en") > 0 for w in reply), len(reply)),
+        }
+        out.append([Figure(name, f"{i}", value, prompt) for name, value in values.items()])
+    return out
