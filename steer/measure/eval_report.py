@@ -20,6 +20,9 @@ from matplotlib.lines import Line2D
 
 from steer.files import write_atomic
 from steer.measure.drawing import BLUE, GREEN, GREY, RED, STYLE, axes, page, svg
+from steer.measure.evaluation import figures_of
+from steer.measure.probes.degradation import degradation
+from steer.measure.probes.probe import Metric
 from steer.plain_text import plain_line
 
 Json = Mapping[str, Any]
@@ -131,14 +134,10 @@ def _outcome(metric: Json, row: Json) -> Outcome:
 def _spread(probe: Json, metric: str, first: str) -> float:
     """Return the standard deviation of the first arm's items, of all arms' where that is 0, or else 1."""
     for arms in ([first], probe["arms"]):
-        values = [f["value"] for arm in arms for f in _figures(probe["arms"][arm], metric)]
+        values = [f.value for arm in arms for f in figures_of(probe["arms"][arm], metric)]
         if len(values) > 1 and (deviation := float(np.std(values))) > 0:
             return deviation
     return 1.0
-
-
-def _figures(arm: Json, metric: str) -> list[Json]:
-    return [f for f in arm["figures"] if f["metric"] == metric and f["value"] is not None]
 
 
 def shown(metric: Json, value: float | None) -> float | None:
@@ -214,6 +213,7 @@ def _section(probe: Json, arms: Sequence[Json]) -> dict[str, Any]:
     """Return what the template shows of a probe."""
     names = [a["name"] for a in arms]
     rows = {(s["arm"], s["metric"]): s for s in probe["summary"]}
+    results = {name: r for name in names if (r := probe["arms"].get(name))}
     tables, plots = [], []
     for metric in probe["metrics"]:
         table = [_row(metric, s) for name in names if (s := rows.get((name, metric["name"])))]
@@ -221,16 +221,28 @@ def _section(probe: Json, arms: Sequence[Json]) -> dict[str, Any]:
         for field, label in (("n", "n"), ("turn", "messages before the question")):
             if plot := _by(probe, metric, names, field, label):
                 plots.append(plot)
-    results = {name: r for name in names if (r := probe["arms"].get(name))}
     return {
         **probe,
         "tables": [t for t in tables if t["rows"]],
         "plots": plots,
+        "degrades": [line for m in probe["metrics"] for a, part in results.items() if (line := _degrades(a, part, m))],
         "examples": _examples(results),
         "notes": [(name, note) for name, r in results.items() for note in r["notes"]],
         "skipped": [(name, r["skipped"]) for name, r in results.items() if r["skipped"]],
         "no_signal": no_signal(probe),
     }
+
+
+def _degrades(arm: str, part: Json, metric: Json) -> str | None:
+    """Return a sentence on where in a chat a metric becomes worse; None where it does not."""
+    found = degradation(figures_of(part, metric["name"]), Metric(**metric))
+    if found is None:
+        return None
+    before, after = (number(shown(metric, s.value)) for s in (found.start, found.worse))
+    return (
+        f"{arm}: {metric['name']} becomes worse from message {found.turn} on ({found.low} to {found.high}), "
+        f"{before} → {after}"
+    )
 
 
 def _row(metric: Json, row: Json) -> dict[str, Any]:
@@ -358,8 +370,8 @@ def _by(probe: Json, metric: Json, arms: Sequence[str], field: str, label: str) 
     """Plot a metric against `field` of its figures, a line for each arm; None if that does not vary."""
     lines = {}
     for arm in arms:
-        figures = _figures(probe["arms"].get(arm) or {"figures": ()}, metric["name"])
-        if points := [(f[field], f["value"]) for f in figures if f.get(field) is not None]:
+        figures = figures_of(probe["arms"].get(arm) or {"figures": ()}, metric["name"])
+        if points := [(x, f.value) for f in figures if (x := getattr(f, field)) is not None]:
             lines[arm] = points
     distinct = sorted({x for points in lines.values() for x, _ in points})
     if len(distinct) < 2:

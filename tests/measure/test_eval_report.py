@@ -12,7 +12,7 @@ from synthetic_eval import ARMS, PROBES, synthetic_eval
 
 from steer.measure.eval_report import comparisons, number, verdicts, write_eval_report
 
-PICTURED = ("capability", "positions", "prose")
+PICTURED = ("positions", "prose")
 DAMAGED = ("merged", "slid", "baked", "noise 10 %", "noise 30 %", "MLPs in 2 bits", "the slider at 3 times its range")
 
 
@@ -110,6 +110,16 @@ def test_chance_stands_in_words_and_in_the_plots(tmp_path):
     assert "A reader that knows nothing of the text scores 0.25." in page
     plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)[2:]
     assert ["chance" in p for p in plots] == [True, True, False, False]  # the margin has no chance level
+
+
+def test_where_in_a_chat_an_arm_becomes_worse_is_said(tmp_path):
+    result = synthetic_eval(("merged", "slid"), ("drift",), items=200)
+    for figure in result["probes"][0]["arms"]["slid"]["figures"]:
+        figure["value"] += 2.0 * (figure["turn"] >= 40)
+    page = written(result, tmp_path)
+    (turn,) = re.findall(r"<li>slid: perplexity becomes worse from message (\d+) on", page)
+    assert int(turn) == 40
+    assert "merged: perplexity becomes worse" not in page
 
 
 def test_a_probe_that_was_not_asked_says_why_and_one_without_signal_is_no_verdict(tmp_path):
