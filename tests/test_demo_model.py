@@ -169,6 +169,7 @@ def test_a_recipe_is_merged_first(tmp_path: Path) -> None:
     assert demo._key(0, demo._Subject.of(str(recipe))) != key, "a source that changed is measured again"
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_there_is_not_measured_again_but_one_of_another_seed_is(tmp_path: Path) -> None:
     source, out = save_parrot(tmp_path / "mine"), tmp_path / "out"
     first = run(out, str(source))
