@@ -34,6 +34,9 @@ def evaluate(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Join two results, A.json B.json, in place of measuring.")
     ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Also run these tasks of lm-eval, names or YAML files, with commas between.")
+    ] = None,
     url: Annotated[
         str | None,
         typer.Option(help="Ask an OpenAI-compatible server; MODEL is then the checkpoint whose tokenizer it has."),
@@ -60,14 +63,16 @@ def evaluate(
         return
     place, names = out or Path("eval"), probes.split(",") if probes else None
     if url is not None:
-        if against or profile or slider or damage:
-            raise UsageError("--url: expected one model, found other arms; measure them alone and join with --compare")
+        if against or profile or slider or damage or lm_eval:
+            raise UsageError(
+                "--url: expected one model, found other arms or tasks; measure them alone and join with --compare"
+            )
         with stoppable(f"what is done is in {place}, run the same command again to go on"):
             result = verb.evaluate_endpoint(
                 url, name=model_name, tokenizer=model, probes=names, out=place, quick=quick, seed=seed, fresh=fresh,
                 api_key=os.environ.get("STEER_API_KEY"), timeout=timeout, say=tell,
             )  # fmt: skip
-        emit(result, as_json, f"{eval_table(result)}\n{place}")
+        emit(result, as_json, f"{eval_table(result)}\n{place / REPORT}")
         return
     if model is None:
         raise UsageError("eval: expected a model, --url or --compare, found none of them; name a checkpoint")
@@ -75,7 +80,8 @@ def evaluate(
         result = verb.evaluate(
             model, against=against, profiles=profile, probes=names,
             sliders=[dict(parse_amount(s) for s in several.split(",")) for several in slider],
-            out=place, quick=quick, seed=seed, fresh=fresh, damage=damage, say=tell,
+            out=place, quick=quick, seed=seed, fresh=fresh, damage=damage,
+            lm_eval=lm_eval.split(",") if lm_eval else (), say=tell,
             device_map=device_map, four_bit=four_bit,
         )  # fmt: skip
     emit(result, as_json, f"{eval_table(result)}\n{place / REPORT}")

@@ -17,6 +17,7 @@ from steer.measure.arms import Loader, LocalArm, Source, damaged_arms, edit_of_a
 from steer.measure.endpoint import EndpointArm
 from steer.measure.eval_report import write_eval_report
 from steer.measure.evaluation import REPORT, RESULTS, Arm, compared, evaluate_arms
+from steer.measure.lm_eval_tasks import tasks_named
 from steer.measure.probes.library import probes_named
 from steer.measure.probes.probe import Probe, Size
 from steer.model.steered import SteeredModel
@@ -36,6 +37,7 @@ def evaluate(
     seed: int = 0,
     fresh: bool = False,
     damage: bool = False,
+    lm_eval: Sequence[str] = (),
     say: Say = lambda line: None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -46,12 +48,13 @@ def evaluate(
 
     `model`: the first arm, which the others are compared with. `against`: other checkpoints. `profiles` and `sliders`:
     the first model under each of them. `probes`: some of the probes, by name. `damage`: also the first model damaged on
-    purpose, so that a probe which cannot tell that says so. `out`: a new directory, or one of the same run, which then
+    purpose, so that a probe which cannot tell that says so. `lm_eval`: tasks of EleutherAI's
+    lm-eval, by name or YAML file, which its own harness runs on the same arms. `out`: a new directory, or one of the same run, which then
     goes on; `fresh`: measure again there. `options`: as `steer.load` takes them.
     Errors: UsageError for unknown probes and sliders, OutputExistsError if `out` holds another run, those of
     `steer.load`. A probe that fails for one arm is skipped there, with its reason in the result.
     """
-    chosen = probes_named(probes)
+    chosen = [*probes_named(probes), *tasks_named(list(lm_eval))]
     loader = Loader(options)
     source = Source(loader, model)
     arms = [LocalArm(source.name, source.name, source)]

@@ -40,10 +40,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Pa
 
 @pytest.fixture(autouse=True)
 def little_prose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens of the tiny checkpoints are letters: two paragraphs are enough. A separate process reads all."""
+    """Tokens of the tiny checkpoints are letters: a few words are enough. A separate process reads all."""
     if not request.node.get_closest_marker("slow"):
-        few = capability.plain_paragraphs()[1][:2]
-        monkeypatch.setattr(capability, "plain_paragraphs", lambda: ([], few))
+        short = [" ".join(p.split()[:12]) for p in capability.plain_paragraphs()[1]]
+        monkeypatch.setattr(capability, "plain_paragraphs", lambda: ([], short))
 
 
 @pytest.fixture
@@ -257,7 +257,8 @@ def test_a_checkpoint_that_cannot_be_loaded_does_not_lose_the_others(
     place: Path, tmp_path: Path, tiny_llama: Callable[..., Path]
 ) -> None:
     broken = save_by_letters(tiny_llama, tmp_path / "broken")
-    (broken / "tokenizer.json").write_text("{}")
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 9'))
     more: dict[str, Any] = {"probes": ["capability"], "quick": True, "dtype": "float32", "out": tmp_path / "out"}
     result = steer.evaluate(place, against=[broken], **more)
     assert "broken" in result["probes"][0]["arms"]["broken"]["skipped"]

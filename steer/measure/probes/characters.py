@@ -31,8 +31,8 @@ class Characters(Probe):
     name = "characters"
     says = "How well the speakers of a scene can be told apart by their words after all have talked for a while."
     metrics = (
+        Metric("recognised", "higher", "share of replies whose speaker is recognised", 0.5),
         Metric("late", "higher", "share of late replies whose speaker is recognised", 0.5),
-        Metric("early", "higher", "share of first replies whose speaker is recognised", 0.5),
     )
     needs = frozenset({"replies"})
 
@@ -88,14 +88,13 @@ def _compare(result: Result, scene: Any, early: dict[Line, str], late: dict[Line
         guessed = _guesses(first, last)
         if guessed is None:
             result.notes.append(f"{' and '.join(pair)} cannot be told apart: most of their replies have no words")
-        for metric, lines, guesses, at in zip(
-            ("early", "late"), (first, last), guessed or (None, None), (0, turn), strict=True
-        ):
+        for lines, guesses, at in zip((first, last), guessed or (None, None), (0, turn), strict=True):
             for i, (name, question) in enumerate(lines):
                 value = 0.5 if guesses is None else float(guesses[i] == name)
                 item, group = f"{name} of {'/'.join(pair)}: {question}", f"{'/'.join(names)}: {question}"
-                result.figures.append(Figure(metric, item, value, group, turn=at))
-                if guesses is not None and not value and metric == "late":
+                for metric in ("recognised", "late") if at else ("recognised",):
+                    result.figures.append(Figure(metric, item, value, group, turn=at))
+                if guesses is not None and not value and at:
                     taken[name, guesses[i]] += 1
         each = len(scene["late"])
         result.notes.extend(f"{name} is taken for {other} in {n} of {each} late replies"

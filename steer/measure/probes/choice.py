@@ -2,8 +2,10 @@
 
 The score of an option is its log-probability per token over the whole continuation, so that long and short options
 can be compared. Some options are likely in themselves, whatever the chat says (Holtzman et al. 2021, "Surface form
-competition"). So items come in families that offer the same options, each of them right equally often, and an option's
-score is relative to its mean over the family. A reader that goes by the options alone then scores chance, exactly.
+competition"). So items come in families that offer the same options, and an option's score is relative to its mean over
+the family: to what the reader thinks of it whatever the chat says. A family has each option right equally often, or it
+has controls, which lack what the chat says, and whose mean it then is. A reader that goes by the options alone scores
+chance, exactly. On the default merge 0.57 of `implications` are right by the scores as they are, 0.79 by relative ones.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Choice:
     metric: str = "accuracy"
     """The metric that the item counts for; controls count for one of their own."""
     family: str = ""
-    """Items of one family offer the same options, each right equally often. Empty: the item alone, scored as it is."""
+    """Items of one family offer the same options. Empty: the item alone, scored as it is."""
+    control: bool = False
+    """Scored as it is; the other items of its family are compared with it."""
 
     @property
     def passages(self) -> list[Passage]:
@@ -66,17 +70,18 @@ def scores(
 def relative(
     items: Sequence[Choice], found: Sequence[Float[np.ndarray, " options"]]
 ) -> list[Float[np.ndarray, " options"]]:
-    """Return the scores less each option's mean over the item's family, and less the item's mean."""
-    family: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    """Return the scores less each option's mean over the controls of the item's family, or over all of a family without
+    controls; those of controls and of items without a family as they are."""
+    controlled = {i.family for i in items if i.control}
+    means: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for item, values in zip(items, found, strict=True):
-        for option, value in zip(item.options, values, strict=True):
-            family[item.family, option].append(float(value))
-    expected = [
-        np.array([np.mean(family[i.family, option]) for option in i.options]) if i.family else np.zeros(len(i.options))
-        for i in items
+        if item.control or item.family not in controlled:
+            for option, value in zip(item.options, values, strict=True):
+                means[item.family, option].append(float(value))
+    return [
+        values if item.control or not item.family else values - [np.mean(means[item.family, o]) for o in item.options]
+        for item, values in zip(items, found, strict=True)
     ]
-    less = [values - mean for values, mean in zip(found, expected, strict=True)]
-    return [values - values.mean() for values in less]
 
 
 def fitting(reader: Reader, asked: Sequence[Choice]) -> tuple[list[Choice], list[str]]:
@@ -101,7 +106,6 @@ class ForcedChoice(Probe):
     """
 
     needs = frozenset({"logprobs"})
-    metrics: tuple[Metric, ...] = (Metric("accuracy", "higher", "share of right answers"), MARGIN)
 
     @abstractmethod
     def items(self, size: Size) -> list[Choice]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from steer.measure.probes.choice import Choice, ForcedChoice
-from steer.measure.probes.probe import Size
+from steer.measure.probes.choice import MARGIN, Choice, ForcedChoice
+from steer.measure.probes.probe import Metric, Size
 from steer.measure.probes.stories import small_talk, told, written
 
 LATER = (0, 2, 6, 12)
@@ -23,14 +23,15 @@ class Consequences(ForcedChoice):
 
     name = "consequences"
     says = "how well the model knows what can no longer be true after the world has changed"
+    metrics = (Metric("accuracy", "higher", "share of right answers", 0.5), MARGIN)
 
     def items(self, size: Size) -> list[Choice]:
         """Return a question on each change of each chat and of its mirror."""
         rng, scenes = random.Random(f"consequences {size.seed}"), written("consequences")
         people = written("positions")["people"]
         items = []
-        for turn in range(size.of(4, 1)):
-            order = rng.sample(scenes, size.of(len(scenes), 24))
+        for turn in range(size.of(3, 1)):
+            order = rng.sample(scenes, size.of(len(scenes), 30))
             for i in range(0, len(order), TOGETHER):
                 together = order[i : i + TOGETHER]
                 later = LATER[(turn + i // TOGETHER) % len(LATER)]
@@ -60,7 +61,7 @@ def _pair(rng: random.Random, scenes: list[dict[str, Any]], people: list[str], n
                     scene["begun"].format(who=who),
                     tuple(options),
                     (can ^ mirror) ^ swap,
-                    name,
+                    f"{name} {scene['then'][0]}",
                     later,
                     len(chat),
                     family=f"{name} {scene['then'][0]}",

@@ -13,21 +13,21 @@ from jaxtyping import Float
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 
-from steer.measure.probes.choice import EXAMPLES, Choice, example, fitting, scores
+from steer.measure.probes.choice import EXAMPLES, Choice, example, fitting, relative, scores
 from steer.measure.probes.probe import Figure, Metric, Probe, Reader, Result, Size
 from steer.measure.probes.stories import small_talk, told, written
 from steer.progress import Advance
 
-LATER = (0, 10, 30)
-"""After how many messages of small talk the questions are asked."""
+LATER = (10, 30)
+"""After how many messages of small talk the questions are asked again."""
 
 
 class Consistency(Probe):
-    """Three questions on one story, each asked in five ways and at three times, with the same three options.
+    """Three questions on one story, each asked in other words and at other times, with the same three options.
 
     How near two answers are is 1 less the Jensen-Shannon distance of their distributions over the options. Answers that
-    never change are near each other and say nothing, so what counts is how much nearer the answers to one question are
-    than those to the other questions of the same story.
+    never change are near each other and say nothing. So what counts is how much nearer an answer is to the answers to
+    the same question than to those to the other questions, both asked in other words or at another time.
     """
 
     name = "consistency"
@@ -39,10 +39,12 @@ class Consistency(Probe):
     )
 
     def items(self, size: Size) -> list[Choice]:
-        """Return the questions; those of one family are the same one in other words and at other times."""
+        """Return the questions. Those in the same words at one time are a family; each has another right answer."""
         rng, stories = random.Random(f"consistency {size.seed}"), written("consistency")
         return [
-            item for number in range(size.of(10, 2)) for item in _asked(rng, stories[number % len(stories)], number)
+            item
+            for number in range(size.of(20, 10))
+            for item in _asked(rng, stories[number % len(stories)], number, size.quick)
         ]
 
     def plan(self, size: Size) -> Any:
@@ -50,33 +52,35 @@ class Consistency(Probe):
         return [asdict(item) for item in self.items(size)]
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
-        """Compare each answer with all others to the same question, and with those to the other questions."""
+        """Compare each answer with those to the same question, and with those to the other questions."""
         items, notes = fitting(reader, self.items(size))
-        found = scores(reader, items, advance)
+        found = relative(items, scores(reader, items, advance))
         shown = list(zip(items, found, strict=True))[:: max(1, len(items) // EXAMPLES)]
         return Result(_compared(items, found), [example(i, s) for i, s in shown], notes)
 
 
-def _asked(rng: random.Random, story: dict[str, Any], number: int) -> list[Choice]:
+def _asked(rng: random.Random, story: dict[str, Any], number: int, quick: bool) -> list[Choice]:
+    """Return the questions on one story. A quick run asks in three ways, and half of its stories are asked once."""
     people = rng.sample(written("positions")["people"], 3)
     things = rng.sample(story["things"], 3)
-    facts = [story["fact"].format(who=who, thing=thing) for who, thing in zip(people, things, strict=True)]
+    ways = rng.sample(story["ways"], 3 if quick else 5)
+    begun = told([" ".join(story["fact"].format(who=w, thing=t) for w, t in zip(people, things, strict=True))])
     options, talk = rng.sample(people, 3), small_talk(rng, max(LATER))
-    begun = told([" ".join(facts)], 1)
+    again = (LATER[number // 2 % 2],) * (number % 2) if quick else LATER
     return [
         Choice(
-            f"{number:02} {thing} {later} {way}",
+            f"{number:02} {ask.format(thing=thing)}",
             (*begun, *talk[:later], ("user", ask.format(thing=thing))),
             answer.format(thing=thing),
             tuple(f" {o}" for o in options),
             options.index(who),
             f"{number:02}",
             turn=len(begun) + later,
-            family=f"{number:02} {thing}",
+            family=f"{number:02} {later} {way}",
         )
-        for later in LATER
+        for later, asked in ((0, ways), *((later, ways[:1]) for later in again))
         for who, thing in zip(people, things, strict=True)
-        for way, (ask, answer) in enumerate(story["ways"])
+        for way, (ask, answer) in enumerate(asked)
     ]
 
 
@@ -90,10 +94,11 @@ def _compared(items: Sequence[Choice], found: Sequence[Float[np.ndarray, " optio
         # One minus the distance, in bits: 1 for equal distributions, 0 for those without a common option.
         near = 1 - np.array([jensenshannon(answers, a[None], base=2, axis=1) for a in answers])
         families = np.array([items[i].family for i in story])
+        rights = np.array([items[i].right for i in story])
         for row, i in enumerate(story):
-            item, same = items[i], families == families[row]
-            other = ~same
-            same[row] = False
+            elsewhere = families != families[row]
+            same, other = elsewhere & (rights == rights[row]), elsewhere & (rights != rights[row])
+            item = items[i]
             for metric, value in (
                 ("consistency", near[row, same].mean() - near[row, other].mean()),
                 ("agreement", near[row, same].mean()),

@@ -40,9 +40,8 @@ def _asked(scene: dict[str, Any], who: str, meant: int, order: int, hinted: bool
     """Return the question whether a reading is meant. `order`: 1 names the second reading first."""
     means = scene["means"][:: -1 if order else 1]
     said = f'{who} says: "{scene["hints"][meant]}"' if hinted else f"{who} says something."
-    name = scene["means"][0]
     return Choice(
-        f"{name}: {'hint ' + str(meant) if hinted else 'control'}, order {order}",
+        f"{scene['where']} {'hint ' + str(meant) if hinted else 'control'}, order {order}",
         (
             (
                 "user",

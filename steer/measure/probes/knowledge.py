@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from steer.measure.probes.choice import Choice, ForcedChoice
+from steer.measure.probes.choice import MARGIN, Choice, ForcedChoice
 from steer.measure.probes.probe import Metric, Size
 from steer.measure.probes.stories import small_talk, written
 
-LATER = (0, 4, 10)
+LATER = (0, 2, 6)
 """How many messages of small talk come between a page and its questions."""
 WORLDS = ("Arlan", "Borrin", "Calder", "Dorne", "Esmar", "Faldor", "Gorvan", "Hestia", "Ilmar", "Jorrek")
 
@@ -17,20 +17,23 @@ WORLDS = ("Arlan", "Borrin", "Calder", "Dorne", "Esmar", "Faldor", "Gorvan", "He
 class Knowledge(ForcedChoice):
     """A page gives each of four subjects the everyday answer of another one: does the model answer by the page?
 
-    Every answer is right for one of the four subjects, with the page and without it.
+    Every answer is right for one of the four subjects, with the page and without it. What counts is by how much the
+    page makes an answer likelier than it is without the page, so that a model that is sure of the everyday answer still
+    shows whether it read the page.
     """
 
     name = "knowledge"
-    says = "how well the model goes by what a page in the chat says where its weights say something else"
+    says = "how well the model takes up what a page in the chat says where its weights say something else"
     metrics = (
-        Metric("follows", "higher", "share of answers by the page", 0.25),
+        Metric("follows", "higher", "share of answers made likelier by their page", 0.25),
+        MARGIN,
         Metric("weights", "higher", "share of everyday answers without a page", 0.25),
     )
 
     def items(self, size: Size) -> list[Choice]:
         """Return, for each page, four questions after it, and four questions without it for each fact."""
         rng, facts = random.Random(f"knowledge {size.seed}"), written("knowledge")
-        asked = rng.sample(facts, size.of(len(facts), 12))
+        asked = rng.sample(facts, size.of(len(facts), 10))
         pages = [
             item
             for page in range(size.of(2, 1))
@@ -71,7 +74,8 @@ def _questions(
                 f"{number:02}",
                 turn=None if later is None else len(chat),
                 metric="weights" if later is None else "follows",
-                family=name,
+                family=f"{number:02} {of}",
+                control=later is None,
             )
         )
     return items

@@ -7,14 +7,33 @@ from collections.abc import Sequence
 from steer.errors import UsageError
 from steer.measure.probes.capability import Capability
 from steer.measure.probes.characters import Characters
+from steer.measure.probes.consequences import Consequences
+from steer.measure.probes.consistency import Consistency
 from steer.measure.probes.drift import Drift
+from steer.measure.probes.implications import Implications
+from steer.measure.probes.knowledge import Knowledge
 from steer.measure.probes.persona import Persona
+from steer.measure.probes.positions import Positions
 from steer.measure.probes.probe import Probe
 from steer.measure.probes.prose import Prose
 from steer.measure.probes.traits import COMPLIANCE, MORALIZING
 
 PROBES: dict[str, Probe] = {
-    probe.name: probe for probe in (Capability(), Characters(), Persona(), MORALIZING, COMPLIANCE, Prose(), Drift())
+    probe.name: probe
+    for probe in (
+        Positions(),
+        Consequences(),
+        Implications(),
+        Consistency(),
+        Characters(),
+        Persona(),
+        Knowledge(),
+        MORALIZING,
+        COMPLIANCE,
+        Prose(),
+        Drift(),
+        Capability(),
+    )
 }
 
 

@@ -38,7 +38,7 @@ class Persona(ForcedChoice):
         turns = (0, 8) if size.quick else (0, 8, 24)
         talk = small_talk(rng, max(turns))
         out = []
-        for world in range(size.of(6, 2)):
+        for world in range(size.of(3, 1)):
             names = rng.sample(given["names"], PEOPLE)
             facts = [(fact, rng.sample(fact["of"], PEOPLE)) for fact in given["facts"]]
             lines = [
@@ -64,9 +64,9 @@ class Persona(ForcedChoice):
         return out
 
     def pairs(self, size: Size) -> list[tuple[Choice, tuple[Passage, Passage]]]:
-        """Return the items whose right answer is also read without the card, and that answer with and without it."""
+        """Return items whose right answer is also read without the card, each with that answer with and without it."""
         items = [item for item in self.items(size) if item.id.startswith("0 ")]
-        return [(i, (_answer(i, i.chat), _answer(i, i.chat[1:]))) for i in items[:: size.of(1, 2)]]
+        return [(i, (_answer(i, i.chat), _answer(i, i.chat[1:]))) for i in items[:: size.of(2, 4)]]
 
     def plan(self, size: Size) -> Any:
         """Return the items, and those that are also read without the card."""

@@ -5,15 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from steer.measure.probes.choice import Choice, ForcedChoice
-from steer.measure.probes.probe import Size
+from steer.measure.probes.choice import MARGIN, Choice, ForcedChoice
+from steer.measure.probes.probe import Metric, Size
 from steer.measure.probes.stories import small_talk, told, written
 
-MOVES = ((0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 2), (0, 1, 2, 3), (1, 2, 2, 4), (0, 2, 3, 6), (1, 2, 4, 8))
-"""How often each of the four things of a story is moved."""
-LATER = (0, 4, 10)
+MOVES = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 2), (1, 1, 2), (0, 2, 3), (1, 3, 4), (2, 6, 8))
+"""How often each of the three things of a story is moved."""
+EASY = 5
+"""How many of `MOVES` a quick run tells: the default merge is near chance on longer ones."""
+LATER = (0, 0, 2, 8)
 """How many messages of small talk come between a story and its questions."""
+LURED = 0.25
+"""Share of stories that also name each thing together with a place where it is not."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,18 @@ KINDS = (
     _Kind(
         "rooms",
         "rooms",
-        "{who} is in the {b} and has the {thing} with {who}.",
+        "{who} is in the {b}.",
         "{who} leaves the {a} and goes to the {b}.",
-        "The {b} is a good place for a {thing}.",
+        "Nobody sees {who} in the {b}.",
+        "Where is {who} now?",
+        "{who} is in the",
+    ),
+    _Kind(
+        "carried",
+        "rooms",
+        "{who} is in the {b} and has the {thing}.",
+        "{who} leaves the {a} and goes to the {b}.",
+        "The {b} would be a good place for the {thing}.",
         "Where is the {thing} now?",
         "The {thing} is in the",
     ),
@@ -63,60 +77,58 @@ KINDS = (
 
 
 class Positions(ForcedChoice):
-    """Four things and four places: where is each thing at the end?
+    """Three things or people and three places: where is each at the end?
 
-    Every place is right for one of the four questions of a story, so that no place is a better guess than another.
+    Every place is right for one of the three questions of a story, so that no place is a better guess than another.
     """
 
     name = "positions"
     says = "how well the model knows where things and people are after they were moved"
+    metrics = (Metric("accuracy", "higher", "share of right answers", 1 / 3), MARGIN)
 
     def items(self, size: Size) -> list[Choice]:
-        """Return four questions on each story."""
+        """Return three questions on each story."""
         rng, words = random.Random(f"positions {size.seed}"), written("positions")
-        return [item for story in range(size.of(84, 15)) for item in _questions(rng, words, story)]
+        levels = MOVES[: size.of(len(MOVES), EASY)]
+        return [
+            item
+            for story in range(size.of(80, 20))
+            for item in _questions(rng, words, story, levels[story // len(KINDS) % len(levels)])
+        ]
 
 
-def _questions(rng: random.Random, words: dict[str, list[str]], story: int) -> list[Choice]:
-    kind, counts = KINDS[story % len(KINDS)], MOVES[story % len(MOVES)]
-    later = LATER[story % 5 % 3]
-    things, places, people = (rng.sample(words[name], 4) for name in ("things", kind.places, "people"))
-    final = rng.sample(places, 4)
+def _questions(rng: random.Random, words: dict[str, list[str]], story: int, counts: Sequence[int]) -> list[Choice]:
+    kind, number = KINDS[story % len(KINDS)], len(counts)
+    things, places, people = (rng.sample(words[name], number) for name in ("things", kind.places, "people"))
+    final = rng.sample(places, number)
     paths = [_path(rng, places, moves, end) for moves, end in zip(counts, final, strict=True)]
-    order = [i for i, moves in enumerate(counts) for _ in range(moves)]
-    rng.shuffle(order)
 
-    def said(form: str, i: int, a: str, b: str) -> str:
+    def said(form: str, i: int, a: str = "", b: str = "") -> str:
         return form.format(thing=things[i], who=people[i], a=a, b=b)
 
-    starts = [said(kind.start, i, "", path[0]) for i, path in enumerate(paths)]
-    done = [0] * 4
-    moves = []
-    for i in order:
-        done[i] += 1
-        moves.append(said(kind.move, i, paths[i][done[i] - 1], paths[i][done[i]]))
-    lures = [
-        said(kind.lure, i, "", rng.choice([p for p in places if p != final[i]])) for i in range(4) if story // 3 % 2
-    ]
-    rng.shuffle(starts)
-    rng.shuffle(lures)
-    chat = told([*starts, *moves, *lures]) + small_talk(rng, later)
-    rights = rng.sample(range(4), 4)
+    starts = [said(kind.start, i, b=path[0]) for i, path in enumerate(paths)]
+    steps = [iter(pairwise(path)) for path in paths]
+    order = [i for i, moves in enumerate(counts) for _ in range(moves)]
+    rng.shuffle(order)
+    moves = [said(kind.move, i, *next(steps[i])) for i in order]
+    lured = range(number) if rng.random() < LURED else ()
+    lures = [said(kind.lure, i, b=rng.choice([p for p in places if p != final[i]])) for i in lured]
+    chat = told([*rng.sample(starts, number), *moves, *lures]) + small_talk(rng, rng.choice(LATER))
     items = []
-    for i in range(4):
-        options = rng.sample([p for p in places if p != final[i]], 3)
-        options.insert(rights[i], final[i])
+    for i, right in enumerate(rng.sample(range(number), number)):
+        options = rng.sample([p for p in places if p != final[i]], number - 1)
+        options.insert(right, final[i])
         items.append(
             Choice(
-                f"{story:03} {kind.name} {things[i]}",
-                (*chat, ("user", said(kind.question, i, "", ""))),
-                said(kind.begun, i, "", ""),
+                f"{story:02} {kind.name}: {said(kind.question, i)}",
+                (*chat, ("user", said(kind.question, i))),
+                said(kind.begun, i),
                 tuple(f" {o}" for o in options),
-                rights[i],
-                f"{story:03}",
+                right,
+                f"{story:02}",
                 counts[i],
                 len(chat),
-                family=f"{story:03}",
+                family=f"{story:02}",
             )
         )
     return items

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from readers import SHALLOW
+from synthetic_readers import SHALLOW
 
 from steer.core.trait import Trait
 from steer.measure.contrast import Contrast, Reply
@@ -23,6 +23,7 @@ from steer.measure.probes.stories import written
 from steer.measure.probes.traits import COMPLIANCE, MORALIZING
 from steer.measure.probes.words import words
 from steer.measure.scorer import Scorer
+from steer.measure.statistics import mean_of
 
 QUICK = Size(quick=True)
 PROBES: list[Probe] = [Characters(), Persona(), Prose(), Drift(), MORALIZING, COMPLIANCE]
@@ -82,6 +83,49 @@ def test_the_same_seed_asks_the_same_and_another_does_not(probe: Probe) -> None:
         assert all(np.isfinite(f.value) for f in result.figures)
 
 
+VOCABULARY = [
+    "rain",
+    "door",
+    "lamp",
+    "bread",
+    "song",
+    "garden",
+    "never",
+    "always",
+    "honest",
+    "sorry",
+    "story",
+    "must",
+    "you",
+    "I",
+    "of",
+    "the",
+    "and",
+]
+
+
+@pytest.mark.parametrize(
+    ("probe", "metric"),
+    [(Persona(), "margin"), (Prose(), "distinct"), (Drift(), "surprise"), (MORALIZING, "probability")],
+)
+def test_two_seeds_of_one_reader_differ_as_little_as_their_intervals_say(probe: Probe, metric: str) -> None:
+    """In 95 % of repetitions; of 40, at least 34 in all but 1 % of cases."""
+    within = 0
+    for repetition in range(40):
+        means = []
+        for seed in (2 * repetition, 2 * repetition + 1):
+            noise = random.Random(seed)
+            reader = Program(
+                lambda chat, rng: " ".join(rng.choices(VOCABULARY, k=rng.randint(5, 20))),
+                lambda passage, noise=noise: noise.gauss(-3, 1),
+            )
+            figures = probe.run(reader, Size(True, seed)).figures
+            means.append(mean_of([f for f in figures if f.metric == metric]))
+        allowed = np.hypot(*((m.high - m.low) / 2 for m in means))
+        within += abs(means[0].value - means[1].value) <= allowed
+    assert within >= 34
+
+
 # Characters
 
 SAYS = {"Bram": "storm anchor rope tide", "Mara": "cake darling bread oven", "Quill": "therefore hence", "Pip": "wow"}
@@ -94,7 +138,7 @@ def speaker(chat: Chat) -> str:
 def test_speakers_with_words_of_their_own_are_told_apart() -> None:
     said = SAYS | {"Holt": "march boots duty", "Odile": "moon shadow cards", "Fen": "maybe soil worms"}
     result = Characters().run(Program(lambda chat, rng: rng.choice(said[speaker(chat)].split())), Size())
-    assert mean(result, "late") == mean(result, "early") == 1
+    assert mean(result, "late") == mean(result, "recognised") == 1
     assert result.notes == []
 
 
@@ -104,12 +148,12 @@ def test_speakers_who_all_say_the_same_are_at_chance_and_their_names_do_not_help
 
     found = [Characters().run(Program(reply), Size(True, seed)) for seed in range(12)]
     assert np.mean([mean(r, "late") for r in found]) == pytest.approx(0.5, abs=0.1)
-    assert np.mean([mean(r, "early") for r in found]) == pytest.approx(0.5, abs=0.1)
+    assert np.mean([mean(r, "recognised", turn=0) for r in found]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_speaker_who_takes_over_another_voice_late_in_the_chat_is_seen_as_confused() -> None:
     result = Characters().run(Program(lambda chat, rng: SAYS["Mara" if len(chat) > 2 else speaker(chat)]), QUICK)
-    assert mean(result, "early") == 1
+    assert mean(result, "recognised", turn=0) == 1
     assert mean(result, "late") == 0.5
     assert result.notes == ["Bram is taken for Mara in 12 of 12 late replies"]
 
