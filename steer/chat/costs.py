@@ -24,6 +24,8 @@ from steer.measure.evaluation import REPORT, RESULTS
 from steer.model.profiles import edit_of
 from steer.model.steered import SteeredModel
 
+PROBES: tuple[str, ...] = ()
+"""Probes that are asked; empty for all."""
 _ABOUT, _PROFILE, _OUT = "cost.json", "profile.yaml", "eval"
 
 
@@ -75,8 +77,10 @@ class Cost:
         if job is None or not job.running:
             about = {"model": self.model, "name": self.name, "arguments": self.arguments}
             write_atomic(self.folder / _ABOUT, json.dumps(about) + "\n")
+            probes = ["--probes", ",".join(PROBES)] if PROBES else []
             out = ["--out", str(self.folder / _OUT), *(["--fresh"] if fresh else [])]
-            job = self._jobs[self.folder] = CostJob(["eval", self.model, *self.arguments, "--quick", *out, "--json"])
+            job = CostJob(["eval", self.model, *self.arguments, *probes, "--quick", *out, "--json"])
+            self._jobs[self.folder] = job
         return job
 
 

@@ -7,8 +7,14 @@ import json
 import pytest
 
 from steer.baking.certificate import CERTIFICATE
+from steer.chat import costs
 from steer.chat.costs import costs_of
 from steer.errors import CheckpointError, UnsupportedError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def one_probe(monkeypatch):
+    monkeypatch.setattr(costs, "PROBES", ("capability",))
 
 
 def test_sliders_that_move_nothing_and_folders_that_are_no_bake_are_refused(chat, tmp_path, home):
