@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
+from synthetic_eval import synthetic_eval
 from tiny_chat import keep_direction, save_tiny_chat
 
 from steer.chat.chat import Chat
+from steer.chat.costs import Cost
 from steer.chat.stored import saved_chats
 from steer.core.direction import Direction
+from steer.measure.eval_report import write_eval_report
 
 APP = Path(__file__).parents[1] / "app.py"
 
@@ -317,3 +322,39 @@ def test_a_cards_lorebook_is_scanned_and_what_is_active_is_shown(moral):
     next(b for b in at.button if b.label == "Add it").click().run()
     assert [t.value.split(":")[0] for t in at.toast] == ["sea"]
     assert not at.exception
+
+
+def test_what_was_measured_of_a_profile_is_on_the_page_with_its_report(moral):
+    at = page()
+    at.session_state["part"] = "Cost"
+    at.run()
+    click(at, "Measure the sliders")
+    assert "cost: expected a slider that moves something" in at.toast[0].value
+    chat = chat_of(at)
+    chat.panel.set("moral", -0.25)
+    result = synthetic_eval(("chat", "noir"), ("consequences",), shifts={("noir", "consequences"): -0.5})
+    folder = keep_cost(chat.cost_of_sliders("noir"), result)
+    other = keep_cost(replace(chat.cost_of_sliders("other"), model="another model"), result)
+    torn = keep_cost(chat.cost_of_sliders("torn"), result)
+    (torn / "eval" / "eval.json").write_text("{")
+    at.run()
+    assert not at.exception
+    shown = [m.value for m in at.main.markdown]
+    assert any(line.startswith("- Worse: consequences 0.") for line in shown)
+    assert "**noir**" in shown
+    assert "**other**" not in shown
+    (error,) = [e.value for e in at.error]
+    assert "eval.json" in error
+    keys = {b.key for b in at.button if b.key}
+    assert {f"open {folder.name}", f"again {folder.name}"} <= keys
+    assert not any(other.name in k for k in keys)
+
+
+def keep_cost(cost: Cost, result: dict[str, Any]) -> Path:
+    """Leave what a finished evaluation leaves, and return its folder."""
+    about = {"model": cost.model, "name": cost.name, "arguments": cost.arguments}
+    (cost.folder / "eval").mkdir(parents=True, exist_ok=True)
+    (cost.folder / "cost.json").write_text(json.dumps(about))
+    (cost.folder / "eval" / "eval.json").write_text(json.dumps(result))
+    write_eval_report(result, cost.folder / "eval" / "eval.html")
+    return cost.folder

@@ -85,10 +85,11 @@ SAME = (3 * "ta te ti to tu ", 3 * "tu to ti te ta ")
 
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of its own, and traits of 18 topics."""
+    """A home of its own, traits of 18 topics, and an evaluation of one probe."""
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
     write_traits(tmp_path / "traits", moralizing=MORAL, compliance=EAGER)
     monkeypatch.setattr(trait, "_FOLDER", tmp_path / "traits")
+    monkeypatch.setattr(demo, "PROBES", ("capability",))
 
 
 def check(result: dict[str, Any], source: Path, name: str) -> None:
@@ -114,7 +115,16 @@ def check(result: dict[str, Any], source: Path, name: str) -> None:
     for foreign in ("smollm2", "Default merge", str(source.parent)):
         assert foreign not in page
         assert foreign not in (baked / "README.md").read_text()
+    report = Path(result["eval"]["report"])
+    evaluated = json.loads((report.parent / "eval.json").read_text())
+    assert [a["name"] for a in evaluated["arms"]] == [source.name, "moralizing=-1", "baked"]
+    assert all(part["skipped"] is None for probe in evaluated["probes"] for part in probe["arms"].values())
+    assert page.count('<a href="eval/eval.html">') == 1
+    assert report == Path(result["report"]).parent / "eval" / "eval.html"
+    assert "capability" in page
+    assert str(source.parent) not in report.read_text()
     table = demo_table(result)
+    assert all(f"baked: {line}\n" in table for line in result["eval"]["verdicts"]["baked"])
     assert table.splitlines()[-3].split() == ["merged:" if "merged" in result else "model:", str(source)]
 
 
@@ -157,6 +167,21 @@ def test_a_recipe_is_merged_first(tmp_path: Path) -> None:
     key = demo._key(0, demo._Subject.of(str(recipe)))
     save_parrot(tmp_path / "b", seed=1)
     assert demo._key(0, demo._Subject.of(str(recipe))) != key, "a source that changed is measured again"
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_there_is_not_measured_again_but_one_of_another_seed_is(tmp_path: Path) -> None:
+    source, out = save_parrot(tmp_path / "mine"), tmp_path / "out"
+    first = run(out, str(source))
+    parts = {p: p.stat().st_mtime_ns for p in (out / "eval" / "parts").iterdir()}
+    (out / "results.json").unlink()  # as if it had been killed at the end
+    again = run(out, str(source))
+    assert {p: p.stat().st_mtime_ns for p in parts} == parts
+    assert again["eval"] == first["eval"]
+    run(out, str(source), seed=1)
+    assert json.loads((out / "eval" / "eval.json").read_text())["seed"] == 1
+    Path(again["eval"]["report"]).unlink()
+    assert Path(run(out, str(source), seed=1)["eval"]["report"]).is_file()
 
 
 def test_a_trait_that_the_model_does_not_show_is_one_line_and_the_rest_goes_on(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Literal, cast
 from steer.chat.comparison import Comparison, Side
 from steer.chat.context_use import ContextUse
 from steer.chat.conversation import Conversation, Message
+from steer.chat.costs import Cost, bake_cost, costs_of, profile_cost
 from steer.chat.feature_index import FeatureIndex
 from steer.chat.jobs import BakePlan, Form, plan
 from steer.chat.local import LocalBackend
@@ -247,6 +248,18 @@ class Chat(BaseChat):
     def plan_bake(self, form: Form = "checkpoint") -> BakePlan:
         """Return which sliders can be baked into weights."""
         return plan(self._local("bake").model, self.profile("baked"), form)
+
+    def cost_of_sliders(self, name: str = "sliders") -> Cost:
+        """Return what measures the sliders as they stand, beside the model without them. Errors: SteerError."""
+        return profile_cost(self._local("eval").model, self.profile(name))
+
+    def cost_of_bake(self, baked: Path) -> Cost:
+        """Return what measures a checkpoint that was baked from this model beside it. Errors: SteerError."""
+        return bake_cost(self._local("eval").model, baked)
+
+    def costs(self) -> list[Cost]:
+        """Return what was measured of this model on this machine, or is being measured, newest first."""
+        return costs_of(self._local("eval").model)
 
     def _local(self, what: str) -> LocalBackend:
         if not self.backend.local:

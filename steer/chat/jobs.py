@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _LINES = 200
 """Lines of a command's stderr that are kept."""
-_STEP = re.compile(r"(\d+) of (\d+): ")
+_STEP, _DONE = re.compile(r"(\d+) of (\d+): "), re.compile(r"\[(\d+)/(\d+)\] ")
+"""How a command says on stderr which step it begins, and which it has done."""
 _RUN = "from steer.cli.main import main; main()"
 _PATIENCE = 15.0
 """Seconds that a process gets to clean up before it is killed."""
@@ -46,12 +47,16 @@ _PATIENCE = 15.0
 class Job:
     """A `steer` command in a subprocess. It goes on when the browser tab is closed."""
 
+    stopped = "stopped; nothing half-written was left"
+    """What `error` says after `cancel`."""
+
     def __init__(self, arguments: Sequence[str], *, out: Path | None = None, expected: int | None = None) -> None:
         """Start the command.
 
         `arguments`: those of `steer`, which must contain `--json`. `out`: the directory that the command writes; it
         works in a hidden directory beside it until the output is complete. `expected`: size of the output in bytes.
-        Progress is computed from `out` and `expected`; without them, from lines on stderr such as `2 of 3: merging`.
+        Progress is computed from `out` and `expected`; without them, from lines on stderr: `2 of 3: merging`
+        before a step, `[2/3] merged` after it.
         """
         self.arguments = tuple(arguments)
         self.out, self.expected = out, expected
@@ -90,8 +95,11 @@ class Job:
         if self.done:
             return 1.0
         if self.out is None or not self.expected:
-            steps = [m for line in list(self.lines) if (m := _STEP.match(line))]
-            return (int(steps[-1][1]) - 1) / int(steps[-1][2]) if steps else None
+            done = [
+                (int(m[1]) - (pattern is _STEP)) / int(m[2])
+                for line in list(self.lines) for pattern in (_STEP, _DONE) if (m := pattern.match(line))
+            ]  # fmt: skip
+            return done[-1] if done else None
         # Progress never decreases, though files that are renamed or combined at the end may shrink the total.
         self._progress = max(self._progress, min(self._bytes() / self.expected, 0.99))
         return self._progress
@@ -126,7 +134,7 @@ class Job:
         # The command may have finished before the signal arrived.
         self.cancelled = self.cancelled and code != 0
         if self.cancelled:
-            self.error = "stopped; nothing half-written was left"
+            self.error = self.stopped
         elif code:
             last = next((n for n in reversed(self.lines) if n.startswith("steer: ")), "")
             self.error = last.removeprefix("steer: ") or f"it ended with code {code}: {' '.join(self.lines)[-300:]}"

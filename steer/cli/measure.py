@@ -51,6 +51,7 @@ def evaluate(
 ) -> None:
     """Measure what a merge, a slider or a bake cost and changed: the same items for all, paired, no judge model."""
     from steer.core.slider import parse_amount
+    from steer.measure.evaluation import REPORT
     from steer.verbs import eval as verb
     from steer.verbs.tables import eval_table
 
@@ -58,7 +59,7 @@ def evaluate(
         if model is not None:
             raise UsageError(f"--compare: expected no model beside it, found {model}; leave one out")
         result = verb.compare(compare, out)
-        emit(result, as_json, eval_table(result))
+        emit(result, as_json, "\n".join([eval_table(result), *([str(out / REPORT)] if out else [])]))
         return
     place, names = out or Path("eval"), probes.split(",") if probes else None
     if url is not None:
@@ -71,7 +72,7 @@ def evaluate(
                 url, name=model_name, tokenizer=model, probes=names, out=place, quick=quick, seed=seed, fresh=fresh,
                 api_key=os.environ.get("STEER_API_KEY"), timeout=timeout, say=tell,
             )  # fmt: skip
-        emit(result, as_json, f"{eval_table(result)}\n{place}")
+        emit(result, as_json, f"{eval_table(result)}\n{place / REPORT}")
         return
     if model is None:
         raise UsageError("eval: expected a model, --url or --compare, found none of them; name a checkpoint")
@@ -83,4 +84,4 @@ def evaluate(
             lm_eval=lm_eval.split(",") if lm_eval else (), say=tell,
             device_map=device_map, four_bit=four_bit,
         )  # fmt: skip
-    emit(result, as_json, f"{eval_table(result)}\n{place}")
+    emit(result, as_json, f"{eval_table(result)}\n{place / REPORT}")

@@ -12,26 +12,8 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
-from jinja2 import Environment, PackageLoader
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from steer.files import write_atomic
-
-BLUE, RED, GREY, GREEN = "#2563a8", "#b3372f", "#8a8f98", "#2f7d4f"
-_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: small files, and readers can search it
-    "svg.hashsalt": "steer",  # fixed ids: the same numbers give the same file
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e6ea",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-}
+from steer.measure.drawing import BLUE, GREEN, GREY, RED, STYLE, axes, page, svg
 
 
 def write_report(result: Mapping[str, Any], path: Path) -> Path:
@@ -50,7 +32,7 @@ def write_report(result: Mapping[str, Any], path: Path) -> Path:
         for name, found in result["found"].items()
     ]
     plot, total = _pareto_plot(result["search"])[0], sum(result["seconds"].values())
-    return write_atomic(path, _page("report.html.j2", traits=traits, search_plot=plot, total=total, **result))
+    return write_atomic(path, page("report.html.j2", traits=traits, search_plot=plot, total=total, **result))
 
 
 def write_search_report(result: Mapping[str, Any], folder: Path) -> None:
@@ -59,35 +41,15 @@ def write_search_report(result: Mapping[str, Any], folder: Path) -> None:
     `result` has the contents of `search.json`. Its key `held_out` may be missing: the report can be written before the
     measurement on held-out topics.
     """
-    svg, png = _pareto_plot(result)
-    write_atomic(folder / "pareto.html", _page("pareto.html.j2", result=result, plot=svg))
+    plot, png = _pareto_plot(result)
+    write_atomic(folder / "pareto.html", page("pareto.html.j2", result=result, plot=plot))
     write_atomic(folder / "pareto.png", png)
 
 
-def _page(template: str, **values: Any) -> str:
-    """A template of this folder, filled in."""
-    loader = PackageLoader("steer", "measure")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(**values)
-
-
-def _axes(size: tuple[float, float] = (4.6, 3.0)) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
-
-
-def _svg(figure: Figure) -> str:
-    """The SVG element of a figure."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def _dose_plot(trait: str, points: Sequence[Mapping[str, Any]]) -> str:
     """Trait rate and the scorer's mean probability against the amount."""
-    figure, ax = _axes()
+    figure, ax = axes()
     moved = [p for p in points if p["amount"] is not None]
     amounts = [p["amount"] for p in moved]
     ax.plot(amounts, [p["rate"] for p in moved], "o-", color=BLUE, label="rate (share of replies)")
@@ -99,13 +61,13 @@ def _dose_plot(trait: str, points: Sequence[Mapping[str, Any]]) -> str:
             ax.axhline(p["rate"], color=GREEN, lw=1, ls=":", label="control: system prompt, no slider")
     ax.set(xlabel=f"amount of {trait}", ylabel="on held-out topics", ylim=(-0.03, 1.03), xticks=amounts)
     ax.legend(frameon=False, fontsize=7.5)
-    return _svg(figure)
+    return svg(figure)
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def _cost_plot(trait: str, points: Sequence[Mapping[str, Any]]) -> str:
     """KL to the unsteered model on neutral prompts, and repetition, against the amount."""
-    figure, ax = _axes()
+    figure, ax = axes()
     moved = [p for p in points if p["amount"] is not None]
     amounts = [p["amount"] for p in moved]
     ax.plot(amounts, [p["kl"] for p in moved], "o-", color=RED, label="KL, nats per token (neutral prompts)")
@@ -113,25 +75,25 @@ def _cost_plot(trait: str, points: Sequence[Mapping[str, Any]]) -> str:
     ax.set(xlabel=f"amount of {trait}", ylabel="cost", xticks=amounts)
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize=7.5)
-    return _svg(figure)
+    return svg(figure)
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def _site_plot(trait: str, auroc: Sequence[float], site: int) -> str:
     """Held-out AUROC of the projection at every site."""
-    figure, ax = _axes()
+    figure, ax = axes()
     ax.plot(range(len(auroc)), auroc, "o-", ms=3, color=BLUE)
     ax.axvline(site, color=RED, lw=1, ls=":")
     ax.text(site + 0.3, 0.52, f"site {site}", color=RED, fontsize=8)
     ax.set(xlabel="site (residual stream after block)", ylabel=f"held-out AUROC, {trait}", ylim=(0.45, 1.02))
-    return _svg(figure)
+    return svg(figure)
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def _pareto_plot(search: Mapping[str, Any]) -> tuple[str, bytes]:
     """KL against mean trait probability of each bake tried, on fit topics, as SVG and as PNG. In `search`, as
     `search_json` returns it, the untouched model is number -1 and the unsearched bake 0."""
-    figure, ax = _axes((6.4, 4.6))
+    figure, ax = axes((6.4, 4.6))
     trials, chosen, limit = search["trials"], search["chosen"]["number"], search["goal"]["max_kl"]
     front = sorted((t["kl"], t["probability"]) for t in trials if t["front"])
     ax.step([x for x, _ in front], [y for _, y in front], where="post", color=GREY, lw=1, label="Pareto front")
@@ -156,4 +118,4 @@ def _pareto_plot(search: Mapping[str, Any]) -> tuple[str, bytes]:
     figure.legend(frameon=False, fontsize=7, loc="outside lower left")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=160, metadata={"Software": None})
-    return _svg(figure), out.getvalue()
+    return svg(figure), out.getvalue()

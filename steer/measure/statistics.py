@@ -127,7 +127,7 @@ def _standard_error(sums: Float[np.ndarray, " groups"], counts: Float[np.ndarray
 def _p_value(sums: Float[np.ndarray, " groups"], seed: int) -> float:
     """Return the two-sided p-value of the groups' differences under flips of their signs."""
     moved = sums[sums != 0]
-    if not len(moved):
+    if len(moved) < 2:  # both signs of a single difference are as far from 0
         return 1.0
     found = stats.permutation_test(
         (moved,), lambda x, axis=-1: x.sum(axis), permutation_type="samples", vectorized=True,

@@ -1,6 +1,7 @@
 """`steer demo`: the whole pipeline on the default model or the user's own, measured on text that it was not fitted on.
 
-`run` fetches, merges, finds two traits, searches an edit, bakes, verifies, measures and writes the report.
+`run` fetches, merges, finds two traits, searches an edit, bakes, verifies, measures, evaluates what the slider and the
+bake cost, and writes the report.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ SEARCH_SHARE = 0.3
 """Share of the untouched rate that the edit must get below on fit topics; on other topics the share may be higher."""
 SEARCH_KL = 0.14
 """Most KL, in nats per token on neutral replies, that the bake may cost; on held-out text it may be a little more."""
+SLID = -1.0
+"""Amount of the first trait's slider in the evaluation, where the bake stands beside it."""
+PROBES: tuple[str, ...] | None = None
+"""Probes of the evaluation; None for all."""
 RESULTS = "results.json"
 MODEL = "model.json"
 """File in the output that names the user's own model; the demo of the default model has none."""
@@ -51,7 +56,8 @@ def run(
     fresh: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Fetch, merge, find both traits, measure their dose response, bake, verify, measure the bake, and report.
+    """Fetch, merge, find both traits, measure their dose response, bake, verify, measure and evaluate the bake, and
+    report.
 
     `model`: a checkpoint directory or hub id, which is not merged, or a mergekit recipe in place of the default one.
     Returns what `--json` prints. A second call with the same inputs returns the saved numbers, unless `fresh`. `seed`:
@@ -65,13 +71,15 @@ def run(
     done = out / RESULTS
     if not fresh and done.is_file():
         result = read_json_object(done, do="run it with --fresh")
-        if result.get("key") == key and all(Path(result[p]).exists() for p in ("source", "baked", "report")):
+        if result.get("key") == key and all(
+            Path(place).exists() for place in (*(result[p] for p in _WRITTEN), result["eval"]["report"])
+        ):
             return result
     out.mkdir(parents=True, exist_ok=True)
     if subject.model:
         write_atomic(out / MODEL, json.dumps({"model": subject.model}) + "\n")
     done.unlink(missing_ok=True)
-    result = _measure(out, subject, seed, say)
+    result = _measure(out, subject, seed, fresh, say)
     write_atomic(done, json.dumps({"key": key, **result}, indent=2) + "\n")
     return json.loads(done.read_text())
 
@@ -150,13 +158,17 @@ def _key(seed: int, subject: _Subject) -> dict[str, Any]:
     }
 
 
+_WRITTEN = ("source", "baked", "report")
+"""Keys of the result under which the paths of the demo's output are."""
+
+
 def _clear(directory: Path, ours: str) -> None:
     """Remove a directory that an earlier run wrote, known by its file `ours`. `check_output` refuses any other."""
     if (directory / ours).is_file():
         shutil.rmtree(directory)
 
 
-def _measure(out: Path, subject: _Subject, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _measure(out: Path, subject: _Subject, seed: int, fresh: bool, say: Callable[[str], None]) -> dict[str, Any]:
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -180,12 +192,15 @@ def _measure(out: Path, subject: _Subject, seed: int, say: Callable[[str], None]
         from steer.core.edit import Edit
         from steer.finding.traits import find_trait
         from steer.measure import harness
+        from steer.measure.eval_report import verdicts
+        from steer.measure.evaluation import REPORT
         from steer.measure.neutral_means import means_of
         from steer.measure.report import write_report
         from steer.measure.search.space import Space
         from steer.measure.search.study import BATCH, Study
         from steer.measure.search.trials import Bench, Goal, Scope, search_json
         from steer.model.steered import load
+        from steer.verbs.eval import evaluate
 
     source, baked_dir = subject.place or out / "merged", out / "baked"
     if subject.model is None:
@@ -257,6 +272,20 @@ def _measure(out: Path, subject: _Subject, seed: int, say: Callable[[str], None]
             model, load(baked_dir), untouched, target.scorer, reference, prose, on_tokens=advance
         )
 
+    with step("eval", "evaluating what the slider and the bake cost"):
+        place = out / "eval"
+
+        def asked(fresh: bool) -> dict[str, Any]:
+            return evaluate(
+                model, against=[baked_dir], sliders=[{removed: SLID}], probes=PROBES, out=place, quick=True, seed=seed,
+                fresh=fresh, say=say,
+            )  # fmt: skip
+
+        try:
+            evaluated = asked(fresh)
+        except OutputExistsError:  # of an earlier demo, with another seed or version
+            evaluated = asked(True)
+
     result = {
         **({"merged": str(source)} if subject.recipe else {}),
         "source": str(source),
@@ -279,6 +308,7 @@ def _measure(out: Path, subject: _Subject, seed: int, say: Callable[[str], None]
             "verified": [c.name for c in checks],
             **baked,
         },
+        "eval": {"report": str(place / REPORT), "verdicts": dict(verdicts(evaluated))},
         "seconds": {k: round(v, 2) for k, v in seconds.items()},
     }
     write_report(result, out / "report.html")

@@ -15,10 +15,11 @@ from steer.errors import MismatchError, UsageError
 from steer.files import read_json_object, without_nan, write_atomic
 from steer.measure.arms import Loader, LocalArm, Source, damaged_arms, edit_of_amounts, edit_of_profile
 from steer.measure.endpoint import EndpointArm
-from steer.measure.evaluation import RESULTS, Arm, compared, evaluate_arms
+from steer.measure.eval_report import write_eval_report
+from steer.measure.evaluation import REPORT, RESULTS, Arm, compared, evaluate_arms
 from steer.measure.lm_eval_tasks import tasks_named
 from steer.measure.probes.library import probes_named
-from steer.measure.probes.probe import Size
+from steer.measure.probes.probe import Probe, Size
 from steer.model.steered import SteeredModel
 
 Say = Callable[[str], None]
@@ -40,7 +41,8 @@ def evaluate(
     say: Say = lambda line: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure a model and what changes it, on the same items; write OUT/eval.json and return what it holds.
+    """Measure a model and what changes it, on the same items; write OUT/eval.json and its report
+    OUT/eval.html, and return what the first holds.
 
         steer.evaluate("merged", sliders=[{"moralizing": -1}], against=["calm"], quick=True)
 
@@ -75,7 +77,7 @@ def evaluate(
     order = {id(s): i for i, s in enumerate(dict.fromkeys(arm.source for arm in arms))}
     arms.sort(key=lambda arm: (arm.damage is not None, order[id(arm.source)]))
     _ = [arm.edit for arm in arms]  # a slider that is not known is refused before hours are spent
-    return evaluate_arms(arms, chosen, Size(quick, seed), Path(out), fresh=fresh, say=say)
+    return _measure(arms, chosen, Size(quick, seed), Path(out), fresh, say)
 
 
 def evaluate_endpoint(
@@ -103,12 +105,22 @@ def evaluate_endpoint(
     """
     chosen, place = probes_named(probes), None if tokenizer is None else resolve(tokenizer)
     arm = EndpointArm(url, name, place, api_key, timeout)
-    return evaluate_arms([arm], chosen, Size(quick, seed), Path(out), fresh=fresh, say=say)
+    return _measure([arm], chosen, Size(quick, seed), Path(out), fresh, say)
+
+
+def _measure(
+    arms: Sequence[Arm], probes: Sequence[Probe], size: Size, out: Path, fresh: bool, say: Say
+) -> dict[str, Any]:
+    """Evaluate arms, write the report beside eval.json, and return what that holds."""
+    result = evaluate_arms(arms, probes, size, out, fresh=fresh, say=say)
+    write_eval_report(result, out / REPORT)
+    return result
 
 
 def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[str, Any]:
     """Join runs that were made on different days into one result: their arms beside each other, the first file's first
-    arm as what the others are compared with. Arms are named by their file. `out`: a directory to write eval.json into.
+    arm as what the others are compared with. Arms are named by their file. `out`: a directory to write eval.json
+    and its report into.
 
     Errors: MismatchError where a probe's items differ, or no probe is in every file; CheckpointError for a file that is
     no result of steer eval.
@@ -157,6 +169,7 @@ def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[
         place = Path(out)
         check_output(place)
         write_atomic(place / RESULTS, json.dumps(result, indent=1) + "\n")
+        write_eval_report(result, place / REPORT)
     return result
 
 

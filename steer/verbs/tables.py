@@ -264,6 +264,7 @@ def demo_table(result: Mapping[str, Any]) -> str:
         + f"baked: {unreached}{result['search']['chosen']['label']}; KL {bake['kl']:.3f} nats per token on neutral "
         f"prompts, perplexity of plain text {bake['perplexity_ratio']:.3f} times; {bake['writers_edited']} of "
         f"{bake['writers_found']} writers edited, verified\n"
+        + "".join(f"{arm}: {line}\n" for arm, lines in result["eval"]["verdicts"].items() for line in lines)
         + text_table(["step", "seconds"], [[step, f"{s:.1f}"] for step, s in times.items()])
         + f"{f'{model}:':<9}{result['source']}\nbaked:   {result['baked']}\nreport:  {result['report']}"
     )

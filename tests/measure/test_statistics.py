@@ -69,6 +69,15 @@ def test_arms_that_answer_alike_differ_by_nothing_and_say_what_they_could_tell()
     assert 0.1 < found.noise < 0.5
 
 
+def test_one_item_that_differs_is_no_proof() -> None:
+    first, other = np.zeros(40), np.zeros(40)
+    other[7] = 5.0
+    for items in (40, 8):
+        found = difference_of(figures(first[:items]), figures(other[:items]))
+        assert found is not None
+        assert (found.p, found.mean.value) == (1.0, 5.0 / items)
+
+
 def test_without_a_difference_5_of_100_p_values_are_below_5_percent() -> None:
     rng = np.random.default_rng(3)
     found = [difference_of(figures(rng.random(25)), figures(rng.random(25))) for _ in range(REPETITIONS)]

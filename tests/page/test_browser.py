@@ -21,6 +21,8 @@ pytestmark = pytest.mark.alone
 PATIENCE = 60
 FIRST = 240
 """Seconds for a page to come up: the first one has its server import and load everything."""
+ALL_PROBES = 900
+"""Seconds for a quick evaluation of two arms by every probe."""
 MESSAGE = "hello friend"
 
 
@@ -305,6 +307,47 @@ def test_a_bake_says_what_cannot_be_written_and_writes_the_rest(page, tmp_path):
     edit = json.loads((out / CERTIFICATE).read_text())["edit"]
     assert ([add["name"] for add in edit["add"]], "moves" in edit) == (["moral"], False)
     verify(out)
+
+
+def test_what_sliders_cost_is_measured_while_the_page_is_loaded_again_and_its_report_opens(page, chromium):
+    page.move("moral", LEFT * 4)
+    page.settled()
+    page.click("Profiles")
+    page.fill("Save as", "noir")
+    page.click("What did this cost?")
+    page.until(lambda: "Measuring, " in page.all(".stMain")[0].text)
+    chromium.refresh()
+    page.until(lambda: page.all("textarea[data-testid=stChatInputTextArea]"), FIRST)
+    page.settled()
+    page.part("Cost")
+    page.until(lambda: "noir" in page.all(".stMain")[0].text)
+    page.until(lambda: "Download it" in page.all(".stMain")[0].text, ALL_PROBES)
+    assert page.all(".stMain li")
+    page.click("Download it")
+    report: Path = chromium.downloads / "eval.html"
+    page.until(report.is_file)
+    page.click("Open the report")
+    frame = page.until(lambda: page.all("[data-testid=stDialog] iframe"))[0]
+    chromium.switch_to.frame(frame)
+    page.until(lambda: "What changed" in page.all("h1")[0].text)
+    assert page.all("figure svg")
+    chromium.switch_to.default_content()
+
+
+def test_what_a_bake_cost_is_asked_under_it_and_can_be_stopped_and_go_on(page, tmp_path):
+    page.move("moral", LEFT * 4)
+    page.settled()
+    page.part("Bake")
+    page.fill("Folder to write", str(tmp_path / "calm"))
+    page.bake()
+    page.until(lambda: "Written:" in page.all(".stMain")[0].text)
+    page.click("What did this cost?")
+    page.until(lambda: "Measuring, " in page.all(".stMain")[0].text)
+    page.click("Cancel")
+    page.until(lambda: "what was measured is kept" in page.all(".stMain")[0].text)
+    page.settled()  # the part is drawn again without its timer, and a button of before is gone
+    page.click("Go on")
+    page.until(lambda: "Open the report" in page.all(".stMain")[0].text, ALL_PROBES)
 
 
 def verify(out: Path) -> None:

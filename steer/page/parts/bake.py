@@ -12,6 +12,7 @@ from steer.chat.chat import Chat
 from steer.chat.jobs import BakePlan, BakingJob
 from steer.page.drawing import markdown
 from steer.page.guard import button, watch
+from steer.page.parts import cost
 
 POLL = 0.5
 
@@ -20,7 +21,7 @@ def draw(chat: Chat) -> None:
     """Draw the plan, and the job that carries it out in a separate process (`steer.chat.jobs`)."""
     job: BakingJob | None = st.session_state.get("baking")
     if job is not None:
-        watch(_job, job, running=lambda: job.running, every=POLL)
+        watch(_job, chat, job, running=lambda: job.running, every=POLL)
         if job.running:
             return
     form = st.segmented_control("Form", ["checkpoint", "adapter"], default="checkpoint", required=True, key="form")
@@ -48,7 +49,7 @@ def _free(place: Path) -> Path:
     return next(p for p in tried if not p.exists())
 
 
-def _job(job: BakingJob) -> None:
+def _job(chat: Chat, job: BakingJob) -> None:
     if job.running:
         st.progress(job.progress or 0.0, f"Baking, {job.seconds:.0f} s")
         button("Cancel", job.cancel, key="cancel bake")
@@ -56,7 +57,11 @@ def _job(job: BakingJob) -> None:
     elif job.error:
         st.error(markdown(job.error))
     elif job.certificate is not None:
-        st.success(f"Written: {markdown(str(job.out))}")
+        out = job.out
+        assert out is not None
+        st.success(f"Written: {markdown(str(out))}")
+        if job.plan.form == "checkpoint":
+            cost.ask(lambda: chat.cost_of_bake(out), "cost of bake")
         with st.expander("Certificate"):
             st.json(job.certificate, expanded=1)
         data = json.dumps(job.certificate, indent=2)

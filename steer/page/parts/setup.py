@@ -23,6 +23,7 @@ from steer.core.sampler import PRESETS, Sampler, preset
 from steer.errors import SteerError
 from steer.page.drawing import markdown
 from steer.page.guard import button, new_chat, safely, tell
+from steer.page.parts import cost
 from steer.plain_text import plain_line
 
 _CUSTOM = "as set below"
@@ -71,6 +72,8 @@ def _profiles(chat: Chat) -> None:
             st.caption(markdown(str(e)))
         else:
             st.download_button("Download", data, f"{file_name(name)}.yaml", "application/yaml", on_click="ignore")
+    if chat.backend.local:
+        cost.ask(lambda: chat.cost_of_sliders(name or "sliders"), "cost of profile")
     file = st.file_uploader("Upload a profile", ["yaml", "yml"], key="profile upload", max_upload_size=1)
     if file is not None:
         data, uploaded = file.getvalue(), file.name

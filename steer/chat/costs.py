@@ -1,0 +1,129 @@
+"""What a profile or a bake cost: `steer eval --quick` of it beside its model, which the page starts and shows.
+
+Each is a folder under $STEER_HOME/costs, so that a page that is loaded again finds what was measured and what still is
+being measured, and an evaluation that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from steer.baking.certificate import CERTIFICATE
+from steer.chat.jobs import Job
+from steer.checkpoint.fetch import home, resolve
+from steer.core.profile import Profile
+from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.files import read_json_object, write_atomic
+from steer.measure.eval_report import verdicts
+from steer.measure.evaluation import REPORT, RESULTS
+from steer.model.profiles import edit_of
+from steer.model.steered import SteeredModel
+
+PROBES: tuple[str, ...] = ()
+"""Probes that are asked; empty for all."""
+_ABOUT, _PROFILE, _OUT = "cost.json", "profile.yaml", "eval"
+
+
+class CostJob(Job):
+    """A running `steer eval --quick`."""
+
+    stopped = "stopped; what was measured is kept, and the next start goes on from there"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A quick evaluation of a model and of what was made of it; it may be measured, being measured, or neither."""
+
+    folder: Path
+    model: str
+    name: str
+    """What was made of the model, for people."""
+    arguments: tuple[str, ...]
+    """Options of `steer eval` that name it."""
+    _jobs: ClassVar[dict[Path, CostJob]] = {}
+    """The jobs of this process by folder. They belong to no tab."""
+
+    @property
+    def job(self) -> CostJob | None:
+        """The job that this process started, running or ended; None if there is none."""
+        return self._jobs.get(self.folder)
+
+    @property
+    def report(self) -> Path | None:
+        """The report page, beside eval.json; None before it is complete."""
+        file = self.folder / _OUT / REPORT
+        return file if file.is_file() else None
+
+    @property
+    def lines(self) -> list[str]:
+        """What was found, in sentences; empty before that. Errors: SteerError for a damaged eval.json."""
+        file = self.folder / _OUT / RESULTS
+        return _lines(file, file.stat().st_mtime_ns) if file.is_file() else []
+
+    def start(self, *, fresh: bool = False) -> CostJob:
+        """Measure it, or return the job that does. `fresh`: from the beginning.
+
+        Errors: UsageError while another one is being measured, since both would take twice as long.
+        """
+        for cost, job in self._jobs.items():
+            if job.running and cost != self.folder:
+                raise UsageError("cost: expected nothing else to be measured, found a run; wait for it, or cancel it")
+        job = self._jobs.get(self.folder)
+        if job is None or not job.running:
+            about = {"model": self.model, "name": self.name, "arguments": self.arguments}
+            write_atomic(self.folder / _ABOUT, json.dumps(about) + "\n")
+            probes = ["--probes", ",".join(PROBES)] if PROBES else []
+            out = ["--out", str(self.folder / _OUT), *(["--fresh"] if fresh else [])]
+            job = CostJob(["eval", self.model, *self.arguments, *probes, "--quick", *out, "--json"])
+            self._jobs[self.folder] = job
+        return job
+
+
+def profile_cost(model: SteeredModel, profile: Profile) -> Cost:
+    """Return the evaluation of a model under a profile. Errors: UsageError for a profile that moves nothing."""
+    if edit_of(model, profile) is None:
+        raise UsageError("cost: expected a slider that moves something, found none; move one first")
+    folder = _folder(model, profile.name, profile.dump())
+    file = profile.save(folder / _PROFILE)
+    return Cost(folder, resolve(model.name), profile.name, ("--profile", str(file)))
+
+
+def bake_cost(model: SteeredModel, baked: Path) -> Cost:
+    """Return the evaluation of a checkpoint that was baked from a model.
+
+    Errors: CheckpointError if `baked` has no certificate, UnsupportedError if it is no checkpoint.
+    """
+    baked = baked.expanduser().absolute()
+    certificate = baked / CERTIFICATE
+    if not certificate.is_file():
+        raise CheckpointError(f"{baked}: expected a bake with {CERTIFICATE}, found none; name its folder")
+    if not (baked / "config.json").is_file():
+        raise UnsupportedError(f"{baked}: expected a baked checkpoint, found another form; bake a checkpoint")
+    return Cost(_folder(model, baked.name, certificate.read_text()), resolve(model.name), baked.name,
+                ("--against", str(baked)))  # fmt: skip
+
+
+def costs_of(model: SteeredModel) -> list[Cost]:
+    """Return the evaluations that were begun for a model on this machine, newest first."""
+    found = []
+    for file in sorted((home() / "costs").glob(f"*/{_ABOUT}"), key=lambda f: f.stat().st_mtime, reverse=True):
+        about = read_json_object(file, do=f"delete {file.parent}")
+        if about["model"] == resolve(model.name):
+            found.append(Cost(file.parent, about["model"], about["name"], tuple(about["arguments"])))
+    return found
+
+
+def _folder(model: SteeredModel, name: str, what: Any) -> Path:
+    """Return where the evaluation of `what` is kept: another folder if the weights or `what` are others."""
+    key = json.dumps([resolve(model.name), model.sketch().id, name, what], sort_keys=True)
+    return home() / "costs" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@lru_cache(16)
+def _lines(file: Path, _changed: int) -> list[str]:
+    return [line for _, lines in verdicts(read_json_object(file, do="measure again")) for line in lines]

@@ -1,0 +1,77 @@
+"""The part "Cost": what profiles and bakes cost, measured by `steer eval --quick` in a separate process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import streamlit as st
+import streamlit.components.v1 as components
+
+from steer.chat.chat import Chat
+from steer.chat.costs import Cost
+from steer.page.drawing import markdown
+from steer.page.guard import button, redraw, watch
+
+POLL = 0.5
+ASK = "What did this cost?"
+_HEIGHT = 800
+"""Pixels of the report in its dialog."""
+
+
+def draw(chat: Chat) -> None:
+    """Draw the form, and each evaluation of this model with its progress or its verdict."""
+    st.caption(
+        "Knowledge, places, consequences, characters, prose: the model with and without it answers the same questions, "
+        "and each difference is told from noise. Some minutes."
+    )
+    costs = chat.costs()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.text_input("The sliders as they stand, under the name", "sliders", key="cost name", max_chars=80)
+        button("Measure the sliders", lambda: chat.cost_of_sliders(name.strip() or "sliders").start(), type="primary")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        place = st.text_input("Or the folder of a bake", key="cost bake").strip()
+        button("Measure the bake", lambda: chat.cost_of_bake(Path(place)).start(), disabled=not place)
+    for cost in costs:
+        with st.container(border=True):
+            job = cost.job
+            watch(_cost, cost, running=lambda job=job: job is not None and job.running, every=POLL)
+
+
+def ask(cost: Callable[[], Cost], key: str) -> None:
+    """Draw the button that starts an evaluation and opens this part."""
+
+    def start() -> None:
+        cost().start()
+        st.session_state["part"] = "Cost"
+        redraw()
+
+    button(ASK, start, "query_stats", key=key)
+
+
+def _cost(cost: Cost) -> None:
+    job, key = cost.job, cost.folder.name
+    st.markdown(f"**{markdown(cost.name)}**")
+    if job is not None and job.running:
+        st.progress(job.progress or 0.0, f"Measuring, {job.seconds:.0f} s")
+        st.code("\n".join(list(job.lines)[-3:]) or "starting", language=None)
+        button("Cancel", job.cancel, key=f"cancel {key}")
+        return
+    if job is not None and job.error:
+        st.error(markdown(job.error))
+    lines, report = cost.lines, cost.report
+    st.markdown("\n".join(f"- {markdown(line)}" for line in lines) or "Not measured to its end.")
+    with st.container(horizontal=True):
+        if lines and report is not None:
+            page = report.read_text()
+            if st.button("Open the report", key=f"open {key}"):
+                _show(page)
+            st.download_button("Download it", page, "eval.html", "text/html", on_click="ignore", key=f"save {key}")
+        if not lines:
+            button("Go on", lambda: (cost.start(), redraw()), key=f"start {key}")
+        button("Measure again", lambda: (cost.start(fresh=True), redraw()), key=f"again {key}")
+
+
+@st.dialog("What it cost", width="large")
+def _show(page: str) -> None:
+    components.html(page, height=_HEIGHT, scrolling=True)
