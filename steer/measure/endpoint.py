@@ -45,6 +45,9 @@ Way = Literal["echo", "prompt_logprobs"]
 class EndpointReader:
     """A model behind a server. Errors: UnreachableError of one line that names the address."""
 
+    dtype: str | None = None
+    """The server does not say."""
+
     def __init__(
         self,
         url: str,
@@ -60,7 +63,7 @@ class EndpointReader:
 
         Errors: SteerError for an address that is none, UnreachableError if nothing answers.
         """
-        self.url, self.dtype, self.notes = url.rstrip("/").removesuffix("/v1"), None, list[str]()
+        self.url, self.notes = url.rstrip("/").removesuffix("/v1"), list[str]()
         try:
             self._client = openai.OpenAI(
                 base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=openai.Timeout(timeout, connect=5.0)

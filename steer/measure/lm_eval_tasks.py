@@ -56,16 +56,18 @@ class LmEvalTask(Probe):
                     f"{reader.name}: expected sliders that act on every token, found some that act on a part of the "
                     "reply, and lm-eval does not say where that begins"
                 )
-            harness = HFLM(
+            # Their decorators hide the parameters from type checkers.
+            harness_class: Any = HFLM
+            run: Any = simple_evaluate
+            harness = harness_class(
                 pretrained=model.hf, tokenizer=model.tokenizer, batch_size=BATCH, max_length=reader.context,
                 device=str(model.device),
             )  # fmt: skip
-            found = simple_evaluate(
+            found = run(
                 harness, tasks=[self._task.config.task], task_manager=self._manager, bootstrap_iters=0,
                 limit=LIMIT if size.quick else None, random_seed=size.seed, numpy_random_seed=size.seed,
                 torch_random_seed=size.seed, fewshot_random_seed=size.seed,
             )  # fmt: skip
-        assert found is not None  # only other ranks of a distributed run get None
         samples = found["samples"][self._task.config.task]
         if advance is not None:
             advance(len(samples))
@@ -99,7 +101,8 @@ def tasks_named(names: list[str]) -> list[Probe]:
     files = [Path(name).resolve() for name in names if name.endswith((".yaml", ".yml"))]
     if missing := next((f for f in files if not f.is_file()), None):
         raise UsageError(f"--lm-eval: expected a task or its YAML file, found no file {missing}; check the path")
-    manager = TaskManager(include_path=sorted({f.parent for f in files}))
+    # lm-eval's own tasks are thousands of files, which take ten seconds to list.
+    manager = TaskManager(include_path=sorted({f.parent for f in files}), include_defaults=len(files) < len(names))
     of_file = {entry.yaml_path: name for name, entry in manager.task_index.items() if entry.yaml_path in files}
     if unread := next((f for f in files if f not in of_file), None):
         raise UsageError(f"--lm-eval: expected a task of lm-eval in {unread}, found none that it can read; mend it")

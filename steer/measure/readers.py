@@ -54,7 +54,8 @@ class PassageTokens:
 class LocalReader:
     """A model under one edit, in this process. Errors of its methods: SteerError of one line that names the model."""
 
-    abilities = ABILITIES
+    abilities: frozenset[Ability] = ABILITIES
+    dtype: str | None
 
     def __init__(self, model: SteeredModel, edit: Edit | None = None, name: str = "") -> None:
         """`edit`: None for the model as it is; its standing sliders never act."""

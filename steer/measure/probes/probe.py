@@ -43,7 +43,7 @@ class Reader(Protocol):
     """How many tokens it reads at most, a prompt and its reply together."""
     dtype: str | None
     """What it computes in; None where that is not known."""
-    notes: Sequence[str]
+    notes: list[str]
     """What people should know of how it reads, such as a chat template that is not its own."""
 
     def length(self, passage: Passage) -> int:
