@@ -25,7 +25,7 @@ from steer.measure.probes.degradation import degradation
 from steer.measure.probes.probe import Metric
 from steer.plain_text import plain_line
 
-Json = Mapping[str, Any]
+Json = dict[str, Any]
 Outcome = Literal["better", "worse", "changed", "noise"]
 """What an arm is beside the first one in a metric; `changed`: in a metric of which neither end is better."""
 
@@ -107,8 +107,8 @@ def comparisons(result: Json) -> list[Comparison]:
         rows = {(s["arm"], s["metric"]): s for s in probe["summary"]}
         for i, metric in enumerate(probe["metrics"]):
             base = rows.get((first, metric["name"]))
-            for arm in others if base else ():
-                if row := rows.get((arm, metric["name"])):
+            for arm in others:
+                if base and (row := rows.get((arm, metric["name"]))):
                     found.append(_compare(probe, metric, i == 0, base, row))
     return found
 
@@ -307,8 +307,8 @@ def _picture(result: Json, width: float) -> str:
         texts = [t if not heading else "" for t, (_, _, heading) in zip(texts, labels, strict=True)]
         beside = f"difference to {_short(arms[0])}, in standard deviations"
         ax.set_xlabel(beside)
-        for place, words in (("left", "← worse"), ("right", "better →")):
-            ax.set_title(words, loc=place, fontsize=8)
+        ax.set_title("← worse", loc="left", fontsize=8)
+        ax.set_title("better →", loc="right", fontsize=8)
     side.set_yticks(range(len(labels)), texts)
     handles = [
         Line2D([], [], marker=m, color=c, ls="", mfc="none" if words == _MARKERS["noise"][2] else c, label=words)
@@ -396,8 +396,8 @@ def _by(probe: Json, metric: Json, arms: Sequence[str], field: str, label: str) 
                 list_.append(shown(metric, min(1.0, max(0.0, value)) if bounded else value))
         ax.plot(xs, ys, color=colour, marker=marker, ls=style, ms=4.5, lw=1.2, label=_short(arm))
         ax.vlines(xs, lows, highs, color=colour, lw=0.9, alpha=0.6)
-    if metric["chance"] is not None:
-        ax.axhline(shown(metric, metric["chance"]), color=GREY, lw=1, ls=(0, (2, 2)), label="chance")
+    if (chance := shown(metric, metric["chance"])) is not None:
+        ax.axhline(chance, color=GREY, lw=1, ls=(0, (2, 2)), label="chance")
     ax.set(xlabel=f"{metric['name']} by {label}" if field == "n" else label, ylabel=textwrap.fill(metric["label"], 36))
     figure.legend(frameon=False, fontsize=7.5, loc="outside lower center", ncols=3)
     return svg(figure)
