@@ -23,7 +23,7 @@ from steer.checkpoint.chat_templates import chosen_template
 from steer.core.thoughts import THINK, split_thoughts
 from steer.errors import SteerError, UnreachableError, UnsupportedError
 from steer.files import one_line
-from steer.measure.probes.probe import Ability, Chat, LogProbs, Passage
+from steer.measure.probes.probe import TEMPERATURE, Ability, Chat, LogProbs, Passage
 from steer.measure.readers import FALLBACK, PassageTokens, as_chat, first_token, passage_tokens
 from steer.model.chat_template import ChatTemplate, marks_of
 from steer.model.loaded import WITHOUT_THOUGHTS
@@ -110,7 +110,7 @@ class EndpointReader:
         *,
         tokens: int,
         seeds: Sequence[int],
-        temperature: float = 0.8,
+        temperature: float = TEMPERATURE,
         advance: Advance | None = None,
     ) -> list[str]:
         """Return a reply of at most `tokens` tokens to each chat, without thoughts, drawn by temperature alone."""

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
 from steer.files import one_line, read_json_object, without_nan, write_atomic
-from steer.measure.probes.probe import Figure, Metric, Probe, Reader, Size
+from steer.measure.probes.probe import TEMPERATURE, Chat, Figure, Metric, Opening, Probe, Reader, Size, replies_to
 from steer.measure.statistics import corrected, difference_of, mean_of
-from steer.progress import bar
+from steer.progress import Advance, bar
 
 RESULTS, RUN, PARTS = "eval.json", "run.json", "parts"
 REPORT = "eval.html"
@@ -99,7 +99,9 @@ def evaluate_arms(
                 found = read_json_object(file, what="a result of steer eval", do="delete it, or run with --fresh")
             else:
                 try:
-                    reader = reader or (None if failed else arm.reader())
+                    if reader is None and failed is None:
+                        left = [o for p in probes[probes.index(probe) :] for o in p.openings(size)]
+                        reader = cast(Reader, _WrittenAhead(arm.reader(), left))
                 except SteerError as e:
                     if arm is arms[0]:  # what all others are compared with
                         raise
@@ -135,6 +137,36 @@ def evaluate_arms(
     }  # fmt: skip
     write_atomic(out / RESULTS, json.dumps(without_nan(result), indent=1) + "\n")
     return without_nan(result)
+
+
+class _WrittenAhead:
+    """A reader that writes all openings of one length together, when the first of them is asked for."""
+
+    def __init__(self, reader: Reader, openings: Sequence[Opening]) -> None:
+        self._reader, self._left = reader, list(openings)
+        self._texts: dict[Opening, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def replies(
+        self,
+        chats: Sequence[Chat],
+        *,
+        tokens: int,
+        seeds: Sequence[int],
+        temperature: float = TEMPERATURE,
+        advance: Advance | None = None,
+    ) -> list[str]:
+        """Return the replies, as `Reader.replies` does."""
+        asked = [Opening(chat, seed, tokens) for chat, seed in zip(chats, seeds, strict=True)]
+        if temperature == TEMPERATURE and any(o in self._left for o in asked):
+            now = [o for o in self._left if o.tokens == tokens]
+            self._texts |= zip(now, replies_to(self._reader, now, advance), strict=True)
+            self._left = [o for o in self._left if o.tokens != tokens]
+        if temperature == TEMPERATURE and all(o in self._texts for o in asked):
+            return [self._texts[o] for o in asked]
+        return self._reader.replies(chats, tokens=tokens, seeds=seeds, temperature=temperature, advance=advance)
 
 
 def compared(probes: list[Json], arms: Sequence[str], controls: Sequence[str] = (), seed: int = 0) -> list[Json]:

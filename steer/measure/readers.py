@@ -22,7 +22,7 @@ from steer.checkpoint.dtypes import dtype_name
 from steer.core.edit import Edit
 from steer.core.sampler import Sampler
 from steer.errors import UsageError
-from steer.measure.probes.probe import Ability, Chat, LogProbs, Passage
+from steer.measure.probes.probe import TEMPERATURE, Ability, Chat, LogProbs, Passage
 from steer.model.forward import logits_in_chunks
 from steer.model.loaded import WITHOUT_THOUGHTS, ChatPrompt, Message
 from steer.model.prefill import prefill
@@ -94,7 +94,7 @@ class LocalReader:
         *,
         tokens: int,
         seeds: Sequence[int],
-        temperature: float = 0.8,
+        temperature: float = TEMPERATURE,
         advance: Advance | None = None,
     ) -> list[str]:
         """Return a reply of at most `tokens` tokens to each chat, without thoughts, drawn by temperature alone."""

@@ -19,6 +19,8 @@ from steer.progress import Advance
 Chat = tuple[tuple[str, str], ...]
 """(role, text) of each message; the roles are system, user and assistant."""
 LogProbs = Float[np.ndarray, " tokens"]
+TEMPERATURE = 0.8
+"""Of the replies that probes ask for."""
 Ability = Literal["logprobs", "replies", "divergences", "weights"]
 """What a reader can do: one per method of `Reader`. "weights": it is a model in this process, `readers.LocalReader`."""
 
@@ -61,7 +63,7 @@ class Reader(Protocol):
         *,
         tokens: int,
         seeds: Sequence[int],
-        temperature: float = 0.8,
+        temperature: float = TEMPERATURE,
         advance: Advance | None = None,
     ) -> list[str]:
         """Return a reply of at most `tokens` tokens to each chat, without thoughts. The same seed draws the same
@@ -73,6 +75,21 @@ class Reader(Protocol):
     ) -> list[Float[np.ndarray, " tokens"]]:
         """Return KL(first || second) in nats at each token of a text that both passages of a pair score."""
         ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A reply that a probe asks for whatever the reader has said before."""
+
+    chat: Chat
+    seed: int
+    tokens: int
+
+
+def replies_to(reader: Reader, openings: Sequence[Opening], advance: Advance | None = None) -> list[str]:
+    """Return the replies to openings of one length."""
+    (tokens,) = {o.tokens for o in openings}
+    return reader.replies([o.chat for o in openings], tokens=tokens, seeds=[o.seed for o in openings], advance=advance)
 
 
 @dataclass(frozen=True)
@@ -155,6 +172,11 @@ class Probe(ABC):
     @abstractmethod
     def plan(self, size: Size) -> Any:
         """Return the items as JSON: what their hash is taken of. Two runs are comparable if it is the same."""
+
+    def openings(self, size: Size) -> list[Opening]:
+        """Return the replies that `run` asks for in any case. Those of all probes are written together: a step for a
+        hundred replies takes little longer than one for twenty."""
+        return []
 
     @abstractmethod
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:

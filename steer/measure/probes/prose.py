@@ -12,11 +12,13 @@ import numpy as np
 from wordfreq import word_frequency
 
 from steer.measure.harness import repetition
-from steer.measure.probes.probe import Chat, Example, Figure, Metric, Probe, Reader, Result, Size
+from steer.measure.probes.probe import Example, Figure, Metric, Opening, Probe, Reader, Result, Size, replies_to
 from steer.measure.probes.stories import written
 from steer.measure.probes.words import runs, sentence_lengths, share, words
 from steer.progress import Advance
 
+TOKENS = 48
+"""Of a reply in a quick run, as many as other probes ask for, so that they are written together."""
 PHRASE = 4
 """Words of a phrase."""
 CHATS, TIMES = 3, 30
@@ -41,15 +43,20 @@ class Prose(Probe):
 
     def plan(self, size: Size) -> Any:
         """Return the prompts, how many replies each gets, and how long they are."""
-        return {"prompts": written("prose"), "samples": size.of(3, 1), "tokens": size.of(96, 64), "seed": size.seed}
+        return {"prompts": written("prose"), "samples": size.of(3, 1), "tokens": size.of(96, TOKENS), "seed": size.seed}
+
+    def openings(self, size: Size) -> list[Opening]:
+        """Return every reply."""
+        plan = self.plan(size)
+        asked = [prompt for prompt in plan["prompts"] for _ in range(plan["samples"])]
+        seeds = range(size.seed * len(asked), (size.seed + 1) * len(asked))
+        return [Opening((("user", prompt),), seed, plan["tokens"]) for prompt, seed in zip(asked, seeds, strict=True)]
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let the reader write a reply to each prompt, and count."""
-        plan = self.plan(size)
-        asked = [prompt for prompt in plan["prompts"] for _ in range(plan["samples"])]
-        chats: list[Chat] = [(("user", prompt),) for prompt in asked]
-        seeds = [size.seed * len(asked) + i for i in range(len(asked))]
-        texts = reader.replies(chats, tokens=plan["tokens"], seeds=seeds, advance=advance)
+        plan, openings = self.plan(size), self.openings(size)
+        asked = [o.chat[0][1] for o in openings]
+        texts = replies_to(reader, openings, advance)
         return Result(
             [f for prompt_figures in measured(asked, texts) for f in prompt_figures],
             [Example(f"{i}", asked[i], "", texts[i]) for i in range(0, len(asked), plan["samples"])][:5],

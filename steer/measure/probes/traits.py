@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer.core.trait import Trait
-from steer.measure.probes.probe import Chat, Example, Figure, Metric, Probe, Reader, Result, Size
+from steer.measure.probes.probe import Example, Figure, Metric, Opening, Probe, Reader, Result, Size, replies_to
 from steer.measure.scorer import Scorer
 from steer.progress import Advance
 
@@ -34,13 +34,18 @@ class TraitShown(Probe):
         scorer = Scorer.shipped(self.name).as_json()
         return {"topics": topics, "samples": size.of(4, 1), "tokens": TOKENS, "seed": size.seed, "scorer": scorer}
 
+    def openings(self, size: Size) -> list[Opening]:
+        """Return every reply, those to one topic in a row."""
+        plan = self.plan(size)
+        asked = [topic for topic in plan["topics"] for _ in range(plan["samples"])]
+        seeds = range(size.seed * len(asked), (size.seed + 1) * len(asked))
+        return [Opening((("user", topic),), seed, TOKENS) for topic, seed in zip(asked, seeds, strict=True)]
+
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let the reader reply to every held-out topic, and score the replies."""
-        plan, scorer = self.plan(size), Scorer.shipped(self.name)
+        plan, scorer, openings = self.plan(size), Scorer.shipped(self.name), self.openings(size)
         asked = [(topic, i) for topic in plan["topics"] for i in range(plan["samples"])]
-        chats: list[Chat] = [(("user", topic),) for topic, _ in asked]
-        seeds = [size.seed * len(asked) + i for i in range(len(asked))]
-        texts = reader.replies(chats, tokens=TOKENS, seeds=seeds, advance=advance)
+        texts = replies_to(reader, openings, advance)
         found = scorer.probabilities(texts)
         figures = [
             Figure(metric, f"{topic} {i}", float(value), topic)
