@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from steer.errors import MismatchError, OutputExistsError, SteerError, UsageErro
 from steer.measure import arms, damage
 from steer.measure.evaluation import evaluate_arms
 from steer.measure.probes import capability
+from steer.measure.probes.library import probes_named
 from steer.measure.probes.probe import Passage, Size
 from steer.verbs.eval import compare
 
@@ -333,3 +334,26 @@ def test_the_command_line(place: Path, tmp_path: Path, command: Command) -> None
         refused = command("eval", *arguments)
         assert (refused.code, refused.err.count("\n")) == (code, 1), refused.err
         assert says in refused.err
+
+
+def test_replies_that_probes_ask_for_in_any_case_are_written_together(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Writes(ProgramArm):
+        def reader(self) -> Any:
+            reader: Any = super().reader()
+            reader.abilities = frozenset({"logprobs", "replies"})
+
+            def replies(chats: Sequence[Any], *, tokens: int, seeds: Sequence[int], **_: Any) -> list[str]:
+                asked.append(len(chats))
+                return [f"{chat[-1][1]} {seed}" for chat, seed in zip(chats, seeds, strict=True)]
+
+            reader.replies = replies
+            return reader
+
+    probes = probes_named(["moralizing", "compliance", "prose"])
+    result = evaluate_arms([Writes("a", level(0))], probes, Size(quick=True), tmp_path / "out")
+    assert asked == [sum(len(p.openings(Size(quick=True))) for p in probes)]
+    for probe, found in zip(probes, result["probes"], strict=True):
+        first = probe.openings(Size(quick=True))[0]
+        assert f"{first.chat[-1][1]} {first.seed}" in found["arms"]["a"]["examples"][0]["answered"]

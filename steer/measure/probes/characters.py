@@ -14,7 +14,18 @@ from typing import Any
 
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-from steer.measure.probes.probe import Chat, Example, Figure, Metric, Probe, Reader, Result, Size
+from steer.measure.probes.probe import (
+    QUICK_TOKENS,
+    Example,
+    Figure,
+    Metric,
+    Opening,
+    Probe,
+    Reader,
+    Result,
+    Size,
+    replies_to,
+)
 from steer.measure.probes.stories import written
 from steer.measure.probes.words import words
 from steer.measure.scorer import word_classifier
@@ -41,36 +52,50 @@ class Characters(Probe):
         given, rng = written("characters"), random.Random(size.seed)
         scenes = []
         for cards in given["scenes"][: size.of(len(given["scenes"]), 1)]:
-            early, late = rng.sample(given["early"], size.of(24, 16)), rng.sample(given["late"], size.of(16, 12))
-            scenes.append({"cards": cards, "early": early, "said": early[: size.of(8, 4)], "late": late})
-        return {"scenes": scenes, "tokens": size.of(40, 32), "seed": size.seed}
+            early, late = rng.sample(given["early"], size.of(24, 12)), rng.sample(given["late"], size.of(16, 8))
+            scenes.append({"cards": cards, "early": early, "said": early[: size.of(8, 3)], "late": late})
+        return {"scenes": scenes, "tokens": size.of(40, QUICK_TOKENS), "seed": size.seed}
+
+    def openings(self, size: Size) -> list[Opening]:
+        """Return the first replies of every scene, speaker by speaker."""
+        plan = self.plan(size)
+        return [o for number, scene in enumerate(plan["scenes"]) for o in _first(plan, number, scene)]
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let the speakers of every scene reply, first without and then with a chat before the question."""
         plan, result = self.plan(size), Result([])
         for number, scene in enumerate(plan["scenes"]):
-            first_seed = 1000 * (len(plan["scenes"]) * size.seed + number)
-            early, late, turn = _written(reader, scene, plan["tokens"], first_seed, advance)
+            early, late, turn = _written(reader, scene, _first(plan, number, scene), advance)
             _compare(result, scene, early, late, turn)
         return result
 
 
+def _first(plan: Any, number: int, scene: Any) -> list[Opening]:
+    """The first replies of a scene: every speaker answers every question."""
+    seed, lines = 1000 * (len(plan["scenes"]) * plan["seed"] + number), _lines(scene, "early")
+    return [
+        Opening((("system", scene["cards"][name]), _asked(name, question)), seed + i, plan["tokens"])
+        for i, (name, question) in enumerate(lines)
+    ]
+
+
+def _lines(scene: Any, which: str) -> list[Line]:
+    return [(name, question) for name in scene["cards"] for question in scene[which]]
+
+
 def _written(
-    reader: Reader, scene: Any, tokens: int, first_seed: int, advance: Advance | None
+    reader: Reader, scene: Any, openings: list[Opening], advance: Advance | None
 ) -> tuple[dict[Line, str], dict[Line, str], int]:
     """The first replies, the late ones, and how many messages come before the late ones."""
-    cards = scene["cards"]
-
-    def replies(questions: list[str], before: Chat, seed: int) -> dict[Line, str]:
-        lines = [(name, question) for name in cards for question in questions]
-        chats = [(("system", cards[name]), *before, _asked(name, question)) for name, question in lines]
-        texts = reader.replies(chats, tokens=tokens, seeds=range(seed, seed + len(lines)), advance=advance)
-        return dict(zip(lines, texts, strict=True))
-
-    early = replies(scene["early"], (), first_seed)
-    said = [(name, question) for question in scene["said"] for name in cards]
+    early = dict(zip(_lines(scene, "early"), replies_to(reader, openings, advance), strict=True))
+    said = [(name, question) for question in scene["said"] for name in scene["cards"]]
     before = tuple(message for line in said for message in (_asked(*line), ("assistant", early[line])))
-    return early, replies(scene["late"], before, first_seed + len(early)), len(before)
+    seed, tokens, lines = openings[-1].seed + 1, openings[0].tokens, _lines(scene, "late")
+    late = [
+        Opening((("system", scene["cards"][name]), *before, _asked(name, question)), seed + i, tokens)
+        for i, (name, question) in enumerate(lines)
+    ]
+    return early, dict(zip(lines, replies_to(reader, late, advance), strict=True)), len(before)
 
 
 def _asked(name: str, question: str) -> tuple[str, str]:

@@ -30,7 +30,7 @@ class Consequences(ForcedChoice):
         return [
             item
             for turn in range(size.of(3, 1))
-            for number, scene in enumerate(rng.sample(scenes, size.of(len(scenes), 30)))
+            for number, scene in enumerate(rng.sample(scenes, size.of(len(scenes), 20)))
             for item in _pair(rng, scene, turn, LATER[(turn + number) % size.of(len(LATER), 2)])
         ]
 

@@ -10,7 +10,7 @@ import random
 from typing import Any
 
 from steer.measure.harness import repetition
-from steer.measure.probes.probe import Chat, Example, Figure, Metric, Passage, Probe, Reader, Result, Size
+from steer.measure.probes.probe import QUICK_TOKENS, Chat, Example, Figure, Metric, Passage, Probe, Reader, Result, Size
 from steer.measure.probes.stories import written
 from steer.measure.probes.words import runs, share, words
 from steer.progress import Advance
@@ -37,10 +37,16 @@ class Drift(Probe):
     def plan(self, size: Size) -> Any:
         """Return the chats, and at which turns the reader writes to how many of them, how often."""
         rng = random.Random(size.seed)
-        chats = [rng.sample(written("dialogue"), TURNS // 2) for _ in range(size.of(6, 2))]
+        chats = [rng.sample(written("dialogue"), TURNS // 2) for _ in range(size.of(6, 1))]
         turns = (0, 38) if size.quick else (0, 12, 24, 38)
         written_to = {"turns": turns, "chats": size.of(3, 1), "samples": size.of(4, 8)}
-        return {"system": SYSTEM, "chats": chats, "replies": written_to, "tokens": TOKENS, "seed": size.seed}
+        return {
+            "system": SYSTEM,
+            "chats": chats,
+            "replies": written_to,
+            "tokens": size.of(TOKENS, QUICK_TOKENS),
+            "seed": size.seed,
+        }
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Score every reply of the chats, and let the reader write some itself."""
@@ -50,7 +56,7 @@ class Drift(Probe):
             for number, chat in enumerate(plan["chats"])
             for i, (user, reply) in enumerate(chat)
         ]
-        fits = [a for a in asked if reader.length(a[3]) + TOKENS <= reader.context]
+        fits = [a for a in asked if reader.length(a[3]) + plan["tokens"] <= reader.context]
         out = Result([])
         if len(fits) < len(asked):
             last = max((turn for _, turn, _, _ in fits), default=0)
@@ -72,7 +78,7 @@ class Drift(Probe):
             for sample in range(samples)
         ]
         seeds = [(plan["seed"] * TURNS + turn) * samples + sample for _, turn, sample, _ in asked]
-        texts = reader.replies([chat for *_, chat in asked], tokens=TOKENS, seeds=seeds, advance=advance)
+        texts = reader.replies([chat for *_, chat in asked], tokens=plan["tokens"], seeds=seeds, advance=advance)
         for (number, turn, sample, chat), text in zip(asked, texts, strict=True):
             item, reply = f"{number} {turn} reply {sample}", words(text)
             before = {phrase for _, said in chat for phrase in runs(words(said), PHRASE)}

@@ -13,7 +13,7 @@ from steer.measure.probes.stories import small_talk, told, written
 
 MOVES = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 2), (1, 1, 2), (0, 2, 3), (1, 3, 4), (2, 6, 8))
 """How often each of the three things of a story is moved."""
-EASY = 4
+EASY = 3
 """How many of `MOVES` a quick run tells: the default merge is near chance on longer ones."""
 LATER = (0, 0, 2, 8)
 """How many messages of small talk come between a story and its questions."""
@@ -92,7 +92,7 @@ class Positions(ForcedChoice):
         levels = MOVES[: size.of(len(MOVES), EASY)]
         return [
             item
-            for story in range(size.of(80, 20))
+            for story in range(size.of(80, 12))
             for item in _questions(rng, words, story, levels[story // len(KINDS) % len(levels)])
         ]
 

@@ -12,13 +12,22 @@ import numpy as np
 from wordfreq import word_frequency
 
 from steer.measure.harness import repetition
-from steer.measure.probes.probe import Example, Figure, Metric, Opening, Probe, Reader, Result, Size, replies_to
+from steer.measure.probes.probe import (
+    QUICK_TOKENS,
+    Example,
+    Figure,
+    Metric,
+    Opening,
+    Probe,
+    Reader,
+    Result,
+    Size,
+    replies_to,
+)
 from steer.measure.probes.stories import written
 from steer.measure.probes.words import runs, sentence_lengths, share, words
 from steer.progress import Advance
 
-TOKENS = 48
-"""Of a reply in a quick run, as many as other probes ask for, so that they are written together."""
 PHRASE = 4
 """Words of a phrase."""
 CHATS, TIMES = 3, 30
@@ -43,7 +52,8 @@ class Prose(Probe):
 
     def plan(self, size: Size) -> Any:
         """Return the prompts, how many replies each gets, and how long they are."""
-        return {"prompts": written("prose"), "samples": size.of(3, 1), "tokens": size.of(96, TOKENS), "seed": size.seed}
+        prompts = written("prose")
+        return {"prompts": prompts, "samples": size.of(3, 1), "tokens": size.of(96, QUICK_TOKENS), "seed": size.seed}
 
     def openings(self, size: Size) -> list[Opening]:
         """Return every reply."""

@@ -9,7 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from steer.core.trait import Trait
-from steer.measure.probes.probe import Example, Figure, Metric, Opening, Probe, Reader, Result, Size, replies_to
+from steer.measure.probes.probe import (
+    QUICK_TOKENS,
+    Example,
+    Figure,
+    Metric,
+    Opening,
+    Probe,
+    Reader,
+    Result,
+    Size,
+    replies_to,
+)
 from steer.measure.scorer import Scorer
 from steer.progress import Advance
 
@@ -30,16 +41,23 @@ class TraitShown(Probe):
 
     def plan(self, size: Size) -> Any:
         """Return the topics, how many replies each gets, how long they are, and what the scorer weighs."""
-        topics = Trait.load(self.name).held_out
+        held_out = Trait.load(self.name).held_out
+        topics = held_out[: size.of(len(held_out), 16)]
         scorer = Scorer.shipped(self.name).as_json()
-        return {"topics": topics, "samples": size.of(4, 1), "tokens": TOKENS, "seed": size.seed, "scorer": scorer}
+        return {
+            "topics": topics,
+            "samples": size.of(4, 1),
+            "tokens": size.of(TOKENS, QUICK_TOKENS),
+            "seed": size.seed,
+            "scorer": scorer,
+        }
 
     def openings(self, size: Size) -> list[Opening]:
         """Return every reply, those to one topic in a row."""
         plan = self.plan(size)
         asked = [topic for topic in plan["topics"] for _ in range(plan["samples"])]
         seeds = range(size.seed * len(asked), (size.seed + 1) * len(asked))
-        return [Opening((("user", topic),), seed, TOKENS) for topic, seed in zip(asked, seeds, strict=True)]
+        return [Opening((("user", topic),), seed, plan["tokens"]) for topic, seed in zip(asked, seeds, strict=True)]
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let the reader reply to every held-out topic, and score the replies."""

@@ -155,7 +155,7 @@ def test_a_speaker_who_takes_over_another_voice_late_in_the_chat_is_seen_as_conf
     result = Characters().run(Program(lambda chat, rng: SAYS["Mara" if len(chat) > 2 else speaker(chat)]), QUICK)
     assert mean(result, "recognised", turn=0) == 1
     assert mean(result, "late") == 0.5
-    assert result.notes == ["Bram is taken for Mara in 12 of 12 late replies"]
+    assert result.notes == ["Bram is taken for Mara in 8 of 8 late replies"]
 
 
 def test_replies_without_words_are_chance_and_no_error() -> None:
@@ -216,7 +216,7 @@ def test_a_shipped_scorer_tells_the_trait_and_only_held_out_topics_are_asked(pro
     shows = probe.run(Program(lambda chat, rng: said[probe.name]), QUICK)
     not_ = probe.run(Program(lambda chat, rng: "No! My parrot ate it."), QUICK)
     assert mean(shows, "probability") > 0.6 > 0.4 > mean(not_, "probability")
-    assert {f.group for f in shows.figures} == set(trait.held_out)
+    assert {f.group for f in shows.figures} <= set(trait.held_out)
 
 
 def test_a_scorer_comes_back_from_its_file_as_it_was() -> None:
