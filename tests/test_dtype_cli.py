@@ -32,6 +32,7 @@ ARGUMENTS = {
     "bake": ["m", "out", "--ablate", "moralizing"],
     "chat": ["m"],
     "calibrate": ["m", "--profile", "p.yaml"],
+    "eval": ["m", "--probes", "capability"],
     "serve": ["m", "--port", "0"],
 }
 """What has each verb load the model `m`."""

@@ -316,7 +316,7 @@ def _picture(result: Json, width: float) -> str:
     ]
     if any(no_signal(p) for p in result["probes"]):
         handles.append(Line2D([], [], ls="", label="* no signal at this size"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5 if width > 6 else 2, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3 if width > 6 else 2, frameon=False, fontsize=8)
     return svg(figure)
 
 
