@@ -241,9 +241,9 @@ def with_template(model: SteeredModel) -> list[str]:
     """Give a model without a chat template the one that ships as `FALLBACK`; return a note on it, if it had none."""
     if getattr(model.tokenizer, "chat_template", None):
         return []
-    model.tokenizer.chat_template = chosen_template(FALLBACK)
-    end = model.template.turn_end()
-    model.end_token_ids |= set() if end is None else {end}
+    template = chosen_template(FALLBACK)
+    assert template is not None
+    model.use_template(template)
     return [f"it has no chat template: chats are read with the template {FALLBACK!r}, as User: and Assistant:"]
 
 

@@ -76,21 +76,31 @@ class LoadedModel:
         self.template_options: dict[str, Any] = {}
         """Variables of the chat template that every chat is rendered with, such as `WITHOUT_THOUGHTS`."""
         self._noted: set[str] = set()
-        turn_end = self.template.turn_end()
-        self.end_text = turn_end.text
+        self.end_text: str | None
         """Text that ends a reply and is no part of it; None where a token does."""
-        if self.end_text is not None:
-            self.warn_once(
-                "end of turn",
-                f"its tokenizer has no token {self.end_text}, with which the chat template ends a turn; replies end "
-                "where the model writes it as text",
-            )
-        self.end_token_ids = end_token_ids(hf.config, hf.generation_config, tokenizer, turn_end.token)
+        self.end_token_ids: frozenset[int]
         """Tokens that end a reply: those of the generation config, the config and the tokenizer, and the one that the
         chat template writes after a reply."""
+        self._find_ends()
         self.context = context_length(hf.config)
         """How many tokens the model reads at most, a prompt and its reply together."""
         self._files = files
+
+    def use_template(self, template: str) -> None:
+        """Read chats with another template from now on."""
+        self.tokenizer.chat_template = template
+        self._find_ends()
+
+    def _find_ends(self) -> None:
+        end = self.template.turn_end()
+        self.end_text = end.text
+        self.end_token_ids = end_token_ids(self.hf.config, self.hf.generation_config, self.tokenizer, end.token)
+        if end.text is not None:
+            self.warn_once(
+                "end of turn",
+                f"its tokenizer has no token {end.text}, with which the chat template ends a turn; replies end where "
+                "the model writes it as text",
+            )
 
     @property
     def device(self) -> torch.device:
