@@ -29,6 +29,8 @@ from steer.model.written import WrittenText
 PASS = 64
 """The cost of a pass, in tokens: a pass over few tokens takes as long as one over this many more, since every weight is
 read from memory."""
+LEVELS = 2
+"""How often the beginnings of texts may have beginnings of their own, as far as `_heads` looks ahead."""
 AT_ONCE = 1024
 """How many tokens a CPU reads at a time. What is computed between two layers then stays in its caches; for a whole
 batch it would be memory that is new to the process at every layer."""
@@ -225,15 +227,8 @@ def _heads(
     """
     lengths, order = [len(t) for t in texts], sorted(range(len(texts)), key=lambda i: (rows[i], texts[i]))
     common = [common_length(texts[a], texts[b]) if rows[a] == rows[b] else 0 for a, b in pairwise(order)]
-
-    def cost(tail: int) -> int:
-        heads = [max(lengths[i] - tail, 0) for i in order]
-        read = sum(heads) - sum(map(min, common, heads, heads[1:]))
-        return tail * len(texts) + read + (PASS if read else 0)
-
     least = max(n - limit for n, limit in zip(lengths, limits, strict=True))
-    ends = {lengths[i] - c for pair, c in zip(pairwise(order), common, strict=True) for i in pair}
-    tail = min(sorted({max(lengths), *(max(least, end) for end in ends)}, reverse=True), key=cost)
+    tail = _fewest([lengths[i] for i in order], common, least, LEVELS)[1]
     heads, sources = [max(n - tail, 0) for n in lengths], list(range(len(texts)))
     for k, i in enumerate(order):
         # Those that begin with the same tokens stand next to it.
@@ -241,3 +236,43 @@ def _heads(
         last = next((j for j in range(k, len(common)) if common[j] < heads[i]), len(common))
         sources[i] = max(order[first : last + 1], key=heads.__getitem__)
     return heads, sources, tail
+
+
+def _fewest(lengths: Sequence[int], common: Sequence[int], least: int, levels: int) -> tuple[int, int]:
+    """The fewest tokens for which texts in order can be read, and how many of each are then fed after the beginnings.
+
+    `common`: how many first tokens each text shares with the next. `least`: how many are fed at least. `levels`: how
+    often beginnings may have beginnings of their own.
+    """
+    best, tail = len(lengths) * max(lengths), max(lengths)
+    if levels == 0:
+        return best, tail
+    bounds = []
+    for fed in {max(least, lengths[k + side] - c) for k, c in enumerate(common) for side in (0, 1)}:
+        heads = [max(n - fed, 0) for n in lengths]
+        read = sum(heads) - sum(map(min, common, heads, heads[1:]))  # if nothing were filled up
+        bounds.append((fed * len(lengths) + read + PASS, -fed, heads))
+    for bound, fed, heads in sorted(bounds):
+        if bound >= best:
+            break
+        cost = -fed * len(lengths) + PASS + _fewest(*_distinct(heads, common), 1, levels - 1)[0]
+        if cost < best:
+            best, tail = cost, -fed
+    return best, tail
+
+
+def _distinct(heads: Sequence[int], common: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Beginnings of texts in order, without those that begin another: their lengths, and what each shares with the
+    next."""
+    kept, shared, now = [heads[0]], list[int](), max(heads)
+    for c, head in zip(common, heads[1:], strict=True):
+        now = min(now, c)  # what the last that is kept shares with this one
+        if head <= min(now, kept[-1]):
+            continue
+        if kept[-1] <= now:
+            kept[-1] = head
+        else:
+            shared.append(min(now, kept[-1], head))
+            kept.append(head)
+        now = max(heads)
+    return kept, shared
