@@ -69,7 +69,8 @@ def test_one_is_measured_at_a_time_found_by_another_tab_and_done(new_chat, tmp_p
 
 
 @pytest.mark.slow
-def test_what_a_bake_cost_is_measured_beside_its_model_and_a_stop_keeps_what_is_done(chat, tmp_path):
+def test_what_a_bake_cost_is_measured_beside_its_model_and_a_stop_keeps_what_is_done(chat, tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "PROBES", ("capability", "consequences", "positions"))  # there is much left after one
     chat.panel.set("moral", -0.25)
     bake = chat.plan_bake().start(tmp_path / "calm")
     assert bake.wait(120)
