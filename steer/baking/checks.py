@@ -138,7 +138,7 @@ def _check_checkpoint_claims(plan: CheckpointPlan, cert: Certificate) -> None:
         "biases": {b.tensor: b.site for b in cert.biases} != adds
         or len(cert.biases) != len(adds)
         or any(b.created != added for b in cert.biases),
-        "edit_mtp": cert.edit_mtp is not (cert.edit_mtp is True and bool(plan.found.mtp and plan.edit.ablate)),
+        "edit_mtp": type(cert.edit_mtp) is not bool or (cert.edit_mtp and not (plan.found.mtp and plan.edit.ablate)),
         "unloaded": cert.unloaded != plan.passed_through,
         "untie_to_merge": cert.untie_to_merge,
     }

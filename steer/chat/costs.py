@@ -19,7 +19,6 @@ from steer.checkpoint.fetch import home, resolve
 from steer.core.profile import Profile
 from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.files import read_json_object, write_atomic
-from steer.measure.eval_report import verdicts
 from steer.measure.evaluation import REPORT, RESULTS
 from steer.model.profiles import edit_of
 from steer.model.steered import SteeredModel
@@ -126,4 +125,6 @@ def _folder(model: SteeredModel, name: str, what: Any) -> Path:
 
 @lru_cache(16)
 def _lines(file: Path, _changed: int) -> list[str]:
+    from steer.measure.eval_report import verdicts  # with matplotlib, which a page that shows none need not load
+
     return [line for _, lines in verdicts(read_json_object(file, do="measure again")) for line in lines]

@@ -110,7 +110,6 @@ class EndpointReader:
         *,
         tokens: int,
         seeds: Sequence[int],
-        temperature: float = TEMPERATURE,
         advance: Advance | None = None,
     ) -> list[str]:
         """Return a reply of at most `tokens` tokens to each chat, without thoughts, drawn by temperature alone."""
@@ -120,7 +119,7 @@ class EndpointReader:
             chat, seed = chat_and_seed
             made = self._client.chat.completions.create(
                 model=self._model, messages=cast(Any, as_chat(chat)), max_tokens=tokens, seed=seed,
-                temperature=temperature, top_p=1.0, extra_body=_PLAIN,
+                temperature=TEMPERATURE, top_p=1.0, extra_body=_PLAIN,
             )  # fmt: skip
             return split_thoughts(made.choices[0].message.content or "", marks)[1].strip()
 

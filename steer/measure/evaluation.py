@@ -12,14 +12,14 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
 from steer.files import one_line, read_json_object, without_nan, write_atomic
-from steer.measure.probes.probe import TEMPERATURE, Chat, Figure, Metric, Opening, Probe, Reader, Size, replies_to
+from steer.measure.probes.probe import Chat, Figure, Metric, Opening, Probe, Reader, Size, replies_to
 from steer.measure.statistics import corrected, difference_of, mean_of
 from steer.progress import Advance, bar
 
@@ -47,15 +47,6 @@ class Arm(Protocol):
     def reader(self) -> Reader:
         """Load it. The reader of the arm before is not used any more."""
         ...
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where the result of one probe for one arm is kept."""
-
-    arm: Arm
-    probe: Probe
-    file: Path
 
 
 def evaluate_arms(
@@ -91,16 +82,17 @@ def evaluate_arms(
     for arm in arms:
         reader: Reader | None = None
         failed: SteerError | None = None
+        hashes = {p.name: _hash([run, keys[arm.name], p.name, plans[p.name]])[:16] for p in probes}
+        files = {n: out / PARTS / f"{_slug(arm.name)}-{_slug(n)}-{digest}.json" for n, digest in hashes.items()}
         for probe in probes:
             done += 1
-            name = _hash([run, keys[arm.name], probe.name, plans[probe.name]])[:16]
-            file = out / PARTS / f"{_slug(arm.name)}-{_slug(probe.name)}-{name}.json"
+            file = files[probe.name]
             if file.is_file():
                 found = read_json_object(file, what="a result of steer eval", do="delete it, or run with --fresh")
             else:
                 try:
                     if reader is None and failed is None:
-                        left = [o for p in probes[probes.index(probe) :] for o in p.openings(size)]
+                        left = [o for p in probes if not files[p.name].is_file() for o in p.openings(size)]
                         reader = cast(Reader, _WrittenAhead(arm.reader(), left))
                 except SteerError as e:
                     if arm is arms[0]:  # what all others are compared with
@@ -155,18 +147,17 @@ class _WrittenAhead:
         *,
         tokens: int,
         seeds: Sequence[int],
-        temperature: float = TEMPERATURE,
         advance: Advance | None = None,
     ) -> list[str]:
         """Return the replies, as `Reader.replies` does."""
         asked = [Opening(chat, seed, tokens) for chat, seed in zip(chats, seeds, strict=True)]
-        if temperature == TEMPERATURE and any(o in self._left for o in asked):
+        if any(o in self._left for o in asked):
             now = [o for o in self._left if o.tokens == tokens]
             self._texts |= zip(now, replies_to(self._reader, now, advance), strict=True)
             self._left = [o for o in self._left if o.tokens != tokens]
-        if temperature == TEMPERATURE and all(o in self._texts for o in asked):
+        if all(o in self._texts for o in asked):
             return [self._texts[o] for o in asked]
-        return self._reader.replies(chats, tokens=tokens, seeds=seeds, temperature=temperature, advance=advance)
+        return self._reader.replies(chats, tokens=tokens, seeds=seeds, advance=advance)
 
 
 def compared(probes: list[Json], arms: Sequence[str], controls: Sequence[str] = (), seed: int = 0) -> list[Json]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from steer.errors import UnsupportedError, UsageError
 from steer.files import one_line
@@ -45,12 +45,12 @@ class LmEvalTask(Probe):
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let lm-eval run the task on the model. Errors: UnsupportedError for sliders that act on replies alone."""
-        assert isinstance(reader, LocalReader)  # it has weights
+        local = cast(LocalReader, reader)  # or what stands for one: it has weights
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model = reader.model
-        with reader.applied():
+        model = local.model
+        with local.applied():
             if model.steering.timed:
                 raise UnsupportedError(
                     f"{reader.name}: expected sliders that act on every token, found some that act on a part of the "

@@ -94,7 +94,6 @@ class LocalReader:
         *,
         tokens: int,
         seeds: Sequence[int],
-        temperature: float = TEMPERATURE,
         advance: Advance | None = None,
     ) -> list[str]:
         """Return a reply of at most `tokens` tokens to each chat, without thoughts, drawn by temperature alone."""
@@ -104,7 +103,7 @@ class LocalReader:
         longest = max(len(p.ids) for p in prompts) + tokens
         made = self.model.replies(
             [as_chat(chat) for chat in chats],
-            Sampler(max_new_tokens=tokens, temperature=temperature, repetition_penalty=1.0),
+            Sampler(max_new_tokens=tokens, temperature=TEMPERATURE, repetition_penalty=1.0),
             [self.edit] * len(chats),
             keys=seeds,
             batch=max(1, min(3 * ROWS, TOKENS // longest)),

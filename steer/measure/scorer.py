@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -61,6 +62,7 @@ class Scorer:
         )
 
     @classmethod
+    @cache
     def shipped(cls, trait: str) -> Scorer:
         """The scorer of a trait that ships, trained on the default merge's contrast replies: the same for all models.
 

@@ -357,3 +357,7 @@ def test_replies_that_probes_ask_for_in_any_case_are_written_together(tmp_path: 
     for probe, found in zip(probes, result["probes"], strict=True):
         first = probe.openings(Size(quick=True))[0]
         assert f"{first.chat[-1][1]} {first.seed}" in found["arms"]["a"]["examples"][0]["answered"]
+    asked.clear()
+    more = [*probes, *probes_named(["characters"])]
+    evaluate_arms([Writes("a", level(0))], more, Size(quick=True), tmp_path / "out")
+    assert asked[0] == len(more[-1].openings(Size(quick=True)))  # what is done is not written again

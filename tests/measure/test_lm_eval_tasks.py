@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_eval import save_by_letters
 
+import steer
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.schedule import Schedule
@@ -72,6 +73,16 @@ def test_the_harness_runs_the_steered_model_and_agrees_with_our_reader(
     with pytest.raises(UnsupportedError, match="does not say where that begins"):
         probe.run(LocalReader(model, late), Size())
     assert not model.steering.hook_count
+
+
+def test_an_evaluation_runs_a_task_beside_the_probes(
+    task: Path, tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    model = load(save_by_letters(tiny_llama, tmp_path / "model"), dtype="float32")
+    result = steer.evaluate(model, probes=["prose"], lm_eval=[str(task)], quick=True, out=tmp_path / "out")
+    prose, harness = (probe["arms"][result["arms"][0]["name"]] for probe in result["probes"])
+    assert (prose["skipped"], harness["skipped"]) == (None, None)
+    assert len(harness["figures"]) == 12
 
 
 def test_tasks_that_are_not_there_are_refused_in_one_line(task: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from steer.measure.probes.probe import (
     QUICK_TOKENS,
+    Chat,
     Example,
     Figure,
     Metric,
@@ -72,9 +73,14 @@ class Characters(Probe):
 
 def _first(plan: Any, number: int, scene: Any) -> list[Opening]:
     """The first replies of a scene: every speaker answers every question."""
-    seed, lines = 1000 * (len(plan["scenes"]) * plan["seed"] + number), _lines(scene, "early")
+    seed = 1000 * (len(plan["scenes"]) * plan["seed"] + number)
+    return _openings(scene, _lines(scene, "early"), (), seed, plan["tokens"])
+
+
+def _openings(scene: Any, lines: list[Line], before: Chat, seed: int, tokens: int) -> list[Opening]:
+    """A reply to each question by its speaker, with a chat before it."""
     return [
-        Opening((("system", scene["cards"][name]), _asked(name, question)), seed + i, plan["tokens"])
+        Opening((("system", scene["cards"][name]), *before, _asked(name, question)), seed + i, tokens)
         for i, (name, question) in enumerate(lines)
     ]
 
@@ -90,11 +96,8 @@ def _written(
     early = dict(zip(_lines(scene, "early"), replies_to(reader, openings, advance), strict=True))
     said = [(name, question) for question in scene["said"] for name in scene["cards"]]
     before = tuple(message for line in said for message in (_asked(*line), ("assistant", early[line])))
-    seed, tokens, lines = openings[-1].seed + 1, openings[0].tokens, _lines(scene, "late")
-    late = [
-        Opening((("system", scene["cards"][name]), *before, _asked(name, question)), seed + i, tokens)
-        for i, (name, question) in enumerate(lines)
-    ]
+    lines = _lines(scene, "late")
+    late = _openings(scene, lines, before, openings[-1].seed + 1, openings[-1].tokens)
     return early, dict(zip(lines, replies_to(reader, late, advance), strict=True)), len(before)
 
 

@@ -65,11 +65,10 @@ class Reader(Protocol):
         *,
         tokens: int,
         seeds: Sequence[int],
-        temperature: float = TEMPERATURE,
         advance: Advance | None = None,
     ) -> list[str]:
-        """Return a reply of at most `tokens` tokens to each chat, without thoughts. The same seed draws the same
-        random numbers under every arm, so that differences come from the model."""
+        """Return a reply of at most `tokens` tokens to each chat, without thoughts, drawn at `TEMPERATURE`. The same
+        seed draws the same random numbers under every arm, so that differences come from the model."""
         ...
 
     def divergences(
@@ -86,6 +85,12 @@ class Opening:
     chat: Chat
     seed: int
     tokens: int
+
+
+def openings_to(prompts: Sequence[str], *, samples: int, tokens: int, seed: int) -> list[Opening]:
+    """Return openings to messages of the user, each of them `samples` times in a row; no two have the same seed."""
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    return [Opening((("user", prompt),), seed * len(asked) + i, tokens) for i, prompt in enumerate(asked)]
 
 
 def replies_to(reader: Reader, openings: Sequence[Opening], advance: Advance | None = None) -> list[str]:

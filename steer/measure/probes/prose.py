@@ -22,6 +22,7 @@ from steer.measure.probes.probe import (
     Reader,
     Result,
     Size,
+    openings_to,
     replies_to,
 )
 from steer.measure.probes.stories import written
@@ -58,9 +59,7 @@ class Prose(Probe):
     def openings(self, size: Size) -> list[Opening]:
         """Return every reply."""
         plan = self.plan(size)
-        asked = [prompt for prompt in plan["prompts"] for _ in range(plan["samples"])]
-        seeds = range(size.seed * len(asked), (size.seed + 1) * len(asked))
-        return [Opening((("user", prompt),), seed, plan["tokens"]) for prompt, seed in zip(asked, seeds, strict=True)]
+        return openings_to(plan["prompts"], samples=plan["samples"], tokens=plan["tokens"], seed=size.seed)
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let the reader write a reply to each prompt, and count."""

@@ -19,6 +19,7 @@ from steer.measure.probes.probe import (
     Reader,
     Result,
     Size,
+    openings_to,
     replies_to,
 )
 from steer.measure.scorer import Scorer
@@ -55,9 +56,7 @@ class TraitShown(Probe):
     def openings(self, size: Size) -> list[Opening]:
         """Return every reply, those to one topic in a row."""
         plan = self.plan(size)
-        asked = [topic for topic in plan["topics"] for _ in range(plan["samples"])]
-        seeds = range(size.seed * len(asked), (size.seed + 1) * len(asked))
-        return [Opening((("user", topic),), seed, plan["tokens"]) for topic, seed in zip(asked, seeds, strict=True)]
+        return openings_to(plan["topics"], samples=plan["samples"], tokens=plan["tokens"], seed=size.seed)
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let the reader reply to every held-out topic, and score the replies."""

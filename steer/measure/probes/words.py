@@ -1,4 +1,4 @@
-"""What the probes of written text share: words, sentences and runs of words, and the paired seeds of replies."""
+"""What the probes of written text share: words, sentences and runs of words."""
 
 from __future__ import annotations
 
