@@ -12,14 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from steer.errors import CheckpointError
 from steer.model.steered import SteeredModel
 
-NOISE = (0.1, 0.3, 1.0)
-"""Noise on every matrix, as shares of its root mean square."""
+NOISE = (0.03, 0.1, 0.3)
+"""Noise on every matrix, as shares of its root mean square. More leaves no words."""
 BITS = 2
 """Bits that the weights of the MLPs are rounded to."""
 GROUP = 32
 """Weights that share a scale when they are rounded, as in the formats of llama.cpp."""
+FAR = 256
+"""Tokens that lie as far apart as the ends of the context, once positions are stretched."""
 FACTOR = 3
 """How many times the end of its safe range the slider is moved to."""
 SAFE_SHARE = 0.2
@@ -31,7 +34,7 @@ Damage = Callable[[SteeredModel], None]
 def damages() -> dict[str, Damage]:
     """Return what is done to the weights, by the name of the arm."""
     noise = {f"noise {share:g}": partial(add_noise, share=share) for share in NOISE}
-    return {**noise, f"MLPs in {BITS} bits": partial(round_mlps, bits=BITS)}
+    return {**noise, f"MLPs in {BITS} bits": partial(round_mlps, bits=BITS), "past its context": stretch_positions}
 
 
 @torch.no_grad()
@@ -58,6 +61,20 @@ def round_mlps(model: SteeredModel, *, bits: int) -> None:
             low, high = groups.aminmax(dim=-1, keepdim=True)
             step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
             weight.copy_((((groups - low) / step).round() * step + low).reshape(weight.shape))
+
+
+@torch.no_grad()
+def stretch_positions(model: SteeredModel) -> None:
+    """Move tokens apart until `FAR` of them span the context, so that a probe's texts reach past its limit.
+
+    What a model meets in a text that is too long are distances between tokens that it has never seen, and rotary
+    positions know nothing else. Errors: CheckpointError for a model without rotary positions.
+    """
+    frequencies = [b for name, b in model.hf.named_buffers() if name.rpartition(".")[2] == "inv_freq"]
+    if not frequencies:
+        raise CheckpointError(f"{model.name}: expected rotary positions to stretch, found none")
+    for frequency in frequencies:
+        frequency *= max(1.0, model.context / FAR)
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -165,8 +165,8 @@ def test_every_kind_of_arm_of_real_checkpoints(
     )  # fmt: skip
     names = [a["name"] for a in result["arms"]]
     assert names == ["merged", "kind", "kindness=2", "kindness=0", "kindness -0.3", "merged (2)",
-                     "noise 0.1", "noise 0.3", "noise 1", "MLPs in 2 bits"]  # fmt: skip
-    assert loads == [str(place), str(other)] + [str(place)] * 4  # damaged ones are loaded anew, no two at once
+                     "noise 0.03", "noise 0.1", "noise 0.3", "MLPs in 2 bits", "past its context"]  # fmt: skip
+    assert loads == [str(place), str(other)] + [str(place)] * 5  # damaged ones are loaded anew, no two at once
     values = {r["arm"]: r["value"] for r in result["probes"][0]["summary"]}
     assert values["kindness=0"] == values["merged"]
     assert len({round(v, 6) for v in values.values()}) == len(names) - 1
@@ -192,6 +192,18 @@ def test_damage_is_as_large_as_it_says(place: Path) -> None:
             assert not torch.equal(rounded, weight)
         else:
             assert torch.equal(rounded, weight)
+
+
+def test_stretched_positions_are_those_of_tokens_farther_apart(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stretched = (steer.load(place, dtype="float32") for _ in range(2))
+    monkeypatch.setattr(damage, "FAR", 16)
+    damage.stretch_positions(stretched)
+    factor = whole.context // 16
+    assert factor > 1
+    ids = torch.arange(1, 11)[None]
+    apart = whole.hf(ids, position_ids=torch.arange(10)[None] * factor).logits
+    assert torch.allclose(stretched.hf(ids).logits, apart, atol=1e-5)
+    assert not torch.allclose(whole.hf(ids).logits, apart, atol=1e-3)
 
 
 def test_a_live_model_is_an_arm_too_and_is_left_as_it_was(

@@ -29,7 +29,7 @@ class Implications(ForcedChoice):
         """Return the questions on each scene: two hints and two orders, and a control without a hint."""
         rng, scenes = random.Random(f"implications {size.seed}"), written("implications")
         items = []
-        for number, scene in enumerate(rng.sample(scenes, size.of(len(scenes), 12))):
+        for number, scene in enumerate(rng.sample(scenes, size.of(len(scenes), 10))):
             who = rng.choice(written("positions")["people"])
             items += [_asked(scene, who, meant, order) for order in (0, 1) for meant in (0, 1)]
             items.append(_asked(scene, who, rng.randrange(2), number % 2, hinted=False))

@@ -21,7 +21,7 @@ Chat = tuple[tuple[str, str], ...]
 LogProbs = Float[np.ndarray, " tokens"]
 TEMPERATURE = 0.8
 """Of the replies that probes ask for."""
-QUICK_TOKENS = 32
+QUICK_TOKENS = 24
 """Of each reply in a quick run: those of one length are written together."""
 Ability = Literal["logprobs", "replies", "divergences", "weights"]
 """What a reader can do: one per method of `Reader`. "weights": it is a model in this process, `readers.LocalReader`."""
