@@ -17,7 +17,7 @@ LAYERS = [
     {"baking", "model"},
     {"measure"},
     {"sae"},
-    {"finding"},
+    {"finding", "lineage"},
     {"verbs", "serve"},
     {"chat"},
     {"page"},

@@ -1,0 +1,1 @@
+"""Lineages: generations of merges, chosen by taste."""

@@ -1,0 +1,216 @@
+"""A lineage on disk: generations of merges, what each changed, the votes on them, and which one is best so far.
+
+    LINEAGE/
+      lineage.json            the pool of models, and how many children a generation has
+      generations/0003.json   one whole generation: recipes, moves, hashes and what the gate measured; never changed
+      votes/NAME.jsonl        what one voter chose, a line per vote, added and synced one by one
+      models/3b/              the merged checkpoint of a node in the race; others are made again from their recipes
+      replies/                replies that were written ahead
+
+A generation's file appears when all of its children are merged and measured. Until then the lineage is as before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic_core import to_jsonable_python
+
+from steer.core.names import check_name
+from steer.core.validation import Bool, Count, Line, Number, Text, checked, from_file
+from steer.errors import CheckpointError, UsageError
+from steer.files import parse_json, read_json_object, without_nan, write_atomic
+
+SETTINGS, GENERATIONS, VOTES, MODELS, REPLIES = "lineage.json", "generations", "votes", "models", "replies"
+MoveKind = Literal["start", "add", "remove", "base", "weight", "method", "profile"]
+Outcome = Literal["a", "b", "same", "bad"]
+"""Which reply is better; `same`: neither, `bad`: neither, and both are bad."""
+
+
+@checked
+class Move:
+    """What a node changes in its parent's recipe, or in the sliders that it carries."""
+
+    kind: MoveKind
+    model: Line | None = None
+    """The model that is added, removed or weighted, or the new base."""
+    value: Number | Line | None = None
+    """The new weight of the model, or the new merge method."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the new merge method."""
+    profile: dict[str, Any] | None = None
+    """The profile that the node carries, as in a profile's file; None takes the parent's away."""
+
+
+@checked
+class Gate:
+    """What `steer eval --quick` said of a node, and whether people are shown its replies."""
+
+    passed: Bool
+    figures: dict[str, Number] = field(default_factory=dict)
+    """The headline figure of each probe."""
+    reasons: list[Line] = field(default_factory=list)
+    """Why it did not pass, one line each."""
+
+
+@checked
+class Node:
+    """One merge of a lineage."""
+
+    id: Line
+    """The number of its generation and a letter, such as `3b`."""
+    move: Move
+    why: Line
+    """Who proposed the move, and for which reason."""
+    recipe: dict[str, Any]
+    """The mergekit recipe. Paths in it are absolute, or names of the hub."""
+    parent: Line | None = None
+    """None for the start."""
+    profile: dict[str, Any] | None = None
+    """Sliders that are part of the node."""
+    gate: Gate | None = None
+    """None for the start, which others are measured against."""
+    inputs: dict[str, dict[str, Line]] = field(default_factory=dict)
+    """sha256 of each file that the merge read, by model."""
+    weights: dict[str, Line] = field(default_factory=dict)
+    """sha256 of each file of weights. The recipe gives the same bytes again."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether people are shown its replies."""
+        return self.gate is None or self.gate.passed
+
+
+@checked
+class Generation:
+    """Children of one parent. Generation 0 is the start alone."""
+
+    number: Count
+    nodes: list[Node]
+
+
+@checked
+class Vote:
+    """One choice between replies of two nodes to the same chat, made without seeing whose they are."""
+
+    a: Line
+    b: Line
+    outcome: Outcome
+    chat: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    """[role, text] of each message before the replies."""
+    replies: Annotated[list[str], Field(min_length=2, max_length=2)]
+    """That of `a`, then that of `b`."""
+    left: Literal["a", "b"]
+    """Which of the two was shown on the left."""
+    voter: Line
+    time: Number
+    """Seconds since 1970."""
+
+
+@checked
+class Settings:
+    """What holds for a whole lineage."""
+
+    pool: list[Text]
+    """Models that may be added, absolute paths or names of the hub."""
+    children: Annotated[Count, Field(ge=1)] = 3
+    """How many children a generation has."""
+    seed: Count = 0
+
+
+class Lineage:
+    """A lineage, read from its directory at every call, since two people may work on it at once."""
+
+    def __init__(self, place: str | Path) -> None:
+        """Open the lineage in a directory. Errors: CheckpointError if there is none."""
+        self.place = Path(place)
+        _ = self.settings
+
+    @classmethod
+    def create(cls, place: str | Path, settings: Settings) -> Lineage:
+        """Begin a lineage without generations."""
+        write_atomic(Path(place) / SETTINGS, json.dumps(to_jsonable_python(settings), indent=1) + "\n")
+        return cls(place)
+
+    @property
+    def settings(self) -> Settings:
+        """What holds for the whole lineage."""
+        file = self.place / SETTINGS
+        raw = read_json_object(file, what="the settings of a lineage", do="start one with steer evolve START.yml")
+        return from_file(Settings, raw, str(file))
+
+    @property
+    def generations(self) -> list[Generation]:
+        """The generations that are whole, from the start on."""
+        files = sorted((self.place / GENERATIONS).glob("[0-9]*.json"))
+        what = "a generation of a lineage"
+        return [
+            from_file(Generation, read_json_object(f, what=what, do="restore it from a copy"), str(f)) for f in files
+        ]
+
+    @property
+    def nodes(self) -> dict[str, Node]:
+        """Every node by its id, in the order in which they were made."""
+        return {node.id: node for generation in self.generations for node in generation.nodes}
+
+    def node(self, name: str) -> Node:
+        """Return the node of that id. Errors: UsageError, with the ids that there are."""
+        nodes = self.nodes
+        if name not in nodes:
+            raise UsageError(f"{self.place}: expected a node, one of {', '.join(nodes)}, found {name!r}")
+        return nodes[name]
+
+    def write(self, generation: Generation) -> None:
+        """Add a whole generation. A generation is never changed."""
+        file = self.place / GENERATIONS / f"{generation.number:04}.json"
+        if file.exists():
+            raise UsageError(f"{file}: expected a new generation, found one of that number; run the command again")
+        write_atomic(file, json.dumps(without_nan(to_jsonable_python(generation)), indent=1) + "\n")
+
+    def model(self, node: str) -> Path:
+        """Return where a node's merged checkpoint is, or would be."""
+        return self.place / MODELS / node
+
+    @property
+    def votes(self) -> list[Vote]:
+        """Every vote of everyone, in the order of time. A line that a crash cut off is left out."""
+        out = []
+        for file in sorted((self.place / VOTES).glob("*.jsonl")):
+            lines = file.read_bytes().split(b"\n")
+            for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was not written to its end
+                where = f"{file}: line {number}"
+                try:
+                    raw = parse_json(line)
+                except ValueError as e:
+                    raise CheckpointError(f"{where}: expected a vote, found no JSON ({e}); delete the line") from e
+                out.append(from_file(Vote, raw, where))
+        return sorted(out, key=lambda vote: vote.time)
+
+    def vote(
+        self, a: str, b: str, outcome: Outcome, *, chat: Sequence[tuple[str, str]], replies: Sequence[str],
+        left: Literal["a", "b"], voter: str,
+    ) -> Vote:  # fmt: skip
+        """Keep a vote: it is on the disk when this returns. Each voter has a file.
+
+        Errors: UsageError for a voter whose name cannot be a file's.
+        """
+        check_name(voter, "--voter")
+        vote = Vote(a, b, outcome, [list(m) for m in chat], list(replies), left, voter, time.time())
+        file = self.place / VOTES / f"{voter}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab+") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)  # a crash may have cut off the last line
+            f.write(json.dumps(to_jsonable_python(vote)).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+        return vote
