@@ -31,7 +31,7 @@ def covered(rng: np.random.Generator, draw: str, per_group: int) -> float:
 
 @pytest.mark.parametrize(("draw", "per_group"), [("shares", 1), ("shares", 4), ("numbers", 1), ("numbers", 4)])
 def test_the_interval_of_a_mean_covers_it_in_95_of_100_repetitions(draw: str, per_group: int) -> None:
-    assert 0.9 <= covered(np.random.default_rng(5), draw, per_group) <= 0.99
+    assert 0.9 <= covered(np.random.default_rng(5), draw, per_group) <= 0.995
 
 
 def test_items_of_one_group_count_as_one() -> None:

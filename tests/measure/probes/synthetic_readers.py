@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from hashlib import sha256
 
 import numpy as np
 from wordfreq import zipf_frequency
@@ -36,6 +37,17 @@ def knowing(items: Sequence[Choice]) -> Liking:
     """Return what a reader likes that knows the answers."""
     right = {i.passages[i.right] for i in items}
     return lambda p: 0.0 if p in right else -30.0
+
+
+def guessing(items: Sequence[Choice], knows: float) -> Liking:
+    """Return what a reader likes that is drawn to the right answers, `knows` times as far as to any other by chance."""
+    right = {i.passages[i.right] for i in items}
+
+    def liking(p: Passage) -> float:
+        chance = np.random.default_rng(int.from_bytes(sha256(repr(p).encode()).digest()[:8])).normal()
+        return knows * (p in right) + chance
+
+    return liking
 
 
 @cache

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
-from synthetic_readers import SHALLOW, Synthetic, knowing
+from retest import repeated, share_that_agrees
+from synthetic_readers import SHALLOW, Synthetic, guessing, knowing
 
 from steer.measure.probes.choice import Choice, relative
 from steer.measure.probes.consequences import Consequences
@@ -258,3 +259,16 @@ def test_a_hint_is_not_in_the_control() -> None:
     assert controls
     assert all("says something" in i.chat[0][1] for i in controls)
     assert not any("says something" in i.chat[0][1] for i in items if i.metric == "accuracy")
+
+
+@pytest.mark.slow
+@every
+def test_two_seeds_differ_by_no_more_than_their_intervals_say(probe: Any) -> None:
+    items = [item for seed in range(41) for item in probe.items(Size(True, seed))]
+    means = repeated(Synthetic(guessing(items, 0.7)), probe, 40)
+    assert len({m.value for m in means}) > 3  # the seeds draw other items
+    assert share_that_agrees(means) >= 0.9  # 0.95, of which 40 repetitions may fall short by chance
+    # A reader that knows nothing is told from one that knows all.
+    whole = probe.items(Size())
+    unsure, sure = (repeated(Synthetic(guessing(whole, knows)), probe, 0, quick=False)[0] for knows in (0.0, 9.0))
+    assert share_that_agrees([unsure, sure]) == 0
