@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from retest import repeated, share_that_agrees
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
-from retest import repeated, share_that_agrees
 from synthetic_readers import SHALLOW, Synthetic, guessing, knowing
 
 from steer.measure.probes.choice import Choice, relative
