@@ -20,7 +20,7 @@ from steer.core.version import __version__
 from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
 from steer.files import one_line, read_json_object, without_nan, write_atomic
 from steer.measure.probes.probe import Chat, Figure, Metric, Opening, Probe, Reader, Size, replies_to
-from steer.measure.statistics import corrected, difference_of, mean_of
+from steer.measure.statistics import corrected, difference_of, mean_figures, mean_of
 from steer.progress import Advance, bar
 
 RESULTS, RUN, PARTS = "eval.json", "run.json", "parts"
@@ -180,7 +180,7 @@ def compared(probes: list[Json], arms: Sequence[str], controls: Sequence[str] = 
             for row, p in zip(family, corrected([r["p"] for r in family]), strict=True):
                 row["p_corrected"], row["moved"] = p, p < ALPHA
     return [
-        {**probe, "summary": summary, "signal": _signal(probe, summary, arms[0], controls)}
+        {**probe, "summary": summary, "signal": _signal(probe, summary, arms[0], controls, seed)}
         for probe, summary in zip(probes, rows, strict=True)
     ]
 
@@ -281,23 +281,27 @@ def _row(probe: Json, metric: str, arm: str, first: str, seed: int) -> Json | No
     }
 
 
-def _signal(probe: Json, summary: Sequence[Json], first: str, controls: Sequence[str]) -> Json:
-    """Return whether the probe tells anything at this size: with damaged arms if it moves for one of them, else if the
-    first arm is above chance."""
+def _signal(probe: Json, summary: Sequence[Json], first: str, controls: Sequence[str], seed: int) -> Json:
+    """Return whether the probe tells anything at this size: with damaged arms if it moves for one of them, or for all
+    of them together, else if the first arm is above chance."""
     headline = Metric(**probe["metrics"][0])
     rows = {r["arm"]: r for r in summary if r["metric"] == headline.name}
-    moved = [arm for arm in controls if rows.get(arm, {}).get("moved")]
+    moved, together = [arm for arm in controls if rows.get(arm, {}).get("moved")], None
     at = "" if headline.chance is None else f"; chance is {headline.chance:g}"
     if controls:
-        status = "signal" if moved else "none"
-        line = f"tells {', '.join(moved)} from {first}" if moved else f"no signal at this size{at}"
+        damaged = mean_figures([figures_of(probe["arms"][arm], headline.name) for arm in controls if arm in rows])
+        found = difference_of(figures_of(probe["arms"][first], headline.name), damaged, seed)
+        together = found and found.p
+        told = [*moved, *(["the damaged arms together"] if together is not None and together < ALPHA else [])]
+        status = "signal" if told else "none"
+        line = f"tells {', '.join(told)} from {first}" if told else f"no signal at this size{at}"
     elif headline.chance is None or first not in rows:
         status, line = "unknown", ""
     elif rows[first]["low"] is not None and rows[first]["low"] <= headline.chance <= rows[first]["high"]:
         status, line = "chance", f"{first} is no better than chance at this size{at}"
     else:
         status, line = "signal", f"{first} differs from chance{at}"
-    return {"status": status, "moved": moved, "chance": headline.chance, "line": line}
+    return {"status": status, "moved": moved, "together": together, "chance": headline.chance, "line": line}
 
 
 def _line(probe: Probe, found: Json) -> str:

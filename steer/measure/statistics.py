@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -74,6 +74,13 @@ def difference_of(first: Sequence[Figure], other: Sequence[Figure], seed: int = 
         error = math.sqrt(2) * _standard_error(*levels)
     noise = (stats.norm.ppf(0.5 + CONFIDENCE / 2) + stats.norm.ppf(POWER)) * error
     return Difference(mean, _p_value(sums, seed), float(noise))
+
+
+def mean_figures(arms: Sequence[Sequence[Figure]]) -> list[Figure]:
+    """Return the means of several arms' figures of one metric, over the items that all of them have."""
+    by_key = [{_key(f): f for f in figures} for figures in arms]
+    shared = [key for key in by_key[0] if all(key in other for other in by_key)] if by_key else []
+    return [replace(by_key[0][key], value=sum(found[key].value for found in by_key) / len(by_key)) for key in shared]
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:

@@ -68,10 +68,14 @@ class GrowingLayer(DynamicLayer):
         self.lazy_initialization(*other._held())
         for name, held in zip(("keys", "values"), other._held(), strict=True):
             room = held.new_empty(rows, held.shape[1], columns + STEP, held.shape[-1])
-            # Masked columns have a weight of zero, but zero times NaN or infinity in unset memory is not zero.
-            room[:, :, :columns] = 0
+            begins = dict.fromkeys(range(rows), columns)
             for to, row, taken in pieces:
-                room[to, :, columns - (taken.stop - taken.start) : columns] = held[row, :, taken]
+                first = columns - (taken.stop - taken.start)
+                room[to, :, first:columns] = held[row, :, taken]
+                begins |= dict.fromkeys(to, first)
+            # Masked columns have a weight of zero, but zero times NaN or infinity in unset memory is not zero.
+            for i, first in begins.items():
+                room[i, :, :first] = 0
             self._rooms[name] = room
             setattr(self, name, room[:, :, :columns])
 

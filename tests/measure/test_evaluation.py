@@ -123,11 +123,27 @@ def test_a_probe_that_moves_for_no_damaged_arm_says_so_with_its_chance(tmp_path:
     assert result["probes"][0]["signal"]["line"] == "no signal at this size; chance is 0.5"
     arms = [ProgramArm("whole", level(0.5)), ProgramArm("noise", level(0.3), control=True)]
     result = evaluate_arms(arms, [Weighing(chance=0.5)], Size(), tmp_path / "b")
-    assert result["probes"][0]["signal"] | {"line": ""} == {
-        "status": "signal", "moved": ["noise"], "chance": 0.5, "line": ""
-    }  # fmt: skip
+    signal = result["probes"][0]["signal"]
+    assert (signal["status"], signal["moved"], signal["chance"]) == ("signal", ["noise"], 0.5)
     result = evaluate_arms(arms[:1], [Weighing(chance=0.5)], Size(), tmp_path / "c")
     assert result["probes"][0]["signal"]["line"] == "whole is no better than chance at this size; chance is 0.5"
+
+
+def test_damage_that_no_arm_shows_alone_may_be_told_from_all_of_them_together(tmp_path: Path) -> None:
+    # Twelve probes each with their headline: a p-value has to be below 0.004 for an arm to have moved.
+    def damaged(number: int, shift: float) -> ProgramArm:
+        def weigh(passage: Passage) -> float:
+            return level(0.5)(passage) + level(shift, 0.25)(Passage(f"{passage.text} of {number}"))
+
+        return ProgramArm(f"damage {number}", weigh, control=True)
+
+    probes = [Weighing(f"p{i}", chance=0.5) for i in range(12)]
+    for shift, status in ((-0.06, "signal"), (0.0, "none")):
+        made = [ProgramArm("whole", level(0.5)), *(damaged(i, shift) for i in range(6))]
+        result = evaluate_arms(made, probes, Size(quick=True), tmp_path / f"{shift}")
+        signal = result["probes"][0]["signal"]
+        assert (signal["moved"], signal["status"]) == ([], status)
+        assert (signal["together"] < 0.05) == (status == "signal")
 
 
 def test_p_values_are_corrected_for_the_number_of_probes(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Knowledge(ForcedChoice):
     def items(self, size: Size) -> list[Choice]:
         """Return, for each page, four questions after it, and four questions without it for each fact."""
         rng, facts = random.Random(f"knowledge {size.seed}"), written("knowledge")
-        asked = rng.sample(facts, size.of(len(facts), 8))
+        asked = rng.sample(facts, size.of(len(facts), 10))
         pages = [
             item
             for page in range(size.of(2, 1))

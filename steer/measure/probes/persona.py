@@ -66,7 +66,7 @@ class Persona(ForcedChoice):
     def pairs(self, size: Size) -> list[tuple[Choice, tuple[Passage, Passage]]]:
         """Return items whose right answer is also read without the card, each with that answer with and without it."""
         items = [item for item in self.items(size) if item.id.startswith("0 ")]
-        return [(i, (_answer(i, i.chat), _answer(i, i.chat[1:]))) for i in items[:: size.of(2, 4)]]
+        return [(i, (_answer(i, i.chat), _answer(i, i.chat[1:]))) for i in items[:: size.of(2, 8)]]
 
     def plan(self, size: Size) -> Any:
         """Return the items, and those that are also read without the card."""

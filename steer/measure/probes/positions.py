@@ -92,7 +92,7 @@ class Positions(ForcedChoice):
         levels = MOVES[: size.of(len(MOVES), EASY)]
         return [
             item
-            for story in range(size.of(80, 12))
+            for story in range(size.of(80, 16))
             for item in _questions(rng, words, story, levels[story // len(KINDS) % len(levels)])
         ]
 
