@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import field, replace
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
@@ -40,7 +39,6 @@ class _Prompts:
     """User messages that only measurements see."""
 
     @classmethod
-    @cache
     def load(cls) -> Self:
         """The prompts that ship with the package."""
         return from_file(cls, read_yaml(_FOLDER / cls.file, "prompts"), cls.file)
@@ -98,9 +96,12 @@ class Trait:
         else:
             raise UsageError(
                 f"unknown trait {text!r}: expected one of {', '.join(shipped_traits())} or a .yaml file of "
-                "your own; see steer/traits for the layout"
+                "your own, see steer/traits for the layout; a sentence needs a name: --as NAME"
             )
-        trait = from_file(cls, read_yaml(path, "a trait", aliases=True), str(path))
+        data = read_yaml(path, "a trait", aliases=True)
+        if isinstance(data, dict) and len(absent := [k for k in ("fit", "held_out") if data.get(k) is None]) == 1:
+            raise SteerError(f"{path}: expected topics under 'fit' and 'held_out', found no {absent[0]!r}; add it")
+        trait = from_file(cls, data, str(path))
         trait.check(str(path))
         return trait
 
@@ -110,7 +111,8 @@ class Trait:
 
         Without `opposite` the replies under no instruction are the other side. `name` is by default made of the
         sentence's words.
-        Errors: UsageError for an empty sentence, the same sentence twice, and a name that is none or a shipped trait's.
+        Errors: UsageError for a sentence that is blank or a trait's name, and for a name that is none or a shipped
+        trait's; SteerError for the same sentence twice.
 
             rhymes = steer.Trait.from_sentences("You answer in rhyming couplets.", "You answer in plain prose.")
             direction = steer.find(model, rhymes, quick=True)
@@ -119,9 +121,11 @@ class Trait:
             name = "-".join(re.findall(r"\w+", sentence.casefold()))[:40].strip("-")
         if name in shipped_traits():
             raise UsageError(f"name: expected a name that no shipped trait has, found {name!r}; choose another")
-        if sentence in shipped_traits() or sentence.endswith((".yaml", ".yml")):
-            raise UsageError(f"sentence: expected what the model is told to be, found the trait {shown(sentence)}")
-        trait = cls(name=name, summary=sentence, with_instruction=sentence, without_instruction=opposite)
+        for key, text in (("sentence", sentence), ("opposite", opposite)):
+            if text is not None and (not text.strip() or text in shipped_traits() or text.endswith((".yaml", ".yml"))):
+                raise UsageError(f"{key}: expected what the model is told to be, found {shown(text)}; write it out")
+        summary = " ".join(sentence.split())
+        trait = cls(name=name, summary=summary, with_instruction=sentence, without_instruction=opposite)
         trait.check()
         return trait
 
@@ -138,12 +142,6 @@ class Trait:
         where = where or f"trait {self.name!r}"
         if _plain(self.with_instruction) == _plain(self.without_instruction or ""):
             raise SteerError(f"{where}: expected opposite instructions under 'with' and 'without', found the same")
-        shared = TopicPool.load()
-        if (self.fit == shared.fit) != (self.held_out == shared.held_out):
-            missing = "fit" if self.fit == shared.fit else "held_out"
-            raise SteerError(
-                f"{where}: expected topics under 'fit' and 'held_out', found none under {missing!r}; add some"
-            )
         places: dict[str, str] = {}
         for place, topics, least in (("fit", self.fit, FIT_TOPICS), ("held_out", self.held_out, HELD_OUT_TOPICS)):
             for topic in topics:
