@@ -51,8 +51,6 @@ def test_four_topics_and_two_held_out_are_enough_and_what_works_says_so(found: F
     assert untouched.kl == 0 < below.kl
     assert found.verdict.effect.change == pytest.approx(above.probability - below.probability)
     assert found.verdict.effect.random == pytest.approx(random[1].probability - random[0].probability)
-    assert len(found.candidates.contrast.fit_with) == traits.FIT_REPLIES
-    assert len(found.candidates.contrast.held_out_with) == traits.HELD_OUT_REPLIES
 
 
 def test_a_direction_keeps_its_sentences_and_its_verdict_in_its_file(found: FoundDirection, tmp_path: Path) -> None:
@@ -91,6 +89,8 @@ def test_a_direction_that_does_nothing_reads_but_does_not_steer(model: SteeredMo
 
 def test_without_an_opposite_the_other_side_is_told_nothing(model: SteeredModel) -> None:
     contrast = contrast_for(model, replace(FEW, without_instruction=None), effort=QUICK)
+    assert len(contrast.fit_with) == traits.FIT_REPLIES  # several to each of the few topics
+    assert len(contrast.held_out_with) == traits.HELD_OUT_REPLIES
     assert all(r.chat[0] == {"role": "system", "content": TA.strip()} for r in contrast.fit_with)
     assert all([m["role"] for m in r.chat] == ["user"] for r in (*contrast.fit_without, *contrast.held_out_without))
 
