@@ -74,8 +74,8 @@ class Verdict:
     `says` is, in this order:
     - "too weak for this model", if direction or text scorer does not tell held-out replies under the two instructions
       apart: an AUROC below `READS`, or within `ERRORS` standard errors (Mann-Whitney) of 0.5;
-    - "reads but does not steer", if the effect on the trait is below `MOVES`, or exceeds a random direction's in size by
-      less than `ERRORS` standard errors;
+    - "reads but does not steer", if the effect on the trait is below `MOVES`, or exceeds a random direction's by less
+      than `ERRORS` standard errors;
     - "steers but drags X along", if a shipped scorer of another trait X sees an effect as large, upwards or downwards.
       X is also "repetition" or "KL", if amount -1 or 1 exceeds the `Limits` of calibration;
     - "works" otherwise.

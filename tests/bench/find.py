@@ -44,9 +44,9 @@ def main(
     for row in rows if not as_json else ():
         missed = "" if row["cpu_s"] <= SECONDS and row["share"] >= SHARE else "  MISSES"
         print(
-            f"{row['trait']}: {row['cpu_s']:.0f} s of two cores, {row['wall_s']:.0f} s by the clock (bar {SECONDS:.0f}); "
-            f"effect {row['effect']:.2f}, {row['share']:.2f} of the full way's {row['full']:.2f} (bar {SHARE}); "
-            f"verdict: {row['verdict']}{missed}"
+            f"{row['trait']}: {row['cpu_s']:.0f} s of two cores (bar {SECONDS:.0f}), {row['wall_s']:.0f} s by the clock; "
+            f"effect {row['effect']:.2f}, of the full way's {row['full']:.2f} that is {row['share']:.2f} (bar {SHARE}); "
+            f"{row['verdict']}{missed}"
         )
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -61,6 +61,7 @@ def measured(model: str, trait: str) -> dict[str, Any]:
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         found = json.loads(subprocess.run(find, check=True, capture_output=True, text=True).stdout)
         wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         quick = Direction.load(file)
     scorer = Scorer.shipped(trait)
     edits = [Edit(add=((direction, amount),)) for direction in (quick, full) for amount in (-1.0, 1.0)]
@@ -68,9 +69,9 @@ def measured(model: str, trait: str) -> dict[str, Any]:
     means = [a.scores.probability for (a,) in answers(steer.load(model), [scorer], [topics], edits, sampler)]
     effect, reached = means[1] - means[0], means[3] - means[2]
     return {
-        "trait": trait, "wall_s": wall, "cpu_s": (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 2,
-        "site": quick.site, "full_site": full.site, "means": means,
-        "effect": effect, "full": reached, "share": effect / reached, "verdict": found["verdict"]["says"], "found": found,
+        "trait": trait, "wall_s": wall, "cpu_s": cpu / 2, "site": quick.site, "full_site": full.site, "means": means,
+        "effect": effect, "full": reached, "share": effect / reached, "verdict": found["verdict"]["says"],
+        "found": found,
     }  # fmt: skip
 
 

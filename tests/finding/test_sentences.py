@@ -122,15 +122,29 @@ def test_each_threshold_decides_what_the_verdict_says(found: FoundDirection) -> 
     assert verdict(found, auroc=READS - 0.01, least_auroc=READS).says == "too weak for this model"
     assert verdict(found, auroc=float("nan")).says == "too weak for this model"
     still = {"effect": Effect(MOVES - 0.01, 0.0, 0.01)}
-    for effect in (still["effect"], Effect(0.9, 0.0, 0.46), Effect(0.9, -0.75, 0.01), Effect(-0.9, 0.0, 0.01)):
+    for effect in (still["effect"], Effect(0.9, 0.0, 0.46), Effect(0.9, -0.89, 0.01), Effect(-0.9, 0.0, 0.01)):
         assert verdict(found, effect=effect).says == "reads but does not steer"
-    other = {"others": {"calm": Effect(-0.5, 0.1, 0.1), "loud": Effect(0.1, 0.0, 0.01), "slow": Effect(0.5, 0.4, 0.01)}}
+    other = {
+        "others": {"calm": Effect(-0.5, 0.1, 0.1), "loud": Effect(0.1, 0.0, 0.01), "slow": Effect(0.5, 0.49, 0.01)}
+    }
     assert verdict(found, **other).says == "steers but drags calm along"
     assert verdict(found, **other, **still).says == "reads but does not steer"
     assert verdict(found, **point(found, 0, repetition=1.02)).says == "steers but drags repetition along"
     assert verdict(found, **point(found, 2, kl=0.6)).says == "steers but drags KL along"
     assert verdict(found, **point(found, 2, kl=float("nan"))).says == "steers but drags KL along"
     assert verdict(found, **other, **point(found, 2, kl=0.6)).drags == ("calm", "KL")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_default_merges_moralizing_works_by_the_quick_way_too() -> None:
+    place = Path(__file__).parents[2] / "demo" / "merged"
+    if not place.is_dir():
+        pytest.skip("make demo writes the default merge")
+    quick = find_trait(load(place), "moralizing", quick=True, verdict=True)
+    assert quick.verdict is not None
+    assert quick.verdict.says == "works"
+    assert quick.verdict.effect.change > 0.5
 
 
 @pytest.fixture
