@@ -44,8 +44,8 @@ def main(
     for row in rows if not as_json else ():
         missed = "" if row["cpu_s"] <= SECONDS and row["share"] >= SHARE else "  MISSES"
         print(
-            f"{row['trait']}: {row['cpu_s']:.0f} s of two cores (bar {SECONDS:.0f}), {row['wall_s']:.0f} s by the clock; "
-            f"effect {row['effect']:.2f}, of the full way's {row['full']:.2f} that is {row['share']:.2f} (bar {SHARE}); "
+            f"{row['trait']}: {row['cpu_s']:.0f} s of two cores (bar {SECONDS:.0f}), clock {row['wall_s']:.0f} s; "
+            f"effect {row['effect']:.2f}, {row['share']:.2f} of the full way's (bar {SHARE}); "
             f"{row['verdict']}{missed}"
         )
     if as_json:

@@ -20,6 +20,7 @@ from steer.finding.traits import FULL, QUICK, FoundDirection, contrast_for, find
 from steer.measure.harness import random_like
 from steer.measure.verdict import MOVES, READS, Effect, Verdict, judge
 from steer.model.steered import SteeredModel, load
+from steer.verbs.tables import finding_table
 
 TA, VA = 3 * "ta te ti to tu ", 3 * "va ve vi vo vu "
 FEW = Trait("few", "few", TA, VA, fit=("ba be bi", "bo bu da", "de di do", "du fa fe"), held_out=("fi fo fu", "ga ge"))
@@ -129,7 +130,7 @@ def test_each_threshold_decides_what_the_verdict_says(found: FoundDirection) -> 
     }
     assert verdict(found, **other).says == "steers but drags calm along"
     assert verdict(found, **other, **still).says == "reads but does not steer"
-    assert verdict(found, **point(found, 0, repetition=1.02)).says == "steers but drags repetition along"
+    assert verdict(found, **point(found, 0, repetition=1.1)).says == "steers but drags repetition along"
     assert verdict(found, **point(found, 2, kl=0.6)).says == "steers but drags KL along"
     assert verdict(found, **point(found, 2, kl=float("nan"))).says == "steers but drags KL along"
     assert verdict(found, **other, **point(found, 2, kl=0.6)).drags == ("calm", "KL")
@@ -164,7 +165,10 @@ def test_the_command_makes_a_slider_from_sentences_and_prints_its_verdict(
     assert result["verdict"]["says"] in ("works", "reads but does not steer", "too weak for this model")
     assert Path(result["direction"]) in list(direction_files())
     assert Library(load(parrot)).slider("rhymes").target.name == "rhymes"
-    text = steer("find", parrot, "--as", "rhymes", TA, "--quick").out
-    assert f"verdict: {Direction.load(result['direction']).provenance['verdict']['says']}" in text
+
+
+def test_the_table_shows_the_doses_the_random_direction_and_the_verdict(found: FoundDirection) -> None:
+    text = finding_table(found)
+    assert text.endswith("verdict: works")
     assert "random direction, -1" in text
     assert "marker" not in text
