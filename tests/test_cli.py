@@ -128,6 +128,7 @@ def test_no_verb_shows_the_help_and_is_bad_usage(steer: Command) -> None:
         (["find", "a", "Be dry."], ["'Be dry.'", "--as"]),
         (["find", "a", "Be dry.", "--opposite", "Be warm."], ["--opposite", "--as NAME"]),
         (["find", "a", "--as", "../dry", "Be dry."], ["expected a name", "'../dry'"]),
+        (["find", "a", "moralizing", "--dictionary", "d", "--quick"], ["--dictionary", "--quick"]),
         (["find", "a", "--as", "dry", "moralizing"], ["sentence", "'moralizing'"]),
         (["chat", "a", "--slider", "moralizing=loud"], ["NAME=AMOUNT", "'loud'"]),
         (["chat", "a", "--slider", "moralizing"], ["NAME=AMOUNT", "'moralizing'"]),

@@ -69,7 +69,6 @@ def test_the_full_search_still_tries_sites_and_comes_to_the_same_verdict(model: 
     assert full.verdict is not None
     assert full.verdict.says == "works"
     assert "quick" not in full.direction.provenance
-    assert find_trait(model, FEW).verdict is None
 
 
 def test_instructions_that_the_model_cannot_tell_apart_are_too_weak(model: SteeredModel) -> None:
