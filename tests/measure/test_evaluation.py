@@ -198,7 +198,7 @@ def test_a_slider_is_moved_three_times_as_far_as_its_calibrated_range(
     keep_direction(place, make_direction("kindness"))
     profile = tmp_path / "kind.yaml"
     profile.write_text("name: kind\nsliders:\n- {slider: kindness, amount: 1.0, range: [-2.0, 0.5]}\n")
-    run = dict(probes=["capability"], quick=True, dtype="float32")
+    run: dict[str, Any] = {"probes": ["capability"], "quick": True, "dtype": "float32"}
     damaged = steer.evaluate(place, profiles=[profile], damage=True, out=tmp_path / "a", **run)
     sliders = steer.evaluate(place, sliders=[{"kindness": -6.0}], out=tmp_path / "b", **run)
     values = {r["arm"]: r["value"] for r in damaged["probes"][0]["summary"]}
