@@ -206,7 +206,7 @@ class Kinship:
         """The same by kind of tensor, over all blocks."""
         return self._grouped({t.kind: None for t in self.tensors}, lambda t: t.kind)
 
-    def by_block_of(self, kind: str) -> dict[int, Float[np.ndarray, " models"]]:
+    def by_kind_of_block(self, kind: str) -> dict[int, Float[np.ndarray, " models"]]:
         """The same in each block, of one kind of tensor."""
         keys = {t.block: None for t in self.tensors if t.kind == kind and t.block is not None}
         return self._grouped(keys, lambda t: t.block if t.kind == kind else None)
@@ -271,8 +271,8 @@ class Kinship:
         lengths = [n * math.sqrt(self.new(name)) for n, name in zip(self.norms, self.names, strict=True)]
         i = int(np.argmax(lengths))
         yield (
-            f"{self.labels[i]} adds most that is new: {self.new(self.names[i]):.0%} of its difference (squared norm) is outside "
-            f"of what the others mix to, {lengths[i] / self.base_norm:.2%} of the base's norm."
+            f"{self.labels[i]} adds most that is new: {self.new(self.names[i]):.0%} of its difference (squared norm) "
+            f"is outside of what the others mix to, {lengths[i] / self.base_norm:.2%} of the base's norm."
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -561,8 +561,8 @@ class _Comparison:
 
 
 def _products(values: Sequence[_Values], count: int, row: int | None) -> tuple[float, Float[np.ndarray, "filters n n"]]:
-    """The base's squared norm, and the Gram matrix of the others' differences to it, one for each row of `row` elements,
-    or one for all. The base is first in `values`. Differences and products are fp32, summed in float64 by blocks."""
+    """The base's squared norm, and the Gram matrix of the others' differences to it: one for each row of `row` elements, or
+    one for all. The base is first in `values`. Differences and products are fp32, summed in float64 by blocks."""
     models = len(values) - 1
     block = _BLOCK if row is None else row * max(1, _BLOCK // row)
     chunk = block * max(1, _CHUNK // block)
