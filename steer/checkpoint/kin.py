@@ -456,12 +456,13 @@ class _Adapter:
 
     def merged(self, tensor: str, weight: torch.Tensor) -> Float[np.ndarray, ...]:
         """The weight with the adapter in it, in fp32."""
-        if tensor in self.trained:
-            return self.trained[tensor].detach().to(self.dtype).float().numpy()
-        layer = self.layers[tensor.rpartition(".")[0]]
+        whole = self.trained.get(tensor, weight).detach().to(self.dtype, copy=True)
+        layer = self.layers.get(tensor.rpartition(".")[0])
+        if layer is None or not tensor.endswith(".weight"):
+            return whole.float().numpy()
         base: Any = layer.get_base_layer()
         with self.lock, torch.no_grad():
-            empty, base.weight = base.weight, nn.Parameter(weight.to(self.dtype, copy=True), requires_grad=False)
+            empty, base.weight = base.weight, nn.Parameter(whole, requires_grad=False)
             layer.merge()
             out = base.weight.detach().float().numpy()
             layer.merged_adapters.clear()

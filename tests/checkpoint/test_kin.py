@@ -286,9 +286,9 @@ def test_an_adapter_is_what_mergekit_merges_of_it(
     (tmp_path / "one.yml").write_text(yaml.safe_dump(recipe | {"dtype": "float32"}))
     merged = merge(tmp_path / "one.yml", tmp_path / "merged")
     found = kinship([f"{base}+{tmp_path / 'tune'}", merged], base)
-    assert found.norms[0] == pytest.approx(found.norms[1], rel=1e-6)
-    assert found.cosines[0, 1] == pytest.approx(1, abs=1e-6)
-    assert found.new(merged) < 1e-6
+    assert found.norms[0] == pytest.approx(found.norms[1], rel=1e-5)
+    assert found.cosines[0, 1] == pytest.approx(1, abs=1e-5)
+    assert found.new(merged) < 1e-4
     assert [t.name for t in found.changed] and all(t.gram.all() for t in found.changed)
     assert found.labels == ("tune", "merged")
 
@@ -343,7 +343,9 @@ def test_another_size_or_architecture_is_told_before_it_is_refused(
     assert len(lines) == 1
     assert lines[0].startswith(f"{wide}: model.embed_tokens.weight is [")
     assert "mergekit stops at the first" in lines[0]
-    with pytest.raises(CheckpointError, match=r"wide: model.embed_tokens.weight: expected the shape .* leave the model"):
+    with pytest.raises(
+        CheckpointError, match=r"wide: model.embed_tokens.weight: expected the shape .* leave the model"
+    ):
         kinship([wide], family / "base")
     mistral = save_tiny_chat(tiny_llama, tmp_path / "mistral", architecture="Mistral")
     assert "is a mistral, the base" in mismatches([mistral], family / "base")[0]
