@@ -30,10 +30,10 @@ from steer.checkpoint.merge import locate, read_recipe, recipe_models
 from steer.checkpoint.quantised import FLOATS, dequantised
 from steer.checkpoint.reader import BITS, CheckpointFiles, DecodedTensor, TensorInfo, read_into
 from steer.checkpoint.tiny import model_class_of
-from steer.errors import CheckpointError, UsageError
+from steer.errors import CheckpointError, UnsupportedError, UsageError
 
-Advance = Callable[[int], None]
-"""Called with the number of bytes read since the last call."""
+Advance = Callable[[int, int], None]
+"""Called with (bytes read, bytes to read in all), now and then."""
 
 _CHUNK = 1 << 20
 """Elements of each model that are read at a time."""
@@ -304,7 +304,8 @@ def kin(*models: str | Path, base: str | Path | None = None, advance: Advance | 
     """Compare tunes of one base before they are merged. Returns norms, cosines, model_stock's t, and what is new.
 
     `models`: a mergekit recipe (.yml), or models as recipes name them (`directory`, `hub/id`, `model+adapter`) with
-    their `base`. Reads each tensor once, in memory of a few megabytes a model; `advance` is called with the bytes read.
+    their `base`. Reads each tensor once, in memory of a few megabytes a model. `advance` is called with (bytes read,
+    bytes in all).
 
         kinship = steer.kin("recipe.yml")
         print(kinship.cosines, *kinship.sentences())
@@ -318,7 +319,7 @@ def kin(*models: str | Path, base: str | Path | None = None, advance: Advance | 
 def kinship(models: Sequence[str | Path], base: str | Path | None = None, advance: Advance | None = None) -> Kinship:
     """The same for a list of models. Errors: as `kin`."""
     family = Family.of(models, base)
-    return Kinship(family, *_Comparison(family).tensors(advance or (lambda n: None)))
+    return Kinship(family, *_Comparison(family).tensors(advance or (lambda done, total: None)))
 
 
 def mismatches(models: Sequence[str | Path], base: str | Path | None = None) -> list[str]:
@@ -331,11 +332,6 @@ def mismatches(models: Sequence[str | Path], base: str | Path | None = None) -> 
     comparison = _Comparison(family)
     first, *others = comparison.sources
     return [line for other in others for line in _lines(other, first, comparison.anatomy, comparison.map)]
-
-
-def bytes_to_read(models: Sequence[str | Path], base: str | Path | None = None) -> int:
-    """Bytes of all files that `kin` reads. Errors: as `mismatches`."""
-    return sum(shard.size for source in _Comparison(Family.of(models, base)).sources for shard in source.files.shards)
 
 
 # --- the models on disk ---
@@ -362,12 +358,18 @@ class _Source:
         """Read the adapter, if the model has one, before tensors are opened."""
         if self.tune is not None:
             self.adapter = _Adapter(self.folder, self.tune, self.dtype, self.name)
+            lost = [name for name in self.adapter.changed if name not in self.files.tensors]
+            if lost:
+                raise UnsupportedError(
+                    f"{self.name}: the adapter changes {lost[0]}, which {self.folder} holds in another form; merge "
+                    "the two first, by a recipe with this model alone"
+                )
 
     def open(self, tensor: str, stack: ExitStack) -> _Values:
         """The values of a tensor, until the stack is closed."""
         info = self.stored(tensor)
         assert info is not None  # checked before anything is read
-        if self.adapter is not None and self.adapter.changes(tensor):
+        if self.adapter is not None and tensor in self.adapter.changed:
             whole = torch.frombuffer(self.files.read(info), dtype=_DTYPES[info.dtype]).view(info.shape)
             return _Values(
                 "F32", memoryview(self.adapter.merged(tensor, whole).reshape(-1)).cast("B"), None, self.folder
@@ -449,10 +451,10 @@ class _Adapter:
         """Whole weights that the adapter holds, by their names on disk."""
         self.dtype, self.lock = dtype, Lock()
 
-    def changes(self, tensor: str) -> bool:
-        """Whether the adapter changes a tensor."""
-        path, _, last = tensor.rpartition(".")
-        return tensor in self.trained or (path in self.layers and last == "weight")
+    @property
+    def changed(self) -> set[str]:
+        """The tensors that the adapter changes, by the names that they should have on disk."""
+        return {*self.trained, *(f"{path}.weight" for path in self.layers)}
 
     def merged(self, tensor: str, weight: torch.Tensor) -> Float[np.ndarray, ...]:
         """The weight with the adapter in it, in fp32."""
@@ -497,20 +499,17 @@ class _Comparison:
         """Every tensor's kinship, and the bytes that were read."""
         names = self.names
         counts = [self._elements(name) for name in names]
+        sizes = [sum(info.nbytes for source in self.sources if (info := source.stored(name))) for name in names]
         for source in self.sources:
             source.load_adapter()
-        done = []
-
-        def measure(job: tuple[str, int]) -> TensorKinship:
-            found, size = self._measure(*job)
-            done.append(size)
-            advance(size)
-            return found
-
-        # Two threads read and multiply as fast as one disk gives; the products are numpy's and release the interpreter.
+        found, done, total = [], 0, sum(sizes)
+        # Threads read and multiply at the same time: the products are numpy's, which release the interpreter.
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            found = tuple(pool.map(measure, zip(names, counts, strict=True)))
-        return found, sum(done)
+            for tensor, size in zip(pool.map(self._measure, names, counts), sizes, strict=True):
+                found.append(tensor)
+                done += size
+                advance(done, total)
+        return tuple(found), total
 
     def _elements(self, name: str) -> int:
         """How many elements of a tensor all models have. Errors: CheckpointError for one that is missing or that has
@@ -537,7 +536,7 @@ class _Comparison:
                 )
         return min(math.prod(shape) for shape in shapes)
 
-    def _measure(self, name: str, count: int) -> tuple[TensorKinship, int]:
+    def _measure(self, name: str, count: int) -> TensorKinship:
         shape = self.sources[0].stored(name)
         assert shape is not None
         row = shape.shape[-1] if self.family.filter_wise and len(shape.shape) > 1 else None
@@ -555,15 +554,16 @@ class _Comparison:
             kept = np.full(count_of, np.nan) if t is None else (t[:, None] / count_of * squares).sum(0)
         else:
             kept = np.array(self.family.weights or [np.nan] * count_of) * squares.sum(0)
-        found = TensorKinship(
+        return TensorKinship(
             name, block, kind, math.sqrt(base), filters.sum(0), None if t is None else float(t.mean()), kept
         )
-        return found, sum(info.nbytes for source in self.sources if (info := source.stored(name)))
 
 
-def _products(values: Sequence[_Values], count: int, row: int | None) -> tuple[float, Float[np.ndarray, "filters n n"]]:
-    """The base's squared norm, and the Gram matrix of the others' differences to it: one for each row of `row` elements, or
-    one for all. The base is first in `values`. Differences and products are fp32, summed in float64 by blocks."""
+def _products(
+    values: Sequence[_Values], count: int, row: int | None
+) -> tuple[float, Float[np.ndarray, "filters models models"]]:
+    """The base's squared norm, and the Gram matrix of the others' differences to it: one for each row of `row`
+    elements, or one for all. The base comes first in `values`. fp32 within a block, float64 over blocks."""
     models = len(values) - 1
     block = _BLOCK if row is None else row * max(1, _BLOCK // row)
     chunk = block * max(1, _CHUNK // block)
