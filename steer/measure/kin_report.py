@@ -75,7 +75,7 @@ def _order(kinship: Kinship) -> list[int]:
 def _tree(kinship: Kinship) -> Figure:
     figure, ax = axes((4.6, 1.1 + 0.4 * len(kinship.names)))
     dendrogram(_linkage(kinship), orientation="left", labels=_names(kinship), ax=ax, color_threshold=0,
-               above_threshold_color=BLUE)  # fmt: skip
+               above_threshold_color=BLUE, leaf_font_size=9)  # fmt: skip
     ax.invert_yaxis()  # the order of the heat map
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("1 - cosine, mean over pairs")
