@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
@@ -505,7 +506,8 @@ class _Comparison:
         for source in self.sources:
             source.load_adapter()
         found, done, total = [], 0, sum(sizes)
-        with ThreadPoolExecutor(_THREADS) as pool:
+        # Products this thin gain nothing from threads of BLAS, which would wait for each other.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(_THREADS) as pool:
             for tensor, size in zip(pool.map(self._measure, names, counts), sizes, strict=True):
                 found.append(tensor)
                 done += size
