@@ -99,7 +99,7 @@ class Family:
             path,
             method,
             parameters.get("filter_wise") is True,
-            dtype=getattr(torch, raw.get("dtype") or "float32"),
+            dtype=_dtype(raw, path),
         )
         if method != "linear" or "models" not in raw or parameters.get("normalize", True) is not True:
             return family
@@ -109,6 +109,14 @@ class Family:
             return family  # weights that differ from layer to layer
         shares = {m: sum(w for e, w in zip(entries, weights, strict=True) if e == m) / sum(weights) for m in models}
         return cls(**vars(family) | {"weights": tuple(shares[m] for m in family.models)})
+
+
+def _dtype(raw: Mapping[str, Any], path: Path) -> torch.dtype:
+    name = str(raw.get("dtype") or "float32")
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise UsageError(f"{path}: dtype: expected float32, bfloat16 or float16, found {name}; mend the recipe")
+    return found
 
 
 def _others(names: Sequence[str], base: str) -> tuple[str, ...]:
@@ -184,7 +192,7 @@ class Kinship:
         by default all others, gives. Errors: UsageError for a model not compared."""
         i = self._at(candidate)
         others = [j for j in range(len(self.names)) if j != i] if beside is None else [self._at(b) for b in beside]
-        return 1.0 if not others else _outside(self.gram, i, others)
+        return _outside(self.gram, i, others) if others else float(self.norms[i] > 0)
 
     def _at(self, name: str | Path) -> int:
         if str(name) not in self.names:
@@ -488,7 +496,9 @@ class _Comparison:
         self.anatomy = Anatomy.of(base.config, family.base)
         self.map: WriterMap = self.anatomy.find(base.config, base.tensors)
         for source in self.sources:
-            if source.files.config.get("tie_word_embeddings", self.anatomy.layout.tied):
+            config = source.files.config
+            alike = config.get("model_type") == base.config.get("model_type")
+            if alike and Anatomy.of(config, source.name).tied:
                 source.aliases[self.map.head] = self.map.embedding
 
     @property

@@ -130,7 +130,7 @@ def test_what_is_new_counts_a_model_that_is_the_base_and_small_tunes(family: Pat
     found = kin_of(work, "tune", "small", "untouched")
     assert found.norms[2] == 0
     assert found.cosine(work / "untouched", work / "tune") == 0
-    assert found.new(work / "untouched") == 0
+    assert found.new(work / "untouched") == found.new(work / "untouched", []) == 0
     assert found.new(work / "tune", [work / "small", work / "untouched"]) == pytest.approx(0, abs=1e-3)
     assert "untouched is the base: no weight differs." in said(found)
 
@@ -414,6 +414,11 @@ def test_a_base_and_another_model_are_needed(family: Path, tmp_path: Path) -> No
     assert steer.kin(tmp_path / "bare.yml", base=family / "base").left == pytest.approx([1.0])
     with pytest.raises(UsageError, match="expected one recipe, or models and --base"):
         steer.kin(tmp_path / "bare.yml", family / "tune", base=family / "base")
+    (tmp_path / "odd.yml").write_text(yaml.safe_dump(recipe | {"base_model": str(family / "base"), "dtype": "float"}))
+    assert steer.kin(tmp_path / "odd.yml").norms[0] > 0
+    (tmp_path / "odd.yml").write_text(yaml.safe_dump(recipe | {"base_model": str(family / "base"), "dtype": "wide"}))
+    with pytest.raises(UsageError, match=r"odd.yml: dtype: expected float32, bfloat16 or float16, found wide"):
+        steer.kin(tmp_path / "odd.yml")
     with pytest.raises(UsageError, match="expected one of the models"):
         kin_of(family, "tune").new("nobody")
 
