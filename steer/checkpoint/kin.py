@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -104,11 +104,13 @@ class Family:
         if method != "linear" or "models" not in raw or parameters.get("normalize", True) is not True:
             return family
         entries = [recipe_models({"model": entry["model"]})[0] for entry in raw["models"]]
-        weights = [(e.get("parameters") or {}).get("weight", parameters.get("weight")) for e in raw["models"]]
+        weights: list[Any] = [
+            (e.get("parameters") or {}).get("weight", parameters.get("weight")) for e in raw["models"]
+        ]
         if not all(isinstance(w, (int, float)) for w in weights) or not sum(weights):
             return family  # weights that differ from layer to layer
         shares = {m: sum(w for e, w in zip(entries, weights, strict=True) if e == m) / sum(weights) for m in models}
-        return cls(**vars(family) | {"weights": tuple(shares[m] for m in family.models)})
+        return replace(family, weights=tuple(shares[m] for m in family.models))
 
 
 def _dtype(raw: Mapping[str, Any], path: Path) -> torch.dtype:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_anatomies import BLOCKS, TINY
 from tiny_chat import save_tiny_chat
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -439,3 +440,18 @@ def test_progress_counts_the_bytes_that_are_read(family: Path) -> None:
     assert seen[-1] == (found.bytes_read, found.bytes_read)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert found.bytes_read == 3 * sum(t.numel() * 4 for t in weights(family / "base").values())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_tensor_of_every_architecture_has_a_block_and_a_kind(name: str, tmp_path: Path) -> None:
+    base = TINY[name].save(tmp_path / "base", torch.bfloat16)
+    tensors = load_file(base / FILE)
+    tune = {n: t + 0.125 if t.ndim > 1 else t for n, t in tensors.items()}
+    write(tmp_path, "tune", tune)
+    found = kinship([tmp_path / "tune"], base)
+    assert {t.name for t in found.tensors} == {n for n, t in tensors.items() if t.is_floating_point()}
+    assert [t.name for t in found.tensors if t.kind == "other"] == []
+    for block in range(BLOCKS):
+        assert {"attention", "mlp"} <= {t.kind for t in found.tensors if t.block == block}
+    assert {t.kind for t in found.tensors if t.block is None} <= {"embedding", "head", "norm"}
+    assert {t.name for t in found.changed} == {n for n, t in tensors.items() if t.ndim > 1 and t.is_floating_point()}
