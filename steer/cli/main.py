@@ -115,6 +115,32 @@ def merge(
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 
+@app.command(
+    epilog="Examples: `steer kin examples/merge/default.yml --out kin.html` · `steer kin tune-a tune-b --base instruct`"
+)
+def kin(
+    models: Annotated[list[str], typer.Argument(help="A mergekit recipe, or models as recipes name them.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model that these are tunes of; by default the recipe's base_model.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a page with plots, an HTML file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare tunes before a merge: who is nearly whose copy, what is new, how much of each the merge will keep."""
+    from steer.checkpoint.kin import kinship, mismatches
+    from steer.measure.kin_report import write_kin_report
+    from steer.progress import byte_bar
+    from steer.verbs.tables import kin_table
+
+    lines = mismatches(models, base)
+    for line in lines:
+        tell(line)
+    with byte_bar("reading") as advance:
+        found = kinship(models, base, advance)
+    page = [] if out is None else [str(write_kin_report(found, lines, out))]
+    emit({"mismatches": lines, **found.as_json()}, as_json, "\n".join([kin_table(found), *page]))
+
+
 @app.command(epilog="Examples: `steer anatomy merged` · `steer anatomy config.json --json`")
 def anatomy(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or a config.json.")],
