@@ -95,7 +95,7 @@ class Standing:
             return f"after {count} nothing is noticeably better than {self.leader}; more votes would change nothing"
         if not self.votes:
             return f"no votes on {len(self.ratings)} nodes yet"
-        return f"{self.leader} leads after {count}, the best at {best}; it is known at {SURE:.0%}"
+        return f"after {count} {self.leader} leads and is the best at {best}; it counts as known at {SURE:.0%}"
 
     def among(self, nodes: Collection[str]) -> Standing:
         """Return the standing of some of the nodes: their ratings stay, and one of them is the best."""
@@ -155,8 +155,7 @@ def standing(lineage: Lineage) -> Standing:
     """Return the ratings of the nodes in the race: the newest generation that passed, their parent, and earlier nodes
     that may still be the best. All votes of the lineage count."""
     rated = {node.id: node for node in lineage.nodes.values() if node.passed}
-    known, votes = lineage.nodes, lineage.votes
-    everything = rate(list(known), votes, lineage.settings.seed).among(rated)
+    everything = rate(list(rated), lineage.votes, lineage.settings.seed)
     newest = lineage.generations[-1].nodes
     race = {node.id for node in newest} | {node.parent for node in newest}
     race |= {name for name, rating in everything.ratings.items() if rating.best >= LIKELY and rating.votes}
