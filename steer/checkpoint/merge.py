@@ -87,7 +87,7 @@ def merge(
     check_output(out)
     raw = read_recipe(recipe)
     say("1 of 3: getting the models that the recipe names")
-    located = {name: _locate(name, recipe) for name in recipe_models(raw)}
+    located = {name: locate(name, recipe) for name in recipe_models(raw)}
     for name, reference in located.items():
         _check_hub(name, reference, recipe)
     config = validated(_walk(deepcopy(raw), lambda name: located[name]), recipe)
@@ -163,7 +163,7 @@ def input_hashes(recipe: Path) -> dict[str, dict[str, str]]:
 
     Errors: as `merge`.
     """
-    return {name: _input_hashes(_locate(name, recipe)) for name in recipe_models(read_recipe(recipe))}
+    return {name: _input_hashes(locate(name, recipe)) for name in recipe_models(read_recipe(recipe))}
 
 
 def is_merge_of(out: Path, recipe: Path) -> bool:
@@ -204,27 +204,32 @@ def _model_name(value: Any) -> str | None:
         return None
 
 
-def _locate(name: str, recipe: Path) -> dict[str, dict[str, str | None]]:
-    """A model reference in mergekit's long form, with absolute paths. These may contain `+` and `@`, which separate the
-    parts of the short form."""
+def locate(name: str, recipe: Path | None = None) -> dict[str, dict[str, str | None]]:
+    """A model reference in mergekit's long form, `{model: {path, revision}, lora: {path, revision}}`, with absolute
+    paths, or names of the hub. Paths may contain `+` and `@`, which separate the parts of the short form.
+
+    Errors: CheckpointError for a model that is not there, which begins with the recipe's name if that is given.
+    """
     parts = [name] if _beside(name, recipe) else name.split("+")
     return {key: _locate_one(part, recipe, _CONFIGS[key]) for key, part in zip(_CONFIGS, parts, strict=False)}
 
 
-def _locate_one(name: str, recipe: Path, wanted: str) -> dict[str, str | None]:
+def _locate_one(name: str, recipe: Path | None, wanted: str) -> dict[str, str | None]:
+    where = f"{recipe}: " if recipe else ""
     if place := _beside(name, recipe):
         if not (place / wanted).is_file():
-            raise CheckpointError(f"{recipe}: {name}: expected {wanted} in {place}, found none; name a whole model")
+            raise CheckpointError(f"{where}{name}: expected {wanted} in {place}, found none; name a whole model")
         return {"path": str(place.resolve()), "revision": None}
     repo, _, revision = name.partition("@")
     try:
         return {"path": resolve(repo), "revision": revision or None}
     except CheckpointError as e:
-        raise CheckpointError(f"{recipe}: names a model that is not there: {e}") from e
+        raise CheckpointError(f"{where and where + 'names a model that is not there: '}{e}") from e
 
 
-def _beside(name: str, recipe: Path) -> Path | None:
-    return next((p for p in (recipe.parent / name, Path(name)) if p.is_dir()), None)
+def _beside(name: str, recipe: Path | None) -> Path | None:
+    places = [Path(name)] if recipe is None else [recipe.parent / name, Path(name)]
+    return next((p for p in places if p.is_dir()), None)
 
 
 def _check_hub(name: str, reference: Mapping[str, Mapping[str, Any]], recipe: Path) -> None:
