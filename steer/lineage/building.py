@@ -12,6 +12,7 @@ A child lost its mind if, beyond noise, its perplexity on plain prose is at leas
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -235,8 +236,10 @@ def _manifest(place: Path) -> Json:
 def _check_room(lineage: Lineage, node: Node, recipe: Path) -> None:
     needed, free = merge_bytes(recipe), shutil.disk_usage(lineage.place).free
     if needed > free:
-        raise SteerError(f"{lineage.place}: expected {needed / 1e9:.1f} GB free for the merge of {node.id}, found "
-                         f"{free / 1e9:.1f}; free some space, then run the command again")  # fmt: skip
+        raise SteerError(
+            f"{lineage.place}: expected {needed / 1e9:.1f} GB free for the merge of {node.id}, found {free / 1e9:.1f}; "
+            "free some space, then run the command again"
+        ) from OSError(errno.ENOSPC, "no room")
 
 
 def _gate(lineage: Lineage, node: Node) -> Gate:
