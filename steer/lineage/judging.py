@@ -259,8 +259,8 @@ class Judge:
         self._pairs = [p for p in pairs if len(self._alike.get(p, ())) < ALIKE]
         if pairs and not self._pairs:
             raise UsageError(
-                f"{self.lineage.place}: expected nodes that differ, found that all of {', '.join(self.standing.ratings)} "
-                "write the same replies; build another generation"
+                f"{self.lineage.place}: expected nodes that differ, found that all of "
+                f"{', '.join(self.standing.ratings)} write the same replies; build another generation"
             )
         self._plan()
 
@@ -352,7 +352,7 @@ class Judge:
         """Wait for replies to write, and return a node and the chats that it answers; None after `close`."""
         with self._changed:
             while not self._stopped:
-                if self._error is None and (job := self._next_job()):
+                if self._pairs and self._error is None and (job := self._next_job()):
                     return job
                 self._changed.wait()
             return None
