@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from steer.cli.common import Json, emit, stoppable, tell
+from steer.cli.common import ChatTemplate, Dtype, Json, emit, stoppable, tell, unicode_option
 from steer.errors import UsageError
 
 Place = Annotated[Path, typer.Argument(metavar="LINEAGE", help="Directory of a lineage.")]
@@ -89,6 +90,24 @@ def add(
             parameters={name: load_yaml(value.encode(), "--parameter", "a value") for name, value in settings.items()},
         )  # fmt: skip
     emit(result, as_json, evolve.lineage_table(result))
+
+
+@app.command(epilog="Examples: `steer evolve vote lineage` · `steer evolve vote lineage --scene --voter kim`")
+def vote(
+    lineage: Place,
+    voter: Annotated[str | None, typer.Option(help="Who votes. [default: your user name]")] = None,
+    scene: Annotated[bool, typer.Option("--scene", help="Go on with the reply that you choose.")] = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="Begin each chat with this, in place of what ships.", callback=unicode_option)
+    ] = None,
+    dtype: Dtype = None,
+    chat_template: ChatTemplate = None,
+) -> None:
+    """Read two replies, not knowing whose they are, and choose: 1, 2, 3 the same, 4 both bad."""
+    from steer.verbs.vote import vote as run
+
+    with stoppable("every vote is kept, run the same command again to go on"):
+        run(lineage, voter or getpass.getuser(), scene=scene, prompt=prompt)
 
 
 @app.command(epilog="Example: `steer evolve show lineage`")
