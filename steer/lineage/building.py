@@ -186,7 +186,8 @@ def _finished(lineage: Lineage, say: Say) -> Generation:
             # A recipe that mergekit fails on says something of the child. A disk or a model can be mended.
             if type(e) is not SteerError or isinstance(e.__cause__, OSError) or plan.number == 0:
                 raise
-            made.append(replace(node, gate=Gate(False, {}, [one_line(e)])))
+            reason = one_line(e).removeprefix(f"{_recipe_file(lineage, node.id)}: ")
+            made.append(replace(node, gate=Gate(False, {}, [reason])))
             continue
         say(f"{i} of {len(plan.nodes)}: {node.id}: measuring")
         made.append(replace(merged, gate=_gate(lineage, merged)))
