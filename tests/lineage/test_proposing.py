@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def child_of_nothing(recipe: dict[str, Any]) -> Node:
 def grow(lineage: Lineage, parent: str, *moves: Move, gate: Gate | None = None) -> None:
     number = len(lineage.generations)
     nodes = [child(lineage.node(parent), f"{number}{'abc'[i]}", move, "a test") for i, move in enumerate(moves)]
-    lineage.write(Generation(number, [type(n)(**vars(n) | {"gate": gate}) for n in nodes] if gate else nodes))
+    lineage.write(Generation(number, [replace(n, gate=gate) for n in nodes]))
 
 
 def new(model: str, beside: Collection[str]) -> float:
