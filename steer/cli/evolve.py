@@ -10,23 +10,24 @@ import typer
 
 from steer.cli.common import ChatTemplate, Dtype, stoppable, unicode_option
 
-evolve = typer.Typer(help="Evolve a merge by taste: generations, blind votes and their ratings.")
-LineageDir = Annotated[Path, typer.Argument(metavar="LINEAGE", help="The directory of a lineage.")]
+app = typer.Typer(help="Evolve merges by taste: generations, blind votes and their ratings.")
+Place = Annotated[Path, typer.Argument(metavar="LINEAGE", help="Directory of a lineage.")]
 
 
-@evolve.callback()
+@app.callback()
 def group() -> None:
-    """Evolve a merge by taste: generations, blind votes and their ratings."""
+    """Evolve merges by taste: generations, blind votes and their ratings."""
 
 
-@evolve.command(epilog="Examples: `steer evolve vote lineage` · `steer evolve vote lineage --scene --voter kim`")
+@app.command(epilog="Examples: `steer evolve vote lineage` · `steer evolve vote lineage --scene --voter kim`")
 def vote(
-    lineage: LineageDir,
+    lineage: Place,
     voter: Annotated[str | None, typer.Option(help="Who votes. [default: your user name]")] = None,
     scene: Annotated[bool, typer.Option("--scene", help="Go on with the reply that you choose.")] = False,
     prompt: Annotated[
         str | None, typer.Option(help="Begin each chat with this, in place of what ships.", callback=unicode_option)
     ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 160,
     dtype: Dtype = None,
     chat_template: ChatTemplate = None,
 ) -> None:
@@ -34,4 +35,4 @@ def vote(
     from steer.verbs.vote import vote as run
 
     with stoppable("every vote is kept, run the same command again to go on"):
-        run(lineage, voter or getpass.getuser(), scene=scene, prompt=prompt)
+        run(lineage, voter or getpass.getuser(), scene=scene, prompt=prompt, max_new_tokens=max_new_tokens)

@@ -95,7 +95,7 @@ class Standing:
             return f"after {count} nothing is noticeably better than {self.leader}; more votes would change nothing"
         if not self.votes:
             return f"no votes on {len(self.ratings)} nodes yet"
-        return f"after {count} {self.leader} leads and is the best at {best}; it counts as known at {SURE:.0%}"
+        return f"after {count} {self.leader} leads, the best at {best}; that counts as known at {SURE:.0%}"
 
     def among(self, nodes: Collection[str]) -> Standing:
         """Return the standing of some of the nodes: their ratings stay, and one of them is the best."""

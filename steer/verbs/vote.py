@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -13,7 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from steer.errors import UsageError
-from steer.lineage.judging import Choice, Duel, Judge
+from steer.lineage.judging import REPLY, Choice, Duel, Judge
 from steer.lineage.lineage import Lineage
 from steer.plain_text import plain, plain_line
 
@@ -23,8 +24,8 @@ PIPED = "Lines: 1 left, 2 right, 3 the same, 4 both bad, u undo, q leave; other 
 
 
 def vote(
-    place: Path, voter: str, *, scene: bool = False, prompt: str | None = None, stdin: TextIO | None = None,
-    console: Console | None = None,
+    place: Path, voter: str, *, scene: bool = False, prompt: str | None = None, max_new_tokens: int = REPLY.max_new_tokens,
+    stdin: TextIO | None = None, console: Console | None = None,
 ) -> None:  # fmt: skip
     """Show pairs of replies and keep what the voter says of them, until q or the end of input.
 
@@ -32,7 +33,8 @@ def vote(
     Errors: as `Judge`; a voter's mistake is answered in one line, and the votes go on.
     """
     lines = stdin or sys.stdin
-    with Judge(Lineage(place), voter, scene=scene, prompt=prompt) as judge:
+    sampler = replace(REPLY, max_new_tokens=max_new_tokens)
+    with Judge(Lineage(place), voter, scene=scene, prompt=prompt, sampler=sampler) as judge:
         _Ballot(judge, lines, console or Console()).run()
 
 
