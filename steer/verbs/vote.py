@@ -24,8 +24,8 @@ PIPED = "Lines: 1 left, 2 right, 3 the same, 4 both bad, u undo, q leave; other 
 
 
 def vote(
-    place: Path, voter: str, *, scene: bool = False, prompt: str | None = None, max_new_tokens: int = REPLY.max_new_tokens,
-    stdin: TextIO | None = None, console: Console | None = None,
+    place: Path, voter: str, *, scene: bool = False, prompt: str | None = None,
+    max_new_tokens: int = REPLY.max_new_tokens, stdin: TextIO | None = None, console: Console | None = None,
 ) -> None:  # fmt: skip
     """Show pairs of replies and keep what the voter says of them, until q or the end of input.
 
