@@ -166,7 +166,7 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """Stop writing, at the next token, and let go of the models."""
+        """Stop writing, at the next token or when the model that is being loaded is there, and let go of the models."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

@@ -89,7 +89,7 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-m", "steer.cli.main", "evolve", "vote", *map(str, arguments)])
         self.text = ""
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> str:
+    def wait_for(self, pattern: str, seconds: float = 400) -> str:
         """Return the screen's text when it has the pattern after what was waited for before, and forget it."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text)):
