@@ -157,7 +157,7 @@ def standing(lineage: Lineage) -> Standing:
     rated = {node.id: node for node in lineage.nodes.values() if node.passed}
     everything = rate(list(rated), lineage.votes, lineage.settings.seed)
     newest = lineage.generations[-1].nodes
-    race = {node.id for node in newest} | {node.parent for node in newest}
+    race = {node.id for node in newest} | {node.parent for node in newest if node.parent}
     race |= {name for name, rating in everything.ratings.items() if rating.best >= LIKELY and rating.votes}
     return everything.among(race & rated.keys())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+import transformers
 import typer
 from rich.console import Console
 from rich.panel import Panel
@@ -33,6 +35,9 @@ def vote(
     Errors: as `Judge`; a voter's mistake is answered in one line, and the votes go on.
     """
     lines = stdin or sys.stdin
+    # Models are loaded while people read: neither bars nor notices of that may come between the replies.
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("steer.checkpoint.dtypes").setLevel(logging.WARNING)
     sampler = replace(REPLY, max_new_tokens=max_new_tokens)
     with Judge(Lineage(place), voter, scene=scene, prompt=prompt, sampler=sampler) as judge:
         _Ballot(judge, lines, console or Console()).run()

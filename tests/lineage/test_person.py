@@ -35,9 +35,7 @@ def test_a_taste_decides_and_noise_makes_it_err(person: Any) -> None:
     unsure = person.Person({"moralizing": -2.0}, noise=3.0, rng=random.Random(0))
     votes = Counter(unsure.choose(duel) for _ in range(200))
     assert votes["right"] > votes["left"] > 10
-    with pytest.raises(
-        UsageError, match="compliance, repetition, length, found 'kind'"
-    ):
+    with pytest.raises(UsageError, match="compliance, repetition, length, found 'kind'"):
         person.Person({"kind": 1.0})
 
 
