@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from contextlib import suppress
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import transformers
-import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -48,8 +50,19 @@ class _Ballot:
         self.judge, self.stdin, self.console = judge, stdin, console
         self.interactive = stdin.isatty()
         self.said = False
+        self.lines = termios.tcgetattr(stdin) if self.interactive else []
+        """The terminal's attributes for reading lines."""
 
     def run(self) -> None:
+        if not self.interactive:
+            self.votes()
+            return
+        keys = termios.tcgetattr(self.stdin)
+        keys[3] &= ~(termios.ECHO | termios.ICANON)
+        with _mode(self.stdin, keys):
+            self.votes()
+
+    def votes(self) -> None:
         self.say(HELP if self.interactive else PIPED)
         self.say(self.judge.standing.line)
         shown: Duel | None = None
@@ -82,6 +95,8 @@ class _Ballot:
         return duel
 
     def show(self, duel: Duel) -> None:
+        if self.interactive:
+            termios.tcflush(self.stdin, termios.TCIFLUSH)  # a key that was pressed before is no vote on this pair
         self.console.print()
         # In a scene, what is above on the screen: only what is new.
         for role, text in duel.chat if len(duel.chat) < 3 else duel.chat[-2:]:
@@ -90,11 +105,9 @@ class _Ballot:
             self.console.print(Panel(Text(plain(text) or "(no reply)"), title=key, title_align="left"))
 
     def key(self) -> str | None:
-        """Return the key that is pressed; q for Ctrl-D."""
-        try:
-            return typer.getchar().lower()
-        except EOFError:
-            return None
+        """Return the key that is pressed; None for Ctrl-D, or when the terminal is gone."""
+        key = os.read(self.stdin.fileno(), 1)
+        return None if key in (b"", b"\x04") else key.decode(errors="replace").lower()
 
     def line(self) -> str | None:
         """Return the next line that is not blank; None at the end of input."""
@@ -121,7 +134,7 @@ class _Ballot:
 
     def message(self, question: str) -> None:
         """Ask for a message; without text nothing changes."""
-        with suppress(EOFError):
+        with suppress(EOFError), _mode(self.stdin, self.lines):
             if text := input(plain(question)).strip():
                 self.write(text)
 
@@ -132,3 +145,14 @@ class _Ballot:
     def say(self, text: str, style: str | None = None) -> None:
         # Markup is off, because the text may contain what people and models wrote.
         self.console.print(plain(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _mode(terminal: TextIO, attributes: list[Any]) -> Iterator[None]:
+    """Read from a terminal with these attributes inside the block."""
+    before = termios.tcgetattr(terminal)
+    termios.tcsetattr(terminal, termios.TCSADRAIN, attributes)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
