@@ -125,6 +125,7 @@ def terminal(lineage: Lineage) -> Iterator[Callable[..., Terminal]]:
         os.close(one.fd)
 
 
+@pytest.mark.slow
 def test_a_key_is_a_vote_in_a_terminal(lineage: Lineage, terminal: Callable[..., Terminal]) -> None:
     screen = terminal()
     screen.wait_for("─ 2 ─")
@@ -146,6 +147,7 @@ def test_a_key_is_a_vote_in_a_terminal(lineage: Lineage, terminal: Callable[...,
     assert len(lineage.votes) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_with_every_vote_kept(lineage: Lineage, terminal: Callable[..., Terminal]) -> None:
     screen = terminal("--scene")
     screen.wait_for("─ 2 ─")
@@ -158,6 +160,7 @@ def test_ctrl_c_leaves_with_every_vote_kept(lineage: Lineage, terminal: Callable
     assert [len(v.chat) for v in lineage.votes] == [1]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_in_one_line_and_keeps_the_votes(lineage: Lineage) -> None:
     command = [sys.executable, "-m", "steer.cli.main", "evolve", "vote", str(lineage.place), "--voter", "kim"]
     command += ["--max-new-tokens", "6"]
