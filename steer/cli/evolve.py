@@ -97,6 +97,7 @@ def vote(
     prompt: Annotated[
         str | None, typer.Option(help="Begin each chat with this, in place of what ships.", callback=unicode_option)
     ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a reply.")] = 160,
     dtype: Dtype = None,
     chat_template: ChatTemplate = None,
 ) -> None:
@@ -104,7 +105,7 @@ def vote(
     from steer.verbs.vote import vote as run
 
     with stoppable("every vote is kept, run the same command again to go on"):
-        run(lineage, voter or getpass.getuser(), scene=scene, prompt=prompt)
+        run(lineage, voter or getpass.getuser(), scene=scene, prompt=prompt, max_new_tokens=max_new_tokens)
 
 
 @app.command(epilog="Example: `steer evolve show lineage`")

@@ -31,6 +31,7 @@ from pydantic import Field
 from steer.checkpoint.dtypes import ROOM, computing_in
 from steer.checkpoint.reader import CheckpointFiles
 from steer.core.edit import Edit
+from steer.core.names import check_name
 from steer.core.profile import Profile
 from steer.core.sampler import CHAT, Sampler
 from steer.core.small_files import load_yaml
@@ -129,8 +130,10 @@ class Judge:
         chat; by default one that ships. `checkpoint`: returns a node's merged checkpoint, and may merge it again; by
         default the one in the lineage. `most`: how many models are held at once at most; None: as many as memory
         allows. `seed`: of the sides and of ties; None: a different one each time.
-        Errors: UsageError for a lineage without two nodes to compare, and for an empty prompt.
+        Errors: UsageError for a lineage without two nodes to compare, a voter whose name cannot be a file's, and an
+        empty prompt.
         """
+        check_name(voter, "--voter")
         self.lineage, self.voter, self.scene, self.sampler = lineage, voter, scene, sampler
         self._rng = random.Random(seed)
         self._openings = list(Prompts.shipped().openings)
@@ -163,7 +166,7 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """Stop writing, at the next token, and let go of the models."""
+        """Stop writing, at the next token or when the model that is being loaded is there, and let go of the models."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -412,7 +415,7 @@ class _Models:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        model = load(place)
+        model = load(place, name=f"{self.lineage.place}: a node")  # messages must not say which
         where = f"{self.lineage.place}: node {name}: profile"
         profile = None if node.profile is None else Profile.parse(node.profile, where, self.lineage.place)
         self.held[name] = model, None if profile is None else edit_of(model, profile)

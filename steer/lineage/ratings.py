@@ -95,7 +95,7 @@ class Standing:
             return f"after {count} nothing is noticeably better than {self.leader}; more votes would change nothing"
         if not self.votes:
             return f"no votes on {len(self.ratings)} nodes yet"
-        return f"after {count} {self.leader} leads and is the best at {best}; it counts as known at {SURE:.0%}"
+        return f"after {count} {self.leader} leads, the best at {best}; that counts as known at {SURE:.0%}"
 
     def among(self, nodes: Collection[str]) -> Standing:
         """Return the standing of some of the nodes: their ratings stay, and one of them is the best."""
@@ -157,7 +157,7 @@ def standing(lineage: Lineage) -> Standing:
     rated = {node.id: node for node in lineage.nodes.values() if node.passed}
     everything = rate(list(rated), lineage.votes, lineage.settings.seed)
     newest = lineage.newest
-    race = {node.id for node in newest} | {node.parent for node in newest}
+    race = {node.id for node in newest} | {node.parent for node in newest if node.parent}
     race |= {name for name, rating in everything.ratings.items() if rating.best >= LIKELY and rating.votes}
     return everything.among(race & rated.keys())
 

@@ -50,6 +50,7 @@ def load(
     device_map: Any = None,
     four_bit: bool = False,
     chat_template: str | Path | None = None,
+    name: str | None = None,
     **kwargs: Any,
 ) -> SteeredModel:
     """Load a checkpoint and make it steerable.
@@ -66,6 +67,7 @@ def load(
     `four_bit`: quantise the weights to bitsandbytes' NF4 as they are loaded, for a model that does not fit otherwise.
     `chat_template`: a template that ships (chatml, llama3, gemma, mistral, alpaca, plain) or a file, in place of the
     checkpoint's own. Where it is left out, $STEER_CHAT_TEMPLATE takes its place.
+    `name`: what messages call the model; by default `model`.
     Errors: CheckpointError when there is no such model, or no room for it, UnsupportedError for an unknown
     architecture, UsageError for 4 bits without bitsandbytes, a GPU that is not there, an unknown dtype and a template
     that cannot be read.
@@ -73,10 +75,10 @@ def load(
     text = chosen_template(chat_template)  # before the weights are read
     place = resolve(model)
     with _LOADING:
-        hf, tokenizer = read_model(place, str(model), dtype, device_map, four_bit, kwargs)
+        hf, tokenizer = read_model(place, name or str(model), dtype, device_map, four_bit, kwargs)
         if text is not None:
             tokenizer.chat_template = text
-        return SteeredModel(hf, tokenizer, name=str(model), files=files_of(place))
+        return SteeredModel(hf, tokenizer, name=name or str(model), files=files_of(place))
 
 
 class SteeredModel(LoadedModel):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-from contextlib import suppress
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-import typer
+import transformers
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
 from steer.errors import UsageError
 from steer.lineage.building import checkpoint
-from steer.lineage.judging import Choice, Duel, Judge
+from steer.lineage.judging import REPLY, Choice, Duel, Judge
 from steer.lineage.lineage import Lineage
 from steer.plain_text import plain, plain_line
 
@@ -25,8 +30,8 @@ PIPED = "Lines: 1 left, 2 right, 3 the same, 4 both bad, u undo, q leave; other 
 
 
 def vote(
-    place: Path, voter: str, *, scene: bool = False, prompt: str | None = None, stdin: TextIO | None = None,
-    console: Console | None = None,
+    place: Path, voter: str, *, scene: bool = False, prompt: str | None = None,
+    max_new_tokens: int = REPLY.max_new_tokens, stdin: TextIO | None = None, console: Console | None = None,
 ) -> None:  # fmt: skip
     """Show pairs of replies and keep what the voter says of them, until q or the end of input.
 
@@ -34,8 +39,13 @@ def vote(
     Errors: as `Judge`; a voter's mistake is answered in one line, and the votes go on.
     """
     lines = stdin or sys.stdin
-    lineage = Lineage(place)
-    with Judge(lineage, voter, scene=scene, prompt=prompt, checkpoint=partial(checkpoint, lineage)) as judge:
+    # Models are loaded while people read: neither bars nor notices of that may come between the replies.
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("steer.checkpoint.dtypes").setLevel(logging.WARNING)
+    lineage, sampler = Lineage(place), replace(REPLY, max_new_tokens=max_new_tokens)
+    with Judge(
+        lineage, voter, scene=scene, prompt=prompt, checkpoint=partial(checkpoint, lineage), sampler=sampler
+    ) as judge:
         _Ballot(judge, lines, console or Console()).run()
 
 
@@ -44,8 +54,19 @@ class _Ballot:
         self.judge, self.stdin, self.console = judge, stdin, console
         self.interactive = stdin.isatty()
         self.said = False
+        self.lines = termios.tcgetattr(stdin) if self.interactive else []
+        """The terminal's attributes for reading lines."""
 
     def run(self) -> None:
+        if not self.interactive:
+            self.votes()
+            return
+        keys = termios.tcgetattr(self.stdin)
+        keys[3] &= ~(termios.ECHO | termios.ICANON)
+        with _mode(self.stdin, keys):
+            self.votes()
+
+    def votes(self) -> None:
         self.say(HELP if self.interactive else PIPED)
         self.say(self.judge.standing.line)
         shown: Duel | None = None
@@ -78,6 +99,8 @@ class _Ballot:
         return duel
 
     def show(self, duel: Duel) -> None:
+        if self.interactive:
+            termios.tcflush(self.stdin, termios.TCIFLUSH)  # a key that was pressed before is no vote on this pair
         self.console.print()
         # In a scene, what is above on the screen: only what is new.
         for role, text in duel.chat if len(duel.chat) < 3 else duel.chat[-2:]:
@@ -86,11 +109,9 @@ class _Ballot:
             self.console.print(Panel(Text(plain(text) or "(no reply)"), title=key, title_align="left"))
 
     def key(self) -> str | None:
-        """Return the key that is pressed; q for Ctrl-D."""
-        try:
-            return typer.getchar().lower()
-        except EOFError:
-            return None
+        """Return the key that is pressed; None for Ctrl-D, or when the terminal is gone."""
+        key = os.read(self.stdin.fileno(), 1)
+        return None if key in (b"", b"\x04") else key.decode(errors="replace").lower()
 
     def line(self) -> str | None:
         """Return the next line that is not blank; None at the end of input."""
@@ -117,7 +138,7 @@ class _Ballot:
 
     def message(self, question: str) -> None:
         """Ask for a message; without text nothing changes."""
-        with suppress(EOFError):
+        with suppress(EOFError), _mode(self.stdin, self.lines):
             if text := input(plain(question)).strip():
                 self.write(text)
 
@@ -128,3 +149,14 @@ class _Ballot:
     def say(self, text: str, style: str | None = None) -> None:
         # Markup is off, because the text may contain what people and models wrote.
         self.console.print(plain(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _mode(terminal: TextIO, attributes: list[Any]) -> Iterator[None]:
+    """Read from a terminal with these attributes inside the block."""
+    before = termios.tcgetattr(terminal)
+    termios.tcsetattr(terminal, termios.TCSADRAIN, attributes)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)

@@ -116,7 +116,7 @@ def test_the_best_is_known_at_nine_in_ten() -> None:
     assert found.settled
     best, end = f"{found.ratings['a'].best:.0%}", "more votes would change nothing"
     assert found.line == f"a is the best at {best} after {len(votes)} votes; {end}"
-    assert rate(["a", "b"], votes[:1]).line.startswith("after 1 vote a leads and is the best at ")
+    assert rate(["a", "b"], votes[:1]).line.startswith("after 1 vote a leads, the best at ")
     assert rate(["a", "b"], []).line == "no votes on 2 nodes yet"
 
 
@@ -194,7 +194,7 @@ def test_half_a_round_robins_votes_are_enough_and_random_pairs_take_more(monkeyp
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "evolve")
     pairs = importlib.import_module("pairs")
     spent: Counter[str] = Counter()
-    for seed, way in product(range(3), pairs.WAYS):
+    for seed, way in product(range(2), pairs.WAYS):
         found = pairs.run(way, nodes=12, seed=seed, limit=300)
         spent[way] += found.votes
         assert found.lost < 0.3 or way != "most telling"
