@@ -19,8 +19,10 @@ from steer.measure.drawing import page
 from steer.plain_text import plain, plain_line
 
 TREE = "tree.html"
-_DESK, _PHONE = (1000, 180), (340, 80)
-"""(width of the picture, width of a node's box) in pixels."""
+_DESK, _PHONE = 1000, 340
+"""Widths of the picture in pixels."""
+_NARROW, _WIDE = 80, 180
+"""Least and most pixels that a box is wide."""
 _BOX, _GAP, _BETWEEN = 58, 5, 34
 """Height of a box, the space between boxes, and that between generations, where the edges are drawn."""
 _LETTER = 6.6
@@ -39,7 +41,7 @@ def write_tree(lineage: Lineage, standing: Any, path: Path) -> Path:
         "name": plain_line(lineage.place.resolve().name),
         "line": plain_line(standing.line),
         "generations": [(g.number, [cards[node.id] for node in g.nodes]) for g in generations],
-        "pictures": [_picture(generations, trail, *size) for size in (_DESK, _PHONE)],
+        "pictures": [_picture(generations, trail if votes else [], width) for width in (_DESK, _PHONE)],
         "cards": cards,
         "trail": trail,
         "winner": winner.id if winner else None,
@@ -71,8 +73,13 @@ class Box:
     """What the node changes, cut to the width of the box."""
 
 
-def layout(generations: Sequence[Generation], width: float, box: float) -> list[Box]:
-    """Return a box for each node: a line for each generation, or several where it does not fit into the width."""
+def layout(generations: Sequence[Generation], width: float) -> tuple[list[Box], float]:
+    """Return a box for each node, and the width of all boxes.
+
+    A generation is a line of boxes, or several where it does not fit into the picture's `width`.
+    """
+    most = max((len(g.nodes) for g in generations), default=1)
+    box = min(_WIDE, max(_NARROW, width / most - _GAP))
     places, y, fit = [], 0.0, max(1, int((width + _GAP) // (box + _GAP)))
     for generation in generations:
         for first in range(0, len(generation.nodes), fit):
@@ -84,7 +91,7 @@ def layout(generations: Sequence[Generation], width: float, box: float) -> list[
             ]
             y += _BOX + _GAP
         y += _BETWEEN - _GAP
-    return places
+    return places, box
 
 
 def label(move: Move) -> str:
@@ -100,9 +107,10 @@ def label(move: Move) -> str:
     return plain_line(_SIGNS[move.kind] + str(changed)).strip()
 
 
-def _picture(generations: Sequence[Generation], trail: Sequence[str], width: int, box: int) -> dict[str, Any]:
+def _picture(generations: Sequence[Generation], trail: Sequence[str], width: int) -> dict[str, Any]:
     """Return what the template draws: boxes, and edges as (from, to, whether on the path to the winner)."""
-    places = {place.node: place for place in layout(generations, width, box)}
+    boxes, box = layout(generations, width)
+    places = {place.node: place for place in boxes}
     parents = {node.id: node.parent for generation in generations for node in generation.nodes}
     edges = [
         (places[parent], place, node in trail and parent in trail)
@@ -111,12 +119,13 @@ def _picture(generations: Sequence[Generation], trail: Sequence[str], width: int
     ]
     edges.sort(key=lambda edge: edge[2])  # the path to the winner lies on top
     height = max((place.y for place in places.values()), default=0) + _BOX
-    return {"width": width, "height": height, "box": box, "tall": _BOX, "boxes": places.values(), "edges": edges}
+    return {"width": width, "height": height, "box": box, "tall": _BOX, "boxes": boxes, "edges": edges}
 
 
 def _card(node: Node, nodes: Mapping[str, Node], standing: Any) -> dict[str, Any]:
     """Return what is shown of a node, and what the page compares two nodes by."""
-    rating = standing.ratings.get(node.id)
+    found = standing.ratings.get(node.id)
+    rating = {name: getattr(found, name) for name in ("value", "low", "high", "best", "votes")} if found else None
     return {
         "id": node.id,
         "parent": node.parent,
@@ -126,10 +135,8 @@ def _card(node: Node, nodes: Mapping[str, Node], standing: Any) -> dict[str, Any
         "passed": node.passed,
         "reasons": [plain_line(reason) for reason in node.gate.reasons] if node.gate else [],
         "figures": {plain_line(name): figure for name, figure in node.gate.figures.items()} if node.gate else {},
-        "rating": {"value": rating.value, "low": rating.low, "high": rating.high, "best": rating.best, "votes": rating.votes}
-        if rating
-        else None,
-    }  # fmt: skip
+        "rating": rating,
+    }
 
 
 def _ancestors(node: Node | None, nodes: Mapping[str, Node]) -> list[Node]:
