@@ -3,7 +3,7 @@
     LINEAGE/
       lineage.json            the pool of models, and how many children a generation has
       generations/0003.json   one whole generation: recipes, moves, hashes and what the gate measured; never changed
-      votes/NAME.jsonl        what one voter chose, a line per vote, added and synced one by one
+      votes/NAME.jsonl        what one voter chose, a line per vote or vote taken back, added and synced one by one
       models/3b/              the merged checkpoint of a node in the race; others are made again from their recipes
       replies/                replies that were written ahead
 
@@ -16,10 +16,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import Field
 from pydantic_core import to_jsonable_python
@@ -116,6 +117,15 @@ class Vote:
 
 
 @checked
+class Undo:
+    """A voter takes a vote back. Its line stays in the file, and no longer counts."""
+
+    undo: Number
+    """The time of the vote."""
+    time: Number
+
+
+@checked
 class Settings:
     """What holds for a whole lineage."""
 
@@ -181,18 +191,10 @@ class Lineage:
 
     @property
     def votes(self) -> list[Vote]:
-        """Every vote of everyone, in the order of time. A line that a crash cut off is left out."""
-        out = []
-        for file in sorted((self.place / VOTES).glob("*.jsonl")):
-            lines = file.read_bytes().split(b"\n")
-            for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was not written to its end
-                where = f"{file}: line {number}"
-                try:
-                    raw = parse_json(line)
-                except ValueError as e:
-                    raise CheckpointError(f"{where}: expected a vote, found no JSON ({e}); delete the line") from e
-                out.append(from_file(Vote, raw, where))
-        return sorted(out, key=lambda vote: vote.time)
+        """Every vote of everyone that was not taken back, in the order of time. A line that a crash cut off is left
+        out."""
+        files = sorted((self.place / VOTES).glob("*.jsonl"))
+        return sorted((vote for file in files for vote in _votes(file, file.read_bytes())), key=lambda vote: vote.time)
 
     def vote(
         self, a: str, b: str, outcome: Outcome, *, chat: Sequence[tuple[str, str]], replies: Sequence[str],
@@ -202,15 +204,56 @@ class Lineage:
 
         Errors: UsageError for a voter whose name cannot be a file's.
         """
-        check_name(voter, "--voter")
-        vote = Vote(a, b, outcome, [list(m) for m in chat], list(replies), left, voter, time.time())
-        file = self.place / VOTES / f"{voter}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "ab+") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            f.seek(0)
-            f.truncate(f.read().rfind(b"\n") + 1)  # a crash may have cut off the last line
-            f.write(json.dumps(to_jsonable_python(vote)).encode() + b"\n")
-            f.flush()
-            os.fsync(f.fileno())
+        with self._file_of(voter) as (file, _):
+            vote = Vote(a, b, outcome, [list(m) for m in chat], list(replies), left, voter, time.time())
+            _append(file, vote)
         return vote
+
+    def undo(self, voter: str) -> Vote:
+        """Take the voter's last vote back, and return it.
+
+        Errors: UsageError for a voter without votes.
+        """
+        with self._file_of(voter) as (file, votes):
+            if not votes:
+                raise UsageError(f"undo: expected a vote of {voter} to take back, found none")
+            _append(file, Undo(votes[-1].time, time.time()))
+        return votes[-1]
+
+    @contextmanager
+    def _file_of(self, voter: str) -> Iterator[tuple[BinaryIO, list[Vote]]]:
+        """Hold a voter's file, and yield it at its end with the votes in it that count."""
+        check_name(voter, "--voter")
+        place = self.place / VOTES / f"{voter}.jsonl"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            data = file.read()
+            file.truncate(data.rfind(b"\n") + 1)  # a crash may have cut off the last line
+            yield file, _votes(place, data)
+
+
+def _append(file: BinaryIO, line: Vote | Undo) -> None:
+    file.write(json.dumps(to_jsonable_python(line)).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _votes(file: Path, data: bytes) -> list[Vote]:
+    """The votes in the lines of a voter's file that were not taken back."""
+    out: list[Vote] = []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):  # what follows the last newline was not written to its end
+        where = f"{file}: line {number}"
+        try:
+            raw = parse_json(line)
+        except ValueError as e:
+            raise CheckpointError(f"{where}: expected a vote, found no JSON ({e}); delete the line") from e
+        if isinstance(raw, dict) and "undo" in raw:
+            undone = from_file(Undo, raw, where).undo
+            if not any(vote.time == undone for vote in out):
+                raise CheckpointError(f"{where}: expected the time of a vote above, found {undone}; delete the line")
+            out = [vote for vote in out if vote.time != undone]
+        else:
+            out.append(from_file(Vote, raw, where))
+    return out
