@@ -243,7 +243,9 @@ def _append(file: BinaryIO, line: Vote | Undo) -> None:
 def _votes(file: Path, data: bytes) -> list[Vote]:
     """The votes in the lines of a voter's file that were not taken back."""
     out: list[Vote] = []
-    for number, line in enumerate(data.split(b"\n")[:-1], 1):  # what follows the last newline was not written to its end
+    for number, line in enumerate(
+        data.split(b"\n")[:-1], 1
+    ):  # what follows the last newline was not written to its end
         where = f"{file}: line {number}"
         try:
             raw = parse_json(line)

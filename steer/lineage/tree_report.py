@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from steer.core.small_files import dump_yaml
 from steer.files import write_atomic
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Vote
+from steer.lineage.ratings import Rating, Standing, rate
 from steer.measure.drawing import page
 from steer.plain_text import plain, plain_line
 
@@ -30,13 +30,17 @@ _LETTER = 6.6
 _SIGNS = {"add": "+ ", "remove": "− ", "base": "base ", "weight": "weight of ", "method": "", "profile": "sliders "}
 
 
-def write_tree(lineage: Lineage, standing: Any, path: Path) -> Path:
-    """Write the family tree as a self-contained page and return its path. `standing`: the ratings over all votes."""
+def write_tree(lineage: Lineage, standing: Standing, path: Path) -> Path:
+    """Write the family tree as a self-contained page and return its path. `standing`: of the nodes in the race."""
     generations, votes = lineage.generations, lineage.votes
     nodes = {node.id: node for generation in generations for node in generation.nodes}
-    winner = nodes.get(standing.leader) or next(iter(nodes.values()), None)
+    winner = nodes[standing.leader]
     trail = [node.id for node in _ancestors(winner, nodes)]
-    cards = {node.id: _card(node, nodes, standing) for node in nodes.values()}
+    everyone = rate(list(nodes), votes, lineage.settings.seed).ratings
+    cards = {
+        node.id: _card(node, nodes) | {"rating": _rating(node.id, everyone[node.id], standing)}
+        for node in nodes.values()
+    }
     values = {
         "name": plain_line(lineage.place.resolve().name),
         "line": plain_line(standing.line),
@@ -44,17 +48,15 @@ def write_tree(lineage: Lineage, standing: Any, path: Path) -> Path:
         "pictures": [_picture(generations, trail if votes else [], width) for width in (_DESK, _PHONE)],
         "cards": cards,
         "trail": trail,
-        "winner": winner.id if winner else None,
-        "recipe": plain(yaml.safe_dump(winner.recipe, sort_keys=False, allow_unicode=True)) if winner else "",
-        "profile": plain(yaml.safe_dump(winner.profile, sort_keys=False, allow_unicode=True))
-        if winner and winner.profile
-        else "",
-        "scale": _scale([end for r in standing.ratings.values() for end in (r.low, r.high)]),
+        "winner": winner.id,
+        "recipe": _yaml(winner.recipe),
+        "profile": _yaml(winner.profile) if winner.profile else "",
+        "scale": _scale([end for r in everyone.values() for end in (r.low, r.high)]),
         "scales": {
             name: _scale([c["figures"][name] for c in cards.values() if name in c["figures"]])
             for name in dict.fromkeys(name for c in cards.values() for name in c["figures"])
         },
-        "start": next(iter(cards.values()))["figures"] if cards else {},
+        "start": next(iter(cards.values()))["figures"],
         "voters": len({vote.voter for vote in votes}),
         "votes": [_vote(vote) for vote in votes],
         "at": _at,
@@ -122,10 +124,8 @@ def _picture(generations: Sequence[Generation], trail: Sequence[str], width: int
     return {"width": width, "height": height, "box": box, "tall": _BOX, "boxes": boxes, "edges": edges}
 
 
-def _card(node: Node, nodes: Mapping[str, Node], standing: Any) -> dict[str, Any]:
+def _card(node: Node, nodes: Mapping[str, Node]) -> dict[str, Any]:
     """Return what is shown of a node, and what the page compares two nodes by."""
-    found = standing.ratings.get(node.id)
-    rating = {name: getattr(found, name) for name in ("value", "low", "high", "best", "votes")} if found else None
     return {
         "id": node.id,
         "parent": node.parent,
@@ -135,16 +135,23 @@ def _card(node: Node, nodes: Mapping[str, Node], standing: Any) -> dict[str, Any
         "passed": node.passed,
         "reasons": [plain_line(reason) for reason in node.gate.reasons] if node.gate else [],
         "figures": {plain_line(name): figure for name, figure in node.gate.figures.items()} if node.gate else {},
-        "rating": rating,
     }
 
 
-def _ancestors(node: Node | None, nodes: Mapping[str, Node]) -> list[Node]:
+def _rating(node: str, rating: Rating, standing: Standing) -> dict[str, Any] | None:
+    """Return a node's rating, with its probability of being the best of the race; None for one without votes."""
+    if not rating.votes:
+        return None
+    race = standing.ratings.get(node)
+    return {"value": rating.value, "low": rating.low, "high": rating.high, "best": race and race.best,
+            "votes": rating.votes, "bad": rating.bad}  # fmt: skip
+
+
+def _ancestors(node: Node, nodes: Mapping[str, Node]) -> list[Node]:
     """Return a node, its parent, and so on to the start."""
-    found: list[Node] = []
-    while node is not None and node not in found:
-        found.append(node)
-        node = nodes.get(node.parent or "")
+    found = [node]
+    while (parent := nodes.get(found[-1].parent or "")) and parent not in found:
+        found.append(parent)
     return found
 
 
@@ -154,6 +161,10 @@ def _vote(vote: Vote) -> dict[str, Any]:
         "chat": [[plain(role), plain(text)] for role, text in vote.chat],
         "replies": [plain(reply) for reply in vote.replies],
     }  # fmt: skip
+
+
+def _yaml(value: Any) -> str:
+    return plain(dump_yaml(value).decode())
 
 
 def _scale(values: Sequence[float]) -> tuple[float, float]:

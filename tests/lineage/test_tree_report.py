@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Settings
+from steer.lineage.ratings import standing
 from steer.lineage.tree_report import label, layout, write_tree
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> & \u2028 \u202e ]]> <!--"
@@ -35,18 +35,6 @@ def lineage(place: Path, generations: int = 1, children: int = 3, text: str = "a
     return made
 
 
-def standing(lineage: Lineage, leader: str = "0") -> SimpleNamespace:
-    votes = lineage.votes
-    ratings = {
-        node.id: SimpleNamespace(
-            value=i / 7, low=i / 7 - 1, high=i / 7 + 1, best=0.5, votes=sum(node.id in (v.a, v.b) for v in votes)
-        )
-        for i, node in enumerate(lineage.nodes.values())
-        if node.passed
-    }
-    return SimpleNamespace(ratings=ratings, leader=leader, line=f"{leader} is the best so far.")
-
-
 class Elements(HTMLParser):
     """What a browser would make of a page: its elements, and all text outside of scripts."""
 
@@ -68,18 +56,24 @@ class Elements(HTMLParser):
         return {a.get("id") or "": a.get("class") or "" for t, a in self.tags if t == of}
 
 
-def written(lineage: Lineage, leader: str = "0") -> Elements:
-    return Elements(write_tree(lineage, standing(lineage, leader), lineage.place / "tree.html").read_text("utf-8"))
+def written(lineage: Lineage) -> Elements:
+    return Elements(write_tree(lineage, standing(lineage), lineage.place / "tree.html").read_text("utf-8"))
+
+
+def vote(lineage: Lineage, better: str, worse: str, text: str = "Hello?") -> None:
+    lineage.vote(better, worse, "a", chat=[("user", text)], replies=[text, text], left="b", voter="kim")
 
 
 def test_every_merge_has_a_box_in_both_pictures_and_a_card_with_what_it_changed(tmp_path: Path) -> None:
-    page = written(lineage(tmp_path / "noir", 3), "2a")
+    made = lineage(tmp_path / "noir", 3)
+    vote(made, "2a", "2b")
+    page = written(made)
     cards = page.classes("article")
     assert list(cards) == [f"node-{n}" for n in ("0", "1a", "1b", "1c", "2a", "2b", "2c")]
     links = [a["href"] for t, a in page.tags if t == "a"]
-    assert all(links.count(f"#{card}") == 2 for card in cards)
+    assert {links.count(f"#{card}") for card in cards if card != "node-2a"} == {2}
     assert sum(t == "path" for t, _ in page.tags) == 2 * 6
-    for said in ("2a is the best so far.", "+ prose-2b", "Generation 2, children of 1a", "perplexity 3.0 -> 900"):
+    for said in ("after 1 vote 2a leads", "+ prose-2b", "Generation 2, children of 1a", "perplexity 3.0 -> 900"):
         assert said in page.text
     assert "out" in cards["node-1c"].split()
     assert "- model: /models/prose-2a" in page.text
@@ -88,33 +82,28 @@ def test_every_merge_has_a_box_in_both_pictures_and_a_card_with_what_it_changed(
 
 def test_the_path_to_the_winner_is_marked_once_there_are_votes(tmp_path: Path) -> None:
     made = lineage(tmp_path / "noir", 3)
-    assert not any("best" in (a.get("class") or "").split() for _, a in written(made, "2b").tags)
-    made.vote("1b", "2b", "b", chat=[("user", "Hello?")], replies=["No.", "Yes?"], left="a", voter="kim")
-    page = written(made, "2b")
+    assert not any("best" in (a.get("class") or "").split() for _, a in written(made).tags)
+    vote(made, "2b", "1b")
+    page = written(made)
     best = [card for card, names in page.classes("article").items() if "best" in names.split()]
     assert best == ["node-0", "node-1a", "node-2b"]
     assert [card for card, names in page.classes("article").items() if "winner" in names.split()] == ["node-2b"]
     assert sum("best" in (a.get("class") or "").split() for t, a in page.tags if t == "path") == 2 * 2
-    folded = {a.get("data-node"): 1 for t, a in page.tags if t == "details"}
-    assert folded == {"1b": 1, "2b": 1}
+    assert [a["data-node"] for t, a in page.tags if t == "details"] == ["1b", "2b"]
     assert "1 vote of 1 person" in " ".join(page.text.split())
 
 
-@pytest.mark.parametrize("generations", [0, 1, 20])
-def test_no_generation_one_merge_and_sixty_are_pages(tmp_path: Path, generations: int) -> None:
-    if generations:
-        made = lineage(tmp_path / "noir", generations, 3)
-    else:
-        made = Lineage.create(tmp_path / "noir", Settings([]))
-    page = written(made)
-    assert len(page.classes("article")) == max(0, 1 + (generations - 1) * 3)
+@pytest.mark.parametrize("generations", [1, 20])
+def test_one_merge_and_sixty_without_votes_are_pages(tmp_path: Path, generations: int) -> None:
+    page = written(lineage(tmp_path / "noir", generations, 3))
+    assert len(page.classes("article")) == 1 + (generations - 1) * 3
     assert ("select" in {t for t, _ in page.tags}) == (generations > 1)
 
 
 def test_text_of_strangers_stays_text_and_nothing_is_fetched(tmp_path: Path) -> None:
     made = lineage(tmp_path / "noir", 2, text=" ".join(HOSTILE.split()))
-    made.vote("0", "1a", "same", chat=[("user", HOSTILE)], replies=[HOSTILE, HOSTILE], left="a", voter="kim")
-    raw = write_tree(made, standing(made, "1a"), tmp_path / "tree.html").read_text("utf-8")
+    vote(made, "1a", "0", HOSTILE)
+    raw = write_tree(made, standing(made), tmp_path / "tree.html").read_text("utf-8")
     page = Elements(raw)
     assert sum(t == "script" for t, _ in page.tags) == 2
     assert "img" not in {t for t, _ in page.tags}
