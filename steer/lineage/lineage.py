@@ -78,7 +78,7 @@ class Node:
     profile: dict[str, Any] | None = None
     """Sliders that are part of the node."""
     gate: Gate | None = None
-    """None for the start, which others are measured against."""
+    """None for a start that was not measured. Others are measured against the start, which always passes."""
     inputs: dict[str, dict[str, Line]] = field(default_factory=dict)
     """sha256 of each file that the merge read, by model."""
     weights: dict[str, Line] = field(default_factory=dict)
@@ -134,6 +134,8 @@ class Settings:
     children: Annotated[Count, Field(ge=1)] = 3
     """How many children a generation has."""
     seed: Count = 0
+    written: dict[str, Line] = field(default_factory=dict)
+    """How the start's recipe and the user wrote the model of each absolute path, for exported recipes."""
 
 
 class Lineage:
