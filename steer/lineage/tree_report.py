@@ -15,6 +15,7 @@ from steer.core.small_files import dump_yaml
 from steer.files import write_atomic
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Vote
 from steer.lineage.ratings import Rating, Standing, rate
+from steer.lineage.recipes import describe
 from steer.measure.drawing import page
 from steer.plain_text import plain, plain_line
 
@@ -97,7 +98,7 @@ def layout(generations: Sequence[Generation], width: float) -> tuple[list[Box], 
 
 
 def label(move: Move) -> str:
-    """Return what a move changes in a few words: `+ prose`."""
+    """Return what a move changes in as few letters as a narrow box has: `+ prose`, of the adapter alone."""
     if move.kind == "start":
         return "start"
     model = (move.model or "").rstrip("/").rpartition("/")[2]
@@ -129,8 +130,8 @@ def _card(node: Node, nodes: Mapping[str, Node]) -> dict[str, Any]:
     return {
         "id": node.id,
         "parent": node.parent,
-        "label": label(node.move),
-        "moves": [f"{n.id}: {label(n.move)}" for n in reversed(_ancestors(node, nodes))],
+        "label": plain_line(describe(node.move)),
+        "moves": [f"{n.id}: {plain_line(describe(n.move))}" for n in reversed(_ancestors(node, nodes))],
         "why": plain_line(node.why),
         "passed": node.passed,
         "reasons": [plain_line(reason) for reason in node.gate.reasons] if node.gate else [],
