@@ -7,6 +7,7 @@ This is what `steer.load` returns, and where the parts of `steer.model` meet: `l
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -37,6 +38,9 @@ from steer.model.tokens import check_length
 ROWS = 192
 """How many replies are written together at most. On two cores with AVX2 a token of a 135M Llama costs 0.75 of what it
 does among 96: products of fewer rows wait for the weights."""
+_LOADING = threading.Lock()
+"""Models are loaded one at a time: transformers changes torch's global state while it builds one, and another that is
+built meanwhile comes out with random weights."""
 
 
 def load(
@@ -68,10 +72,11 @@ def load(
     """
     text = chosen_template(chat_template)  # before the weights are read
     place = resolve(model)
-    hf, tokenizer = read_model(place, str(model), dtype, device_map, four_bit, kwargs)
-    if text is not None:
-        tokenizer.chat_template = text
-    return SteeredModel(hf, tokenizer, name=str(model), files=files_of(place))
+    with _LOADING:
+        hf, tokenizer = read_model(place, str(model), dtype, device_map, four_bit, kwargs)
+        if text is not None:
+            tokenizer.chat_template = text
+        return SteeredModel(hf, tokenizer, name=str(model), files=files_of(place))
 
 
 class SteeredModel(LoadedModel):
