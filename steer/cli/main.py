@@ -18,6 +18,7 @@ import typer
 
 from steer.cli import bake as cli_bake
 from steer.cli import dictionaries as cli_dictionaries
+from steer.cli import evolve as cli_evolve
 from steer.cli import live as cli_live
 from steer.cli import measure as cli_measure
 from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
@@ -216,6 +217,7 @@ app.command(
     epilog="Examples: `steer eval merged --slider moralizing=-1 --against calm --quick` · "
     "`steer eval --compare monday/eval.json friday/eval.json`",
 )(cli_measure.evaluate)
+app.add_typer(cli_evolve.evolve, name="evolve")
 app.command(epilog="Example: `steer serve merged --profile profiles/`")(cli_live.serve)
 app.command(epilog="Examples: `steer ui merged` · `steer ui --server http://127.0.0.1:8321`")(cli_live.ui)
 

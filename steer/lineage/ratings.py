@@ -67,8 +67,8 @@ class Standing:
 
     @property
     def leader(self) -> str:
-        """The node with the highest rating; of several the first."""
-        return max(self.ratings, key=lambda node: self.ratings[node].value)
+        """The node with the highest rating; of equal ones the first."""
+        return max(self.ratings, key=lambda node: round(self.ratings[node].value, 6))
 
     @property
     def known(self) -> bool:

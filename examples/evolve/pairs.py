@@ -1,6 +1,6 @@
 """How many votes three ways of choosing pairs take until more votes would change nothing, on made-up nodes.
 
-    python examples/evolve/compare.py OUT --nodes 8 --seeds 20
+    python examples/evolve/pairs.py OUT --nodes 8 --seeds 20
 
 The tastes of the nodes are drawn from a normal distribution of deviation `--spread`, in log-odds; a simulated person
 chooses by them with a logistic error, and calls replies equal now and then. No model runs. Writes `OUT/pairs.md` with a
@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations, cycle
+from itertools import combinations, cycle, islice
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated
@@ -39,59 +39,65 @@ class Run:
     """How one person's votes went."""
 
     votes: int
-    """Until more votes would change nothing, or `LIMIT`."""
+    """Until more votes would change nothing, or the limit."""
     lost: float
     """By how much the best node is better than the one that was chosen, in log-odds."""
 
 
-def by_information(names: list[str], rng: random.Random) -> Iterator[Callable[[Standing], Pair]]:
+def most_telling(names: list[str], rng: random.Random, now: Callable[[], Standing]) -> Iterator[Pair]:
     """The pair whose vote tells most about which node is the best."""
     while True:
-        yield lambda standing: next_pair(standing) or (names[0], names[1])
+        yield next_pair(now()) or (names[0], names[1])
 
 
-def round_robin(names: list[str], rng: random.Random) -> Iterator[Callable[[Standing], Pair]]:
+def round_robin(names: list[str], rng: random.Random, now: Callable[[], Standing]) -> Iterator[Pair]:
     """Every pair once, then every pair again."""
     pairs = list(combinations(names, 2))
     rng.shuffle(pairs)
-    for pair in cycle(pairs):
-        yield lambda _, pair=pair: pair
+    return cycle(pairs)
 
 
-def at_random(names: list[str], rng: random.Random) -> Iterator[Callable[[Standing], Pair]]:
+def at_random(names: list[str], rng: random.Random, now: Callable[[], Standing]) -> Iterator[Pair]:
     """Any two nodes."""
     while True:
         a, b = rng.sample(names, 2)
-        yield lambda _, pair=(a, b): pair
+        yield a, b
 
 
-WAYS = {"most telling pair": by_information, "round-robin": round_robin, "random pairs": at_random}
+WAYS = {"most telling": most_telling, "round-robin": round_robin, "random": at_random}
 
 
-def run(way: str, nodes: int, seed: int, spread: float = 1.0) -> Run:
-    """Vote on made-up nodes until more votes would change nothing."""
+def run(way: str, nodes: int, seed: int, spread: float = 1.0, limit: int = LIMIT) -> Run:
+    """Vote on made-up nodes until more votes would change nothing, `limit` times at most. That is asked every five
+    votes."""
     rng = random.Random(seed)
     taste = {f"n{i}": rng.gauss(0, spread) for i in range(nodes)}
-    votes: list[Vote] = []
-    pairs = WAYS[way](list(taste), random.Random(f"{way} {seed}"))
-    while not (standing := rate(list(taste), votes)).settled and len(votes) < LIMIT:
-        a, b = next(pairs)(standing)
-        outcome: Outcome = "same" if rng.random() < TIES else "a" if rng.random() < expit(taste[a] - taste[b]) else "b"
-        votes.append(Vote(a, b, outcome, [], ["", ""], "a", "simulated", float(len(votes))))
-    return Run(len(votes), max(taste.values()) - taste[standing.leader])
+    names, votes = list(taste), list[Vote]()
+
+    def now() -> Standing:
+        return rate(names, votes)
+
+    pairs = WAYS[way](names, random.Random(f"{way} {seed}"), now)
+    while not now().settled and len(votes) < limit:
+        for a, b in islice(pairs, 5):
+            first: Outcome = "a" if rng.random() < expit(taste[a] - taste[b]) else "b"
+            outcome: Outcome = "same" if rng.random() < TIES else first
+            votes.append(Vote(a, b, outcome, [], ["", ""], "a", "simulated", float(len(votes))))
+    return Run(len(votes), max(taste.values()) - taste[now().leader])
 
 
 def table(found: dict[str, list[Run]], about: str) -> str:
     """Return the results as a Markdown table."""
     robin = mean(r.votes for r in found["round-robin"])
     lines = [
-        about, "", "| pairs | votes, mean | median | least to most | of a round-robin's | best node minus the chosen one |",
+        about, "", "| pairs | votes, mean | median | least to most | of a round-robin's | best minus chosen node |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for way, runs in found.items():
         votes = sorted(r.votes for r in runs)
         lines.append(
-            f"| {way} | {mean(votes):.1f} | {median(votes):g} | {votes[0]} to {votes[-1]} | {mean(votes) / robin:.2f} | "
+            f"| {way} | {mean(votes):.1f} | {median(votes):g} | {votes[0]} to {votes[-1]} "
+            f"| {mean(votes) / robin:.2f} | "
             f"{mean(r.lost for r in runs):.2f} on average, {max(r.lost for r in runs):.2f} at most |"
         )
     return "\n".join(lines) + "\n"
@@ -118,6 +124,7 @@ def main(
 ) -> None:
     """Compare ways of choosing pairs."""
     matplotlib.use("Agg")
+    out.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Run]] = {way: [] for way in WAYS}
     with bar("voting", seeds * len(WAYS), "runs") as advance:
         for seed in range(seeds):
@@ -125,7 +132,6 @@ def main(
                 runs.append(run(way, nodes, seed, spread))
                 advance(1)
     about = f"{nodes} made-up nodes, tastes of deviation {spread:g}, seeds 0 to {seeds - 1}."
-    out.mkdir(parents=True, exist_ok=True)
     text = table(found, about)
     write_atomic(out / "pairs.md", text)
     plot(found, out / "pairs.png")
