@@ -133,14 +133,14 @@ def with_absolute_paths(raw: dict[str, Any], recipe: Path) -> dict[str, Any]:
     return _walk(deepcopy(raw), lambda name: absolute_name(name, recipe))
 
 
-def absolute_name(name: str, recipe: Path) -> str:
+def absolute_name(name: str, recipe: Path | None = None) -> str:
     """One model reference, as in `with_absolute_paths`."""
+    locate(name, recipe)  # raises for a model that is not there
     parts = [name] if _beside(name, recipe) else name.split("+")
-    located = _locate(name, recipe)
     places = [_beside(part, recipe) for part in parts]
     out = "+".join(str(place.resolve()) if place else part for place, part in zip(places, parts, strict=True))
-    if _locate(out, recipe) != located:
-        raise UsageError(f"{recipe}: {name}: expected paths without + beside an adapter, found {out}; move the models")
+    if len(parts) > 1 and any("+" in str(place.resolve()) for place in places if place):
+        raise UsageError(f"{name}: expected an adapter whose path has no +, found {out}; move the models")
     return out
 
 
@@ -151,7 +151,7 @@ def merge_bytes(recipe: Path) -> int:
     Errors: as `merge`.
     """
     raw = read_recipe(recipe)
-    located = {name: _locate(name, recipe) for name in recipe_models(raw)}
+    located = {name: locate(name, recipe) for name in recipe_models(raw)}
     within = raw.get("dtype")
     places = [(Path(reference["model"]["path"] or ""), "lora" in reference) for reference in located.values()]
     out = max(_stored_bytes(place, raw.get("out_dtype") or within) for place, _ in places)
@@ -218,7 +218,9 @@ def _locate_one(name: str, recipe: Path | None, wanted: str) -> dict[str, str | 
     where = f"{recipe}: " if recipe else ""
     if place := _beside(name, recipe):
         if not (place / wanted).is_file():
-            raise CheckpointError(f"{where}{name}: expected {wanted} in {place}, found none; name a whole model")
+            adapter = wanted == _CONFIGS["model"] and (place / _CONFIGS["lora"]).is_file()
+            found, do = ("an adapter", f"write BASE+{name}") if adapter else ("none", "name a whole model")
+            raise CheckpointError(f"{where}{name}: expected {wanted} in {place}, found {found}; {do}")
         return {"path": str(place.resolve()), "revision": None}
     repo, _, revision = name.partition("@")
     try:

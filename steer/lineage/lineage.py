@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -32,6 +32,8 @@ from steer.files import parse_json, read_json_object, without_nan, write_atomic
 
 SETTINGS, GENERATIONS, VOTES, MODELS, REPLIES = "lineage.json", "generations", "votes", "models", "replies"
 MoveKind = Literal["start", "add", "remove", "base", "weight", "method", "profile"]
+BY_HAND = "by hand"
+"""Why a node was made that a person asked for. It joins the newest generation's comparison."""
 Outcome = Literal["a", "b", "same", "bad"]
 """Which reply is better; `same`: neither, `bad`: neither, and both are bad."""
 
@@ -152,6 +154,11 @@ class Lineage:
         write_atomic(Path(place) / SETTINGS, json.dumps(to_jsonable_python(settings), indent=1) + "\n")
         return cls(place)
 
+    def admit(self, model: str, written: str) -> None:
+        """Add a model, as the user wrote it, to the pool."""
+        now = self.settings
+        self.create(self.place, replace(now, pool=[*now.pool, model], written={model: written} | now.written))
+
     @property
     def settings(self) -> Settings:
         """What holds for the whole lineage."""
@@ -179,6 +186,16 @@ class Lineage:
         if name not in nodes:
             raise UsageError(f"{self.place}: expected a node, one of {', '.join(nodes)}, found {name!r}")
         return nodes[name]
+
+    @property
+    def newest(self) -> list[Node]:
+        """The nodes of the newest generation that was proposed, and those that were made by hand since."""
+        out: list[Node] = []
+        for generation in reversed(self.generations):
+            out = [*generation.nodes, *out]
+            if any(node.why != BY_HAND for node in generation.nodes):
+                break
+        return out
 
     def write(self, generation: Generation) -> None:
         """Add a whole generation. A generation is never changed."""

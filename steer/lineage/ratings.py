@@ -156,7 +156,7 @@ def standing(lineage: Lineage) -> Standing:
     that may still be the best. All votes of the lineage count."""
     rated = {node.id: node for node in lineage.nodes.values() if node.passed}
     everything = rate(list(rated), lineage.votes, lineage.settings.seed)
-    newest = lineage.generations[-1].nodes
+    newest = lineage.newest
     race = {node.id for node in newest} | {node.parent for node in newest}
     race |= {name for name, rating in everything.ratings.items() if rating.best >= LIKELY and rating.votes}
     return everything.among(race & rated.keys())
