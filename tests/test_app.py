@@ -410,6 +410,7 @@ def plain_html(body: str) -> str:
     return html.unescape(re.sub("<[^>]*>", "", body))
 
 
+@pytest.mark.slow
 def test_who_votes_sees_two_replies_blind_and_each_vote_is_kept(lineage):
     at = evolving(lineage)
     assert at.main.markdown[0].value == "**no votes on 2 nodes yet**"
@@ -430,6 +431,7 @@ def test_who_votes_sees_two_replies_blind_and_each_vote_is_kept(lineage):
     assert next(t for t in again.run().text_input if t.label == "Folder of the lineage").value == str(lineage.place)
 
 
+@pytest.mark.slow
 def test_a_scene_goes_on_with_a_message_of_ones_own(lineage):
     at = evolving(lineage)
     at.segmented_control(key="evolve mode").set_value("A scene").run()
@@ -453,3 +455,29 @@ def test_the_family_tree_is_in_the_page(lineage):
     assert not at.error
     (frame,) = at.get("iframe")
     assert 'id="node-1a"' in frame.proto.srcdoc
+
+
+def test_a_voter_without_a_name_is_asked_for_one(lineage):
+    at = evolving(lineage)
+    next(t for t in at.text_input if t.label == "Your name").set_value("../kim").run()
+    assert [e.value.split(":")[0] for e in at.error] == ["your name"]
+    assert any(b.label == "Next generation" for b in at.button)
+
+
+def test_a_start_that_fails_is_told_of_and_the_form_keeps_what_was_typed(checkpoint, tmp_path):
+    at = page()
+    at.session_state["part"] = "Evolve"
+    at.run()
+    next(t for t in at.text_input if t.label == "Folder of the lineage").set_value(str(tmp_path / "new")).run()
+    next(t for t in at.text_input if t.label == "Recipe to start from").set_value("nowhere.yml").run()
+    click(at, "Start")
+    job = Evolution(tmp_path / "new").job
+    assert job is not None
+    assert job.arguments[1:3] == ("nowhere.yml", str(tmp_path / "new"))
+    assert job.wait(120)
+    at.run()
+    assert not at.exception
+    (error,) = [e.value for e in at.error]
+    assert error.startswith("nowhere.yml: expected")
+    assert next(t for t in at.text_input if t.label == "Recipe to start from").value == "nowhere.yml"
+    assert not (tmp_path / "new").exists()

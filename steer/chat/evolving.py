@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from steer.chat.jobs import Job
 from steer.checkpoint.fetch import home
+from steer.core.names import check_name
 from steer.errors import UsageError
 from steer.files import write_atomic
 from steer.lineage.building import checkpoint
@@ -65,7 +66,11 @@ class Evolution:
         return self._run("export", str(self.place), out)
 
     def judge(self, voter: str, *, scene: bool = False) -> Judge:
-        """Return the judge of a voter, which goes on where it was. Errors: UsageError as `Judge`."""
+        """Return the judge of a voter, which goes on where it was.
+
+        Errors: UsageError for a voter whose name cannot be a file's, and as `Judge`.
+        """
+        check_name(voter, "your name")
         found = self._judges.get((self.place, voter))
         if found is None or found.scene != scene:
             if found is not None:

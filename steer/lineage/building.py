@@ -178,7 +178,7 @@ def _finished(lineage: Lineage, say: Say) -> Generation:
     plan = _planned(lineage)
     made: list[Node] = []
     for i, node in enumerate(plan.nodes, 1):
-        say(f"[{i}/{len(plan.nodes)}] {node.id}: {describe(node.move)}: merging")
+        say(f"{i} of {len(plan.nodes)}: {node.id}: {describe(node.move)}: merging")
         try:
             merged = _hashed(lineage, node)
         except SteerError as e:
@@ -187,7 +187,7 @@ def _finished(lineage: Lineage, say: Say) -> Generation:
                 raise
             made.append(replace(node, gate=Gate(False, {}, [one_line(e)])))
             continue
-        say(f"[{i}/{len(plan.nodes)}] {node.id}: measuring")
+        say(f"{i} of {len(plan.nodes)}: {node.id}: measuring")
         made.append(replace(merged, gate=_gate(lineage, merged)))
     generation = Generation(plan.number, made)
     lineage.write(generation)

@@ -39,8 +39,7 @@ def draw(chat: Chat) -> None:
         watch(_job, evolution, job, running=lambda: job.running, every=POLL)
     running = job is not None and job.running
     if lineage is None:
-        if not running:
-            _start(evolution)
+        _start(evolution, running)
         return
     if running:
         _tree(lineage)
@@ -54,7 +53,7 @@ def draw(chat: Chat) -> None:
     _go_on(evolution)
 
 
-def _start(evolution: Evolution) -> None:
+def _start(evolution: Evolution, running: bool) -> None:
     st.caption(
         "Each generation adds a model to the merge, takes one away, or weights it otherwise. You read two replies and "
         "choose; everything else is done for you. It starts with a recipe, and with a pool of models to add."
@@ -62,7 +61,7 @@ def _start(evolution: Evolution) -> None:
     recipe = st.text_input("Recipe to start from", placeholder="recipe.yml", key="evolve recipe").strip()
     pool = st.text_area("Models that may be added, one a line", key="evolve pool", height=120)
     models = [line.strip() for line in pool.splitlines() if line.strip()]
-    button("Start", lambda: (evolution.start(recipe, models), redraw()), type="primary", disabled=not recipe)
+    button("Start", lambda: (evolution.start(recipe, models), redraw()), type="primary", disabled=running or not recipe)
 
 
 def _job(evolution: Evolution, job: EvolvingJob) -> None:
@@ -78,7 +77,9 @@ def _job(evolution: Evolution, job: EvolvingJob) -> None:
 
 def _vote(evolution: Evolution) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        voter = st.text_input("Your name", getpass.getuser(), key="voter", max_chars=40).strip()
+        voter = st.text_input(
+            "Your name", getpass.getuser(), key="voter", max_chars=40, on_change=evolution.close
+        ).strip()
         mode = st.segmented_control("Each vote is on", ["One message", "A scene"], default="One message", required=True,
                                     key="evolve mode")  # fmt: skip
     judge = evolution.judge(voter, scene=mode == "A scene")
