@@ -38,7 +38,7 @@ def write_tree(lineage: Lineage, standing: Standing, path: Path) -> Path:
     winner = nodes[standing.leader]
     trail = [node.id for node in _ancestors(winner, nodes)]
     everyone = rate(list(nodes), votes, lineage.settings.seed).ratings
-    cards = {
+    cards: dict[str, dict[str, Any]] = {
         node.id: _card(node, nodes) | {"rating": _rating(node.id, everyone[node.id], standing)}
         for node in nodes.values()
     }

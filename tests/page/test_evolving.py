@@ -31,6 +31,8 @@ def family(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 def test_start_three_votes_next_generation_export(chromium, page_url, family, tmp_path):
+    from selenium.webdriver import ActionChains
+
     place, out = tmp_path / "lineage", tmp_path / "best"
     page = Page(chromium, page_url)
     page.part("Evolve")
@@ -45,7 +47,8 @@ def test_start_three_votes_next_generation_export(chromium, page_url, family, tm
     for number, key in enumerate("123", 1):
         page.until(lambda: page.all("[class*=st-key-vote_left] button"))
         page.settled()
-        page.until(lambda key=key: page.all("body")[0].send_keys(key) is None)
+        page.until(lambda: page.all("[data-testid=stChatMessage]")[-1].click() is None)  # keys in a field are text
+        ActionChains(chromium).send_keys(key).perform()
         page.until(lambda number=number: len(lineage.votes) == number)
     assert [v.outcome for v in lineage.votes][2:] == ["same"]
     assert [v.outcome == v.left for v in lineage.votes][:2] == [True, False]
