@@ -78,16 +78,13 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Make a child by hand: one move, which joins the newest generation."""
-    from steer.core.slider import parse_amount
-    from steer.core.small_files import load_yaml
     from steer.verbs import evolve
 
-    settings = dict(_pair(text, "--parameter") for text in parameter)
     with stoppable(_KEPT):
         result = evolve.add(
             lineage, model, remove=remove, base=base, method=method, profile=profile, parent=parent, say=tell,
-            weight=parse_amount(weight) if weight else None,
-            parameters={name: load_yaml(value.encode(), "--parameter", "a value") for name, value in settings.items()},
+            weight=_pair(weight, "--weight") if weight else None,
+            parameters=dict(_pair(text, "--parameter") for text in parameter),
         )  # fmt: skip
     emit(result, as_json, evolve.lineage_table(result))
 
@@ -151,8 +148,10 @@ def export(
     emit(result, as_json, f"{result['out']}: node {result['node']}")
 
 
-def _pair(text: str, where: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
+def _pair(text: str, where: str) -> tuple[str, Any]:
+    from steer.core.small_files import load_yaml
+
+    name, _, value = text.rpartition("=")
+    if not name or not value:
         raise UsageError(f"{where}: expected NAME=VALUE, found {text!r}; write one such as density=0.5")
-    return name, value
+    return name, load_yaml(value.encode(), where, "a value")

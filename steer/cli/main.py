@@ -217,7 +217,7 @@ app.command(
     epilog="Examples: `steer eval merged --slider moralizing=-1 --against calm --quick` · "
     "`steer eval --compare monday/eval.json friday/eval.json`",
 )(cli_measure.evaluate)
-app.add_typer(cli_evolve.app, name="evolve", rich_help_panel=None)
+app.add_typer(cli_evolve.app, name="evolve")
 app.command(epilog="Example: `steer serve merged --profile profiles/`")(cli_live.serve)
 app.command(epilog="Examples: `steer ui merged` · `steer ui --server http://127.0.0.1:8321`")(cli_live.ui)
 

@@ -12,6 +12,7 @@ A child lost its mind if, beyond noise, its perplexity on plain prose is at leas
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -185,7 +186,8 @@ def _finished(lineage: Lineage, say: Say) -> Generation:
             # A recipe that mergekit fails on says something of the child. A disk or a model can be mended.
             if type(e) is not SteerError or isinstance(e.__cause__, OSError) or plan.number == 0:
                 raise
-            made.append(replace(node, gate=Gate(False, {}, [one_line(e)])))
+            reason = one_line(e).removeprefix(f"{_recipe_file(lineage, node.id)}: ")
+            made.append(replace(node, gate=Gate(False, {}, [reason])))
             continue
         say(f"{i} of {len(plan.nodes)}: {node.id}: measuring")
         made.append(replace(merged, gate=_gate(lineage, merged)))
@@ -235,8 +237,10 @@ def _manifest(place: Path) -> Json:
 def _check_room(lineage: Lineage, node: Node, recipe: Path) -> None:
     needed, free = merge_bytes(recipe), shutil.disk_usage(lineage.place).free
     if needed > free:
-        raise SteerError(f"{lineage.place}: expected {needed / 1e9:.1f} GB free for the merge of {node.id}, found "
-                         f"{free / 1e9:.1f}; free some space, then run the command again")  # fmt: skip
+        raise SteerError(
+            f"{lineage.place}: expected {needed / 1e9:.1f} GB free for the merge of {node.id}, found {free / 1e9:.1f}; "
+            "free some space, then run the command again"
+        ) from OSError(errno.ENOSPC, "no room")
 
 
 def _gate(lineage: Lineage, node: Node) -> Gate:

@@ -36,7 +36,8 @@ def model_card(lineage: Lineage, node: Node, ratings: Mapping[str, Rating], reci
     steps = [f"{i}. {n.id}: {describe(n.move)} ({n.why})" for i, n in enumerate(way)]
     rating, votes = ratings.get(node.id), len(lineage.votes)
     rated = f", rated {_interval(rating)}" if rating is not None and rating.votes else ""
-    front = {"base_model": _hub_names(recipe), "tags": ["mergekit", "merge"]}
+    named = _hub_names(recipe)
+    front = {**({"base_model": named} if named else {}), "tags": ["mergekit", "merge"]}
     profile = "" if node.profile is None else (
         f"\nThe sliders of the profile {node.profile.get('name')} are part of it: profile.yaml.\n"
     )  # fmt: skip
@@ -76,7 +77,7 @@ began with.
 def _line(node: Node, rating: Rating | None) -> str:
     text = f"{node.id} {describe(node.move)}"
     if not node.passed:
-        return f"{text} (did not pass: {'; '.join(node.gate.reasons if node.gate else [])})"
+        return f"{text} (did not pass)"
     return text if rating is None or not rating.votes else f"{text}  {_interval(rating)}, {rating.votes} votes"
 
 

@@ -138,14 +138,8 @@ def add(
             kind = "add" if model else "remove" if remove else "base" if base else "weight"
             move = Move(kind, found, weight[1] if weight else None)
         made = child(node, "?", move, BY_HAND)
-        twin = next(
-            (
-                n
-                for n in lineage.nodes.values()
-                if same_merge(n.recipe, n.profile) == same_merge(made.recipe, made.profile)
-            ),
-            None,
-        )
+        merges = {same_merge(n.recipe, n.profile): n for n in lineage.nodes.values()}
+        twin = merges.get(same_merge(made.recipe, made.profile))
         if twin is not None:
             raise UsageError(f"{place}: expected a new merge, found that of node {twin.id}; make another move")
         if found is not None and move.kind in ("add", "base") and found not in _known(lineage, node):
@@ -341,11 +335,8 @@ def _known(lineage: Lineage, node: Node) -> list[str]:
 def _named(lineage: Lineage, node: Node, name: str) -> str:
     """Return the reference of a model that a person named: one that the lineage knows, or any other."""
     known = _known(lineage, node)
-    found = [
-        m
-        for m in known
-        if name in (m, short_name(m), short_name(m).rpartition("+")[2], lineage.settings.written.get(m))
-    ]
+    written = lineage.settings.written
+    found = [m for m in known if name in (m, short_name(m), short_name(m).rpartition("+")[2], written.get(m))]
     if len(found) > 1:
         raise UsageError(f"{name}: expected the name of one model, found {', '.join(found)}; write the whole path")
     return found[0] if found else _absolute(name, "add")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from steer.errors import UsageError
+from steer.lineage.building import checkpoint
 from steer.lineage.judging import Choice, Duel, Judge
 from steer.lineage.lineage import Lineage
 from steer.plain_text import plain, plain_line
@@ -32,7 +34,8 @@ def vote(
     Errors: as `Judge`; a voter's mistake is answered in one line, and the votes go on.
     """
     lines = stdin or sys.stdin
-    with Judge(Lineage(place), voter, scene=scene, prompt=prompt) as judge:
+    lineage = Lineage(place)
+    with Judge(lineage, voter, scene=scene, prompt=prompt, checkpoint=partial(checkpoint, lineage)) as judge:
         _Ballot(judge, lines, console or Console()).run()
 
 
