@@ -73,7 +73,7 @@ def test_every_merge_has_a_box_in_both_pictures_and_a_card_with_what_it_changed(
     links = [a["href"] for t, a in page.tags if t == "a"]
     assert {links.count(f"#{card}") for card in cards if card != "node-2a"} == {2}
     assert sum(t == "path" for t, _ in page.tags) == 2 * 6
-    for said in ("after 1 vote 2a leads", "+ prose-2b", "add prose-2b", "Generation 2, children of 1a", "perplexity 3.0 -> 900"):
+    for said in ("after 1 vote 2a leads", "+ prose-2b", "add prose-2b", "children of 1a", "perplexity 3.0 -> 900"):
         assert said in page.text
     assert "out" in cards["node-1c"].split()
     assert "- model: /models/prose-2a" in page.text
