@@ -108,12 +108,18 @@ def vote(
         run(lineage, voter or getpass.getuser(), scene=scene, prompt=prompt, max_new_tokens=max_new_tokens)
 
 
-@app.command(epilog="Example: `steer evolve show lineage`")
-def show(lineage: Place, as_json: Json = False) -> None:
+@app.command(epilog="Examples: `steer evolve show lineage` · `steer evolve show lineage --html tree.html`")
+def show(
+    lineage: Place,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write the family tree, as a page.")] = None,
+    as_json: Json = False,
+) -> None:
     """Print every merge of the lineage: what it changed, how it was measured and rated."""
     from steer.verbs import evolve
 
     result = evolve.show(lineage)
+    if html is not None:
+        evolve.write_page(lineage, html)
     emit(result, as_json, f"{evolve.tree(lineage)}\n\n{evolve.lineage_table(result)}")
 
 

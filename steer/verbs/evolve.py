@@ -32,6 +32,7 @@ from steer.lineage.proposing import New, propose
 from steer.lineage.ratings import Rating, rate, standing
 from steer.lineage.recipes import check_start as check_recipe
 from steer.lineage.recipes import child, describe, models_of, same_merge, short_name
+from steer.lineage.tree_report import write_tree
 from steer.progress import bar
 from steer.verbs.bake import bake
 from steer.verbs.tables import text_table
@@ -238,6 +239,15 @@ def tree(place: str | Path) -> str:
     """Return the tree of a lineage as text."""
     lineage = Lineage(place)
     return tree_text(lineage, _ratings(lineage))
+
+
+def write_page(place: str | Path, out: str | Path) -> Path:
+    """Write the family tree of a lineage as a self-contained page, and return its path.
+
+    Errors: UsageError for a lineage without a generation.
+    """
+    lineage = _begun(place)
+    return write_tree(lineage, standing(lineage), Path(out))
 
 
 def _propose_and_build(lineage: Lineage, parent: str, say: Say) -> None:
