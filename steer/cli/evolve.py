@@ -17,13 +17,19 @@ _KEPT = "what is done is kept, run the same command again to go on"
 
 
 class _StartByDefault(TyperGroup):
-    """`evolve START.yml LINEAGE` is `evolve start START.yml LINEAGE`."""
+    """`evolve START.yml LINEAGE` is `evolve start START.yml LINEAGE`, and several models may follow one `--pool`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click."""
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["start", *args]
-        return super().parse_args(ctx, args)
+        spread: list[str] = []
+        after = "--pool" in args and args.index("--pool") > 2  # START.yml and LINEAGE came before it
+        for arg in args:
+            if after and spread[-2:-1] == ["--pool"] and not arg.startswith("-"):
+                spread.append("--pool")
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
 
 
 app = typer.Typer(

@@ -59,7 +59,7 @@ def choose(place: str, winner: str, *others: str, times: int = 4) -> None:
 
 
 def begin(steer: Command, *options: str) -> Outcome:
-    pool = ("--pool", "models/loud", "--pool", "models/warm")
+    pool = ("--pool", "models/loud", "models/warm")
     done = steer("evolve", "models/start.yml", "lineage", *pool, "--children", 2, *options)
     assert done.code == 0, done.err
     return done
