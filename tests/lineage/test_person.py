@@ -31,7 +31,7 @@ def test_a_taste_decides_and_noise_makes_it_err(person: Any) -> None:
     assert sure.taste(plain) > sure.taste(preachy)
     assert sure.choose(duel) == "right"
     assert sure.choose(replace(duel, left=plain)) == "same"
-    assert person.Person({"length": 1.0}, noise=0.0).choose(duel) == "left"
+    assert person.Person({"length": 100.0}, noise=0.0).choose(duel) == "left"
     unsure = person.Person({"moralizing": -2.0}, noise=3.0, rng=random.Random(0))
     votes = Counter(unsure.choose(duel) for _ in range(200))
     assert votes["right"] > votes["left"] > 10
