@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from steer.baking.verify import verify
     from steer.chat.session import Session
     from steer.checkpoint.fetch import fetch
+    from steer.checkpoint.kin import kin
     from steer.checkpoint.merge import merge
     from steer.core.cards import Card, load_card
     from steer.core.dictionary import Dictionary
@@ -64,6 +65,7 @@ _MODULES = {
     "steer.baking.verify": ["verify"],
     "steer.chat.session": ["Session"],
     "steer.checkpoint.fetch": ["fetch"],
+    "steer.checkpoint.kin": ["kin"],
     "steer.checkpoint.merge": ["merge"],
     "steer.core.cards": ["Card", "load_card"],
     "steer.core.dictionary": ["Dictionary"],

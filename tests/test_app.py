@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +16,15 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 from synthetic_eval import synthetic_eval
 from tiny_chat import keep_direction, save_tiny_chat
+from tiny_family import tune
 
 from steer.chat.chat import Chat
 from steer.chat.costs import Cost
+from steer.chat.evolving import Evolution
 from steer.chat.stored import saved_chats
+from steer.checkpoint.merge import MANIFEST
 from steer.core.direction import Direction
+from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
 from steer.measure.eval_report import write_eval_report
 
 APP = Path(__file__).parents[1] / "app.py"
@@ -358,3 +365,119 @@ def keep_cost(cost: Cost, result: dict[str, Any]) -> Path:
     (cost.folder / "eval" / "eval.json").write_text(json.dumps(result))
     write_eval_report(result, cost.folder / "eval" / "eval.html")
     return cost.folder
+
+
+@pytest.fixture
+def lineage(checkpoint: Path) -> Iterator[Lineage]:
+    """A start and its child, which write different replies."""
+    made = Lineage.create(checkpoint.parent / "lineage", Settings([]))
+    recipe = {"merge_method": "linear", "models": [{"model": str(checkpoint)}]}
+    nodes = [
+        Node("0", Move("start"), "given", recipe),
+        Node("1a", Move("add", "$x$ ![](http://x)"), "new", recipe, "0"),
+    ]
+    made.model("0").parent.mkdir()
+    for number, node in enumerate(nodes):
+        place = tune(checkpoint, made.model(node.id), number, 0.5)
+        (place / MANIFEST).write_text(json.dumps({"weights": node.weights}))
+        made.write(Generation(number, [node]))
+    yield made
+    Evolution(made.place).close()
+
+
+def evolving(lineage: Lineage) -> AppTest:
+    at = page()
+    at.session_state["part"] = "Evolve"
+    at.run()
+    next(t for t in at.text_input if t.label == "Folder of the lineage").set_value(str(lineage.place)).run()
+    next(t for t in at.text_input if t.label == "Your name").set_value("kim").run()
+    return at
+
+
+def pair(at: AppTest) -> tuple[str, str]:
+    """Wait for two replies; what they say."""
+    end = time.monotonic() + 60
+    while not any(b.label == "Left is better" for b in at.button):
+        assert time.monotonic() < end, [e.value for e in at.error]
+        at.run()
+    assert not at.exception
+    assert not at.error
+    left, right = (plain_html(c.get("html")[0].proto.body) for c in at.main.columns[:2])
+    return left, right
+
+
+def plain_html(body: str) -> str:
+    return html.unescape(re.sub("<[^>]*>", "", body))
+
+
+@pytest.mark.slow
+def test_who_votes_sees_two_replies_blind_and_each_vote_is_kept(lineage):
+    at = evolving(lineage)
+    assert at.main.markdown[0].value == "**no votes on 2 nodes yet**"
+    shown = pair(at)
+    assert not any("1a" in c.value for c in at.main.caption)
+    click(at, "Right is better")
+    (vote,) = lineage.votes
+    assert (vote.voter, set(vote.replies)) == ("kim", set(shown))
+    assert vote.replies["ab".index(vote.outcome)] == shown[1]
+    assert vote.outcome != vote.left
+    assert "after 1 vote" in at.main.markdown[0].value
+    assert pair(at) != shown
+    click(at, "Take the last vote back")
+    assert lineage.votes == []
+    assert pair(at) == shown
+    again = page()
+    again.session_state["part"] = "Evolve"
+    assert next(t for t in again.run().text_input if t.label == "Folder of the lineage").value == str(lineage.place)
+
+
+@pytest.mark.slow
+def test_a_scene_goes_on_with_a_message_of_ones_own(lineage):
+    at = evolving(lineage)
+    at.segmented_control(key="evolve mode").set_value("A scene").run()
+    chosen = pair(at)[0]
+    click(at, "Left is better")
+    pair(at)
+    (scene,) = [e for e in at.main.expander if e.label.startswith("The scene so far")]
+    assert plain_html(scene.get("html")[-1].proto.body) == chosen
+    next(t for t in at.text_input if t.label.startswith("A message of your own")).set_value("hello friend")
+    click(at, "Ask it")
+    pair(at)
+    click(at, "Both are bad")
+    assert [v.chat[-1] for v in lineage.votes][-1] == ["user", "hello friend"]
+    assert lineage.votes[-1].chat[1] == ["assistant", chosen]
+
+
+def test_the_family_tree_is_in_the_page(lineage):
+    at = evolving(lineage)
+    at.segmented_control(key="evolve view").set_value("Family tree").run()
+    assert not at.exception
+    assert not at.error
+    (frame,) = at.get("iframe")
+    assert 'id="node-1a"' in frame.proto.srcdoc
+
+
+def test_a_voter_without_a_name_is_asked_for_one(lineage):
+    at = evolving(lineage)
+    next(t for t in at.text_input if t.label == "Your name").set_value("../kim").run()
+    assert [e.value.split(":")[0] for e in at.error] == ["your name"]
+    assert any(b.label == "Next generation" for b in at.button)
+
+
+def test_a_start_that_fails_is_told_of_and_the_form_keeps_what_was_typed(checkpoint, tmp_path):
+    at = page()
+    at.session_state["part"] = "Evolve"
+    at.run()
+    next(t for t in at.text_input if t.label == "Folder of the lineage").set_value(str(tmp_path / "new")).run()
+    next(t for t in at.text_input if t.label == "Recipe to start from").set_value("nowhere.yml").run()
+    click(at, "Start")
+    job = Evolution(tmp_path / "new").job
+    assert job is not None
+    assert job.arguments[1:3] == ("nowhere.yml", str(tmp_path / "new"))
+    assert job.wait(120)
+    at.run()
+    assert not at.exception
+    (error,) = [e.value for e in at.error]
+    assert error.startswith("nowhere.yml: expected")
+    assert next(t for t in at.text_input if t.label == "Recipe to start from").value == "nowhere.yml"
+    assert not (tmp_path / "new").exists()

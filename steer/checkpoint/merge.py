@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -25,7 +26,7 @@ from unittest.mock import patch
 from steer.checkpoint.fetch import disk_errors, hub_errors, resolve
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.core.small_files import read_yaml
-from steer.errors import CheckpointError, SteerError
+from steer.errors import CheckpointError, SteerError, UsageError
 from steer.files import read_json_object, write_atomic
 
 MANIFEST = "steer_merge.json"
@@ -45,8 +46,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Errors: SteerError if the file is missing or mergekit does not accept it.
     """
     raw = read_yaml(path, "a mergekit recipe", aliases=True)
-    _validated(raw, path)
+    validated(raw, path)
     return raw
+
+
+def validated(raw: Any, where: str | Path) -> Any:
+    """A recipe as mergekit's configuration. Errors: SteerError that begins with `where` if mergekit does not accept
+    it."""
+    from mergekit.config import MergeConfiguration
+    from pydantic import ValidationError
+
+    try:
+        return MergeConfiguration.model_validate(raw)
+    except (ValidationError, RuntimeError) as e:
+        reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e)
+        raise SteerError(f"{where}: mergekit does not accept the recipe: {reason}; mend the recipe") from e
 
 
 def recipe_models(raw: Any) -> list[str]:
@@ -63,7 +77,8 @@ def merge(
 
     Relative paths in a recipe are looked up beside the recipe, then from the working directory. The default model is
     downloaded if the recipe names it. `model+adapter` first merges a PEFT adapter, in the recipe's `dtype`. `device` is
-    the one mergekit computes on.
+    the one mergekit computes on. Methods that drop weights at random, as DARE, draw the same numbers in every run, so
+    that the same recipe and models give the same bytes.
 
         steer.merge(Path("recipe.yml"), Path("merged"), say=print)
 
@@ -72,10 +87,11 @@ def merge(
     check_output(out)
     raw = read_recipe(recipe)
     say("1 of 3: getting the models that the recipe names")
-    located = {name: _locate(name, recipe) for name in recipe_models(raw)}
+    located = {name: locate(name, recipe) for name in recipe_models(raw)}
     for name, reference in located.items():
         _check_hub(name, reference, recipe)
-    config = _validated(_walk(deepcopy(raw), lambda name: located[name]), recipe)
+    config = validated(_walk(deepcopy(raw), lambda name: located[name]), recipe)
+    import torch
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
@@ -88,7 +104,8 @@ def merge(
                 quiet=not sys.stderr.isatty(), lazy_unpickle=True,
             )  # fmt: skip
             say(f"2 of 3: merging {len(located)} models by {config.merge_method or 'slices'}")
-            with _mergekit_errors(recipe), _lists_follow_slices(), _files_closed():
+            with _mergekit_errors(recipe), _lists_follow_slices(), _files_closed(), torch.random.fork_rng():
+                torch.manual_seed(0)
                 run_merge(config, str(work), options, config_source=text)
         if not (work / "config.json").is_file() or not any(work.glob("*.safetensors")):
             raise SteerError(f"{recipe}: mergekit wrote no checkpoint; run mergekit-yaml on it to see why")
@@ -107,12 +124,46 @@ def merge(
     return out
 
 
+def with_absolute_paths(raw: dict[str, Any], recipe: Path) -> dict[str, Any]:
+    """A copy of a recipe that may be merged from any file: each model in mergekit's short form, the paths absolute.
+    `recipe` is where relative paths are looked up, as in `merge`. Hub ids and the default model's name stay.
+
+    Errors: CheckpointError for a model that is not there; UsageError for a path that the short form cannot hold.
+    """
+    return _walk(deepcopy(raw), lambda name: absolute_name(name, recipe))
+
+
+def absolute_name(name: str, recipe: Path | None = None) -> str:
+    """One model reference, as in `with_absolute_paths`."""
+    locate(name, recipe)  # raises for a model that is not there
+    parts = [name] if _beside(name, recipe) else name.split("+")
+    places = [_beside(part, recipe) for part in parts]
+    out = "+".join(str(place.resolve()) if place else part for place, part in zip(places, parts, strict=True))
+    if len(parts) > 1 and any("+" in str(place.resolve()) for place in places if place):
+        raise UsageError(f"{name}: expected an adapter whose path has no +, found {out}; move the models")
+    return out
+
+
+def merge_bytes(recipe: Path) -> int:
+    """The most bytes that a merge by this recipe writes at a time: the output, and every model that an adapter is
+    merged into first. Models that are not downloaded yet count as none.
+
+    Errors: as `merge`.
+    """
+    raw = read_recipe(recipe)
+    located = {name: locate(name, recipe) for name in recipe_models(raw)}
+    within = raw.get("dtype")
+    places = [(Path(reference["model"]["path"] or ""), "lora" in reference) for reference in located.values()]
+    out = max(_stored_bytes(place, raw.get("out_dtype") or within) for place, _ in places)
+    return out + sum(_stored_bytes(place, within) for place, adapted in places if adapted)
+
+
 def input_hashes(recipe: Path) -> dict[str, dict[str, str]]:
     """sha256 of every file that a merge by this recipe may read, by model. A hub id has none; its name stands for it.
 
     Errors: as `merge`.
     """
-    return {name: _input_hashes(_locate(name, recipe)) for name in recipe_models(read_recipe(recipe))}
+    return {name: _input_hashes(locate(name, recipe)) for name in recipe_models(read_recipe(recipe))}
 
 
 def is_merge_of(out: Path, recipe: Path) -> bool:
@@ -124,17 +175,6 @@ def is_merge_of(out: Path, recipe: Path) -> bool:
     if manifest.get("recipe") != raw or manifest.get("weights") != _hashes(out):
         return False
     return manifest.get("inputs") == input_hashes(recipe)
-
-
-def _validated(raw: Any, path: Path) -> Any:
-    from mergekit.config import MergeConfiguration
-    from pydantic import ValidationError
-
-    try:
-        return MergeConfiguration.model_validate(raw)
-    except (ValidationError, RuntimeError) as e:
-        reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e)
-        raise SteerError(f"{path}: mergekit does not accept the recipe: {reason}; mend the recipe") from e
 
 
 def _walk(node: Any, change: Callable[[str], Any]) -> Any:
@@ -164,27 +204,34 @@ def _model_name(value: Any) -> str | None:
         return None
 
 
-def _locate(name: str, recipe: Path) -> dict[str, dict[str, str | None]]:
-    """A model reference in mergekit's long form, with absolute paths. These may contain `+` and `@`, which separate the
-    parts of the short form."""
+def locate(name: str, recipe: Path | None = None) -> dict[str, dict[str, str | None]]:
+    """A model reference in mergekit's long form, `{model: {path, revision}, lora: {path, revision}}`, with absolute
+    paths, or names of the hub. Paths may contain `+` and `@`, which separate the parts of the short form.
+
+    Errors: CheckpointError for a model that is not there, which begins with the recipe's name if that is given.
+    """
     parts = [name] if _beside(name, recipe) else name.split("+")
     return {key: _locate_one(part, recipe, _CONFIGS[key]) for key, part in zip(_CONFIGS, parts, strict=False)}
 
 
-def _locate_one(name: str, recipe: Path, wanted: str) -> dict[str, str | None]:
+def _locate_one(name: str, recipe: Path | None, wanted: str) -> dict[str, str | None]:
+    where = f"{recipe}: " if recipe else ""
     if place := _beside(name, recipe):
         if not (place / wanted).is_file():
-            raise CheckpointError(f"{recipe}: {name}: expected {wanted} in {place}, found none; name a whole model")
+            adapter = wanted == _CONFIGS["model"] and (place / _CONFIGS["lora"]).is_file()
+            found, do = ("an adapter", f"write BASE+{name}") if adapter else ("none", "name a whole model")
+            raise CheckpointError(f"{where}{name}: expected {wanted} in {place}, found {found}; {do}")
         return {"path": str(place.resolve()), "revision": None}
     repo, _, revision = name.partition("@")
     try:
         return {"path": resolve(repo), "revision": revision or None}
     except CheckpointError as e:
-        raise CheckpointError(f"{recipe}: names a model that is not there: {e}") from e
+        raise CheckpointError(f"{where and where + 'names a model that is not there: '}{e}") from e
 
 
-def _beside(name: str, recipe: Path) -> Path | None:
-    return next((p for p in (recipe.parent / name, Path(name)) if p.is_dir()), None)
+def _beside(name: str, recipe: Path | None) -> Path | None:
+    places = [Path(name)] if recipe is None else [recipe.parent / name, Path(name)]
+    return next((p for p in places if p.is_dir()), None)
 
 
 def _check_hub(name: str, reference: Mapping[str, Mapping[str, Any]], recipe: Path) -> None:
@@ -208,6 +255,21 @@ def _hashes(folder: Path, suffixes: Collection[str] = (".safetensors",), number:
     """sha256 of the files with these suffixes in a directory."""
     files = [f for f in sorted(folder.iterdir()) if f.suffix in suffixes and f.is_file()]
     return {f"{number}/{f.name}": hash_file(f) for f in files if not f.name.startswith(".")}
+
+
+def _stored_bytes(folder: Path, dtype: str | None) -> int:
+    """Size of a checkpoint's weights in a dtype, or as they are stored; 0 if they are not on this disk."""
+    import torch
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if dtype is None:
+        return sum(file.stat().st_size for file in files)
+    count = 0
+    for file in files:
+        with safe_open(str(file), framework="pt") as f:
+            count += sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())  # noqa: SIM118
+    return count * getattr(torch, dtype).itemsize
 
 
 def _check_finite(work: Path, recipe: Path) -> None:

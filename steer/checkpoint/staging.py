@@ -89,6 +89,16 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
             path.unlink()
 
 
+def sweep(out: Path) -> None:
+    """Remove what a killed process left of writing `out` with `staged`. What another process is writing stays."""
+    work = _staging(Path(os.path.realpath(out)))
+    with suppress(OutputExistsError):
+        if work.is_dir():
+            lock = _locked(work, out)
+            shutil.rmtree(work)
+            os.close(lock)
+
+
 class DirectFile:
     """A new file of gigabytes, written past the page cache (O_DIRECT) if the file system supports that.
 

@@ -18,6 +18,7 @@ import typer
 
 from steer.cli import bake as cli_bake
 from steer.cli import dictionaries as cli_dictionaries
+from steer.cli import evolve as cli_evolve
 from steer.cli import live as cli_live
 from steer.cli import measure as cli_measure
 from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
@@ -113,6 +114,32 @@ def merge(
     with stoppable("nothing is written, run the same command again"):
         place = run(recipe, out, device=device, say=lambda line: tell(line) if steps else None)
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
+
+
+@app.command(
+    epilog="Examples: `steer kin examples/merge/default.yml --out kin.html` · `steer kin tune-a tune-b --base instruct`"
+)
+def kin(
+    models: Annotated[list[str], typer.Argument(help="A mergekit recipe, or models as recipes name them.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model that these are tunes of; by default the recipe's base_model.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a page with plots, an HTML file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare tunes before a merge: who is nearly whose copy, what is new, how much of each the merge will keep."""
+    from steer.checkpoint.kin import kinship, mismatches
+    from steer.measure.kin_report import write_kin_report
+    from steer.progress import byte_bar
+    from steer.verbs.tables import kin_table
+
+    lines = mismatches(models, base)
+    for line in lines:
+        tell(line)
+    with byte_bar("reading") as advance:
+        found = kinship(models, base, advance)
+    page = [] if out is None else [str(write_kin_report(found, lines, out))]
+    emit({"mismatches": lines, **found.as_json()}, as_json, "\n".join([kin_table(found), *page]))
 
 
 @app.command(epilog="Examples: `steer anatomy merged` · `steer anatomy config.json --json`")
@@ -234,6 +261,7 @@ app.command(
     epilog="Examples: `steer eval merged --slider moralizing=-1 --against calm --quick` · "
     "`steer eval --compare monday/eval.json friday/eval.json`",
 )(cli_measure.evaluate)
+app.add_typer(cli_evolve.app, name="evolve")
 app.command(epilog="Example: `steer serve merged --profile profiles/`")(cli_live.serve)
 app.command(epilog="Examples: `steer ui merged` · `steer ui --server http://127.0.0.1:8321`")(cli_live.ui)
 

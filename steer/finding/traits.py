@@ -59,7 +59,7 @@ class Effort:
 
 
 FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
-QUICK = Effort(40, 16, 1, 40, 40, 16, check_sites=False)
+QUICK = Effort(40, 16, 1, 32, 32, 16, check_sites=False)
 """On the default merge and two cores a minute for the whole process, verdict included; tests/bench/find.py."""
 Bar = Callable[[str, int | None, str], AbstractContextManager[Advance]]
 """Makes a progress bar from (title, total or None, unit); `steer.progress.bar` is one."""
@@ -190,7 +190,7 @@ def find_trait(
 
 def _judged(model: SteeredModel, found: FoundDirection, effort: Effort, seed: int, progress: Bar) -> FoundDirection:
     """`found` with its verdict, which the direction's provenance keeps."""
-    prompts = NeutralPrompts.load().held_out[: min(VERDICT_PROMPTS, effort.neutral)]
+    prompts = NeutralPrompts.load().held_out[: min(VERDICT_PROMPTS, effort.neutral // 2)]
     with progress(f"{found.direction.name}: verdict", None, "tokens") as advance, model.untouched():
         neutral = neutral_replies(model, prompts, tokens=effort.verdict_tokens, on_tokens=advance)
         verdict = judge(

@@ -3,7 +3,7 @@
     LINEAGE/
       lineage.json            the pool of models, and how many children a generation has
       generations/0003.json   one whole generation: recipes, moves, hashes and what the gate measured; never changed
-      votes/NAME.jsonl        what one voter chose, a line per vote, added and synced one by one
+      votes/NAME.jsonl        what one voter chose, a line per vote or vote taken back, added and synced one by one
       models/3b/              the merged checkpoint of a node in the race; others are made again from their recipes
       replies/                replies that were written ahead
 
@@ -16,10 +16,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import Field
 from pydantic_core import to_jsonable_python
@@ -31,6 +32,8 @@ from steer.files import parse_json, read_json_object, without_nan, write_atomic
 
 SETTINGS, GENERATIONS, VOTES, MODELS, REPLIES = "lineage.json", "generations", "votes", "models", "replies"
 MoveKind = Literal["start", "add", "remove", "base", "weight", "method", "profile"]
+BY_HAND = "by hand"
+"""Why a node was made that a person asked for. It joins the newest generation's comparison."""
 Outcome = Literal["a", "b", "same", "bad"]
 """Which reply is better; `same`: neither, `bad`: neither, and both are bad."""
 
@@ -77,7 +80,7 @@ class Node:
     profile: dict[str, Any] | None = None
     """Sliders that are part of the node."""
     gate: Gate | None = None
-    """None for the start, which others are measured against."""
+    """None for a start that was not measured. Others are measured against the start, which always passes."""
     inputs: dict[str, dict[str, Line]] = field(default_factory=dict)
     """sha256 of each file that the merge read, by model."""
     weights: dict[str, Line] = field(default_factory=dict)
@@ -116,6 +119,15 @@ class Vote:
 
 
 @checked
+class Undo:
+    """A voter takes a vote back. Its line stays in the file, and no longer counts."""
+
+    undo: Number
+    """The time of the vote."""
+    time: Number
+
+
+@checked
 class Settings:
     """What holds for a whole lineage."""
 
@@ -124,6 +136,8 @@ class Settings:
     children: Annotated[Count, Field(ge=1)] = 3
     """How many children a generation has."""
     seed: Count = 0
+    written: dict[str, Line] = field(default_factory=dict)
+    """How the start's recipe and the user wrote the model of each absolute path, for exported recipes."""
 
 
 class Lineage:
@@ -139,6 +153,11 @@ class Lineage:
         """Begin a lineage without generations."""
         write_atomic(Path(place) / SETTINGS, json.dumps(to_jsonable_python(settings), indent=1) + "\n")
         return cls(place)
+
+    def admit(self, model: str, written: str) -> None:
+        """Add a model, as the user wrote it, to the pool."""
+        now = self.settings
+        self.create(self.place, replace(now, pool=[*now.pool, model], written={model: written} | now.written))
 
     @property
     def settings(self) -> Settings:
@@ -168,6 +187,16 @@ class Lineage:
             raise UsageError(f"{self.place}: expected a node, one of {', '.join(nodes)}, found {name!r}")
         return nodes[name]
 
+    @property
+    def newest(self) -> list[Node]:
+        """The nodes of the newest generation that was proposed, and those that were made by hand since."""
+        out: list[Node] = []
+        for generation in reversed(self.generations):
+            out = [*generation.nodes, *out]
+            if any(node.why != BY_HAND for node in generation.nodes):
+                break
+        return out
+
     def write(self, generation: Generation) -> None:
         """Add a whole generation. A generation is never changed."""
         file = self.place / GENERATIONS / f"{generation.number:04}.json"
@@ -181,18 +210,10 @@ class Lineage:
 
     @property
     def votes(self) -> list[Vote]:
-        """Every vote of everyone, in the order of time. A line that a crash cut off is left out."""
-        out = []
-        for file in sorted((self.place / VOTES).glob("*.jsonl")):
-            lines = file.read_bytes().split(b"\n")
-            for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was not written to its end
-                where = f"{file}: line {number}"
-                try:
-                    raw = parse_json(line)
-                except ValueError as e:
-                    raise CheckpointError(f"{where}: expected a vote, found no JSON ({e}); delete the line") from e
-                out.append(from_file(Vote, raw, where))
-        return sorted(out, key=lambda vote: vote.time)
+        """Every vote of everyone that was not taken back, in the order of time. A line that a crash cut off is left
+        out."""
+        files = sorted((self.place / VOTES).glob("*.jsonl"))
+        return sorted((vote for file in files for vote in _votes(file, file.read_bytes())), key=lambda vote: vote.time)
 
     def vote(
         self, a: str, b: str, outcome: Outcome, *, chat: Sequence[tuple[str, str]], replies: Sequence[str],
@@ -202,15 +223,58 @@ class Lineage:
 
         Errors: UsageError for a voter whose name cannot be a file's.
         """
-        check_name(voter, "--voter")
-        vote = Vote(a, b, outcome, [list(m) for m in chat], list(replies), left, voter, time.time())
-        file = self.place / VOTES / f"{voter}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "ab+") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            f.seek(0)
-            f.truncate(f.read().rfind(b"\n") + 1)  # a crash may have cut off the last line
-            f.write(json.dumps(to_jsonable_python(vote)).encode() + b"\n")
-            f.flush()
-            os.fsync(f.fileno())
+        with self._file_of(voter) as (file, _):
+            vote = Vote(a, b, outcome, [list(m) for m in chat], list(replies), left, voter, time.time())
+            _append(file, vote)
         return vote
+
+    def undo(self, voter: str) -> Vote:
+        """Take the voter's last vote back, and return it.
+
+        Errors: UsageError for a voter without votes.
+        """
+        with self._file_of(voter) as (file, votes):
+            if not votes:
+                raise UsageError(f"undo: expected a vote of {voter} to take back, found none")
+            _append(file, Undo(votes[-1].time, time.time()))
+        return votes[-1]
+
+    @contextmanager
+    def _file_of(self, voter: str) -> Iterator[tuple[BinaryIO, list[Vote]]]:
+        """Hold a voter's file, and yield it at its end with the votes in it that count."""
+        check_name(voter, "--voter")
+        place = self.place / VOTES / f"{voter}.jsonl"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            data = file.read()
+            file.truncate(data.rfind(b"\n") + 1)  # a crash may have cut off the last line
+            yield file, _votes(place, data)
+
+
+def _append(file: BinaryIO, line: Vote | Undo) -> None:
+    file.write(json.dumps(to_jsonable_python(line)).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _votes(file: Path, data: bytes) -> list[Vote]:
+    """The votes in the lines of a voter's file that were not taken back."""
+    out: list[Vote] = []
+    for number, line in enumerate(
+        data.split(b"\n")[:-1], 1
+    ):  # what follows the last newline was not written to its end
+        where = f"{file}: line {number}"
+        try:
+            raw = parse_json(line)
+        except ValueError as e:
+            raise CheckpointError(f"{where}: expected a vote, found no JSON ({e}); delete the line") from e
+        if isinstance(raw, dict) and "undo" in raw:
+            undone = from_file(Undo, raw, where).undo
+            if not any(vote.time == undone for vote in out):
+                raise CheckpointError(f"{where}: expected the time of a vote above, found {undone}; delete the line")
+            out = [vote for vote in out if vote.time != undone]
+        else:
+            out.append(from_file(Vote, raw, where))
+    return out

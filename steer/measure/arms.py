@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from steer.checkpoint.sketch import sketch_files
 from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.profile import Profile
+from steer.core.profile import Profile, ProfileSlider
 from steer.core.slider import Slider
 from steer.measure.damage import FACTOR, SAFE_SHARE, damages
 from steer.measure.readers import LocalReader
@@ -137,19 +137,41 @@ def edit_of_profile(profile: Profile) -> FindEdit:
     return lambda checkpoint: edit_of(checkpoint, profile)
 
 
-def damaged_arms(source: Source, first: LocalArm) -> list[LocalArm]:
-    """Return arms of the first model that every probe should tell from it: noise, coarse MLPs, a slider far too far."""
+def damaged_arms(source: Source, first: LocalArm, profiles: Sequence[Profile] = ()) -> list[LocalArm]:
+    """Return arms of the first model that every probe should tell from it: damaged weights, and a slider far too far.
+
+    That is the first slider of `profiles` with a calibrated range, or else any direction of the model, `FACTOR` times
+    as far as is safe.
+    """
     arms = [
         LocalArm(name, f"{source.name}, damaged on purpose: {name}", source, first.find_edit, damage=name, control=True)
         for name in damages()
     ]
-    direction = next(iter(Library(source.checkpoint).directions.values()), None)
-    if direction is not None and direction.share(1.0) > 0:
-        amount = round(-FACTOR * SAFE_SHARE / direction.share(1.0), 2)
-        name = f"{direction.name} {amount:+g}"
+    profile = _too_far(profiles) or _too_far_anywhere(source)
+    if profile is not None:
+        name = ", ".join(f"{s.slider} {s.amount:+g}" for s in profile.sliders)
         about = f"{source.name}, slider {name}: {FACTOR} times as far as is safe"
-        arms.append(LocalArm(name, about, source, edit_of_amounts({direction.name: amount}), control=True))
+        arms.append(LocalArm(name, about, source, edit_of_profile(profile), control=True))
     return arms
+
+
+def _too_far(profiles: Sequence[Profile]) -> Profile | None:
+    """A profile with the first calibrated slider alone, too far to the side on which more is safe."""
+    for profile in profiles:
+        for slider in profile.sliders:
+            if slider.range is not None and slider.operation in (None, "add"):
+                amount = round(FACTOR * max(slider.range, key=abs), 2)
+                return replace(profile, sliders=(replace(slider, amount=amount, enabled=True),))
+    return None
+
+
+def _too_far_anywhere(source: Source) -> Profile | None:
+    """A profile with a direction that `source` knows, too far away from its trait."""
+    direction = next(iter(Library(source.checkpoint).directions.values()), None)
+    if direction is None or direction.share(1.0) <= 0:
+        return None
+    amount = round(-FACTOR * SAFE_SHARE / direction.share(1.0), 2)
+    return Profile("too far", sliders=(ProfileSlider(direction.name, amount),))
 
 
 def edit_key(edit: Edit | None) -> list[dict[str, Any]] | None:

@@ -1,6 +1,7 @@
 """What the HTML reports share: the style of their plots, plots as SVG, and templates that are filled in.
 
-The templates are the `.html.j2` files of this folder; each fills the blocks of page.html.j2.
+The templates are `.html.j2` files beside the modules that fill them in; each fills the blocks of page.html.j2, which is
+in this folder.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -30,9 +31,9 @@ STYLE: Any = {
 }
 
 
-def page(template: str, **values: Any) -> str:
-    """Return a template of this folder, filled in."""
-    loader = PackageLoader("steer", "measure")
+def page(template: str, folder: str = "measure", **values: Any) -> str:
+    """Return a template of a folder of this package, filled in."""
+    loader = ChoiceLoader([PackageLoader("steer", name) for name in dict.fromkeys([folder, "measure"])])
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(template).render(**values)
 

@@ -122,7 +122,7 @@ def _interval(
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap(
             (sums, counts), lambda s, n, axis=-1: s.sum(axis) / n.sum(axis), paired=True, vectorized=True,
-            n_resamples=RESAMPLES, confidence_level=1 - 2 * stats.norm.sf(wide), rng=np.random.default_rng(seed),
+            n_resamples=RESAMPLES, confidence_level=float(1 - 2 * stats.norm.sf(wide)), rng=np.random.default_rng(seed),
         ).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)
 

@@ -7,6 +7,7 @@ This is what `steer.load` returns, and where the parts of `steer.model` meet: `l
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -37,6 +38,9 @@ from steer.model.tokens import check_length
 ROWS = 192
 """How many replies are written together at most. On two cores with AVX2 a token of a 135M Llama costs 0.75 of what it
 does among 96: products of fewer rows wait for the weights."""
+_LOADING = threading.Lock()
+"""Models are loaded one at a time: transformers changes torch's global state while it builds one, and another that is
+built meanwhile comes out with random weights."""
 
 
 def load(
@@ -46,6 +50,7 @@ def load(
     device_map: Any = None,
     four_bit: bool = False,
     chat_template: str | Path | None = None,
+    name: str | None = None,
     **kwargs: Any,
 ) -> SteeredModel:
     """Load a checkpoint and make it steerable.
@@ -62,16 +67,18 @@ def load(
     `four_bit`: quantise the weights to bitsandbytes' NF4 as they are loaded, for a model that does not fit otherwise.
     `chat_template`: a template that ships (chatml, llama3, gemma, mistral, alpaca, plain) or a file, in place of the
     checkpoint's own. Where it is left out, $STEER_CHAT_TEMPLATE takes its place.
+    `name`: what messages call the model; by default `model`.
     Errors: CheckpointError when there is no such model, or no room for it, UnsupportedError for an unknown
     architecture, UsageError for 4 bits without bitsandbytes, a GPU that is not there, an unknown dtype and a template
     that cannot be read.
     """
     text = chosen_template(chat_template)  # before the weights are read
     place = resolve(model)
-    hf, tokenizer = read_model(place, str(model), dtype, device_map, four_bit, kwargs)
-    if text is not None:
-        tokenizer.chat_template = text
-    return SteeredModel(hf, tokenizer, name=str(model), files=files_of(place))
+    with _LOADING:
+        hf, tokenizer = read_model(place, name or str(model), dtype, device_map, four_bit, kwargs)
+        if text is not None:
+            tokenizer.chat_template = text
+        return SteeredModel(hf, tokenizer, name=name or str(model), files=files_of(place))
 
 
 class SteeredModel(LoadedModel):

@@ -23,7 +23,7 @@ from steer.model.compile_limits import keep_few_shapes
 from steer.model.steered import SteeredModel, load
 from steer.page.drawing import style
 from steer.page.guard import guarded, watch
-from steer.page.parts import bake, chats, compare, cost, features, home, inside, sliders, talk
+from steer.page.parts import bake, chats, compare, cost, evolve, features, home, inside, sliders, talk
 from steer.serve.limits import host_name
 
 PARTS: dict[str, tuple[str, Callable[[Chat], None]]] = {
@@ -33,6 +33,7 @@ PARTS: dict[str, tuple[str, Callable[[Chat], None]]] = {
     "Features": (":material/search:", features.draw),
     "Bake": (":material/bakery_dining:", bake.draw),
     "Cost": (":material/query_stats:", cost.draw),
+    "Evolve": (":material/family_history:", evolve.draw),
 }
 """Parts of the page: name -> (icon, function that draws it). A server offers only the first."""
 _SWITCH = 0.0005

@@ -61,8 +61,8 @@ def evaluate(
     for other in against:
         other_source = Source(loader, other)
         arms.append(LocalArm(other_source.name, other_source.name, other_source))
-    for given in profiles:
-        profile = given if isinstance(given, Profile) else Profile.load(given)
+    loaded = [p if isinstance(p, Profile) else Profile.load(p) for p in profiles]
+    for profile in loaded:
         about = f"{source.name} with the profile {profile.name}"
         arms.append(LocalArm(profile.name, about, source, edit_of_profile(profile)))
     for amounts in sliders:
@@ -71,7 +71,7 @@ def evaluate(
     if damage:
         if source.place is None:
             raise UsageError("damage: expected a checkpoint on disk, found a model in use; name its directory")
-        arms += damaged_arms(source, arms[0])
+        arms += damaged_arms(source, arms[0], loaded)
     _name_apart(arms)
     # Arms of one checkpoint stand side by side, so that it is loaded once; damaged ones come last.
     order = {id(s): i for i, s in enumerate(dict.fromkeys(arm.source for arm in arms))}

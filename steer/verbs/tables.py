@@ -15,6 +15,7 @@ from steer.core.lists import ranges
 
 if TYPE_CHECKING:
     from steer.checkpoint.anatomy import Anatomy
+    from steer.checkpoint.kin import Kinship
     from steer.checkpoint.layouts import Addend
     from steer.finding.features import FoundFeatures
     from steer.finding.latents import SteeringCheck
@@ -35,6 +36,18 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int 
     out = io.StringIO()
     Console(file=out, width=110, markup=False, emoji=False).print(table)  # tokens and names are no markup
     return out.getvalue()
+
+
+def kin_table(kinship: Kinship) -> str:
+    """Return how far each model is from the base, what is new in it and left of it, its cosines, and all in words."""
+    models = kinship.as_json()["models"]
+    rows = [
+        [m["label"], f"{m['of_base']:.2%}", f"{m['new']:.1%}", "-" if m["left"] is None else f"{m['left']:.1%}",
+         *(f"{c:.2f}" for c in cosines)]
+        for m, cosines in zip(models, kinship.cosines, strict=True)
+    ]  # fmt: skip
+    columns = ["model", "of base", "new", "left", *(f"cos {n}" for n in range(1, len(rows) + 1))]
+    return "\n".join([text_table(columns, rows), *kinship.sentences()])
 
 
 def anatomy_as_json(anatomy: Anatomy) -> dict[str, Any]:

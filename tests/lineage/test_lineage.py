@@ -63,6 +63,25 @@ def test_a_vote_that_a_crash_cut_off_is_lost_and_nothing_else(lineage: Lineage) 
     assert [v.outcome for v in lineage.votes] == ["a", "b"]
 
 
+def test_a_voter_takes_back_votes_one_by_one_and_those_of_nobody_else(lineage: Lineage) -> None:
+    for outcome, voter in (("a", "kim"), ("b", "lee"), ("same", "kim")):
+        vote(lineage, outcome, voter)
+    before = (lineage.place / "votes" / "kim.jsonl").read_bytes()
+    assert lineage.undo("kim").outcome == "same"
+    vote(lineage, "bad", "kim")
+    assert [v.outcome for v in lineage.votes] == ["a", "b", "bad"]
+    assert [lineage.undo("kim").outcome for _ in range(2)] == ["bad", "a"]
+    assert [(v.outcome, v.voter) for v in lineage.votes] == [("b", "lee")]
+    assert (lineage.place / "votes" / "kim.jsonl").read_bytes().startswith(before)  # nothing is ever removed
+    for voter in ("kim", "nobody"):
+        with pytest.raises(UsageError, match=f"expected a vote of {voter} to take back, found none"):
+            lineage.undo(voter)
+    file = lineage.place / "votes" / "lee.jsonl"
+    file.write_text('{"undo": 3.5, "time": 4.0}\n')
+    with pytest.raises(CheckpointError, match=r"lee\.jsonl: line 1: expected the time of a vote above, found 3\.5"):
+        _ = lineage.votes
+
+
 def test_rubbish_is_refused_by_file_and_line(lineage: Lineage, tmp_path: Path) -> None:
     vote(lineage)
     file = lineage.place / "votes" / "kim.jsonl"

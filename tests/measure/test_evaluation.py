@@ -171,7 +171,7 @@ def test_every_kind_of_arm_of_real_checkpoints(
     keep_direction(place, make_direction("kindness"))
     other = save_by_letters(tiny_llama, tmp_path / "merged", seed=1)
     profile = tmp_path / "kind.yaml"
-    profile.write_text("name: kind\nsliders:\n- slider: kindness\n  amount: 2.0\n  when: {part: reply, after: 1}\n")
+    profile.write_text("name: kind\nsliders:\n- {slider: kindness, amount: 2.0, when: {part: reply, after: 1}}\n")
     before = {p.name: p.read_bytes() for p in place.iterdir()}
     loads: list[str] = []
     monkeypatch.setattr(arms, "load", lambda place, **more: loads.append(str(place)) or steer.load(place, **more))
@@ -190,6 +190,20 @@ def test_every_kind_of_arm_of_real_checkpoints(
     assert result["probes"][0]["signal"]["status"] == "signal"
     assert {p.name: p.read_bytes() for p in place.iterdir()} == before
     assert {a["dtype"] for a in result["arms"]} == {"float32"}
+
+
+def test_a_slider_is_moved_three_times_as_far_as_its_calibrated_range(
+    place: Path, tmp_path: Path, make_direction: Callable[..., Direction]
+) -> None:
+    keep_direction(place, make_direction("kindness"))
+    profile = tmp_path / "kind.yaml"
+    profile.write_text("name: kind\nsliders:\n- {slider: kindness, amount: 1.0, range: [-2.0, 0.5]}\n")
+    run: dict[str, Any] = {"probes": ["capability"], "quick": True, "dtype": "float32"}
+    damaged = steer.evaluate(place, profiles=[profile], damage=True, out=tmp_path / "a", **run)
+    sliders = steer.evaluate(place, sliders=[{"kindness": -6.0}], out=tmp_path / "b", **run)
+    values = {r["arm"]: r["value"] for r in damaged["probes"][0]["summary"]}
+    assert values["kindness -6"] == row(sliders, "kindness=-6")["value"]
+    assert "kindness -6" in [a["name"] for a in damaged["arms"] if a["control"]]
 
 
 def test_damage_is_as_large_as_it_says(place: Path) -> None:

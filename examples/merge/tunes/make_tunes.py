@@ -1,4 +1,4 @@
-"""Make the adapters of the default merge from the default model itself.
+"""Make the adapters of the default merge, and small ones for lineages, from the default model itself.
 
 Every reply in the training data is the default model's own: sampled under an instruction (a persona),
 kept when it shows the persona best, and then learnt *without* the instruction. Nothing is copied
@@ -7,7 +7,7 @@ from elsewhere; `topics.yaml` and `voices.yaml` were written for this project.
     python examples/merge/tunes/make_tunes.py MODEL_DIR            # all voices, resumes
     python examples/merge/tunes/make_tunes.py MODEL_DIR --voice preachy --steps 200
 
-Half an hour for all voices on two CPU cores. Writes
+Half an hour for the four voices of the default merge on two CPU cores. Writes
 `<voice>/adapter_model.safetensors` and the replies it learnt from, `replies/<voice>.jsonl.gz`, beside this file.
 """
 
@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steer.checkpoint.dtypes import computing_in, is_fast
 
 HERE = Path(__file__).parent
+MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
 TRAITS = HERE.parents[2] / "steer" / "traits"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -72,7 +73,7 @@ def main(
     voice: Annotated[list[str] | None, typer.Option(help="Voices to make; all of voices.yaml without it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; what voices.yaml says without it.")] = None,
     batch: Annotated[int, typer.Option(help="Examples a step.")] = 8,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapters; what voices.yaml says without it.")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     out: Annotated[Path, typer.Option(help="Where the adapters go.")] = HERE,
 ) -> None:
@@ -94,7 +95,8 @@ def main(
                 out / name,
                 steps or spec["steps"],
                 batch,
-                rank,
+                rank or spec.get("rank", 8),
+                spec.get("modules", MODULES),
                 lr,
                 spec["seed"],
                 out / spec["start_from"] if "start_from" in spec else None,
@@ -189,6 +191,7 @@ def train(
     steps: int,
     batch: int,
     rank: int,
+    modules: list[str],
     lr: float,
     seed: int,
     start: Path | None = None,
@@ -198,9 +201,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model = model.to(DEVICE)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, task_type="CAUSAL_LM")
     if start is not None:
         model = PeftModel.from_pretrained(model, start, is_trainable=True, autocast_adapter_dtype=True)
     else:

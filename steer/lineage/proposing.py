@@ -1,0 +1,119 @@
+"""Which children a node gets: moves that did well elsewhere in the lineage, and moves that bring something new.
+
+The value of a move is its mean gain so far, pulled towards 0 by one imagined child that gained nothing, plus what is
+hoped of it: `HOPE` while it is untried, less with each try (explore and exploit, as in UCB). A gain is the difference
+between a child's rating and its parent's, in log-odds. Adding a model and removing it are one question with two signs.
+Where kinship is known, an addition's hope is the share of the model that is new beside the node's models, and a
+removal's is the share that the others have too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from steer.errors import UsageError
+from steer.lineage.lineage import Lineage, Move, Node
+from steer.lineage.recipes import child, has_weights, models_of, needs_base, same_merge, short_name, weight_of
+
+HOPE, SMALL = 1.0, 0.25
+"""Log-odds hoped of an untried addition or removal, and of an untried weight, which changes little, or base, which
+changes too much at once."""
+LOST = -2.0
+"""Gain of a child that did not pass the gate."""
+New = Callable[[str, Collection[str]], float]
+"""(model, models beside it) -> the share of its difference to the base that is new, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    gains: tuple[float, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        return sum(self.gains) / (len(self.gains) + 1)
+
+
+def propose(
+    lineage: Lineage, parent: str, ratings: Mapping[str, float], *, count: int, new: New | None = None
+) -> list[tuple[Move, str]]:
+    """Return up to `count` moves on a node, the most promising first, each with its reason.
+
+    No move makes a merge that the lineage has, and no two of them are about one model. Deterministic: equal values are
+    ordered by the lineage's seed. `ratings`: of nodes, in log-odds. `new`: kinship, where it is known.
+    Errors: UsageError if no move is left.
+    """
+    node, known = lineage.node(parent), {same_merge(n.recipe, n.profile) for n in lineage.nodes.values()}
+    trials, found = _trials(lineage, ratings), []
+    for move in _moves(lineage, node):
+        try:
+            made = child(node, "?", move, "a try")
+        except UsageError:  # the recipe does not allow it
+            continue
+        if same_merge(made.recipe, made.profile) not in known:
+            value, why = _value(move, node, trials, new)
+            found.append((-value, _shuffled(lineage, node, move), move, why))
+    chosen: dict[str | None, tuple[Move, str]] = {}
+    for _, _, move, why in sorted(found, key=lambda row: row[:2]):
+        chosen.setdefault(move.model, (move, why))
+    if not chosen:
+        raise UsageError(f"{lineage.place}: every move on {parent} was tried; add a model: steer evolve add "
+                         f"{lineage.place} MODEL")  # fmt: skip
+    return list(chosen.values())[:count]
+
+
+def _moves(lineage: Lineage, node: Node) -> list[Move]:
+    """Every move that is proposed without being asked for. Methods and profiles are up to people."""
+    inside, pool = models_of(node.recipe), lineage.settings.pool
+    moves = [Move("add", model) for model in pool] + [Move("remove", model) for model in inside]
+    if needs_base(node.recipe):
+        moves += [Move("base", model) for model in dict.fromkeys([*inside, *pool])]
+    if has_weights(node.recipe):
+        weights = {model: weight_of(model, node.recipe) for model in inside}
+        moves += [Move("weight", m, w * f) for m, w in weights.items() if w for f in (2.0, 0.5)]
+    return moves
+
+
+def _value(move: Move, node: Node, trials: Mapping[str, _Trial], new: New | None) -> tuple[float, str]:
+    trial, sign = trials.get(_question(move, node), _Trial()), -1 if move.kind == "remove" else 1
+    tried, gain, name = len(trial.gains), sign * trial.mean, short_name(move.model or "")
+    hope, why = HOPE if move.kind in ("add", "remove") else SMALL, "not tried yet"
+    if new is not None and move.kind in ("add", "remove") and move.model is not None:
+        share = new(move.model, [m for m in models_of(node.recipe) if m != move.model])
+        hope *= share if sign > 0 else 1 - share
+        why = (f"{share:.0%} of {name} is new beside the parent's models" if sign > 0 else
+               f"only {share:.0%} of {name} is new beside the parent's other models")  # fmt: skip
+    if tried:
+        did = f"with {name}" if sign > 0 else f"without {name}"
+        children = "1 child" if tried == 1 else f"{tried} children"
+        why = f"{did} ratings changed by {sign * sum(trial.gains) / tried:+.2f} on average ({children} so far)"
+    return gain + hope / math.sqrt(1 + tried), why
+
+
+def _trials(lineage: Lineage, ratings: Mapping[str, float]) -> dict[str, _Trial]:
+    """What each question has gained so far, for adding where the move was a removal."""
+    out: dict[str, _Trial] = {}
+    nodes = lineage.nodes
+    for node in nodes.values():
+        if node.parent is None or (node.passed and not {node.id, node.parent} <= ratings.keys()):
+            continue
+        gain = ratings[node.id] - ratings[node.parent] if node.passed else LOST
+        question, sign = _question(node.move, nodes[node.parent]), -1 if node.move.kind == "remove" else 1
+        out[question] = _Trial((*out.get(question, _Trial()).gains, sign * gain))
+    return out
+
+
+def _question(move: Move, parent: Node) -> str:
+    """What a move asks, whatever the other models are."""
+    if move.kind in ("add", "remove"):
+        return f"member {move.model}"
+    if move.kind == "weight" and isinstance(move.value, int | float) and move.model:
+        return f"{'more' if move.value > (weight_of(move.model, parent.recipe) or 0) else 'less'} {move.model}"
+    return f"{move.kind} {move.model or move.value}"
+
+
+def _shuffled(lineage: Lineage, node: Node, move: Move) -> str:
+    text = f"{lineage.settings.seed} {node.id} {move.kind} {short_name(move.model or '')} {move.value}"
+    return hashlib.sha256(text.encode()).hexdigest()

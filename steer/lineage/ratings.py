@@ -1,0 +1,202 @@
+"""Ratings of nodes from votes: a Bradley-Terry model, how sure it is, and which pair to vote on next.
+
+The probability that `a` is chosen over `b` is sigmoid(rating of a - rating of b) (Bradley and Terry, 1952), a logistic
+regression that statsmodels fits. Two pseudo-votes for each node, one won and one lost against an average node, are the
+prior: an undefeated node has a finite rating, and a node without votes an average one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import expit
+from statsmodels.genmod.families import Binomial
+from statsmodels.genmod.generalized_linear_model import GLM
+
+from steer.errors import UsageError
+from steer.lineage.lineage import Lineage, Outcome, Vote
+
+SURE = 0.9
+"""Probability from which the best node counts as known."""
+NOTICEABLE = 0.55
+"""Share of votes: a node that is chosen less often over the leader is not noticeably better than the leader."""
+LIKELY = 0.05
+"""A node of an earlier generation stays in the race while it is the best with this probability."""
+SHARES: dict[Outcome, float] = {"a": 1.0, "b": 0.0, "same": 0.5, "bad": 0.5}
+"""The share of a vote that counts for `a`. Two bad replies are equal as two good ones are: only differences are rated,
+and without these votes a pair of equally bad nodes would be asked for without end."""
+_PSEUDO_VOTES = 1.0
+"""Pseudo-votes won, and as many lost, against an average node."""
+_DRAWS = 4000
+"""Draws from the posterior. A probability of one half has a standard error of 0.008."""
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What the votes say of one node."""
+
+    value: float
+    """Log-odds of being chosen over the average of the rated nodes."""
+    low: float
+    """Lower end of the 95 % interval of `value`."""
+    high: float
+    best: float
+    """Probability that the node is the best of the rated ones."""
+    votes: int
+    """Votes that compared the node with another one."""
+    bad: int
+    """Votes that called its reply and the other one bad."""
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """Ratings of nodes, and draws from their joint posterior."""
+
+    ratings: dict[str, Rating]
+    draws: Float[np.ndarray, "draws nodes"]
+    """Ratings drawn from a normal approximation of the posterior; columns in the order of `ratings`."""
+    votes: int
+    """Votes that the ratings are computed from."""
+
+    @property
+    def leader(self) -> str:
+        """The node with the highest rating; of equal ones the first."""
+        return max(self.ratings, key=lambda node: round(self.ratings[node].value, 6))
+
+    @property
+    def known(self) -> bool:
+        """Whether the leader is the best with a probability of `SURE`."""
+        return self.ratings[self.leader].best >= SURE
+
+    @property
+    def settled(self) -> bool:
+        """Whether more votes would change nothing: with a probability of `SURE` no node is noticeably better than the
+        leader."""
+        lead = self.draws[:, list(self.ratings).index(self.leader)]
+        return float((self.draws.max(1) - lead < math.log(NOTICEABLE / (1 - NOTICEABLE))).mean()) >= SURE
+
+    @property
+    def line(self) -> str:
+        """The standing as one sentence for people."""
+        best = f"{self.ratings[self.leader].best:.0%}"
+        count = f"{self.votes} vote{'' if self.votes == 1 else 's'}"
+        if len(self.ratings) == 1:
+            return f"{self.leader} is the only node"
+        if self.known:
+            return f"{self.leader} is the best at {best} after {count}; more votes would change nothing"
+        if self.settled:
+            return f"after {count} nothing is noticeably better than {self.leader}; more votes would change nothing"
+        if not self.votes:
+            return f"no votes on {len(self.ratings)} nodes yet"
+        return f"after {count} {self.leader} leads, the best at {best}; that counts as known at {SURE:.0%}"
+
+    def among(self, nodes: Collection[str]) -> Standing:
+        """Return the standing of some of the nodes: their ratings stay, and one of them is the best."""
+        names = [name for name in self.ratings if name in nodes]
+        draws = self.draws[:, [list(self.ratings).index(name) for name in names]]
+        best = _best(draws).mean(0)
+        return Standing(
+            {name: replace(self.ratings[name], best=float(p)) for name, p in zip(names, best, strict=True)},
+            draws, self.votes,
+        )  # fmt: skip
+
+
+def rate(nodes: Sequence[str], votes: Sequence[Vote], seed: int = 0) -> Standing:
+    """Return the ratings of nodes. `seed`: of the draws from the posterior.
+
+    Errors: UsageError without nodes, for a vote on a node that is not among them, and for one on a node and itself.
+    """
+    if not nodes:
+        raise UsageError("ratings: expected a node, found none; start the lineage first")
+    at = {name: i for i, name in enumerate(nodes)}
+    counts, bad = Counter[str](), Counter[str]()
+    won: dict[tuple[int, int], float] = defaultdict(float)  # (winner, loser) -> votes, halves among them
+    for vote in votes:
+        for name in (vote.a, vote.b):
+            if name not in at:
+                raise UsageError(f"vote of {vote.voter}: expected nodes among {', '.join(nodes)}, found {name!r}")
+        if vote.a == vote.b:
+            raise UsageError(f"vote of {vote.voter}: expected two nodes, found {vote.a!r} twice")
+        counts.update((vote.a, vote.b))
+        bad.update((vote.a, vote.b) if vote.outcome == "bad" else ())
+        share = SHARES[vote.outcome]
+        won[at[vote.a], at[vote.b]] += share
+        won[at[vote.b], at[vote.a]] += 1 - share
+    units = np.eye(len(nodes))
+    pairs = sorted(won)
+    rows = np.array([units[i] - units[j] for i, j in pairs] + [*units, *units])
+    outcomes = np.array([1] * (len(pairs) + len(nodes)) + [0] * len(nodes))
+    weights = np.array([won[pair] for pair in pairs] + [_PSEUDO_VOTES] * 2 * len(nodes))
+    fitted = GLM(outcomes, rows, family=Binomial(), freq_weights=weights).fit()
+    values, covariance = np.asarray(fitted.params), np.asarray(fitted.cov_params())
+    draws = np.random.default_rng(seed).multivariate_normal(values, covariance, _DRAWS, method="cholesky")
+    # How good all nodes are together is known from the prior alone, and is no part of a rating.
+    centre = np.eye(len(nodes)) - 1 / len(nodes)
+    values, errors = centre @ values, np.sqrt(np.maximum(np.diag(centre @ covariance @ centre), 0))
+    best = _best(draws).mean(0)
+    ratings = {
+        name: Rating(
+            float(values[i]), float(values[i] - _Z * errors[i]), float(values[i] + _Z * errors[i]), float(best[i]),
+            counts[name], bad[name],
+        )
+        for name, i in at.items()
+    }  # fmt: skip
+    return Standing(ratings, draws - draws.mean(1, keepdims=True), len(votes))
+
+
+def standing(lineage: Lineage) -> Standing:
+    """Return the ratings of the nodes in the race: the newest generation that passed, their parent, and earlier nodes
+    that may still be the best. All votes of the lineage count."""
+    rated = {node.id: node for node in lineage.nodes.values() if node.passed}
+    everything = rate(list(rated), lineage.votes, lineage.settings.seed)
+    newest = lineage.newest
+    race = {node.id for node in newest} | {node.parent for node in newest if node.parent}
+    race |= {name for name, rating in everything.ratings.items() if rating.best >= LIKELY and rating.votes}
+    return everything.among(race & rated.keys())
+
+
+def next_pair(standing: Standing) -> tuple[str, str] | None:
+    """Return the pair whose vote tells most about which node is the best; None for a single node."""
+    pairs = ranked_pairs(standing)
+    return pairs[0] if pairs else None
+
+
+def ranked_pairs(standing: Standing) -> list[tuple[str, str]]:
+    """Return every pair of nodes, the one whose vote tells most about which node is the best first.
+
+    That is the expected drop of the entropy of "who is the best", over draws that are reweighted by each outcome's
+    likelihood. Between equal pairs the one with fewer votes comes first.
+    """
+    names = list(standing.ratings)
+    pairs = list(combinations(range(len(names)), 2))
+    if not pairs:
+        return []
+    first, second = np.array(pairs).T
+    chosen = expit(standing.draws[:, first] - standing.draws[:, second])  # [draws, pairs]
+    best = _best(standing.draws)
+    now = best.mean(0)
+    joint = chosen.T @ best / len(best)  # probability that the first is chosen and that node is the best
+    expected = _entropy(joint) + _entropy(now - joint)
+    drops = np.round(_entropy(now[None]) - expected, 3)
+    votes = [standing.ratings[name].votes for name in names]
+    order = sorted(range(len(pairs)), key=lambda i: (-drops[i], sum(votes[n] for n in pairs[i]), i))
+    return [(names[pairs[i][0]], names[pairs[i][1]]) for i in order]
+
+
+def _best(draws: Float[np.ndarray, "draws nodes"]) -> Float[np.ndarray, "draws nodes"]:
+    """1 for the best node of each draw, 0 for the others."""
+    return np.eye(draws.shape[1])[draws.argmax(1)]
+
+
+def _entropy(joint: Float[np.ndarray, "pairs nodes"]) -> Float[np.ndarray, " pairs"]:
+    """Probability of an outcome times the entropy of "who is the best" after it. `joint`: of the outcome and each node
+    being the best."""
+    shares = joint / joint.sum(1, keepdims=True)
+    return -(joint * np.log(np.maximum(shares, 1e-12))).sum(1)

@@ -1,0 +1,162 @@
+"""`steer evolve vote`: blind votes in a terminal, or from lines of a pipe."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import transformers
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from steer.errors import UsageError
+from steer.lineage.building import checkpoint
+from steer.lineage.judging import REPLY, Choice, Duel, Judge
+from steer.lineage.lineage import Lineage
+from steer.plain_text import plain, plain_line
+
+KEYS: dict[str, Choice] = {"1": "left", "2": "right", "3": "same", "4": "bad"}
+HELP = "1 left   2 right   3 the same   4 both bad   u undo   m write a message   q leave"
+PIPED = "Lines: 1 left, 2 right, 3 the same, 4 both bad, u undo, q leave; other text is a message"
+
+
+def vote(
+    place: Path, voter: str, *, scene: bool = False, prompt: str | None = None,
+    max_new_tokens: int = REPLY.max_new_tokens, stdin: TextIO | None = None, console: Console | None = None,
+) -> None:  # fmt: skip
+    """Show pairs of replies and keep what the voter says of them, until q or the end of input.
+
+    In a terminal a key is a vote at once. Elsewhere `stdin` (default: sys.stdin) has a line for each.
+    Errors: as `Judge`; a voter's mistake is answered in one line, and the votes go on.
+    """
+    lines = stdin or sys.stdin
+    # Models are loaded while people read: neither bars nor notices of that may come between the replies.
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("steer.checkpoint.dtypes").setLevel(logging.WARNING)
+    lineage, sampler = Lineage(place), replace(REPLY, max_new_tokens=max_new_tokens)
+    with Judge(
+        lineage, voter, scene=scene, prompt=prompt, checkpoint=partial(checkpoint, lineage), sampler=sampler
+    ) as judge:
+        _Ballot(judge, lines, console or Console()).run()
+
+
+class _Ballot:
+    def __init__(self, judge: Judge, stdin: TextIO, console: Console) -> None:
+        self.judge, self.stdin, self.console = judge, stdin, console
+        self.interactive = stdin.isatty()
+        self.said = False
+        self.lines = termios.tcgetattr(stdin) if self.interactive else []
+        """The terminal's attributes for reading lines."""
+
+    def run(self) -> None:
+        if not self.interactive:
+            self.votes()
+            return
+        keys = termios.tcgetattr(self.stdin)
+        keys[3] &= ~(termios.ECHO | termios.ICANON)
+        with _mode(self.stdin, keys):
+            self.votes()
+
+    def votes(self) -> None:
+        self.say(HELP if self.interactive else PIPED)
+        self.say(self.judge.standing.line)
+        shown: Duel | None = None
+        while True:
+            duel = self.duel()
+            if duel is not shown:
+                self.show(duel)
+                shown = duel
+            answer = self.key() if self.interactive else self.line()
+            if answer in ("q", None):
+                return
+            try:
+                self.answer(duel, answer)
+            except UsageError as e:
+                self.say(str(e), style="red")
+
+    def duel(self) -> Duel:
+        """Wait for the next pair. A message that no model can answer is refused, and the openings go on."""
+        try:
+            if (duel := self.judge.duel(wait=1)) is None:
+                with self.console.status("writing replies"):
+                    duel = self.judge.duel()
+        except UsageError as e:
+            if not self.said:
+                raise
+            self.said = False
+            self.say(str(e), style="red")
+            return self.duel()
+        assert duel is not None  # it waits as long as it takes
+        return duel
+
+    def show(self, duel: Duel) -> None:
+        if self.interactive:
+            termios.tcflush(self.stdin, termios.TCIFLUSH)  # a key that was pressed before is no vote on this pair
+        self.console.print()
+        # In a scene, what is above on the screen: only what is new.
+        for role, text in duel.chat if len(duel.chat) < 3 else duel.chat[-2:]:
+            self.say(f"{'you' if role == 'user' else role}: {text}", style="bold" if role == "user" else "dim")
+        for key, text in (("1", duel.left), ("2", duel.right)):
+            self.console.print(Panel(Text(plain(text) or "(no reply)"), title=key, title_align="left"))
+
+    def key(self) -> str | None:
+        """Return the key that is pressed; None for Ctrl-D, or when the terminal is gone."""
+        key = os.read(self.stdin.fileno(), 1)
+        return None if key in (b"", b"\x04") else key.decode(errors="replace").lower()
+
+    def line(self) -> str | None:
+        """Return the next line that is not blank; None at the end of input."""
+        for line in self.stdin:
+            if line.strip():
+                return line.strip()
+        return None
+
+    def answer(self, duel: Duel, answer: str) -> None:
+        if answer in KEYS:
+            self.judge.vote(duel, KEYS[answer])
+            self.say(self.judge.standing.line, style="dim")
+            if self.interactive and (suggestion := self.judge.suggestion):
+                self.message(f"you [{suggestion}]: ")
+        elif answer == "u":
+            self.judge.undo()
+            self.say(f"taken back; {self.judge.standing.line}", style="dim")
+        elif answer == "m" and self.interactive:
+            self.message("you: ")
+        elif self.interactive or len(answer) == 1:
+            raise UsageError(f"expected a key of {HELP}, found {plain_line(answer)!r}")
+        else:
+            self.write(answer)
+
+    def message(self, question: str) -> None:
+        """Ask for a message; without text nothing changes."""
+        with suppress(EOFError), _mode(self.stdin, self.lines):
+            if text := input(plain(question)).strip():
+                self.write(text)
+
+    def write(self, text: str) -> None:
+        self.judge.say(text)
+        self.said = True
+
+    def say(self, text: str, style: str | None = None) -> None:
+        # Markup is off, because the text may contain what people and models wrote.
+        self.console.print(plain(text), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _mode(terminal: TextIO, attributes: list[Any]) -> Iterator[None]:
+    """Read from a terminal with these attributes inside the block."""
+    before = termios.tcgetattr(terminal)
+    termios.tcsetattr(terminal, termios.TCSADRAIN, attributes)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)

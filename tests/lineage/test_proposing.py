@@ -1,0 +1,132 @@
+"""Proposed children: what is new, what did well before, never the same merge twice."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer.errors import UsageError
+from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Settings
+from steer.lineage.proposing import propose
+from steer.lineage.recipes import child, same_merge
+
+POOL = ["/m/calm", "/m/dry", "/m/loud"]
+
+
+def stock(*names: str) -> dict[str, Any]:
+    return {"merge_method": "model_stock", "base_model": "/m/base", "models": [{"model": f"/m/{n}"} for n in names]}
+
+
+@pytest.fixture
+def lineage(tmp_path: Path) -> Lineage:
+    """A start of three models, without children."""
+    lineage = Lineage.create(tmp_path / "lineage", Settings(POOL))
+    root = child_of_nothing(stock("prose", "roleplay", "plain"))
+    lineage.write(Generation(0, [root]))
+    return lineage
+
+
+def child_of_nothing(recipe: dict[str, Any]) -> Node:
+    return Node("0", Move("start"), "given", recipe)
+
+
+def grow(lineage: Lineage, parent: str, *moves: Move, gate: Gate | None = None) -> None:
+    number = len(lineage.generations)
+    nodes = [child(lineage.node(parent), f"{number}{'abc'[i]}", move, "a test") for i, move in enumerate(moves)]
+    lineage.write(Generation(number, [replace(n, gate=gate) for n in nodes]))
+
+
+def new(model: str, beside: Collection[str]) -> float:
+    """loud is all new, calm and dry are not; roleplay is what the others have too."""
+    return {"/m/loud": 0.9, "/m/calm": 0.4, "/m/dry": 0.3, "/m/roleplay": 0.05}.get(model, 0.8)
+
+
+def moves(lineage: Lineage, parent: str = "0", ratings: dict[str, float] | None = None, **options: Any) -> list[Move]:
+    return [move for move, _ in propose(lineage, parent, ratings or {}, **{"count": 3, "new": new} | options)]
+
+
+def test_what_adds_most_that_is_new_comes_first_and_what_adds_least_goes(lineage: Lineage) -> None:
+    proposals = propose(lineage, "0", {}, count=3, new=new)
+    assert [m for m, _ in proposals] == [Move("remove", "/m/roleplay"), Move("add", "/m/loud"), Move("add", "/m/calm")]
+    assert [why for _, why in proposals] == [
+        "only 5% of roleplay is new beside the parent's other models",
+        "90% of loud is new beside the parent's models",
+        "40% of calm is new beside the parent's models",
+    ]
+
+
+def test_a_move_that_did_well_is_repeated_and_one_that_did_badly_is_not(lineage: Lineage) -> None:
+    grow(lineage, "0", Move("add", "/m/calm"), Move("add", "/m/loud"), Move("remove", "/m/roleplay"))
+    ratings = {"0": 0.0, "1a": 2.0, "1b": -2.0, "1c": 0.1}
+    found = propose(lineage, "1c", ratings, count=9, new=new)
+    assert found[0][0] == Move("add", "/m/calm")
+    assert found[0][1] == "with calm ratings changed by +2.00 on average (1 child so far)"
+    assert Move("add", "/m/loud") not in [m for m, _ in found[:3]]
+    # What was worse with a model is better without it.
+    below = propose(lineage, "1b", ratings, count=9, new=new)
+    assert below[0] == (Move("add", "/m/calm"), found[0][1])
+    assert (Move("remove", "/m/loud"), "without loud ratings changed by +2.00 on average (1 child so far)") not in below
+    grow(lineage, "1b", Move("add", "/m/dry"))
+    assert moves(lineage, "2a", ratings, count=2)[1] == Move("remove", "/m/loud")
+
+
+def test_a_child_that_did_not_pass_counts_against_its_move(lineage: Lineage) -> None:
+    grow(lineage, "0", Move("add", "/m/loud"), gate=Gate(False, {}, ["lost its mind"]))
+    grow(lineage, "0", Move("add", "/m/dry"))
+    assert Move("add", "/m/loud") not in moves(lineage, "2a")
+
+
+def test_nodes_without_votes_tell_nothing(lineage: Lineage) -> None:
+    grow(lineage, "0", Move("add", "/m/calm"))
+    grow(lineage, "0", Move("add", "/m/dry"))
+    assert moves(lineage, "2a", {"0": 0.0, "1a": 5.0}, count=1) == [Move("add", "/m/calm")]
+    assert moves(lineage, "2a", {"1a": 5.0}, count=1) == [Move("remove", "/m/roleplay")]
+
+
+def test_no_merge_is_proposed_twice_however_it_came_about(lineage: Lineage) -> None:
+    grow(lineage, "0", Move("add", "/m/calm"), Move("add", "/m/dry"))
+    grow(lineage, "1a", Move("add", "/m/dry"))
+    known = {same_merge(n.recipe, n.profile) for n in lineage.nodes.values()}
+    for parent in lineage.nodes:
+        for move in moves(lineage, parent, count=99):
+            made = child(lineage.node(parent), "?", move, "a test")
+            assert same_merge(made.recipe, made.profile) not in known
+    assert Move("add", "/m/calm") not in moves(lineage, "1b", count=99)  # 2a has it
+    assert Move("remove", "/m/calm") not in moves(lineage, "2a", count=99)
+
+
+def test_one_generation_moves_a_model_once_and_asks_for_no_more_than_there_is(lineage: Lineage) -> None:
+    found = moves(lineage, count=99)
+    assert len({m.model for m in found}) == len(found) == 6
+    assert moves(lineage, count=2) == found[:2]
+
+
+def test_proposals_follow_from_the_lineage_and_its_seed(tmp_path: Path, lineage: Lineage) -> None:
+    orders = set()
+    for seed in range(8):
+        other = Lineage.create(tmp_path / f"{seed}", Settings(POOL, seed=seed))
+        other.write(lineage.generations[0])
+        assert moves(other, new=None) == moves(other, new=None)
+        orders.add(str(moves(other, new=None)))
+    assert len(orders) > 3
+
+
+def test_weights_are_proposed_where_the_method_has_them(tmp_path: Path) -> None:
+    lineage = Lineage.create(tmp_path / "lineage", Settings([]))
+    entries = [{"model": f"/m/{n}", "parameters": {"weight": 0.5}} for n in "ab"]
+    lineage.write(Generation(0, [child_of_nothing({"merge_method": "linear", "models": entries})]))
+    found = moves(lineage, count=99, new=lambda model, beside: 1.0)
+    assert {(m.kind, m.model) for m in found} == {("weight", "/m/a"), ("weight", "/m/b")}
+    assert {m.value for m in found} <= {1.0, 0.25}
+
+
+def test_when_all_was_tried_it_says_so(tmp_path: Path) -> None:
+    lineage = Lineage.create(tmp_path / "lineage", Settings(["/m/calm"]))
+    lineage.write(Generation(0, [child_of_nothing({"merge_method": "karcher", "models": [{"model": "/m/base"}]})]))
+    grow(lineage, "0", Move("add", "/m/calm"))
+    with pytest.raises(UsageError, match=r"every move on 0 was tried; add a model: steer evolve add"):
+        moves(lineage)
