@@ -42,7 +42,7 @@ def test_start_three_votes_next_generation_export(chromium, page_url, family, tm
     page.click("Start")
     page.until(lambda: "At work, " in main(page))
     page.until(lambda: "no votes on " in main(page), BUILT)
-    page.fill("Your name", "kim")
+    page.fill("Vote as", "kim")
     lineage = Lineage(place)
     for number, key in enumerate("123", 1):
         page.until(lambda: page.all("[class*=st-key-vote_left] button"))
