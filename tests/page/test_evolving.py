@@ -43,6 +43,8 @@ def test_start_three_votes_next_generation_export(chromium, page_url, family, tm
     page.until(lambda: "At work, " in main(page))
     page.until(lambda: "no votes on " in main(page), BUILT)
     page.until(lambda: page.all("[class*=st-key-vote-left] button"), FIRST)
+    page.settled()
+    page.until(lambda: page.all("[aria-label='Vote as']"))
     page.fill("Vote as", "kim")
     lineage = Lineage(place)
     for number, key in enumerate("123", 1):
