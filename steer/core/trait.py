@@ -1,13 +1,17 @@
-"""A trait: a behaviour, defined by two opposite instructions and by topics for fitting and for held-out measurement.
+"""A trait: a behaviour, defined by one or two opposite instructions and by topics for fitting and for held-out
+measurement.
 
 `steer find` writes replies to the topics under both instructions and finds the direction between them.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, Field
 
@@ -16,9 +20,9 @@ from steer.core.small_files import read_yaml, shown
 from steer.core.validation import Text, checked, from_file
 from steer.errors import SteerError, UsageError
 
-FIT_TOPICS, HELD_OUT_TOPICS = 8, 4
-"""Fewest topics for fitting a direction, and for measuring it. Replies are judged in eight folds by topic, and an AUROC
-over fewer than four topics means nothing."""
+FIT_TOPICS, HELD_OUT_TOPICS = 4, 2
+"""Fewest topics for fitting a direction, and for measuring it. Each reply is judged by a classifier that never saw its
+topic, which leaves three topics to learn from; and a figure taken on one topic says nothing about others."""
 
 _FOLDER = Path(str(resources.files("steer"))) / "traits"
 
@@ -28,8 +32,38 @@ _Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 @checked
+class _Prompts:
+    file: ClassVar[str]
+    fit: _Texts
+    """User messages that fitting may see."""
+    held_out: _Texts
+    """User messages that only measurements see."""
+
+    @classmethod
+    @cache
+    def load(cls) -> Self:
+        """The prompts that ship with the package."""
+        return from_file(cls, read_yaml(_FOLDER / cls.file, "prompts"), cls.file)
+
+
+@checked
+class NeutralPrompts(_Prompts):
+    """Chat prompts that touch no trait, on which steering should change little."""
+
+    file = "neutral.yaml"
+
+
+@checked
+class TopicPool(_Prompts):
+    """Everyday topics, for traits without topics of their own."""
+
+    file = "pool.yaml"
+
+
+@checked
 class Trait:
-    """A behaviour, with the instructions and topics that bring it out.
+    """A behaviour, with the instructions and topics that bring it out. Topics of its own replace those of the pool of
+    everyday topics that ships.
 
     Example:
         trait = steer.Trait.load("moralizing")
@@ -41,13 +75,13 @@ class Trait:
     """A description in one line, for people."""
     with_instruction: Annotated[_Stripped, Field(alias="with")]
     """System prompt under which the model shows the trait."""
-    without_instruction: Annotated[_Stripped, Field(alias="without")]
-    """System prompt under which the model does not show the trait."""
-    markers: _Texts
-    """Words and phrases that are counted for the marker rate."""
-    fit: _Texts
+    without_instruction: Annotated[_Stripped | None, Field(alias="without")] = None
+    """System prompt under which the model does not show the trait; None: the replies under no system prompt."""
+    markers: tuple[Text, ...] = ()
+    """Words and phrases that are counted for the marker rate, if there are any."""
+    fit: _Texts = field(default_factory=lambda: TopicPool.load().fit)
     """Topics (user messages) that directions, scorers and searches may see."""
-    held_out: _Texts
+    held_out: _Texts = field(default_factory=lambda: TopicPool.load().held_out)
     """Topics that only measurements see."""
 
     @classmethod
@@ -70,6 +104,31 @@ class Trait:
         trait.check(str(path))
         return trait
 
+    @classmethod
+    def from_sentences(cls, sentence: str, opposite: str | None = None, name: str | None = None) -> Trait:
+        """A trait of two sentences, on the pool of topics that ships: what the model is told to be, and the opposite.
+
+        Without `opposite` the replies under no instruction are the other side. `name` is by default made of the
+        sentence's words.
+        Errors: UsageError for an empty sentence, the same sentence twice, and a name that is none or a shipped trait's.
+
+            rhymes = steer.Trait.from_sentences("You answer in rhyming couplets.", "You answer in plain prose.")
+            direction = steer.find(model, rhymes, quick=True)
+        """
+        if name is None:
+            name = "-".join(re.findall(r"\w+", sentence.casefold()))[:40].strip("-")
+        if name in shipped_traits():
+            raise UsageError(f"name: expected a name that no shipped trait has, found {name!r}; choose another")
+        if sentence in shipped_traits() or sentence.endswith((".yaml", ".yml")):
+            raise UsageError(f"sentence: expected what the model is told to be, found the trait {shown(sentence)}")
+        trait = cls(name=name, summary=sentence, with_instruction=sentence, without_instruction=opposite)
+        trait.check()
+        return trait
+
+    def shortened(self, fit: int, held_out: int) -> Trait:
+        """The trait with at most so many topics of each part, spread evenly over those it has."""
+        return replace(self, fit=spread(self.fit, fit), held_out=spread(self.held_out, held_out))
+
     def check(self, where: str | None = None) -> None:
         """Raise if no direction can be found with this trait, before minutes are spent on writing replies. `where` is
         the trait's file, for errors.
@@ -77,8 +136,14 @@ class Trait:
         Errors: SteerError for too few topics, a topic that occurs twice, and instructions that are the same.
         """
         where = where or f"trait {self.name!r}"
-        if _plain(self.with_instruction) == _plain(self.without_instruction):
+        if _plain(self.with_instruction) == _plain(self.without_instruction or ""):
             raise SteerError(f"{where}: expected opposite instructions under 'with' and 'without', found the same")
+        shared = TopicPool.load()
+        if (self.fit == shared.fit) != (self.held_out == shared.held_out):
+            missing = "fit" if self.fit == shared.fit else "held_out"
+            raise SteerError(
+                f"{where}: expected topics under 'fit' and 'held_out', found none under {missing!r}; add some"
+            )
         places: dict[str, str] = {}
         for place, topics, least in (("fit", self.fit, FIT_TOPICS), ("held_out", self.held_out, HELD_OUT_TOPICS)):
             for topic in topics:
@@ -97,19 +162,12 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def spread(topics: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """At most `count` topics, at even distances."""
+    count = min(count, len(topics))
+    return tuple(topics[i * len(topics) // count] for i in range(count))
+
+
 def shipped_traits() -> tuple[str, ...]:
     """Names of the traits that ship with the package."""
-    return tuple(sorted(p.stem for p in _FOLDER.glob("*.yaml") if p.stem != "neutral"))
-
-
-@checked
-class NeutralPrompts:
-    """Chat prompts that touch no trait, on which steering should change little."""
-
-    fit: _Texts
-    held_out: _Texts
-
-    @classmethod
-    def load(cls) -> NeutralPrompts:
-        """The prompts that ship with the package."""
-        return from_file(cls, read_yaml(_FOLDER / "neutral.yaml", "prompts"), "neutral.yaml")
+    return tuple(sorted(p.stem for p in _FOLDER.glob("*.yaml") if p.name not in (NeutralPrompts.file, TopicPool.file)))

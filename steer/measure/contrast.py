@@ -141,23 +141,29 @@ def contrast_replies(
     trait: Trait,
     *,
     sampler: Sampler = SAMPLER,
+    samples: tuple[int, int] = (FIT_SAMPLES, 1),
+    prompts: Sequence[str] | None = None,
     neutral: Sequence[Reply] | None = None,
     on_tokens: Advance | None = None,
 ) -> Contrast:
     """Let the model answer every topic under both instructions, all in one call of `model.replies`.
 
-    Standing sliders are off meanwhile. `neutral` gives replies to neutral prompts that another trait's contrast has
-    already, which saves generating them again. `on_tokens` is called with the number of tokens written since its last
-    call.
+    Standing sliders are off meanwhile. `samples`: replies to each fit topic and to each held-out topic under each
+    instruction. `prompts`: the neutral ones to answer, by default all of the fit split; `neutral` gives replies to them
+    that another trait's contrast has already, which saves generating them again. `on_tokens` is called with the number
+    of tokens written since its last call.
     """
+    if prompts is None:
+        prompts = NeutralPrompts.load().fit
+    fit, held_out = samples
     parts: list[list[list[Message]]] = [
         [as_messages(topic, instruction) for topic in topics for _ in range(count)]
         for topics, instruction, count in (
-            (trait.fit, trait.with_instruction, FIT_SAMPLES),
-            (trait.fit, trait.without_instruction, FIT_SAMPLES),
-            (trait.held_out, trait.with_instruction, 1),
-            (trait.held_out, trait.without_instruction, 1),
-            (NeutralPrompts.load().fit if neutral is None else (), None, 1),
+            (trait.fit, trait.with_instruction, fit),
+            (trait.fit, trait.without_instruction, fit),
+            (trait.held_out, trait.with_instruction, held_out),
+            (trait.held_out, trait.without_instruction, held_out),
+            (prompts if neutral is None else (), None, 1),
         )
     ]
     chats = [chat for part in parts for chat in part]

@@ -87,7 +87,7 @@ class Point(Scores):
     amount: float | None
     share: float
     markers: float
-    """Marker words per 100 words."""
+    """Marker words per 100 words; nan for a trait without markers."""
     examples: tuple[str, ...] = ()
     """The first reply to each of the first three topics."""
 
@@ -131,13 +131,17 @@ def dose_settings(direction: Direction, amounts: Sequence[float] = DOSES) -> lis
 
 
 def control_settings(direction: Direction, trait: Trait, seed: int = 0) -> list[Setting]:
-    """Controls for steering: a random direction with the same displacement, and the instruction as a system prompt."""
+    """Controls for steering: a random direction with the same displacement, and the opposite instruction, if there is
+    one, as a system prompt."""
+    random = Edit(add=((random_like(direction, seed), -1.0),))
+    prompt = [Setting("system prompt instead", system=trait.without_instruction)] if trait.without_instruction else []
+    return [Setting("random direction, -1", random, share=direction.share(1)), *prompt]
+
+
+def random_like(direction: Direction, seed: int = 0) -> Direction:
+    """A random direction that moves the residual stream as far as `direction`."""
     noise = torch.randn(direction.width, generator=torch.Generator().manual_seed(seed))
-    random = replace(direction, name="random", vector=noise)
-    return [
-        Setting("random direction, -1", Edit(add=((random, -1.0),)), share=direction.share(1)),
-        Setting("system prompt instead", system=trait.without_instruction),
-    ]
+    return replace(direction, name="random", vector=noise)
 
 
 def measure_settings(
@@ -154,7 +158,27 @@ def measure_settings(
     on_tokens: Advance | None = None,
 ) -> list[Point]:
     """Let the model reply to every topic under every setting, `samples` times, and score the replies: a `Point` per
-    setting.
+    setting. Arguments are those of `measure_answers`."""
+    options: Any = {"sampler": sampler, "samples": samples, "judge": judge, "perplexities": perplexities}
+    found = measure_answers(model, scorer, settings, topics, reference, on_tokens=on_tokens, **options)
+    return [point for point, _ in found]
+
+
+def measure_answers(
+    model: SteeredModel,
+    scorer: Scorer,
+    settings: Sequence[Setting],
+    topics: Sequence[str],
+    reference: Reference,
+    *,
+    sampler: Sampler = MEASURE,
+    samples: int = 2,
+    judge: SteeredModel | None = None,
+    perplexities: bool = True,
+    on_tokens: Advance | None = None,
+) -> list[tuple[Point, Answers]]:
+    """Let the model reply to every topic under every setting, `samples` times, and score the replies: a `Point` per
+    setting, and the replies that it was measured on, those to one topic in a row.
 
     KL is computed on `reference`, the untouched model's replies to neutral prompts. `judge` is the model that computes
     the perplexity of each topic's first reply: by default the untouched `model`; for a baked checkpoint pass its
@@ -176,7 +200,7 @@ def measure_settings(
     moved = [not s.system and (s.edit is not None or judge is not None) for s in settings]
     costs = iter(reference.kls(model, [e for e, m in zip(edits, moved, strict=True) if m]) if any(moved) else ())
     kls = [next(costs) if m else math.nan if s.system else 0.0 for s, m in zip(settings, moved, strict=True)]
-    return [
+    points = [
         Point(
             **vars(replace(g.scores, kl=kl, perplexity=surprise)),
             label=s.label,
@@ -187,6 +211,7 @@ def measure_settings(
         )
         for s, g, kl, surprise in zip(settings, groups, kls, surprises, strict=True)
     ]
+    return list(zip(points, groups, strict=True))
 
 
 def measure_baked(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from steer.core.trait import Trait
+from steer.core.trait import Trait, shipped_traits
 from steer.errors import TraitNotFoundError
 from steer.measure.contrast import Contrast, Reply
+
+_SHIPPED = resources.files("steer") / "measure" / "probes" / "items"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +44,7 @@ class Scorer:
     auroc: float
     """AUROC on the contrast replies of the held-out topics."""
     marker_auroc: float
-    """AUROC of the plain marker rate on the same replies, for comparison."""
+    """AUROC of the plain marker rate on the same replies, for comparison; nan for a trait without markers."""
 
     @classmethod
     def train(cls, contrast: Contrast) -> Scorer:
@@ -54,11 +57,12 @@ class Scorer:
         with _named_errors(trait):
             classifier.fit(texts, labels)
         held, truth = _labelled(contrast.held_out_with, contrast.held_out_without)
+        rates = [marker_rate(t, trait) for t in held]
         return cls(
             trait,
             classifier,
             auroc=float(roc_auc_score(truth, classifier.predict_proba(held)[:, 1])),
-            marker_auroc=float(roc_auc_score(truth, [marker_rate(t, trait) for t in held])),
+            marker_auroc=float(roc_auc_score(truth, rates)) if trait.markers else math.nan,
         )
 
     @classmethod
@@ -68,8 +72,12 @@ class Scorer:
 
         Errors: FileNotFoundError for a trait without one.
         """
-        place = resources.files("steer") / "measure" / "probes" / "items" / f"{trait}.json"
-        return cls.from_json(json.loads(place.read_text(encoding="utf-8")))
+        return cls.from_json(json.loads((_SHIPPED / f"{trait}.json").read_text(encoding="utf-8")))
+
+    @classmethod
+    def all_shipped(cls) -> dict[str, Scorer]:
+        """The scorers that ship, by the names of their traits."""
+        return {name: cls.shipped(name) for name in shipped_traits() if (_SHIPPED / f"{name}.json").is_file()}
 
     def as_json(self) -> dict[str, Any]:
         """The scorer as a JSON value: per word its inverse document frequency and its weight."""
@@ -78,7 +86,7 @@ class Scorer:
         return {
             "trait": self.trait.name,
             "auroc": round(self.auroc, 4),
-            "marker_auroc": round(self.marker_auroc, 4),
+            "marker_auroc": round(self.marker_auroc, 4) if self.trait.markers else None,
             "intercept": round(float(np.asarray(judge.intercept_)[0]), 4),
             "words": {
                 str(w): [round(float(f), 4), round(float(c), 4)]
@@ -90,7 +98,8 @@ class Scorer:
     def from_json(cls, value: Mapping[str, Any]) -> Scorer:
         """The scorer of a value that `as_json` returned, for a trait that ships."""
         classifier = word_classifier(vocabulary=list(value["words"]))
-        scorer = cls(Trait.load(value["trait"]), classifier, value["auroc"], value["marker_auroc"])
+        markers = math.nan if value["marker_auroc"] is None else value["marker_auroc"]
+        scorer = cls(Trait.load(value["trait"]), classifier, value["auroc"], markers)
         counts, judge = scorer._steps
         counts.idf_, weights = np.array(list(value["words"].values())).T
         judge.coef_, judge.intercept_, judge.classes_ = weights[None], np.array([value["intercept"]]), np.array([0, 1])
@@ -164,7 +173,9 @@ def _labelled(with_: Sequence[Reply], without: Sequence[Reply]) -> tuple[list[st
 
 
 def marker_rate(text: str, trait: Trait) -> float:
-    """Marker words and phrases of a trait per 100 words."""
+    """Marker words and phrases of a trait per 100 words; nan for a trait without markers."""
+    if not trait.markers:
+        return math.nan
     words = text.lower().replace("\u2019", "'")
     # Longest first, so that a phrase is counted once and its words are not counted again.
     pattern = "|".join(map(re.escape, sorted(trait.markers, key=len, reverse=True)))
