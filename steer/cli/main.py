@@ -20,6 +20,7 @@ from steer.cli import bake as cli_bake
 from steer.cli import dictionaries as cli_dictionaries
 from steer.cli import live as cli_live
 from steer.cli import measure as cli_measure
+from steer.cli import traits as cli_traits
 from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
 from steer.errors import SteerError, UsageError
 from steer.plain_text import plain_line
@@ -175,6 +176,7 @@ def find(
     )
 
 
+app.add_typer(cli_traits.app, name="traits")
 cli_dictionaries.register(app)
 app.command(
     epilog="Examples: `steer bake merged calm --ablate moralizing` · "

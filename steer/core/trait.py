@@ -7,6 +7,7 @@ measurement.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import field, replace
 from functools import cache
 from importlib import resources
@@ -17,7 +18,7 @@ from pydantic import AfterValidator, Field
 
 from steer.core.names import Name
 from steer.core.small_files import read_yaml, shown
-from steer.core.validation import Text, checked, from_file
+from steer.core.validation import Line, Text, checked, from_file, mistakes_in
 from steer.errors import SteerError, UsageError
 
 FIT_TOPICS, HELD_OUT_TOPICS = 4, 2
@@ -28,6 +29,7 @@ _FOLDER = Path(str(resources.files("steer"))) / "traits"
 
 
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
+_End = Annotated[Line, AfterValidator(str.strip), Field(max_length=40)]
 _Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
@@ -83,6 +85,10 @@ class Trait:
     """Topics (user messages) that directions, scorers and searches may see."""
     held_out: _Texts = field(default_factory=lambda: TopicPool.load().held_out)
     """Topics that only measurements see."""
+    low_end: _End | None = None
+    """What the model does at the low end of the slider, in a few plain words: "never lectures"."""
+    high_end: _End | None = None
+    """What the model does at the high end of the slider: "preaches"."""
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Trait:
@@ -103,6 +109,17 @@ class Trait:
         trait = from_file(cls, read_yaml(path, "a trait", aliases=True), str(path))
         trait.check(str(path))
         return trait
+
+    @classmethod
+    def mistakes(cls, path: str | Path) -> list[str]:
+        """Everything that is wrong with a trait's file, one line for each mistake; empty for a file that can be used.
+        `load` raises the first."""
+        try:
+            data = read_yaml(Path(path), "a trait", aliases=True)
+        except SteerError as e:
+            return [str(e)]
+        trait, lines = mistakes_in(cls, data)
+        return [f"{path}: {line}" for line in (*lines, *(trait.faults() if trait else ()))]
 
     @classmethod
     def from_sentences(cls, sentence: str, opposite: str | None = None, name: str | None = None) -> Trait:
@@ -133,28 +150,29 @@ class Trait:
         """Raise if no direction can be found with this trait, before minutes are spent on writing replies. `where` is
         the trait's file, for errors.
 
-        Errors: SteerError for too few topics, a topic that occurs twice, and instructions that are the same.
+        Errors: SteerError, the first of `faults`.
         """
-        where = where or f"trait {self.name!r}"
+        for fault in self.faults():
+            raise SteerError(f"{where or f'trait {self.name!r}'}: {fault}")
+
+    def faults(self) -> Iterator[str]:
+        """Why no direction can be found with this trait: instructions that are the same, topics of one part alone, too
+        few topics, a topic that occurs twice."""
         if _plain(self.with_instruction) == _plain(self.without_instruction or ""):
-            raise SteerError(f"{where}: expected opposite instructions under 'with' and 'without', found the same")
+            yield "expected opposite instructions under 'with' and 'without', found the same"
         shared = TopicPool.load()
         if (self.fit == shared.fit) != (self.held_out == shared.held_out):
             missing = "fit" if self.fit == shared.fit else "held_out"
-            raise SteerError(
-                f"{where}: expected topics under 'fit' and 'held_out', found none under {missing!r}; add some"
-            )
+            yield f"expected topics under 'fit' and 'held_out', found none under {missing!r}; add some"
         places: dict[str, str] = {}
         for place, topics, least in (("fit", self.fit, FIT_TOPICS), ("held_out", self.held_out, HELD_OUT_TOPICS)):
             for topic in topics:
                 if before := places.get(_plain(topic)):
                     twice = f"twice under {place!r}" if before == place else "in both 'fit' and 'held_out'"
-                    raise SteerError(f"{where}: topic {shown(topic)} is {twice}; expected different, unseen topics")
+                    yield f"topic {shown(topic)} is {twice}; expected different, unseen topics"
                 places[_plain(topic)] = place
             if len(topics) < least:
-                raise SteerError(
-                    f"{where}: expected at least {least} topics under {place!r}, found {len(topics)}; add some"
-                )
+                yield f"expected at least {least} topics under {place!r}, found {len(topics)}; add some"
 
 
 def _plain(text: str) -> str:
