@@ -129,10 +129,24 @@ def anatomy(
     emit(anatomy_as_json(found), as_json, anatomy_table(found))
 
 
-@app.command(epilog="Examples: `steer find merged moralizing` · `steer find merged moralizing --dictionary dictionary`")
+@app.command(
+    epilog="Examples: `steer find merged moralizing` · `steer find merged moralizing --dictionary dictionary` · "
+    '`steer find merged --as rhymes "You answer in rhyming couplets." --opposite "You answer in plain prose."`'
+)
 def find(
     model: Model,
-    trait: Annotated[str, typer.Argument(help="A trait that ships, or a .yaml file of your own.")],
+    trait: Annotated[
+        str, typer.Argument(help="A trait that ships, a .yaml file of your own, or with --as a sentence.")
+    ],
+    name: Annotated[
+        str | None, typer.Option("--as", help="Name of a new trait: TRAIT is what the model is told to be.")
+    ] = None,
+    opposite: Annotated[
+        str | None, typer.Option(help="What it is told to be on the other side. Default: it is told nothing.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer and shorter replies, and no sites tried by steering.")
+    ] = False,
     site: Annotated[int | None, typer.Option(help="Use the residual stream after this block.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; by default the direction is saved by name.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the replies.")] = 0,
@@ -149,10 +163,14 @@ def find(
     """Find the direction of a trait, with held-out scores; with --dictionary its features."""
     from steer.core.trait import Trait
 
-    described = Trait.load(trait)
+    if name is None and opposite is not None:
+        raise UsageError("--opposite: expected --as NAME beside it, found none; add it")
+    described = Trait.load(trait) if name is None else Trait.from_sentences(trait, opposite, name)
     if dictionary is not None:
         if site is not None or out is not None:
             raise UsageError("--dictionary: expected no --site or --out beside it; the results go into the dictionary")
+        if quick:
+            raise UsageError("--dictionary: expected no --quick beside it; latents need every reply")
         from steer.finding.features import find_features
         from steer.model.steered import load
         from steer.verbs.tables import latent_table
@@ -167,7 +185,7 @@ def find(
     from steer.verbs.tables import finding_table
 
     live = load(model, device_map=device_map, four_bit=four_bit)
-    found = find_trait(live, described, site=site, seed=seed)
+    found = find_trait(live, described, site=site, seed=seed, quick=quick, verdict=True)
     place = found.direction.save(out or direction_place(live.sketch(), found.direction.name))
     emit(
         {"direction": str(place), **found.as_json()},

@@ -7,12 +7,12 @@ measurement.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field
 
@@ -106,7 +106,10 @@ class Trait:
                 f"unknown trait {text!r}: expected one of {', '.join(shipped_traits())} or a .yaml file of "
                 "your own; see steer/traits for the layout"
             )
-        trait = from_file(cls, read_yaml(path, "a trait", aliases=True), str(path))
+        data = read_yaml(path, "a trait", aliases=True)
+        if half := _half_absent(data):
+            raise SteerError(f"{path}: {half}")
+        trait = from_file(cls, data, str(path))
         trait.check(str(path))
         return trait
 
@@ -119,7 +122,8 @@ class Trait:
         except SteerError as e:
             return [str(e)]
         trait, lines = mistakes_in(cls, data)
-        return [f"{path}: {line}" for line in (*lines, *(trait.faults() if trait else ()))]
+        found = [*lines, _half_absent(data), *(trait.faults() if trait else ())]
+        return [f"{path}: {line}" for line in found if line]
 
     @classmethod
     def from_sentences(cls, sentence: str, opposite: str | None = None, name: str | None = None) -> Trait:
@@ -156,14 +160,10 @@ class Trait:
             raise SteerError(f"{where or f'trait {self.name!r}'}: {fault}")
 
     def faults(self) -> Iterator[str]:
-        """Why no direction can be found with this trait: instructions that are the same, topics of one part alone, too
-        few topics, a topic that occurs twice."""
+        """Why no direction can be found with this trait: instructions that are the same, too few topics, a topic that
+        occurs twice."""
         if _plain(self.with_instruction) == _plain(self.without_instruction or ""):
             yield "expected opposite instructions under 'with' and 'without', found the same"
-        shared = TopicPool.load()
-        if (self.fit == shared.fit) != (self.held_out == shared.held_out):
-            missing = "fit" if self.fit == shared.fit else "held_out"
-            yield f"expected topics under 'fit' and 'held_out', found none under {missing!r}; add some"
         places: dict[str, str] = {}
         for place, topics, least in (("fit", self.fit, FIT_TOPICS), ("held_out", self.held_out, HELD_OUT_TOPICS)):
             for topic in topics:
@@ -173,6 +173,12 @@ class Trait:
                 places[_plain(topic)] = place
             if len(topics) < least:
                 yield f"expected at least {least} topics under {place!r}, found {len(topics)}; add some"
+
+
+def _half_absent(data: Any) -> str | None:
+    """What is wrong with a trait's mapping that has topics of one part only. The other would be the pool's."""
+    absent = [k for k in ("fit", "held_out") if data.get(k) is None] if isinstance(data, Mapping) else []
+    return f"expected topics under 'fit' and 'held_out', found no {absent[0]!r}; add it" if len(absent) == 1 else None
 
 
 def _plain(text: str) -> str:

@@ -72,6 +72,12 @@ class Candidates:
         best = max(self.auroc)
         return [site for site, a in enumerate(self.auroc) if a >= best - NEAR_BEST]
 
+    @property
+    def steerable(self) -> list[int]:
+        """The readable sites in `BAND`, or all that are readable, if none is in it."""
+        depth = len(self.auroc)
+        return [s for s in self.readable if BAND[0] <= (s + 1) / depth <= BAND[1]] or self.readable
+
 
 def candidates(model: SteeredModel, contrast: Contrast, *, on_rows: Advance | None = None) -> Candidates:
     """Difference of means over response tokens (persona vectors, Chen et al. 2025; CAA, Panickssery et al. 2023).
@@ -143,6 +149,8 @@ def finished_direction(model: SteeredModel, found: Candidates, site: int, proven
             "sketch": model.sketch().to_header(),
             "dtype": dtype_name(model.hf.dtype),
             "trait": trait.name,
+            "with": trait.with_instruction,
+            "without": trait.without_instruction,
             "method": "difference of means over response tokens, orthogonal to the neutral mean",
             "auroc": [round(a, 4) for a in found.auroc],
             "fit_topics": len(trait.fit),
@@ -195,8 +203,12 @@ def chosen(checks: Sequence[SiteCheck], depth: int) -> int:
     Rimsky et al. 2024.
     """
     best = max(checks, key=lambda c: c.merit)
-    near = [c for c in checks if best.merit - c.merit <= 2 * math.hypot(best.error, c.error)]
-    return min(near, key=lambda c: (abs(c.site - (depth - 1) / 2), c.site)).site
+    return middle([c.site for c in checks if best.merit - c.merit <= 2 * math.hypot(best.error, c.error)], depth)
+
+
+def middle(sites: Sequence[int], depth: int) -> int:
+    """The site nearest to the middle of `depth` blocks, the lower one of two."""
+    return min(sites, key=lambda site: (abs(site - (depth - 1) / 2), site))
 
 
 def check_sites(
@@ -207,8 +219,7 @@ def check_sites(
     The sites are spread evenly over those in `BAND` that read the trait as well as the best. All replies are generated
     in one batch.
     """
-    depth = model.anatomy.blocks
-    inside = [s for s in found.readable if BAND[0] <= (s + 1) / depth <= BAND[1]] or found.readable
+    inside = found.steerable
     tried = [inside[i] for i in sorted({round(x) for x in np.linspace(0, len(inside) - 1, SITES)})]
     edits = [Edit(add=((rough_direction(found, s), a),)) for s in tried for a in AMOUNTS]
     topics, sampler = found.contrast.trait.fit[:TOPICS], replace(MEASURE, max_new_tokens=TOKENS)

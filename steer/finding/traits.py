@@ -15,12 +15,52 @@ from typing import Any
 from steer.core.direction import Direction
 from steer.core.trait import NeutralPrompts, Trait
 from steer.errors import TraitNotFoundError, UsageError
-from steer.finding.directions import Candidates, SiteCheck, candidates, check_sites, chosen, finished_direction
+from steer.finding.directions import (
+    TOKENS,
+    Candidates,
+    SiteCheck,
+    candidates,
+    check_sites,
+    chosen,
+    finished_direction,
+    middle,
+)
 from steer.measure.contrast import FIT_SAMPLES, SAMPLER, Contrast, Reply, contrast_replies
+from steer.measure.harness import neutral_replies
 from steer.measure.scorer import Scorer, clear_replies
+from steer.measure.verdict import Verdict, judge
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, bar
 
+FIT_REPLIES, HELD_OUT_REPLIES = 16, 4
+"""Fewest replies under each instruction, for fitting and held out: traits with few topics get several to each."""
+VERDICT_TOPICS, VERDICT_PROMPTS = 24, 12
+"""Held-out topics and neutral prompts that the verdict is measured on, at most."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is written and read to find a direction."""
+
+    fit_topics: int
+    """At most so many topics, spread over those of the trait."""
+    held_out_topics: int
+    samples: int
+    """Replies to each fit topic under each instruction."""
+    tokens: int
+    """Length of the contrast replies."""
+    verdict_tokens: int
+    """Length of the replies that the verdict is measured on."""
+    neutral: int
+    """Neutral prompts that are answered."""
+    check_sites: bool
+    """Whether sites are tried by steering. Otherwise the one nearest to the middle is taken of those in `BAND` that
+    read as well as the best, which is what trying them mostly ends in."""
+
+
+FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
+QUICK = Effort(32, 16, 1, 24, 24, 16, check_sites=False)
+"""On the default merge and two cores a minute for the whole process, verdict included; tests/bench/find.py."""
 Bar = Callable[[str, int | None, str], AbstractContextManager[Advance]]
 """Makes a progress bar from (title, total or None, unit); `steer.progress.bar` is one."""
 
@@ -34,20 +74,31 @@ class FoundDirection:
     candidates: Candidates
     """The vectors and AUROCs of all sites."""
     checks: tuple[SiteCheck, ...]
-    """The measured effect of steering at each site tried; empty when the site was given."""
+    """The measured effect of steering at each site tried; empty when the site was given, and in a quick search."""
+    verdict: Verdict | None = None
+    """What the slider does on held-out topics, if it was asked for."""
+
+    @property
+    def auroc(self) -> float:
+        """The lower of the held-out AUROCs of scorer and direction."""
+        return min(self.scorer.auroc, self.candidates.auroc[self.direction.site])
+
+    @property
+    def chance(self) -> float:
+        """The AUROC that chance reaches on these held-out replies: two standard errors (Mann-Whitney) above 0.5."""
+        _, _, shown, hidden = map(len, self.candidates.contrast.sides)
+        return 0.5 + 2 * math.sqrt((shown + hidden + 1) / (12 * shown * hidden))
 
     def check(self) -> None:
         """Check that scorer and direction tell held-out replies under the two instructions apart.
 
         Errors: TraitNotFoundError if either AUROC is within two standard errors (Mann-Whitney) of chance.
         """
-        auroc = min(self.scorer.auroc, self.candidates.auroc[self.direction.site])
-        _, _, shown, hidden = map(len, self.candidates.contrast.sides)
-        least = 0.5 + 2 * math.sqrt((shown + hidden + 1) / (12 * shown * hidden))
-        if not auroc > least:
+        if not self.auroc > self.chance:
+            replies = sum(map(len, self.candidates.contrast.sides[2:]))
             raise TraitNotFoundError(
                 f"trait {self.direction.name!r}: expected replies that differ between its two instructions, found an "
-                f"AUROC of {auroc:.2f} on {shown + hidden} held-out replies, where chance reaches {least:.2f}"
+                f"AUROC of {self.auroc:.2f} on {replies} held-out replies, where chance reaches {self.chance:.2f}"
             )
 
     def as_json(self) -> dict[str, Any]:
@@ -63,8 +114,9 @@ class FoundDirection:
             "residual_norm": d.residual_norm,
             "share_at_1": d.share(1),
             "scorer_auroc": self.scorer.auroc,
-            "marker_auroc": self.scorer.marker_auroc,
+            "marker_auroc": self.scorer.marker_auroc if self.scorer.trait.markers else None,
             "site_checks": [asdict(c) for c in self.checks],
+            "verdict": self.verdict and self.verdict.as_json(),
         }
 
 
@@ -88,6 +140,8 @@ def find_trait(
     *,
     site: int | None = None,
     seed: int = 0,
+    quick: bool = False,
+    verdict: bool = False,
     neutral: Sequence[Reply] | None = None,
     contrast: Contrast | None = None,
     progress: Bar = bar,
@@ -101,27 +155,51 @@ def find_trait(
     the one where the two amounts change the trait most, less a penalty for KL and repetition; among sites that cannot
     be distinguished from it, the one nearest to the middle of the model is taken.
 
-    `site` skips this choice. `contrast` gives contrast replies that were generated before; `neutral` gives only the
-    replies to neutral prompts, which several traits can share. `seed` is that of sampling.
+    `quick` works with the `QUICK` effort, which tries no sites. `verdict` measures on held-out topics what the slider
+    does; the direction's provenance keeps it.
+
+    `site` skips the choice of a site. `contrast` gives contrast replies that were generated before; `neutral` gives
+    only the replies to neutral prompts, which several traits can share. `seed` is that of sampling.
     Errors: UsageError for an unknown trait or site, TraitNotFoundError without replies to compare.
     """
     trait = trait if isinstance(trait, Trait) else Trait.load(trait)
     trait.check()
+    effort = QUICK if quick else FULL
     if site is not None and not 0 <= site < model.anatomy.blocks:
         raise UsageError(f"site: expected 0 to {model.anatomy.blocks - 1} for {model.name}, found {site}")
     if contrast is None:
-        contrast = contrast_for(model, trait, seed=seed, neutral=neutral, progress=progress)
+        contrast = contrast_for(model, trait, seed=seed, effort=effort, neutral=neutral, progress=progress)
     with progress(f"{trait.name}: residual streams", None, "replies") as advance:
         found = candidates(model, clear_replies(contrast), on_rows=advance)
     scorer = Scorer.train(contrast)
     checks: list[SiteCheck] = []
-    if site is None:
+    if site is None and not effort.check_sites:
+        site = middle(found.steerable, model.anatomy.blocks)
+    elif site is None:
         with progress(f"{trait.name}: sites", None, "tokens") as advance:
             checks = check_sites(model, found, scorer, on_tokens=advance)
         site = chosen(checks, model.anatomy.blocks)
     shown = [asdict(c) for c in checks]
     provenance = {"seed": seed, "scorer_auroc": round(scorer.auroc, 4), "site_checks": shown}
-    return FoundDirection(finished_direction(model, found, site, provenance), scorer, found, tuple(checks))
+    if quick:
+        provenance["quick"] = True
+    direction = finished_direction(model, found, site, provenance)
+    made = FoundDirection(direction, scorer, found, tuple(checks))
+    return _judged(model, made, effort, seed, progress) if verdict else made
+
+
+def _judged(model: SteeredModel, found: FoundDirection, effort: Effort, seed: int, progress: Bar) -> FoundDirection:
+    """`found` with its verdict, which the direction's provenance keeps."""
+    prompts = NeutralPrompts.load().held_out[: min(VERDICT_PROMPTS, effort.neutral)]
+    with progress(f"{found.direction.name}: verdict", None, "tokens") as advance, model.untouched():
+        neutral = neutral_replies(model, prompts, tokens=effort.verdict_tokens, on_tokens=advance)
+        verdict = judge(
+            model, found.direction, found.scorer, neutral, auroc=found.auroc, least=found.chance,
+            topics=min(VERDICT_TOPICS, effort.held_out_topics), tokens=effort.verdict_tokens, seed=seed,
+            on_tokens=advance,
+        )  # fmt: skip
+    direction = replace(found.direction, provenance=found.direction.provenance | {"verdict": verdict.as_json()})
+    return replace(found, direction=direction, verdict=verdict)
 
 
 def contrast_for(
@@ -129,17 +207,24 @@ def contrast_for(
     trait: Trait,
     *,
     seed: int = 0,
+    effort: Effort = FULL,
     neutral: Sequence[Reply] | None = None,
     progress: Bar = bar,
 ) -> Contrast:
-    """Generate the contrast replies of a trait, with a progress bar. Arguments are those of `find_trait`.
+    """Generate the contrast replies of a trait, with a progress bar. Arguments are those of `find_trait`. The trait of
+    the contrast has the topics that were used.
 
     Errors: TraitNotFoundError when the model ends its replies at once.
     """
-    sampler = replace(SAMPLER, seed=seed)
-    shared = NeutralPrompts.load().fit if neutral is None else ()
-    replies = 2 * (FIT_SAMPLES * len(trait.fit) + len(trait.held_out)) + len(shared)
+    sampler = replace(SAMPLER, seed=seed, max_new_tokens=effort.tokens)
+    trait = trait.shortened(effort.fit_topics, effort.held_out_topics)
+    prompts = NeutralPrompts.load().fit[: effort.neutral] if neutral is None else ()
+    fit = max(effort.samples, math.ceil(FIT_REPLIES / len(trait.fit)))
+    held_out = math.ceil(HELD_OUT_REPLIES / len(trait.held_out))
+    replies = 2 * (fit * len(trait.fit) + held_out * len(trait.held_out)) + len(prompts)
     with progress(f"{trait.name}: replies", replies * sampler.max_new_tokens, "tokens") as advance:
-        contrast = contrast_replies(model, trait, sampler=sampler, neutral=neutral, on_tokens=advance)
+        contrast = contrast_replies(
+            model, trait, sampler=sampler, samples=(fit, held_out), prompts=prompts, neutral=neutral, on_tokens=advance
+        )
     contrast.check()
     return contrast

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from steer.finding.latents import SteeringCheck
     from steer.finding.traits import FoundDirection
     from steer.measure.calibrate import Calibration, TriedAmount
+    from steer.measure.verdict import Verdict
     from steer.sae.records import FeatureRecord
     from steer.sae.train import TrainedDictionary
 
@@ -91,10 +92,31 @@ def finding_table(found: FoundDirection) -> str:
         c = checks.get(site)
         tried = [f"{c.below:.2f}", f"{c.above:.2f}", f"{c.kl:.3f}", f"{c.repetition:.3f}"] if c else [""] * 4
         rows.append([str(site), f"{auroc:.3f}", *tried, "chosen" if site == d.site else ""])
+    markers = f" (marker words alone {found.scorer.marker_auroc:.3f})" if found.scorer.trait.markers else ""
     return (
         text_table(["site", "held-out AUROC", "at -1", "at +1", "KL at -1", "repetition", ""], rows)
         + f"{d.name}: site {d.site}, amount 1 moves the residual stream by {d.share(1):.2f} of its median "
-        f"norm; text scorer AUROC {found.scorer.auroc:.3f} (marker words alone {found.scorer.marker_auroc:.3f})"
+        f"norm; text scorer AUROC {found.scorer.auroc:.3f}{markers}"
+        + (f"\n\n{verdict_table(d.name, found.verdict)}" if found.verdict else "")
+    )
+
+
+def verdict_table(name: str, verdict: Verdict) -> str:
+    """Return a slider's dose response on held-out topics, what it changes beside its trait, and the verdict."""
+    rows = [
+        [p.label if p.amount is None else f"amount {p.label}", f"{p.rate:.2f}", f"{p.probability:.2f}", f"{p.kl:.3f}",
+         f"{p.repetition:.3f}"]
+        for p in verdict.points
+    ]  # fmt: skip
+    effects = [
+        [scored, f"{e.change:+.2f}", f"{e.random:+.2f}", f"{e.error:.2f}"]
+        for scored, e in ((name, verdict.effect), *verdict.others.items())
+    ]
+    return (
+        text_table(["held-out topics", "rate", "probability", "KL", "repetition"], rows)
+        + "\n"
+        + text_table(["scorer", "from -1 to +1", "random direction", "standard error"], effects)
+        + f"verdict: {verdict.says}"
     )
 
 
