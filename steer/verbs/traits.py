@@ -73,7 +73,9 @@ def trait_text(trait: Trait) -> str:
     if trait.markers:
         lines.append(f"markers: {', '.join(trait.markers)}")
     if _on_pool(trait):
-        lines.append(f"topics:  {len(trait.fit)} for fitting and {len(trait.held_out)} held out, of the pool that ships")
+        lines.append(
+            f"topics:  {len(trait.fit)} for fitting and {len(trait.held_out)} held out, of the pool that ships"
+        )
         return "\n".join(lines)
     for part, topics in (("fit", trait.fit), ("held out", trait.held_out)):
         lines += [f"{part}, {len(topics)} topics:", *(f"  {topic}" for topic in topics)]
