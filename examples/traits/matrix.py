@@ -30,6 +30,7 @@ from steer.measure.harness import replies_under
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar
+from steer.verbs.traits import trait_as_json
 
 TOKENS = 48
 """Length of the replies that the matrix is read from."""
@@ -41,13 +42,16 @@ def main(
     """Make what is missing in OUT, and print the matrix."""
     live = load(model, dtype=dtype)
     asked = [Trait.load(name) for name in (traits.split(",") if traits else shipped_traits())]
-    check_run(out, {"sketch": live.sketch().id, "quick": quick, "topics": topics, "seed": seed})
+    check_run(out, {"sketch": live.sketch().id, "quick": quick, "topics": topics, "seed": seed, "dtype": dtype})
     for trait in asked:
         if not (out / f"{trait.name}.json").is_file():
             write(out / f"{trait.name}.json", found(live, trait, out, quick=quick, seed=seed))
     # The pool's held-out topics, for all traits alike: only then the rows of the matrix can be compared.
     prompts = spread(TopicPool.load().held_out, topics)
     results = {t.name: read(out / f"{t.name}.json") for t in asked}
+    for trait in asked:
+        if results[trait.name]["trait"] != trait_as_json(trait):
+            raise MismatchError(f"{out}: expected {trait.name} as it is now, found one of other texts; delete its files")
     scorers = {t.name: Scorer.from_json(r["scorer"], t) for t in asked if "scorer" in (r := results[t.name])}
     for name in ("untouched", *scorers):
         file = out / "replies" / f"{name}.json"
@@ -71,9 +75,9 @@ def found(model: SteeredModel, trait: Trait, out: Path, *, quick: bool, seed: in
     try:
         made = find_trait(model, trait, quick=quick, seed=seed, verdict=True)
     except TraitNotFoundError as e:
-        return {"missing": str(e)}
+        return {"trait": trait_as_json(trait), "missing": str(e)}
     made.direction.save(out / f"{trait.name}.safetensors")
-    return {"found": made.as_json(), "scorer": made.scorer.as_json()}
+    return {"trait": trait_as_json(trait), "found": made.as_json(), "scorer": made.scorer.as_json()}
 
 
 def replies(model: SteeredModel, direction: Direction | None, prompts: tuple[str, ...], seed: int) -> list[str]:

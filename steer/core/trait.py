@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, StringConstraints
 
 from steer.core.names import Name
 from steer.core.small_files import read_yaml, shown
@@ -29,7 +29,7 @@ _FOLDER = Path(str(resources.files("steer"))) / "traits"
 
 
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
-_End = Annotated[Line, AfterValidator(str.strip), Field(max_length=40)]
+_End = Annotated[Line, StringConstraints(max_length=40), AfterValidator(str.strip)]
 _Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 

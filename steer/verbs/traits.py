@@ -61,7 +61,8 @@ def shelf_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def trait_as_json(trait: Trait) -> dict[str, Any]:
     """Return a trait with the keys of its file, and whether its topics are those of the pool."""
     names = {"with_instruction": "with", "without_instruction": "without"}
-    return {names.get(k, k): v for k, v in asdict(trait).items()} | {"pool": _on_pool(trait)}  # pyright: ignore
+    values = {names.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in asdict(trait).items()}  # pyright: ignore
+    return values | {"pool": _on_pool(trait)}
 
 
 def trait_text(trait: Trait) -> str:
@@ -112,16 +113,17 @@ summary: "Talks like a pirate, against plain speech."
 # What the model does at each end of the slider, in a few plain words.
 low_end: "talks plainly"
 high_end: "talks like a pirate"
-# System prompts under which the model shows the trait, and shows its opposite. Small models follow short orders that say
-# "you", and that hold some of the words to use. Without the second, replies under no system prompt are the other side.
+# System prompts under which the model shows the trait, and shows its opposite. Small models follow short orders that
+# say "you", and that hold some of the words to use. Without `without`, replies under no system prompt are the other
+# side.
 with: "You are a merry pirate. In every reply you talk of the sea, your ship and treasure: ahoy, matey, arr!"
 without: "You are a clerk in an office. You talk in plain and modern words, and never of the sea."
 # Optional: words and phrases that show the trait. Their rate is reported beside the other scores.
 # markers:
 #   - "ahoy"
 #   - "arr"
-# Optional: what users say when the trait shows best, at least 4 topics under `fit` and 2 under `held_out`, better 40 and
-# 20; no topic in both. Without these two lists the trait uses the everyday topics that ship with steer.
+# Optional: what users say when the trait shows best, at least 4 topics under `fit` and 2 under `held_out`, better 40
+# and 20; no topic in both. Without these two lists the trait uses the everyday topics that ship with steer.
 # fit:
 #   - "Where should we go on our next holiday?"
 # held_out:
