@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_chat import WORDS, save_tiny_chat
+from tiny_chat import WORDS
+from tiny_parrot import ARCHITECTURES, save_parrot
 
 from steer.baking.certificate import Certificate
 from steer.baking.verify import verify
@@ -28,44 +28,7 @@ from steer.verbs import demo
 from steer.verbs.demo import run
 from steer.verbs.tables import demo_table
 
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("LlamaForCausalLM", {}),
-    "Gemma 3": (
-        "Gemma3ForCausalLM",
-        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "query_pre_attn_scalar": 8},
-    ),
-    "Qwen 3.5": ("Qwen3_5ForCausalLM", {"layer_types": ["linear_attention", "full_attention"]} | LINEAR),
-}
 TOPICS = [" ".join(WORDS[(5 * i + j) % 40] for j in range(3)) + f" {i}" for i in range(24)]
-
-
-def save_parrot(path: Path, architecture: str = "Llama", *, seed: int = 0, **config: Any) -> Path:
-    """Write a checkpoint that repeats the words of its prompt, so that it shows what its instruction says.
-
-    Its full attention adds the mean of the prompt's embeddings to the residual stream; all else is small and random.
-    """
-    name, more = ARCHITECTURES[architecture]
-    model_class: Any = getattr(transformers, name)
-
-    def save(place: Path, **chat: Any) -> Path:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                 "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 512, "tie_word_embeddings": True,
-                 "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-        torch.manual_seed(seed)
-        model = model_class(model_class.config_class(**(sizes | more | chat | config)))
-        with torch.no_grad():
-            for key, weight in model.named_parameters():
-                if key.endswith(("v_proj.weight", "o_proj.weight")):
-                    weight.copy_(torch.eye(32) * (6 if architecture == "Qwen 3.5" else 3))  # an output gate halves it
-                elif architecture == "Gemma 3" and "post_attention_layernorm" in key:
-                    weight.fill_(20.0)  # the embedding is multiplied by the root of the width
-                elif weight.ndim > 1:
-                    weight.normal_(std=1.0 if "embed_tokens" in key else 0.02)
-        model.save_pretrained(place)
-        return place
-
-    return save_tiny_chat(save, path)
 
 
 def write_traits(folder: Path, **words: tuple[str, str]) -> None:

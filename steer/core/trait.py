@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import field, replace
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field
 
 from steer.core.names import Name
 from steer.core.small_files import read_yaml, shown
@@ -29,7 +28,18 @@ _FOLDER = Path(str(resources.files("steer"))) / "traits"
 
 
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
-_End = Annotated[Line, StringConstraints(max_length=40), AfterValidator(str.strip)]
+END = 40
+"""Most characters of what a slider's end does: both ends stand beside it."""
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    if len(text) > END:
+        raise ValueError(f"expected at most {END} characters, found {len(text)}; shorten it")
+    return text
+
+
+_End = Annotated[Line, AfterValidator(_short)]
 _Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
@@ -42,7 +52,6 @@ class _Prompts:
     """User messages that only measurements see."""
 
     @classmethod
-    @cache
     def load(cls) -> Self:
         """The prompts that ship with the package."""
         return from_file(cls, read_yaml(_FOLDER / cls.file, "prompts"), cls.file)
@@ -104,7 +113,7 @@ class Trait:
         else:
             raise UsageError(
                 f"unknown trait {text!r}: expected one of {', '.join(shipped_traits())} or a .yaml file of "
-                "your own; see steer/traits for the layout"
+                "your own, see steer/traits for the layout; a sentence needs a name: --as NAME"
             )
         data = read_yaml(path, "a trait", aliases=True)
         if half := _half_absent(data):
@@ -131,7 +140,8 @@ class Trait:
 
         Without `opposite` the replies under no instruction are the other side. `name` is by default made of the
         sentence's words.
-        Errors: UsageError for an empty sentence, the same sentence twice, and a name that is none or a shipped trait's.
+        Errors: UsageError for a sentence that is blank or a trait's name, and for a name that is none or a shipped
+        trait's; SteerError for the same sentence twice.
 
             rhymes = steer.Trait.from_sentences("You answer in rhyming couplets.", "You answer in plain prose.")
             direction = steer.find(model, rhymes, quick=True)
@@ -140,9 +150,11 @@ class Trait:
             name = "-".join(re.findall(r"\w+", sentence.casefold()))[:40].strip("-")
         if name in shipped_traits():
             raise UsageError(f"name: expected a name that no shipped trait has, found {name!r}; choose another")
-        if sentence in shipped_traits() or sentence.endswith((".yaml", ".yml")):
-            raise UsageError(f"sentence: expected what the model is told to be, found the trait {shown(sentence)}")
-        trait = cls(name=name, summary=sentence, with_instruction=sentence, without_instruction=opposite)
+        for key, text in (("sentence", sentence), ("opposite", opposite)):
+            if text is not None and (not text.strip() or text in shipped_traits() or text.endswith((".yaml", ".yml"))):
+                raise UsageError(f"{key}: expected what the model is told to be, found {shown(text)}; write it out")
+        summary = " ".join(sentence.split())
+        trait = cls(name=name, summary=summary, with_instruction=sentence, without_instruction=opposite)
         trait.check()
         return trait
 

@@ -59,7 +59,7 @@ class Effort:
 
 
 FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
-QUICK = Effort(32, 16, 1, 24, 24, 16, check_sites=False)
+QUICK = Effort(40, 16, 1, 40, 40, 16, check_sites=False)
 """On the default merge and two cores a minute for the whole process, verdict included; tests/bench/find.py."""
 Bar = Callable[[str, int | None, str], AbstractContextManager[Advance]]
 """Makes a progress bar from (title, total or None, unit); `steer.progress.bar` is one."""

@@ -34,17 +34,17 @@ READS = 0.7
 """Least held-out AUROC of the direction and of the text scorer: below it, more than three in ten pairs of replies under
 the two instructions are in the wrong order, and no slider can be told from chance with replies that few."""
 MOVES = 0.2
-"""Least effect of a slider, and of what it drags along: the change of the mean probability from amount -1 to amount 1,
-beyond that of a random direction. The default merge's `compliance`, the weaker of its two, has over twice this."""
+"""Least effect of a slider on its trait, and on another trait that it drags along: the change of the scorer's mean
+probability from amount -1 to amount 1. The default merge's `compliance`, the weaker of its two, has over twice this."""
 ERRORS = 2.0
-"""Standard errors over topics by which an effect must differ from 0, and an AUROC from 0.5."""
+"""Standard errors over topics by which an effect must exceed a random direction's, and an AUROC 0.5."""
 REPLIES = 8
 """Fewest replies per setting: a trait with few topics gets several to each."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a text scorer saw change from amount -1 to amount 1, beyond what a random direction changed."""
+    """What a text scorer saw change from amount -1 to amount 1, beside what a random direction changed."""
 
     change: float
     """Mean change of the probability that a reply shows the trait."""
@@ -55,16 +55,16 @@ class Effect:
 
     @property
     def moves(self) -> bool:
-        """Whether the change is upwards, and large and certain enough to count."""
-        return self._counts(self.change - abs(self.random))
+        """Whether the change is upwards, large, and certainly larger than by chance."""
+        return self._counts(self.change)
 
     @property
     def dragged(self) -> bool:
-        """Whether the change in either direction is large and certain enough to count."""
-        return self._counts(abs(self.change) - abs(self.random))
+        """The same of the change in either direction."""
+        return self._counts(abs(self.change))
 
-    def _counts(self, size: float) -> bool:
-        return size >= MOVES and size > ERRORS * self.error
+    def _counts(self, change: float) -> bool:
+        return change >= MOVES and change - abs(self.random) > ERRORS * self.error
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class Verdict:
     `says` is, in this order:
     - "too weak for this model", if direction or text scorer does not tell held-out replies under the two instructions
       apart: an AUROC below `READS`, or within `ERRORS` standard errors (Mann-Whitney) of 0.5;
-    - "reads but does not steer", if the effect on the trait does not reach `MOVES` or `ERRORS` standard errors;
-    - "steers but drags X along", if a shipped scorer of another trait X sees an effect as large, in either direction.
+    - "reads but does not steer", if the effect on the trait is below `MOVES`, or exceeds a random direction's by less
+      than `ERRORS` standard errors;
+    - "steers but drags X along", if a shipped scorer of another trait X sees an effect as large, upwards or downwards.
       X is also "repetition" or "KL", if amount -1 or 1 exceeds the `Limits` of calibration;
     - "works" otherwise.
     """
@@ -98,7 +99,7 @@ class Verdict:
         limits, out = Limits(), [name for name, effect in self.others.items() if effect.dragged]
         if max(below.repetition, above.repetition) - untouched.repetition > limits.repetition:
             out.append("repetition")
-        if not max(below.kl, above.kl) <= limits.kl:  # nan is within no limit
+        if not (below.kl <= limits.kl and above.kl <= limits.kl):  # nan is within no limit
             out.append("KL")
         return tuple(out)
 

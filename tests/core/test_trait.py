@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from steer.core.trait import NeutralPrompts, Trait, shipped_traits
+from steer.core.trait import NeutralPrompts, TopicPool, Trait, shipped_traits, spread
 from steer.errors import SteerError, UsageError
 
 TUNES = Path(__file__).parents[2] / "examples" / "merge" / "tunes"
@@ -84,8 +84,72 @@ def test_a_file_of_one_s_own_is_read(tmp_path: Path) -> None:
     assert (trait.with_instruction, trait.without_instruction) == ("Be dry.", "Be warm.")
 
 
+def test_without_topics_markers_and_opposite_a_file_takes_the_pool(tmp_path: Path) -> None:
+    file = tmp_path / "dry.yaml"
+    file.write_text(yaml.safe_dump({k: GOOD[k] for k in ("name", "summary", "with")} | {"markers": []}))
+    trait, topics = Trait.load(file), TopicPool.load()
+    assert (trait.fit, trait.held_out) == (topics.fit, topics.held_out)
+    assert (trait.without_instruction, trait.markers) == (None, ())
+
+
+def test_the_pool_has_topics_enough_all_different_and_none_that_anything_else_has_seen() -> None:
+    topics, neutral = TopicPool.load(), NeutralPrompts.load()
+    ours = [plain(t) for t in (*topics.fit, *topics.held_out)]
+    assert len(ours) >= 160
+    assert len(topics.held_out) >= 48
+    assert len(set(ours)) == len(ours)
+    trained = {plain(t) for t in texts(yaml.safe_load((TUNES / "topics.yaml").read_text(encoding="utf-8")))}
+    assert trained.isdisjoint(ours)
+    assert not {plain(t) for t in (*neutral.fit, *neutral.held_out)} & set(ours)
+    for topic in (*topics.fit, *topics.held_out):
+        assert re.fullmatch(r"[A-Z][^.?!]*[.?]", topic), topic  # one sentence
+    assert "pool" not in shipped_traits()
+
+
+def test_two_sentences_are_a_trait_on_the_pool() -> None:
+    trait = Trait.from_sentences(" You answer in\nrhyming couplets. ", "You answer in plain prose.", "rhymes")
+    assert trait.name == "rhymes"
+    assert trait.summary == "You answer in rhyming couplets."
+    assert trait.with_instruction == "You answer in\nrhyming couplets."
+    assert trait.without_instruction == "You answer in plain prose."
+    assert trait.fit == TopicPool.load().fit
+    alone = Trait.from_sentences("You answer in rhyming couplets, always and whatever the question was.")
+    assert alone.without_instruction is None
+    assert alone.name == "you-answer-in-rhyming-couplets-always-an"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("", "Be warm.", "dry"), "sentence: expected what the model is told to be, found ''"),
+        (("moralizing", None, "dry"), "sentence: expected what the model is told to be, found 'moralizing'"),
+        (("dry.yaml", None, "dry"), "sentence: expected what the model is told to be, found 'dry.yaml'"),
+        (("Be dry.", " ", "dry"), "opposite: expected what the model is told to be, found ' '"),
+        (("Be dry.", "be  DRY.", "dry"), "expected opposite instructions"),
+        (("Be dry.", None, "../dry"), "name: expected a name of at most 64 letters"),
+        (("Be dry.", None, "quit"), "name: expected a name that is no command"),
+        (("Be dry.", None, "compliance"), "name: expected a name that no shipped trait has"),
+        (("!?",), "name: expected a name"),
+    ],
+)
+def test_what_is_no_sentence_or_no_name_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    with pytest.raises(SteerError) as caught:
+        Trait.from_sentences(*arguments)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_topics_are_spread_over_all_and_keep_their_part() -> None:
+    assert spread(tuple("abcdefgh"), 4) == tuple("aceg")
+    assert spread(tuple("abc"), 2) == tuple("ab")
+    assert spread(tuple("ab"), 9) == tuple("ab")
+    trait = Trait.load("moralizing").shortened(5, 3)
+    assert (len(trait.fit), len(trait.held_out)) == (5, 3)
+    assert set(trait.held_out) <= set(Trait.load("moralizing").held_out)
+
+
 def test_an_unknown_name_is_bad_usage_and_names_those_there_are() -> None:
-    with pytest.raises(UsageError, match=r"'sadness'.*compliance, moralizing"):
+    with pytest.raises(UsageError, match=r"'sadness'.*compliance, .*moralizing"):
         Trait.load("sadness")
 
 
@@ -99,16 +163,16 @@ def test_an_unknown_name_is_bad_usage_and_names_those_there_are() -> None:
         ({"fit": []}, "fit: expected at least 1 of them, found []"),
         ({"fit": "Hello."}, "fit: expected a list, found 'Hello.'"),
         ({"held_out": [1, 2]}, "held_out[0]: expected text, found 1"),
-        ({"markers": None}, "markers: expected a value"),
-        ({"markers": []}, "markers: expected at least 1 of them, found []"),
         ({"markers": ["a", " "]}, "markers[1]: expected text, found none"),
         ({"held_out": [*GOOD["held_out"], "hello. "]}, "'hello. ' is in both"),
-        ({"fit": GOOD["fit"][:7]}, "expected at least 8 topics under 'fit', found 7"),
-        ({"held_out": GOOD["held_out"][:3]}, "expected at least 4 topics under 'held_out', found 3"),
+        ({"fit": GOOD["fit"][:3]}, "expected at least 4 topics under 'fit', found 3"),
+        ({"held_out": GOOD["held_out"][:1]}, "expected at least 2 topics under 'held_out', found 1"),
+        ({"fit": None}, "expected topics under 'fit' and 'held_out', found no 'fit'; add it"),
+        ({"held_out": None}, "expected topics under 'fit' and 'held_out', found no 'held_out'; add it"),
         ({"fit": [*GOOD["fit"], "HELLO."]}, "'HELLO.' is twice under 'fit'"),
         ({"held_out": [*GOOD["held_out"], "Any  news?"]}, "'Any  news?' is twice under 'held_out'"),
         ({"without": " be DRY."}, "expected opposite instructions under 'with' and 'without', found the same"),
-        ({"topics": ["x"]}, "expected keys among name, summary, with, without, markers, fit, held_out, found 'topics'"),
+        ({"topics": ["x"]}, "expected keys among name, summary, with, without, markers, fit, held_out, low_end, high_end, found 'topics'"),
     ],
 )
 def test_a_malformed_file_is_one_line_that_names_the_key(tmp_path: Path, change: dict[str, object], says: str) -> None:

@@ -117,7 +117,7 @@ def test_what_is_kept_is_projected_out_at_every_site_and_the_cost_is_there(
     model: SteeredModel, contrast: Contrast
 ) -> None:
     plain = candidates(model, contrast)
-    other = torch.nn.functional.normalize(plain.vectors + torch.randn(plain.vectors.shape, generator=SEED), dim=-1)
+    other = torch.nn.functional.normalize(plain.vectors + 0.15 * torch.randn(plain.vectors.shape, generator=SEED), dim=-1)
     found = candidates(model, contrast, keep=[other])
     assert found.plain is not None
     assert torch.equal(found.plain.vectors, plain.vectors)
@@ -134,6 +134,8 @@ def test_what_is_kept_is_projected_out_at_every_site_and_the_cost_is_there(
 
 
 def test_a_found_direction_says_what_keeping_another_trait_cost(model: SteeredModel, contrast: Contrast) -> None:
+    sides = [[replace(r, chat=({"role": "user", "content": f"{i}"},)) for i, r in enumerate(s)] for s in contrast.sides]
+    contrast = Contrast(contrast.trait, *map(tuple, sides), contrast.neutral)  # each reply to a topic of its own
     other = Trait("other", "s", "be well", "be not", (), ("ba", "be", "bi", "bo"), ("bu", "da"))
     trait = replace(other, name="t", with_instruction="ba ba", without_instruction="truth")
     found = find_trait(model, trait, site=1, contrast=replace(contrast, trait=trait), keep=[other])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +56,21 @@ def test_a_marker_phrase_is_counted_once_and_not_again_by_its_parts() -> None:
     assert marker_rate("You should be honest, always.", markers) == pytest.approx(100 / 5)
     assert marker_rate("dishonest", markers) == 0
     assert marker_rate("", markers) == 0
+
+
+def test_without_markers_the_scorer_learns_the_same_and_their_rate_is_not_a_number(trait: Trait) -> None:
+    bare = replace(trait, markers=())
+    scorer = Scorer.train(contrast(bare))
+    assert scorer.auroc == 1.0
+    assert math.isnan(scorer.marker_auroc)
+    assert math.isnan(marker_rate("You should be honest, always.", bare))
+    assert json.loads(json.dumps(scorer.as_json(), allow_nan=False))["marker_auroc"] is None
+
+
+def test_all_scorers_that_ship_are_found_by_the_names_of_their_traits() -> None:
+    found = Scorer.all_shipped()
+    assert {"compliance", "moralizing"} <= set(found)
+    assert all(scorer.trait.name == name for name, scorer in found.items())
 
 
 def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
