@@ -15,7 +15,7 @@ import numpy as np
 from steer.measure.drawing import STYLE, axes, svg
 from steer.measure.probes.probe import Figure
 from steer.measure.scorer import Scorer
-from steer.measure.statistics import mean_of
+from steer.measure.statistics import difference_of
 
 STRONG = 2.0
 """Change in standard deviations at which a cell of the drawing has its full colour."""
@@ -56,9 +56,13 @@ def cross_effects(
             if not spread > 1e-9:
                 out.append(CrossEffect(slider, name, math.nan, math.nan, math.nan))
                 continue
-            changes = (scorer.log_odds(texts) - before[name]) / spread
-            mean = mean_of([Figure("change", str(i), float(c)) for i, c in enumerate(changes)])
-            out.append(CrossEffect(slider, name, mean.value, mean.low, mean.high))
+            pair = [
+                [Figure("log-odds", str(i), float(x) / spread) for i, x in enumerate(odds)]
+                for odds in (before[name], scorer.log_odds(texts))
+            ]
+            found = difference_of(*pair)
+            assert found is not None
+            out.append(CrossEffect(slider, name, found.mean.value, found.mean.low, found.mean.high))
     return out
 
 

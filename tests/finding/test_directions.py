@@ -134,8 +134,11 @@ def test_what_is_kept_is_projected_out_at_every_site_and_the_cost_is_there(
 
 
 def test_a_found_direction_says_what_keeping_another_trait_cost(model: SteeredModel, contrast: Contrast) -> None:
-    sides = [[replace(r, chat=({"role": "user", "content": f"{i}"},)) for i, r in enumerate(s)] for s in contrast.sides]
-    contrast = Contrast(contrast.trait, *map(tuple, sides), contrast.neutral)  # each reply to a topic of its own
+    shown, hidden = (
+        tuple(replace(r, chat=({"role": "user", "content": f"{i}"},)) for i, r in enumerate((*fit, *held)))
+        for fit, held in zip(contrast.sides[:2], contrast.sides[2:], strict=True)
+    )  # each reply to a topic of its own
+    contrast = Contrast(contrast.trait, shown, hidden, shown, hidden, contrast.neutral)
     other = Trait("other", "s", "be well", "be not", (), ("ba", "be", "bi", "bo"), ("bu", "da"))
     trait = replace(other, name="t", with_instruction="ba ba", without_instruction="truth")
     found = find_trait(model, trait, site=1, contrast=replace(contrast, trait=trait), keep=[other])
