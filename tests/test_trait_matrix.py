@@ -42,7 +42,7 @@ def test_a_cell_is_the_mean_change_of_the_log_odds_in_deviations_of_the_untouche
     same = cells["same", "warm"]
     assert (same.change, same.low, same.high, same.certain) == (0, 0, 0, False)
     probabilities = scorers["warm"].probabilities(untouched)
-    np.testing.assert_allclose(np.log(probabilities / (1 - probabilities)), before, rtol=1e-6)
+    np.testing.assert_allclose(np.log(probabilities / (1 - probabilities)), before, atol=1e-9)
 
 
 def test_untouched_replies_that_are_all_alike_have_no_unit() -> None:
@@ -68,8 +68,10 @@ def test_the_script_finds_two_traits_and_goes_on_where_it_stopped(
     spec: Any = importlib.util.spec_from_file_location("matrix", file)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    for name, words in (("lies", ("lie lie lie", "truth truth truth")), ("friends", ("friend friend", "well well"))):
-        trait = {"name": name, "summary": name, "with": words[0], "without": words[1]}
+    topics = {"fit": ["ba be bi", "bo bu da", "de di do", "du fa fe"], "held_out": ["fi fo fu", "ga ge"]}
+    for name, with_, without in (("lies", "ta te ti to tu ", "va ve vi vo vu "),
+                                 ("friends", "ka ke ki ko ku ", "ra re ri ro ru ")):  # fmt: skip
+        trait = {"name": name, "summary": name, "with": 3 * with_, "without": 3 * without, **topics}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(trait))
     model, out = str(save_parrot(tmp_path / "model")), tmp_path / "out"
     traits = f"{tmp_path}/lies.yaml,{tmp_path}/friends.yaml"
@@ -91,6 +93,6 @@ def test_the_script_finds_two_traits_and_goes_on_where_it_stopped(
     assert [p.name for p, t in times.items() if p.stat().st_mtime_ns != t] == ["lies.json"]
     with pytest.raises(MismatchError, match="name another directory"):
         script.main(model, out, **options | {"topics": 7})
-    (tmp_path / "lies.yaml").write_text((tmp_path / "lies.yaml").read_text().replace("lie lie", "lie well"))
+    (tmp_path / "lies.yaml").write_text((tmp_path / "lies.yaml").read_text().replace("ta te", "ta to"))
     with pytest.raises(MismatchError, match="expected lies as it is now"):
         script.main(model, out, **options)

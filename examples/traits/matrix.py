@@ -51,7 +51,9 @@ def main(
     results = {t.name: read(out / f"{t.name}.json") for t in asked}
     for trait in asked:
         if results[trait.name]["trait"] != trait_as_json(trait):
-            raise MismatchError(f"{out}: expected {trait.name} as it is now, found one of other texts; delete its files")
+            raise MismatchError(
+                f"{out}: expected {trait.name} as it is now, found one of other texts; delete its files"
+            )
     scorers = {t.name: Scorer.from_json(r["scorer"], t) for t in asked if "scorer" in (r := results[t.name])}
     for name in ("untouched", *scorers):
         file = out / "replies" / f"{name}.json"

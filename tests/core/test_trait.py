@@ -172,7 +172,10 @@ def test_an_unknown_name_is_bad_usage_and_names_those_there_are() -> None:
         ({"fit": [*GOOD["fit"], "HELLO."]}, "'HELLO.' is twice under 'fit'"),
         ({"held_out": [*GOOD["held_out"], "Any  news?"]}, "'Any  news?' is twice under 'held_out'"),
         ({"without": " be DRY."}, "expected opposite instructions under 'with' and 'without', found the same"),
-        ({"topics": ["x"]}, "expected keys among name, summary, with, without, markers, fit, held_out, low_end, high_end, found 'topics'"),
+        (
+            {"topics": ["x"]},
+            "expected keys among name, summary, with, without, markers, fit, held_out, low_end, high_end, found 'topics'",
+        ),
     ],
 )
 def test_a_malformed_file_is_one_line_that_names_the_key(tmp_path: Path, change: dict[str, object], says: str) -> None:

@@ -117,7 +117,9 @@ def test_what_is_kept_is_projected_out_at_every_site_and_the_cost_is_there(
     model: SteeredModel, contrast: Contrast
 ) -> None:
     plain = candidates(model, contrast)
-    other = torch.nn.functional.normalize(plain.vectors + 0.15 * torch.randn(plain.vectors.shape, generator=SEED), dim=-1)
+    other = torch.nn.functional.normalize(
+        plain.vectors + 0.15 * torch.randn(plain.vectors.shape, generator=SEED), dim=-1
+    )
     found = candidates(model, contrast, keep=[other])
     assert found.plain is not None
     assert torch.equal(found.plain.vectors, plain.vectors)
@@ -133,7 +135,9 @@ def test_what_is_kept_is_projected_out_at_every_site_and_the_cost_is_there(
                                atol=1e-5, rtol=1e-4)  # fmt: skip
 
 
-def test_a_found_direction_says_what_keeping_another_trait_cost(model: SteeredModel, contrast: Contrast) -> None:
+def test_a_found_direction_says_what_keeping_another_trait_cost(
+    model: SteeredModel, contrast: Contrast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown, hidden = (
         tuple(replace(r, chat=({"role": "user", "content": f"{i}"},)) for i, r in enumerate((*fit, *held)))
         for fit, held in zip(contrast.sides[:2], contrast.sides[2:], strict=True)
@@ -146,9 +150,7 @@ def test_a_found_direction_says_what_keeping_another_trait_cost(model: SteeredMo
     assert found.candidates.plain is not None
     assert kept["traits"] == ["other"]
     assert 0 < kept["cosine"] < 1
-    assert kept["cosine"] == pytest.approx(
-        float(found.direction.vector @ found.candidates.plain.vectors[1]), abs=1e-4
-    )
+    assert kept["cosine"] == pytest.approx(float(found.direction.vector @ found.candidates.plain.vectors[1]), abs=1e-4)
     assert (kept["auroc_before"], kept["auroc"]) == (
         round(found.candidates.plain.auroc[1], 4), round(found.candidates.auroc[1], 4),
     )  # fmt: skip
@@ -161,10 +163,9 @@ def test_a_found_direction_says_what_keeping_another_trait_cost(model: SteeredMo
         with pytest.raises(UsageError, match="keep: expected traits beside t, each once"):
             find_trait(model, trait, site=1, contrast=contrast, keep=keep)
     twin = replace(trait, name="twin")
-    same = {"contrast": replace(contrast, trait=trait), "site": 1}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(TraitNotFoundError, match="not made of those of twin"):
-        patch.setattr("steer.finding.traits.contrast_for", lambda *_, **__: replace(contrast, trait=twin))
-        find_trait(model, trait, keep=[twin], **same)
+    monkeypatch.setattr("steer.finding.traits.contrast_for", lambda *_, **__: replace(contrast, trait=twin))
+    with pytest.raises(TraitNotFoundError, match="not made of those of twin"):
+        find_trait(model, trait, keep=[twin], site=1, contrast=replace(contrast, trait=trait))
 
 
 def test_replies_that_are_all_empty_are_told_before_anything_is_read(contrast: Contrast) -> None:
