@@ -174,7 +174,7 @@ def test_an_unknown_name_is_bad_usage_and_names_those_there_are() -> None:
         ({"without": " be DRY."}, "expected opposite instructions under 'with' and 'without', found the same"),
         (
             {"topics": ["x"]},
-            "expected keys among name, summary, with, without, markers, fit, held_out, low_end, high_end, found 'topics'",
+            "markers, fit, held_out, low_end, high_end, found 'topics'",
         ),
     ],
 )
