@@ -56,11 +56,11 @@ def cross_effects(
             if not spread > 1e-9:
                 out.append(CrossEffect(slider, name, math.nan, math.nan, math.nan))
                 continue
-            pair = [
+            first, other = (
                 [Figure("log-odds", str(i), float(x) / spread) for i, x in enumerate(odds)]
                 for odds in (before[name], scorer.log_odds(texts))
-            ]
-            found = difference_of(*pair)
+            )
+            found = difference_of(first, other)
             assert found is not None
             out.append(CrossEffect(slider, name, found.mean.value, found.mean.low, found.mean.high))
     return out
