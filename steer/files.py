@@ -64,6 +64,27 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
     return Path(path)
 
 
+def write_new(path: str | Path, text: str) -> Path:
+    """Write a whole text file, in UTF-8, where there is none. Errors: SteerError for a path that exists or cannot be
+    written."""
+    place = Path(path)
+    part = place.with_name(f".{place.name[:80]}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        os.link(part, place)  # a rename would replace a file that is there
+        sync(place.parent)
+    except FileExistsError as e:
+        raise SteerError(f"{path}: expected no such file, found one; it is not overwritten, name another") from e
+    except OSError as e:
+        raise SteerError(f"{path}: could not be written ({e.strerror}); name another place, or free some space") from e
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return place
+
+
 def sync(path: Path) -> None:
     """Wait until a file's contents, or a directory's list of names, are on the disk (fsync)."""
     fd = os.open(path, os.O_RDONLY)

@@ -390,7 +390,7 @@ def evolving(lineage: Lineage) -> AppTest:
     at.session_state["part"] = "Evolve"
     at.run()
     next(t for t in at.text_input if t.label == "Folder of the lineage").set_value(str(lineage.place)).run()
-    next(t for t in at.text_input if t.label == "Your name").set_value("kim").run()
+    next(t for t in at.text_input if t.label == "Vote as").set_value("kim").run()
     return at
 
 
@@ -459,8 +459,8 @@ def test_the_family_tree_is_in_the_page(lineage):
 
 def test_a_voter_without_a_name_is_asked_for_one(lineage):
     at = evolving(lineage)
-    next(t for t in at.text_input if t.label == "Your name").set_value("../kim").run()
-    assert [e.value.split(":")[0] for e in at.error] == ["your name"]
+    next(t for t in at.text_input if t.label == "Vote as").set_value("../kim").run()
+    assert [e.value.split(":")[0] for e in at.error] == ["vote as"]
     assert any(b.label == "Next generation" for b in at.button)
 
 

@@ -70,7 +70,7 @@ class Evolution:
 
         Errors: UsageError for a voter whose name cannot be a file's, and as `Judge`.
         """
-        check_name(voter, "your name")
+        check_name(voter, "vote as")
         found = self._judges.get((self.place, voter))
         if found is None or found.scene != scene:
             if found is not None:

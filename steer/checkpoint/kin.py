@@ -384,9 +384,7 @@ class _Source:
         assert info is not None  # checked before anything is read
         if self.adapter is not None and tensor in self.adapter.changed:
             whole = torch.frombuffer(self.files.read(info), dtype=_DTYPES[info.dtype]).view(info.shape)
-            return _Values(
-                "F32", memoryview(self.adapter.merged(tensor, whole).reshape(-1)).cast("B"), None, self.folder
-            )
+            return _Values("F32", self.adapter.merged(tensor, whole).reshape(-1).data.cast("B"), None, self.folder)
         if isinstance(info, DecodedTensor):
             return _Values(info.dtype, memoryview(self.files.read(info)), None, self.folder)
         path = self.files.root / info.file

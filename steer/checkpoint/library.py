@@ -140,11 +140,16 @@ class Library:
 
 def directions_of(sketch: Sketch) -> dict[str, Direction]:
     """The directions on this machine that were found on the checkpoint with this sketch, by name."""
-    out: dict[str, Direction] = {}
+    return {name: direction for name, (direction, _) in placed_directions(sketch).items()}
+
+
+def placed_directions(sketch: Sketch) -> dict[str, tuple[Direction, Path]]:
+    """The same directions with the file of each."""
+    out: dict[str, tuple[Direction, Path]] = {}
     for file in direction_files():
         found = _read_or_skip(file, lambda file: _direction(file, stamp(file)))
         if found is not None and found[0].name not in out and found[1].same_as(sketch):
-            out[found[0].name] = found[0]
+            out[found[0].name] = found[0], file
     return out
 
 

@@ -21,6 +21,7 @@ from steer.cli import dictionaries as cli_dictionaries
 from steer.cli import evolve as cli_evolve
 from steer.cli import live as cli_live
 from steer.cli import measure as cli_measure
+from steer.cli import traits as cli_traits
 from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
 from steer.errors import SteerError, UsageError
 from steer.plain_text import plain_line
@@ -173,6 +174,9 @@ def find(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and shorter replies, and no sites tried by steering.")
     ] = False,
+    keep: Annotated[
+        list[str], typer.Option(help="NAME[,NAME]: traits that the slider should not move; repeatable.")
+    ] = [],  # noqa: B006
     site: Annotated[int | None, typer.Option(help="Use the residual stream after this block.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; by default the direction is saved by name.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the replies.")] = 0,
@@ -197,6 +201,8 @@ def find(
             raise UsageError("--dictionary: expected no --site or --out beside it; the results go into the dictionary")
         if quick:
             raise UsageError("--dictionary: expected no --quick beside it; latents need every reply")
+        if keep:
+            raise UsageError("--dictionary: expected no --keep beside it; latents are not projected")
         from steer.finding.features import find_features
         from steer.model.steered import load
         from steer.verbs.tables import latent_table
@@ -211,7 +217,8 @@ def find(
     from steer.verbs.tables import finding_table
 
     live = load(model, device_map=device_map, four_bit=four_bit)
-    found = find_trait(live, described, site=site, seed=seed, quick=quick, verdict=True)
+    kept = [name for names in keep for name in names.split(",")]
+    found = find_trait(live, described, site=site, seed=seed, quick=quick, verdict=True, keep=kept)
     place = found.direction.save(out or direction_place(live.sketch(), found.direction.name))
     emit(
         {"direction": str(place), **found.as_json()},
@@ -220,6 +227,7 @@ def find(
     )
 
 
+app.add_typer(cli_traits.app, name="traits")
 cli_dictionaries.register(app)
 app.command(
     epilog="Examples: `steer bake merged calm --ablate moralizing` · "

@@ -7,16 +7,17 @@ measurement.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field
 
 from steer.core.names import Name
 from steer.core.small_files import read_yaml, shown
-from steer.core.validation import Text, checked, from_file
+from steer.core.validation import Line, Text, checked, from_file, mistakes_in
 from steer.errors import SteerError, UsageError
 
 FIT_TOPICS, HELD_OUT_TOPICS = 4, 2
@@ -27,6 +28,18 @@ _FOLDER = Path(str(resources.files("steer"))) / "traits"
 
 
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
+END = 40
+"""Most characters of what a slider's end does: both ends stand beside it."""
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    if len(text) > END:
+        raise ValueError(f"expected at most {END} characters, found {len(text)}; shorten it")
+    return text
+
+
+_End = Annotated[Line, AfterValidator(_short)]
 _Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
@@ -81,6 +94,10 @@ class Trait:
     """Topics (user messages) that directions, scorers and searches may see."""
     held_out: _Texts = field(default_factory=lambda: TopicPool.load().held_out)
     """Topics that only measurements see."""
+    low_end: _End | None = None
+    """What the model does at the low end of the slider, in a few plain words: "never lectures"."""
+    high_end: _End | None = None
+    """What the model does at the high end of the slider: "preaches"."""
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Trait:
@@ -99,11 +116,23 @@ class Trait:
                 "your own, see steer/traits for the layout; a sentence needs a name: --as NAME"
             )
         data = read_yaml(path, "a trait", aliases=True)
-        if isinstance(data, dict) and len(absent := [k for k in ("fit", "held_out") if data.get(k) is None]) == 1:
-            raise SteerError(f"{path}: expected topics under 'fit' and 'held_out', found no {absent[0]!r}; add it")
+        if half := _half_absent(data):
+            raise SteerError(f"{path}: {half}")
         trait = from_file(cls, data, str(path))
         trait.check(str(path))
         return trait
+
+    @classmethod
+    def mistakes(cls, path: str | Path) -> list[str]:
+        """Everything that is wrong with a trait's file, one line for each mistake; empty for a file that can be used.
+        `load` raises the first."""
+        try:
+            data = read_yaml(Path(path), "a trait", aliases=True)
+        except SteerError as e:
+            return [str(e)]
+        trait, lines = mistakes_in(cls, data)
+        found = [*lines, _half_absent(data), *(trait.faults() if trait else ())]
+        return [f"{path}: {line}" for line in found if line]
 
     @classmethod
     def from_sentences(cls, sentence: str, opposite: str | None = None, name: str | None = None) -> Trait:
@@ -137,22 +166,31 @@ class Trait:
         """Raise if no direction can be found with this trait, before minutes are spent on writing replies. `where` is
         the trait's file, for errors.
 
-        Errors: SteerError for too few topics, a topic that occurs twice, and instructions that are the same.
+        Errors: SteerError, the first of `faults`.
         """
-        where = where or f"trait {self.name!r}"
+        for fault in self.faults():
+            raise SteerError(f"{where or f'trait {self.name!r}'}: {fault}")
+
+    def faults(self) -> Iterator[str]:
+        """Why no direction can be found with this trait: instructions that are the same, too few topics, a topic that
+        occurs twice."""
         if _plain(self.with_instruction) == _plain(self.without_instruction or ""):
-            raise SteerError(f"{where}: expected opposite instructions under 'with' and 'without', found the same")
+            yield "expected opposite instructions under 'with' and 'without', found the same"
         places: dict[str, str] = {}
         for place, topics, least in (("fit", self.fit, FIT_TOPICS), ("held_out", self.held_out, HELD_OUT_TOPICS)):
             for topic in topics:
                 if before := places.get(_plain(topic)):
                     twice = f"twice under {place!r}" if before == place else "in both 'fit' and 'held_out'"
-                    raise SteerError(f"{where}: topic {shown(topic)} is {twice}; expected different, unseen topics")
+                    yield f"topic {shown(topic)} is {twice}; expected different, unseen topics"
                 places[_plain(topic)] = place
             if len(topics) < least:
-                raise SteerError(
-                    f"{where}: expected at least {least} topics under {place!r}, found {len(topics)}; add some"
-                )
+                yield f"expected at least {least} topics under {place!r}, found {len(topics)}; add some"
+
+
+def _half_absent(data: Any) -> str | None:
+    """What is wrong with a trait's mapping that has topics of one part only. The other would be the pool's."""
+    absent = [k for k in ("fit", "held_out") if data.get(k) is None] if isinstance(data, Mapping) else []
+    return f"expected topics under 'fit' and 'held_out', found no {absent[0]!r}; add it" if len(absent) == 1 else None
 
 
 def _plain(text: str) -> str:

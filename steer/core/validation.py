@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs, PydanticUseDefault
+from pydantic_core import ArgsKwargs, ErrorDetails, PydanticUseDefault
 
 from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError
@@ -63,26 +63,51 @@ _MESSAGES = {
 
 
 def error_line(e: ValidationError, positional: Sequence[str] = ()) -> str:
-    """The first mistake that pydantic found, as `key: inner[0]: expected ..., found ...; what to do`.
+    """The first of `error_lines`."""
+    return error_lines(e, positional)[0]
+
+
+def error_lines(e: ValidationError, positional: Sequence[str] = ()) -> list[str]:
+    """The mistakes that pydantic found, each as `key: inner[0]: expected ..., found ...; what to do`.
 
     A validator that raises ValueError gives the words after the path itself. `positional` names the arguments of a call
     that were given without names.
     """
-    first = e.errors(include_url=False)[0]
-    keys, context = list(first["loc"]), first.get("ctx", {})
+    return [_error_line(mistake, positional) for mistake in e.errors(include_url=False)]
+
+
+def _error_line(mistake: ErrorDetails, positional: Sequence[str]) -> str:
+    keys, context = list(mistake["loc"]), mistake.get("ctx", {})
     if positional and keys and isinstance(keys[0], int):
         keys[0] = positional[keys[0]]
     path = "".join(f"[{key}]" if isinstance(key, int) else f": {key}" for key in keys).removeprefix(": ")
-    if first["type"] == "value_error":
+    if mistake["type"] == "value_error":
         text = str(context["error"])
     else:
-        found = "none" if first["type"] == "missing" else shown(first["input"])
-        expected, do = _MESSAGES.get(first["type"], (first["msg"].removeprefix("Input should be "), ""))
-        if first["type"] in _MESSAGES:
+        found = "none" if mistake["type"] == "missing" else shown(mistake["input"])
+        expected, do = _MESSAGES.get(mistake["type"], (mistake["msg"].removeprefix("Input should be "), ""))
+        if mistake["type"] in _MESSAGES:
             choices = context.get("expected", "").replace("'", "").replace(" or ", ", ")
             expected = expected.format(**context | {"expected": choices})
         text = f"expected {expected}, found {found}" + (do and f"; {do}")
     return (f"{path}: {text}" if path else text)[:500]
+
+
+def mistakes_in(kind: type[_T], data: Any) -> tuple[_T | None, list[str]]:
+    """The value of a checked class that `from_file` would build of parsed YAML or JSON, or None, and every mistake in
+    the data, one line each."""
+    keys, lines = _keys(kind), []
+    for key in data if isinstance(data, Mapping) else ():
+        try:
+            known_keys({key: None}, keys)
+        except ValueError as e:
+            lines.append(str(e))
+    known = {k: v for k, v in data.items() if k in keys} if isinstance(data, Mapping) else data
+    try:
+        value = TypeAdapter(kind).validate_python(known)
+    except ValidationError as e:
+        return None, lines + error_lines(e)
+    return value, lines
 
 
 def from_file(kind: type[_T], data: Any, where: str) -> _T:
@@ -141,6 +166,11 @@ def known_keys(data: Any, keys: Iterable[str], path: str = "") -> dict[str, Any]
     return {k: v for k, v in data.items() if v is not None}
 
 
+def _keys(kind: Any) -> list[str]:
+    """The keys that a mapping for a checked class may have."""
+    return [info.alias or name for name, info in kind.__pydantic_fields__.items()]
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(Field, field))
 def checked(cls: type[_T]) -> type[_T]:
     """Decorator: a frozen dataclass whose fields have the types and bounds of their annotations.
@@ -152,7 +182,7 @@ def checked(cls: type[_T]) -> type[_T]:
     def from_mapping(kind: Any, data: Any) -> Any:
         if isinstance(data, ArgsKwargs | kind):
             return data
-        return known_keys(data, (info.alias or name for name, info in kind.__pydantic_fields__.items()))
+        return known_keys(data, _keys(kind))
 
     if "from_mapping" not in vars(cls):
         cls.from_mapping = model_validator(mode="before")(classmethod(from_mapping))  # pyright: ignore

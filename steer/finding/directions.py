@@ -65,6 +65,8 @@ class Candidates:
     """Mean projection of the fit replies without the trait."""
     norm: Float[Tensor, " sites"]
     """Norm of the neutral mean, per site: the scale of the residual stream there."""
+    plain: Candidates | None = None
+    """The same before other traits' directions were projected out; None if none were."""
 
     @property
     def readable(self) -> list[int]:
@@ -79,40 +81,56 @@ class Candidates:
         return [s for s in self.readable if BAND[0] <= (s + 1) / depth <= BAND[1]] or self.readable
 
 
-def candidates(model: SteeredModel, contrast: Contrast, *, on_rows: Advance | None = None) -> Candidates:
+def candidates(
+    model: SteeredModel,
+    contrast: Contrast,
+    *,
+    keep: Sequence[Float[Tensor, "sites d"]] = (),
+    on_rows: Advance | None = None,
+) -> Candidates:
     """Difference of means over response tokens (persona vectors, Chen et al. 2025; CAA, Panickssery et al. 2023).
 
-    Each vector is made orthogonal to the neutral mean of its site, so that removing it does not shift ordinary text.
-    `on_rows` is called with the number of replies read since its last call.
+    Each vector is made orthogonal to the neutral mean of its site, so that removing it does not shift ordinary text,
+    and to the vectors of other traits in `keep`, so that adding it does not move their projections. `on_rows` is called
+    with the number of replies read since its last call.
     """
     groups = [*contrast.sides, contrast.neutral]
     means = reply_means(model, [r for group in groups for r in group], on_rows=on_rows).double()
     fit_with, fit_without, held_with, held_without, neutral = means.split([len(g) for g in groups])
     centre = neutral.mean(0)
-    vectors = orthogonal(fit_with.mean(0) - fit_without.mean(0), centre)
-
-    def project(group: Tensor) -> Tensor:
-        return torch.einsum("nsd,sd->ns", group, vectors)
-
-    scores = torch.cat([project(held_with), project(held_without)]).numpy()
     labels = np.array([1] * len(held_with) + [0] * len(held_without))
-    return Candidates(
-        contrast=contrast,
-        vectors=vectors.float(),
-        auroc=tuple(float(roc_auc_score(labels, scores[:, site])) for site in range(scores.shape[1])),
-        with_mean=project(fit_with).mean(0).float(),
-        without_mean=project(fit_without).mean(0).float(),
-        norm=centre.norm(dim=-1).float(),
-    )
+
+    def orthogonal_to(*others: Tensor) -> Candidates:
+        vectors = orthogonal(fit_with.mean(0) - fit_without.mean(0), *others)
+
+        def project(group: Tensor) -> Tensor:
+            return torch.einsum("nsd,sd->ns", group, vectors)
+
+        scores = torch.cat([project(held_with), project(held_without)]).numpy()
+        return Candidates(
+            contrast=contrast,
+            vectors=vectors.float(),
+            auroc=tuple(float(roc_auc_score(labels, scores[:, site])) for site in range(scores.shape[1])),
+            with_mean=project(fit_with).mean(0).float(),
+            without_mean=project(fit_without).mean(0).float(),
+            norm=centre.norm(dim=-1).float(),
+        )
+
+    plain = orthogonal_to(centre)
+    return replace(orthogonal_to(centre, *(k.double() for k in keep)), plain=plain) if keep else plain
 
 
-def orthogonal(vectors: Float[Tensor, "sites d"], to: Float[Tensor, "sites d"]) -> Float[Tensor, "sites d"]:
-    """The vectors without their component along `to`, scaled to unit norm. The projection is removed twice, as once
-    leaves rounding error (Gram-Schmidt)."""
-    unit = to / to.norm(dim=-1, keepdim=True)
-    for _ in range(2):
-        vectors = vectors - (vectors * unit).sum(-1, keepdim=True) * unit
-    return vectors / vectors.norm(dim=-1, keepdim=True)
+def orthogonal(vectors: Float[Tensor, "sites d"], *others: Float[Tensor, "sites d"]) -> Float[Tensor, "sites d"]:
+    """The vectors without their components in the span of `others` at their site, scaled to unit norm (Gram-Schmidt).
+    Of vectors in that span, rounding error is left, of a norm far below 1."""
+    basis: list[Tensor] = []
+    for vector in (*others, vectors):
+        rest = vector
+        for _ in range(2):  # once leaves rounding error
+            for unit in basis:
+                rest = rest - (rest * unit).sum(-1, keepdim=True) * unit
+        basis.append(rest / rest.norm(dim=-1, keepdim=True).clamp_min(1e-9 * float(vector.norm())))
+    return basis[-1]
 
 
 def rough_direction(found: Candidates, site: int) -> Direction:

@@ -116,6 +116,7 @@ class FoundDirection:
             "scorer_auroc": self.scorer.auroc,
             "marker_auroc": self.scorer.marker_auroc if self.scorer.trait.markers else None,
             "site_checks": [asdict(c) for c in self.checks],
+            "keep": d.provenance.get("keep"),
             "verdict": self.verdict and self.verdict.as_json(),
         }
 
@@ -142,6 +143,7 @@ def find_trait(
     seed: int = 0,
     quick: bool = False,
     verdict: bool = False,
+    keep: Sequence[str | Trait] = (),
     neutral: Sequence[Reply] | None = None,
     contrast: Contrast | None = None,
     progress: Bar = bar,
@@ -158,19 +160,31 @@ def find_trait(
     `quick` works with the `QUICK` effort, which tries no sites. `verdict` measures on held-out topics what the slider
     does; the direction's provenance keeps it.
 
+    `keep`: other traits, whose directions at the same site are projected out, so that the slider does not move along
+    them. Their replies are generated too. The provenance has what it cost, under "keep": the cosine to the direction as
+    it was, and both held-out AUROCs.
+
     `site` skips the choice of a site. `contrast` gives contrast replies that were generated before; `neutral` gives
     only the replies to neutral prompts, which several traits can share. `seed` is that of sampling.
-    Errors: UsageError for an unknown trait or site, TraitNotFoundError without replies to compare.
+    Errors: UsageError for an unknown trait or site, TraitNotFoundError without replies to compare, or if nothing is
+    left of the direction without those of `keep`.
     """
-    trait = trait if isinstance(trait, Trait) else Trait.load(trait)
-    trait.check()
+    trait, *kept = [t if isinstance(t, Trait) else Trait.load(t) for t in (trait, *keep)]
+    for each in (trait, *kept):
+        each.check()
+    if len({t.name for t in (trait, *kept)}) <= len(kept):
+        raise UsageError(f"keep: expected traits beside {trait.name}, each once, found {[t.name for t in kept]}")
     effort = QUICK if quick else FULL
     if site is not None and not 0 <= site < model.anatomy.blocks:
         raise UsageError(f"site: expected 0 to {model.anatomy.blocks - 1} for {model.name}, found {site}")
     if contrast is None:
         contrast = contrast_for(model, trait, seed=seed, effort=effort, neutral=neutral, progress=progress)
+    vectors = []
+    for other in kept:
+        others = contrast_for(model, other, seed=seed, effort=effort, neutral=contrast.neutral, progress=progress)
+        vectors.append(candidates(model, clear_replies(others)).vectors)
     with progress(f"{trait.name}: residual streams", None, "replies") as advance:
-        found = candidates(model, clear_replies(contrast), on_rows=advance)
+        found = candidates(model, clear_replies(contrast), keep=vectors, on_rows=advance)
     scorer = Scorer.train(contrast)
     checks: list[SiteCheck] = []
     if site is None and not effort.check_sites:
@@ -183,6 +197,16 @@ def find_trait(
     provenance = {"seed": seed, "scorer_auroc": round(scorer.auroc, 4), "site_checks": shown}
     if quick:
         provenance["quick"] = True
+    if found.plain is not None:
+        cosine = float(found.vectors[site] @ found.plain.vectors[site])
+        names = [t.name for t in kept]
+        if not cosine > 1e-3:
+            raise TraitNotFoundError(
+                f"trait {trait.name!r}: expected a direction that is not made of those of {', '.join(names)}, found a "
+                f"cosine of {cosine:.4f} to what is left of it; keep fewer"
+            )
+        before, after = (round(c.auroc[site], 4) for c in (found.plain, found))
+        provenance["keep"] = {"traits": names, "cosine": round(cosine, 4), "auroc_before": before, "auroc": after}
     direction = finished_direction(model, found, site, provenance)
     made = FoundDirection(direction, scorer, found, tuple(checks))
     return _judged(model, made, effort, seed, progress) if verdict else made

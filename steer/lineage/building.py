@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,21 +293,14 @@ def _shown(value: float, metric: Json) -> float:
     return math.exp(min(value, 700)) if metric["exponent"] else value
 
 
-@dataclass(eq=False)
 class _Arm:
     """A node as an `evaluation.Arm`. It is merged again if it must be asked something and is not on the disk."""
 
-    lineage: Lineage
-    node: Node
     control: bool = False
 
-    @property
-    def name(self) -> str:
-        return self.node.id
-
-    @property
-    def about(self) -> str:
-        return describe(self.node.move)
+    def __init__(self, lineage: Lineage, node: Node) -> None:
+        self.lineage, self.node = lineage, node
+        self.name, self.about = node.id, describe(node.move)
 
     @property
     def key(self) -> Json:

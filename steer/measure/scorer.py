@@ -95,11 +95,11 @@ class Scorer:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Scorer:
-        """The scorer of a value that `as_json` returned, for a trait that ships."""
+    def from_json(cls, value: Mapping[str, Any], trait: Trait | None = None) -> Scorer:
+        """The scorer of a value that `as_json` returned. `trait`: its trait, if that does not ship."""
         classifier = word_classifier(vocabulary=list(value["words"]))
         markers = math.nan if value["marker_auroc"] is None else value["marker_auroc"]
-        scorer = cls(Trait.load(value["trait"]), classifier, value["auroc"], markers)
+        scorer = cls(trait or Trait.load(value["trait"]), classifier, value["auroc"], markers)
         counts, judge = scorer._steps
         counts.idf_, weights = np.array(list(value["words"].values())).T
         judge.coef_, judge.intercept_, judge.classes_ = weights[None], np.array([value["intercept"]]), np.array([0, 1])
@@ -108,6 +108,10 @@ class Scorer:
     def probabilities(self, texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
         """Each text's probability of showing the trait."""
         return self.classifier.predict_proba(list(texts))[:, 1]
+
+    def log_odds(self, texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
+        """The logarithm of the odds that each text shows the trait: it goes on where probabilities end at 0 and 1."""
+        return self.classifier.decision_function(list(texts))
 
     def rate(self, texts: Sequence[str]) -> float:
         """Share of the texts that show the trait: probability above one half."""

@@ -33,7 +33,7 @@ from steer.lineage.ratings import Rating, rate, standing
 from steer.lineage.recipes import check_start as check_recipe
 from steer.lineage.recipes import child, describe, models_of, same_merge, short_name
 from steer.lineage.tree_report import write_tree
-from steer.progress import bar
+from steer.progress import byte_bar
 from steer.verbs.bake import bake
 from steer.verbs.tables import text_table
 
@@ -287,7 +287,7 @@ def _new(node: Node, lineage: Lineage, say: Say) -> New | None:
     if base is None or len(models) < 2:
         return None
     try:
-        with bar("comparing the models", None, "bytes") as advance:
+        with byte_bar("comparing the models") as advance:
             found = kinship(models, base, advance)
     except SteerError as e:
         say(f"proposals do without kinship: {e}")

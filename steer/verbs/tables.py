@@ -110,8 +110,15 @@ def finding_table(found: FoundDirection) -> str:
         text_table(["site", "held-out AUROC", "at -1", "at +1", "KL at -1", "repetition", ""], rows)
         + f"{d.name}: site {d.site}, amount 1 moves the residual stream by {d.share(1):.2f} of its median "
         f"norm; text scorer AUROC {found.scorer.auroc:.3f}{markers}"
+        + (_KEPT.format(", ".join(kept["traits"]), **kept) if (kept := d.provenance.get("keep")) else "")
         + (f"\n\n{verdict_table(d.name, found.verdict)}" if found.verdict else "")
     )
+
+
+_KEPT = (
+    "\nwithout the direction of {}: cosine {cosine:.2f} to the direction with it, "
+    "held-out AUROC {auroc_before:.3f} before, {auroc:.3f} after"
+)
 
 
 def verdict_table(name: str, verdict: Verdict) -> str:

@@ -14,11 +14,15 @@ from tiny_chat import save_tiny_chat
 
 from steer.core.sampler import Sampler
 from steer.core.trait import Trait
-from steer.errors import SteerError
+from steer.errors import SteerError, TraitNotFoundError, UsageError
 from steer.finding.directions import candidates, finished_direction, orthogonal
+from steer.finding.traits import find_trait
 from steer.measure.contrast import Contrast, Reply, contrast_replies, reply_means, reply_tokens
 from steer.measure.scorer import Scorer, clear_replies
 from steer.model.steered import SteeredModel, load
+from steer.verbs.tables import finding_table
+
+SEED = torch.Generator().manual_seed(3)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,73 @@ def test_orthogonal_leaves_nothing_along_the_other_vector() -> None:
     torch.manual_seed(0)
     vectors, to = torch.randn(4, 64, dtype=torch.float64), torch.randn(4, 64, dtype=torch.float64) * 100
     assert (orthogonal(vectors, to) * to).sum(-1).abs().max() < 1e-12
+
+
+def test_orthogonal_to_several_leaves_nothing_in_their_span() -> None:
+    torch.manual_seed(0)
+    vectors, a, b = (torch.randn(4, 64, dtype=torch.float64) for _ in range(3))
+    for others in ((a, b), (a, b, a, a + b)):  # some of which are in the span of the others
+        clean = orthogonal(vectors, *others)
+        torch.testing.assert_close(clean.norm(dim=-1), torch.ones(4, dtype=torch.float64))
+        assert max((clean * o).sum(-1).abs().max() for o in (a, b)) < 1e-12
+    torch.testing.assert_close(orthogonal(vectors, a, b), orthogonal(vectors, b, a, a + b))
+    left = orthogonal(a + b, a, b)  # rounding error
+    assert left.norm(dim=-1).max() < 1e-5
+
+
+def test_what_is_kept_is_projected_out_at_every_site_and_the_cost_is_there(
+    model: SteeredModel, contrast: Contrast
+) -> None:
+    plain = candidates(model, contrast)
+    other = torch.nn.functional.normalize(
+        plain.vectors + 0.15 * torch.randn(plain.vectors.shape, generator=SEED), dim=-1
+    )
+    found = candidates(model, contrast, keep=[other])
+    assert found.plain is not None
+    assert torch.equal(found.plain.vectors, plain.vectors)
+    assert found.plain.auroc == plain.auroc
+    assert (plain.vectors * other).sum(-1).min() > 0.1
+    assert (found.vectors * other).sum(-1).abs().max() < 1e-6
+    neutral = reply_means(model, contrast.neutral).mean(0)
+    assert ((found.vectors * neutral).sum(-1) / neutral.norm(dim=-1)).abs().max() < 1e-5
+    torch.testing.assert_close(found.vectors.norm(dim=-1), torch.ones(model.anatomy.blocks))
+    # Statistics are those of the projected vectors.
+    means = reply_means(model, contrast.fit_with)
+    torch.testing.assert_close(found.with_mean, torch.einsum("nsd,sd->s", means, found.vectors) / len(means),
+                               atol=1e-5, rtol=1e-4)  # fmt: skip
+
+
+def test_a_found_direction_says_what_keeping_another_trait_cost(
+    model: SteeredModel, contrast: Contrast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, hidden = (
+        tuple(replace(r, chat=({"role": "user", "content": f"{i}"},)) for i, r in enumerate((*fit, *held)))
+        for fit, held in zip(contrast.sides[:2], contrast.sides[2:], strict=True)
+    )  # each reply to a topic of its own
+    contrast = Contrast(contrast.trait, shown, hidden, shown, hidden, contrast.neutral)
+    other = Trait("other", "s", "be well", "be not", (), ("ba", "be", "bi", "bo"), ("bu", "da"))
+    trait = replace(other, name="t", with_instruction="ba ba", without_instruction="truth")
+    found = find_trait(model, trait, site=1, contrast=replace(contrast, trait=trait), keep=[other])
+    kept = found.direction.provenance["keep"]
+    assert found.candidates.plain is not None
+    assert kept["traits"] == ["other"]
+    assert 0 < kept["cosine"] < 1
+    assert kept["cosine"] == pytest.approx(float(found.direction.vector @ found.candidates.plain.vectors[1]), abs=1e-4)
+    assert (kept["auroc_before"], kept["auroc"]) == (
+        round(found.candidates.plain.auroc[1], 4), round(found.candidates.auroc[1], 4),
+    )  # fmt: skip
+    assert found.as_json()["keep"] == kept
+    assert f"without the direction of other: cosine {kept['cosine']:.2f}" in finding_table(found)
+    plain = find_trait(model, trait, site=1, contrast=replace(contrast, trait=trait))
+    assert "keep" not in plain.direction.provenance
+    assert torch.equal(plain.direction.vector, found.candidates.plain.vectors[1])
+    for keep in ([trait], [other, other]):
+        with pytest.raises(UsageError, match="keep: expected traits beside t, each once"):
+            find_trait(model, trait, site=1, contrast=contrast, keep=keep)
+    twin = replace(trait, name="twin")
+    monkeypatch.setattr("steer.finding.traits.contrast_for", lambda *_, **__: replace(contrast, trait=twin))
+    with pytest.raises(TraitNotFoundError, match="not made of those of twin"):
+        find_trait(model, trait, keep=[twin], site=1, contrast=replace(contrast, trait=trait))
 
 
 def test_replies_that_are_all_empty_are_told_before_anything_is_read(contrast: Contrast) -> None:

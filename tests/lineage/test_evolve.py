@@ -115,7 +115,7 @@ def test_a_child_by_hand_joins_the_newest_generation(models: Path, steer: Comman
         (["models/loud", "--remove", "calm"], "found a model and --remove"),
         (["--weight", "calm"], "expected NAME=VALUE"),
         (["--weight", "calm=lots"], "expected a number as weight, found 'lots'"),
-        (["--weight", "calm=[1]"], "value: expected"),
+        (["--weight", "calm=[1]"], "expected a finite number, found [1]"),
         (["--method", "magic"], "expected one of"),
         (["--parameter", "x"], "expected NAME=VALUE"),
         (["--parameter", "x=1", "--remove", "calm"], "expected --method beside it"),

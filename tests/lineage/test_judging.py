@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_chat import save_tiny_chat
 
+from steer.checkpoint.merge import MANIFEST
+from steer.checkpoint.staging import write_json
 from steer.core.sampler import CHAT
 from steer.errors import SteerError, UsageError
 from steer.lineage import judging
@@ -27,7 +29,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., P
     """Checkpoints of the nodes 0, 1a, 1b and 1c, all different."""
     place = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("0", "1a", "1b", "1c")):
-        save_tiny_chat(tiny_llama, place / name, seed=seed)
+        made = save_tiny_chat(tiny_llama, place / name, seed=seed)
+        write_json(made / MANIFEST, {"weights": {}})  # those of the nodes
     return place
 
 

@@ -42,10 +42,13 @@ def test_start_three_votes_next_generation_export(chromium, page_url, family, tm
     page.click("Start")
     page.until(lambda: "At work, " in main(page))
     page.until(lambda: "no votes on " in main(page), BUILT)
-    page.fill("Your name", "kim")
+    page.until(lambda: page.all("[class*=st-key-vote-left] button"), FIRST)
+    page.settled()
+    page.until(lambda: page.all("[aria-label='Vote as']"))
+    page.fill("Vote as", "kim")
     lineage = Lineage(place)
     for number, key in enumerate("123", 1):
-        page.until(lambda: page.all("[class*=st-key-vote_left] button"))
+        page.until(lambda: page.all("[class*=st-key-vote-left] button"))
         page.settled()
         page.until(lambda: page.all("[data-testid=stChatMessage]")[-1].click() is None)  # keys in a field are text
         ActionChains(chromium).send_keys(key).perform()
@@ -62,7 +65,7 @@ def test_start_three_votes_next_generation_export(chromium, page_url, family, tm
 
     page.click("Next generation")
     page.until(lambda: len(lineage.generations) == 3, BUILT)
-    page.until(lambda: page.all("[class*=st-key-vote_left] button"), FIRST)
+    page.until(lambda: page.all("[class*=st-key-vote-left] button"), FIRST)
     page.click("Family tree")
     frame = page.until(lambda: page.all(".stMain iframe"))[0]
     chromium.switch_to.frame(frame)

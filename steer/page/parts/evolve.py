@@ -78,7 +78,7 @@ def _job(evolution: Evolution, job: EvolvingJob) -> None:
 def _vote(evolution: Evolution) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         voter = st.text_input(
-            "Your name", getpass.getuser(), key="voter", max_chars=40, on_change=evolution.close
+            "Vote as", getpass.getuser(), key="voter", max_chars=40, on_change=evolution.close
         ).strip()
         mode = st.segmented_control("Each vote is on", ["One message", "A scene"], default="One message", required=True,
                                     key="evolve mode")  # fmt: skip
