@@ -39,14 +39,28 @@ def vote(
     Errors: as `Judge`; a voter's mistake is answered in one line, and the votes go on.
     """
     lines = stdin or sys.stdin
-    # Models are loaded while people read: neither bars nor notices of that may come between the replies.
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("steer.checkpoint.dtypes").setLevel(logging.WARNING)
     lineage, sampler = Lineage(place), replace(REPLY, max_new_tokens=max_new_tokens)
-    with Judge(
-        lineage, voter, scene=scene, prompt=prompt, checkpoint=partial(checkpoint, lineage), sampler=sampler
-    ) as judge:
+    again = partial(checkpoint, lineage)
+    with (
+        _quiet_loading(),
+        Judge(lineage, voter, scene=scene, prompt=prompt, checkpoint=again, sampler=sampler) as judge,
+    ):
         _Ballot(judge, lines, console or Console()).run()
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Models are loaded while people read: inside, neither bars nor notices of that come between the replies."""
+    notices, bars = logging.getLogger("steer.checkpoint.dtypes"), transformers.logging.is_progress_bar_enabled()
+    before = notices.level
+    notices.setLevel(logging.WARNING)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        notices.setLevel(before)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 class _Ballot:

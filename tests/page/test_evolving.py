@@ -71,10 +71,11 @@ def test_start_three_votes_next_generation_export(chromium, page_url, family, tm
     chromium.switch_to.frame(frame)
     page.until(lambda: len(page.all("article")) == len(lineage.nodes))
     voted = lineage.votes[0]
-    details = page.all(f"details[data-node='{voted.a}']")[0]
-    page.hit(details.find_element("css selector", "summary"))
-    page.until(lambda: page.hit(details.find_elements("css selector", "details summary")[0]) is None)
-    page.until(lambda: voted.replies[0].strip()[:20] in details.text)
+    votes = f"details[data-node='{voted.a}']"
+    page.press(f"{votes} > summary")
+    page.press(f"{votes} details > summary")
+    replies = [q.text for q in page.all(f"{votes} details blockquote") if q.is_displayed()]
+    assert len(replies) == len(voted.chat) + 2
     page.hit(page.all("#copy")[0])
     page.until(lambda: page.all("#copy")[0].text in ("Copied", "Selected: press Ctrl-C"))
     chromium.switch_to.default_content()

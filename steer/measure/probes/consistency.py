@@ -42,7 +42,7 @@ class Consistency(Probe):
         rng, stories = random.Random(f"consistency {size.seed}"), written("consistency")
         return [
             item
-            for number in range(size.of(20, 8))
+            for number in range(size.of(20, 10))
             for item in _asked(rng, stories[number % len(stories)], number, size.quick)
         ]
 

@@ -39,7 +39,7 @@ class Drift(Probe):
         rng = random.Random(size.seed)
         chats = [rng.sample(written("dialogue"), TURNS // 2) for _ in range(size.of(6, 1))]
         turns = (0, 38) if size.quick else (0, 12, 24, 38)
-        written_to = {"turns": turns, "chats": size.of(3, 1), "samples": 4}
+        written_to = {"turns": turns, "chats": size.of(3, 1), "samples": size.of(4, 8)}
         return {
             "system": SYSTEM,
             "chats": chats,
