@@ -349,7 +349,7 @@ def test_a_merge_that_is_stopped_says_so_and_leaves_nothing(
     before = tree(folder)
     command = [str(Path(sys.executable).with_name("steer")), "merge", "merge.yml", "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not any(folder.glob(".out.*")):  # till it writes
+        while process.poll() is None and not any(folder.glob(".out.*/*")):  # till it writes
             time.sleep(0.01)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,12 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
-    def ended(self) -> int:
+    def ended(self, seconds: float = 100) -> int:
+        end = time.monotonic() + seconds
         while True:  # what is left on the screen, or the process would wait for a reader
+            assert time.monotonic() < end, "still running"
             try:
-                if not os.read(self.fd, 65536):
+                if select.select([self.fd], [], [], 1)[0] and not os.read(self.fd, 65536):
                     break
             except OSError:
                 break
@@ -122,6 +125,8 @@ def terminal(lineage: Lineage) -> Iterator[Callable[..., Terminal]]:
 
     yield start
     for one in started:
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(one.process, signal.SIGKILL)
         os.close(one.fd)
 
 
@@ -142,6 +147,7 @@ def test_a_key_is_a_vote_in_a_terminal(lineage: Lineage, terminal: Callable[...,
     screen.wait_for("─ 2 ─")
     screen.press("u")
     screen.wait_for("taken back; after 1 vote")
+    screen.wait_for("─ 2 ─")  # a key before the pair is shown is dropped
     screen.press("q")
     assert screen.ended() == 0
     assert len(lineage.votes) == 1
