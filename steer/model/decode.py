@@ -159,6 +159,7 @@ def generate(
         [p for _, p in distinct],
         prompts=[len(p) for _, p in distinct],
         which=[w for w, _ in distinct] if several else None,
+        ahead=most,
     )
     expand = torch.tensor([distinct[key] for key in edit_and_prompt], device=device)
     scores, mask, cache = logits(model, read.hidden[:, -1:])[:, -1], read.mask[expand], read.cache

@@ -18,16 +18,21 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from steer.model.tokens import common_length
 
 STEP = 64
-"""For how many more tokens a buffer is made at a time."""
+"""For how many more tokens a buffer is made at a time, where nobody says how many will follow."""
 Piece = tuple[list[int], int, slice]
 """(rows of a new cache, the row of an old cache that they begin with, the columns of that row)"""
 
 
 class GrowingLayer(DynamicLayer):
-    """One block's keys and values: views of larger buffers, which are copied once every `STEP` tokens."""
+    """One block's keys and values: views of larger buffers, which are copied once every `ahead` tokens.
 
-    def __init__(self) -> None:
+    Each copy leaves a hole that the next, larger buffer does not fit: with 64 tokens at a time and replies of 96, twice
+    the memory of the keys and values themselves. Whoever knows how many tokens will follow says so.
+    """
+
+    def __init__(self, ahead: int = STEP) -> None:
         super().__init__()
+        self._ahead = ahead
         self._rooms: dict[str, Tensor] = {}
 
     def update(
@@ -67,7 +72,7 @@ class GrowingLayer(DynamicLayer):
         """
         self.lazy_initialization(*other._held())
         for name, held in zip(("keys", "values"), other._held(), strict=True):
-            room = held.new_empty(rows, held.shape[1], columns + STEP, held.shape[-1])
+            room = held.new_empty(rows, held.shape[1], columns + self._ahead, held.shape[-1])
             begins = dict.fromkeys(range(rows), columns)
             for to, row, taken in pieces:
                 first = columns - (taken.stop - taken.start)
@@ -99,27 +104,29 @@ class GrowingLayer(DynamicLayer):
         # is never quite full, since compiled code would treat a full one as another case.
         in_room = room is not None and room.data_ptr() == held.data_ptr()
         if room is None or not in_room or room.shape[0] < rows or room.shape[-2] <= total:
-            room = like.new_empty(*like.shape[:2], total + STEP, like.shape[-1])
+            room = like.new_empty(*like.shape[:2], total + self._ahead, like.shape[-1])
             if seq:
                 room[:, :, :seq] = held
             self._rooms[name] = room
         return room[:rows, :, :total]
 
 
-def growing_cache(config: PretrainedConfig) -> Cache:
-    """An empty cache for one generation. Layers other than plain full attention are those of transformers."""
+def growing_cache(config: PretrainedConfig, ahead: int = STEP) -> Cache:
+    """An empty cache for one generation, with room for `ahead` more tokens than were read. Layers other than plain full
+    attention are those of transformers."""
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GrowingLayer(ahead) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def branched(cache: Cache, pieces: Sequence[Piece], rows: int, columns: int) -> Cache:
-    """A cache of `rows` texts that begin with tokens of another cache; see `GrowingLayer.begin`."""
+def branched(cache: Cache, pieces: Sequence[Piece], rows: int, columns: int, ahead: int) -> Cache:
+    """A cache of `rows` texts that begin with tokens of another cache, with room for `ahead` more; see
+    `GrowingLayer.begin`."""
     new = DynamicCache()
     new.layers = []
     for layer in cache.layers:
         assert isinstance(layer, GrowingLayer)
-        branch = GrowingLayer()
+        branch = GrowingLayer(ahead)
         branch.begin(layer, pieces, rows, columns)
         new.layers.append(branch)
     return new

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,15 @@ def read_model(
     announce(chosen, name)
     use_fast_products(hf)
     return hf, tokenizer
+
+
+def release_memory() -> None:
+    """Give memory that is free back to the system. glibc keeps what lies below any block in use: half a gigabyte after
+    a merge of 135M models, and as much again after two thousand replies."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # not in musl
+        trim(0)
 
 
 def _grouped_attention_fits(config: PreTrainedConfig, model_class: Any) -> bool:

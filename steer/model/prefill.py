@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from steer.model.kv_cache import GrowingLayer, Piece, branched, growing_cache, has_only_states, has_states
+from steer.model.kv_cache import STEP, GrowingLayer, Piece, branched, growing_cache, has_only_states, has_states
 from steer.model.loaded import LoadedModel
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Tally
@@ -54,26 +54,30 @@ def prefill(
     *,
     prompts: Sequence[int],
     which: Sequence[int] | None = None,
+    ahead: int = STEP,
 ) -> Prefill:
     """Read texts given as token ids, in as few tokens as their shared beginnings allow.
 
     `prompts`: how many tokens come before each text's reply, at least 1. Hidden states are returned for the last of
     them and all tokens after it, or for the text's last token if the text ends earlier. `which`: the index of the
-    applied edit that each text is under; None where all are under one edit, or none.
+    applied edit that each text is under; None where all are under one edit, or none. `ahead`: how many more tokens the
+    cache gets room for.
     """
     rows = list(which) if which is not None else [0] * len(texts)
     texts = [tuple(t) for t in texts]
-    cache, fed = growing_cache(model.hf.config), max(map(len, texts))
+    fed = max(map(len, texts))
+    at_once = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
+    cache = growing_cache(model.hf.config, ahead + max(0, fed - at_once))
     if len(texts) > 1 and _only_growing(cache):
         heads, sources, tail = _heads(texts, [min(p, len(t)) - 1 for p, t in zip(prompts, texts, strict=True)], rows)
         if any(heads):
-            cache, fed = _begun(model, texts, heads, sources, prompts, which), tail
+            cache, fed = _begun(model, texts, heads, sources, prompts, which, tail + ahead), tail
     ids, mask = padded(texts, left=True, device=model.device)
     ids = ids[:, -fed:]
     row = torch.tensor(rows, device=model.device) if which is not None else None
     written = [WrittenText(model.tokenizer, t, p) for t, p in zip(texts, prompts, strict=True)]
     # Some classes begin their states anew in a pass of several tokens.
-    step = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" and not has_states(cache) else fed
+    step = fed if has_states(cache) else at_once
     before = mask.shape[1] - fed
     spread = Spread.of(model, texts, cache) if which is not None else None
     with spread.narrowed(cache) if spread is not None else nullcontext():
@@ -189,14 +193,17 @@ def _begun(
     sources: Sequence[int],
     prompts: Sequence[int],
     which: Sequence[int] | None,
+    ahead: int,
 ) -> Cache:
-    """A cache with the first `heads` tokens of every text, as many as given for each; only the `sources` are read."""
+    """A cache with the first `heads` tokens of every text, as many as given for each, and room for `ahead` more; only
+    the `sources` are read."""
     read = sorted({s for s, head in zip(sources, heads, strict=True) if head})
     begun = prefill(
         model,
         [texts[s][: heads[s]] for s in read],
         prompts=[prompts[s] for s in read],
         which=None if which is None else [which[s] for s in read],
+        ahead=1,
     )
     width = begun.mask.shape[1]
     pieces: dict[tuple[int, int], list[int]] = {}
@@ -207,7 +214,7 @@ def _begun(
         for (source, head), rows in pieces.items()
         if head
     ]
-    return branched(begun.cache, taken, len(texts), max(heads))
+    return branched(begun.cache, taken, len(texts), max(heads), ahead)
 
 
 def _only_growing(cache: Cache) -> bool:

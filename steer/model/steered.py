@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from steer.model.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_ho
 from steer.model.kv_cache import PrefixCache
 from steer.model.loaded import LoadedModel, Message, as_messages
 from steer.model.loading import files_of, read_model
+from steer.model.prefill import prefill
 from steer.model.sliders import Sliders, Target
 from steer.model.steering.receipts import Tally
 from steer.model.tokens import check_length
@@ -38,6 +40,8 @@ from steer.model.tokens import check_length
 ROWS = 192
 """How many replies are written together at most. On two cores with AVX2 a token of a 135M Llama costs 0.75 of what it
 does among 96: products of fewer rows wait for the weights."""
+CACHE_BYTES = 2 << 30
+"""How large the keys and values of replies that are written together may become, beyond those of one row."""
 _LOADING = threading.Lock()
 """Models are loaded one at a time: transformers changes torch's global state while it builds one, and another that is
 built meanwhile comes out with random weights."""
@@ -157,14 +161,16 @@ class SteeredModel(LoadedModel):
     ) -> list[list[int]]:
         """Replies to many chats, as token ids, each chat under its own edit (None: unedited).
 
-        Without `edits` all are under the current sliders. Chats of similar length are batched together, at most `batch`
-        of them and the same number in each batch. `keys` seed the random streams: chats with the same key draw the same
-        numbers, which pairs an edited reply with the unedited one. `on_tokens` is called at each step with the number
-        of tokens made. `sums` is set to the residual stream after each block, summed over the tokens of each reply.
-        `thoughts`: as `prompt_ids`.
+        Without `edits` all are under the current sliders. Chats of similar length are batched together, the same number
+        in each batch: at most `batch`, and as many as `CACHE_BYTES` hold at their full length. `keys` seed the random
+        streams: chats with the same key draw the same numbers, which pairs an edited reply with the unedited one.
+        `on_tokens` is called at each step with the number of tokens made. `sums` is set to the residual stream after
+        each block, summed over the tokens of each reply. `thoughts`: as `prompt_ids`.
         """
         prompts = [self.prompt_ids(c, thoughts=thoughts) for c in chats]
-        check_length(self.name, max(map(len, prompts), default=0), self.context)  # before hours are spent on the others
+        longest = max(map(len, prompts), default=0)
+        check_length(self.name, longest, self.context)  # before hours are spent on the others
+        batch = min(batch, max(1, CACHE_BYTES // (self.token_bytes * (longest + sampler.max_new_tokens))))
         keys = list(keys) if keys is not None else list(range(len(prompts)))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out: list[list[int]] = [[] for _ in prompts]
@@ -183,6 +189,14 @@ class SteeredModel(LoadedModel):
             for i, reply in zip(rows, made, strict=True):
                 out[i] = reply
         return out
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes that the cache keeps of each token, at least 1: measured on one token, so that it holds for every
+        architecture."""
+        layers = prefill(self, [[0]], prompts=[1]).cache.layers
+        held = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+        return max(1, sum(t.nbytes for t in held if isinstance(t, Tensor)))
 
     def compile(self, sliders: Slider | str | Iterable[Slider | str] = (), **options: Any) -> None:
         """Decode single texts through torch.compile from now on.

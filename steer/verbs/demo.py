@@ -178,6 +178,7 @@ def _measure(out: Path, subject: _Subject, seed: int, fresh: bool, say: Callable
             say(line)
         start = time.perf_counter()
         yield
+        release_memory()
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
     with step("import"):
@@ -199,6 +200,7 @@ def _measure(out: Path, subject: _Subject, seed: int, fresh: bool, say: Callable
         from steer.measure.search.space import Space
         from steer.measure.search.study import BATCH, Study
         from steer.measure.search.trials import Bench, Goal, Scope, search_json
+        from steer.model.loading import release_memory
         from steer.model.steered import load
         from steer.verbs.eval import evaluate
 

@@ -10,6 +10,7 @@ from tiny_chat import hooks_on, save_tiny_chat
 
 from steer.core.edit import Edit
 from steer.core.sampler import Sampler
+from steer.model import steered
 from steer.model.decode import decode, generate
 from steer.model.steered import SteeredModel, load
 
@@ -93,11 +94,20 @@ def test_the_same_key_and_prompt_give_the_same_reply_whatever_the_batch(endless)
     assert generate(endless, [PROMPTS[0]], replace(DRAWN, seed=4), [7])[0] != alone
 
 
-def test_replies_come_in_the_order_asked_for_whatever_the_batches(model64, moral):
+def test_replies_come_in_the_order_asked_for_whatever_the_batches(model64, moral, monkeypatch):
     chats = [[{"role": "user", "content": " ".join(["lie"] * n)}] for n in (5, 1, 3, 2)]
     edits = [Edit(add=((moral, a),)) for a in (-2.0, 0.5, 1.0, 2.0)]
     whole = model64.replies(chats, DRAWN, edits)
     assert model64.replies(chats, DRAWN, edits, batch=2) == whole
+    config = model64.hf.config
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
+    assert model64.token_bytes == a_token
+    passes = []
+    count = model64.hf.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(steered, "CACHE_BYTES", a_token)  # less than one reply takes: one chat at a time
+    assert model64.replies(chats, DRAWN, edits) == whole
+    count.remove()
+    assert len(passes) >= sum(map(len, whole))
     for i, chat in enumerate(chats):
         assert model64.replies([chat], DRAWN, [edits[i]], keys=[i])[0] == whole[i]
     assert hooks_on(model64) == 0
