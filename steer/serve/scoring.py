@@ -22,7 +22,9 @@ def prompt_tokens(model: SteeredModel, ids: Sequence[int], edit: Edit | None, to
     only described.
     """
     if model.hf.device.type == "meta":
-        raise UsageError("echo: expected an engine that scores prompts beside logprobs, found vLLM; leave one of them out")
+        raise UsageError(
+            "echo: expected an engine that scores prompts beside logprobs, found vLLM; leave one of them out"
+        )
     if len(ids) < 2:
         return ()
     out: list[Token] = []

@@ -281,9 +281,7 @@ class VllmBatcher:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
-        params = SamplingParams(
-            max_tokens=new, temperature=0.0, ignore_eos=True, stop_token_ids=ends, detokenize=False
-        )
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, stop_token_ids=ends, detokenize=False)
         request = Request(id, prompt, params, None, cache_salt=salt, block_hasher=self._core.request_block_hasher)
         self._core.add_request(request)
         return request
