@@ -24,11 +24,11 @@ from torch import Tensor
 from steer.checkpoint.dtypes import announce, computing_in
 from steer.core.direction import Direction
 from steer.core.edit import Edit
-from steer.core.feature import Feature
 from steer.errors import SteerError, UnsupportedError
 from steer.model.steering.low_rank import ForwardContext
 from steer.serve.batching import BatchingEngine
 from steer.serve.packed import READ, SHARE, Part
+from steer.serve.vllm.keys import edit_key, timed
 from steer.serve.vllm.taps import TapSteering, register, steering
 
 if TYPE_CHECKING:
@@ -216,7 +216,8 @@ class VllmBatcher:
 
     def forward(self) -> Float[Tensor, "writes vocab"]:
         """Run the step and return the logits of the texts that write."""
-        self._core.model_executor.execute_model(self._step)
+        with steering().step(self._step.total_num_scheduled_tokens):
+            self._core.model_executor.execute_model(self._step)
         logits = self._runner.execute_model_state.logits
         return logits if len(self._writers) == len(self._ids) else logits[self._writers]
 
@@ -289,7 +290,7 @@ class VllmBatcher:
     def _key(self, edit: Edit | None) -> str | None:
         if edit is None:
             return None
-        if any(m.when.timed for m in edit.as_moves()):
+        if timed(edit):
             return secrets.token_hex()  # what a token's cache holds depends on where the prompt ended
         if edit not in self._keys:
             self._keys[edit] = edit_key(edit)
@@ -314,26 +315,6 @@ class VllmBatcher:
 
         tokens = [[self._tokens.get(id, 0)] for id in self._runner.input_batch.req_ids]
         return SamplerOutput(torch.tensor(tokens, dtype=torch.int32, device=logits.device), None)
-
-
-def edit_key(edit: Edit) -> str:
-    """A digest that is equal for edits that do the same to every token: their directions, amounts and gates."""
-    digest = hashlib.sha256(repr((edit.blocks, edit.strength)).encode())
-    for move in edit.as_moves():
-        gate = move.when.gate
-        digest.update(repr((move.operation, move.coefficients, gate and (gate.above, gate.below))).encode())
-        for target in (move.target, gate and gate.on):
-            if isinstance(target, Direction):
-                numbers = target.vector
-                digest.update(repr((target.site, target.without_mean, target.gap, target.residual_norm)).encode())
-            elif isinstance(target, Feature):
-                dictionary = target.dictionary
-                numbers = dictionary.part(target.indices).decoder_rows(range(len(target.indices)))
-                digest.update(repr((dictionary.name, dictionary.site, target.indices, target.units)).encode())
-            else:
-                continue
-            digest.update(numbers.double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _unsupported(found: str) -> UnsupportedError:

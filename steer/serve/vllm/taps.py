@@ -37,6 +37,10 @@ class TapSteering(Steering):
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         super().__init__(model, anatomy)
         self._recorded: dict[str, list[Tensor]] | None = None
+        self._tokens: int | None = None
+        """How many tokens the step has; others after them are padding. None: all are tokens."""
+        self._changed = 0
+        """At how many taps something was applied in the step."""
 
     @property
     def cannot_keep_norms(self) -> str | None:
@@ -52,11 +56,31 @@ class TapSteering(Steering):
         finally:
             self._recorded = None
 
+    @contextmanager
+    def step(self, tokens: int) -> Iterator[None]:
+        """Inside the block, a pass over `tokens` tokens is made.
+
+        Errors: UnsupportedError if it did not apply every edit: a graph that was replayed calls no operation.
+        """
+        self._tokens, self._changed = tokens, 0
+        try:
+            yield
+        finally:
+            self._tokens = None
+        if self._changed < len(self._now.programs):
+            raise UnsupportedError(
+                f"vLLM: expected edits at {len(self._now.programs)} modules, found {self._changed} applied; serve with "
+                '--compilation-config \'{"cudagraph_mode": "PIECEWISE"}\''
+            )
+
     def change(self, path: str, hidden: Tensor, residual: Tensor | None) -> None:
         """Apply to `hidden + residual` what is applied at a module, in place. Without an edit nothing is touched."""
         program = self._now.programs.get(path)
         if program is None and self._recorded is None:
             return
+        self._changed += program is not None
+        if self._tokens is not None and self._tokens < len(hidden):
+            hidden, residual = hidden[: self._tokens], None if residual is None else residual[: self._tokens]
         h = hidden if residual is None else hidden + residual
         new = h if program is None else program.apply(h[None], self.text)[0]
         if self._recorded is not None:
@@ -144,28 +168,47 @@ def _hook(path: str) -> Any:
 
 def register() -> None:
     """The plugin: tap each model that vLLM loads, and key its compiled graphs by that. Further calls do nothing."""
-    from vllm.config import VllmConfig
+    from vllm.config import CUDAGraphMode, VllmConfig
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from steer.serve.vllm.requests import check_requests, steer_steps
 
     if hasattr(VllmConfig.compute_hash, "steer"):
         return
     # The second model runner lays batches out on the device; the first one's order is known before the pass.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    hash_of, load = VllmConfig.compute_hash, BaseModelLoader.load_model
+    hash_of, load, finish = VllmConfig.compute_hash, BaseModelLoader.load_model, VllmConfig.__post_init__
 
     @wraps(hash_of)
     def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
         return hashlib.sha256(f"{hash_of(self, *args, **kwargs)} steer {_VERSION}".encode()).hexdigest()[:10]
 
+    @wraps(finish)
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        finish(self, *args, **kwargs)
+        # On a GPU the operations run between the captured pieces of a graph, as attention does.
+        compilation = self.compilation_config
+        if compilation.splitting_ops and compilation.cudagraph_mode:
+            compilation.splitting_ops += ["steer::edit_stream_", "steer::edit_writer_"]
+            if compilation.cudagraph_mode.has_full_cudagraphs():
+                compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
     @wraps(load)
     def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         model = load(self, vllm_config, model_config, *args, **kwargs)
         if model_config is vllm_config.model_config:  # not a draft model
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+            if not hasattr(GPUModelRunner._model_forward, "__wrapped__"):
+                steer_steps(GPUModelRunner)
             try:
                 tap(model, Anatomy.of(model_config.hf_config.to_dict(), model_config.model))
             except UnsupportedError as e:
                 _log.warning("no sliders on this model: %s", e)
         return model
 
+    check_requests(InputProcessor)
     compute_hash.steer = True  # type: ignore[attr-defined]
-    VllmConfig.compute_hash, BaseModelLoader.load_model = compute_hash, load_model
+    VllmConfig.compute_hash, VllmConfig.__post_init__ = compute_hash, post_init
+    BaseModelLoader.load_model = load_model
