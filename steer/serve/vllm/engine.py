@@ -146,7 +146,8 @@ class VllmBatcher:
 
     def __init__(self, core: Any, places: int, context: int, edit_of: Callable[[str], Edit | None]) -> None:
         """`edit_of`: the edit of a text, by its id, for the step that is prepared."""
-        self._core, self._edit_of = core, edit_of
+        self._core: Any = core
+        self._edit_of = edit_of
         self._runner: Any = core.model_executor.driver_worker.worker.model_runner
         # The order of the texts in a step is known once the runner has updated its states; it updates them then.
         self._update, self._state = self._runner._update_states, (None, None)
@@ -237,7 +238,8 @@ class VllmBatcher:
         Errors: UnsupportedError that says where.
         """
         steering_: TapSteering = steering()
-        anatomy, model = steering_.anatomy, steering_.model
+        anatomy = steering_.anatomy
+        model: Any = steering_.model
         stream = torch.Generator().manual_seed(0)
 
         def direction(site: int) -> Direction:

@@ -161,7 +161,8 @@ def _hook(path: str) -> Any:
         if isinstance(output, tuple) and len(output) > 1 and output[1] is not None:
             torch.ops.steer.edit_stream_(output[0], output[1], path)
         else:
-            torch.ops.steer.edit_writer_(output[0] if isinstance(output, tuple) else output, path)
+            h: Any = output
+            torch.ops.steer.edit_writer_(h[0] if isinstance(output, tuple) else h, path)
 
     return hook
 
