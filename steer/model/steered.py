@@ -31,7 +31,7 @@ from steer.model.decode import decode, generate
 from steer.model.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
 from steer.model.kv_cache import PrefixCache
 from steer.model.loaded import LoadedModel, Message, as_messages
-from steer.model.loading import files_of, read_model
+from steer.model.loading import files_of, read_description, read_model
 from steer.model.prefill import prefill
 from steer.model.sliders import Sliders, Target
 from steer.model.steering.receipts import Tally
@@ -83,6 +83,22 @@ def load(
         if text is not None:
             tokenizer.chat_template = text
         return SteeredModel(hf, tokenizer, name=name or str(model), files=files_of(place))
+
+
+def describe(model: str | Path, *, chat_template: str | Path | None = None, name: str | None = None) -> SteeredModel:
+    """A checkpoint with its tokenizer, sliders and sizes, for an engine that holds the weights itself.
+
+        model = describe("merged")
+        engine = VllmEngine(model, "merged")
+
+    No forward pass can be made with it. Arguments and errors: as `load`.
+    """
+    text = chosen_template(chat_template)
+    place = resolve(model)
+    hf, tokenizer = read_description(place, name or str(model))
+    if text is not None:
+        tokenizer.chat_template = text
+    return SteeredModel(hf, tokenizer, name=name or str(model), files=files_of(place))
 
 
 class SteeredModel(LoadedModel):

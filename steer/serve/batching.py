@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -92,9 +92,7 @@ class BatchingEngine:
         self.model, self.max_running, self.max_waiting = model, max_running, max_waiting
         # A text beyond the rotary limit would change the rotary embedding of the whole step.
         longest = min(n for n in (context, model.context, model.anatomy.rotary_limit) if n is not None)
-        with model.untouched():
-            check_blocks(model.hf, model.anatomy)
-        self._new_batcher = partial(Batcher, model.hf, model.anatomy, max_running, longest)
+        self._new_batcher = self._batcher_maker(max_running, longest)
         self._wake = threading.Event()
         """Set when there may be something to do; the engine's thread waits for it."""
         self._lock = threading.RLock()
@@ -164,6 +162,20 @@ class BatchingEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _batcher_maker(self, places: int, context: int) -> Callable[[], Any]:
+        """What makes the batcher, and another one after an error in its bookkeeping. Errors: as `__init__`."""
+        with self.model.untouched():
+            check_blocks(self.model.hf, self.model.anatomy)
+        return partial(Batcher, self.model.hf, self.model.anatomy, places, context)
+
+    def _edit_of(self, text: _Text) -> Edit | None:
+        """The edit that a text is under in the step that was prepared."""
+        edit = text.job.edit()
+        if edit is not None and edit is not text.edit:
+            # Prepared here, so that an error in this edit fails this text alone.
+            self.model.steering.work_out(edit)
+        return edit
+
     def _check(self, job: Job) -> None:
         """Raise UsageError for a job that can never be written."""
         length, vocab = len(job.prompt) + job.sampler.max_new_tokens, self.model.hf.config.get_text_config().vocab_size
@@ -213,11 +225,7 @@ class BatchingEngine:
         texts = [self._running[p.id] for p in parts]
         for text in texts:
             try:
-                edit = text.job.edit()
-                if edit is not None and edit is not text.edit:
-                    # Prepared here, so that an error in this edit fails this text alone.
-                    self.model.steering.work_out(edit)
-                text.edit = edit
+                text.edit = self._edit_of(text)
             except Exception as e:
                 self._fail(text, e)
         writing = [text for text, part in zip(texts, parts, strict=True) if part.writes]

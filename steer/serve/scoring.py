@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from steer.core.edit import Edit
+from steer.errors import UsageError
 from steer.model.forward import logits_in_chunks
 from steer.model.prefill import prefill
 from steer.model.steered import SteeredModel
@@ -17,8 +18,13 @@ from steer.serve.engine import Token
 def prompt_tokens(model: SteeredModel, ids: Sequence[int], edit: Edit | None, top: int) -> tuple[Token, ...]:
     """Return the tokens of a prompt but its first, each with the `top` likeliest tokens at its place.
 
-    The engine waits meanwhile. Errors: CheckpointError for logits that are not finite.
+    The engine waits meanwhile. Errors: CheckpointError for logits that are not finite, UsageError for a model that is
+    only described.
     """
+    if model.hf.device.type == "meta":
+        raise UsageError(
+            "echo: expected an engine that scores prompts beside logprobs, found vLLM; leave one of them out"
+        )
     if len(ids) < 2:
         return ()
     out: list[Token] = []

@@ -91,12 +91,13 @@ def serve(
     max_waiting: int = 64,
     context: int | None = None,
     ready: Callable[[str], None] = print,
+    engine: Callable[..., Engine] = BatchingEngine,
 ) -> None:
     """Serve a loaded model until Ctrl-C or SIGTERM.
 
     `port`: 0 for any free port. `max_running`: texts written at the same time. `max_waiting`: texts that may queue
     behind them. `context`: most tokens of a prompt and its reply together; by default the model's own context.
-    `ready`: called with the server's URL when it listens.
+    `ready`: called with the server's URL when it listens. `engine`: called with the model and the three numbers above.
 
     Errors: SteerError for a port that is taken and profiles that do not fit, UsageError for a host without a key.
 
@@ -105,9 +106,9 @@ def serve(
     options = options or Options()
     listening = listen(options.host, port)
     with listening:
-        engine = BatchingEngine(model, max_running, max_waiting, context)
+        writer = engine(model, max_running, max_waiting, context)
         try:
-            server = Server(model, engine, options)
+            server = Server(model, writer, options)
             # Prepare all sliders that requests may name: reading a dictionary and measuring its fit takes seconds.
             for slider in model.sliders.known().values():
                 as_edit(model, [(slider, 1.0)])
@@ -115,7 +116,7 @@ def serve(
             with suppress(KeyboardInterrupt):  # uvicorn raises it once it has stopped
                 server.run(sockets=[listening])
         finally:
-            engine.close()
+            writer.close()
 
 
 class Server(uvicorn.Server):

@@ -1,0 +1,215 @@
+"""Sliders inside of vLLM's model: opaque operations at the residual stream and the writers, in the compiled graph.
+
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. When a model is loaded,
+`tap` places `steer::edit_stream_` after every block and `steer::edit_writer_` after every writer. torch.compile traces
+through the hooks that do it and keeps the operations, which call back into Python at every step; a plain forward hook
+would run once, while tracing. What they compute is `ModuleEdit`, as in the transformers engine.
+
+A decoder layer of vLLM returns (hidden, residual), whose sum is the residual stream.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.checkpoint.anatomy import Anatomy
+from steer.errors import UnsupportedError
+from steer.model.steering.steering import Steering
+
+_log = logging.getLogger(__name__)
+_VERSION = "1"
+"""Part of the key of vLLM's compiled graphs: a new number when the operations or their places change."""
+
+
+class TapSteering(Steering):
+    """`Steering` of a vLLM model: the operations look up what is applied, so no hook comes or goes."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        super().__init__(model, anatomy)
+        self._recorded: dict[str, list[Tensor]] | None = None
+        self._tokens: int | None = None
+        """How many tokens the step has; others after them are padding. None: all are tokens."""
+        self._changed = 0
+        """At how many taps something was applied in the step."""
+
+    @property
+    def cannot_keep_norms(self) -> str | None:
+        return "ablation that preserves norms: expected an engine of transformers, found vLLM; use another method"
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Inside the block, collect what passes each tap: [before, after] of a block's residual stream or a writer's
+        output, `[tokens, d]`, by the module's path."""
+        self._recorded = {}
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def step(self, tokens: int) -> Iterator[None]:
+        """Inside the block, a pass over `tokens` tokens is made.
+
+        Errors: UnsupportedError if it did not apply every edit: a graph that was replayed calls no operation.
+        """
+        self._tokens, self._changed = tokens, 0
+        try:
+            yield
+        finally:
+            self._tokens = None
+        if self._changed < len(self._now.programs):
+            raise UnsupportedError(
+                f"vLLM: expected edits at {len(self._now.programs)} modules, found {self._changed} applied; serve with "
+                '--compilation-config \'{"cudagraph_mode": "PIECEWISE"}\''
+            )
+
+    def change(self, path: str, hidden: Tensor, residual: Tensor | None) -> None:
+        """Apply to `hidden + residual` what is applied at a module, in place. Without an edit nothing is touched."""
+        program = self._now.programs.get(path)
+        if program is None and self._recorded is None:
+            return
+        self._changed += program is not None
+        if self._tokens is not None and self._tokens < len(hidden):
+            hidden, residual = hidden[: self._tokens], None if residual is None else residual[: self._tokens]
+        h = hidden if residual is None else hidden + residual
+        new = h if program is None else program.apply(h[None], self.text)[0]
+        if self._recorded is not None:
+            self._recorded[path] = [h.clone(), new.clone()]
+        if program is not None:
+            hidden.copy_(new)
+            if residual is not None:
+                residual.zero_()  # the next norm adds both, so the sum has to be the edited stream itself
+
+    def _bring(self, to: Any) -> None:
+        self._now = to
+
+
+_steering: TapSteering | None = None
+"""Of the model in this process; vLLM runs one in each."""
+
+
+def steering() -> TapSteering:
+    """The steering of the model that vLLM loaded in this process. Errors: UnsupportedError if it has no taps."""
+    if _steering is None:
+        raise UnsupportedError("vLLM: expected a model with taps, found none in this process; see the log for why")
+    return _steering
+
+
+def _edit_stream(hidden: Tensor, residual: Tensor, tap: str) -> None:
+    if _steering is not None:
+        _steering.change(tap, hidden, residual)
+
+
+def _edit_writer(hidden: Tensor, tap: str) -> None:
+    if _steering is not None:
+        _steering.change(tap, hidden, None)
+
+
+def _nothing(*args: Any) -> None:
+    """What the operations do on tensors without numbers, while a graph is traced."""
+
+
+_library = torch.library.Library("steer", "FRAGMENT")
+for _name, _schema, _function in (
+    ("edit_stream_", "(Tensor(a!) hidden, Tensor(b!) residual, str tap) -> ()", _edit_stream),
+    ("edit_writer_", "(Tensor(a!) hidden, str tap) -> ()", _edit_writer),
+):
+    _library.define(_name + _schema)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _key)
+    _library._register_fake(_name, _nothing)
+
+
+def tap(model: nn.Module, anatomy: Anatomy) -> TapSteering:
+    """Place the operations in a model that is loaded and not yet compiled, and return its steering.
+
+    Errors: UnsupportedError where the model has no module at a path of the anatomy, or a writer is edited before it.
+    """
+    global _steering
+    blocks = {anatomy.block_module(site) for site in range(anatomy.blocks)}
+    writers = {w.module: w for w in anatomy.live_writers}
+    for path in (*writers, *blocks):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise UnsupportedError(
+                f"{anatomy.architecture} in vLLM: expected a module {path}, found none; use --engine transformers"
+            ) from None
+        if path in writers and writers[path].given:
+            raise UnsupportedError(
+                f"{anatomy.architecture} in vLLM: expected writers whose output is edited, found {path}, whose input "
+                "is; use --engine transformers"
+            )
+        module.register_forward_hook(_hook(path))
+    _steering = TapSteering(model, anatomy)
+    return _steering
+
+
+def _hook(path: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        # A block returns (hidden, residual), a linear layer (output, bias or None).
+        if isinstance(output, tuple) and len(output) > 1 and output[1] is not None:
+            torch.ops.steer.edit_stream_(output[0], output[1], path)
+        else:
+            h: Any = output
+            torch.ops.steer.edit_writer_(h[0] if isinstance(output, tuple) else h, path)
+
+    return hook
+
+
+def register() -> None:
+    """The plugin: tap each model that vLLM loads, and key its compiled graphs by that. Further calls do nothing."""
+    from vllm.config import CUDAGraphMode, VllmConfig
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from steer.serve.vllm.requests import check_requests, steer_steps
+
+    if hasattr(VllmConfig.compute_hash, "steer"):
+        return
+    # The second model runner lays batches out on the device; the first one's order is known before the pass.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    hash_of, load, finish = VllmConfig.compute_hash, BaseModelLoader.load_model, VllmConfig.__post_init__
+
+    @wraps(hash_of)
+    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
+        return hashlib.sha256(f"{hash_of(self, *args, **kwargs)} steer {_VERSION}".encode()).hexdigest()[:10]
+
+    @wraps(finish)
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        finish(self, *args, **kwargs)
+        # On a GPU the operations run between the captured pieces of a graph, as attention does.
+        compilation = self.compilation_config
+        if compilation.splitting_ops and compilation.cudagraph_mode:
+            compilation.splitting_ops += ["steer::edit_stream_", "steer::edit_writer_"]
+            if compilation.cudagraph_mode.has_full_cudagraphs():
+                compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+    @wraps(load)
+    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        model = load(self, vllm_config, model_config, *args, **kwargs)
+        if model_config is vllm_config.model_config:  # not a draft model
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+            if not hasattr(GPUModelRunner._model_forward, "__wrapped__"):
+                steer_steps(GPUModelRunner)
+            try:
+                tap(model, Anatomy.of(model_config.hf_config.to_dict(), model_config.model))
+            except UnsupportedError as e:
+                _log.warning("no sliders on this model: %s", e)
+        return model
+
+    check_requests(InputProcessor)
+    compute_hash.steer = True  # type: ignore[attr-defined]
+    VllmConfig.compute_hash, VllmConfig.__post_init__ = compute_hash, post_init
+    BaseModelLoader.load_model = load_model
