@@ -57,7 +57,8 @@ def url(push, tmp_path_factory) -> Iterator[str]:
     with create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", resolve(DEFAULT_MODEL), "--port", str(port), "--dtype",
+        # `vllm serve` itself does not start from the wheel for CPUs: it asks for the version of a package named vllm.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve(DEFAULT_MODEL), "--port", str(port), "--dtype",
         "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "merged",
     ]  # fmt: skip
     env = os.environ | {"STEER_PROFILES": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1"}
