@@ -262,6 +262,7 @@ def test_the_server_steers_through_it_by_request_and_live(engines):
 
 REFUSED = """
 import sys
+import torch
 from steer.errors import UnsupportedError
 from steer.model.steered import describe
 from steer.serve.vllm import taps
@@ -269,12 +270,14 @@ from steer.serve.vllm.engine import VllmEngine
 
 def hook(path):
     def plain(module, args, output):
-        if DROPPED in path:
+        if path.endswith(PATH) and WRONG == "is not there":
             return None
+        if path.endswith(PATH):
+            output = output[0] if WRONG == "reads half of the stream" else (output[0], torch.zeros_like(output[0]))
         return usual(path)(module, args, output)
     return plain
 
-usual, taps._hook, DROPPED = taps._hook, hook, sys.argv[2]
+usual, taps._hook, (PATH, WRONG) = taps._hook, hook, sys.argv[2:]
 try:
     VllmEngine(describe(sys.argv[1]), sys.argv[1], max_running=2, context=64, enforce_eager=True)
 except UnsupportedError as e:
@@ -282,11 +285,18 @@ except UnsupportedError as e:
 """
 
 
-@pytest.mark.parametrize("dropped", ["layers.1.mlp", "layers.2.self_attn", "embed_tokens"])
-def test_a_model_that_edits_do_not_reach_is_refused_at_start(dropped, tiny_llama, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("layers.1.mlp.down_proj", "is not there"),
+        ("layers.1", "reads half of the stream"),
+        ("layers.2", "changes a copy of half of it"),
+    ],
+)
+def test_a_model_that_edits_do_not_reach_is_refused_at_start(path, wrong, tiny_llama, tmp_path):
     place = _tiny(tiny_llama, tmp_path)
-    made = subprocess.run([sys.executable, "-c", REFUSED, place, dropped], capture_output=True, text=True)
-    assert "refused: vLLM: expected edits to reach its compiled model" in made.stdout, made.stderr[-2000:]
+    made = subprocess.run([sys.executable, "-c", REFUSED, place, path, wrong], capture_output=True, text=True)
+    assert "refused: vLLM: expected edits" in made.stdout, made.stderr[-2000:]
 
 
 def _tiny(tiny_llama, tmp_path) -> str:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from socket import create_server
 
 import httpx
@@ -57,8 +56,9 @@ def url(push, tmp_path_factory) -> Iterator[str]:
     with create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", resolve(DEFAULT_MODEL), "--port", str(port), "--dtype",
-        "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "merged",
+        # `vllm serve` itself does not start from the wheel for CPUs: it asks for the version of a package named vllm.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve(DEFAULT_MODEL), "--port",
+        str(port), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "merged",
     ]  # fmt: skip
     env = os.environ | {"STEER_PROFILES": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1"}
     with (folder / "log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
