@@ -169,9 +169,7 @@ def merit(reply: str, part: Part) -> float:
 
 
 @torch.inference_mode()
-def sample(
-    model: Any, tokenizer: Any, texts: list[str], candidates: int, seed: int, tokens: int
-) -> list[list[str]]:
+def sample(model: Any, tokenizer: Any, texts: list[str], candidates: int, seed: int, tokens: int) -> list[list[str]]:
     """`candidates` continuations of each text, of at most `tokens` tokens."""
     torch.manual_seed(seed)
     size = 48
