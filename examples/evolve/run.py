@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -281,6 +282,9 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts that each merge answers, the shortest that ship.", min=2)] = 10,
     tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)] = 28,
     noise: Annotated[float, typer.Option(help="Deviation of the person's error on a difference of tastes.")] = 0.5,
+    readme: Annotated[
+        Path | None, typer.Option(help="File whose table between <!-- evolve --> marks is replaced.")
+    ] = None,
     whole: Annotated[bool, typer.Option(help="Also grow one lineage with steer evolve itself.")] = False,
 ) -> None:
     """Compare lineages with the best of all subsets, and ways of choosing pairs with each other."""
@@ -302,6 +306,10 @@ def main(
     text = table(found, replies, person)
     write_atomic(out / "run.md", text)
     plot(found, replies, person, out / "run.png")
+    if readme is not None:
+        marks = r"(<!-- evolve -->\n).*?(<!-- end of evolve -->)"
+        old = readme.read_text(encoding="utf-8")
+        write_atomic(readme, re.sub(marks, lambda m: m[1] + text + m[2], old, flags=re.DOTALL))
     typer.echo(text)
     if whole:
         models = [f"{resolve(BASE)}+{place}" for place in adapters.values()]
