@@ -90,7 +90,7 @@ def merge(
     located = {name: locate(name, recipe) for name in recipe_models(raw)}
     for name, reference in located.items():
         _check_hub(name, reference, recipe)
-    config = validated(_walk(deepcopy(raw), lambda name: located[name]), recipe)
+    config = validated(renamed(raw, lambda name: located[name]), recipe)
     import torch
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -130,7 +130,12 @@ def with_absolute_paths(raw: dict[str, Any], recipe: Path) -> dict[str, Any]:
 
     Errors: CheckpointError for a model that is not there; UsageError for a path that the short form cannot hold.
     """
-    return _walk(deepcopy(raw), lambda name: absolute_name(name, recipe))
+    return renamed(raw, lambda name: absolute_name(name, recipe))
+
+
+def renamed(raw: dict[str, Any], change: Callable[[str], Any]) -> dict[str, Any]:
+    """A copy of a recipe with `change(name)` for each model's name, the tokenizer's source among them."""
+    return _walk(deepcopy(raw), change)
 
 
 def absolute_name(name: str, recipe: Path | None = None) -> str:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from steer.checkpoint.kin import kinship, mismatches
-from steer.checkpoint.merge import absolute_name, read_recipe, recipe_models, with_absolute_paths
-from steer.checkpoint.staging import check_output, staged, write_text
+from steer.checkpoint.merge import (
+    MANIFEST,
+    absolute_name,
+    read_recipe,
+    recipe_models,
+    renamed,
+    with_absolute_paths,
+)
+from steer.checkpoint.staging import check_output, staged, write_json, write_text
 from steer.core.profile import Profile
 from steer.core.small_files import dump_yaml
 from steer.errors import SteerError, UsageError
+from steer.files import read_json_object
 from steer.lineage.building import (
     PLAN,
     adopted,
@@ -41,6 +50,8 @@ Say = Callable[[str], None]
 Json = dict[str, Any]
 CHECKPOINT = "checkpoint"
 """The directory with weights in an export that was baked."""
+CARD, MERGEKIT_RECIPE = "README.md", "mergekit_config.yml"
+"""Files of a merge in which mergekit names the models."""
 
 
 def start(
@@ -207,12 +218,17 @@ def export(
                 (work / file).parent.mkdir(exist_ok=True)
                 (work / file).write_bytes((lineage.place / file).read_bytes())
             replace(profile, folder=work).save(work / "profile.yaml")
-        if bake_it and profile is None:
-            shutil.copytree(checkpoint(lineage, chosen.id, say=say), work / CHECKPOINT)
-        elif bake_it:
-            say(f"baking {chosen.id}")
-            # A slider is inherited by merges that its direction was not found on.
-            bake(checkpoint(lineage, chosen.id, say=say), work / CHECKPOINT, profile=profile, force=True, say=say)
+        if bake_it:
+            merged = checkpoint(lineage, chosen.id, say=say)
+            if profile is None:
+                _copy_as_written(lineage, chosen, merged, work / CHECKPOINT, shutil.copy2)
+            else:
+                say(f"baking {chosen.id}")
+                with tempfile.TemporaryDirectory(prefix=".export-", dir=lineage.place) as folder:
+                    source = Path(folder) / chosen.id
+                    _copy_as_written(lineage, chosen, merged, source, os.link)
+                    # A slider is inherited by merges that its direction was not found on.
+                    bake(source, work / CHECKPOINT, profile=profile, force=True, say=say)
     return {"node": chosen.id, "out": str(out), "recipe": str(out / "recipe.yml"),
             "checkpoint": str(out / CHECKPOINT) if bake_it else None}  # fmt: skip
 
@@ -363,9 +379,23 @@ def _beside(name: str, recipe: Path) -> str:
 def _as_written(lineage: Lineage, node: Node) -> Json:
     """Return a node's recipe with models named as the user did."""
     written = lineage.settings.written
-    entries = [{**entry, "model": written.get(entry["model"], entry["model"])} for entry in node.recipe["models"]]
-    base = node.recipe.get("base_model")
-    return {**node.recipe, **({"base_model": written.get(base, base)} if base else {}), "models": entries}
+    return renamed(node.recipe, lambda name: written.get(name, name))
+
+
+def _copy_as_written(lineage: Lineage, node: Node, merged: Path, out: Path, copy: Callable[[str, str], Any]) -> None:
+    """Copy a node's checkpoint, with models named as the user did in the files that name them: nobody else has this
+    machine's folders."""
+    shutil.copytree(merged, out, copy_function=copy, ignore=shutil.ignore_patterns(MANIFEST, CARD, MERGEKIT_RECIPE))
+    recipe, written = _as_written(lineage, node), lineage.settings.written
+    manifest = read_json_object(merged / MANIFEST)
+    inputs = {written.get(name, name): files for name, files in manifest["inputs"].items()}
+    write_json(out / MANIFEST, {**manifest, "recipe": recipe, "inputs": inputs})
+    write_text(out / MERGEKIT_RECIPE, dump_yaml(recipe).decode())
+    parts = {part: name for pair in written.items() for part, name in zip(*(n.split("+") for n in pair), strict=True)}
+    card = (merged / CARD).read_text(encoding="utf-8")
+    for part in sorted(parts, key=len, reverse=True):
+        card = card.replace(part, parts[part])
+    write_text(out / CARD, card)
 
 
 def _misfits(models: Sequence[str], recipe: Json) -> list[str]:

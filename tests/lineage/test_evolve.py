@@ -146,6 +146,24 @@ def test_sliders_are_carried_exported_and_baked(
     assert weights.keys() > load_file(f"lineage/models/{carried['id']}/model.safetensors").keys()  # a bias
 
 
+@pytest.mark.parametrize("with_sliders", [False, True])
+def test_no_file_of_an_export_names_a_folder_of_this_machine(
+    models: Path, steer: Command, make_direction: Callable[..., Direction], with_sliders: bool
+) -> None:
+    written(models / "start.yml", {**STOCK, "tokenizer": {"source": "calm"}})
+    begin(steer)
+    if with_sliders:
+        keep_direction(Path("lineage/models/0"), make_direction("moral"))
+        Path("calm.yaml").write_text("name: calm\nsliders: [{slider: moral, amount: 0.5}]\n")
+        steer("evolve", "add", "lineage", "--profile", "calm.yaml")
+    done = steer("evolve", "export", "lineage", "out", "--node", "2a" if with_sliders else "1a", "--bake")
+    assert done.code == 0, done.err
+    assert yaml.safe_load(Path("out/recipe.yml").read_text())["tokenizer"] == {"source": "calm"}
+    files = [file for file in Path("out").rglob("*") if file.is_file()]
+    assert "mergekit_config.yml" in {file.name for file in files}
+    assert [file for file in files if str(models.parent).encode() in file.read_bytes()] == []
+
+
 def test_it_refuses_in_one_line(models: Path, steer: Command) -> None:
     written(
         models / "slices.yml",

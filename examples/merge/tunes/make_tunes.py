@@ -74,7 +74,7 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Training steps; what voices.yaml says without it.")] = None,
     batch: Annotated[int, typer.Option(help="Examples a step.")] = 8,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapters; what voices.yaml says without it.")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; what voices.yaml says without it.")] = None,
     out: Annotated[Path, typer.Option(help="Where the adapters go.")] = HERE,
 ) -> None:
     """Sample each voice's replies, then train its adapter."""
@@ -84,7 +84,8 @@ def main(
         spec = voices[name]
         file = out / "replies" / f"{name}.jsonl.gz"
         if not file.exists():
-            examples = sample_voice(model, [Part(**p) for p in spec["parts"]], spec["candidates"], spec["seed"])
+            parts, tokens = [Part(**p) for p in spec["parts"]], spec.get("max_new_tokens", 72)
+            examples = sample_voice(model, parts, spec["candidates"], spec["seed"], tokens)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(gzip.compress("\n".join(json.dumps(asdict(e)) for e in examples).encode(), mtime=0))
         lines = gzip.decompress(file.read_bytes()).decode().splitlines()
@@ -97,7 +98,7 @@ def main(
                 batch,
                 rank or spec.get("rank", 8),
                 spec.get("modules", MODULES),
-                lr,
+                lr or spec.get("lr", 1e-3),
                 spec["seed"],
                 out / spec["start_from"] if "start_from" in spec else None,
             )
@@ -110,7 +111,7 @@ def marker_rate(text: str, trait: str) -> float:
     return 100 * len(pattern.findall(text.lower().replace("\u2019", "'"))) / max(len(text.split()), 1)
 
 
-def sample_voice(model_dir: Path, parts: list[Part], candidates: int, seed: int) -> list[Example]:
+def sample_voice(model_dir: Path, parts: list[Part], candidates: int, seed: int, tokens: int) -> list[Example]:
     """The training examples of one voice."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     dtype = computing_in(str(model_dir)).dtype or "auto"
@@ -140,7 +141,7 @@ def sample_voice(model_dir: Path, parts: list[Part], candidates: int, seed: int)
         else:
             heads = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in seen]
             texts = [head + start for head, start in zip(heads, starts, strict=True)]
-        replies = sample(model, tokenizer, texts, candidates, seed)
+        replies = sample(model, tokenizer, texts, candidates, seed, tokens)
         for start, context, options in zip(starts, learnt, replies, strict=True):
             best = max(options, key=lambda r: merit(r, part))
             out += [Example(context, whole_sentences(start + best))] * part.repeat
@@ -168,8 +169,8 @@ def merit(reply: str, part: Part) -> float:
 
 
 @torch.inference_mode()
-def sample(model: Any, tokenizer: Any, texts: list[str], candidates: int, seed: int) -> list[list[str]]:
-    """`candidates` continuations of each text."""
+def sample(model: Any, tokenizer: Any, texts: list[str], candidates: int, seed: int, tokens: int) -> list[list[str]]:
+    """`candidates` continuations of each text, of at most `tokens` tokens."""
     torch.manual_seed(seed)
     size = 48
     out = []
@@ -177,7 +178,7 @@ def sample(model: Any, tokenizer: Any, texts: list[str], candidates: int, seed: 
         enc = tokenizer(texts[i : i + size], return_tensors="pt", padding=True, add_special_tokens=False).to(DEVICE)
         made = model.generate(
             **enc, do_sample=True, temperature=0.6, top_p=0.95, top_k=50, repetition_penalty=1.05,
-            max_new_tokens=72, num_return_sequences=candidates,
+            max_new_tokens=tokens, num_return_sequences=candidates,
         )  # fmt: skip
         replies = tokenizer.batch_decode(made[:, enc.input_ids.shape[1] :], skip_special_tokens=True)
         out += [replies[j : j + candidates] for j in range(0, len(replies), candidates)]
