@@ -22,7 +22,7 @@ from torch import Tensor
 from steer.core.direction import Direction
 from steer.core.names import check_name
 from steer.core.trait import NeutralPrompts, shipped_traits
-from steer.core.votes import Vote, usable_votes
+from steer.core.votes import LEAST, Vote, usable_votes
 from steer.errors import UsageError
 from steer.finding.directions import BAND, middle, orthogonal, with_statistics
 from steer.measure.contrast import Reply, reply_means
@@ -78,14 +78,26 @@ class CrossFit:
     distances: Float[np.ndarray, " sites"]
     """Distance between the fifth of the replies that reads as most liked and the fifth that reads as least liked."""
     told: Float[np.ndarray, "votes sites"]
-    """1 where a vote on another message's replies was told, 0 where not, one half where it cannot be said."""
+    """1 where a vote was told by those on other messages, 0 where not, one half where it cannot be said."""
     nested: Float[np.ndarray, " votes"]
     """The same at the site that was chosen without the vote's message: an accuracy that the choice does not flatter."""
+    weights: Float[np.ndarray, " votes"]
+    """1 for a pair. Thumbs up weigh together as much as thumbs down: calling everything good is no better than a
+    coin, however many are."""
+
+    def accuracy(self, messages: Sequence[str], seed: int = 0) -> Mean:
+        """Share of held-out votes that are told, by weight, with a 95 % interval over messages."""
+        values = self.nested
+        if len(set(values.tolist())) > 1:  # else the interval is that of a share of 0 or 1
+            values = 0.5 + self.weights * (values - 0.5)
+        told = enumerate(zip(values, messages, strict=True))
+        mean = mean_of([Figure("told", str(i), value, group=message) for i, (value, message) in told], seed)
+        return replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
 
     def direction(self, name: str, depth: int) -> Direction:
         """The direction at the site that tells votes best in a model of `depth` blocks, without statistics of neutral
         replies."""
-        at = best_site(self.told, self.sites, depth)
+        at = best_site(self.told, self.weights, self.sites, depth)
         middle, half = float(self.centres[at]), float(self.distances[at]) / 2
         return Direction(name, self.sites[at], self.vectors[at], with_mean=middle + half, without_mean=middle - half)
 
@@ -112,10 +124,11 @@ def cross_fit(
     folds = int(fold.max()) + 1
     strata = [(liked, pair), (disliked, pair), (liked, ~pair & (liked >= 0)), (disliked, ~pair & (disliked >= 0))]
     sums = torch.zeros(4, folds, *means.shape[1:], dtype=torch.float64)
-    counts = torch.zeros(4, folds, dtype=torch.float64)
+    counts, weights = torch.zeros(4, folds, dtype=torch.float64), np.ones(len(ballots))
     for i, (which, mask) in enumerate(strata):
         sums[i].index_add_(0, torch.tensor(fold[mask]), means[which[mask]].double())
         counts[i] = torch.tensor(np.bincount(fold[mask], minlength=folds))
+        weights[mask & ~pair] = (~pair).sum() / (2 * max(1, mask.sum()))
 
     def fitted(*out: int) -> tuple[Tensor, Tensor]:
         """Unit vectors and half-way projections of the votes that are in none of these folds."""
@@ -147,19 +160,24 @@ def cross_fit(
         votes, vectors = np.flatnonzero(fold == out), fitted(out)
         told[votes] = tell(votes, *vectors)
         read += margins(votes, *vectors)
-        others = [tell(np.flatnonzero(fold == f), *inner[max(f, out), min(f, out)]) for f in range(folds) if f != out]
-        nested[votes] = told[votes, best_site(np.concatenate(others), sites, depth)]
+        rest, others = fold != out, np.zeros_like(told)
+        for f in set(range(folds)) - {out}:
+            others[fold == f] = tell(np.flatnonzero(fold == f), *inner[max(f, out), min(f, out)])
+        nested[votes] = told[votes, best_site(others[rest], weights[rest], sites, depth)]
     replies = np.concatenate(read)
     replies = np.sort(replies[~np.isnan(replies[:, 0])], axis=0)
     fifth = max(1, round(FIFTH * len(replies)))
     vectors, half_way = fitted()
     distances = replies[-fifth:].mean(0) - replies[:fifth].mean(0)
-    return CrossFit(tuple(sites), vectors.float(), half_way.float(), distances, told, nested)
+    return CrossFit(tuple(sites), vectors.float(), half_way.float(), distances, told, nested, weights)
 
 
-def best_site(told: Float[np.ndarray, "votes sites"], sites: Sequence[int], depth: int) -> int:
+def best_site(
+    told: Float[np.ndarray, "votes sites"], weights: Float[np.ndarray, " votes"], sites: Sequence[int], depth: int
+) -> int:
     """Index of the site nearest to the middle of `depth` blocks, of those that tell votes as well as the best site
     within one standard error of the difference, as `steer.finding.directions.chosen` does it."""
+    told = told * weights[:, None]
     worse = told[:, [int(told.mean(0).argmax())]] - told
     near = worse.mean(0) <= worse.std(0) / math.sqrt(len(told))
     return sites.index(middle([s for s, n in zip(sites, near, strict=True) if n], depth))
@@ -267,6 +285,11 @@ def find_taste(
         raise UsageError(f"site: expected 0 to {depth - 1} for {model.name}, found {site}")
     usable = usable_votes(votes)
     ballots, replies = ballots_of(model, usable)
+    if len(ballots) < LEAST:
+        raise UsageError(
+            f"votes: expected at least {LEAST} on replies that {model.name} can read, found {len(ballots)} of "
+            f"{len(usable)}; the others are empty or too long"
+        )
     say("1 of 3: writing neutral replies")
     with progress(f"{name}: neutral replies", None, "tokens") as advance:
         neutral = neutral_replies(model, NeutralPrompts.load().fit[:NEUTRAL], on_tokens=advance)
@@ -278,12 +301,8 @@ def find_taste(
     means, centre = means[: len(replies), sites], means[len(replies) :, sites].mean(0)
     fit = cross_fit(means, centre, ballots, sites, depth)
     direction = with_statistics(model, fit.direction(name, depth), neutral, {})
-    figures = [
-        Figure("told", str(i), told, group=message)
-        for i, (told, message) in enumerate(zip(fit.nested, ballots.messages, strict=True))
-    ]
     left_out, messages = len(usable) - len(ballots), len(set(ballots.messages))
-    found = FoundTaste(direction, mean_of(figures, seed), ballots.pairs, messages, left_out)
+    found = FoundTaste(direction, fit.accuracy(ballots.messages, seed), ballots.pairs, messages, left_out)
     about = {
         "method": "difference of means between liked and disliked replies, orthogonal to the neutral mean",
         "votes": found.as_json(),
@@ -301,23 +320,23 @@ def steerable_sites(depth: int) -> list[int]:
 def ballots_of(model: SteeredModel, votes: Sequence[Vote]) -> tuple[Ballots, list[Reply]]:
     """Return votes as ballots, and the replies that they are about, each once. Votes on replies that are empty, or too
     long for the model together with the message before them, are left out."""
-    replies: dict[tuple[Any, str], tuple[int, Reply] | None] = {}
+    numbers: dict[tuple[Any, str], int] = {}
+    replies: list[Reply] = []
     rows, messages = [], []
     for vote in votes:
         chat: list[Message] = [{"role": m.role, "content": m.content} for m in vote.chat]
-        row = []
-        for text in (vote.liked, vote.disliked):
-            key = (vote.chat, text or "")
-            if text is not None and key not in replies:
-                reply = read_as(model, chat, text)
-                number = sum(r is not None for r in replies.values())
-                replies[key] = None if reply is None else (number, reply)
-            row.append(-1 if text is None else replies[key])
-        if None not in row:
-            rows.append([r if r == -1 else r[0] for r in row])
-            messages.append(vote.message)
+        texts = [text for text in (vote.liked, vote.disliked) if text is not None]
+        read = [read_as(model, chat, text) for text in texts]
+        if None in read:
+            continue
+        for text, reply in zip(texts, read, strict=True):
+            if reply is not None and (vote.chat, text) not in numbers:
+                numbers[vote.chat, text] = len(replies)
+                replies.append(reply)
+        rows.append([-1 if t is None else numbers[vote.chat, t] for t in (vote.liked, vote.disliked)])
+        messages.append(vote.message)
     liked, disliked = np.array(rows, dtype=int).reshape(-1, 2).T
-    return Ballots(liked, disliked, tuple(messages)), [r[1] for r in replies.values() if r is not None]
+    return Ballots(liked, disliked, tuple(messages)), replies
 
 
 def read_as(model: SteeredModel, chat: Sequence[Message], text: str) -> Reply | None:
