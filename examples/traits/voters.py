@@ -30,7 +30,7 @@ from steer.files import replacing, write_atomic
 from steer.finding.directions import with_statistics
 from steer.finding.taste import Ballots, CrossFit, cross_fit, steerable_sites
 from steer.measure.contrast import Reply
-from steer.measure.harness import mean_repetition, replies_under
+from steer.measure.harness import Numbers, mean_repetition, replies_under
 from steer.measure.scorer import Scorer
 from steer.model.loaded import as_messages
 from steer.model.steered import SteeredModel, load
@@ -71,10 +71,11 @@ def main(
     rows = []
     for taste in TASTES:
         scorer = Scorer.shipped(taste)
+        truth = {part: scorer.log_odds(texts[part]) for part in ("fit", "held_out")}
         untouched = steered(live, None, scorer, 0.0)
         for flipped in FLIPPED:
             tried = {
-                (kind, n): [vote(means, texts, scorer, live, flipped, n, seed, kind) for seed in range(SEEDS)]
+                (kind, n): [vote(means, truth, live.anatomy.blocks, flipped, n, seed, kind) for seed in range(SEEDS)]
                 for kind in ("pairs", "thumbs") for n in NUMBERS
             }  # fmt: skip
             row: dict[str, Any] = {"taste": taste, "flipped": flipped, "accuracy": {}, "told": {}, "needed": {}}
@@ -88,8 +89,8 @@ def main(
             row |= {"site": direction.site, "share": direction.share(1)}
             row["steered"] = {a: steered(live, direction, scorer, a) if a else untouched for a in (-1.0, 0.0, 1.0)}
             rows.append(row)
-            print(json.dumps(row))
-    write_atomic(out / "voters.json", json.dumps(rows, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+            write_atomic(out / "voters.json", json.dumps(rows, indent=1) + "\n")
     print(table(rows))
     if readme:
         file = Path(__file__).parents[2] / "README.md"
@@ -118,9 +119,8 @@ def write(model: SteeredModel, parts: dict[str, tuple[str, ...]], out: Path) -> 
 
 def vote(
     means: dict[str, torch.Tensor],
-    texts: dict[str, list[str]],
-    scorer: Scorer,
-    model: SteeredModel,
+    truth: dict[str, Numbers],
+    depth: int,
     flipped: float,
     number: int,
     seed: int,
@@ -128,7 +128,7 @@ def vote(
 ) -> tuple[CrossFit, float]:
     """Let a voter vote, and return what is made of the votes, and the share of all pairs of replies to held-out
     messages that it puts in the order of the voter's true taste."""
-    rng, scores = np.random.default_rng(seed), scorer.log_odds(texts["fit"])
+    rng, scores = np.random.default_rng(seed), truth["fit"]
     shown = rng.permuted(np.arange(len(scores)).reshape(-1, SAMPLES), axis=1)
     if kind == "pairs":
         shown = rng.permutation(shown.reshape(-1, 2))[:number]
@@ -140,14 +140,13 @@ def vote(
     flip = rng.random(number) < flipped
     liked, disliked = np.where(flip, disliked, liked), np.where(flip, liked, disliked)
     messages = tuple(str(max(pair) // SAMPLES) for pair in zip(liked, disliked, strict=True))
-    depth = model.anatomy.blocks
     sites = steerable_sites(depth)
     fit = cross_fit(means["fit"], means["neutral"].mean(0), Ballots(liked, disliked, messages), sites, depth)
     direction = fit.direction("taste", depth)
     read = (means["held_out"][:, sites.index(direction.site)] @ direction.vector).numpy().reshape(-1, SAMPLES)
-    truth = scorer.log_odds(texts["held_out"]).reshape(-1, SAMPLES)
+    true = truth["held_out"].reshape(-1, SAMPLES)
     first, second = np.triu_indices(SAMPLES, 1)
-    order, true_order = read[:, first] - read[:, second], truth[:, first] - truth[:, second]
+    order, true_order = read[:, first] - read[:, second], true[:, first] - true[:, second]
     return fit, float((order * true_order > 0)[true_order != 0].mean())
 
 

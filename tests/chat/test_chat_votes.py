@@ -11,6 +11,7 @@ from steer.chat.jobs import taste_of
 from steer.chat.local import LocalBackend
 from steer.chat.session import Session
 from steer.chat.voting import keep_vote, kept_votes, votes_place
+from steer.core.sampler import Sampler
 from steer.core.votes import counted
 from steer.errors import UsageError
 
@@ -31,7 +32,7 @@ def test_a_thumb_is_kept_with_the_chat_and_with_what_the_reply_answers(new_chat,
     (vote,) = kept_votes()
     assert (vote.liked, vote.disliked, vote.message) == (reply.text, None, "well")
     assert [m.role for m in vote.chat] == ["system", "user", "assistant", "user"]
-    assert vote.replies[0].profile["sliders"] == [{"slider": "moral", "amount": -1.0}]
+    assert vote.replies[0].profile["sliders"][0]["amount"] == -1.0
     assert vote.seed == reply.written.seed
     again = Chat(LocalBackend(model), place=chat.saved)
     assert [m.thumb for m in again.path()] == [None, None, None, "good"]
@@ -70,7 +71,7 @@ def test_only_a_reply_has_a_thumb(new_chat):
 
 
 def test_a_session_rates_its_last_reply(model):
-    session = Session(model, system="be well")
+    session = Session(model, system="be well", sampler=Sampler(max_new_tokens=6))
     with pytest.raises(UsageError, match="thumb: expected a reply, found none"):
         session.rate("good")
     text = "".join(session.reply("hello"))
