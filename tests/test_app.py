@@ -179,6 +179,12 @@ def test_thumbs_under_a_reply_count_as_votes_and_enough_of_them_offer_a_slider(m
         keep_vote("m", [{"role": "user", "content": str(i)}], [(f"well {i}", "", None)], "good")
     at.run()
     assert not next(b for b in at.button if b.label == "Slider from my votes").disabled
+    click(at, "Compare")
+    assert at.session_state["comparison"].wait(60)
+    at.run()
+    click(at, "Left")
+    assert [s.value for s in at.success] == ["You chose: without sliders"]
+    assert any("21 votes" in c.value or "20 votes" in c.value for c in at.caption)
 
 
 def test_the_system_prompt_and_the_sampler_are_heard(moral):

@@ -3,10 +3,12 @@
     python examples/traits/voters.py MODEL OUT [--readme]
 
 A voter sees two replies of the model to one message and prefers the one to which a trait's text scorer gives the higher
-log-odds; or sees one reply and calls it good if its log-odds are above the median. 10, 20 or 40 % of the votes are then
-flipped. Replies are written and read once and shared by all voters, numbers of votes and seeds. Writes into OUT
-replies.json and means.safetensors (made again where they are missing) and voters.json; --readme writes the table into
-README.md. On the default merge and two cores some fifteen minutes.
+log-odds, or neither if these differ by less than a standard deviation; or sees one reply and gives a thumb up or down
+if its log-odds are half a standard deviation beyond the median. 10, 20 or 40 % of the votes are then flipped. Replies
+are written and read once and shared by all voters, numbers of votes and seeds.
+
+Writes into OUT replies.json and means.safetensors (made again where they are missing) and voters.json; --readme writes
+the table into README.md. On the default merge and two cores some fifteen minutes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 
 from steer.core.direction import Direction
@@ -45,6 +48,8 @@ SEEDS = 10
 SAMPLES = 6
 """Replies to each message."""
 TOKENS = 48
+CLEAR = 1.0
+"""Standard deviations of log-odds by which two replies must differ for a voter to prefer one."""
 GOAL = 0.75
 TOPICS = 40
 """Held-out messages that are answered under each slider."""
@@ -126,28 +131,34 @@ def vote(
     seed: int,
     kind: str,
 ) -> tuple[CrossFit, float]:
-    """Let a voter vote, and return what is made of the votes, and the share of all pairs of replies to held-out
+    """Let a voter vote, and return what is made of the votes, and the share of clear pairs of replies to held-out
     messages that it puts in the order of the voter's true taste."""
     rng, scores = np.random.default_rng(seed), truth["fit"]
-    shown = rng.permuted(np.arange(len(scores)).reshape(-1, SAMPLES), axis=1)
     if kind == "pairs":
-        shown = rng.permutation(shown.reshape(-1, 2))[:number]
+        shown = rng.permutation(clear_pairs(scores))[:number]
         liked, disliked = np.take_along_axis(shown, np.argsort(-scores[shown], axis=1, kind="stable"), axis=1).T
     else:
-        single = rng.permutation(shown.ravel())[:number]
-        good = scores[single] > np.median(scores)
-        liked, disliked = np.where(good, single, -1), np.where(good, -1, single)
+        beyond = scores - np.median(scores)
+        single = rng.permutation(np.flatnonzero(abs(beyond) > CLEAR / 2 * scores.std()))[:number]
+        liked, disliked = np.where(beyond[single] > 0, single, -1), np.where(beyond[single] > 0, -1, single)
     flip = rng.random(number) < flipped
     liked, disliked = np.where(flip, disliked, liked), np.where(flip, liked, disliked)
     messages = tuple(str(max(pair) // SAMPLES) for pair in zip(liked, disliked, strict=True))
     sites = steerable_sites(depth)
     fit = cross_fit(means["fit"], means["neutral"].mean(0), Ballots(liked, disliked, messages), sites, depth)
     direction = fit.direction("taste", depth)
-    read = (means["held_out"][:, sites.index(direction.site)] @ direction.vector).numpy().reshape(-1, SAMPLES)
-    true = truth["held_out"].reshape(-1, SAMPLES)
+    read = (means["held_out"][:, sites.index(direction.site)] @ direction.vector).numpy()
+    first, second = clear_pairs(truth["held_out"]).T
+    order, true_order = read[first] - read[second], truth["held_out"][first] - truth["held_out"][second]
+    return fit, float((order * true_order > 0).mean())
+
+
+def clear_pairs(scores: Numbers) -> Int[np.ndarray, "pairs 2"]:
+    """Indices of the pairs of replies to one message between which the voter sees a difference."""
     first, second = np.triu_indices(SAMPLES, 1)
-    order, true_order = read[:, first] - read[:, second], true[:, first] - true[:, second]
-    return fit, float((order * true_order > 0)[true_order != 0].mean())
+    starts = np.arange(0, len(scores), SAMPLES)[:, None]
+    pairs = np.stack([(starts + first).ravel(), (starts + second).ravel()], 1)
+    return pairs[abs(scores[pairs[:, 0]] - scores[pairs[:, 1]]) > CLEAR * scores.std()]
 
 
 def steered(model: SteeredModel, direction: Direction | None, scorer: Scorer, amount: float) -> dict[str, float]:

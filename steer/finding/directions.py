@@ -25,7 +25,7 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.fit import OUTLIER
 from steer.core.sampler import MEASURE
-from steer.measure.contrast import Contrast, reply_means, reply_tokens
+from steer.measure.contrast import Contrast, Reply, reply_means, reply_tokens
 from steer.measure.harness import Reference, answers, mean_repetition
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel

@@ -32,7 +32,10 @@ def test_a_thumb_is_kept_with_the_chat_and_with_what_the_reply_answers(new_chat,
     (vote,) = kept_votes()
     assert (vote.liked, vote.disliked, vote.message) == (reply.text, None, "well")
     assert [m.role for m in vote.chat] == ["system", "user", "assistant", "user"]
-    assert vote.replies[0].profile["sliders"][0]["amount"] == -1.0
+    profile = vote.replies[0].profile
+    assert profile is not None
+    assert profile["sliders"][0]["amount"] == -1.0
+    assert reply.written is not None
     assert vote.seed == reply.written.seed
     again = Chat(LocalBackend(model), place=chat.saved)
     assert [m.thumb for m in again.path()] == [None, None, None, "good"]
@@ -96,7 +99,7 @@ def test_a_slider_of_the_votes_comes_into_the_chat_that_is_open(new_chat, model)
     words = ["hello", "well", "truth", "lie", "friend", "yes"]
     for i in range(24):
         replies = [(f"{w} {words[i % 6]}", "", None) for w in ("ba be bi", "ta te ti")]
-        keep_vote(model.name, [{"role": "user", "content": words[i % 6] + words[i % 4]}], replies, "first")
+        keep_vote(model.name, [{"role": "user", "content": f"{words[i % 6]} {i}"}], replies, "first")
     chat.make_taste()
     job = chat.taste()
     assert job is not None

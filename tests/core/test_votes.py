@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from steer.core.votes import LEAST, Vote, VotedReply, append_vote, counted, read_votes, usable_votes
+from steer.core.votes import LEAST, Outcome, Vote, VotedReply, append_vote, counted, read_votes, usable_votes
 from steer.errors import SteerError, UsageError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tea?"}]
 
 
-def pair(outcome: str = "first", message: str = "Tea?", texts: tuple[str, str] = ("Yes.", "No.")) -> Vote:
+def pair(outcome: Outcome = "first", message: str = "Tea?", texts: tuple[str, str] = ("Yes.", "No.")) -> Vote:
     replies = tuple(VotedReply(t, s, {"sliders": []}) for t, s in zip(texts, ("plain", "now"), strict=True))
     return Vote.of("m", [CHAT[0], {"role": "user", "content": message}], replies, outcome, seed=3, blind=True, left=1)
 
 
-def thumb(outcome: str, text: str = "Yes.", message: str = "Tea?") -> Vote:
+def thumb(outcome: Outcome, text: str = "Yes.", message: str = "Tea?") -> Vote:
     return Vote.of("m", [{"role": "user", "content": message}], (VotedReply(text),), outcome)
 
 
@@ -99,7 +99,7 @@ def test_the_last_vote_on_the_same_replies_counts_and_ties_do_not() -> None:
 
 
 def test_votes_that_no_direction_can_be_made_of_are_one_clear_line(tmp_path: Path) -> None:
-    def votes(count: int, messages: int, outcome: str = "first") -> list[Vote]:
+    def votes(count: int, messages: int, outcome: Outcome = "first") -> list[Vote]:
         return [pair(outcome, str(i % messages), (f"a{i}", f"b{i}")) for i in range(count)]
 
     assert len(usable_votes(votes(LEAST, 5))) == LEAST

@@ -67,7 +67,7 @@ def _pair(chat: Chat, comparison: Comparison) -> None:
         button("Stop", comparison.stop, "stop", key="stop compare", shortcut="Esc")
     elif comparison.voted is not None:
         titles = {"first": comparison.sides[0].title, "second": comparison.sides[1].title}
-        better = titles.get(comparison.voted.better)
+        better = titles.get(comparison.voted.outcome)
         st.success(f"You chose: {markdown(better)}" if better else "You chose neither.")
     elif not comparison.error:
         st.write("Which reads better?")

@@ -8,6 +8,7 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.chat.conversation import Message
+from steer.chat.voting import Thumb
 from steer.core.thoughts import split_thoughts
 from steer.page.drawing import context_bar, folded_thoughts, markdown
 from steer.page.guard import button, safely, watch
@@ -109,7 +110,7 @@ def _actions(chat: Chat, message: Message, last: bool) -> None:
             _act("Regenerate", "autorenew", chat.regenerate, message)
             _act("Continue", "east", chat.lengthen, message)
         if message.role == "assistant" and message.parent is not None:
-            for thumb, label, icon in (("good", "To my taste", "thumb_up"), ("bad", "Not to my taste", "thumb_down")):
+            for thumb, label, icon in _THUMBS:
                 given = message.thumb == thumb
                 _act(
                     f"{label}: take it back" if given else label, icon, lambda t=thumb: chat.rate(message.id, t),
@@ -164,6 +165,10 @@ def _receipt(message: Message) -> None:
         st.warning(markdown(warning))
 
 
+_THUMBS: tuple[tuple[Thumb, str, str], ...] = (
+    ("good", "To my taste", "thumb_up"),
+    ("bad", "Not to my taste", "thumb_down"),
+)
 _ENDINGS = {
     "ended": "the model ended it",
     "length": "it is as long as replies may get",
