@@ -7,8 +7,8 @@ log-odds, or neither if these differ by less than a standard deviation; or sees 
 if its log-odds are half a standard deviation beyond the median. 10, 20 or 40 % of the votes are then flipped. Replies
 are written and read once and shared by all voters, numbers of votes and seeds.
 
-Writes into OUT replies.json and means.safetensors (made again where they are missing) and voters.json; --readme writes
-the table into README.md. On the default merge and two cores some fifteen minutes.
+Writes into OUT replies.json, means.safetensors and voters.json; what is there is not made again. --readme writes the
+table into README.md. On the default merge and two cores some fifteen minutes.
 """
 
 from __future__ import annotations
@@ -73,26 +73,31 @@ def main(
     neutral = [
         Reply.of(live, as_messages(p), live.encode(t)) for p, t in zip(parts["neutral"], texts["neutral"], strict=True)
     ]
-    rows = []
+    done = out / "voters.json"
+    rows: list[dict[str, Any]] = json.loads(done.read_text()) if done.is_file() else []
     for taste in TASTES:
         scorer = Scorer.shipped(taste)
         truth = {part: scorer.log_odds(texts[part]) for part in ("fit", "held_out")}
         untouched = steered(live, None, scorer, 0.0)
         for flipped in FLIPPED:
+            if any((row["taste"], row["flipped"]) == (taste, flipped) for row in rows):
+                continue
             tried = {
                 (kind, n): [vote(means, truth, live.anatomy.blocks, flipped, n, seed, kind) for seed in range(SEEDS)]
                 for kind in ("pairs", "thumbs") for n in NUMBERS
             }  # fmt: skip
             row: dict[str, Any] = {"taste": taste, "flipped": flipped, "accuracy": {}, "told": {}, "needed": {}}
             for kind in ("pairs", "thumbs"):
-                row["accuracy"][kind] = {n: float(np.mean([t[1] for t in tried[kind, n]])) for n in NUMBERS}
-                row["told"][kind] = {n: float(np.mean([t[0].nested.mean() for t in tried[kind, n]])) for n in NUMBERS}
-                row["needed"][kind] = next((n for n, a in row["accuracy"][kind].items() if a >= GOAL), None)
+                row["accuracy"][kind] = {str(n): float(np.mean([t[1] for t in tried[kind, n]])) for n in NUMBERS}
+                row["told"][kind] = {
+                    str(n): float(np.mean([t[0].nested.mean() for t in tried[kind, n]])) for n in NUMBERS
+                }
+                row["needed"][kind] = next((int(n) for n, a in row["accuracy"][kind].items() if a >= GOAL), None)
             row["votes"] = row["needed"]["pairs"] or NUMBERS[-1]
             fit = tried["pairs", row["votes"]][0][0]
             direction = with_statistics(live, fit.direction("taste", live.anatomy.blocks), neutral, {})
             row |= {"site": direction.site, "share": direction.share(1)}
-            row["steered"] = {a: steered(live, direction, scorer, a) if a else untouched for a in (-1.0, 0.0, 1.0)}
+            row["steered"] = {str(a): steered(live, direction, scorer, a) if a else untouched for a in (-1.0, 0.0, 1.0)}
             rows.append(row)
             print(json.dumps(row), flush=True)
             write_atomic(out / "voters.json", json.dumps(rows, indent=1) + "\n")
@@ -181,7 +186,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     def needed(row: dict[str, Any], kind: str) -> str:
         found = row["needed"][kind]
-        return str(found) if found else f"over {last} ({row['accuracy'][kind][last]:.2f})"
+        return str(found) if found else f"over {last} ({row['accuracy'][kind][str(last)]:.2f})"
 
     lines = [
         "| liked | votes flipped | pairs until 0.75 | thumbs until 0.75 | slider of | says of held-out votes | "
@@ -189,13 +194,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        rates = [f"{row['steered'][a]['rate']:.2f}" for a in (-1.0, 0.0, 1.0)]
+        rates = [f"{row['steered'][a]['rate']:.2f}" for a in ("-1.0", "0.0", "1.0")]
         cells = [
             row["taste"], f"{row['flipped']:.0%}", needed(row, "pairs"), needed(row, "thumbs"), f"{row['votes']} pairs",
-            f"{row['told']['pairs'][row['votes']]:.2f}", *rates, f"{row['steered'][1.0]['repetition']:.3f}",
+            f"{row['told']['pairs'][str(row['votes'])]:.2f}", *rates, f"{row['steered']['1.0']['repetition']:.3f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    head = (
+        "Simulated voters whose taste is known (`examples/traits/voters.py`, the default merge): they prefer the reply\n"
+        "that a trait's text scorer prefers by over a standard deviation, and a share of their votes is flipped. Accuracy\n"
+        f"is on such pairs of replies to other messages, unflipped, mean of {SEEDS} voters:"
+    )
+    return "\n".join([head, "", *lines, ""])
 
 
 if __name__ == "__main__":
