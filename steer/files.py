@@ -5,6 +5,7 @@ Imports nothing of the package except `steer.errors`, so that every module may i
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import math
@@ -83,6 +84,27 @@ def write_new(path: str | Path, text: str) -> Path:
         with suppress(OSError):
             part.unlink(missing_ok=True)
     return place
+
+
+def append_line(path: str | Path, line: bytes) -> None:
+    """Append a line to a file, in place of one that a crash cut off. It is on the disk when this returns, and lines of
+    other threads and processes stay whole. Errors: SteerError for a path that cannot be written."""
+    place = Path(path)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync(place.parent)
+    except OSError as e:
+        raise SteerError(f"{path}: could not be written ({e.strerror}); name another place, or free some space") from e
 
 
 def sync(path: Path) -> None:

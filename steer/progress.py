@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +23,8 @@ from steer.plain_text import plain_line
 
 Advance = Callable[[int], None]
 """Called with the amount of work done since the last call."""
+Bar = Callable[[str, int | None, str], AbstractContextManager[Advance]]
+"""Makes a progress bar from (title, total or None, unit); `bar` is one."""
 
 
 class _Rate(ProgressColumn):

@@ -22,6 +22,7 @@ from steer.chat.chat import Chat
 from steer.chat.costs import Cost
 from steer.chat.evolving import Evolution
 from steer.chat.stored import saved_chats
+from steer.chat.voting import keep_vote
 from steer.checkpoint.merge import MANIFEST
 from steer.core.direction import Direction
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
@@ -158,6 +159,32 @@ def test_what_can_be_done_with_a_message(moral):
     assert at.chat_message[0].markdown[0].value == "truth"
     next(b for b in at.button if b.label == "Delete").click().run()
     assert at.chat_message[0].markdown[0].value == "hello"
+
+
+def test_thumbs_under_a_reply_count_as_votes_and_enough_of_them_offer_a_slider(moral):
+    at = page()
+    say(at, "hello")
+    click(at, "To my taste")
+    assert chat_of(at).path()[-1].thumb == "good"
+    click(at, "Not to my taste")
+    click(at, "Not to my taste: take it back")
+    assert chat_of(at).path()[-1].thumb is None
+    click(at, "Not to my taste")
+    at.session_state["part"] = "Compare"
+    at.run()
+    assert not at.exception
+    assert next(b for b in at.button if b.label == "Slider from my votes").disabled
+    assert "1 votes, thumbs under replies among them; 19 more are needed" in [c.value for c in at.caption]
+    for i in range(19):
+        keep_vote("m", [{"role": "user", "content": str(i)}], [(f"well {i}", "", None)], "good")
+    at.run()
+    assert not next(b for b in at.button if b.label == "Slider from my votes").disabled
+    click(at, "Compare")
+    assert at.session_state["comparison"].wait(60)
+    at.run()
+    click(at, "Left")
+    assert [s.value for s in at.success] == ["You chose: without sliders"]
+    assert any("21 votes" in c.value or "20 votes" in c.value for c in at.caption)
 
 
 def test_the_system_prompt_and_the_sampler_are_heard(moral):

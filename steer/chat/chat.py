@@ -17,12 +17,13 @@ from steer.chat.context_use import ContextUse
 from steer.chat.conversation import Conversation, Message
 from steer.chat.costs import Cost, bake_cost, costs_of, profile_cost
 from steer.chat.feature_index import FeatureIndex
-from steer.chat.jobs import BakePlan, Form, plan
+from steer.chat.jobs import BakePlan, Form, TasteJob, plan, start_taste, taste_of
 from steer.chat.local import LocalBackend
 from steer.chat.readout import Readouts, TokenReadout
 from steer.chat.session import BaseChat
 from steer.chat.slider_panel import SliderPanel
 from steer.chat.stored import Stored, load_chat, new_place, save_chat
+from steer.chat.voting import Thumb, keep_vote
 from steer.chat.writer import Messages, PendingReply, ReplyBackend, Task, Writer, as_chat
 from steer.core.cards import Card
 from steer.core.lorebook import Lorebook, Scan
@@ -54,6 +55,7 @@ class Chat(BaseChat):
         """The chat's file; None before the first save."""
         self._keep, self._saving = keep, threading.Lock()
         self._problem: str | None = None
+        self._taste: TasteJob | None = None
         self.used: ContextUse | None = None
         """How the last prompt fills the context; None before the first, and where the context is not known."""
         if place is not None:
@@ -133,6 +135,20 @@ class Chat(BaseChat):
         self.conversation.change(message, _cleaned(text))
         self.save()
         return m
+
+    def rate(self, message: int, thumb: Thumb) -> None:
+        """Keep a thumb up or down for a reply. The same thumb a second time takes it back.
+
+        Errors: UsageError for a message that is not a finished reply; SteerError if the vote cannot be stored.
+        """
+        m = self._finished(message, "thumb")
+        assert m.parent is not None
+        given = None if m.thumb == thumb else thumb
+        seed, profile = (None, None) if m.written is None else (m.written.seed, m.written.profile)
+        chat = self._prompt(self.conversation.upto(m.parent), seed or 0)[0]
+        keep_vote(self.backend.name, chat, [(m.text, "", profile)], given or "withdrawn", seed=seed)
+        m.thumb = given
+        self.save()
 
     def delete(self, message: int) -> None:
         """Remove a message and everything after it; its alternatives stay."""
@@ -233,12 +249,33 @@ class Chat(BaseChat):
         `message`: the reply's id. `names`: sliders. Errors: UsageError for a message that is not a finished reply.
         """
         readouts = self._readouts
+        m = self._finished(message, "inside")
+        assert m.parent is not None
+        seed = self.sampler.seed if m.written is None else m.written.seed
+        return readouts.at(m, self._prompt(self.conversation.upto(m.parent), seed)[0], self.sampler, names)
+
+    def _finished(self, message: int, what: str) -> Message:
+        """Return a reply that is written. Errors: UsageError that begins with `what` for any other message."""
         m = self.conversation[message]
         written_now = self.writer.running and message == self.writer.message_id
         if m.role != "assistant" or m.parent is None or not m.text or written_now:
-            raise UsageError("inside: expected a reply that is written, found another message; choose a reply")
-        seed = self.sampler.seed if m.written is None else m.written.seed
-        return readouts.at(m, self._prompt(self.conversation.upto(m.parent), seed)[0], self.sampler, names)
+            raise UsageError(f"{what}: expected a reply that is written, found another message; choose a reply")
+        return m
+
+    def make_taste(self) -> None:
+        """Start to make a slider of all votes, unless one is being made. Errors: as `start_taste`."""
+        start_taste(self._local("taste").model)
+
+    def taste(self) -> TasteJob | None:
+        """Return the job that makes a slider of votes for this model, running or ended; None if there was none. When it
+        is done, its slider is among those of this chat."""
+        job = taste_of(self._local("taste").model)
+        if job is not None and job.direction is not None and job is not self._taste:
+            self._taste = job
+            name = job.direction.name
+            self.sliders.put(job.direction, self.sliders.get(name))
+            self.panel.revision += 1
+        return job
 
     @cached_property
     def features(self) -> FeatureIndex:
@@ -330,6 +367,7 @@ class Chat(BaseChat):
         messages, self.scanned = self._prompt(self.conversation.upto(to), seed)
         task = Task(messages, replace(self.sampler, seed=seed))
         if into is not None:
+            into.thumb = None
             # A reply that was cut off just goes on. If the model had ended it, its end token is banned once.
             ids = () if before is None else before.ids
             task = replace(task, text=into.text, ids=ids, nudge=before is None or before.ending == "ended")

@@ -1,39 +1,33 @@
 """Two replies to one message under two settings, blind or not, the words in which they differ, and the vote.
 
 `steer.chat.chat.Chat.compare` starts a `Comparison`; the page part `compare` draws it. Both replies are decoded in one
-batch with the same random draws, so only the sliders make them differ. Votes are lines of $STEER_HOME/votes.jsonl.
+batch with the same random draws, so only the sliders make them differ. Votes go to the file of `steer.chat.voting`.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import secrets
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from steer.chat.conversation import Ending, SettingsSpan, Written
 from steer.chat.local import LocalBackend
+from steer.chat.voting import keep_vote
 from steer.chat.writer import PendingReply, Task, Writer
-from steer.checkpoint.fetch import home
 from steer.core.edit import Edit
 from steer.core.profile import Profile
 from steer.core.thoughts import split_thoughts
-from steer.errors import SteerError, UsageError
-from steer.files import parse_json
+from steer.core.votes import Vote
+from steer.errors import UsageError
 from steer.model.decode import decode
 from steer.model.steering.receipts import Tally
 
 Place = Literal["left", "right"]
-Better = Literal["first", "second", "neither"]
-_WRITING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -106,15 +100,17 @@ class Comparison(Writer):
             raise UsageError("vote: expected both replies to be whole; wait, or stop them")
         if self.voted is not None:
             raise UsageError("vote: expected one vote a comparison, found a second; compare again")
-        which: Better = "neither" if better == "neither" else ("first", "second")[self.side_at(better)]
-        first, second = self.sides
-        settings = [None if side.profile is None else side.profile.dump() for side in self.sides]
-        sampler = self.task.sampler
-        vote = Vote(
-            self.model, self.asked, sampler.seed, asdict(sampler),
-            (first.title, second.title), (settings[0], settings[1]), which, self.blind, self.left,
-        )  # fmt: skip
-        keep_vote(vote)
+        which = "neither" if better == "neither" else ("first", "second")[self.side_at(better)]
+        replies = [(row.text, side.title, side.profile) for row, side in zip(self._draft.rows, self.sides, strict=True)]
+        vote = keep_vote(
+            self.model,
+            self.task.messages,
+            replies,
+            which,
+            seed=self.task.sampler.seed,
+            blind=self.blind,
+            left=self.left,
+        )
         self.voted = vote
         return vote
 
@@ -180,69 +176,13 @@ class PairDraft(PendingReply):
         self._steps.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@dataclass(frozen=True)
-class Vote:
-    """The result of one comparison, with everything needed to write both replies again."""
-
-    model: str
-    message: str
-    """The message that both replies answer."""
-    seed: int
-    sampler: dict[str, Any]
-    titles: tuple[str, str]
-    """Titles of the two settings, first and second."""
-    settings: tuple[dict[str, Any] | None, dict[str, Any] | None]
-    """Profiles of the two settings; None for sliders that cannot be named."""
-    better: Better
-    blind: bool
-    """Whether the titles were hidden until the vote."""
-    left: int
-    """Index of the setting whose reply was on the left: 0 or 1."""
-    at: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    """Time of the vote, with time zone."""
-
-
-def votes_place() -> Path:
-    """Return the file of votes."""
-    return home() / "votes.jsonl"
-
-
-def keep_vote(vote: Vote) -> None:
-    """Append a vote to the file. Errors: SteerError if it cannot be written."""
-    place = votes_place()
-    line = json.dumps(asdict(vote), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode, because other pages may append at the same time.
-        with _WRITING, open(place, "ab", buffering=0) as file:
-            file.write(line)
-    except OSError as e:
-        raise SteerError(f"{place}: could not be written ({e.strerror}); free some space, or set STEER_HOME") from e
-
-
-def read_votes() -> list[Vote]:
-    """Return all votes of the file. Errors: SteerError with the number of a line that is not a vote."""
-    place = votes_place()
-    out = []
-    for number, line in enumerate(place.read_bytes().split(b"\n") if place.is_file() else (), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-            first, second = row["titles"]
-            one, other = row["settings"]
-            out.append(Vote(**{**row, "titles": (first, second), "settings": (one, other)}))
-        except (ValueError, TypeError, KeyError) as e:
-            raise SteerError(f"{place}, line {number}: expected a vote, found {e}; take the line out") from e
-    return out
-
-
 def tally(votes: Iterable[Vote]) -> dict[str, tuple[int, int, int]]:
-    """Return title of a setting -> (won, lost, neither), counting blind and open votes alike."""
+    """Return title of a setting -> (won, lost, neither) over votes on two replies, counting blind and open votes
+    alike."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for vote in votes:
-        for side, title in zip(("first", "second"), vote.titles, strict=True):
-            counts[title][2 if vote.better == "neither" else 0 if vote.better == side else 1] += 1
+        for side, reply in zip(("first", "second"), vote.replies if len(vote.replies) == 2 else (), strict=False):
+            counts[reply.setting][2 if vote.outcome == "neither" else 0 if vote.outcome == side else 1] += 1
     return {title: (won, lost, neither) for title, (won, lost, neither) in counts.items()}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from steer.chat.voting import Thumb
 from steer.core.edit import Edit
 from steer.core.profile import Profile
 from steer.errors import UsageError
@@ -70,6 +71,8 @@ class Message:
     """How the model wrote it; None if no model did."""
     edited: bool = False
     """Whether the user changed the text afterwards."""
+    thumb: Thumb | None = None
+    """What the user said of this text of a reply; None if nothing."""
 
 
 class Conversation:
@@ -178,7 +181,7 @@ class Conversation:
         with self.lock:
             m = self[message]
             if text != m.text:
-                m.text, m.edited = text, True
+                m.text, m.edited, m.thumb = text, True, None
                 m.written = None if m.written is None else replace(m.written, ids=())
 
     def remove(self, message: int) -> None:

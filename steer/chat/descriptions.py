@@ -43,6 +43,8 @@ def description_of(slider: Slider) -> str:
     """Describe what a slider moves, in a sentence or two."""
     target = slider.target
     if isinstance(target, Direction):
+        if isinstance(votes := target.provenance.get("votes"), dict) and isinstance(votes.get("says"), str):
+            return f"Your taste: {target.name} {votes['says']}."
         return _summary(target.name) if target.name in shipped_traits() else f"The direction {target.name!r}."
     row, record = _slider_row(target), record_of(target)
     parts = []

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from steer.chat.local import LocalBackend
 from steer.chat.lore import Lore, with_lore
+from steer.chat.voting import Thumb, keep_vote
 from steer.chat.writer import Messages, PendingReply, ReplyBackend, Task
 from steer.core.cards import Card
 from steer.core.lorebook import Lorebook, Scan
 from steer.core.profile import Profile
 from steer.core.sampler import CHAT, Sampler
+from steer.core.votes import Vote
+from steer.errors import UsageError
 from steer.model.sliders import Sliders
 from steer.model.steering.receipts import Receipt
 
@@ -167,6 +170,17 @@ class Session(BaseChat):
                 self.receipts.append(draft.receipt() or Receipt(draft.tokens))
             else:
                 self.messages.pop()
+
+    def rate(self, thumb: Thumb) -> Vote:
+        """Keep a thumb up or down for the last reply, and return the vote.
+
+        Errors: UsageError if there is no reply; SteerError if the vote cannot be stored.
+        """
+        if not self.receipts or not self.messages:
+            raise UsageError("thumb: expected a reply, found none; say something first")
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        *before, reply = self.messages
+        return keep_vote(self.backend.name, [*system, *before], [(reply["content"], "", None)], thumb)
 
     def play(self, card: Card) -> None:
         super().play(card)

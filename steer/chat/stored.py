@@ -19,6 +19,7 @@ from pydantic_core import to_jsonable_python
 
 from steer.chat.conversation import Conversation, Ending, Message, Role, SettingsSpan, Written
 from steer.chat.lore import Lore
+from steer.chat.voting import Thumb
 from steer.checkpoint.fetch import home
 from steer.core.profile import Profile
 from steer.core.small_files import read_small
@@ -124,6 +125,7 @@ class _Message(BaseModel):
     parent: int | None
     written: _Written | None = None
     edited: bool = False
+    thumb: Thumb | None = None
 
 
 class _Chat(BaseModel):

@@ -20,9 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from steer.chat.session import Session
+from steer.chat.voting import Thumb, kept_votes, votes_place
 from steer.core.names import COMMANDS
 from steer.core.profile import Profile
 from steer.core.slider import parse_amount
+from steer.core.votes import LEAST, counted
 from steer.errors import SteerError, UsageError
 from steer.plain_text import plain, plain_line
 
@@ -34,6 +36,7 @@ HELP = """\
 /reset         reset all sliders, so that none moves anything
 /reread        read the whole chat again under the current sliders; else they act on new tokens only
 /receipt       show what the sliders did to the last reply, and which entries of lorebooks it was given
+/good /bad     keep that the last reply is to your taste, or is not; steer find --votes makes a slider of that
 /profile FILE  use a profile; /save FILE writes one
 /clear         forget the conversation
 /quit          leave; so does Ctrl-D
@@ -77,6 +80,8 @@ class _Terminal:
             "reset": lambda: self.say_after(session.sliders.reset, "no slider moves anything"),
             "reread": lambda: self.say_after(session.reread, REREAD),
             "receipt": self.show_receipt,
+            "good": lambda: self.rate("good"),
+            "bad": lambda: self.rate("bad"),
             "clear": lambda: self.say_after(session.clear, "conversation forgotten"),
             "quit": self.quit,
         }
@@ -212,6 +217,12 @@ class _Terminal:
             self.say(f"{s.name} {s.operation} {s.amount:g}: {s.tokens} tokens{share}")
         for warning in receipt.warnings:
             self.say(warning, style="yellow")
+
+    def rate(self, thumb: Thumb) -> None:
+        self.session.rate(thumb)
+        votes, model = len(counted(kept_votes())), self.session.model.name
+        rest = f"; a slider wants {LEAST}" if votes < LEAST else f": steer find {model} --votes {votes_place()}"
+        self.say(f"kept; {votes} {'vote' if votes == 1 else 'votes'}{rest}", style="dim")
 
     def step(self, done: bool, what: str) -> None:
         if done:

@@ -12,7 +12,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,10 @@ from steer.cli import traits as cli_traits
 from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
 from steer.errors import SteerError, UsageError
 from steer.plain_text import plain_line
+
+if TYPE_CHECKING:
+    from steer.core.direction import Direction
+    from steer.model.steered import SteeredModel
 
 app = typer.Typer(
     name="steer",
@@ -158,15 +162,19 @@ def anatomy(
 
 @app.command(
     epilog="Examples: `steer find merged moralizing` · `steer find merged moralizing --dictionary dictionary` · "
-    '`steer find merged --as rhymes "You answer in rhyming couplets." --opposite "You answer in plain prose."`'
+    '`steer find merged --as rhymes "You answer in rhyming couplets." --opposite "You answer in plain prose."` · '
+    "`steer find merged --votes votes.jsonl`"
 )
 def find(
     model: Model,
     trait: Annotated[
-        str, typer.Argument(help="A trait that ships, a .yaml file of your own, or with --as a sentence.")
-    ],
+        str | None, typer.Argument(help="A trait that ships, a .yaml file of your own, or with --as a sentence.")
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--as", help="Name of a new trait: TRAIT is what the model is told to be.")
+    ] = None,
+    votes: Annotated[
+        Path | None, typer.Option(help="In place of TRAIT: a file of votes, 20 or more. [default name: my-taste]")
     ] = None,
     opposite: Annotated[
         str | None, typer.Option(help="What it is told to be on the other side. Default: it is told nothing.")
@@ -190,7 +198,21 @@ def find(
     four_bit: FourBit = False,
     as_json: Json = False,
 ) -> None:
-    """Find the direction of a trait, with held-out scores; with --dictionary its features."""
+    """Find the direction of a trait or a taste, with held-out scores; with --dictionary a trait's features."""
+    if votes is not None:
+        if trait is not None or opposite is not None or quick or keep or dictionary is not None:
+            raise UsageError("--votes: expected no TRAIT and no option of traits beside it; leave them out")
+        from steer.core.votes import usable_votes
+        from steer.finding.taste import NAME, find_taste
+        from steer.model.steered import load
+
+        usable = usable_votes(votes)  # before the model is loaded
+        live = load(model, device_map=device_map, four_bit=four_bit)
+        taste = find_taste(live, usable, name=name or NAME, site=site, seed=seed, say=tell if as_json else str)
+        _save_found(live, taste.direction, out, taste.as_json(), taste.line, model, "1", as_json)
+        return
+    if trait is None:
+        raise UsageError("TRAIT: expected a trait, found none; name one, or give --votes FILE")
     from steer.core.trait import Trait
 
     if name is None and opposite is not None:
@@ -211,7 +233,6 @@ def find(
         features = find_features(live, described, dictionary, seed=seed)
         emit(features.as_json(), as_json, latent_table(features))
         return
-    from steer.checkpoint.library import direction_place
     from steer.finding.traits import find_trait
     from steer.model.steered import load
     from steer.verbs.tables import finding_table
@@ -219,12 +240,19 @@ def find(
     live = load(model, device_map=device_map, four_bit=four_bit)
     kept = [name for names in keep for name in names.split(",")]
     found = find_trait(live, described, site=site, seed=seed, quick=quick, verdict=True, keep=kept)
-    place = found.direction.save(out or direction_place(live.sketch(), found.direction.name))
-    emit(
-        {"direction": str(place), **found.as_json()},
-        as_json,
-        f"{finding_table(found)}\n{place}\nTry it: steer chat {model} --slider {found.direction.name}=-1",
-    )
+    _save_found(live, found.direction, out, found.as_json(), finding_table(found), model, "-1", as_json)
+
+
+def _save_found(
+    live: SteeredModel, direction: Direction, out: Path | None, result: dict[str, Any], text: str,
+    model: str, amount: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Save a direction in `out` or by its name, and print what was found and how to try it."""
+    from steer.checkpoint.library import direction_place
+
+    place = direction.save(out or direction_place(live.sketch(), direction.name))
+    try_it = f"Try it: steer chat {model} --slider {direction.name}={amount}"
+    emit({"direction": str(place), **result}, as_json, f"{text}\n{place}\n{try_it}")
 
 
 app.add_typer(cli_traits.app, name="traits")

@@ -11,7 +11,7 @@ from steer.core.small_files import shown
 from steer.errors import UsageError
 
 COMMANDS = frozenset(
-    ("help", "sliders", "undo", "redo", "reset", "reread", "receipt", "profile", "save", "clear", "quit")
+    ("help", "sliders", "undo", "redo", "reset", "reread", "receipt", "profile", "save", "clear", "quit", "good", "bad")
 )
 """Commands of the terminal chat: `/quit` leaves, so a slider named `quit` could not be moved."""
 LATENT = re.compile(r"L(\d{1,9})/(\d{1,9})", re.ASCII)

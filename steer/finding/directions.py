@@ -25,7 +25,7 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.fit import OUTLIER
 from steer.core.sampler import MEASURE
-from steer.measure.contrast import Contrast, reply_means, reply_tokens
+from steer.measure.contrast import Contrast, Reply, reply_means, reply_tokens
 from steer.measure.harness import Reference, answers, mean_repetition
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel
@@ -146,18 +146,32 @@ def rough_direction(found: Candidates, site: int) -> Direction:
 
 
 def finished_direction(model: SteeredModel, found: Candidates, site: int, provenance: dict) -> Direction:
-    """The direction at a site with its statistics on neutral response tokens and its provenance.
+    """The direction at a site with its statistics on neutral response tokens and its provenance. `provenance` is added
+    to the facts recorded here."""
+    trait = found.contrast.trait
+    about = {
+        "trait": trait.name,
+        "with": trait.with_instruction,
+        "without": trait.without_instruction,
+        "method": "difference of means over response tokens, orthogonal to the neutral mean",
+        "auroc": [round(a, 4) for a in found.auroc],
+        "fit_topics": len(trait.fit),
+        "held_out_topics": len(trait.held_out),
+    }
+    return with_statistics(model, rough_direction(found, site), found.contrast.neutral, about | provenance)
 
-    Tokens whose norm is over `OUTLIER` times the median are left out of the statistics. `provenance` is added to the
-    facts recorded here.
+
+def with_statistics(model: SteeredModel, rough: Direction, neutral: Sequence[Reply], provenance: dict) -> Direction:
+    """The direction with its statistics on the tokens of neutral replies, and with the checkpoint in its provenance.
+
+    Tokens whose norm is over `OUTLIER` times the median are left out of the statistics.
     """
-    tokens = reply_tokens(model, found.contrast.neutral, site)
+    tokens = reply_tokens(model, neutral, rough.site)
     norms = tokens.norm(dim=-1)
     ordinary = norms <= OUTLIER * norms.median()
-    projection = tokens[ordinary] @ found.vectors[site]
-    trait = found.contrast.trait
+    projection = tokens[ordinary] @ rough.vector
     return replace(
-        rough_direction(found, site),
+        rough,
         mean=float(projection.mean()),
         std=float(projection.std()),
         residual_norm=float(norms[ordinary].median()),
@@ -166,13 +180,6 @@ def finished_direction(model: SteeredModel, found: Candidates, site: int, proven
             "checkpoint": source_name(Path(model.name)) if Path(model.name).is_dir() else model.name,
             "sketch": model.sketch().to_header(),
             "dtype": dtype_name(model.hf.dtype),
-            "trait": trait.name,
-            "with": trait.with_instruction,
-            "without": trait.without_instruction,
-            "method": "difference of means over response tokens, orthogonal to the neutral mean",
-            "auroc": [round(a, 4) for a in found.auroc],
-            "fit_topics": len(trait.fit),
-            "held_out_topics": len(trait.held_out),
             "neutral_tokens": int(ordinary.sum()),
             "outlier_tokens_left_out": int((~ordinary).sum()),
             "versions": {p: version(p) for p in ("torch", "transformers")},

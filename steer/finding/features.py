@@ -39,12 +39,12 @@ from steer.finding.latents import (
     screen,
     screening_tokens,
 )
-from steer.finding.traits import Bar, contrast_for, find_trait
+from steer.finding.traits import contrast_for, find_trait
 from steer.measure.harness import Reference, neutral_replies
 from steer.measure.scorer import Scorer
 from steer.model.fit_check import FitReport, FitWarning, check_fit
 from steer.model.steered import SteeredModel
-from steer.progress import bar
+from steer.progress import Bar, bar
 from steer.sae.pooling import Pooled, check_fits, pooled
 from steer.sae.ranking import Ranking, rank
 from steer.sae.records import FeatureRecord, read_records, with_trait, write_records

@@ -24,12 +24,11 @@ from steer.core.slider import Slider
 from steer.core.trait import NeutralPrompts
 from steer.errors import SteerError
 from steer.finding.directions import NEUTRAL, merit
-from steer.finding.traits import Bar
 from steer.measure.contrast import Contrast, Reply
 from steer.measure.harness import DOSES, Point, Reference, Setting, measure_settings
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel
-from steer.progress import Advance
+from steer.progress import Advance, Bar
 from steer.sae.attribution import attribution, output_scores
 from steer.sae.logit_lens import logit_lens
 from steer.sae.pooling import Pooled

@@ -7,13 +7,14 @@ at every site, and the choice of the site that steers best (both in `directions`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from steer.core.direction import Direction
 from steer.core.trait import NeutralPrompts, Trait
+from steer.core.votes import Vote
 from steer.errors import TraitNotFoundError, UsageError
 from steer.finding.directions import (
     TOKENS,
@@ -25,12 +26,13 @@ from steer.finding.directions import (
     finished_direction,
     middle,
 )
+from steer.finding.taste import find_taste
 from steer.measure.contrast import FIT_SAMPLES, SAMPLER, Contrast, Reply, contrast_replies
 from steer.measure.harness import neutral_replies
 from steer.measure.scorer import Scorer, clear_replies
 from steer.measure.verdict import Verdict, judge
 from steer.model.steered import SteeredModel
-from steer.progress import Advance, bar
+from steer.progress import Bar, bar
 
 FIT_REPLIES, HELD_OUT_REPLIES = 16, 4
 """Fewest replies under each instruction, for fitting and held out: traits with few topics get several to each."""
@@ -61,8 +63,6 @@ class Effort:
 FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
 QUICK = Effort(40, 16, 1, 32, 32, 16, check_sites=False)
 """On the default merge 70 s of two cores for the whole process, verdict included; tests/bench/find.py."""
-Bar = Callable[[str, int | None, str], AbstractContextManager[Advance]]
-"""Makes a progress bar from (title, total or None, unit); `steer.progress.bar` is one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,17 +121,29 @@ class FoundDirection:
         }
 
 
-def find(model: SteeredModel, trait: str | Trait, **options: Any) -> Direction:
-    """The direction of a trait in a model; `.provenance["auroc"]` has the held-out AUROC per site.
+def find(
+    model: SteeredModel,
+    trait: str | Trait | None = None,
+    *,
+    votes: str | Path | Sequence[Vote] | None = None,
+    **options: Any,
+) -> Direction:
+    """The direction of a trait in a model; `.provenance["auroc"]` has the held-out AUROC per site. Or that of a taste;
+    `.provenance["votes"]` has its held-out accuracy.
 
-    `trait` is the name of a built-in trait, a trait file, or a Trait. Options are those of `find_trait`.
-    Errors: UsageError for an unknown trait or site.
+    `trait` is the name of a built-in trait, a trait file, or a Trait; `votes`, in its place, a file of votes. Options
+    are those of `find_trait` or `find_taste`.
+    Errors: UsageError for an unknown trait or site, and for votes that are too few.
 
         model = steer.load("path-or-hub-id")
         moral = steer.find(model, "moralizing")
         with model.steered({moral: -1.5}):
             print(model.chat("My friend lied to me."))
     """
+    if votes is not None and trait is None:
+        return find_taste(model, votes, **options).direction
+    if trait is None or votes is not None:
+        raise UsageError("find: expected a trait or votes, found both or neither; give one of them")
     return find_trait(model, trait, **options).direction
 
 

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 from tiny_chat import hooks_on
 
-from steer.chat.comparison import marked, read_votes, tally
+from steer.chat.comparison import marked, tally
+from steer.chat.voting import kept_votes
 from steer.core.profile import Profile, ProfileSlider
 from steer.core.sampler import Sampler
 from steer.errors import SteerError, UsageError
@@ -137,15 +138,17 @@ def test_blind_it_tells_nothing_before_the_vote_and_a_coin_decides_who_stands_le
         first = comparison.shown[comparison.left]
         vote = comparison.vote("left" if comparison.left == 0 else "right")
         # Whichever side of the page it stood on, it was the first setting that won.
-        assert (vote.better, vote.left, vote.blind) == ("first", comparison.left, True)
+        assert (vote.outcome, vote.left, vote.blind) == ("first", comparison.left, True)
         shown = comparison.shown[comparison.left]
         assert (shown.title, shown.text) == ("without sliders", first.text)
         sides[comparison.left] += 1
     assert min(sides[0], sides[1]) >= 1
-    votes = read_votes()
+    votes = kept_votes()
     assert tally(votes) == {"without sliders": (24, 0, 0), "with these sliders": (0, 24, 0)}
-    assert votes[0].settings[1]["sliders"] == [{"slider": "moral", "amount": -1.0}]
-    assert (votes[0].message, votes[0].seed, votes[0].sampler["max_new_tokens"]) == ("hello", 3, 3)
+    assert votes[0].replies[1].profile["sliders"] == [{"slider": "moral", "amount": -1.0}]
+    assert (votes[0].message, votes[0].seed) == ("hello", 3)
+    assert votes[0].liked == votes[0].replies[0].text == first.text
+    assert votes[0].disliked == votes[0].replies[1].text != first.text
     assert (home / "votes.jsonl").read_text().count("\n") == 24
 
 
@@ -155,18 +158,18 @@ def test_votes_come_once_and_after_both_replies(new_chat):
     with pytest.raises(UsageError, match="both replies to be whole"):
         comparison.vote("left")
     assert comparison.stop()
-    assert comparison.vote("neither").better == "neither"
+    assert comparison.vote("neither").outcome == "neither"
     with pytest.raises(UsageError, match="a second"):
         comparison.vote("left")
-    assert tally(read_votes()) == {"without sliders": (0, 0, 2)}
+    assert tally(kept_votes()) == {"without sliders": (0, 0, 2)}
 
 
 def test_a_broken_file_of_votes_is_told_by_its_line(home):
-    assert read_votes() == []
+    assert kept_votes() == []
     home.mkdir()
     (home / "votes.jsonl").write_text("\n{}\n")
     with pytest.raises(SteerError, match=r"votes\.jsonl, line 2: expected a vote"):
-        read_votes()
+        kept_votes()
 
 
 def test_a_vote_that_cannot_be_kept_is_told(chat, home):

@@ -12,6 +12,7 @@ from tiny_chat import hooks_on
 
 from steer.chat.session import Session
 from steer.chat.terminal import run_chat
+from steer.chat.voting import kept_votes
 from steer.core.sampler import Sampler
 from steer.core.schedule import Schedule
 from steer.core.slider import Slider
@@ -67,6 +68,15 @@ def test_a_slider_moves_by_its_name_and_reset_puts_all_back(model, known_moral):
     assert said[4] == said[0]
     assert said[6:] == ["no slider moves anything", plain, "moral 0: 0.00 of the residual norm after block 1"]
     assert hooks_on(model) == 0
+
+
+def test_good_and_bad_keep_a_vote_on_the_last_reply(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEER_HOME", str(tmp_path))
+    said = chat(model, "/good", "hello", "/good", "/bad", "well", "/bad")
+    assert "expected a reply, found none" in said[0]
+    assert said[2:4] == ["kept; 1 vote; a slider wants 20"] * 2  # the second replaces the first
+    assert said[5] == "kept; 2 votes; a slider wants 20"
+    assert [v.outcome for v in kept_votes()] == ["good", "bad", "bad"]
 
 
 def test_a_slider_whose_label_has_a_space_moves_too(model, known_moral, make_direction):

@@ -203,8 +203,8 @@ def test_side_by_side_marks_words_that_differ_and_a_blind_vote_tells_which_was_w
     page.click("Neither")
     page.until(lambda: "You chose neither" in page.all(".stMain")[0].text)
     vote = json.loads((tiny_page_home / "home" / "votes.jsonl").read_text().splitlines()[-1])
-    assert (vote["message"], vote["better"], vote["blind"]) == (MESSAGE, "neither", True)
-    assert vote["settings"][1]["sliders"][0]["slider"] == "moral"
+    assert (vote["chat"][-1]["content"], vote["outcome"], vote["blind"]) == (MESSAGE, "neither", True)
+    assert vote["replies"][1]["profile"]["sliders"][0]["slider"] == "moral"
 
 
 def test_a_feature_that_is_found_by_words_and_pinned_becomes_a_slider(page):

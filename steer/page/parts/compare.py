@@ -7,8 +7,12 @@ from typing import Literal
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.comparison import Comparison, Place, Side, read_votes, tally
+from steer.chat.comparison import Comparison, Place, Side, tally
+from steer.chat.descriptions import description_of
 from steer.chat.profile_store import load_profile, saved_profiles
+from steer.chat.voting import kept_votes
+from steer.core.slider import Slider
+from steer.core.votes import LEAST, counted
 from steer.page.drawing import folded_thoughts, markdown, marked
 from steer.page.guard import button, redraw, safely, watch
 
@@ -32,7 +36,7 @@ def draw(chat: Chat) -> None:
     comparison: Comparison | None = st.session_state.get("comparison")
     if comparison is not None:
         watch(_pair, chat, comparison, running=lambda: comparison.running, every=POLL)
-    _votes()
+    _votes(chat)
 
 
 def _start(chat: Chat, text: str | None, first: str, second: str, blind: bool) -> None:
@@ -63,7 +67,7 @@ def _pair(chat: Chat, comparison: Comparison) -> None:
         button("Stop", comparison.stop, "stop", key="stop compare", shortcut="Esc")
     elif comparison.voted is not None:
         titles = {"first": comparison.sides[0].title, "second": comparison.sides[1].title}
-        better = titles.get(comparison.voted.better)
+        better = titles.get(comparison.voted.outcome)
         st.success(f"You chose: {markdown(better)}" if better else "You chose neither.")
     elif not comparison.error:
         st.write("Which reads better?")
@@ -84,12 +88,30 @@ def _vote(comparison: Comparison, better: Place | Literal["neither"]) -> None:
     redraw()
 
 
-def _votes() -> None:
-    votes = read_votes()
-    if votes:
-        rows = [
-            {"setting": title, "better": won, "worse": lost, "neither": neither}
-            for title, (won, lost, neither) in tally(votes).items()
-        ]
-        with st.expander(f"Votes so far: {len(votes)}"):
+def _votes(chat: Chat) -> None:
+    votes = kept_votes()
+    if rows := [
+        {"setting": title, "better": won, "worse": lost, "neither": neither}
+        for title, (won, lost, neither) in tally(votes).items()
+    ]:
+        with st.expander(f"Votes so far: {sum(len(v.replies) == 2 for v in votes)}"):
             st.dataframe(rows, hide_index=True)
+    job = chat.taste()
+    watch(_taste, chat, len(counted(votes)), running=lambda: job is not None and job.running, every=POLL)
+
+
+def _taste(chat: Chat, votes: int) -> None:
+    """Draw the button that makes a slider of all votes, its progress, and what the slider tells."""
+    job = chat.taste()
+    if job is not None and job.running:
+        st.progress(job.progress or 0.0, f"Making a slider from your votes, {job.seconds:.0f} s")
+        button("Cancel", job.cancel, key="cancel taste")
+        return
+    rest = f"; {LEAST - votes} more are needed" if votes < LEAST else ""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        button("Slider from my votes", lambda: (chat.make_taste(), redraw()), "how_to_vote", disabled=votes < LEAST)
+        st.caption(f"{votes} votes, thumbs under replies among them{rest}")
+    if job is not None and job.error:
+        st.error(markdown(job.error))
+    elif job is not None and job.direction is not None:
+        st.success(markdown(description_of(Slider(job.direction))))

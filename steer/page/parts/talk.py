@@ -8,6 +8,7 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.chat.conversation import Message
+from steer.chat.voting import Thumb
 from steer.core.thoughts import split_thoughts
 from steer.page.drawing import context_bar, folded_thoughts, markdown
 from steer.page.guard import button, safely, watch
@@ -108,6 +109,13 @@ def _actions(chat: Chat, message: Message, last: bool) -> None:
         if last and message.role == "assistant" and message.parent is not None:
             _act("Regenerate", "autorenew", chat.regenerate, message)
             _act("Continue", "east", chat.lengthen, message)
+        if message.role == "assistant" and message.parent is not None:
+            for thumb, label, icon in _THUMBS:
+                given = message.thumb == thumb
+                _act(
+                    f"{label}: take it back" if given else label, icon, lambda t=thumb: chat.rate(message.id, t),
+                    message, pressed=given,
+                )  # fmt: skip
         _act("Edit", "edit", lambda: st.session_state.update(editing=message.id), message)
         _act("Delete", "delete", lambda: chat.delete(message.id), message)
         if message.written is not None:
@@ -115,8 +123,11 @@ def _actions(chat: Chat, message: Message, last: bool) -> None:
                 _receipt(message)
 
 
-def _act(label: str, icon: str, change: Callable[[], object], message: Message, disabled: bool = False) -> None:
-    button(label, change, icon, help=label, key=f"{label} {message.id}", type="tertiary", disabled=disabled)
+def _act(
+    label: str, icon: str, change: Callable[[], object], message: Message, disabled: bool = False, pressed: bool = False
+) -> None:
+    kind = "primary" if pressed else "tertiary"
+    button(label, change, icon, help=label, key=f"{label} {message.id}", type=kind, disabled=disabled)
 
 
 def _editor(chat: Chat, message: Message) -> None:
@@ -154,6 +165,10 @@ def _receipt(message: Message) -> None:
         st.warning(markdown(warning))
 
 
+_THUMBS: tuple[tuple[Thumb, str, str], ...] = (
+    ("good", "To my taste", "thumb_up"),
+    ("bad", "Not to my taste", "thumb_down"),
+)
 _ENDINGS = {
     "ended": "the model ended it",
     "length": "it is as long as replies may get",
