@@ -174,6 +174,9 @@ def find(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and shorter replies, and no sites tried by steering.")
     ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Also measure how far the slider can be moved.")
+    ] = False,
     keep: Annotated[
         list[str], typer.Option(help="NAME[,NAME]: traits that the slider should not move; repeatable.")
     ] = [],  # noqa: B006
@@ -184,6 +187,7 @@ def find(
         bool, typer.Option("--no-think", help="Replies without thoughts; find asks for them anyway.")
     ] = True,
     dictionary: Annotated[Path | None, typer.Option(help="Rank this dictionary's latents instead.")] = None,
+    steps: Annotated[bool, typer.Option("--steps", help="Print the progress as lines on stderr.")] = False,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     chat_template: ChatTemplate = None,
@@ -212,13 +216,17 @@ def find(
         emit(features.as_json(), as_json, latent_table(features))
         return
     from steer.checkpoint.library import direction_place
-    from steer.finding.traits import find_trait
+    from steer.finding.traits import STAGES, find_trait
     from steer.model.steered import load
+    from steer.progress import ProgressLines, bar
     from steer.verbs.tables import finding_table
 
     live = load(model, device_map=device_map, four_bit=four_bit)
     kept = [name for names in keep for name in names.split(",")]
-    found = find_trait(live, described, site=site, seed=seed, quick=quick, verdict=True, keep=kept)
+    found = find_trait(
+        live, described, site=site, seed=seed, quick=quick, verdict=True, calibrate=calibrate, keep=kept,
+        progress=ProgressLines(STAGES) if steps else bar,
+    )  # fmt: skip
     place = found.direction.save(out or direction_place(live.sketch(), found.direction.name))
     emit(
         {"direction": str(place), **found.as_json()},
