@@ -62,7 +62,7 @@ class Effort:
 FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
 QUICK = Effort(40, 16, 1, 32, 32, 16, check_sites=False)
 """On the default merge 70 s of two cores for the whole process, verdict included; tests/bench/find.py."""
-STAGES = (0.4, 0.1, 0.25, 0.25)
+STAGES = (0.3, 0.02, 0.2, 0.48)
 """Shares of the time of a quick search with verdict and calibration: replies, residual streams, verdict, range."""
 Bar = Callable[[str, int | None, str], AbstractContextManager[Advance]]
 """Makes a progress bar from (title, total or None, unit); `steer.progress.bar` is one."""
