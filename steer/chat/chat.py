@@ -261,6 +261,10 @@ class Chat(BaseChat):
         """The latest search for a new slider, running or ended; None if there was none or the model is a server's."""
         return NewSliderJob.latest(self._local("new slider").model) if self.backend.local else None
 
+    def forget_search(self) -> None:
+        """Make `searching` None, once the user has seen how the search ended."""
+        NewSliderJob.forget(self._local("new slider").model)
+
     def failed_searches(self) -> list[FailedSearch]:
         """Return the searches for new sliders that found nothing."""
         return failed_searches(self._local("new slider").model) if self.backend.local else []

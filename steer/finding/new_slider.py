@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from steer.checkpoint.fetch import home, resolve
 from steer.checkpoint.library import Library
-from steer.core.direction import Direction
 from steer.core.trait import Trait
 from steer.errors import SteerError, UsageError, skip
 from steer.files import read_json_object, write_atomic
@@ -96,10 +95,10 @@ class NewSliderJob(Job):
         """Return the search on a model that this process started last, running or ended; None if there is none."""
         return cls._latest.get(model.sketch().id)
 
-    @property
-    def direction(self) -> Direction | None:
-        """The direction that was found; None before that. Errors: SteerError if its file is gone."""
-        return Direction.load(self.result["direction"]) if self.done and self.result else None
+    @classmethod
+    def forget(cls, model: SteeredModel) -> None:
+        """Make `latest` return None, once the user has seen how it ended."""
+        cls._latest.pop(model.sketch().id, None)
 
     def _watch(self) -> None:
         super()._watch()
