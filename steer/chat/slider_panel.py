@@ -71,6 +71,8 @@ class SliderRow:
     """Whether the user pinned the slider to the panel."""
     ends: tuple[str, str] = ("less", "more")
     """What the model does at the low and at the high end, in a few words."""
+    deletable: bool = False
+    """Whether it is a direction that was found on this machine."""
     verdict: PlainVerdict | None = None
     """Whether it does what its name says, if that was measured."""
 
@@ -263,7 +265,7 @@ class SliderPanel:
             cast(Operation, slider.operation), _operations(slider),
             math.nan if amount is None else amount, slider.neutral, low, high, safe, measured is not None,
             0.0 if amount is None else slider.share(amount), slider.site, when,
-            name in self._pinned, ends, verdict,
+            name in self._pinned, ends, self._own_file(name) is not None, verdict,
         )  # fmt: skip
 
 
