@@ -130,7 +130,8 @@ def title(record: FeatureRecord) -> str:
     """
     trait = record.best_trait
     if trait is not None and record.distance(trait) >= TELLS and record.traits[trait].q <= CERTAIN:
-        return f"{'with' if record.traits[trait].auroc > 0.5 else 'without'} {trait.replace('-', ' ')}"
+        side = "with" if record.traits[trait].auroc > 0.5 else "without"
+        return f"{side} {trait.replace('-', ' ')} (feature {record.index})"
     counts = _firing_tokens(record)
     words = [t for t, n in counts.most_common() if n > 1 and len(t) > 2 and t.isalpha() and t.lower() not in STOP_WORDS]
     return f"on {_quoted(words[:3])}" if words else f"feature {record.index}"

@@ -121,8 +121,10 @@ def _result(chat: Chat, job: NewSliderJob) -> None:
     row = chat.panel.row(job.trait.name)
     low, high = row.safe
     verdict = row.verdict
-    words = "" if verdict is None else f" {verdict.sentence}"
-    text = f"**“{row.title}” is among your sliders.**{words} Replies hold together from {low:g} to {high:g}."
+    text = f"**“{row.title}” is among your sliders.** Replies hold together from {low:g} to {high:g}."
+    if verdict is not None:
+        auroc = "" if verdict.auroc is None else f" (held-out AUROC {verdict.auroc:.2f})"
+        text = f"{text} {verdict.sentence}{auroc}"
     (st.success if verdict is not None and verdict.works else st.warning)(markdown(text))
     button("OK", lambda: (chat.forget_search(), redraw()), key="seen new slider")
 

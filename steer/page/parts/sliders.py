@@ -96,6 +96,8 @@ def _row(chat: Chat, row: SliderRow) -> None:
         on_change=lambda: safely(lambda: chat.panel.set(row.name, float(st.session_state[key]))),
     )  # fmt: skip
     st.html(ends(*row.ends))
+    if row.verdict is not None and not row.verdict.works:
+        st.markdown(f":small[:orange[{row.verdict.short}]]", help=markdown(row.verdict.sentence))
 
 
 def _step(row: SliderRow) -> float:
@@ -105,13 +107,11 @@ def _step(row: SliderRow) -> float:
 
 
 def _words(row: SliderRow) -> str:
-    """Return the text beside a slider's name: whether it is off or too far, and what a search found of it."""
+    """Return the text beside a slider's name: whether it is off or too far."""
     if math.isnan(row.amount):
         return ":gray[off]"
     if row.red:
         return ":red[too far]"
-    if row.verdict is not None:
-        return f":{'gray' if row.verdict.works else 'orange'}[{row.verdict.short}]"
     return ""
 
 
@@ -134,8 +134,8 @@ def _details(chat: Chat, row: SliderRow) -> None:
         st.write(markdown(row.verdict.sentence))
         if row.verdict.auroc is not None:
             st.caption(
-                f"Of two replies that it never saw, one of each kind, it picks the right one in {row.verdict.auroc:.0%} "
-                f"of cases (held-out AUROC {row.verdict.auroc:.2f})."
+                f"Of two replies that it never saw, one of each kind, it picks the right one in "
+                f"{row.verdict.auroc:.0%} of cases (held-out AUROC {row.verdict.auroc:.2f})."
             )
     measured = "calibrated" if row.calibrated else "not calibrated"
     st.caption(f"Replies hold together from {row.safe[0]:g} to {row.safe[1]:g} ({measured}).")
