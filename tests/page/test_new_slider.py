@@ -76,7 +76,7 @@ def ask(page: Page, high: str, low: str, name: str) -> None:
 
 def test_from_a_fresh_page_to_a_chat_a_new_slider_a_comparison_and_a_bake(page: Page, tmp_path: Path) -> None:
     sidebar = "[data-testid=stSidebar]"
-    page.say("hello")
+    page.say("ba be bi bo bu da de di do du")
     page.until(lambda: not page.growing() and len(page.texts()) == 2)
     page.settled()
     ask(page, HIGH, LOW, "ta")
