@@ -1,8 +1,9 @@
-"""Progress bars with rate and time left, on stderr. No bar is drawn where stderr is not a terminal."""
+"""Progress on stderr: bars with rate and time left, where it is a terminal, or lines for a program that reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
@@ -46,6 +47,36 @@ def bar(description: str, total: int | None, unit: str = "") -> Iterator[Advance
         task = progress.add_task(escape(plain_line(description)), total=total, unit=unit)
         yield lambda n: progress.advance(task, n)
         progress.update(task, completed=total)
+
+
+class ProgressLines:
+    """Stands in for `bar` where a program reads the progress (`steer.jobs.Job`): lines as `42 of 100: replies`.
+
+    `shares`: the expected share of the whole time that each bar takes, in their order. Later bars add nothing.
+    """
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self._shares, self._begun, self._printed = list(shares), 0.0, -1
+
+    @contextmanager
+    def __call__(self, description: str, total: int | None, unit: str = "") -> Iterator[Advance]:
+        """Print a line at the beginning of the block, and whenever another hundredth of the whole is done."""
+        share, done = self._shares.pop(0) if self._shares else 0.0, 0
+
+        def show(part: float) -> None:
+            percent = min(100, 1 + int(100 * (self._begun + share * part)))
+            if percent > self._printed:
+                self._printed = percent
+                print(f"{percent} of 100: {plain_line(description)}", file=sys.stderr, flush=True)
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            show(min(1.0, done / total) if total else 0.0)
+
+        show(0.0)
+        yield advance
+        self._begun += share
 
 
 @contextmanager

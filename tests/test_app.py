@@ -116,7 +116,7 @@ def test_a_slider_changes_the_reply_and_undo_reset_and_the_switch_put_it_back(mo
     assert slider.min < 0 < slider.max
     slider.set_value(slider.max).run()
     assert chat_of(at).sliders["moral"] == slider.max
-    assert any("beyond the safe" in m.value for m in at.sidebar.markdown)
+    assert any("too far" in m.value for m in at.sidebar.markdown)
     click(at, "New chat")
     assert say(at, "hello") != plain
     click(at, "Undo")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "files", "plain_text", "progress"},
+    {"errors", "files", "jobs", "plain_text", "progress"},
     {"core"},
     {"checkpoint"},
     {"baking", "model"},

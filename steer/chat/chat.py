@@ -19,6 +19,7 @@ from steer.chat.costs import Cost, bake_cost, costs_of, profile_cost
 from steer.chat.feature_index import FeatureIndex
 from steer.chat.jobs import BakePlan, Form, TasteJob, plan, start_taste, taste_of
 from steer.chat.local import LocalBackend
+from steer.chat.preview import Preview
 from steer.chat.readout import Readouts, TokenReadout
 from steer.chat.session import BaseChat
 from steer.chat.slider_panel import SliderPanel
@@ -28,7 +29,9 @@ from steer.chat.writer import Messages, PendingReply, ReplyBackend, Task, Writer
 from steer.core.cards import Card
 from steer.core.lorebook import Lorebook, Scan
 from steer.core.profile import Profile
+from steer.core.trait import Trait
 from steer.errors import SteerError, UnsupportedError, UsageError
+from steer.finding.new_slider import FailedSearch, NewSliderJob, failed_searches
 from steer.model.profiles import edit_of
 from steer.plain_text import without_surrogates
 
@@ -281,6 +284,27 @@ class Chat(BaseChat):
     def features(self) -> FeatureIndex:
         """The features of this model's dictionaries."""
         return FeatureIndex(self._local("features").model)
+
+    def preview(self, trait: Trait) -> Preview:
+        """Begin to write replies under the two sentences of a new slider. Errors: UsageError for long sentences."""
+        return Preview(self._local("new slider"), trait)
+
+    def new_slider(self, trait: Trait) -> NewSliderJob:
+        """Start to search for a new slider's direction. Errors: as `NewSliderJob.start`."""
+        return NewSliderJob.start(self._local("new slider").model, trait)
+
+    @property
+    def searching(self) -> NewSliderJob | None:
+        """The latest search for a new slider, running or ended; None if there was none or the model is a server's."""
+        return NewSliderJob.latest(self._local("new slider").model) if self.backend.local else None
+
+    def forget_search(self) -> None:
+        """Make `searching` None, once the user has seen how the search ended."""
+        NewSliderJob.forget(self._local("new slider").model)
+
+    def failed_searches(self) -> list[FailedSearch]:
+        """Return the searches for new sliders that found nothing."""
+        return failed_searches(self._local("new slider").model) if self.backend.local else []
 
     def plan_bake(self, form: Form = "checkpoint") -> BakePlan:
         """Return which sliders can be baked into weights."""

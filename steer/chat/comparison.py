@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+from steer.chat.batch_draft import BatchDraft
 from steer.chat.conversation import Ending, SettingsSpan, Written
 from steer.chat.local import LocalBackend
 from steer.chat.voting import keep_vote
-from steer.chat.writer import PendingReply, Task, Writer
+from steer.chat.writer import Task, Writer
 from steer.core.edit import Edit
 from steer.core.profile import Profile
 from steer.core.thoughts import split_thoughts
 from steer.core.votes import Vote
 from steer.errors import UsageError
-from steer.model.decode import decode
-from steer.model.steering.receipts import Tally
 
 Place = Literal["left", "right"]
 
@@ -67,7 +66,8 @@ class Comparison(Writer):
         self.left = secrets.randbelow(2) if blind else 0
         """Index of the side that is shown on the left: 0, or random if `blind`."""
         self.voted: Vote | None = None
-        self._draft = PairDraft(backend, task, sides)
+        prompt = backend.prompt(task)
+        self._draft = BatchDraft(backend, [prompt, prompt], [side.edit for side in sides], task.sampler)
         self.start(self._draft)
 
     @property
@@ -121,59 +121,6 @@ class Comparison(Writer):
         ending: Ending = "ended" if row.ended else self._draft.ending
         span, receipt = SettingsSpan(0, side.profile, side.edit), self._draft.tally.receipt(number)
         return row.text, self.record(self.task.sampler.seed, [span], row.ids, receipt, ending)
-
-
-class _Row:
-    """One of the two replies, as far as it is written."""
-
-    ended = False
-
-    def __init__(self, backend: LocalBackend, text: str) -> None:
-        self.text = text
-        self.ids: list[int] = []
-        self.pieces = backend.model.detokeniser()
-
-
-class PairDraft(PendingReply):
-    """Two replies in one batch, each under its own edit, with the same random draws.
-
-    `ending` is that of a reply that the model did not end itself.
-    """
-
-    def __init__(self, backend: LocalBackend, task: Task, sides: tuple[Side, Side]) -> None:
-        super().__init__()
-        prompt = backend.prompt(task)
-        self.tally = Tally()
-        self.rows = (_Row(backend, prompt.opening), _Row(backend, prompt.opening))
-        self._backend, self._edits = backend, [side.edit for side in sides]
-        # Both replies have the same key: as long as their texts agree they make the same draws.
-        self._steps = decode(backend.model, [prompt.ids, prompt.ids], task.sampler, [0, 0], tally=self.tally)
-
-    def step(self) -> bool:
-        """Write one token of each reply that has not ended. Return False if both have ended."""
-        model = self._backend.model
-        with self._backend.turns.turn(), model.steering.alone(self._edits):
-            step = next(self._steps, None)
-        if step is None:
-            return False
-        for number, token in zip(step.rows, step.tokens, strict=True):
-            row = self.rows[number]
-            if row.ended:  # at a text, which does not end it for `decode`
-                continue
-            if token in model.end_token_ids:
-                row.ended = True
-                row.text += row.pieces.end()
-                continue
-            row.ids.append(token)
-            row.text += row.pieces.add(token)
-            self.tokens += 1
-            if row.pieces.ended:
-                row.ended, row.ids = True, model.without_end(row.ids)
-        return not all(row.ended for row in self.rows)
-
-    def close(self) -> None:
-        """Stop decoding."""
-        self._steps.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def tally(votes: Iterable[Vote]) -> dict[str, tuple[int, int, int]]:

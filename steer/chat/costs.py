@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from steer.baking.certificate import CERTIFICATE
-from steer.chat.jobs import Job
 from steer.checkpoint.fetch import home, resolve
 from steer.core.profile import Profile
 from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.files import read_json_object, write_atomic
+from steer.jobs import Job
 from steer.measure.evaluation import REPORT, RESULTS
 from steer.model.profiles import edit_of
 from steer.model.steered import SteeredModel

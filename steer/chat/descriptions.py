@@ -1,28 +1,35 @@
-"""Titles and descriptions of sliders for people: what a trait is, and what a latent fires on and makes likelier.
+"""Titles and descriptions of sliders for people: what a trait is, what each end of its slider does, whether it works,
+and what a latent fires on and makes likelier.
 
-The page and the feature index use them. A latent is shown by a description, never by its index.
+The page and the feature index use them.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS as STOP_WORDS
 
 from steer.core.dictionary_files import FEATURES
 from steer.core.direction import Direction
 from steer.core.feature import Feature
 from steer.core.slider import Slider, slider_rows
 from steer.core.small_files import stamp
-from steer.core.trait import Trait, shipped_traits
+from steer.core.trait import END, Trait, shipped_traits
 from steer.errors import SteerError, skip
 from steer.sae.records import FeatureRecord, read_records
 
 _WORDS = 4
 """Tokens that a title or a description names at most."""
+TELLS, CERTAIN = 0.2, 0.05
+"""Distance of a latent's AUROC from chance at which its title names the trait, and the largest false discovery rate."""
 _READABLE = re.compile(r"\w{2,}")
 
 
@@ -39,13 +46,74 @@ def title_of(slider: Slider) -> str:
     return target.name if record is None else title(record)
 
 
+def ends_of(slider: Slider) -> tuple[str, str]:
+    """Return what the model does at the low and at the high end of a slider, in a few words, as "never lectures" and
+    "preaches"."""
+    if slider.operation == "ablate":
+        return "left as it is", "taken out"
+    name, told = slider.target.name, {}
+    if isinstance(slider.target, Direction):
+        if name in shipped_traits() and (trait := _trait(name)) and trait.low_end and trait.high_end:
+            return trait.low_end, trait.high_end
+        told = slider.target.provenance
+    low, high = (_short(told[key]) if isinstance(told.get(key), str) else None for key in ("without", "with"))
+    return low or "less", high or "more"
+
+
+@dataclass(frozen=True)
+class PlainVerdict:
+    """The verdict of `steer find` on a slider, for people."""
+
+    works: bool
+    short: str
+    """In a few words."""
+    sentence: str
+    auroc: float | None
+    """Held-out AUROC."""
+
+
+def verdict_of(slider: Slider) -> PlainVerdict | None:
+    """Return what `steer find` measured of a slider; None for a slider of features, and where it measured nothing."""
+    found = slider.target.provenance.get("verdict") if isinstance(slider.target, Direction) else None
+    if not isinstance(found, dict):
+        return None
+    says, auroc = str(found.get("says")), found.get("auroc")
+    known = _VERDICTS.get(says)
+    if known is None:  # "steers but drags X along"
+        drags = found.get("drags")
+        along = [_DRAGGED.get(str(d), str(d)) for d in drags] if isinstance(drags, list) else []
+        known = "changes more than it should", f"It works, and changes this too: {', '.join(along) or says}."
+    return PlainVerdict(says == "works", *known, auroc if isinstance(auroc, float) else None)
+
+
+_VERDICTS = {
+    "works": ("works", "It works: on messages that the search never saw, moving it changed the replies as it should."),
+    "reads but does not steer": (
+        "does not steer",
+        "It does not steer: it recognises such replies, and moving it changes them hardly more than chance.",
+    ),
+    "too weak for this model": (
+        "too weak", "It is too weak for this model, whose replies hardly differ under the two sentences.",
+    ),
+}  # fmt: skip
+"""Verdict -> (in a few words, as a sentence)."""
+_DRAGGED = {"KL": "the wording in general", "repetition": "how much it repeats itself"}
+
+
 def description_of(slider: Slider) -> str:
     """Describe what a slider moves, in a sentence or two."""
     target = slider.target
     if isinstance(target, Direction):
         if isinstance(votes := target.provenance.get("votes"), dict) and isinstance(votes.get("says"), str):
             return f"Your taste: {target.name} {votes['says']}."
-        return _summary(target.name) if target.name in shipped_traits() else f"The direction {target.name!r}."
+        if target.name in shipped_traits():
+            return _summary(target.name)
+        told = target.provenance
+        if not isinstance(told.get("with"), str):
+            return f"The direction {target.name!r}."
+        low = told.get("without")
+        opposite = f"told \u201c{low}\u201d" if isinstance(low, str) else "told nothing"
+        return f"At the high end as if told \u201c{told['with']}\u201d, at the low end as if {opposite}."
     row, record = _slider_row(target), record_of(target)
     parts = []
     if row is not None and row.get("trait"):
@@ -57,9 +125,18 @@ def description_of(slider: Slider) -> str:
 
 
 def title(record: FeatureRecord) -> str:
-    """Return a latent's title: tokens that it fires on, or else tokens that it makes likelier."""
-    tokens, raised = _fires_on(record)[:3], _raises(record)[:3]
-    return f"on {_quoted(tokens)}" if tokens else f"for {_quoted(raised)}" if raised else "without words"
+    """Return a latent's title: the trait that it tells, or the words that it fires on again and again, or its number.
+
+    A latent tells a trait if its held-out AUROC is at least `TELLS` from chance, beyond the false discovery rate
+    `CERTAIN`. Words that any text has, and a word that it fired on once, say nothing about a latent.
+    """
+    trait = record.best_trait
+    if trait is not None and record.distance(trait) >= TELLS and record.traits[trait].q <= CERTAIN:
+        side = "with" if record.traits[trait].auroc > 0.5 else "without"
+        return f"{side} {trait.replace('-', ' ')} (feature {record.index})"
+    counts = _firing_tokens(record)
+    words = [t for t, n in counts.most_common() if n > 1 and len(t) > 2 and t.isalpha() and t.lower() not in STOP_WORDS]
+    return f"on {_quoted(words[:3])}" if words else f"feature {record.index}"
 
 
 def description(record: FeatureRecord) -> str:
@@ -72,8 +149,11 @@ def description(record: FeatureRecord) -> str:
 
 def _fires_on(record: FeatureRecord) -> list[str]:
     """Return the tokens on which a latent fires in its stored contexts, the most frequent first."""
-    tokens = Counter(shown for c in record.contexts if (shown := c.token.strip().strip("\u21b5")))
-    return [t for t, _ in tokens.most_common(_WORDS)]
+    return [t for t, _ in _firing_tokens(record).most_common(_WORDS)]
+
+
+def _firing_tokens(record: FeatureRecord) -> Counter[str]:
+    return Counter(shown for c in record.contexts if (shown := c.token.strip().strip("\u21b5")))
 
 
 def _raises(record: FeatureRecord) -> list[str]:
@@ -121,12 +201,22 @@ def _slider_row(feature: Feature) -> dict[str, Any] | None:
     return next((r for r in rows if r["name"] == feature.name), None)
 
 
-@lru_cache(maxsize=64)
 def _summary(trait: str) -> str:
+    loaded = _trait(trait)
+    return trait if loaded is None else loaded.summary
+
+
+@lru_cache(maxsize=64)
+def _trait(name: str) -> Trait | None:
     try:
-        return Trait.load(trait).summary
+        return Trait.load(name)
     except SteerError:
-        return trait
+        return None
+
+
+def _short(text: str) -> str:
+    """Shorten a sentence to the length of a slider's end, at a word."""
+    return textwrap.shorten(text, END, placeholder="\u2026") or f"{text[: END - 1]}\u2026"
 
 
 def _quoted(tokens: Sequence[str]) -> str:

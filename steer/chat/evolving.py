@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from steer.chat.jobs import Job
 from steer.checkpoint.fetch import home
 from steer.core.names import check_name
 from steer.errors import UsageError
 from steer.files import write_atomic
+from steer.jobs import Job
 from steer.lineage.building import checkpoint
 from steer.lineage.judging import Judge
 from steer.lineage.lineage import SETTINGS, Lineage

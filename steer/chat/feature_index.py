@@ -96,8 +96,8 @@ class FeatureIndex:
     def search(self, words: str = "", trait: str | None = None, limit: int = 20) -> list[FeatureCard]:
         """Return features whose tokens or contexts contain every word, those with the most occurrences first.
 
-        Without words: the features that fire most often. `trait`: those that indicate it or its absence, the most
-        certain first. Errors: UsageError for a trait by which no features were ranked.
+        Without words: the features that tell a trait, the most certain first. `trait`: those that indicate it or its
+        absence, the most certain first. Errors: UsageError for a trait by which no features were ranked.
         """
         traits = self.traits()
         if trait is not None and trait not in traits:
@@ -111,9 +111,11 @@ class FeatureIndex:
             # The file may come from a stranger: a latent without a unit, or outside the dictionary, cannot be moved.
             records = [r for r in records_at(place).values() if r.index < latents and 0 < abs(r.unit) < math.inf]
             if trait is None or any(trait in r.traits for r in records):
-                found += [(place, r) for r in search(records, words, trait, limit)]
+                found += [(place, r) for r in search(records, words, trait, limit if words or trait else None)]
         if trait is not None:
             found.sort(key=lambda f: -f[1].distance(trait))
+        elif not words:
+            found.sort(key=lambda f: -max((f[1].distance(t) for t in f[1].traits), default=0.0))
         return [self._card(place, record) for place, record in found[:limit]]
 
     def fires_on(self, text: str, limit: int = 12) -> list[TopActivation]:

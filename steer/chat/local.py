@@ -38,8 +38,8 @@ class LocalBackend(ReplyBackend):
 
     local = True
     slider_note = (
-        "A slider that moves is felt by the next token. What was read before stays as it was then, until the chat is "
-        "read again."
+        "A slider that moves changes the words that follow. What the model has read stays as it was then, until the "
+        "chat is read again."
     )
 
     def __init__(self, model: SteeredModel, sliders: Sliders | None = None) -> None:

@@ -9,14 +9,18 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from steer.chat.descriptions import description_of, title_of
+from steer.chat.descriptions import PlainVerdict, description_of, ends_of, title_of, verdict_of
 from steer.chat.writer import ReplyBackend
+from steer.checkpoint.library import direction_place
 from steer.core.feature import Feature
+from steer.core.names import is_name
 from steer.core.schedule import ALWAYS, Schedule
 from steer.core.slider import OPERATIONS, Operation, Slider
-from steer.errors import SteerError, UnsupportedError
+from steer.core.trait import shipped_traits
+from steer.errors import SteerError, UnsupportedError, UsageError
 from steer.model.sliders import BUDGET
 
 if TYPE_CHECKING:  # openai takes long to import
@@ -29,6 +33,9 @@ FURTHEST = 2.0
 """Largest amount of an uncalibrated slider that counts as safe, however little it moves the stream."""
 RED = 1.5
 """Length of a slider's track as a multiple of its safe range."""
+Group = Literal["traits", "mine", "features"]
+GROUPS: dict[Group, str] = {"traits": "Traits", "mine": "Mine", "features": "Features"}
+"""Groups of sliders in their order, and their titles: traits that ship, directions of the user's own, and features."""
 _TRACKS: dict[str, tuple[float, float]] = {"ablate": (0, 1), "scale": (0, 2), "clamp": (-1, 2), "cap": (-1, 2)}
 
 
@@ -40,6 +47,7 @@ class SliderRow:
     title: str
     description: str
     kind: Literal["trait", "feature"]
+    group: Group
     operation: Operation
     operations: tuple[Operation, ...]
     """The operations that its target allows."""
@@ -61,6 +69,12 @@ class SliderRow:
     when: Schedule
     pinned: bool
     """Whether the user pinned the slider to the panel."""
+    ends: tuple[str, str] = ("less", "more")
+    """What the model does at the low and at the high end, in a few words."""
+    deletable: bool = False
+    """Whether it is a direction that was found on this machine."""
+    verdict: PlainVerdict | None = None
+    """Whether it does what its name says, if that was measured."""
 
     @property
     def red(self) -> bool:
@@ -71,6 +85,11 @@ class SliderRow:
     def moves(self) -> bool:
         """Whether the slider moves anything at its current amount."""
         return not math.isnan(self.amount) and self.amount != self.neutral
+
+    def matches(self, words: str) -> bool:
+        """Whether each of some words occurs in what the page says of the slider, in any case."""
+        text = f"{self.name} {self.title} {self.description} {' '.join(self.ends)}".casefold()
+        return all(word in text for word in words.casefold().split())
 
 
 class SliderPanel:
@@ -98,7 +117,8 @@ class SliderPanel:
         return list(self._pinned)
 
     def rows(self) -> list[SliderRow]:
-        """Return the panel's rows: traits first, then features that are pinned, have an amount, or come from a server.
+        """Return the panel's rows by group: traits, the user's own, then features that are pinned, have an amount, or
+        come from a server.
 
         A slider with another name than its direction is shown only if it has an amount. A slider that does not exist
         any more is skipped.
@@ -115,7 +135,7 @@ class SliderPanel:
                 rows.append(self._row(name, known.get(name) or self._sliders.slider(name)))
             except SteerError:
                 continue
-        return sorted(rows, key=lambda r: r.kind == "feature")
+        return sorted(rows, key=lambda r: list(GROUPS).index(r.group))
 
     def row(self, name: str) -> SliderRow:
         """Return one slider's row. Errors: UsageError for a name that this checkpoint does not have."""
@@ -163,6 +183,21 @@ class SliderPanel:
         """Remove a slider from the panel; it moves nothing any more."""
         self.off(name)
         self._pinned.pop(name, None)
+
+    def delete(self, name: str) -> None:
+        """Delete a direction of the user's own, with its file. Errors: UsageError for any other slider."""
+        file = self._own_file(name)
+        if file is None:
+            raise UsageError(f"slider {name!r}: expected one that was made on this machine, found another; keep it")
+        file.unlink(missing_ok=True)
+        self._sliders.forget(name)
+        self._pinned.pop(name, None)
+        self.revision += 1
+
+    def _own_file(self, name: str) -> Path | None:
+        """Return the file of a direction that was found on this machine; None for other sliders."""
+        file = direction_place(self._sliders.model.sketch(), name) if self._backend.local and is_name(name) else None
+        return file if file is not None and file.is_file() else None
 
     def pin_used(self) -> None:
         """Pin the features that have an amount, after the sliders of a profile were set."""
@@ -220,15 +255,17 @@ class SliderPanel:
         low, high = _track(slider, safe)
         if amount is not None:
             low, high = min(low, amount), max(high, amount)
-        description, when = "A slider of the server's.", ALWAYS
+        description, when, ends, verdict = "A slider of the server's.", ALWAYS, ("less", "more"), None
         if isinstance(slider, Slider):
-            description, when = description_of(slider), slider.when
+            description, when, ends = description_of(slider), slider.when, ends_of(slider)
+            verdict = verdict_of(slider)
         return SliderRow(
             name, _title(slider, name), description,
-            "feature" if _moves_latents(slider) else "trait", cast(Operation, slider.operation), _operations(slider),
+            "feature" if _moves_latents(slider) else "trait", _group(slider, name),
+            cast(Operation, slider.operation), _operations(slider),
             math.nan if amount is None else amount, slider.neutral, low, high, safe, measured is not None,
             0.0 if amount is None else slider.share(amount), slider.site, when,
-            name in self._pinned,
+            name in self._pinned, ends, self._own_file(name) is not None, verdict,
         )  # fmt: skip
 
 
@@ -293,6 +330,11 @@ def _title(slider: Slider | RemoteSlider, name: str) -> str:
     return f"{title_of(slider)} ({name.removeprefix(slider.target.name).strip(' :()')})"
 
 
+def _group(slider: Slider | RemoteSlider, name: str) -> Group:
+    target = slider.target.name if isinstance(slider, Slider) else name
+    return "features" if _moves_latents(slider) else "traits" if target in shipped_traits() else "mine"
+
+
 def _moves_latents(slider: Slider | RemoteSlider) -> bool:
     return isinstance(slider.target, Feature) if isinstance(slider, Slider) else slider.kind == "feature"
 
@@ -323,5 +365,15 @@ class Budget:
     @property
     def words(self) -> str:
         """The budget in one line of text."""
-        summary = f"block {self.site}: {self.share:.2f} of {self.limit:g}"
+        moving = " and ".join(title for title, share in self.parts if share) or "nothing"
+        summary = f"{moving}: {self.share / self.limit:.0%} of what replies bear"
         return f"{summary}; replies tend to fall apart" if self.level == "over" else summary
+
+    @property
+    def details(self) -> str:
+        """What the share is, in a sentence."""
+        parts = "; ".join(f"{title} {share:.2f}" for title, share in self.parts)
+        return (
+            f"After block {self.site} of the model its inner state (the residual stream) is moved by {self.share:.2f} "
+            f"of its usual length; from {self.limit:g} on replies tend to fall apart. {parts}."
+        )

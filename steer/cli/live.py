@@ -174,6 +174,9 @@ def serve(
     any_model_name: Annotated[
         bool, typer.Option("--any-model-name", help="Take unknown names, as gpt-4o, for the served model.")
     ] = False,
+    allow_find: Annotated[
+        bool, typer.Option("--allow-find", help="Let clients make new sliders: POST /v1/steering/sliders.")
+    ] = False,
     keep_alive: Annotated[
         Literal["chunks", "comments"], typer.Option(help="What a stream sends while there is no text.")
     ] = "chunks",
@@ -195,7 +198,7 @@ def serve(
     keep_few_shapes()
     limits = Limits(max_body, max_messages, tokens=max_tokens)
     options = Options(
-        host, api_key, load_profiles(profile), limits, allow_host, allow_origin, any_model_name, keep_alive
+        host, api_key, load_profiles(profile), limits, allow_host, allow_origin, any_model_name, allow_find, keep_alive
     )
     from steer.checkpoint.fetch import resolve
     from steer.model.loaded import WITHOUT_THOUGHTS

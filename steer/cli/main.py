@@ -182,6 +182,9 @@ def find(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and shorter replies, and no sites tried by steering.")
     ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Also measure how far the slider can be moved.")
+    ] = False,
     keep: Annotated[
         list[str], typer.Option(help="NAME[,NAME]: traits that the slider should not move; repeatable.")
     ] = [],  # noqa: B006
@@ -192,6 +195,7 @@ def find(
         bool, typer.Option("--no-think", help="Replies without thoughts; find asks for them anyway.")
     ] = True,
     dictionary: Annotated[Path | None, typer.Option(help="Rank this dictionary's latents instead.")] = None,
+    steps: Annotated[bool, typer.Option("--steps", help="Print the progress as lines on stderr.")] = False,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     chat_template: ChatTemplate = None,
@@ -208,7 +212,9 @@ def find(
 
         usable = usable_votes(votes)  # before the model is loaded
         live = load(model, device_map=device_map, four_bit=four_bit)
-        taste = find_taste(live, usable, name=name or NAME, site=site, seed=seed, say=tell if as_json else str)
+        taste = find_taste(
+            live, usable, name=name or NAME, site=site, seed=seed, say=tell if as_json else lambda _: None
+        )
         _save_found(live, taste.direction, out, taste.as_json(), taste.line, model, "1", as_json)
         return
     if trait is None:
@@ -233,13 +239,17 @@ def find(
         features = find_features(live, described, dictionary, seed=seed)
         emit(features.as_json(), as_json, latent_table(features))
         return
-    from steer.finding.traits import find_trait
+    from steer.finding.traits import STAGES, find_trait
     from steer.model.steered import load
+    from steer.progress import ProgressLines, bar
     from steer.verbs.tables import finding_table
 
     live = load(model, device_map=device_map, four_bit=four_bit)
     kept = [name for names in keep for name in names.split(",")]
-    found = find_trait(live, described, site=site, seed=seed, quick=quick, verdict=True, keep=kept)
+    found = find_trait(
+        live, described, site=site, seed=seed, quick=quick, verdict=True, calibrate=calibrate, keep=kept,
+        progress=ProgressLines(STAGES) if steps else bar,
+    )  # fmt: skip
     _save_found(live, found.direction, out, found.as_json(), finding_table(found), model, "-1", as_json)
 
 

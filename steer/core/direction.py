@@ -98,6 +98,16 @@ class Direction:
         """`with_mean - without_mean`: the distance by which amount 1 of the operation `add` moves the projection."""
         return self.with_mean - self.without_mean
 
+    @property
+    def calibrated(self) -> tuple[float, float] | None:
+        """Amounts of `add` between which replies hold together, as `steer find --calibrate` measured them; None if they
+        were not measured."""
+        found = self.provenance.get("calibrated")
+        if not (isinstance(found, list) and len(found) == 2 and all(isinstance(x, int | float) for x in found)):
+            return None
+        low, high = map(float, found)
+        return (low, high) if -_LARGEST < low <= 0 <= high < _LARGEST else None
+
     def share(self, amount: float) -> float:
         """Distance that `add` moves by at this amount, as a share of the site's median residual norm; nan where that is
         not known."""

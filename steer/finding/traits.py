@@ -27,10 +27,11 @@ from steer.finding.directions import (
     middle,
 )
 from steer.finding.taste import find_taste
+from steer.measure.calibrate import calibrate_direction, expected_tokens
 from steer.measure.contrast import FIT_SAMPLES, SAMPLER, Contrast, Reply, contrast_replies
 from steer.measure.harness import neutral_replies
 from steer.measure.scorer import Scorer, clear_replies
-from steer.measure.verdict import Verdict, judge
+from steer.measure.verdict import SETTINGS, Verdict, judge, samples_for
 from steer.model.steered import SteeredModel
 from steer.progress import Bar, bar
 
@@ -63,6 +64,8 @@ class Effort:
 FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
 QUICK = Effort(40, 16, 1, 32, 32, 16, check_sites=False)
 """On the default merge 70 s of two cores for the whole process, verdict included; tests/bench/find.py."""
+STAGES = (0.3, 0.02, 0.2, 0.48)
+"""Shares of the time of a quick search with verdict and calibration: replies, residual streams, verdict, range."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +120,7 @@ class FoundDirection:
             "marker_auroc": self.scorer.marker_auroc if self.scorer.trait.markers else None,
             "site_checks": [asdict(c) for c in self.checks],
             "keep": d.provenance.get("keep"),
+            "calibrated": d.calibrated,
             "verdict": self.verdict and self.verdict.as_json(),
         }
 
@@ -155,6 +159,7 @@ def find_trait(
     seed: int = 0,
     quick: bool = False,
     verdict: bool = False,
+    calibrate: bool = False,
     keep: Sequence[str | Trait] = (),
     neutral: Sequence[Reply] | None = None,
     contrast: Contrast | None = None,
@@ -170,7 +175,8 @@ def find_trait(
     be distinguished from it, the one nearest to the middle of the model is taken.
 
     `quick` works with the `QUICK` effort, which tries no sites. `verdict` measures on held-out topics what the slider
-    does; the direction's provenance keeps it.
+    does; the direction's provenance keeps it. `calibrate` measures between which amounts replies hold together
+    (`Direction.calibrated`).
 
     `keep`: other traits, whose directions at the same site are projected out, so that the slider does not move along
     them. Their replies are generated too. The provenance has what it cost, under "keep": the cosine to the direction as
@@ -221,13 +227,18 @@ def find_trait(
         provenance["keep"] = {"traits": names, "cosine": round(cosine, 4), "auroc_before": before, "auroc": after}
     direction = finished_direction(model, found, site, provenance)
     made = FoundDirection(direction, scorer, found, tuple(checks))
-    return _judged(model, made, effort, seed, progress) if verdict else made
+    if verdict:
+        made = _judged(model, made, effort, seed, progress)
+    return _calibrated(model, made, seed, progress) if calibrate else made
 
 
 def _judged(model: SteeredModel, found: FoundDirection, effort: Effort, seed: int, progress: Bar) -> FoundDirection:
     """`found` with its verdict, which the direction's provenance keeps."""
     prompts = NeutralPrompts.load().held_out[: min(VERDICT_PROMPTS, effort.neutral // 2)]
-    with progress(f"{found.direction.name}: verdict", None, "tokens") as advance, model.untouched():
+    held_out = min(VERDICT_TOPICS, effort.held_out_topics, len(found.scorer.trait.held_out))
+    replies = len(prompts) + SETTINGS * held_out * samples_for(held_out)
+    total = replies * effort.verdict_tokens
+    with progress(f"{found.direction.name}: verdict", total, "tokens") as advance, model.untouched():
         neutral = neutral_replies(model, prompts, tokens=effort.verdict_tokens, on_tokens=advance)
         verdict = judge(
             model, found.direction, found.scorer, neutral, auroc=found.auroc, least=found.chance,
@@ -236,6 +247,14 @@ def _judged(model: SteeredModel, found: FoundDirection, effort: Effort, seed: in
         )  # fmt: skip
     direction = replace(found.direction, provenance=found.direction.provenance | {"verdict": verdict.as_json()})
     return replace(found, direction=direction, verdict=verdict)
+
+
+def _calibrated(model: SteeredModel, found: FoundDirection, seed: int, progress: Bar) -> FoundDirection:
+    """`found` with the range of its slider, which the direction's provenance keeps."""
+    with progress(f"{found.direction.name}: range", expected_tokens(1), "tokens") as advance:
+        measured = calibrate_direction(model, found.direction, seed=seed, on_tokens=advance)
+    provenance = found.direction.provenance | {"calibrated": measured.range and list(measured.range)}
+    return replace(found, direction=replace(found.direction, provenance=provenance))
 
 
 def contrast_for(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.profile import Profile
-from steer.core.sampler import Sampler
+from steer.core.sampler import PRESETS, Sampler
 from steer.core.slider import Operation, Slider
 from steer.core.trait import NeutralPrompts
 from steer.errors import UsageError
@@ -198,6 +198,21 @@ def calibrate(
         for place, (slider, (_, entry)) in enumerate(zip(sliders, found, strict=True))
     ]
     return Calibration(profile.name, limits, costs.repetition, tuple(out), seed, costs.tokens)
+
+
+def calibrate_direction(
+    model: SteeredModel, direction: Direction, *, seed: int = 0, on_tokens: Advance | None = None
+) -> SliderCalibration:
+    """Measure the range of a direction's slider that adds it, as `calibrate` does for the sliders of a profile.
+
+    `seed`: that of the replies. `on_tokens`: as for `calibrate`. Errors: MismatchError for a direction that does not
+    fit the model.
+
+        calibrate_direction(model, direction).range  # (-1.6, 1.4)
+    """
+    with model.untouched():
+        costs = NeutralCosts(model, replace(PRESETS["plain"], seed=seed), on_tokens)
+        return Trial(costs, Slider(direction), Limits()).calibrated(0, 0.0)
 
 
 def expected_tokens(sliders: int) -> int:

@@ -38,6 +38,8 @@ MOVES = 0.2
 probability from amount -1 to amount 1. The default merge's `compliance`, the weaker of its two, has over twice this."""
 ERRORS = 2.0
 """Standard errors over topics by which an effect must exceed a random direction's, and an AUROC 0.5."""
+SETTINGS = 5
+"""Settings that the verdict compares: amounts -1, 0 and 1, and a random direction at -1 and 1."""
 REPLIES = 8
 """Fewest replies per setting: a trait with few topics gets several to each."""
 
@@ -125,6 +127,11 @@ class Verdict:
         }
 
 
+def samples_for(topics: int) -> int:
+    """How many replies to each of so many topics the verdict is measured on, per setting."""
+    return math.ceil(REPLIES / topics)
+
+
 def judge(
     model: SteeredModel,
     direction: Direction,
@@ -148,7 +155,7 @@ def judge(
     noise = [Setting(f"random direction, {a:+g}", Edit(add=((random, a),)), share=direction.share(a)) for a in (-1, 1)]
     settings = [*dose_settings(direction, (-1.0, 0.0, 1.0)), *noise]
     held_out = spread(scorer.trait.held_out, topics)
-    samples = math.ceil(REPLIES / len(held_out))
+    samples = samples_for(len(held_out))
     found = measure_answers(
         model, scorer, settings, held_out, Reference.of(model, neutral),
         sampler=replace(MEASURE, max_new_tokens=tokens, seed=seed), samples=samples, perplexities=False,

@@ -148,14 +148,22 @@ class Sliders(Amounts):
         library = Library(self.model)
         for name in names:
             if name not in self._known:
-                self._known[name] = library.slider(name)
+                self._learn(name, library.slider(name))
         return [self._known[name] for name in names]
 
     def known(self) -> dict[str, Slider]:
         """Every slider that can be moved by name: those used so far, and the library's for the checkpoint."""
         for name, slider in Library(self.model).sliders().items():
-            self._known.setdefault(name, slider)
+            self._learn(name, slider)
         return dict(self._known)
+
+    def forget(self, name: str) -> None:
+        """Delete a slider's amount, and know its name no more, since its file was deleted."""
+        self._apply({n: a for n, a in self._amounts.items() if n != name})
+        self._past.clear()
+        self._future.clear()
+        for known in (self._known, self.ranges):
+            known.pop(name, None)
 
     def share(self, site: int) -> float:
         """How far the sliders move the residual stream at a site, as a share of its median norm.
@@ -231,6 +239,12 @@ class Sliders(Amounts):
         if self._state() != before:
             self._past = [*self._past[1 - _STEPS :], before]
             self._future.clear()
+
+    def _learn(self, name: str, slider: Slider) -> None:
+        """Know a slider of the library, unless one of its name is known, and the range it was calibrated to."""
+        target = self._known.setdefault(name, slider)
+        if target.operation == "add" and isinstance(target.target, Direction) and target.target.calibrated:
+            self.ranges.setdefault(name, target.target.calibrated)
 
     def _step(self, back: list[_State], forth: list[_State]) -> bool:
         if not back:

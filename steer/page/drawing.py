@@ -1,4 +1,4 @@
-"""HTML and CSS that the page's parts draw themselves: slider tracks, marked words, heat maps, budget bars.
+"""HTML and CSS that the page's parts draw themselves: slider tracks and ends, marked words, heat maps, budget bars.
 
 Colours work on light and on dark backgrounds. `rail` returns CSS, `colour` a colour and `markdown` Markdown; the other
 functions that return `str` return HTML.
@@ -41,6 +41,9 @@ _STYLE = """
 
   [class*="st-key-slider"] [data-testid="stVerticalBlock"], [class*="st-key-slider"] { gap: 0 !important; }
   [class*="st-key-slider"] [data-testid="stSliderTickBar"] { display: none; }
+  .st-ends { display: flex; justify-content: space-between; gap: 1rem; font-size: .8rem; opacity: .75; }
+  .st-ends span { line-height: 1.2; overflow-wrap: anywhere; }
+  .st-ends span:last-child { text-align: right; }
   .st-budget { height: 8px; border-radius: 4px; background: rgba(128, 128, 128, .25); overflow: hidden; }
   .st-budget div { height: 100%; }
   .st-context { display: flex; gap: 1px; height: 8px; border-radius: 4px; overflow: hidden;
@@ -88,6 +91,11 @@ def rail(key: str, low: float, high: float, safe: tuple[float, float]) -> str:
 def rails(rules: Iterable[str]) -> None:
     """Add the CSS rules of `rail` to the page."""
     st.html(f"<style>{' '.join(rules)}</style>")
+
+
+def ends(low: str, high: str) -> str:
+    """Return what the two ends of a slider do, for below its track."""
+    return f'<div class="st-ends"><span>{_text(low)}</span><span>{_text(high)}</span></div>'
 
 
 def budget_bar(share: float, limit: float, level: str) -> str:

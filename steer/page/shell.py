@@ -23,7 +23,7 @@ from steer.model.compile_limits import keep_few_shapes
 from steer.model.steered import SteeredModel, load
 from steer.page.drawing import style
 from steer.page.guard import guarded, watch
-from steer.page.parts import bake, chats, compare, cost, evolve, features, home, inside, sliders, talk
+from steer.page.parts import bake, chats, compare, cost, evolve, features, home, inside, new_slider, sliders, talk
 from steer.serve.limits import host_name
 
 PARTS: dict[str, tuple[str, Callable[[Chat], None]]] = {
@@ -76,11 +76,13 @@ def _page() -> None:
     chosen = _part(chat)
     with st.sidebar:
         guarded(chats.draw)(chat)
+        new_slider.draw(chat)
         # In these parts only the sidebar shows the sliders, so a move redraws only the sidebar, not a growing reply.
         if chosen in ("Chat", "Compare", "Inside"):
             watch(sliders.draw, chat)
         else:
             guarded(sliders.draw)(chat)
+    new_slider.dialog(chat)
     guarded(PARTS[chosen][1])(chat)
 
 

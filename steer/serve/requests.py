@@ -27,6 +27,7 @@ from pydantic import (
 from steer.core.sampler import MAX_BREAKERS, ORDER, TEMPERATURE_LAST, Sampler
 from steer.core.small_files import shown
 from steer.errors import SteerError
+from steer.finding.new_slider import LONGEST
 from steer.model.chat_template import RESERVED
 from steer.plain_text import without_surrogates
 from steer.serve.engine import Token
@@ -120,6 +121,17 @@ class Steering(_Strict, extra="forbid"):
     sliders: Sliders | None = None
     """Amounts by name, applied on top of the profile's, or in a PUT without a profile on top of the live ones; null
     removes a slider."""
+
+
+class NewSlider(_Strict, extra="forbid"):
+    """The body of POST /v1/steering/sliders."""
+
+    sentence: Annotated[Text, Field(max_length=LONGEST)]
+    """What the model is told to be at the high end of the slider, as a system prompt."""
+    opposite: Annotated[Text, Field(max_length=LONGEST)] | None = None
+    """What it is told to be at the low end; without it, it is told nothing there."""
+    name: Text | None = None
+    """The slider's name; by default it is made of the sentence."""
 
 
 class Request(_Strict, extra="allow"):

@@ -36,8 +36,9 @@ from steer.serve.engine import Engine
 from steer.serve.errors import ERRORS, ApiError, handle_errors
 from steer.serve.limits import Guard, Limits, Origins, is_loopback
 from steer.serve.metrics import Metrics
+from steer.serve.new_sliders import NewSliders
 from steer.serve.replies import KeepAlive, Replies
-from steer.serve.requests import ChatRequest, CompletionRequest, Steering
+from steer.serve.requests import ChatRequest, CompletionRequest, NewSlider, Steering
 from steer.serve.steering import LiveSettings
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Options:
     """Origins of web pages that may use the server, as `https://example.org`; `*` for all, if there is no key."""
     any_model_name: bool = False
     """Whether a model's name that the server does not know, as `gpt-4o`, means the served model."""
+    allow_find: bool = False
+    """Whether clients may search for new sliders, which loads the model a second time and takes a minute or more."""
     keep_alive: KeepAlive = "chunks"
     """What a stream sends while there is no text: empty chunks, or comments, which some clients take for JSON."""
 
@@ -175,7 +178,7 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     async def one_model(name: str) -> dict[str, Any]:
         return described(replies.profile_of(name))
 
-    # FastAPI calls these two in a thread, because they are no coroutines: they may read a dictionary from disk.
+    # FastAPI calls these in a thread, because they are no coroutines: they may read a dictionary from disk.
     @app.get("/v1/steering")
     def steering() -> dict[str, Any]:
         return settings.describe()
@@ -184,6 +187,20 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     def steer(update: Steering) -> dict[str, Any]:
         settings.change(update)
         return settings.describe()
+
+    sliders = NewSliders(model, settings, options.allow_find)
+
+    @app.post("/v1/steering/sliders", status_code=202)
+    def find(wanted: NewSlider) -> dict[str, Any]:
+        return sliders.start(wanted)
+
+    @app.get("/v1/steering/sliders/{id}")
+    def search(id: str) -> dict[str, Any]:
+        return sliders.describe(id)
+
+    @app.delete("/v1/steering/sliders/{id}")
+    def cancel(id: str) -> dict[str, Any]:
+        return sliders.cancel(id)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

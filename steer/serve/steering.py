@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from steer.core.feature import Feature
 from steer.core.profile import Profile
 from steer.core.sampler import PRESETS, Sampler
+from steer.core.slider import Slider
 from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError, skip
 from steer.model.profiles import use
@@ -103,25 +104,28 @@ class LiveSettings:
     def describe(self) -> dict[str, Any]:
         """Return the live setting and every slider that can be moved, as JSON."""
         setting = self.live
-        sliders, amounts = setting.sliders, dict(setting.sliders)
-        rows = []
-        for name, slider in ({n: sliders.slider(n) for n in amounts} | self._model.sliders.known()).items():
-            amount = amounts.get(name, slider.neutral)
-            rows.append(
-                {
-                    "name": name,
-                    "kind": "feature" if isinstance(slider.target, Feature) else "direction",
-                    "operation": slider.operation,
-                    "amount": amount,
-                    "neutral": slider.neutral,
-                    "range": sliders.ranges.get(name),
-                    "share": None if amount is None else _number(slider.share(amount)),
-                    "unit_share": _number(slider.share(1.0)) if slider.operation == "add" else None,
-                    "site": slider.site,
-                }
-            )
+        known = {n: setting.sliders.slider(n) for n in setting.sliders} | self._model.sliders.known()
+        rows = [self._row(setting, name, slider) for name, slider in known.items()]
         warnings = setting.warnings()
         return {"profile": setting.profile, "profiles": self.profiles, "sliders": rows, "warnings": warnings}
+
+    def describe_slider(self, name: str) -> dict[str, Any]:
+        """Return one slider as `describe` does. Errors: UnknownNameError for a name that the model does not have."""
+        return self._row(self.live, name, self._model.sliders.slider(name))
+
+    def _row(self, setting: Setting, name: str, slider: Slider) -> dict[str, Any]:
+        amount = setting.sliders.get(name, slider.neutral)
+        return {
+            "name": name,
+            "kind": "feature" if isinstance(slider.target, Feature) else "direction",
+            "operation": slider.operation,
+            "amount": amount,
+            "neutral": slider.neutral,
+            "range": setting.sliders.ranges.get(name) or self._model.sliders.ranges.get(name),
+            "share": None if amount is None else _number(slider.share(amount)),
+            "unit_share": _number(slider.share(1.0)) if slider.operation == "add" else None,
+            "site": slider.site,
+        }
 
     def _start(self, profile: str | None) -> Setting:
         if profile is None:

@@ -111,6 +111,7 @@ def finding_table(found: FoundDirection) -> str:
         + f"{d.name}: site {d.site}, amount 1 moves the residual stream by {d.share(1):.2f} of its median "
         f"norm; text scorer AUROC {found.scorer.auroc:.3f}{markers}"
         + (_KEPT.format(", ".join(kept["traits"]), **kept) if (kept := d.provenance.get("keep")) else "")
+        + (f"\nreplies hold together from {d.calibrated[0]:g} to {d.calibrated[1]:g}" if d.calibrated else "")
         + (f"\n\n{verdict_table(d.name, found.verdict)}" if found.verdict else "")
     )
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from feature_indexes import M, keep_dictionary
 from tiny_chat import hooks_on
 
-from steer.chat.descriptions import record_of, title_of
+from steer.chat.descriptions import record_of, title, title_of
 from steer.checkpoint.library import dictionary_at
 from steer.core.feature import Feature
 from steer.core.slider import Slider
 from steer.errors import UsageError
+from steer.sae.records import Context
 
 pytestmark = pytest.mark.filterwarnings("ignore::steer.model.fit_check.FitWarning")
 
@@ -31,9 +33,22 @@ def features(place, chat):
 def test_words_are_looked_for_in_tokens_and_contexts(features):
     found = features.search("mercy US")
     assert [c.record.index for c in found] == [20, 15, 10, 5]
-    assert found[0].title == "on \u201cmercy\u201d"
+    assert found[-1].title == "on \u201cmercy\u201d"
     assert len(features.search("", limit=7)) == 7
     assert features.search("zebra") == []
+
+
+def test_without_words_those_that_tell_a_trait_come_first(features):
+    found = features.search("", limit=4)
+    assert [c.record.index for c in found] == [M - 1, M - 2, M - 3, M - 4]
+    assert found[0].title == "with moralizing (feature 23)"
+
+
+def test_a_label_that_says_nothing_is_no_title(features):
+    record = replace(features.search("mercy")[0].record, traits={})
+    assert title(record) == "on \u201cmercy\u201d"
+    common = [Context("", word, "", 1.0) for word in ("of", "of", "wax")]
+    assert title(replace(record, contexts=common)) == "feature 20"
 
 
 def test_the_surest_features_of_a_trait_come_first(features):

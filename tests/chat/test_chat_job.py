@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from steer.chat.jobs import Job, get_default, ready
+from steer.chat.jobs import get_default, ready
 from steer.checkpoint.shipped import RECIPE
 from steer.core.slider import Slider
 from steer.errors import OutputExistsError, SteerError
+from steer.jobs import Job
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from feature_indexes import keep_dictionary
@@ -40,14 +41,14 @@ def names(panel) -> list[str]:
 
 
 def test_traits_come_first_then_what_was_pinned(panel):
-    assert names(panel) == ["moral", "moralizing"]
+    assert names(panel) == ["moralizing", "moral"]
     panel.pin("L1/5")
     panel.pin("preach")
-    assert names(panel) == ["moral", "moralizing", "L1/5", "preach"]
+    assert names(panel) == ["moralizing", "moral", "L1/5", "preach"]
     assert [(r.kind, r.pinned) for r in panel.rows()] == [("trait", False)] * 2 + [("feature", True)] * 2
     panel.set("preach", 1.0)
     panel.unpin("preach")
-    assert names(panel) == ["moral", "moralizing", "L1/5"]
+    assert names(panel) == ["moralizing", "moral", "L1/5"]
     with pytest.raises(UsageError, match="kindness"):
         panel.pin("kindness")
     with pytest.raises(UsageError, match="latent 0"):
@@ -70,6 +71,8 @@ def test_words_in_place_of_numbers(panel):
     by_name = {r.name: r for r in [*panel.rows(), *map(panel.row, ("preach", "against", "L1/5"))]}
     assert (by_name["moral"].title, by_name["moral"].description) == ("moral", "The direction 'moral'.")
     assert by_name["moralizing"].description == Trait.load("moralizing").summary
+    assert by_name["moralizing"].ends == ("never lectures", "preaches")
+    assert by_name["moral"].ends == ("less", "more")
     assert by_name["preach"].title == "moralizing, 2 features"
     assert by_name["against"].title == "moralizing, one feature"
     assert by_name["L1/5"].title == "on \u201cmercy\u201d"
@@ -77,6 +80,51 @@ def test_words_in_place_of_numbers(panel):
         "Fires on one token in 17, as on \u201cmercy\u201d; adding it makes \u201cmercy\u201d likelier."
     )
     assert "Features that tell the trait" in by_name["preach"].description
+
+
+SEARCHED = {
+    "with": "You are a merry pirate who talks of the sea and of nothing else.", "without": "You are a clerk.",
+    "calibrated": [-1.5, 1.25], "verdict": {"says": "steers but drags KL along", "drags": ["KL"], "auroc": 0.9},
+}  # fmt: skip
+
+
+def searched(checkpoint, make_direction, **provenance):
+    """A direction in the library, as a search from two sentences leaves it."""
+    found = make_direction("pirate", seed=5)
+    keep_direction(checkpoint, replace(found, provenance=SEARCHED | provenance))
+
+
+def test_a_slider_from_two_sentences_has_them_at_its_ends_its_range_and_its_verdict(panel, checkpoint, make_direction):
+    searched(checkpoint, make_direction)
+    row = panel.row("pirate")
+    assert (row.group, row.deletable, row.safe, row.calibrated) == ("mine", True, (-1.5, 1.25), True)
+    assert row.ends == ("You are a clerk.", "You are a merry pirate who talks of the\u2026")
+    assert (row.verdict.works, row.verdict.auroc) == (False, 0.9)
+    assert row.verdict.sentence == "It works, and changes this too: the wording in general."
+    panel.set("pirate", 1.4)
+    assert panel.row("pirate").red
+
+
+@pytest.mark.parametrize("provenance", [{"calibrated": ["a", 1]}, {"calibrated": [1, 2]}, {"calibrated": None}])
+def test_a_range_that_a_strangers_file_made_up_is_none(panel, checkpoint, make_direction, provenance):
+    searched(checkpoint, make_direction, **provenance)
+    assert not panel.row("pirate").calibrated
+
+
+def test_sliders_are_grouped_found_by_their_words_and_deleted_if_they_are_ones_own(panel, checkpoint, make_direction):
+    searched(checkpoint, make_direction)
+    panel.pin("L1/5")
+    assert [(r.name, r.group) for r in panel.rows()] == [
+        ("moralizing", "traits"), ("moral", "mine"), ("pirate", "mine"), ("L1/5", "features"),
+    ]  # fmt: skip
+    assert [r.name for r in panel.rows() if r.matches("SEA nothing")] == ["pirate"]
+    assert [r.name for r in panel.rows() if r.matches("preaches")] == ["moralizing"]
+    panel.set("pirate", 1.0)
+    panel.delete("pirate")
+    assert "pirate" not in names(panel)
+    assert panel.budgets() == []
+    with pytest.raises(UsageError, match="expected one that was made on this machine"):
+        panel.delete("L1/5")
 
 
 def test_ranges_are_those_that_were_measured_else_half_of_what_is_too_much(panel, chat):
@@ -195,7 +243,7 @@ def test_a_slider_whose_file_is_gone_is_left_out_and_the_page_is_still_drawn(pan
     for file in home.rglob("sliders.yaml"):
         file.unlink()
     panel._backend.sliders._known.clear()
-    assert names(panel) == ["moral", "moralizing"]
+    assert names(panel) == ["moralizing", "moral"]
 
 
 def test_profiles_are_kept_given_away_and_taken(chat, home):

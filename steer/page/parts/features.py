@@ -11,6 +11,8 @@ from steer.chat.feature_index import FeatureCard, FeatureIndex
 from steer.page.drawing import heat, markdown
 from steer.page.guard import button
 
+BEGIN = 8
+"""Features of traits, and of the chat, that are listed before anything is searched."""
 _WAYS = {"words": "By words", "trait": "By trait", "message": "What fires on a message"}
 
 
@@ -39,9 +41,24 @@ def draw(chat: Chat) -> None:
         _firing(chat, index)
     else:
         words = st.text_input("Words", placeholder="lighthouse, apology, duke", key="search words").strip()
-        if not words:
-            st.caption("Without words: those that fire most often.")
-        _cards(chat, index.search(words))
+        if words:
+            _cards(chat, index.search(words))
+        else:
+            _useful(chat, index)
+
+
+def _useful(chat: Chat, index: FeatureIndex) -> None:
+    """Draw the features to begin with: those of traits, and those that fire on the chat's last reply."""
+    said = [m.text for m in chat.path() if m.text.strip()]
+    st.caption("Those that tell a trait" + (" and, below, those of this chat's last message:" if said else ":"))
+    of_traits = index.search(limit=BEGIN)
+    _cards(chat, of_traits)
+    if said:
+        with st.spinner("Reading the last message"):
+            found = index.fires_on(said[-1], limit=BEGIN)
+        shown = {card.name for card in of_traits}
+        st.caption("What fires on the last message")
+        _cards(chat, [f.card for f in found if f.card.name not in shown])
 
 
 def _firing(chat: Chat, index: FeatureIndex) -> None:

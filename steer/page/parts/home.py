@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import streamlit as st
 
-from steer.chat.jobs import Job, default_place, get_default, ready
+from steer.chat.jobs import default_place, get_default, ready
+from steer.jobs import Job
 from steer.page.drawing import markdown
 from steer.page.guard import button, redraw, watch
 

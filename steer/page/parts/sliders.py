@@ -1,4 +1,4 @@
-"""The sidebar: the sliders, the budget of each site, warnings, and below them `setup`."""
+"""The sidebar: the sliders by group, the budget of each site, warnings, and below them `setup`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import math
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.slider_panel import SliderRow
+from steer.chat.slider_panel import GROUPS, SliderRow
 from steer.core.schedule import PARTS, Schedule
-from steer.page.drawing import budget_bar, markdown, rail, rails
+from steer.page.drawing import budget_bar, ends, markdown, rail, rails
 from steer.page.guard import button, safely, tag
-from steer.page.parts import setup
+from steer.page.parts import new_slider, setup
+
+SEARCHED = 10
+"""Number of sliders beyond which they can be searched."""
 
 
 def draw(chat: Chat) -> None:
@@ -34,19 +37,30 @@ def _rows(chat: Chat) -> None:
     rows = chat.panel.rows()
     if not rows:
         named = chat.backend.name.replace("`", "")
-        st.info(f"No trait is known for this model yet. Find one: `steer find {named} moralizing`")
-    for number, row in enumerate(rows):
-        with st.container(key=f"slider{number}"):
-            _row(chat, row)
-    rails(rail(f"slider{number}", row.low, row.high, row.safe) for number, row in enumerate(rows))
+        st.info(f"No trait is known for this model yet. Make a slider of your own, or `steer find {named} moralizing`.")
+    numbered = list(enumerate(rows))
+    if len(rows) > SEARCHED:
+        words = st.text_input("Find a slider", key="find slider", placeholder="a word of its name or its ends")
+        numbered = [(number, row) for number, row in numbered if row.matches(words)]
+        if not numbered:
+            st.caption("Nothing found.")
+    for group, title in GROUPS.items():
+        members = [(number, row) for number, row in numbered if row.group == group]
+        if members:
+            with st.expander(title, expanded=True, key=f"group {group}"):
+                for number, row in members:
+                    with st.container(key=f"slider{number}"):
+                        _row(chat, row)
+    rails(rail(f"slider{number}", row.low, row.high, row.safe) for number, row in numbered)
+    if chat.backend.local:
+        with st.container(horizontal=True):
+            button("New slider", new_slider.open_dialog, "add", help="Make one from two sentences that you write")
 
 
 def _budgets(chat: Chat) -> None:
     for budget in chat.panel.budgets():
         if budget.share > 0:
-            st.caption(
-                markdown(budget.words), help="; ".join(f"{markdown(t)}: {s:.2f}" for t, s in budget.parts) or None
-            )
+            st.caption(markdown(budget.words), help=markdown(budget.details))
             st.html(budget_bar(budget.share, budget.limit, budget.level))
     for warning in chat.warnings():
         st.warning(markdown(warning))
@@ -66,7 +80,7 @@ def _buttons(chat: Chat) -> None:
 def _row(chat: Chat, row: SliderRow) -> None:
     label = row.title if row.operation == "add" else f"{row.title} ({row.operation})"
     with st.container(horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"):
-        st.markdown(f"**{markdown(label)}** :small[{_words(row)}]")
+        st.markdown(f"**{markdown(label)}** :small[{_words(row)}]", help=markdown(_hint(row)))
         with (
             st.container(width="content", key=f"icons of {row.name}"),
             st.popover(f"More on {markdown(label)}", icon=":material/more_horiz:", type="tertiary"),
@@ -81,6 +95,9 @@ def _row(chat: Chat, row: SliderRow) -> None:
         format="%.2f" if step >= 0.01 else "%.3f",
         on_change=lambda: safely(lambda: chat.panel.set(row.name, float(st.session_state[key]))),
     )  # fmt: skip
+    st.html(ends(*row.ends))
+    if row.verdict is not None and not row.verdict.works:
+        st.markdown(f":small[:orange[{row.verdict.short}]]", help=markdown(row.verdict.sentence))
 
 
 def _step(row: SliderRow) -> float:
@@ -90,15 +107,22 @@ def _step(row: SliderRow) -> float:
 
 
 def _words(row: SliderRow) -> str:
-    """Return the text beside a slider's name: how far it moves the stream, or that the amount is out of range."""
+    """Return the text beside a slider's name: whether it is off or too far."""
     if math.isnan(row.amount):
         return ":gray[off]"
     if row.red:
-        measured = "calibrated" if row.calibrated else "safe"
-        return f":red[beyond the {measured} {row.safe[0]:g} to {row.safe[1]:g}]"
-    if math.isnan(row.share):
-        return ""
-    return f":gray[{row.share:.2f} of the norm]"
+        return ":red[too far]"
+    return ""
+
+
+def _hint(row: SliderRow) -> str:
+    """Return what the page says when the mouse is over a slider's name."""
+    measured = "as measured" if row.calibrated else "not measured for this slider"
+    share = "an unknown share" if math.isnan(row.share) else f"{row.share:.2f}"
+    return (
+        f"It moves the model's inner state (the residual stream) by {share} of its usual length (norm). In the green "
+        f"part, {row.safe[0]:g} to {row.safe[1]:g} ({measured}), replies hold together; in the red they fall apart."
+    )
 
 
 def _details(chat: Chat, row: SliderRow) -> None:
@@ -106,6 +130,13 @@ def _details(chat: Chat, row: SliderRow) -> None:
     at = f"{row.name}@{tag(chat)}"
     if row.description:
         st.write(markdown(row.description))
+    if row.verdict is not None:
+        st.write(markdown(row.verdict.sentence))
+        if row.verdict.auroc is not None:
+            st.caption(
+                f"Of two replies that it never saw, one of each kind, it picks the right one in "
+                f"{row.verdict.auroc:.0%} of cases (held-out AUROC {row.verdict.auroc:.2f})."
+            )
     measured = "calibrated" if row.calibrated else "not calibrated"
     st.caption(f"Replies hold together from {row.safe[0]:g} to {row.safe[1]:g} ({measured}).")
     with st.container(horizontal=True):
@@ -114,6 +145,8 @@ def _details(chat: Chat, row: SliderRow) -> None:
             button("Off", lambda: panel.off(row.name), key=f"off {at}")
         if row.pinned:
             button("Unpin", lambda: panel.unpin(row.name), key=f"unpin {at}")
+        if row.deletable:
+            button("Delete for good", lambda: panel.delete(row.name), "delete", key=f"delete {at}")
     if not chat.backend.local:
         return
 
