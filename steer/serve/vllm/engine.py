@@ -29,7 +29,8 @@ from steer.model.steering.low_rank import ForwardContext
 from steer.serve.batching import BatchingEngine
 from steer.serve.packed import READ, SHARE, Part
 from steer.serve.vllm.keys import edit_key, timed
-from steer.serve.vllm.taps import TapSteering, register, steering
+from steer.serve.vllm.plugin import register
+from steer.serve.vllm.taps import TapSteering, steering
 
 if TYPE_CHECKING:
     from steer.model.steered import SteeredModel

@@ -1,9 +1,9 @@
 """Sliders inside of vLLM's model: opaque operations at the residual stream and the writers, in the compiled graph.
 
-vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. When a model is loaded,
-`tap` places `steer::edit_stream_` after every block and `steer::edit_writer_` after every writer. torch.compile traces
-through the hooks that do it and keeps the operations, which call back into Python at every step; a plain forward hook
-would run once, while tracing. What they compute is `ModuleEdit`, as in the transformers engine.
+`plugin.register` calls `tap` for each model that vLLM loads. It places `steer::edit_stream_` after every block and
+`steer::edit_writer_` after every writer. torch.compile traces through the hooks that do it and keeps the operations,
+which call back into Python at every step; a plain forward hook would run once, while tracing. What they compute is
+`ModuleEdit`, as in the transformers engine.
 
 A decoder layer of vLLM returns (hidden, residual), whose sum is the residual stream.
 """
@@ -11,12 +11,8 @@ A decoder layer of vLLM returns (hidden, residual), whose sum is the residual st
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -25,10 +21,6 @@ from torch import Tensor, nn
 from steer.checkpoint.anatomy import Anatomy
 from steer.errors import UnsupportedError
 from steer.model.steering.steering import Steering
-
-_log = logging.getLogger(__name__)
-_VERSION = "1"
-"""Part of the key of vLLM's compiled graphs: a new number when the operations or their places change."""
 
 
 class TapSteering(Steering):
@@ -165,51 +157,3 @@ def _hook(path: str) -> Any:
             torch.ops.steer.edit_writer_(h[0] if isinstance(output, tuple) else h, path)
 
     return hook
-
-
-def register() -> None:
-    """The plugin: tap each model that vLLM loads, and key its compiled graphs by that. Further calls do nothing."""
-    from vllm.config import CUDAGraphMode, VllmConfig
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    from steer.serve.vllm.requests import check_requests, steer_steps
-
-    if hasattr(VllmConfig.compute_hash, "steer"):
-        return
-    # The second model runner lays batches out on the device; the first one's order is known before the pass.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    hash_of, load, finish = VllmConfig.compute_hash, BaseModelLoader.load_model, VllmConfig.__post_init__
-
-    @wraps(hash_of)
-    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
-        return hashlib.sha256(f"{hash_of(self, *args, **kwargs)} steer {_VERSION}".encode()).hexdigest()[:10]
-
-    @wraps(finish)
-    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        finish(self, *args, **kwargs)
-        # On a GPU the operations run between the captured pieces of a graph, as attention does.
-        compilation = self.compilation_config
-        if compilation.splitting_ops and compilation.cudagraph_mode:
-            compilation.splitting_ops += ["steer::edit_stream_", "steer::edit_writer_"]
-            if compilation.cudagraph_mode.has_full_cudagraphs():
-                compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
-
-    @wraps(load)
-    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        model = load(self, vllm_config, model_config, *args, **kwargs)
-        if model_config is vllm_config.model_config:  # not a draft model
-            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-            if not hasattr(GPUModelRunner._model_forward, "__wrapped__"):
-                steer_steps(GPUModelRunner)
-            try:
-                tap(model, Anatomy.of(model_config.hf_config.to_dict(), model_config.model))
-            except UnsupportedError as e:
-                _log.warning("no sliders on this model: %s", e)
-        return model
-
-    check_requests(InputProcessor)
-    compute_hash.steer = True  # type: ignore[attr-defined]
-    VllmConfig.compute_hash, VllmConfig.__post_init__ = compute_hash, post_init
-    BaseModelLoader.load_model = load_model
