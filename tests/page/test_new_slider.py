@@ -115,8 +115,9 @@ def test_a_search_that_finds_nothing_stands_in_the_page_until_it_is_deleted(page
     page.until(lambda: "“nothing” was not found" in text(page, sidebar), FIRST)
     page.settled()
     page.click("Try again")
-    page.until(lambda: page.all("[data-testid=stDialog] textarea")[0].get_attribute("value") == "lie")
+    fields = "[data-testid=stDialog] textarea"
+    page.until(lambda: [field.get_attribute("value") for field in page.all(fields)] == ["lie", "truth"])
     page.press("[data-testid=stDialog] [aria-label=Close]")
-    page.until(lambda: not page.all("[data-testid=stDialog] textarea"))
+    page.until(lambda: not page.all(fields))
     page.press(".st-key-forget-nothing button")
     page.until(lambda: "was not found" not in text(page, sidebar))
