@@ -202,8 +202,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     head = (
         "Simulated voters whose taste is known (`examples/traits/voters.py`, default merge): they prefer the reply\n"
-        "that a trait's text scorer prefers by over a standard deviation, and some of their votes are flipped.\n"
-        f"Accuracy is on such pairs of replies to other messages, unflipped, mean of {SEEDS} voters:"
+        "that a trait's text scorer prefers by over a standard deviation, and some votes are flipped. Accuracy\n"
+        f"is on such pairs of replies to other messages, unflipped, mean of {SEEDS} voters:"
     )
     return "\n".join([head, "", *lines, ""])
 
