@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,9 @@ def main(
 ) -> None:
     if worker is not None:
         serve_turns(worker, model)
+        return
+    if find_spec("vllm") is None:
+        print("left out: vLLM is not installed (make vllm, then .venv-vllm/bin/python tests/bench/vllm_engine.py)")
         return
     workers = {name: _start(name, model) for name in ("plain", "ours", "transformers")}
     turns = [
