@@ -6,7 +6,7 @@ Brute force: every subset of the tunes is merged onto the base, and answers the 
 the mean of what the person thinks of the replies. Then lineages begin with the first tune alone, propose children from
 the ratings, and are voted on with these replies until more votes would change nothing, with pairs chosen in three ways.
 Every subset's replies are a file in OUT/replies, so that a run that was stopped goes on. Writes `OUT/run.md`, a table,
-and `OUT/run.png`. `--whole` also grows one lineage with the merges, gates and replies of `steer evolve` itself.
+and `OUT/run.png`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,21 +35,17 @@ from person import Person
 from safetensors.torch import load_file
 from torch import Tensor
 
-from steer.checkpoint.fetch import resolve
 from steer.checkpoint.staging import hash_file
 from steer.core.sampler import CHAT
-from steer.core.small_files import dump_yaml
 from steer.errors import UsageError
 from steer.files import write_atomic
-from steer.lineage.building import checkpoint
-from steer.lineage.judging import Duel, Judge, Prompts
+from steer.lineage.judging import Duel, Prompts
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
 from steer.lineage.proposing import propose
 from steer.lineage.ratings import rate, standing
 from steer.lineage.recipes import child, models_of
 from steer.model.steered import load
 from steer.progress import bar
-from steer.verbs import evolve
 
 TUNES = Path(__file__).parents[1] / "merge" / "tunes"
 NAMES = ("preachy", "brief", "warm", "humorous", "plain_spoken", "formal", "old_fashioned", "roleplay")
@@ -174,27 +170,6 @@ def grow(
     return grown
 
 
-def grow_whole(
-    place: Path, start: Path, pool: Sequence[str], person: Person, *, generations: int, children: int, most: int,
-    tokens: int, say: Callable[[str], None] = lambda line: None,
-) -> Lineage:  # fmt: skip
-    """Grow a lineage as a person does, with `steer evolve`: merges, gates, replies written ahead, and blind votes. One
-    that was stopped goes on with its next generation.
-
-    `start`: the recipe. `pool`: models that may be added. `tokens`: of a reply at most.
-    """
-    evolve.start(start, place, pool, children=children, say=say)
-    lineage = Lineage(place)
-    again = partial(checkpoint, lineage)
-    sampler = replace(CHAT, max_new_tokens=tokens)
-    while True:
-        with Judge(lineage, "simulated", checkpoint=again, sampler=sampler, seed=0) as judge:
-            person.judge(judge, most, say)
-        if len(lineage.generations) > generations:
-            return lineage
-        evolve.next_generation(place, say=say)
-
-
 def _proposals(lineage: Lineage) -> tuple[Node, list[tuple[Move, str]]]:
     """The best node with a move left whose merge is among the subsets, and its moves, the most promising first."""
     found = rate(list(lineage.nodes), lineage.votes).ratings
@@ -285,7 +260,6 @@ def main(
     readme: Annotated[
         Path | None, typer.Option(help="File whose table between <!-- evolve --> marks is replaced.")
     ] = None,
-    whole: Annotated[bool, typer.Option(help="Also grow one lineage with steer evolve itself.")] = False,
 ) -> None:
     """Compare lineages with the best of all subsets, and ways of choosing pairs with each other."""
     matplotlib.use("Agg")
@@ -311,13 +285,6 @@ def main(
         old = readme.read_text(encoding="utf-8")
         write_atomic(readme, re.sub(marks, lambda m: m[1] + text + m[2], old, flags=re.DOTALL))
     typer.echo(text)
-    if whole:
-        models = [f"{resolve(BASE)}+{place}" for place in adapters.values()]
-        write_atomic(out / "start.yml", dump_yaml(recipe(resolve(BASE), models[:1])))
-        lineage = grow_whole(out / "whole", out / "start.yml", models[1:], person, generations=generations,
-                             children=children, most=40, tokens=tokens, say=typer.echo)  # fmt: skip
-        end = lineage.node(standing(lineage).leader)
-        typer.echo(f"steer evolve ends at {', '.join(sorted(_subset(end)))} after {len(lineage.votes)} votes")
 
 
 if __name__ == "__main__":
