@@ -199,3 +199,22 @@ def _blocks(text: str | None) -> tuple[int, int] | None:
     if not first.isdigit() or not last.isdigit():
         raise UsageError(f"blocks: expected FIRST-LAST, as in 8-20, found {text!r}")
     return int(first), int(last)
+
+
+def gguf(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="A new file; complete or absent afterwards.")],
+    stored: Annotated[
+        str | None, typer.Option("--as", help="F32, F16, BF16 or Q8_0; by default the dtype of the checkpoint.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A GGUF of the same family whose tokenizer is taken, not tokenizer.json's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint of the Llama family as one GGUF file for llama.cpp."""
+    from steer.checkpoint.gguf_file import write_gguf
+    from steer.verbs.bake import checkpoint_dir
+
+    kept = write_gguf(checkpoint_dir(model), out, stored, tokenizer=tokenizer)  # type: ignore[arg-type]
+    emit({"out": str(out), "stored": kept}, as_json, f"{out}: {kept}, {out.stat().st_size / 1e6:,.0f} MB")

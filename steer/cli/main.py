@@ -273,6 +273,7 @@ app.command(
     "`steer bake merged calm --ablate moralizing --search --keep compliance`"
 )(cli_bake.bake)
 app.command(epilog="Example: `steer verify calm`")(cli_bake.verify)
+app.command(epilog="Example: `steer gguf merged merged.gguf --as Q8_0`")(cli_bake.gguf)
 
 
 @app.command(epilog="Examples: `steer demo --out demo` · `steer demo --model my-checkpoint --out demo-of-mine`")
