@@ -70,7 +70,7 @@ def test_a_trait_is_shown_in_full(steer: Command) -> None:
 
 def test_files_are_checked_line_by_line(steer: Command, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
-    good.write_text(yaml.safe_dump({"name": "good", "summary": "s", "with": "Be good."}))
+    good.write_text(yaml.safe_dump({"name": "kind", "summary": "s", "with": "Be good."}))
     bad.write_text(yaml.safe_dump({"name": "bad name", "with": "Be bad.", "moods": 1}))
     assert steer("traits", "check", good).code == 0
     done = steer("traits", "check", good, bad, tmp_path / "none.yaml")

@@ -21,7 +21,7 @@ from scipy.special import logit
 
 from steer.core.slider import parse_amount
 from steer.errors import UsageError
-from steer.lineage.judging import Choice, Duel, Judge
+from steer.lineage.judging import BlindPair, Choice, Judge
 from steer.lineage.lineage import Lineage
 from steer.measure.harness import repetition
 from steer.measure.scorer import Scorer
@@ -53,10 +53,10 @@ class Person:
         """Return how much the person likes a reply, without noise."""
         return sum(weight * FIGURES[name](reply) for name, weight in self.weights.items())
 
-    def choose(self, duel: Duel) -> Choice:
+    def choose(self, blind_pair: BlindPair) -> Choice:
         """Return the vote on a pair."""
         error = self.noise * math.sqrt(3) / math.pi * float(logit(self.rng.uniform(1e-9, 1 - 1e-9)))
-        difference = self.taste(duel.left) - self.taste(duel.right) + error
+        difference = self.taste(blind_pair.left) - self.taste(blind_pair.right) + error
         return "same" if abs(difference) < self.equal else "left" if difference > 0 else "right"
 
     def judge(self, judge: Judge, most: int, say: Callable[[str], None] = lambda line: None) -> int:
@@ -64,9 +64,9 @@ class Person:
         for number in range(most):
             if judge.standing.settled:
                 return number
-            duel = judge.duel()
-            assert duel is not None  # it waits as long as it takes
-            judge.vote(duel, self.choose(duel))
+            blind_pair = judge.blind_pair()
+            assert blind_pair is not None  # it waits as long as it takes
+            judge.vote(blind_pair, self.choose(blind_pair))
             say(judge.standing.line)
         return most
 

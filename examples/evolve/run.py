@@ -39,7 +39,7 @@ from steer.checkpoint.staging import hash_file
 from steer.core.sampler import CHAT
 from steer.errors import UsageError
 from steer.files import write_atomic
-from steer.lineage.judging import Duel, Prompts
+from steer.lineage.judging import BlindPair, Prompts
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
 from steer.lineage.proposing import propose
 from steer.lineage.ratings import rate, standing
@@ -161,10 +161,10 @@ def grow(
             for a, b in islice(pairs, 5):
                 i = rng.randrange(len(prompts))
                 left, right = (replies[_subset(lineage.node(node))][i] for node in (a, b))
-                duel = Duel((("user", prompts[i]),), left, right, (a, b))
-                choice = person.choose(duel)
+                blind_pair = BlindPair((("user", prompts[i]),), left, right, (a, b))
+                choice = person.choose(blind_pair)
                 outcome = "a" if choice == "left" else "b" if choice == "right" else choice
-                lineage.vote(a, b, outcome, chat=duel.chat, replies=[left, right], left="a", voter="simulated")
+                lineage.vote(a, b, outcome, chat=blind_pair.chat, replies=[left, right], left="a", voter="simulated")
         grown.leaders.append(_subset(lineage.node(now().leader)))
         grown.votes.append(len(lineage.votes))
     return grown

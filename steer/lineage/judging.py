@@ -83,7 +83,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Duel:
+class BlindPair:
     """Two replies to one chat. Whose they are is not shown before the vote."""
 
     chat: Messages
@@ -107,8 +107,8 @@ class Judge:
     `close` it.
 
         with Judge(Lineage("lineage"), "kim") as judge:
-            duel = judge.duel()
-            judge.vote(duel, "left")
+            blind_pair = judge.blind_pair()
+            judge.vote(blind_pair, "left")
             print(judge.standing.line)
     """
 
@@ -143,8 +143,8 @@ class Judge:
         self._said: str | None = None
         self._story: Messages = ()
         """The scene so far, up to the reply that was chosen last."""
-        self._shown: Duel | None = None
-        self._past: list[tuple[Vote, Messages, Duel]] = []
+        self._shown: BlindPair | None = None
+        self._past: list[tuple[Vote, Messages, BlindPair]] = []
         """Each vote of this session, the scene before it, and what was shown."""
         self._alike: dict[Pair, set[_Task]] = {}
         self._replies: dict[tuple[_Task, str], str] = {}
@@ -173,7 +173,7 @@ class Judge:
         self._thread.join()
         self._models.clear()
 
-    def duel(self, wait: float | None = None) -> Duel | None:
+    def blind_pair(self, wait: float | None = None) -> BlindPair | None:
         """Return the pair of replies to vote on, the same one until the vote.
 
         `wait`: seconds after which None is returned if the replies are not written; None waits as long as it takes.
@@ -203,27 +203,27 @@ class Judge:
             self._plan()
             return self._shown
 
-    def vote(self, duel: Duel, choice: Choice) -> Outcome:
+    def vote(self, blind_pair: BlindPair, choice: Choice) -> Outcome:
         """Keep a vote on the pair that is shown, and return it as it is kept. `standing` counts it.
 
         Errors: UsageError for a pair that is not shown any longer, and as `Lineage.vote`.
         """
         with self._changed:
-            if self._shown is not duel:
+            if self._shown is not blind_pair:
                 raise UsageError("vote: expected the pair that is shown, found another; look at the new one")
-            first = "a" if duel.nodes[0] < duel.nodes[1] else "b"
-            (a, reply_a), (b, reply_b) = sorted(zip(duel.nodes, (duel.left, duel.right), strict=True))
+            first = "a" if blind_pair.nodes[0] < blind_pair.nodes[1] else "b"
+            (a, reply_a), (b, reply_b) = sorted(zip(blind_pair.nodes, (blind_pair.left, blind_pair.right), strict=True))
             outcome: Outcome = (
                 choice if choice in ("same", "bad") else "a" if (choice == "left") == (first == "a") else "b"
             )
             vote = self.lineage.vote(
-                a, b, outcome, chat=duel.chat, replies=[reply_a, reply_b], left=first, voter=self.voter
+                a, b, outcome, chat=blind_pair.chat, replies=[reply_a, reply_b], left=first, voter=self.voter
             )
-            self._past.append((vote, self._story, duel))
+            self._past.append((vote, self._story, blind_pair))
             self._shown = self._said = None
             if self.scene:
                 better = choice if choice in ("left", "right") else self._rng.choice(("left", "right"))
-                self._story = (*duel.chat, ("assistant", getattr(duel, better)))
+                self._story = (*blind_pair.chat, ("assistant", getattr(blind_pair, better)))
                 if len(self._story) >= 2 * TURNS:
                     self._story = ()
             self._update()
@@ -301,7 +301,7 @@ class Judge:
         text = text or _suggestion(story) or next(self._first_messages()).chat[0][1]
         return (*story, ("user", text))
 
-    def _ready(self, pairs: Sequence[Pair]) -> Duel | None:
+    def _ready(self, pairs: Sequence[Pair]) -> BlindPair | None:
         """The first pair that has two different replies to one chat."""
         tasks = [task for task in self._tasks if self._said in (None, task.chat[-1][1])]
         for pair, task in product(pairs, tasks):
@@ -314,7 +314,7 @@ class Judge:
             sides = [(a, pair[0]), (b, pair[1])]
             self._rng.shuffle(sides)
             (left, first), (right, second) = sides
-            return Duel(task.chat, left, right, (first, second))
+            return BlindPair(task.chat, left, right, (first, second))
         return None
 
     def _reply(self, task: _Task, node: str) -> str | None:
@@ -331,7 +331,7 @@ class Judge:
         return self.lineage.place / REPLIES / hashlib.sha256(key.encode()).hexdigest()[:16] / f"{node}.json"
 
     def _write(self) -> None:
-        """Write replies until `close`. An error waits for the next `duel`, which raises it."""
+        """Write replies until `close`. An error waits for the next `blind_pair`, which raises it."""
         while (job := self._job()) is not None:
             node, tasks = job
             try:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from steer.errors import UsageError
 from steer.lineage.building import checkpoint
-from steer.lineage.judging import REPLY, Choice, Duel, Judge
+from steer.lineage.judging import REPLY, BlindPair, Choice, Judge
 from steer.lineage.lineage import Lineage
 from steer.plain_text import plain, plain_line
 
@@ -83,43 +83,43 @@ class _Ballot:
     def votes(self) -> None:
         self.say(HELP if self.interactive else PIPED)
         self.say(self.judge.standing.line)
-        shown: Duel | None = None
+        shown: BlindPair | None = None
         while True:
-            duel = self.duel()
-            if duel is not shown:
-                self.show(duel)
-                shown = duel
+            blind_pair = self.blind_pair()
+            if blind_pair is not shown:
+                self.show(blind_pair)
+                shown = blind_pair
             answer = self.key() if self.interactive else self.line()
             if answer in ("q", None):
                 return
             try:
-                self.answer(duel, answer)
+                self.answer(blind_pair, answer)
             except UsageError as e:
                 self.say(str(e), style="red")
 
-    def duel(self) -> Duel:
+    def blind_pair(self) -> BlindPair:
         """Wait for the next pair. A message that no model can answer is refused, and the openings go on."""
         try:
-            if (duel := self.judge.duel(wait=1)) is None:
+            if (blind_pair := self.judge.blind_pair(wait=1)) is None:
                 with self.console.status("writing replies"):
-                    duel = self.judge.duel()
+                    blind_pair = self.judge.blind_pair()
         except UsageError as e:
             if not self.said:
                 raise
             self.said = False
             self.say(str(e), style="red")
-            return self.duel()
-        assert duel is not None  # it waits as long as it takes
-        return duel
+            return self.blind_pair()
+        assert blind_pair is not None  # it waits as long as it takes
+        return blind_pair
 
-    def show(self, duel: Duel) -> None:
+    def show(self, blind_pair: BlindPair) -> None:
         if self.interactive:
             termios.tcflush(self.stdin, termios.TCIFLUSH)  # a key that was pressed before is no vote on this pair
         self.console.print()
         # In a scene, what is above on the screen: only what is new.
-        for role, text in duel.chat if len(duel.chat) < 3 else duel.chat[-2:]:
+        for role, text in blind_pair.chat if len(blind_pair.chat) < 3 else blind_pair.chat[-2:]:
             self.say(f"{'you' if role == 'user' else role}: {text}", style="bold" if role == "user" else "dim")
-        for key, text in (("1", duel.left), ("2", duel.right)):
+        for key, text in (("1", blind_pair.left), ("2", blind_pair.right)):
             self.console.print(Panel(Text(plain(text) or "(no reply)"), title=key, title_align="left"))
 
     def key(self) -> str | None:
@@ -134,9 +134,9 @@ class _Ballot:
                 return line.strip()
         return None
 
-    def answer(self, duel: Duel, answer: str) -> None:
+    def answer(self, blind_pair: BlindPair, answer: str) -> None:
         if answer in KEYS:
-            self.judge.vote(duel, KEYS[answer])
+            self.judge.vote(blind_pair, KEYS[answer])
             self.say(self.judge.standing.line, style="dim")
             if self.interactive and (suggestion := self.judge.suggestion):
                 self.message(f"you [{suggestion}]: ")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from conftest import save_tiny_llama
 from safetensors.torch import load_file
 
 from steer.checkpoint.gguf_file import STORED, Stored, write_gguf
@@ -20,14 +20,15 @@ in its row of 32, else of itself."""
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return save_tiny_llama(tmp_path / "model", tie=False)
+def source(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama(tmp_path / "model", tie=False)
 
 
 @pytest.mark.parametrize("stored", STORED)
-def test_every_number_is_within_the_rounding_of_its_type(source: Path, tmp_path: Path, stored: Stored) -> None:
-    config = {"intermediate_size": 64}  # a multiple of 32, which Q8_0 needs
-    source = save_tiny_llama(tmp_path / "wide", tie=False, **config)
+def test_every_number_is_within_the_rounding_of_its_type(
+    tmp_path: Path, tiny_llama: Callable[..., Path], stored: Stored
+) -> None:
+    source = tiny_llama(tmp_path / "wide", tie=False, intermediate_size=64)  # Q8_0 needs a multiple of 32
     assert write_gguf(source, tmp_path / "model.gguf", stored) == stored
     tensors = gguf.GGUFReader(tmp_path / "model.gguf").tensors
     found = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in tensors}
@@ -55,10 +56,12 @@ def test_queries_and_keys_lie_as_llama_cpp_rotates_them(source: Path, tmp_path: 
         assert (back == wanted).all()
 
 
-def test_a_byte_level_tokenizer_keeps_its_tokens_merges_and_ends(tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_keeps_its_tokens_merges_and_ends(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    source = save_tiny_llama(tmp_path / "model", vocab_size=300)
+    source = tiny_llama(tmp_path / "model", vocab_size=300)
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

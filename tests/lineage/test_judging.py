@@ -17,7 +17,7 @@ from steer.checkpoint.staging import write_json
 from steer.core.sampler import CHAT
 from steer.errors import SteerError, UsageError
 from steer.lineage import judging
-from steer.lineage.judging import ALIKE, TURNS, Choice, Duel, Judge, Prompts
+from steer.lineage.judging import ALIKE, TURNS, BlindPair, Choice, Judge, Prompts
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Settings
 from steer.model.steered import load
 
@@ -56,10 +56,10 @@ def judge(lineage: Lineage) -> Iterator[Judge]:
         yield judge
 
 
-def shown(judge: Judge) -> Duel:
-    duel = judge.duel()
-    assert duel is not None
-    return duel
+def shown(judge: Judge) -> BlindPair:
+    blind_pair = judge.blind_pair()
+    assert blind_pair is not None
+    return blind_pair
 
 
 def test_the_prompts_are_many_and_none_twice() -> None:
@@ -70,27 +70,27 @@ def test_the_prompts_are_many_and_none_twice() -> None:
 
 
 def test_the_replies_are_those_of_the_nodes_with_one_seed_and_sampler(judge: Judge, models: Path) -> None:
-    duel = shown(judge)
-    assert judge.duel() is duel  # until the vote
-    ((role, text),) = duel.chat
+    blind_pair = shown(judge)
+    assert judge.blind_pair() is blind_pair  # until the vote
+    ((role, text),) = blind_pair.chat
     assert role == "user"
     assert text in Prompts.shipped().openings
-    for node, reply in zip(duel.nodes, (duel.left, duel.right), strict=True):
+    for node, reply in zip(blind_pair.nodes, (blind_pair.left, blind_pair.right), strict=True):
         assert load(models / node).chat(text, sampler=SHORT).strip() == reply
 
 
 @pytest.mark.parametrize("choice", ["left", "right", "same", "bad"])
 def test_a_vote_is_kept_as_it_was_meant_whatever_the_sides(lineage: Lineage, judge: Judge, choice: Choice) -> None:
     for _ in range(4):  # with both orders of the sides, by the seed
-        duel = shown(judge)
-        judge.vote(duel, choice)
+        blind_pair = shown(judge)
+        judge.vote(blind_pair, choice)
         kept = lineage.votes[-1]
-        assert (kept.a, kept.b) == tuple(sorted(duel.nodes))
-        replies = dict(zip(duel.nodes, (duel.left, duel.right), strict=True))
+        assert (kept.a, kept.b) == tuple(sorted(blind_pair.nodes))
+        replies = dict(zip(blind_pair.nodes, (blind_pair.left, blind_pair.right), strict=True))
         assert kept.replies == [replies[kept.a], replies[kept.b]]
-        assert (kept.a, kept.b)["ab".index(kept.left)] == duel.nodes[0]
-        assert (kept.voter, kept.chat) == ("kim", [list(m) for m in duel.chat])
-        chosen = duel.nodes[0] if choice == "left" else duel.nodes[1]
+        assert (kept.a, kept.b)["ab".index(kept.left)] == blind_pair.nodes[0]
+        assert (kept.voter, kept.chat) == ("kim", [list(m) for m in blind_pair.chat])
+        chosen = blind_pair.nodes[0] if choice == "left" else blind_pair.nodes[1]
         assert kept.outcome == (choice if choice in ("same", "bad") else "a" if chosen == kept.a else "b")
     assert judge.standing.votes == 4
     assert {v.left for v in lineage.votes} == {"a", "b"}
@@ -98,8 +98,8 @@ def test_a_vote_is_kept_as_it_was_meant_whatever_the_sides(lineage: Lineage, jud
 
 
 def test_nothing_that_people_see_names_a_node_and_sides_are_even(judge: Judge) -> None:
-    duel = shown(judge)
-    assert not any(node in repr(duel) for node in ("'0'", "1a", "1b"))
+    blind_pair = shown(judge)
+    assert not any(node in repr(blind_pair) for node in ("'0'", "1a", "1b"))
     left = Counter()
     for _ in range(60):
         found = judge._ready(judge._pairs[:1])
@@ -110,17 +110,17 @@ def test_nothing_that_people_see_names_a_node_and_sides_are_even(judge: Judge) -
 
 def test_a_child_that_did_not_pass_is_never_shown_nor_asked(judge: Judge, lineage: Lineage) -> None:
     for _ in range(6):
-        duel = shown(judge)
-        assert "1c" not in duel.nodes
-        judge.vote(duel, "same")
+        blind_pair = shown(judge)
+        assert "1c" not in blind_pair.nodes
+        judge.vote(blind_pair, "same")
     assert not list(lineage.place.glob("replies/*/1c.json"))
 
 
 def test_a_pair_that_is_no_longer_shown_is_refused(judge: Judge, lineage: Lineage) -> None:
-    duel = shown(judge)
-    judge.vote(duel, "left")
+    blind_pair = shown(judge)
+    judge.vote(blind_pair, "left")
     with pytest.raises(UsageError, match="expected the pair that is shown"):
-        judge.vote(duel, "left")
+        judge.vote(blind_pair, "left")
     assert len(lineage.votes) == 1
 
 
@@ -131,7 +131,7 @@ def test_undo_takes_the_vote_back_and_shows_its_pair_again(judge: Judge, lineage
     judge.undo()
     judge.undo()
     assert (lineage.votes, judge.standing.votes) == ([], 0)
-    assert judge.duel() is first
+    assert judge.blind_pair() is first
     judge.vote(first, "same")
     assert [v.outcome for v in lineage.votes] == ["same"]
     judge.undo()
@@ -142,9 +142,9 @@ def test_undo_takes_the_vote_back_and_shows_its_pair_again(judge: Judge, lineage
 def test_a_prompt_of_ones_own_is_answered_once_and_the_openings_go_on(judge: Judge) -> None:
     shown(judge)
     judge.say(" hello friend ")
-    duel = shown(judge)
-    assert duel.chat == (("user", "hello friend"),)
-    judge.vote(duel, "left")
+    blind_pair = shown(judge)
+    assert blind_pair.chat == (("user", "hello friend"),)
+    judge.vote(blind_pair, "left")
     assert shown(judge).chat[0][1] in Prompts.shipped().openings
     with pytest.raises(UsageError, match="message: expected some text"):
         judge.say(" ")
@@ -154,10 +154,10 @@ def test_one_prompt_for_all_chats_gets_new_replies_each_time(lineage: Lineage) -
     with Judge(lineage, "kim", prompt="hello", sampler=SHORT) as judge:
         found = set()
         for _ in range(4):
-            duel = shown(judge)
-            assert duel.chat == (("user", "hello"),)
-            found.add(frozenset([duel.left, duel.right]))
-            judge.vote(duel, "same")
+            blind_pair = shown(judge)
+            assert blind_pair.chat == (("user", "hello"),)
+            found.add(frozenset([blind_pair.left, blind_pair.right]))
+            judge.vote(blind_pair, "same")
     assert len(found) == 4
 
 
@@ -178,7 +178,7 @@ def test_a_scene_goes_on_with_the_reply_that_was_chosen(lineage: Lineage) -> Non
         assert third.chat[4] == ("user", "yes well")
         judge.vote(third, "left")
         judge.undo()
-        assert judge.duel() is third
+        assert judge.blind_pair() is third
         for _ in range(TURNS - 2):
             judge.vote(shown(judge), "left")
         assert len(shown(judge).chat) == 1  # another scene, since this one was long
@@ -191,23 +191,23 @@ def test_replies_are_there_before_the_vote_that_needs_them(lineage: Lineage, mos
     """While a pair is read, the replies that may be shown next are written, whatever the vote will be."""
     with Judge(lineage, "kim", scene=scene, sampler=SHORT, most=most) as judge:
         for choice in ("left", "same", "right", "left"):
-            duel = shown(judge)
+            blind_pair = shown(judge)
             with judge._changed:
                 assert judge._changed.wait_for(lambda: judge._next_job() is None, 60)
-            judge.vote(duel, choice)  # pyright: ignore
-            assert judge.duel(wait=0) is not None
+            judge.vote(blind_pair, choice)  # pyright: ignore
+            assert judge.blind_pair(wait=0) is not None
         assert len(judge._models.held) == (most or 3)
 
 
 def test_replies_are_written_once_for_everyone(lineage: Lineage, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    duel = shown(judge)
+    blind_pair = shown(judge)
     with judge._changed:
         assert judge._changed.wait_for(lambda: judge._next_job() is None, 60)
     monkeypatch.setattr(judging, "load", None)
     with Judge(lineage, "kim", sampler=SHORT) as again:  # as after a kill
-        other = again.duel(wait=5)
+        other = again.blind_pair(wait=5)
         assert other is not None
-        assert {other.left, other.right} == {duel.left, duel.right}
+        assert {other.left, other.right} == {blind_pair.left, blind_pair.right}
 
 
 def test_nodes_that_write_the_same_are_not_shown(tmp_path: Path, models: Path, tiny_llama: Callable[..., Path]) -> None:
@@ -218,10 +218,10 @@ def test_nodes_that_write_the_same_are_not_shown(tmp_path: Path, models: Path, t
     lineage = make_lineage(tmp_path / "lineage", place)
     with Judge(lineage, "kim", sampler=SHORT) as judge:
         for _ in range(2 * ALIKE):
-            duel = shown(judge)
-            assert set(duel.nodes) != {"0", "1a"}
-            assert duel.left != duel.right
-            judge.vote(duel, "same")
+            blind_pair = shown(judge)
+            assert set(blind_pair.nodes) != {"0", "1a"}
+            assert blind_pair.left != blind_pair.right
+            judge.vote(blind_pair, "same")
     (place / "1b").unlink()
     (place / "1b").symlink_to(models / "0")
     lineage = make_lineage(tmp_path / "copies", place)
@@ -230,7 +230,7 @@ def test_nodes_that_write_the_same_are_not_shown(tmp_path: Path, models: Path, t
             Judge(lineage, "kim", scene=scene, sampler=SHORT) as judge,
             pytest.raises(UsageError, match="found that all of 0, 1a, 1b write the same replies"),
         ):
-            judge.duel()
+            judge.blind_pair()
 
 
 def test_the_profile_of_a_node_is_applied(tmp_path: Path, models: Path, make_direction: Callable) -> None:
@@ -239,12 +239,12 @@ def test_the_profile_of_a_node_is_applied(tmp_path: Path, models: Path, make_dir
     direction = make_direction()
     direction.save(lineage.place / "moral.safetensors")
     with Judge(lineage, "kim", sampler=SHORT, prompt="hello lie") as judge:
-        duel = shown(judge)
-        while "1a" not in duel.nodes:
-            judge.vote(duel, "same")
-            duel = shown(judge)
+        blind_pair = shown(judge)
+        while "1a" not in blind_pair.nodes:
+            judge.vote(blind_pair, "same")
+            blind_pair = shown(judge)
         plain = load(models / "1a")
-        replies = dict(zip(duel.nodes, (duel.left, duel.right), strict=True))
+        replies = dict(zip(blind_pair.nodes, (blind_pair.left, blind_pair.right), strict=True))
         seed = judge._used["hello lie"]
         with plain.steered({direction: 9.0}):
             (ids,) = plain.replies([[{"role": "user", "content": "hello lie"}]], SHORT, keys=[seed])
@@ -263,7 +263,7 @@ def test_close_stops_in_the_middle_of_a_reply_and_leaves_nothing_running(lineage
     assert not judge._models.held
     judge.close()
     with pytest.raises(UsageError, match="expected one that is not closed"):
-        judge.duel()
+        judge.blind_pair()
 
 
 def test_a_model_that_is_gone_is_one_line_and_can_be_put_back(tmp_path: Path, models: Path) -> None:
@@ -271,13 +271,13 @@ def test_a_model_that_is_gone_is_one_line_and_can_be_put_back(tmp_path: Path, mo
     places = {"0": models / "0", "1a": tmp_path / "none", "1b": tmp_path / "none"}
     with Judge(lineage, "kim", sampler=SHORT, checkpoint=places.__getitem__) as judge:
         with pytest.raises(SteerError, match="expected a model directory, found none"):
-            judge.duel()
+            judge.blind_pair()
         places |= {name: models / name for name in places}
         places.update()
         judge._models.checkpoint = places.__getitem__
         while True:
             try:
-                assert judge.duel() is not None
+                assert judge.blind_pair() is not None
                 break
             except SteerError:  # of a try that was under way
                 continue
@@ -286,7 +286,7 @@ def test_a_model_that_is_gone_is_one_line_and_can_be_put_back(tmp_path: Path, mo
 def test_a_chat_that_is_too_long_is_refused_or_loses_its_oldest_turns(lineage: Lineage, judge: Judge) -> None:
     judge.say("hello " * 200)
     with pytest.raises(UsageError, match="128"):
-        judge.duel()
+        judge.blind_pair()
     assert shown(judge).chat[0][1] in Prompts.shipped().openings
     with Judge(lineage, "lee", scene=True, sampler=SHORT) as scene:
         for _ in range(4):

@@ -14,7 +14,7 @@ from test_judging import make_lineage, models  # noqa: F401
 
 from steer.core.sampler import CHAT
 from steer.errors import UsageError
-from steer.lineage.judging import Duel, Judge
+from steer.lineage.judging import BlindPair, Judge
 
 
 @pytest.fixture
@@ -26,14 +26,14 @@ def person(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_taste_decides_and_noise_makes_it_err(person: Any) -> None:
     preachy = "It is important to remember that honesty is always the right thing to do, and you should respect others."
     plain = "Sure, here it is. Take the second road on the left and ask for the baker."
-    duel = Duel((("user", "x"),), preachy, plain, ("0", "1a"))
+    blind_pair = BlindPair((("user", "x"),), preachy, plain, ("0", "1a"))
     sure = person.Person({"moralizing": -2.0}, noise=0.0)
     assert sure.taste(plain) > sure.taste(preachy)
-    assert sure.choose(duel) == "right"
-    assert sure.choose(replace(duel, left=plain)) == "same"
-    assert person.Person({"length": 100.0}, noise=0.0).choose(duel) == "left"
+    assert sure.choose(blind_pair) == "right"
+    assert sure.choose(replace(blind_pair, left=plain)) == "same"
+    assert person.Person({"length": 100.0}, noise=0.0).choose(blind_pair) == "left"
     unsure = person.Person({"moralizing": -2.0}, noise=3.0, rng=random.Random(0))
-    votes = Counter(unsure.choose(duel) for _ in range(200))
+    votes = Counter(unsure.choose(blind_pair) for _ in range(200))
     assert votes["right"] > votes["left"] > 10
     with pytest.raises(UsageError, match="compliance, repetition, length, found 'kind'"):
         person.Person({"kind": 1.0})

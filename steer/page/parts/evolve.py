@@ -83,12 +83,12 @@ def _vote(evolution: Evolution) -> None:
         mode = st.segmented_control("Each vote is on", ["One message", "A scene"], default="One message", required=True,
                                     key="evolve mode")  # fmt: skip
     judge = evolution.judge(voter, scene=mode == "A scene")
-    watch(_pair, judge, running=lambda: judge.duel(0) is None, every=POLL)
+    watch(_pair, judge, running=lambda: judge.blind_pair(0) is None, every=POLL)
 
 
 def _pair(judge: Judge) -> None:
     """Draw the pair of replies to vote on, or wait for it."""
-    pair = judge.duel(PATIENCE + 0.1)
+    pair = judge.blind_pair(PATIENCE + 0.1)
     if pair is None:
         st.caption("The replies are being written.")
         return

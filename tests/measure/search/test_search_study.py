@@ -218,7 +218,9 @@ def test_the_sampler_is_told_how_far_the_goal_is_and_nothing_of_what_is_beyond_i
     assert untouched is not None
     _, probability = goal.target(untouched, trials[0].outcome)
     for t, found in zip(study._study.trials, trials, strict=True):
-        assert t.values == [max(found.outcome.probability, AIM * probability), np.log10(found.outcome.kl)]
+        assert t.values == pytest.approx(
+            [max(found.outcome.probability, AIM * probability), np.log10(found.outcome.kl)]
+        )
         feasible = t.constraints["rate"] <= 0 and t.constraints["probability"] <= 0
         assert feasible == goal.reached(found.outcome, untouched, trials[0].outcome)
 
