@@ -51,8 +51,9 @@ Pair = tuple[str, str]
 Choice = Literal["left", "right", "same", "bad"]
 REPLY = replace(CHAT, max_new_tokens=160)
 """Sampler of the replies: the chat's, with a length that one reads in half a minute."""
-AHEAD = 5
-"""How many prompts are answered, the one that is shown among them."""
+AHEAD = 16
+"""How many prompts are answered, the one that is shown among them. A node answers as many as it can at once, and goes
+on when half of them are used: sixteen replies in one batch take hardly longer than one."""
 UNLIKELY = 0.01
 """Nodes that are the best with a smaller probability are not asked ahead."""
 FREE = 0.8
@@ -141,6 +142,7 @@ class Judge:
         if prompt is not None:
             self._openings = [_some_text(prompt, "--prompt")]
         self._said: str | None = None
+        self._writing: list[_Task] = []
         self._story: Messages = ()
         """The scene so far, up to the reply that was chosen last."""
         self._shown: BlindPair | None = None
@@ -333,14 +335,15 @@ class Judge:
     def _write(self) -> None:
         """Write replies until `close`. An error waits for the next `blind_pair`, which raises it."""
         while (job := self._job()) is not None:
-            node, tasks = job
+            node, self._writing = job
+            tasks = self._writing
             try:
                 replies = self._models.replies(node, tasks, self._check)
                 for task, reply in zip(tasks, replies, strict=True):
                     kept = {"chat": task.chat, "seed": task.seed, "node": node, "reply": reply}
                     write_atomic(self._file(task, node), json.dumps(kept, indent=1) + "\n")
             except _StoppedError:
-                return
+                continue
             except Exception as e:
                 with self._changed:
                     self._error = e
@@ -348,7 +351,8 @@ class Judge:
                 self._changed.notify_all()
 
     def _check(self, tokens: int) -> None:
-        if self._stopped:
+        awaited = self._said if self._shown is None else None
+        if self._stopped or (awaited and all(task.chat[-1][1] != awaited for task in self._writing)):
             raise _StoppedError
 
     def _job(self) -> tuple[str, list[_Task]] | None:
@@ -369,13 +373,13 @@ class Judge:
                 if self._tasks[0] in missing[node]:
                     return node, self._tasks[:1]
         for node in sorted(nodes, key=lambda node: node not in self._models.held):
-            if missing[node]:
+            if len(missing[node]) >= AHEAD // 2 or any(task in missing[node] for task in self._tasks[:2]):
                 return node, missing[node]
         return None
 
 
 class _StoppedError(Exception):
-    """The judge was closed while a reply was written."""
+    """The judge was closed while replies were written ahead, or a person waits for others."""
 
 
 class _Models:
