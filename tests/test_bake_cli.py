@@ -19,7 +19,7 @@ from tiny_chat import keep_direction, save_tiny_chat
 from transformers.utils.logging import disable_progress_bar
 
 from steer.baking.certificate import ADAPTER, Certificate
-from steer.baking.control_vector import FILE
+from steer.baking.certificate import CONTROL_VECTOR as FILE
 from steer.baking.plan import bakeable
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.reader import CheckpointFiles
