@@ -53,8 +53,6 @@ class LlamaCppPlan(Plan):
         self.adds = {f"direction.{site}": site for site in self.vectors}
         self.loras = {file: AdapterPlan(self.files, part) for file, part in lora_edits(self.edit).items()}
         """File -> the adapter whose numbers it holds."""
-        if self.edit.ablate and not self.writers:
-            raise self._refusal(f"it edits the embedding alone, which is {self.left_out}")
         if not self.loras and not self.vectors:
             raise UsageError(f"{source}: expected an add that moves something, found adds that cancel each other")
         for file, plan in self.loras.items():
