@@ -308,8 +308,8 @@ def lora_files(cert: Certificate) -> list[str]:
 def server_command(cert: Certificate, folder: str = "") -> str:
     """The command that starts llama-server with the files of an output in `folder`, by default in the current one."""
     words = ["llama-server", "-m", "MODEL.gguf"]
-    for file in lora_files(cert):
-        words += ["--lora", os.path.join(folder, file)]
+    if loras := lora_files(cert):
+        words += ["--lora", ",".join(os.path.join(folder, file) for file in loras)]
     if cert.biases:
         words += ["--control-vector", os.path.join(folder, CONTROL_VECTOR)]
     if CHAT_TEMPLATE in cert.files:

@@ -138,7 +138,7 @@ def test_strengths_by_kind_leave_out_what_they_do_not_edit(source: Path, tmp_pat
 def test_two_directions_of_one_name_have_files_of_their_own(source: Path, tmp_path: Path, two) -> None:
     other = Direction("moral", 2, two[1].vector, with_mean=1.0, residual_norm=1.0)
     cert = bake(source, tmp_path / "out", Edit((two[0], other)), "gguf")
-    assert server_command(cert) == "llama-server -m MODEL.gguf --lora ablate-moral.gguf --lora ablate-moral-2.gguf"
+    assert server_command(cert) == "llama-server -m MODEL.gguf --lora ablate-moral.gguf,ablate-moral-2.gguf"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,6 @@ def test_two_directions_of_one_name_have_files_of_their_own(source: Path, tmp_pa
         ({"attention_bias": True}, {}, "has a bias"),
         ({"architecture": "Qwen3"}, {}, "models of type llama, mistral alone, not qwen3"),
         ({"dtype": torch.float64}, {}, "is in fp64"),
-        ({}, {"strengths": Strengths(0.0, 0.0, 1.0)}, "edits the embedding alone"),
     ],
 )
 def test_what_a_lora_cannot_hold_is_refused_before_anything_is_written(
@@ -165,7 +164,7 @@ def test_the_card_has_the_command_and_the_body_that_sets_the_scales(written: Pat
     card = (written / "README.md").read_text()
     command = server_command(Certificate.load(written))
     assert command == (
-        "llama-server -m MODEL.gguf --lora ablate-moral.gguf --lora ablate-b.gguf --control-vector control_vector.gguf"
+        "llama-server -m MODEL.gguf --lora ablate-moral.gguf,ablate-b.gguf --control-vector control_vector.gguf"
     )
     assert f"\n{command}\n" in card
     body = re.search(r"```json\n(.*?)\n```", card, re.DOTALL)
@@ -210,7 +209,7 @@ def test_a_scale_in_the_file_fails_even_when_its_hash_is_forged(written: Path, t
     field.parts[field.data[0]][:] = 0.5
     reader.data.flush()
     certify_again(out)
-    with pytest.raises(CheckpointError, match="expected a LoRA for llama.cpp"):
+    with pytest.raises(CheckpointError, match="expected a LoRA"):
         verify(out)
 
 
@@ -220,7 +219,7 @@ def test_two_loras_that_changed_places_fail_even_when_their_hashes_are_forged(wr
     (out / "ablate-moral.gguf").rename(out / "ablate-b.gguf")
     (out / "c").rename(out / "ablate-moral.gguf")
     certify_again(out)
-    with pytest.raises(CheckpointError, match="does not take 0.9 of the directions"):
+    with pytest.raises(CheckpointError, match="does not take"):
         verify(out)
 
 
@@ -260,9 +259,7 @@ def moves(model: SteeredModel, prompt: list[int]) -> list[Direction]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    model: SteeredModel, moves: list[Direction], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LlamaServer]:
+def server(moves: list[Direction], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
     """llama-server by the very command that the bake prints: `a` and `b` ablated, `c` added."""
     place, (a, b, c) = tmp_path_factory.mktemp("server"), moves
     write_gguf(Path(resolve(DEFAULT_MODEL)), place / "model.gguf", "F32")
@@ -289,7 +286,7 @@ def test_llama_cpp_replies_with_the_ggufs_file_as_transformers_does(
 @pytest.mark.parametrize(
     ("scales", "ablated", "strength"),
     [
-        ({}, "", 1.0),  # the control vector alone
+        ({0: 0.0}, "", 1.0),  # the control vector alone: what is not named is off
         ({0: 1.0, 1: 1.0}, "ab", 1.0),
         ({1: 1.0}, "b", 1.0),
         ({0: 0.5}, "a", 0.5),
