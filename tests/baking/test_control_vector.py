@@ -1,4 +1,4 @@
-"""A control vector says what is added and where, to the gguf package, to llama.cpp, and to us again."""
+"""A control vector says what is added and where, to the gguf package, and to us again; to llama.cpp: test_llama_cpp."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from forging import certify_again
-from tiny_anatomies import load
-from tiny_llama_cpp import LlamaCpp, as_gguf
 from torch import Tensor
 
 from steer.baking.bake import bake
@@ -26,7 +24,6 @@ from steer.errors import CheckpointError, SteerError, UnsupportedError, UsageErr
 
 TinyLlama = Callable[..., Path]
 MakeDirection = Callable[..., Direction]
-TOKENS = [1, 5, 17, 60, 3, 96, 44]
 
 
 @pytest.fixture(scope="module")
@@ -182,31 +179,3 @@ def test_a_file_that_is_no_control_vector_is_one_line(
     with pytest.raises(SteerError, match=sentence) as caught:
         load_control_vector(tmp_path / "v.gguf")
     assert "\n" not in str(caught.value)
-
-
-def test_llama_cpp_adds_it_after_the_block_of_its_number(
-    tmp_path: Path, tiny_llama: TinyLlama, make_direction: MakeDirection
-) -> None:
-    """llama.cpp's logits with the file are those of transformers with a hook at the site, and of no other site."""
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it takes minutes to compile")
-    source = tiny_llama(tmp_path / "source", tie=False)
-    edit = Edit(add=((make_direction(site=1), 1.5),))
-    bake(source, tmp_path / "out", edit, "gguf")
-    as_gguf(source, tmp_path / "model.gguf")
-    with LlamaCpp(tmp_path / "model.gguf", TOKENS) as llama:
-        plain = llama.logits()
-        llama.steer(tmp_path / "out" / FILE)
-        steered = llama.logits()
-    expected = {site: _with_hook(source, site, edit.biases()[1].float()) for site in (None, 0, 1, 2)}
-    assert (plain - expected[None]).abs().max() < 1e-4
-    assert (steered - expected[1]).abs().max() < 1e-4
-    assert min((steered - expected[site]).abs().max() for site in (None, 0, 2)) > 0.05
-
-
-def _with_hook(source: Path, site: int | None, shift: Tensor) -> Tensor:
-    model = load(source, torch.float32)
-    if site is not None:
-        block = model.get_submodule(f"model.layers.{site}")
-        block.register_forward_hook(lambda module, args, out: out + shift)
-    with torch.no_grad():
-        return model(torch.tensor([TOKENS])).logits[0]
