@@ -309,7 +309,9 @@ def server_command(cert: Certificate, folder: str = "") -> str:
     """The command that starts llama-server with the files of an output in `folder`, by default in the current one."""
     words = ["llama-server", "-m", "MODEL.gguf"]
     if loras := lora_files(cert):
-        words += ["--lora", ",".join(os.path.join(folder, file) for file in loras)]
+        paths = [os.path.join(folder, file) for file in loras]
+        # Of several --lora llama.cpp b11549 takes the last alone; it reads a row of CSV.
+        words += ["--lora", ",".join(f'"{path}"' if "," in path else path for path in paths)]
     if cert.biases:
         words += ["--control-vector", os.path.join(folder, CONTROL_VECTOR)]
     if CHAT_TEMPLATE in cert.files:

@@ -261,11 +261,11 @@ def moves(model: SteeredModel, prompt: list[int]) -> list[Direction]:
 @pytest.fixture(scope="module")
 def server(moves: list[Direction], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
     """llama-server by the very command that the bake prints: `a` and `b` ablated, `c` added."""
-    place, (a, b, c) = tmp_path_factory.mktemp("server"), moves
+    place, (a, b, c) = tmp_path_factory.mktemp("a folder, with a comma"), moves
     write_gguf(Path(resolve(DEFAULT_MODEL)), place / "model.gguf", "F32")
     cert = bake(Path(resolve(DEFAULT_MODEL)), place / "out", Edit((a, b), add=((c, 1.0),)), "gguf")
     command = server_command(cert, str(place / "out"))
-    with llama_server(command.replace("MODEL.gguf", str(place / "model.gguf"))) as running:
+    with llama_server(command.replace("MODEL.gguf", f"'{place / 'model.gguf'}'")) as running:
         yield running
 
 
