@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -308,12 +308,16 @@ def lora_files(cert: Certificate) -> list[str]:
 def server_command(cert: Certificate, folder: str = "") -> str:
     """The command that starts llama-server with the files of an output in `folder`, by default in the current one."""
     words = ["llama-server", "-m", "MODEL.gguf"]
+
+    def row(files: Sequence[str]) -> str:
+        """Both options take a row of CSV; of an option that is repeated llama.cpp b11549 uses the last one."""
+        paths = [os.path.join(folder, file) for file in files]
+        return ",".join(f'"{path}"' if "," in path else path for path in paths)
+
     if loras := lora_files(cert):
-        paths = [os.path.join(folder, file) for file in loras]
-        # Of several --lora llama.cpp b11549 takes the last alone; it reads a row of CSV.
-        words += ["--lora", ",".join(f'"{path}"' if "," in path else path for path in paths)]
+        words += ["--lora", row(loras)]
     if cert.biases:
-        words += ["--control-vector", os.path.join(folder, CONTROL_VECTOR)]
+        words += ["--control-vector", row([CONTROL_VECTOR])]
     if CHAT_TEMPLATE in cert.files:
         words += ["--jinja", "--chat-template-file", os.path.join(folder, CHAT_TEMPLATE)]
     return shlex.join(words)

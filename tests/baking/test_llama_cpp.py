@@ -316,8 +316,5 @@ def test_llama_cpp_gives_the_log_probabilities_of_our_hooks_at_each_scale_of_a_r
         rows = enumerate(steps, len(prompt) - 1)
         return max(abs(float(logprobs[at, token]) - found) for at, step in rows for token, found in step.items())
 
-    print(
-        f"scales {scales}: {distance(ours):.5f}; plain {distance(plain):.2f}, add at another site {distance(other):.2f}"
-    )
     assert distance(ours) < 0.02
     assert min(distance(plain), distance(other)) > 0.1
