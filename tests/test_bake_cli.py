@@ -19,7 +19,7 @@ from tiny_chat import keep_direction, save_tiny_chat
 from transformers.utils.logging import disable_progress_bar
 
 from steer.baking.certificate import ADAPTER, Certificate
-from steer.baking.control_vector import FILE
+from steer.baking.certificate import CONTROL_VECTOR as FILE
 from steer.baking.plan import bakeable
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.reader import CheckpointFiles
@@ -204,11 +204,17 @@ def test_ablations_at_different_amounts_are_refused_together(checkpoint: Path, m
     assert "found 0.5, 1" in verdicts[0].reason
 
 
-def test_a_profile_as_a_control_vector_bakes_only_adds(steer: Command, folder: Path) -> None:
+def test_a_profile_for_llama_cpp_is_loras_and_a_control_vector_and_the_command_that_serves_them(
+    steer: Command, folder: Path
+) -> None:
     profile = _profile(folder / "noir.yaml", ProfileSlider("moral", 1.0), ProfileSlider("calm", 1.0, "ablate"))
-    line = steer("bake", "model", "out", "--profile", profile, "--as", "gguf").err
-    assert "1 of 2 sliders cannot be baked: 'calm:ablate' (ablate): a control vector only adds" in line
-    assert steer("bake", "model", "out", "--add", "moral=1", "--as", "gguf").code == 0
+    said = steer("bake", "model", "out", "--profile", profile, "--as", "gguf")
+    assert "coverage: 6 of 7 writers edited" in said.out
+    assert said.out.rstrip().endswith(
+        "llama-server -m MODEL.gguf --lora out/ablate-calm.gguf --control-vector out/control_vector.gguf"
+    )
+    assert {p.name for p in (folder / "out").glob("*.gguf")} == {"ablate-calm.gguf", FILE}
+    assert steer("verify", "out", "--source", "model").code == 0
 
 
 def test_a_direction_of_another_checkpoint_in_a_profile_is_refused(
@@ -345,7 +351,7 @@ def test_what_does_not_go_together_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (["--ablate", "moral", "--as", "gguf"], ["a control vector only adds", "an adapter or a checkpoint"]),
+        (["--ablate", "moral", "--norm-preserving", "--as", "gguf"], ["no low rank", "bake a checkpoint"]),
         (["--add", "early=1", "--as", "gguf"], ["layers 1 and on", "site 0"]),
         (["--ablate", "moral", "--norm-preserving", "--as", "adapter"], ["no low rank", "bake a checkpoint"]),
         (["--ablate", "moral", "--add", "calm=1", "--as", "adapter"], ["leave the embedding out with blocks 0-2"]),

@@ -1,6 +1,6 @@
 """Bakes an edit into a new directory, in any form, with a model card and a certificate of what was measured.
 
-The plan of the form (`checkpoint`, `adapter`, `control_vector`) writes the weights; `bake` writes everything else.
+The plan of the form (`checkpoint`, `adapter`, `llama_cpp`) writes the weights; `bake` writes everything else.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from steer.baking.certificate import (
     Form,
     SavedDirection,
     inside,
+    lora_files,
     proved_structure,
+    server_command,
     source_name,
     utf8,
     versions,
 )
 from steer.baking.checkpoint import CheckpointPlan
-from steer.baking.control_vector import ControlVectorPlan
 from steer.baking.journal import Journal
+from steer.baking.llama_cpp import LlamaCppPlan
 from steer.baking.plan import Plan, check_mtp
 from steer.checkpoint.chat_templates import FILE as CHAT_TEMPLATE
 from steer.checkpoint.chat_templates import chosen_template
@@ -40,7 +42,7 @@ from steer.core.edit import Edit
 from steer.core.small_files import load_yaml
 from steer.errors import SteerError, UsageError
 
-PLANS: dict[Form, type[Plan]] = {p.form: p for p in (CheckpointPlan, AdapterPlan, ControlVectorPlan)}
+PLANS: dict[Form, type[Plan]] = {p.form: p for p in (CheckpointPlan, AdapterPlan, LlamaCppPlan)}
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Keys of a card's header that also hold for a derived model."""
@@ -53,7 +55,7 @@ _LIMIT = 1 << 20
 _HEADERS: dict[Form, dict[str, Any]] = {
     "checkpoint": {"base_model_relation": "finetune", "library_name": "transformers", "tags": []},
     "adapter": {"base_model_relation": "adapter", "library_name": "peft", "tags": ["lora"]},
-    "gguf": {"base_model_relation": "adapter", "tags": ["gguf", "control-vector", "llama.cpp"]},
+    "gguf": {"base_model_relation": "adapter", "tags": ["gguf", "llama.cpp"]},
 }
 
 
@@ -73,7 +75,8 @@ def bake(
 
     `checkpoint` is a copy of `source` with the edit in its weights: tensors that the edit does not change, and files
     other than weights, are copied byte for byte, and weights in fp8 with one scale per block are written as bf16.
-    `adapter` is a LoRA for the source. `gguf` is a control vector with what the edit adds, multiplied by the amounts.
+    `adapter` is a LoRA for the source. `gguf` is files for llama.cpp: what the edit adds, multiplied by
+    the amounts, as a control vector, and a LoRA for each direction that it ablates.
     Features that add become biases, as directions do; other operations on features are refused.
 
     `out` is complete or absent; files that a killed bake of the same source and edit had finished are not written
@@ -188,10 +191,13 @@ def _model_card(cert: Certificate, source_header: Mapping[str, Any], head: str) 
     Licence and language are copied from `source_header`, the header of the source's card. `head`: path of the LM head.
     """
     form = _HEADERS[cert.form]
+    kinds = ()
+    if cert.form == "gguf":
+        kinds = [*(["lora"] if cert.writers else []), *(["control-vector"] if cert.biases else [])]
     header = {
         "base_model": "/".join(re.sub(r"[^\w.-]+", "-", part) for part in cert.source.split("/")),
         **form,
-        "tags": ["steer", "feature-steering", *(["abliterated"] if cert.writers else []), *form["tags"]],
+        "tags": ["steer", "feature-steering", *(["abliterated"] if cert.writers else []), *form["tags"], *kinds],
         **{k: v for k, v in source_header.items() if k in _KEPT},
     }
     strengths = sorted(w.strength for w in cert.writers)
@@ -205,6 +211,8 @@ def _model_card(cert: Certificate, source_header: Mapping[str, Any], head: str) 
         strength=" to ".join(dict.fromkeys(f"{s:.3g}" for s in (*strengths[:1], *strengths[-1:]))),
         sites=", ".join(map(str, sorted(b.site for b in cert.biases if b.site is not None))),
         changed=", ".join(f"`{k}` is now `{v}`" for k, v in cert.config.items()),
+        server=server_command(cert) if cert.form == "gguf" else "",
+        loras=lora_files(cert),
         versions=", ".join(f"{k} {v}" for k, v in cert.versions.items()),
     )
 

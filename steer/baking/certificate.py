@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.chat_templates import FILE as CHAT_TEMPLATE
 from steer.checkpoint.layouts import LAYOUTS, Layout, Structure
 from steer.checkpoint.staging import write_json
 from steer.core.version import __version__
@@ -25,11 +27,12 @@ from steer.errors import CheckpointError
 from steer.files import one_line, read_json_object
 
 Form = Literal["checkpoint", "adapter", "gguf"]
-"""The forms of output: a whole checkpoint, a PEFT LoRA for the source, or a llama.cpp control vector."""
+"""The forms of output: a whole checkpoint, a PEFT LoRA for the source, or files for llama.cpp."""
 FORMS: tuple[Form, ...] = get_args(Form)
 CERTIFICATE = "steer_certificate.json"
 ADAPTER = "adapter_model.safetensors"
 """File of an adapter's weights, as peft names it."""
+CONTROL_VECTOR = "control_vector.gguf"
 DIRECTIONS = "steer_directions"
 """Folder in the output for the directions."""
 _FORMAT = 2
@@ -75,7 +78,8 @@ class WriterProof:
     norm: float
     """`||W'||`, to which rounding is relative."""
     key: str | None = None
-    """Adapters: the tensor that holds `Q^T W`, or the change of a bias."""
+    """Adapters: the tensor that holds `Q^T W`, or the change of a bias. Files for llama.cpp: FILE:TENSOR; there each
+    file has its proof of a writer."""
 
     @property
     def remaining(self) -> float:
@@ -146,10 +150,10 @@ class Certificate:
     neutral: str | None
     """File in the output with the neutral means that the method spared; None if it spared none."""
     writers_found: int
-    """Number of weights that write into the residual stream, edited or not; 0 in a control vector, which changes
-    none."""
+    """Number of weights that write into the residual stream, edited or not; 0 in a control vector
+    alone, which changes none."""
     writers: tuple[WriterProof, ...]
-    """One proof for each ablated weight, and for its bias if it has one."""
+    """One proof for each ablated weight, and for its bias if it has one; in files for llama.cpp, of each file."""
     biases: tuple[BiasProof, ...]
     """One proof for each bias that adds, and for the zero biases that had to be created with them."""
     directions: tuple[SavedDirection, ...]
@@ -168,8 +172,8 @@ class Certificate:
     """The exact command line; None if called from Python."""
     form: Form = "checkpoint"
     structure: dict[str, Any] | None = None
-    """Adapters and control vectors: the `Structure` of a source whose anatomy was proved, so that they can be checked
-    without it; None where the layout is declared."""
+    """Adapters and files for llama.cpp: the `Structure` of a source whose anatomy was proved, so that they can be
+    checked without it; None where the layout is declared."""
     edit_mtp: bool = False
     """Whether layers for multi-token prediction with the shape of a block are edited too; their writers are then among
     `writers` and `writers_found`, those that go on from the last block with its number."""
@@ -198,7 +202,7 @@ class Certificate:
     @property
     def writers_edited(self) -> int:
         """Number of ablated weights, not counting biases."""
-        return sum(not w.bias for w in self.writers)
+        return len({w.tensor for w in self.writers if not w.bias})
 
     @property
     def worst_remaining(self) -> float:
@@ -294,6 +298,29 @@ def hub_name(root: Path) -> str | None:
 def utf8(name: str) -> str:
     """A name or a command for people. Bytes that are not UTF-8 become `?`, because JSON cannot hold them."""
     return name.encode(errors="replace").decode()
+
+
+def lora_files(cert: Certificate) -> list[str]:
+    """The LoRAs for llama.cpp in an output, in the order of its ids."""
+    return list(dict.fromkeys(str(w.key).partition(":")[0] for w in cert.writers)) if cert.form == "gguf" else []
+
+
+def server_command(cert: Certificate, folder: str = "") -> str:
+    """The command that starts llama-server with the files of an output in `folder`, by default in the current one."""
+    words = ["llama-server", "-m", "MODEL.gguf"]
+
+    def row(files: Sequence[str]) -> str:
+        """Both options take a row of CSV; of an option that is repeated llama.cpp b11549 uses the last one."""
+        paths = [os.path.join(folder, file) for file in files]
+        return ",".join(f'"{path}"' if "," in path else path for path in paths)
+
+    if loras := lora_files(cert):
+        words += ["--lora", row(loras)]
+    if cert.biases:
+        words += ["--control-vector", row([CONTROL_VECTOR])]
+    if CHAT_TEMPLATE in cert.files:
+        words += ["--jinja", "--chat-template-file", os.path.join(folder, CHAT_TEMPLATE)]
+    return shlex.join(words)
 
 
 def versions() -> dict[str, str]:

@@ -18,10 +18,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan, Target, hash_sources
-from steer.baking.certificate import ADAPTER, Certificate, Proofs, WriterProof, proved_structure, rounding, same_set
+from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan, hash_sources
+from steer.baking.certificate import (
+    ADAPTER,
+    CONTROL_VECTOR,
+    Certificate,
+    Proofs,
+    WriterProof,
+    proved_structure,
+    rounding,
+    same_set,
+)
 from steer.baking.checkpoint import CheckpointPlan
-from steer.baking.control_vector import FILE, read_control_vector
+from steer.baking.control_vector import read_control_vector
+from steer.baking.llama_cpp import LlamaCppPlan, file_layout, lora_edits, lora_key, read_lora
+from steer.baking.plan import Plan
+from steer.checkpoint.gguf_file import ARCHITECTURES
 from steer.checkpoint.layouts import Layout
 from steer.checkpoint.projection import as_tensor, projection
 from steer.checkpoint.reader import CheckpointFiles, TensorInfo
@@ -181,33 +193,80 @@ def _stored(files: CheckpointFiles, name: str) -> Tensor:
     return as_tensor(files.read(info), info.dtype, info.shape)
 
 
-def check_control_vector(folder: Path, cert: Certificate, edit: Edit) -> str:
-    """Check that the tensors of a control vector are the certified ones and equal the sums of the directions stored
-    beside them. Returns the names of the tensors."""
-    try:
-        vectors, hint = read_control_vector(folder / FILE)
-    except SteerError as e:
-        raise CheckpointError(str(e)) from e
+def check_llama_cpp(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> str | None:
+    """Check that the files for llama.cpp hold what the directions beside them give: the control vector their sums, each
+    LoRA an ablation. With a `source`, compute the LoRAs again; returns what was compared with it."""
     shifts = {f"direction.{site}": (site, shift) for site, shift in edit.biases().items() if shift.any()}
-    tensors = {f"direction.{site}": vector for site, vector in vectors.items()}
-    same_set(folder, "tensor", set(tensors), set(shifts))
-    cert.check_tensors(folder, {name: (FILE, "F32", tuple(v.shape)) for name, v in tensors.items()})
-    norms = {name: float(v.double().norm()) for name, v in tensors.items()}
-    wrong = {
-        "architecture": hint != cert.layout(folder).model_type,
-        "writers": bool(cert.writers or cert.writers_found or cert.unloaded or cert.untie_to_merge),
-        "strength": cert.strength != edit.strength or bool(edit.ablate),
-        "config": cert.config != {},
-        "edit_mtp": cert.edit_mtp,
-        "biases": [(b.tensor, b.site, b.created) for b in cert.biases] != [(n, shifts[n][0], True) for n in tensors]
-        or not all(abs(b.norm - norms[b.tensor]) <= 1e-6 * norms[b.tensor] for b in cert.biases),
+    hint, vectors = _read_vectors(folder) if CONTROL_VECTOR in cert.files else (None, {})
+    loras = lora_edits(edit)
+    same_set(folder, "file", {f for f in cert.files if f.endswith(".gguf")} - {CONTROL_VECTOR}, set(loras))
+    model_type = cert.layout(folder).model_type
+    raw = {file: read_lora(folder / file, ARCHITECTURES[model_type]) for file in loras}
+    same_set(folder, "tensor", set(vectors), set(shifts))
+    found: dict[str, tuple[str, str, tuple[int, ...]]] = {
+        name: (CONTROL_VECTOR, "F32", tuple(v.shape)) for name, v in vectors.items()
     }
-    for name, vector in tensors.items():
+    found |= {f"{file}:{name}": (file, "F32", tuple(t.shape)) for file, held in raw.items() for name, t in held.items()}
+    cert.check_tensors(folder, found)
+    for name, vector in vectors.items():
         shift = shifts[name][1]
         if not float((vector - shift).norm()) <= 1e-6 * float(shift.norm()):
-            raise CheckpointError(f"{folder / FILE}: {name} is not what the directions beside it add up to; bake again")
+            raise CheckpointError(
+                f"{folder / CONTROL_VECTOR}: {name} is not what the directions beside it add up to; bake again"
+            )
+    norms = {name: float(v.double().norm()) for name, v in vectors.items()}
+    blocks = 1 + max((w.block for w in cert.writers if w.block is not None), default=0)
+    keys = [(str(w.key).partition(":")[0], w) for w in cert.writers]
+    wrong = {
+        "architecture": bool(vectors) and hint != model_type,
+        "writers": any(f not in loras or w.key != lora_key(f, w.tensor, blocks) or w.bias for f, w in keys)
+        or (not loras and bool(cert.writers_found or cert.unloaded))
+        or cert.untie_to_merge,
+        "strength": not loras and cert.strength != edit.strength,
+        "config": cert.config != {},
+        "edit_mtp": cert.edit_mtp,
+        "biases": [(b.tensor, b.site, b.created) for b in cert.biases] != [(n, shifts[n][0], True) for n in vectors]
+        or not all(abs(b.norm - norms[b.tensor]) <= 1e-6 * norms[b.tensor] for b in cert.biases),
+    }
     _check_claims(folder, wrong)
-    return ", ".join(tensors)
+    stored: dict[str, dict[str, Tensor]] = {}
+    for file, part in loras.items():
+        stored[file] = {f"{file}:{name}": t for name, t in file_layout(raw[file]).items()}
+        own = replace(cert, writers=tuple(w for f, w in keys if f == file), biases=())
+        _check_adapter_claims(folder, own, part, stored[file])
+        _check_factors(folder, own, part, stored[file])
+    return None if source is None else _check_llama_cpp_source(folder, cert, edit, stored, source)
+
+
+def _read_vectors(folder: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """(the model hint, tensors) of the control vector."""
+    try:
+        vectors, hint = read_control_vector(folder / CONTROL_VECTOR)
+    except SteerError as e:
+        raise CheckpointError(str(e)) from e
+    return hint, {f"direction.{site}": vector for site, vector in vectors.items()}
+
+
+def _check_llama_cpp_source(
+    folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str, Mapping[str, Tensor]], source: Path
+) -> str:
+    """Compute the LoRAs from their source again and compare."""
+    plan, proofs = LlamaCppPlan(source, edit), Proofs()
+    _check_source_files(folder, cert, plan.files)
+    for file, lora in plan.loras.items():
+        again = {f"{file}:{name}": t for name, t in plan.factors(file, proofs).items()}
+        same_set(folder, "tensor", set(stored[file]), set(again))
+        for key in (key for key in again if key.endswith("lora_a")):
+            off, size = _distance((key, _b_of(key)), lora.targets[0].rank, stored[file], again)
+            if not off <= _SLACK * size:
+                raise CheckpointError(f"{folder}: {key} is not what {source} gives; bake again")
+    _check_against_source(folder, cert, plan, proofs)
+    return f"all LoRAs come out of {source} again, whose files are those certified"
+
+
+def _b_of(a: str) -> str:
+    """Name of the factor B beside a factor A, in an adapter and in a LoRA for llama.cpp."""
+    return re.sub(r"(lora(?:_embedding)?_)([Aa])", lambda m: m[1] + {"A": "B", "a": "b"}[m[2]], a)
 
 
 def check_adapter(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> str:
@@ -252,7 +311,7 @@ def _check_adapter_claims(folder: Path, cert: Certificate, edit: Edit, stored: M
         misstated |= decided != proof
         ablated |= {(kind, block)} if strengths[-1] > 0 and not bias else set()
     proved = {p.key for p in cert.writers} | {b.tensor for b in cert.biases}
-    loose = [n for n in stored if n not in proved and not re.search(r"lora(_embedding)?_B(\.weight)?$", n)]
+    loose = [n for n in stored if n not in proved and not re.search(r"lora(_embedding)?_(B(\.weight)?|b)$", n)]
     wrong = {
         "writers": misstated
         or len({p.tensor for p in cert.writers}) != len(cert.writers)
@@ -321,7 +380,7 @@ def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[
         if not proof.bias and proof.key is not None:
             proofs.setdefault(proof.key, []).append(proof)
     for key, group in proofs.items():
-        first, a, b = group[0], stored[key].double(), stored[re.sub(r"(lora(_embedding)?)_A", r"\1_B", key)].double()
+        first, a, b = group[0], stored[key].double(), stored[_b_of(key)].double()
         rank = edit.basis(first.block).shape[1]
         q = edit.basis(first.block) if first.kind not in normed else None
         per_expert = b.view(len(b), rank, -1).permute(2, 0, 1)  # B's columns: the direction outside, the expert inside
@@ -336,7 +395,7 @@ def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[
             )
             if not (float(gram) <= _SLACK and outside <= _SLACK and right and proof.holds):
                 raise CheckpointError(
-                    f"{folder / ADAPTER}: {key} does not take {proof.strength} of the directions out of "
+                    f"{folder}: {key} does not take {proof.strength} of the directions out of "
                     f"{proof.tensor}, which is certified; bake again"
                 )
 
@@ -366,26 +425,34 @@ def _check_adapter_source(
     again = dict(plan.tensors(plan.targets, proofs))
     same_set(folder, "tensor", set(stored), set(again))
     for target in plan.targets:
-        differences = {target.names[0]: _distance(target, stored, again)}
+        differences = {target.names[0]: _distance(target.names, target.rank, stored, again)}
         if (name := f"{target.key}.lora_B.bias") in again:
             differences[name] = float((stored[name] - again[name]).norm()), float(again[name].norm())
         for name, (off, size) in differences.items():
             if not off <= _SLACK * size:
                 raise CheckpointError(f"{folder / ADAPTER}: {name} is not what {source} gives; bake again")
-    recomputed, certified = ({p.tensor: p for p in proven} for proven in (proofs.writers, cert.writers))
     claims = {
         CONFIG: config != json.loads(json.dumps(plan.config(config["base_model_name_or_path"]))),
+        "biases": {(b.tensor, b.site) for b in cert.biases} != {(b.tensor, b.site) for b in proofs.biases},
+        "untie_to_merge": cert.untie_to_merge != plan.untie_to_merge,
+    }
+    _check_claims(folder, claims)
+    _check_against_source(folder, cert, plan, proofs)
+    return f"all {len(again)} tensors come out of {source} again, whose files are those certified"
+
+
+def _check_against_source(folder: Path, cert: Certificate, plan: Plan, proofs: Proofs) -> None:
+    """Check the entries that only the source decides. `proofs`: of what was computed from it again."""
+    recomputed, certified = ({(p.tensor, p.key): p for p in proven} for proven in (proofs.writers, cert.writers))
+    claims = {
         "architecture": cert.architecture != plan.anatomy.architecture,
         "structure": cert.structure != proved_structure(plan.anatomy),
         "writers_found": cert.writers_found != len(plan.all_writers),
         "writers": recomputed.keys() != certified.keys()
         or not all(_same_proof(recomputed[n], certified[n]) for n in recomputed),
-        "biases": {(b.tensor, b.site) for b in cert.biases} != {(b.tensor, b.site) for b in proofs.biases},
         "unloaded": cert.unloaded != plan.passed_through,
-        "untie_to_merge": cert.untie_to_merge != plan.untie_to_merge,
     }
     _check_claims(folder, claims)
-    return f"all {len(again)} tensors come out of {source} again, whose files are those certified"
 
 
 def _same_proof(ours: WriterProof, theirs: WriterProof) -> bool:
@@ -395,16 +462,18 @@ def _same_proof(ours: WriterProof, theirs: WriterProof) -> bool:
     return near and ours == replace(theirs, before=ours.before, after=ours.after, norm=ours.norm)
 
 
-def _distance(target: Target, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
-    """(`||B A - B' A'||`, `||B' A'||`) of the factors that were found for a target and those that were expected, summed
-    over all experts, without computing the products.
+def _distance(
+    names: tuple[str, str], rank: int, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """(`||B A - B' A'||`, `||B' A'||`) of the factors A and B of these names that were found and those that were
+    expected, summed over all experts, without computing the products.
 
     Only the products are the same on every machine: the basis of a subspace depends on a machine's libraries.
     """
 
     def factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        a, b = (tensors[name].double() for name in target.names)
-        return a.view(-1, target.rank, a.shape[-1]), b.view(len(b), target.rank, -1).permute(2, 0, 1)
+        a, b = (tensors[name].double() for name in names)
+        return a.reshape(-1, rank, a.shape[-1]), b.reshape(len(b), rank, -1).permute(2, 0, 1)
 
     def inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
         return float(((one[1].mT @ other[1]) * (one[0] @ other[0].mT)).sum())

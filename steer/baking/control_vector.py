@@ -1,4 +1,4 @@
-"""Bakes adds as a llama.cpp control vector: a GGUF file of architecture `controlvector`, with one fp32 tensor per
+"""Control vectors of llama.cpp: a GGUF file of architecture `controlvector`, with one fp32 tensor per
 layer.
 
 `direction.N` is added to the residual stream after llama.cpp's layer N, counted from 0, which is site N. llama.cpp
@@ -10,55 +10,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.baking.certificate import BiasProof
-from steer.baking.journal import Journal
-from steer.baking.plan import Plan
-from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
-from steer.core.edit import Edit
-from steer.errors import SteerError, UsageError
+from steer.errors import SteerError
 
-FILE = "control_vector.gguf"
 _ARCHITECTURE = "controlvector"
 _HINT = f"{_ARCHITECTURE}.model_hint"
-
-
-class ControlVectorPlan(Plan):
-    """The bake of a control vector, which llama.cpp should load at scale 1. Only the headers of the source are read."""
-
-    form = "gguf"
-    total = 1
-
-    def __init__(self, source: Path | CheckpointFiles, edit: Edit, *, edit_mtp: bool = False) -> None:
-        super().__init__(source, edit, edit_mtp=edit_mtp)
-        self.vectors = {site: shift.float() for site, shift in sorted(self.shifts.items()) if shift.any()}
-        self.adds = {f"direction.{site}": site for site in self.vectors}
-        if not self.vectors:
-            raise UsageError(f"{source}: expected an add that moves something, found adds that cancel each other")
-
-    def write(self, journal: Journal, advance: Callable[[int], None]) -> dict[str, Any]:
-        path = journal.work / FILE
-        write_control_vector(path, self.vectors, self.anatomy.layout.model_type)
-        advance(1)
-        norms = {site: float(vector.double().norm()) for site, vector in self.vectors.items()}
-        return {
-            "writers_found": 0,  # because no weights change
-            "unloaded": (),
-            "biases": [BiasProof(f"direction.{site}", site, True, norm) for site, norm in norms.items()],
-            "tensors": {f"direction.{site}": [FILE, "F32", [len(v)]] for site, v in self.vectors.items()},
-            "files": {FILE: hash_file(path)},
-            "source_files": {"config.json": hash_file(self.files.root / "config.json")},
-        }
 
 
 def load_control_vector(path: str | Path) -> dict[int, Direction]:

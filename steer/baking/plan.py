@@ -1,7 +1,7 @@
 """Plans a bake before anything is written: whether the form of output can hold each slider, and what will change.
 
 `Plan` holds what all forms share. Its subclasses plan and write one form each: `checkpoint`, `adapter` and
-`control_vector`. The checks of `steer verify` make the same plan again.
+`llama_cpp`. The checks of `steer verify` make the same plan again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from steer.baking.certificate import Form, WriterProof
 from steer.baking.journal import Journal
 from steer.checkpoint.ablation import Ablation
 from steer.checkpoint.anatomy import Anatomy, Writer, WriterMap
+from steer.checkpoint.gguf_file import ARCHITECTURES
 from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import CheckpointFiles
 from steer.core.direction import Direction
@@ -212,8 +213,9 @@ def _obstacle(move: Slider, form: Form, anatomy: Anatomy, strengths: Sequence[fl
     if move.operation == "ablate":
         if not isinstance(move.target, Direction):
             return "what a latent's activation is depends on the token; add it, or ablate a direction"
-        if form == "gguf":
-            return "a control vector only adds; bake an adapter or a checkpoint"
+        if form == "gguf" and (kind := anatomy.layout.model_type) not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            return f"LoRAs for llama.cpp are made for models of type {known} alone, not {kind}; bake an adapter"
         if len(strengths) > 1:
             found = ", ".join(f"{s:g}" for s in strengths)
             return f"directions are ablated at one strength, found {found}; give all of them one amount"

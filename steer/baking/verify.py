@@ -47,8 +47,8 @@ def verify(
         for check in steer.verify(Path("baked")):
             print(check.name, check.detail)
 
-    Errors: CheckpointError at the first difference from the certificate; UsageError for `source` with a control vector,
-    which contains nothing of its source.
+    Errors: CheckpointError at the first difference from the certificate; UsageError for `source` with a control vector
+    alone, which contains nothing of its source.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a baked checkpoint, found no directory; check the path")
@@ -62,7 +62,7 @@ def _verified(folder: Path, progress: Callable[[int, int], None] | None, source:
     cert = Certificate.load(folder)
     if cert.form not in FORMS:
         raise CheckpointError(f"{folder / CERTIFICATE}: is of no form that a bake writes; bake again")
-    if cert.form == "gguf" and source is not None:
+    if cert.form == "gguf" and source is not None and not cert.writers:
         raise UsageError(
             "--source: expected none for a control vector, which holds nothing of its source; leave it out"
         )
@@ -88,20 +88,24 @@ def _verified(folder: Path, progress: Callable[[int, int], None] | None, source:
     if hidden := sorted(path.name for path in folder.iterdir() if path.name.startswith(".")):
         checks["hidden files"] = f"not certified, and loaded by nothing: {', '.join(hidden)}"
     # From here on torch is needed: missing and changed files have been found without it.
-    from steer.baking.checks import certified_edit, check_adapter, check_checkpoint, check_control_vector
+    from steer.baking.checks import certified_edit, check_adapter, check_checkpoint, check_llama_cpp
 
     edit = certified_edit(folder, cert)
     if cert.form == "gguf":
-        tensors = check_control_vector(folder, cert, edit)
-        return checks | {"contents": complete, "add": f"{tensors} of a control vector"}
-    compared = (check_checkpoint if files else check_adapter)(folder, cert, edit, source)
-    checks["ablation"] = (
-        f"{cert.writers_edited} of {cert.writers_found} writers, at most {cert.worst_remaining:.2%} remains "
-        f"({1 - cert.strength:.0%} asked for)"
-        if cert.writers
-        else "none asked for"
-    )
-    if edit.add:
+        compared = check_llama_cpp(folder, cert, edit, source)
+        checks["contents"] = complete
+    else:
+        compared = (check_checkpoint if files else check_adapter)(folder, cert, edit, source)
+    if cert.writers or cert.form != "gguf":
+        checks["ablation"] = (
+            f"{cert.writers_edited} of {cert.writers_found} writers, at most {cert.worst_remaining:.2%} remains "
+            f"({1 - cert.strength:.0%} asked for)"
+            if cert.writers
+            else "none asked for"
+        )
+    if cert.form == "gguf" and cert.biases:
+        checks["add"] = f"{', '.join(b.tensor for b in cert.biases)} of a control vector"
+    elif edit.add and cert.form != "gguf":
         checks["add"] = f"biases at sites {', '.join(map(str, sorted(edit.biases())))}"
     return checks | ({"source": compared} if compared else {})
 

@@ -25,7 +25,7 @@ from steer.files import read_json_object, replacing
 Stored = Literal["F32", "F16", "BF16", "Q8_0"]
 STORED: tuple[Stored, ...] = get_args(Stored)
 """How matrices are stored. Vectors are always fp32, as llama.cpp wants them."""
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama"}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama"}
 """Model type of transformers -> architecture of llama.cpp."""
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -114,13 +114,13 @@ def _architecture(files: CheckpointFiles) -> str:
     """The architecture's name in llama.cpp. Errors: UnsupportedError for a model that computes otherwise."""
     config, root = files.config, files.root
     kind = config.get("model_type")
-    if kind not in _ARCHITECTURES:
-        raise _refusal(root, f"a model of type {' or '.join(_ARCHITECTURES)}", str(kind))
+    if kind not in ARCHITECTURES:
+        raise _refusal(root, f"a model of type {' or '.join(ARCHITECTURES)}", str(kind))
     if config.get("hidden_act", "silu") != "silu":
         raise _refusal(root, "the activation silu", str(config["hidden_act"]))
     if kind == "mistral" and config.get("sliding_window") is not None:
         raise _refusal(root, "attention to the whole context", f"a window of {config['sliding_window']} tokens")
-    return _ARCHITECTURES[kind]
+    return ARCHITECTURES[kind]
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

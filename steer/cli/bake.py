@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.baking.certificate import FORMS, Form
+from steer.baking.certificate import FORMS, Form, server_command
 from steer.cli.common import ChatTemplate, Dtype, Json, Model, emit, stoppable
 from steer.errors import UsageError
 from steer.plain_text import plain
@@ -28,7 +28,7 @@ def bake(
     ablate: Annotated[list[str], typer.Option(help="A trait, or a direction's file, to remove; repeatable.")] = [],  # noqa: B006
     add: Annotated[list[str], typer.Option(help="NAME=AMOUNT to add as a bias; may be repeated.")] = [],  # noqa: B006
     profile: Annotated[Path | None, typer.Option(help="A profile's sliders, in place of --ablate and --add.")] = None,
-    form: Annotated[str, typer.Option("--as", help="checkpoint, adapter (a PEFT LoRA), or gguf (a control vector).")]
+    form: Annotated[str, typer.Option("--as", help="checkpoint, adapter (a PEFT LoRA), or gguf (for llama.cpp).")]
     = "checkpoint",
     strength: Annotated[float, typer.Option(help="Share of the direction that is removed, up to 1.")] = 1.0,
     blocks: Annotated[str | None, typer.Option(help="FIRST-LAST block to edit; by default every writer.")] = None,
@@ -62,7 +62,8 @@ def bake(
     chat_template: ChatTemplate = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Remove directions from the weights and write a new checkpoint, or an adapter, with a certificate.
+    """Remove directions from the weights and write a new checkpoint, an adapter or files for llama.cpp, with a
+    certificate.
 
     --search tries edits on the live model, on fit topics: plain, biprojected and norm-preserving ablation, ranges of
     blocks, kernels for attention and MLPs, and a bias. A stopped search goes on where it stopped. The result is
@@ -133,6 +134,8 @@ def bake(
         "not_loaded_by_transformers": list(cert.unloaded),
         "untie_to_merge": cert.untie_to_merge,
     }
+    if what == "gguf":
+        summary["llama_server"] = server_command(cert, str(out))
     text = _summary(cert, out)
     if searched is not None:
         from steer.verbs.tables import search_table
@@ -178,7 +181,8 @@ def _summary(cert: Certificate, out: Path) -> str:
             "do not merge it as it is: the LM head of the source is its embedding, and would change too; its README.md "
             "says how to untie them first"
         )
-    return f"{out}: {'; '.join(facts)}\nCheck it: steer verify {out}"
+    run = f"\nRun it, on a GGUF of the same model: {server_command(cert, str(out))}" if cert.form == "gguf" else ""
+    return f"{out}: {'; '.join(facts)}\nCheck it: steer verify {out}{run}"
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -104,11 +104,11 @@ def bake(
     afterwards. `ablate`: one or several directions, removed from every writer, including the embedding; a trait without
     a known direction is found first. `add`: direction -> amount, written as a bias. `profile`: sliders in place of
     both; all sliders that cannot be baked are named in one error. `form`: `checkpoint`, `adapter` (a PEFT LoRA) or
-    `gguf` (a control vector, which holds only what is added). `edit_mtp`: also edit layers for multi-token prediction
-    that have the shape of a block, which pass through otherwise; only a checkpoint has them. `force`: accept a
-    direction that was found on another checkpoint. `chat_template`: as in `steer.load`; it is written beside what is
-    baked. `command`: the command line, for the certificate. `say`: called with the plan before anything is written.
-    `progress`: called with bytes done and bytes in all. `how`: fields of `HowToAblate`.
+    `gguf` (for llama.cpp: a LoRA for each ablation, a control vector of what is added). `edit_mtp`: also edit layers
+    for multi-token prediction that have the shape of a block, which pass through otherwise; only a checkpoint has them.
+    `force`: accept a direction that was found on another checkpoint. `chat_template`: as in `steer.load`; it is written
+    beside what is baked. `command`: the command line, for the certificate. `say`: called with the plan before anything
+    is written. `progress`: called with bytes done and bytes in all. `how`: fields of `HowToAblate`.
 
     Tensors are streamed, so memory stays near the size of the largest one.
     Errors: SteerError and its subclasses, one line each.

@@ -177,8 +177,8 @@ def search_bake(
             raise UsageError(f"--search: expected a trait, which has topics to search on, found the file {name}")
     if form == "gguf":
         raise UsageError(
-            "--search: expected --as checkpoint or adapter, found gguf: a control vector ablates nothing; bake it with "
-            f"--add {trait}=AMOUNT"
+            "--search: expected --as checkpoint or adapter, found gguf, which holds few of the edits that are tried; "
+            f"bake it with --ablate {trait} or --add {trait}=AMOUNT"
         )
     if trials < 1:
         raise UsageError(f"--trials: expected at least 1, found {trials}")

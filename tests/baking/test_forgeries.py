@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from steer.baking.adapter import CONFIG
 from steer.baking.bake import bake
 from steer.baking.certificate import ADAPTER, CERTIFICATE, _digest
-from steer.baking.control_vector import FILE, read_control_vector, write_control_vector
+from steer.baking.certificate import CONTROL_VECTOR as FILE
+from steer.baking.control_vector import read_control_vector, write_control_vector
 from steer.baking.verify import verify
 from steer.checkpoint.reader import SINGLE
 from steer.checkpoint.staging import hash_file
