@@ -76,8 +76,9 @@ class Page:
         element.click()
 
     def press(self, css: str, which: int = 0) -> None:
-        """Click the element that a selector finds, once nothing covers it: a toast goes away, a redraw ends."""
-        self.until(lambda: self.hit(self.all(css)[which]) is None)
+        """Click the element that a selector finds, once it is there and nothing covers it: a toast goes away, a redraw
+        ends."""
+        self.until(lambda: self.all(css)[which:] and self.hit(self.all(css)[which]) is None)
 
     def fill(self, label: str, text: str) -> None:
         def typed() -> bool:
