@@ -59,8 +59,10 @@ def test_start_three_votes_next_generation_export(chromium, page_url, family, tm
     page.until(lambda: "after 3 votes" in main(page))
 
     message = "A message of your own, in place of this one"
+    page.settled()  # the page is drawn again after a vote
     page.fill(message, "what is 1 and 2")  # the keys of a text are no votes
     page.until(lambda: "what is 1 and 2" in page.all("[data-testid=stChatMessage]")[-1].text)
+    page.settled()
     assert len(lineage.votes) == 3
 
     page.click("Next generation")
