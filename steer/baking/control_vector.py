@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,8 +60,13 @@ def write_control_vector(path: Path, vectors: Mapping[int, Float[Tensor, " d"]],
     writer = gguf.GGUFWriter(path, _ARCHITECTURE)
     writer.add_string(_HINT, model_type)
     writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(vectors))
-    for site, vector in vectors.items():
-        writer.add_tensor(f"direction.{site}", vector.to(torch.float32).numpy())
+    write_tensors(writer, {f"direction.{site}": vector for site, vector in vectors.items()})
+
+
+def write_tensors(writer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add tensors in fp32 to a `gguf.GGUFWriter`, write its file and close it."""
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.to(torch.float32).numpy())
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

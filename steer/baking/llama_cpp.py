@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steer.baking.adapter import AdapterPlan, hash_sources
 from steer.baking.certificate import CONTROL_VECTOR, BiasProof, Proofs
-from steer.baking.control_vector import write_control_vector
+from steer.baking.control_vector import write_control_vector, write_tensors
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
 from steer.checkpoint.gguf_file import ARCHITECTURES
@@ -172,14 +172,7 @@ def write_lora(path: Path, tensors: Mapping[str, Tensor], architecture: str) -> 
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     rank = next(t.shape[1] for name, t in tensors.items() if name.endswith(".lora_b"))
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # times 1, as B contains the strength
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.to(torch.float32).numpy())
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    write_tensors(writer, tensors)
 
 
 def read_lora(path: Path, architecture: str) -> dict[str, Tensor]:
