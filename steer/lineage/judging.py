@@ -51,8 +51,11 @@ Pair = tuple[str, str]
 Choice = Literal["left", "right", "same", "bad"]
 REPLY = replace(CHAT, max_new_tokens=160)
 """Sampler of the replies: the chat's, with a length that one reads in half a minute."""
-AHEAD = 5
-"""How many prompts are answered, the one that is shown among them."""
+AHEAD = 16
+"""How many prompts are answered, the one that is shown among them. A node answers as many as it can at once, and goes
+on when half of them are used: sixteen replies in one batch take hardly longer than one."""
+AT_FIRST = 4
+"""How many prompts are answered at once while a person waits, so that the next votes need not wait for other nodes."""
 UNLIKELY = 0.01
 """Nodes that are the best with a smaller probability are not asked ahead."""
 FREE = 0.8
@@ -141,6 +144,7 @@ class Judge:
         if prompt is not None:
             self._openings = [_some_text(prompt, "--prompt")]
         self._said: str | None = None
+        self._writing: list[_Task] = []
         self._story: Messages = ()
         """The scene so far, up to the reply that was chosen last."""
         self._shown: BlindPair | None = None
@@ -191,9 +195,8 @@ class Judge:
                 if self._stopped:
                     raise UsageError("judging: expected one that is not closed")
                 waited = time.monotonic() - start
-                alike = sum(map(len, self._alike.values()))
                 self._shown = self._ready(self._pairs if waited >= PATIENCE else self._pairs[:1])
-                if sum(map(len, self._alike.values())) > alike:
+                if sum(map(len, self._alike.values())) > self._planned_alike:
                     self._update()
                 elif self._shown is None:
                     if wait is not None and waited >= wait:
@@ -258,6 +261,8 @@ class Judge:
         votes = [v for v in self.lineage.votes if v.voter == self.voter and len(v.chat) == 1]
         self._used = Counter(v.chat[0][1] for v in votes)
         """How often this voter has voted on an opening."""
+        self._planned_alike = sum(map(len, self._alike.values()))
+        """How many equal replies the plan knows of; the thread may find more."""
         pairs = ranked_pairs(self.standing)
         self._pairs = [p for p in pairs if len(self._alike.get(p, ())) < ALIKE]
         if pairs and not self._pairs:
@@ -302,7 +307,16 @@ class Judge:
         return (*story, ("user", text))
 
     def _ready(self, pairs: Sequence[Pair]) -> BlindPair | None:
-        """The first pair that has two different replies to one chat."""
+        """The first pair that has two different replies to one chat, on sides drawn at random."""
+        if (found := self._written(pairs)) is None:
+            return None
+        task, sides = found
+        self._rng.shuffle(sides)
+        (left, first), (right, second) = sides
+        return BlindPair(task.chat, left, right, (first, second))
+
+    def _written(self, pairs: Sequence[Pair]) -> tuple[_Task, list[tuple[str, str]]] | None:
+        """A chat, and its replies with their nodes, of the first pair that has two different ones."""
         tasks = [task for task in self._tasks if self._said in (None, task.chat[-1][1])]
         for pair, task in product(pairs, tasks):
             a, b = (self._reply(task, node) for node in pair)
@@ -311,10 +325,7 @@ class Judge:
             if a == b:
                 self._alike.setdefault(pair, set()).add(task)
                 continue
-            sides = [(a, pair[0]), (b, pair[1])]
-            self._rng.shuffle(sides)
-            (left, first), (right, second) = sides
-            return BlindPair(task.chat, left, right, (first, second))
+            return task, [(a, pair[0]), (b, pair[1])]
         return None
 
     def _reply(self, task: _Task, node: str) -> str | None:
@@ -333,14 +344,15 @@ class Judge:
     def _write(self) -> None:
         """Write replies until `close`. An error waits for the next `blind_pair`, which raises it."""
         while (job := self._job()) is not None:
-            node, tasks = job
+            node, self._writing = job
+            tasks = self._writing
             try:
                 replies = self._models.replies(node, tasks, self._check)
                 for task, reply in zip(tasks, replies, strict=True):
                     kept = {"chat": task.chat, "seed": task.seed, "node": node, "reply": reply}
                     write_atomic(self._file(task, node), json.dumps(kept, indent=1) + "\n")
             except _StoppedError:
-                return
+                continue
             except Exception as e:
                 with self._changed:
                     self._error = e
@@ -348,7 +360,8 @@ class Judge:
                 self._changed.notify_all()
 
     def _check(self, tokens: int) -> None:
-        if self._stopped:
+        awaited = self._said if self._shown is None else None
+        if self._stopped or (awaited and all(task.chat[-1][1] != awaited for task in self._writing)):
             raise _StoppedError
 
     def _job(self) -> tuple[str, list[_Task]] | None:
@@ -364,18 +377,20 @@ class Judge:
         likely = [node for node, rating in self.standing.ratings.items() if rating.best >= UNLIKELY]
         nodes = dict.fromkeys(node for pair in self._pairs for node in pair if node in (*self._pairs[0], *likely))
         missing = {node: [t for t in self._tasks if self._reply(t, node) is None] for node in nodes}
-        if self._shown is None:  # somebody may be waiting
+        waiting = self._shown is None and self._written(self._pairs) is None
+        if waiting:
             for node in self._pairs[0]:
                 if self._tasks[0] in missing[node]:
-                    return node, self._tasks[:1]
+                    return node, self._tasks[: 1 if self._said else AT_FIRST]
         for node in sorted(nodes, key=lambda node: node not in self._models.held):
-            if missing[node]:
+            due = len(missing[node]) >= AHEAD // 2 or any(task in missing[node] for task in self._tasks[:2])
+            if missing[node] and (due or waiting):
                 return node, missing[node]
         return None
 
 
 class _StoppedError(Exception):
-    """The judge was closed while a reply was written."""
+    """The judge was closed while replies were written ahead, or a person waits for others."""
 
 
 class _Models:

@@ -65,14 +65,17 @@ def watch(
     """Draw a part of the page as a fragment, which is drawn again without the rest of the page.
 
     While `running` returns true, that happens every `every` seconds, and once it does not any more, the whole page is
-    drawn again, without the timer.
+    drawn again, without the timer. The first drawing is part of the page's: to break it off for another would leave out
+    what stands below.
     """
-    ran = running()
+    ran, first = running(), True
 
     @wraps(draw)
     def drawn() -> None:
+        nonlocal first
+        within_page, first = first, False
         draw(*args)
-        if st.session_state.pop("redraw", False) or (ran and not running()):
+        if not within_page and (st.session_state.pop("redraw", False) or (ran and not running())):
             st.rerun()
 
     st.fragment(guarded(drawn), run_every=every if ran else None)()
