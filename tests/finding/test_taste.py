@@ -9,14 +9,13 @@ import pytest
 import torch
 import yaml
 from commands import command_here
-from tiny_parrot import save_parrot
 
 import steer as package
 from steer.core.direction import Direction
 from steer.core.votes import Vote, VotedReply, append_vote
 from steer.errors import UsageError
 from steer.finding.taste import Ballots, CrossFit, ballots_of, best_site, cross_fit, find_taste, steerable_sites
-from steer.model.steered import SteeredModel, load
+from steer.model.steered import SteeredModel
 
 DEPTH, WIDTH = 10, 24
 SITES = steerable_sites(DEPTH)
@@ -98,16 +97,6 @@ def test_sites_that_cannot_be_told_apart_give_the_middle_one() -> None:
     assert SITES[best_site(told, np.ones(40), SITES, DEPTH)] == 4
     told[:30, 1:] = 0
     assert SITES[best_site(told, np.ones(40), SITES, DEPTH)] == SITES[0]
-
-
-@pytest.fixture(scope="module")
-def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_parrot(tmp_path_factory.mktemp("parrot") / "model")
-
-
-@pytest.fixture(scope="module")
-def model(parrot: Path) -> SteeredModel:
-    return load(parrot)
 
 
 @pytest.mark.parametrize("thumbs", [False, True])
