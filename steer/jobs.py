@@ -1,4 +1,4 @@
-"""A `steer` command in a process of its own, for page and server: its progress, its result, and how to stop it."""
+"""A `steer` command in a separate process, for page and server: its progress, its result, and how to stop it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def with_lore(
     """Return a chat's messages with the texts of active entries, and which entries those are.
 
     Texts of the system prompt stand before or after the card's sections in it, or where the user has taken these out,
-    at its beginning or its end. Texts with a depth are messages of their own: `@@role assistant` at depth 0 would begin
+    at its beginning or its end. Texts with a depth are separate messages: `@@role assistant` at depth 0 would begin
     the reply, which is not offered, so the role is `system` there. `moment`: the reply's seed. `greeting`: index of the
     greeting that began the chat; None if there is none.
     """

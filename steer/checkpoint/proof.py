@@ -36,7 +36,7 @@ from steer.checkpoint.projection import ablate, through_norm
 from steer.checkpoint.tiny import IDS, model_class_of, own_config, tiny_config, tiny_model, tiny_world
 from steer.core.version import __version__
 from steer.errors import UnsupportedError
-from steer.files import write_atomic
+from steer.files import one_line, write_atomic
 
 TOLERANCE = 1e-9
 """Largest error of an identity, as a share of the numbers compared. Rounding of fp64 gives 1e-13 or so."""
@@ -98,9 +98,7 @@ def _typed(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
         # Infinity, which JSON lacks, is stored as an object.
         return CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
     except Exception as e:  # every class has checks of its own
-        raise UnsupportedError(
-            f"{where}: config.json: transformers refuses it: {' '.join(str(e).split())[:200]}"
-        ) from e
+        raise UnsupportedError(f"{where}: config.json: transformers refuses it: {one_line(e)}") from e
 
 
 def _completed(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
@@ -620,7 +618,7 @@ class _Proof:
         return bool(getattr(text, "attn_logit_softcapping", None)) or any("sinks" in n for n in self.run.parameters)
 
     def _stored(self) -> dict[str, Tensor]:
-        """The tensors of the model's files, by their names there, with a head of its own also where it is tied."""
+        """The tensors of the model's files, by their names there. A tied head gets a separate tensor."""
         head, config = self.head, self.model.config
         tied, ties = head.weight, [(c, c.tie_word_embeddings) for c in (config, config.get_text_config())
                                    if hasattr(c, "tie_word_embeddings")]  # fmt: skip
@@ -651,7 +649,7 @@ class _Proof:
         prefixes: dict[str, None],
     ) -> Addend:
         """What is said of a source in a layout: its names below the block, live and on disk."""
-        groups: dict[str, list[str]] = {}  # of experts that are modules of their own, all
+        groups: dict[str, list[str]] = {}  # for experts that are separate modules: all of them
         for name in source.weights:
             groups.setdefault(pattern(name), []).append(name)
         biases, live, files = list(source.biases), [], []
@@ -707,8 +705,7 @@ def _of_config(config: PreTrainedConfig, model_class: type[PreTrainedModel], pro
         with torch.device("meta"):
             model = model_class(config)
     except Exception as e:  # every class has checks of its own
-        why = " ".join(str(e).split())[:200]
-        raise NotProved(f"transformers cannot build this config: {type(e).__name__}: {why}") from e
+        raise NotProved(f"transformers cannot build this config: {type(e).__name__}: {one_line(e)}") from e
     layout, first = proved.layout, proved.layout.block.format(0)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     path = layout.base + first.removesuffix(".0")

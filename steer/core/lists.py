@@ -21,6 +21,17 @@ def as_list(given: T | Iterable[T]) -> list[T]:
     return list(given)
 
 
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the items, at even distances, the first and the last among them.
+
+    >>> evenly("abcdefg", 3)
+    ['a', 'd', 'g']
+    """
+    count = min(most, len(items))
+    step = (len(items) - 1) / (count - 1) if count > 1 else 0.0
+    return [items[round(i * step)] for i in range(count)]
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers as ranges: `0-2, 4`; with a constant step `0-30 by 2`."""
     steps = {b - a for a, b in pairwise(numbers)}

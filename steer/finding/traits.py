@@ -187,20 +187,20 @@ def find_trait(
     Errors: UsageError for an unknown trait or site, TraitNotFoundError without replies to compare, or if nothing is
     left of the direction without those of `keep`.
     """
-    trait, *kept = [t if isinstance(t, Trait) else Trait.load(t) for t in (trait, *keep)]
-    for each in (trait, *kept):
+    trait, *others = [t if isinstance(t, Trait) else Trait.load(t) for t in (trait, *keep)]
+    for each in (trait, *others):
         each.check()
-    if len({t.name for t in (trait, *kept)}) <= len(kept):
-        raise UsageError(f"keep: expected traits beside {trait.name}, each once, found {[t.name for t in kept]}")
+    if len({t.name for t in (trait, *others)}) <= len(others):
+        raise UsageError(f"keep: expected traits beside {trait.name}, each once, found {[t.name for t in others]}")
     effort = QUICK if quick else FULL
     if site is not None and not 0 <= site < model.anatomy.blocks:
         raise UsageError(f"site: expected 0 to {model.anatomy.blocks - 1} for {model.name}, found {site}")
     if contrast is None:
         contrast = contrast_for(model, trait, seed=seed, effort=effort, neutral=neutral, progress=progress)
     vectors = []
-    for other in kept:
-        others = contrast_for(model, other, seed=seed, effort=effort, neutral=contrast.neutral, progress=progress)
-        vectors.append(candidates(model, clear_replies(others)).vectors)
+    for other in others:
+        theirs = contrast_for(model, other, seed=seed, effort=effort, neutral=contrast.neutral, progress=progress)
+        vectors.append(candidates(model, clear_replies(theirs)).vectors)
     with progress(f"{trait.name}: residual streams", None, "replies") as advance:
         found = candidates(model, clear_replies(contrast), keep=vectors, on_rows=advance)
     scorer = Scorer.train(contrast)
@@ -217,7 +217,7 @@ def find_trait(
         provenance["quick"] = True
     if found.plain is not None:
         cosine = float(found.vectors[site] @ found.plain.vectors[site])
-        names = [t.name for t in kept]
+        names = [t.name for t in others]
         if not cosine > 1e-3:
             raise TraitNotFoundError(
                 f"trait {trait.name!r}: expected a direction that is not made of those of {', '.join(names)}, found a "

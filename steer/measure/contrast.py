@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steer.core.sampler import Sampler
@@ -209,6 +209,18 @@ def reply_tokens(model: SteeredModel, replies: Sequence[Reply], site: int) -> Fl
     return torch.cat(parts)
 
 
+def padded_replies(
+    model: SteeredModel, prompts: Sequence[list[int]], replies: Sequence[Reply]
+) -> tuple[Int[Tensor, "rows seq"], Int[Tensor, "rows seq"], Bool[Tensor, "rows seq"]]:
+    """(token ids, attention mask, mask of the reply's tokens) of replies after their prompts, padded on the right. The
+    last one is on the CPU."""
+    ids, attention = padded([[*p, *r.ids] for p, r in zip(prompts, replies, strict=True)], device=model.device)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, prompt, reply in zip(mask, prompts, replies, strict=True):
+        row[len(prompt) : len(prompt) + len(reply.ids)] = True
+    return ids, attention, mask
+
+
 @torch.inference_mode()
 def read_replies(
     model: SteeredModel,
@@ -226,14 +238,10 @@ def read_replies(
     each batch.
     """
     prompts = [r.prompt_ids(model) for r in replies]
-    full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
-    order = sorted(range(len(full)), key=lambda i: len(full[i]))
+    order = sorted(range(len(replies)), key=lambda i: len(prompts[i]) + len(replies[i].ids))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        ids, attention = padded([full[i] for i in rows], device=model.device)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for j, i in enumerate(rows):
-            mask[j, len(prompts[i]) : len(full[i])] = True
+        ids, attention, mask = padded_replies(model, [prompts[i] for i in rows], [replies[i] for i in rows])
         # No LM head and no block after the last site: the logits are not needed.
         with model.untouched():
             read_residuals(model, ids, sites, lambda site, h, r=rows, m=mask: take(r, m, site, h), attention)

@@ -36,7 +36,7 @@ TOKENS = 16384
 """Tokens read together at most, padding and shared beginnings counted once per passage, since each has its own copy of
 their keys and values: 750 MB for a 135M Llama in fp32."""
 FALLBACK = "plain"
-"""The template that ships with which a model without one of its own reads chats."""
+"""The shipped template with which a model that has none reads chats."""
 ABILITIES: frozenset[Ability] = frozenset(("logprobs", "replies", "divergences", "weights"))
 
 

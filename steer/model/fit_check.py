@@ -52,7 +52,7 @@ class FitReport:
         return not self.fit.fvu <= most
 
     def __str__(self) -> str:
-        given = "it brings no figure of its own" if self.reference is None else f"its own is {self.reference:.2f}"
+        given = "it brings no such figure" if self.reference is None else f"its own is {self.reference:.2f}"
         return (
             f"dictionary {self.dictionary!r} on {self.model}: {self.fit.fvu:.2f} of the variance unexplained, {given}; "
             f"{self.fit.l0:.0f} latents a token, {self.fit.tokens:,} tokens"

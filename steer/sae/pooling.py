@@ -54,7 +54,7 @@ def pooled(
     count = torch.zeros(len(replies), 1)
 
     def take(rows: list[int], mask: Bool[Tensor, "rows seq"], _: int, h: Float[Tensor, "rows seq d"]) -> None:
-        mask = mask.to(h.device) & kept(dictionary, h)
+        mask = mask.to(h.device) & inliers(dictionary, h)
         reply = torch.tensor(rows)[mask.nonzero()[:, 0].cpu()]
         for start, acts in encoded(dictionary, h[mask]):
             of = reply[start : start + len(acts)]
@@ -74,7 +74,7 @@ def encoded(
         yield part.start, dictionary.encode(x[part].to(dictionary.W_enc.device)).float().cpu()
 
 
-def kept(dictionary: Dictionary, h: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch"]:
+def inliers(dictionary: Dictionary, h: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch"]:
     """Mask of the tokens that are not outliers, i.e. whose norm is at most `OUTLIER` times the dictionary's `norm`. If
     the dictionary does not know that norm, every token is kept."""
     norms = h.float().norm(dim=-1)

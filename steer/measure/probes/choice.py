@@ -47,7 +47,7 @@ class Choice:
     n: int | None = None
     turn: int | None = None
     metric: str = "accuracy"
-    """The metric that the item counts for; controls count for one of their own."""
+    """The metric that the item counts for; controls have a separate one."""
     family: str = ""
     """Items of one family offer the same options. Empty: the item alone, scored as it is."""
     control: bool = False

@@ -58,24 +58,24 @@ class ModuleEdit:
     given: bool = False
     """Whether what the module is given is edited, not its output."""
 
-    def apply(self, h: Tensor, text: ForwardContext) -> Tensor:
+    def apply(self, h: Tensor, context: ForwardContext) -> Tensor:
         """The edited output, `[batch, new, d]`.
 
         Arithmetic is in fp32 or wider, except for plain shifts and for one direction that is set alone.
         """
         if self.alone is not None:
-            return self.alone.moved(h, h, text, self.writes_to)
+            return self.alone.moved(h, h, context, self.writes_to)
         for gate in self.gates:
-            text.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
+            context.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
         if not self.added and not self.set:
-            return h if self.shift is None else h + self.shift.at(text, h)
+            return h if self.shift is None else h + self.shift.at(context, h)
         x = h if h.dtype == torch.float64 else h.float()
-        out = x if self.shift is None else x + self.shift.at(text, x)
-        for columns in self.added:
-            out = columns.moved(x, out, text, self.writes_to)
+        out = x if self.shift is None else x + self.shift.at(context, x)
+        for low_rank in self.added:
+            out = low_rank.moved(x, out, context, self.writes_to)
         x = out
-        for columns in self.set:
-            out = columns.moved(x, out, text, self.writes_to)
+        for low_rank in self.set:
+            out = low_rank.moved(x, out, context, self.writes_to)
         return out.to(h.dtype)
 
     @cached_property
@@ -112,25 +112,25 @@ def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEd
     for r, edit in enumerate(rows):
         for site, shift in edit.biases().items() if edit is not None else ():
             if bool(shift.any()):
-                program = at_block(site)
-                if program.shift is None:
-                    program.shift = PerRowTensor(torch.zeros(len(rows), 1, anatomy.width, dtype=torch.float64))
-                program.shift.data[r, 0] = shift
+                block = at_block(site)
+                if block.shift is None:
+                    block.shift = PerRowTensor(torch.zeros(len(rows), 1, anatomy.width, dtype=torch.float64))
+                block.shift.data[r, 0] = shift
     moves = [(r, m) for r, edit in enumerate(rows) if edit is not None for m in edit.as_moves() if not m.constant]
     for site, at_site in _grouped(moves, lambda r, m: None if m.ablates else m.site).items():
         if site is not None:
             added, set_ = _of_block(at_site, len(rows))
             at_block(site).added += added
             at_block(site).set += set_
-    for writer, columns in _ablations(rows, moves, anatomy, gain):
-        at_writer(writer).set += columns
-    for writer, column in _uneven(rows, anatomy, gain):
-        at_writer(writer).set.append(column)
+    for writer, ablating in _ablations(rows, moves, anatomy, gain):
+        at_writer(writer).set += ablating
+    for writer, low_rank in _uneven(rows, anatomy, gain):
+        at_writer(writer).set.append(low_rank)
     for gate in {m.when.gate.key: m.when.gate for _, m in moves if m.when.gate is not None}.values():
         at_block(gate.site).gates.append(gate)
     # Low-rank edits whose windows are equal share one, so that it is computed once per pass.
     windows: dict[object, ReplyWindow] = {}
-    for low_rank in (c for program in out.values() for c in (*program.added, *program.set)):
+    for low_rank in (c for module in out.values() for c in (*module.added, *module.set)):
         if low_rank.window is not None:
             low_rank.window = windows.setdefault(low_rank.window.key, low_rank.window)
     return out
@@ -169,10 +169,10 @@ def _ablations(
         for writer in anatomy.live_writers:
             if blocks is None or (writer.block is not None and blocks[0] <= writer.block <= blocks[1]):
                 if writer.norms not in by_norms:
-                    columns = _joined(group, len(rows), gain_of(writer.norms, gain))
-                    for low_rank, first in zip(columns, next(iter(by_norms.values()), columns), strict=True):
+                    made = _joined(group, len(rows), gain_of(writer.norms, gain))
+                    for low_rank, first in zip(made, next(iter(by_norms.values()), made), strict=True):
                         low_rank.account = first
-                    by_norms[writer.norms] = columns
+                    by_norms[writer.norms] = made
                 yield writer, by_norms[writer.norms]
 
 

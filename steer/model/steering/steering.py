@@ -39,7 +39,7 @@ every token."""
 
 @dataclass(frozen=True, eq=False)
 class _Applied:
-    """Rows, with all that applying them needs. It changes nothing on the model before `Steering._bring`."""
+    """Rows, and the hooks that apply them. Nothing on the model changes before `Steering._bring`."""
 
     rows: Rows
     programs: dict[str, ModuleEdit]
@@ -138,7 +138,7 @@ class Steering:
             yield
 
     @contextmanager
-    def passing(self, text: ForwardContext) -> Iterator[None]:
+    def passing(self, context: ForwardContext) -> Iterator[None]:
         """Describe the forward pass inside the block to the hooks. The caller holds the lock.
 
         In a pass that is not described, text i of a batch is taken to be under row i, and the first pass over a text
@@ -146,7 +146,7 @@ class Steering:
         """
         before = self.text
         try:
-            self.text, self._described = text, True
+            self.text, self._described = context, True
             yield
         finally:
             self.text, self._described = before, False
@@ -260,8 +260,8 @@ class Steering:
 
     def _register(self, name: str, module: nn.Module, given: bool) -> RemovableHandle:
         def apply(h: Tensor) -> Tensor:
-            program = self._now.programs.get(name)
-            return h if program is None else program.apply(h, self.text)
+            module_edit = self._now.programs.get(name)
+            return h if module_edit is None else module_edit.apply(h, self.text)
 
         # Runs before all other hooks, so that a hook that reads the module sees the steered output.
         return module.register_forward_hook(replacing(apply, given=given), prepend=True)

@@ -23,7 +23,7 @@ def draw(chat: Chat) -> None:
     """Draw the form, and each evaluation of this model with its progress or its verdict."""
     st.caption(
         "Knowledge, places, consequences, characters, prose: the model with and without it answers the same questions, "
-        "and each difference is told from noise. Some minutes."
+        "and each difference is compared with noise. It takes some minutes."
     )
     costs = chat.costs()
     with st.container(horizontal=True, vertical_alignment="bottom"):
