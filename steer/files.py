@@ -82,6 +82,14 @@ def write_new(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+def delete(path: Path) -> None:
+    """Delete a file, if it exists. Errors: SteerError if it cannot be deleted."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        raise SteerError(f"{path}: could not be deleted ({e.strerror}); check its permissions") from e
+
+
 def append_line(path: str | Path, line: bytes) -> None:
     """Append a line to a file, in place of one that a crash cut off. It is on the disk when this returns, and lines of
     other threads and processes stay whole. Errors: SteerError for a path that cannot be written."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from steer.checkpoint.fetch import home
 from steer.core.profile import SIZE_LIMIT, Profile
 from steer.core.small_files import dump_yaml, load_yaml
-from steer.errors import SteerError, UsageError
+from steer.errors import UsageError
+from steer.files import delete
 
 _UNFIT = re.compile(r"[^\w.-]+")
 
@@ -39,12 +40,8 @@ def keep_profile(profile: Profile) -> Path:
 
 def forget_profile(name: str) -> None:
     """Delete a saved profile, if it exists. Errors: SteerError if the file cannot be deleted."""
-    file = saved_profiles().get(name)
-    try:
-        if file is not None:
-            file.unlink(missing_ok=True)
-    except OSError as e:
-        raise SteerError(f"{file}: could not be deleted ({e.strerror}); check its permissions") from e
+    if (file := saved_profiles().get(name)) is not None:
+        delete(file)
 
 
 def profile_bytes(profile: Profile) -> bytes:

@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 from steer.checkpoint.fetch import home, resolve
 from steer.checkpoint.library import Library
@@ -18,7 +18,7 @@ from steer.core.direction import Direction
 from steer.core.trait import Trait
 from steer.core.votes import usable_votes
 from steer.errors import SteerError, UsageError, skip
-from steer.files import read_json_object, write_atomic
+from steer.files import delete, read_json_object, write_atomic
 from steer.jobs import Job
 from steer.model.steered import SteeredModel
 
@@ -38,30 +38,17 @@ class FailedSearch:
     place: Path = field(compare=False)
 
     def delete(self) -> None:
-        """Delete its file."""
-        self.place.unlink(missing_ok=True)
+        """Delete its file. Errors: SteerError."""
+        delete(self.place)
 
 
 class FindJob(Job):
-    """A running `steer find` on a loaded model. Jobs belong to no browser tab and no connection."""
-
-    _latest: ClassVar[dict[tuple[type[FindJob], str], Any]] = {}
+    """A running `steer find`. Its subject is a loaded model."""
 
     @classmethod
-    def latest(cls, model: SteeredModel) -> Self | None:
-        """Return the job of this class on a model that this process started last, running or ended; None if there is
-        none."""
-        return cls._latest.get((cls, model.sketch().id))
-
-    @classmethod
-    def forget(cls, model: SteeredModel) -> None:
-        """Make `latest` return None, once the user has seen how the job ended."""
-        cls._latest.pop((cls, model.sketch().id), None)
-
-    @classmethod
-    def _begin(cls, model: SteeredModel, *args: Any) -> Self:
-        job = cls._latest[cls, model.sketch().id] = cls(model, *args)
-        return job
+    def key(cls, subject: SteeredModel) -> str:
+        """Return what tells models apart: their sketch."""
+        return subject.sketch().id
 
 
 class TasteJob(FindJob):
@@ -83,7 +70,7 @@ class TasteJob(FindJob):
         if job is not None and job.running:
             return job
         usable_votes(votes)
-        return cls._begin(model, votes)
+        return cls.begin(model, model, votes)
 
     @cached_property
     def direction(self) -> Direction | None:
@@ -137,7 +124,7 @@ class NewSliderJob(FindJob):
                     f"new slider: expected no other search, found that for {before.trait.name!r}; wait for it, or "
                     "cancel it"
                 )
-            return cls._begin(model, trait)
+            return cls.begin(model, model, trait)
 
     def _watch(self) -> None:
         super()._watch()
