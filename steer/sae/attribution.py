@@ -18,13 +18,14 @@ from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.slider import Slider
 from steer.measure.contrast import Reply, padded_replies
+from steer.model.fit_check import check_fits
 from steer.model.forward import changed_output, chunks, hidden_states, logits
 from steer.model.loaded import Message, as_messages
 from steer.model.steered import SteeredModel
 from steer.model.tokens import padded
 from steer.progress import Advance
 from steer.sae.logit_lens import lens_topk
-from steer.sae.pooling import check_fits, inliers
+from steer.sae.pooling import inliers
 
 TOP_TOKENS = 8
 """Number of a feature's top tokens that its output score is computed over."""

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from steer.core.dictionary import Dictionary
 from steer.errors import MismatchError
+from steer.model.fit_check import check_fits
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, bar
 from steer.sae.logit_lens import logit_lens
-from steer.sae.pooling import check_fits, encoded, inliers
+from steer.sae.pooling import encoded, inliers
 from steer.sae.records import Context, FeatureRecord
 from steer.sae.shards import Activations, Harvest
 

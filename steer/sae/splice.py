@@ -16,10 +16,11 @@ from torch.nn.functional import cross_entropy
 
 from steer.core.dictionary import Dictionary
 from steer.errors import UsageError
+from steer.model.fit_check import check_fits
 from steer.model.forward import changed_output, chunks, hidden_states, logits_in_chunks
 from steer.model.steered import SteeredModel
 from steer.model.tokens import padded
-from steer.sae.pooling import check_fits, inliers
+from steer.sae.pooling import inliers
 
 
 @dataclass(frozen=True)
