@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steer.checkpoint.fetch import home
 from steer.core.profile import SIZE_LIMIT, Profile
-from steer.core.small_files import dump_yaml, load_yaml
+from steer.core.small_files import dump_yaml, load_yaml, read_given
 from steer.errors import UsageError
 from steer.files import delete
 
@@ -56,8 +56,7 @@ def uploaded_profile(data: bytes, name: str) -> Profile:
     Errors: SteerError for data that is not a profile or is too large, and for a profile that names files: an upload
     must not decide which files are read on this machine.
     """
-    if len(data) > SIZE_LIMIT:
-        raise SteerError(f"{name}: expected a profile of at most {SIZE_LIMIT:,} bytes, found {len(data):,}")
+    data, _ = read_given(data, SIZE_LIMIT, "a profile", name)
     profile = Profile.parse(load_yaml(data, name, "a profile"), name)
     _check_files(profile, name)
     return replace(profile, folder=None)

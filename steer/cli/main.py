@@ -132,7 +132,7 @@ def kin(
     out: Annotated[Path | None, typer.Option(help="Also write a page with plots, an HTML file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare tunes before a merge: who is nearly whose copy, what is new, how much of each the merge will keep."""
+    """Compare tunes before a merge: which are nearly copies, what each adds, how much of it the merge will keep."""
     from steer.checkpoint.kin import kinship, mismatches
     from steer.measure.kin_report import write_kin_report
     from steer.progress import byte_bar

@@ -57,8 +57,8 @@ class Effort:
     neutral: int
     """Neutral prompts that are answered."""
     check_sites: bool
-    """Whether sites are tried by steering. Otherwise the one nearest to the middle is taken of those in `BAND` that
-    read as well as the best, which is what trying them mostly ends in."""
+    """Whether sites are tried by steering. If not, the site nearest to the middle is taken, of those in `BAND` that
+    read the trait as well as the best. Trying sites mostly chooses the same one."""
 
 
 FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
@@ -132,8 +132,9 @@ def find(
     votes: str | Path | Sequence[Vote] | None = None,
     **options: Any,
 ) -> Direction:
-    """The direction of a trait in a model; `.provenance["auroc"]` has the held-out AUROC per site. Or that of a taste;
-    `.provenance["votes"]` has its held-out accuracy.
+    """Find the direction of a trait, or of the taste that votes show, in a model.
+
+    The direction's provenance has the held-out AUROC per site under "auroc", or the held-out accuracy under "votes".
 
     `trait` is the name of a built-in trait, a trait file, or a Trait; `votes`, in its place, a file of votes. Options
     are those of `find_trait` or `find_taste`.

@@ -271,12 +271,12 @@ class LowRankEdit:
         return [site[column] for column in range(self.columns)]
 
     @cached_property
-    def short(self) -> bool:
-        """Whether the model's dtype is precise enough for it, half precision included.
+    def in_model_dtype(self) -> bool:
+        """Whether it may be computed in the model's dtype, half precision included.
 
-        It is for one direction without a schedule: its move is rounded no more coarsely than the residual stream. It is
-        not with a window, as bf16 cannot count the tokens of a reply, nor for directions that are set jointly,
-        which may be nearly parallel.
+        True for one direction without a schedule: its move is rounded no more coarsely than the residual stream. False
+        with a window, as bf16 cannot count the tokens of a reply, and for directions that are set jointly, as they may
+        be nearly parallel.
         """
         return self.read is not None and self.columns == 1 and self.window is None and not self._masks
 
@@ -364,8 +364,9 @@ class LowRankEdit:
         # be computed again at every pass.
         if read is not None and alpha.shape[1] == 1 and self.columns == 1:
             single = alpha * read[:, 0], beta if bool(self.beta.data.any()) else None
-        token = None  # nor in fp16, where the square of a norm of 256 is infinite
-        if single is not None and self.short and len(alpha) == 1 and like.is_cpu and like.dtype != torch.float16:
+        token = None
+        finite = like.dtype != torch.float16  # in which the square of a norm of 256 is infinite
+        if single is not None and self.in_model_dtype and len(alpha) == 1 and like.is_cpu and finite:
             limit = math.inf if self.limits is None else float(self.limits.data) ** 2
             token = single[0].reshape(-1).contiguous(), single[1], limit
         self._last = _Numbers(

@@ -1,4 +1,4 @@
-"""What each module of the model has to do for the edits of a batch.
+"""The edits of a batch, sorted by the module of the model that applies them.
 
 `module_edits` turns one `Edit` per row into a `ModuleEdit` per module, made of the low-rank edits of `low_rank.py`. The
 hooks of `steering.py` apply it to the module's output, those of `hooks.py` on other people's models. Norm-preserving
@@ -80,9 +80,9 @@ class ModuleEdit:
 
     @cached_property
     def alone(self) -> LowRankEdit | None:
-        """The one direction that is set, where nothing else is done and the model's dtype is precise enough for it."""
+        """The one direction that is set, if nothing else is done and it may be computed in the model's dtype."""
         others = self.gates or self.shift is not None or self.added
-        return self.set[0] if len(self.set) == 1 and self.set[0].short and not others else None
+        return self.set[0] if len(self.set) == 1 and self.set[0].in_model_dtype and not others else None
 
     @property
     def timed(self) -> bool:
@@ -158,10 +158,10 @@ def _of_block(moves: _Moves, rows: int) -> tuple[list[LowRankEdit], list[LowRank
 def _ablations(
     rows: Rows, moves: _Moves, anatomy: Anatomy, gain: Gain
 ) -> Iterable[tuple[LiveWriter, list[LowRankEdit]]]:
-    """Ablation at every writer that the row's edit names, before the norm where one follows.
+    """Ablation at every writer that the row's edit covers, before the norm if one follows.
 
-    Rows that are edited at the same writers share low-rank edits. Each norm needs others, and writers without a norm
-    share theirs; those of the first writer are the `account` of all, under which receipts sum what they do.
+    Rows that are edited at the same writers share low-rank edits. Writers before different norms have different
+    ones, and writers without a norm share theirs. Receipts sum all of them under those of the first writer (`account`).
     """
     ablations = [(r, m) for r, m in moves if m.ablates]
     for blocks, group in _grouped(ablations, lambda r, m: rows[r].blocks).items():  # type: ignore[union-attr]
