@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -394,18 +395,30 @@ class _Proof:
 
     def _again(self, block: str, module: str, *, given: bool = False) -> Tensor:
         """What a module of a block puts out now, or is `given`, for what the block was given."""
+        args, kwargs = self.run.calls[block]
+        run = partial(self.model.get_submodule(block), *_copied(args), **_copied(kwargs))
+        return self._seen_at(module, run, given=given)
+
+    def _seen_at(self, module: str, run: Callable[[], Any], *, given: bool) -> Tensor:
+        """What a module puts out in `run()`, or is `given`. The pass ends there."""
         out: list[Tensor] = []
 
-        def stop(_: nn.Module, args: Any, output: Any) -> None:
-            put_out = _first(args if given else output)
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            out.append(_given(args, kwargs).clone())
+            raise _Enough
+
+        def behind(_: nn.Module, args: Any, output: Any) -> None:
+            put_out = _first(output)
             assert put_out is not None
             out.append(put_out.clone())
             raise _Enough
 
-        handle = self.model.get_submodule(module).register_forward_hook(stop)
-        args, kwargs = self.run.calls[block]
+        place = self.model.get_submodule(module)
+        handle = (
+            place.register_forward_pre_hook(before, with_kwargs=True) if given else place.register_forward_hook(behind)
+        )
         try:
-            self.model.get_submodule(block)(*_copied(args), **_copied(kwargs))
+            run()
         except _Enough:
             pass
         finally:
@@ -459,20 +472,8 @@ class _Proof:
         """(paths of the modules whose rows begin the residual stream, the module that puts out their sum)."""
 
         def begun() -> Tensor:
-            out: list[Tensor] = []
-
-            def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-                out.append(_given(args, kwargs).clone())
-                raise _Enough
-
-            handle = self.model.get_submodule(self.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
-            try:
-                self.model(input_ids=self.ids, use_cache=False)
-            except _Enough:
-                pass
-            finally:
-                handle.remove()
-            return out[0]
+            run = partial(self.model, input_ids=self.ids, use_cache=False)
+            return self._seen_at(self.blocks[0], run, given=True)
 
         base, found = begun(), []
         for name, parameter in self.run.parameters.items():
