@@ -1,4 +1,4 @@
-"""Who is kin among tunes of one base: norms of their differences to it, cosines, and what a merge keeps of each.
+"""How tunes of one base differ: norms of their differences to it, cosines, and what a merge keeps of each.
 
 Every tensor is read once, a chunk at a time, of all models together. Of the differences only their Gram matrix is kept,
 for each tensor: norms, cosines, model_stock's `t` and what is new in a model follow from it. Nothing is merged.

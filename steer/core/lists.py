@@ -1,4 +1,4 @@
-"""Arguments that may be one name or several, and lists of numbers for people."""
+"""Lists: arguments that may be one name or several, even picks, and numbers as ranges for people."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from steer.core.trait import NeutralPrompts
 from steer.errors import SteerError
 from steer.finding.directions import NEUTRAL, merit
 from steer.measure.contrast import Contrast, Reply
-from steer.measure.harness import DOSES, Point, Reference, Setting, measure_settings
+from steer.measure.harness import DOSES, SAMPLES, Point, Reference, Setting, measure_settings
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, Bar
@@ -306,15 +306,15 @@ class SteeringCheck:
         }
 
 
-def screening_tokens(latents: int, topics: int = TOPICS) -> int:
+def screening_tokens(latents: int) -> int:
     """Largest number of tokens that `screen` generates, for a progress bar."""
     moved = latents + 2 + len(SETS) + 1
-    return (moved * len(AMOUNTS) + 1 + len(SETS) + 2) * topics * SCREEN_TOKENS
+    return (moved * len(AMOUNTS) + 1 + len(SETS) + 2) * TOPICS * SCREEN_TOKENS
 
 
-def dose_tokens(topics: int, samples: int = 2) -> int:
+def dose_tokens(topics: int) -> int:
     """Largest number of tokens that `dose_response` generates, for a progress bar."""
-    return (4 * (len(DOSES) - 1) + 2) * topics * samples * DOSE_TOKENS
+    return (4 * (len(DOSES) - 1) + 2) * topics * SAMPLES * DOSE_TOKENS
 
 
 def together(features: Sequence[Feature], length: float) -> Feature:

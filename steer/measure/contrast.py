@@ -27,6 +27,8 @@ from steer.progress import Advance
 
 FIT_SAMPLES = 2
 """Replies to each fit topic under each instruction."""
+ROWS = 32
+"""Replies that `read_replies` runs together."""
 SAMPLER = Sampler(max_new_tokens=64, temperature=0.7, top_k=40, repetition_penalty=1.05)
 Take = Callable[[list[int], Bool[Tensor, "rows seq"], int, Float[Tensor, "rows seq d"]], None]
 """Callback of `read_replies`, called per batch and site with: the indices of the replies in the batch, the mask of
@@ -228,19 +230,18 @@ def read_replies(
     sites: Sequence[int],
     take: Take,
     *,
-    batch: int = 32,
     on_rows: Advance | None = None,
 ) -> None:
     """Run chats with their replies through the unsteered model and pass the residual streams to `take`.
 
-    `batch` replies of similar length are run together. The mask given to `take` is true at the reply's tokens only,
+    `ROWS` replies of similar length are run together. The mask given to `take` is true at the reply's tokens only,
     not at the prompt, BOS, or the special tokens around the reply. `on_rows` is called with the number of replies of
     each batch.
     """
     prompts = [r.prompt_ids(model) for r in replies]
     order = sorted(range(len(replies)), key=lambda i: len(prompts[i]) + len(replies[i].ids))
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
+    for start in range(0, len(order), ROWS):
+        rows = order[start : start + ROWS]
         ids, attention, mask = padded_replies(model, [prompts[i] for i in rows], [replies[i] for i in rows])
         # No LM head and no block after the last site: the logits are not needed.
         with model.untouched():

@@ -35,6 +35,8 @@ from steer.progress import Advance
 
 DOSES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Amounts of the slider that a dose response measures."""
+SAMPLES = 2
+"""Replies to each topic under each setting of a dose response."""
 ROWS = 64
 """Texts per forward pass, at most, counted once per edit."""
 TOKENS = 64
@@ -166,7 +168,7 @@ def measure_answers(
     reference: Reference,
     *,
     sampler: Sampler = MEASURE,
-    samples: int = 2,
+    samples: int = SAMPLES,
     judge: SteeredModel | None = None,
     perplexities: bool = True,
     on_tokens: Advance | None = None,
@@ -307,9 +309,9 @@ def answered(model: SteeredModel, replies: Sequence[Reply]) -> list[Reply]:
     return found
 
 
-def repetition(ids: Sequence[int | str], n: int = 3) -> float:
-    """Share of a text's n-grams, of tokens or of words, that occurred in it before (seq-rep-n, Welleck et al. 2019)."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+def repetition(ids: Sequence[int | str]) -> float:
+    """Share of a text's trigrams, of tokens or words, that occurred in it before (seq-rep-3, Welleck et al. 2019)."""
+    grams = list(zip(ids, ids[1:], ids[2:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
