@@ -41,6 +41,9 @@ class Amounts(MutableMapping[str, float]):
     and iteration see only sliders that were set.
     """
 
+    _bound = ""
+    """What warnings say before a share that is only a bound."""
+
     def __init__(self) -> None:
         self._amounts: dict[str, float] = {}
         self._past: list[Any] = []
@@ -123,9 +126,6 @@ class Amounts(MutableMapping[str, float]):
             for site in sorted(sites)
             if round(share := self.share(site), 2) >= BUDGET
         ]
-
-    _bound = ""
-    """Stands before a share that is only a bound."""
 
     @abstractmethod
     def _change(self, amounts: dict[str, float]) -> None:
