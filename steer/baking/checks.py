@@ -232,9 +232,9 @@ def check_llama_cpp(folder: Path, cert: Certificate, edit: Edit, source: Path | 
     stored: dict[str, dict[str, Tensor]] = {}
     for file, part in loras.items():
         stored[file] = {f"{file}:{name}": t for name, t in file_layout(raw[file]).items()}
-        own = replace(cert, writers=tuple(w for f, w in keys if f == file), biases=())
-        _check_adapter_claims(folder, own, part, stored[file])
-        _check_factors(folder, own, part, stored[file])
+        of_file = replace(cert, writers=tuple(w for f, w in keys if f == file), biases=())
+        _check_adapter_claims(folder, of_file, part, stored[file])
+        _check_factors(folder, of_file, part, stored[file])
     return None if source is None else _check_llama_cpp_source(folder, cert, edit, stored, source)
 
 

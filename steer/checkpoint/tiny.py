@@ -299,7 +299,7 @@ def _shrunk(
         elif key in sizes:
             out[key] = _resized(value, sizes[key], key in _NEVER_ABSENT)
         elif isinstance(value, dict) and key == "per_layer_config":
-            out[key] = {i: {k: _in_ratio(k, v, before, sizes) for k, v in own.items()} for i, own in value.items()}
+            out[key] = {i: {k: _in_ratio(k, v, before, sizes) for k, v in block.items()} for i, block in value.items()}
         elif key in _FOLLOW:
             out[key] = value and (WIDTH if value == before.get("hidden_size") else 56)
         elif key.endswith(("_token_id", "_token_index")):
@@ -438,7 +438,7 @@ def _cut(keys: dict[str, Any], depth: int, keep: Sequence[int]) -> dict[str, Any
         elif key in _AT_THE_END and type(value) is int:
             out[key] = sum(i >= depth - value for i in keep)
         elif key == "per_layer_config":
-            out[key] = {str(keep.index(int(i))): own for i, own in value.items() if int(i) in keep}
+            out[key] = {str(keep.index(int(i))): block for i, block in value.items() if int(i) in keep}
         elif isinstance(value, (list, tuple)) and _are_numbers_of_blocks(value, depth):
             out[key] = [keep.index(i) for i in value if i in keep]
         elif isinstance(value, (list, tuple)) and len(value) == depth:

@@ -83,8 +83,8 @@ class LocalReader:
                 for part, scores in logits_in_chunks(self.model, torch.cat(hidden))
             ]
             scored = torch.cat(found).squeeze(-1).double().cpu().numpy() if found else np.zeros(0)
-            for i, own in zip(batch, np.split(scored, np.cumsum([len(h) for h in hidden])[:-1]), strict=True):
-                out[i] = own
+            for i, values in zip(batch, np.split(scored, np.cumsum([len(h) for h in hidden])[:-1]), strict=True):
+                out[i] = values
             if advance is not None:
                 advance(len(batch))
         return out
@@ -174,18 +174,18 @@ class LocalReader:
         carried = _carried(rows, timed)
         carriers = list(carried)
         for batch in batches([rows[c].ids for c in carriers]):
-            own = [carriers[b] for b in batch]
-            starts = [min(rows[i].start for i in carried[c]) for c in own]
+            read_rows = [carriers[b] for b in batch]
+            starts = [min(rows[i].start for i in carried[c]) for c in read_rows]
             with self.applied():
                 # The last token is left out: its prediction is not scored.
                 read = prefill(
                     self.model,
-                    [rows[c].ids[:-1] for c in own],
-                    prompts=[rows[c].reply for c in own] if timed else starts,
+                    [rows[c].ids[:-1] for c in read_rows],
+                    prompts=[rows[c].reply for c in read_rows] if timed else starts,
                 ).hidden
             out = [
                 (i, row[len(row) - len(rows[c].ids) + rows[i].start :][: len(rows[i].ids) - rows[i].start])
-                for c, row in zip(own, read, strict=True)
+                for c, row in zip(read_rows, read, strict=True)
                 for i in carried[c]
             ]
             yield [i for i, _ in out], [hidden for _, hidden in out]

@@ -186,14 +186,14 @@ class ChatTemplate:
         write all of the reply, as a template that drops the thoughts of past replies."""
         said = {"role": "assistant", "content": reply}
         try:
-            own = self._apply([*chat, said], False, options)
+            text_of_all = self._apply([*chat, said], False, options)
             marked = self._apply([*chat, said | {"content": reply + _PROBE}], False, options)
         except UsageError:
             return None
         text = marked.rpartition(_PROBE)[0]
-        if not own.startswith(text):  # it strips a reply
+        if not text_of_all.startswith(text):  # it strips a reply
             text = text.rstrip()
-        whole = text and own.startswith(text) and text.rstrip().endswith(reply.strip())
+        whole = text and text_of_all.startswith(text) and text.rstrip().endswith(reply.strip())
         return text if whole else None
 
     def _apply(self, chat: Chat, generate: bool, options: Mapping[str, Any]) -> str:

@@ -69,8 +69,8 @@ class Guard:
         self, app: ASGIApp, host: str, hosts: Sequence[str], api_key: str | None, max_body: int, metrics: Metrics
     ) -> None:
         self.app, self._key, self._max_body, self._metrics = app, api_key, max_body, metrics
-        own = {"localhost", "127.0.0.1", "::1", host.lower()}
-        self._hosts = own | {host_name(h) for h in hosts} if is_loopback(host) else None
+        names = {"localhost", "127.0.0.1", "::1", host.lower()}
+        self._hosts = names | {host_name(h) for h in hosts} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -156,8 +156,8 @@ def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[
         raise MismatchError(f"{rest[0][0]}: expected a probe that {first_file} has too, found none; run the same ones")
     arms = [
         arm | {"name": name}
-        for (_, run), own in zip(runs, names, strict=True)
-        for arm, name in zip(run["arms"], own, strict=True)
+        for (_, run), arm_names in zip(runs, names, strict=True)
+        for arm, name in zip(run["arms"], arm_names, strict=True)
     ]
     controls = [arm["name"] for arm in arms if arm.get("control")]
     result = without_nan({

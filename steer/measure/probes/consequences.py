@@ -7,7 +7,7 @@ from typing import Any
 
 from steer.measure.probes.choice import MARGIN, Choice, ForcedChoice
 from steer.measure.probes.probe import Metric, Size
-from steer.measure.probes.stories import small_talk, told, written
+from steer.measure.probes.stories import narrated, small_talk, written
 
 LATER = (0, 2, 6, 12)
 """How many messages of small talk come between a change and the question about it; a quick run has the first two."""
@@ -44,7 +44,7 @@ def _pair(rng: random.Random, scene: dict[str, Any], turn: int, later: int) -> l
     items = []
     for possible in (0, 1):
         states = [scene["good" if i == possible else "bad"][i].format(who=who) for i in first]
-        chat = told(states) + talk
+        chat = narrated(states) + talk
         items.append(
             Choice(
                 f"{family}: {scene['then'][possible]}",

@@ -13,7 +13,7 @@ from scipy.special import entr, softmax
 
 from steer.measure.probes.choice import Choice, ForcedChoice
 from steer.measure.probes.probe import Figure, Metric, Size
-from steer.measure.probes.stories import small_talk, told, written
+from steer.measure.probes.stories import narrated, small_talk, written
 
 LATER = (10, 30)
 """After how many messages of small talk the questions are asked again."""
@@ -72,7 +72,7 @@ def _asked(rng: random.Random, story: dict[str, Any], number: int, quick: bool) 
     people = rng.sample(written("positions")["people"], 3)
     things = rng.sample(story["things"], 3)
     ways = rng.sample(story["ways"], 2 if quick else 5)
-    begun = told([" ".join(story["fact"].format(who=w, thing=t) for w, t in zip(people, things, strict=True))])
+    begun = narrated([" ".join(story["fact"].format(who=w, thing=t) for w, t in zip(people, things, strict=True))])
     options, talk = rng.sample(people, 3), small_talk(rng, max(LATER))
     again = LATER[: number % 4 == 0] if quick else LATER
     return [

@@ -75,8 +75,8 @@ class Persona(ForcedChoice):
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Score the facts, and compare the right answers with and without the card."""
         result = super().run(reader, size, advance)
-        told = {figure.item for figure in result.figures}
-        pairs = [(item, pair) for item, pair in self.pairs(size) if item.id in told]
+        scored = {figure.item for figure in result.figures}
+        pairs = [(item, pair) for item, pair in self.pairs(size) if item.id in scored]
         found = reader.divergences([pair for _, pair in pairs], advance)
         for (item, _), kl in zip(pairs, found, strict=True):
             result.figures.append(Figure("distance", item.id, float(kl.mean()), item.group, turn=item.turn))

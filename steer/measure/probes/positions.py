@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from steer.measure.probes.choice import MARGIN, Choice, ForcedChoice
 from steer.measure.probes.probe import Metric, Size
-from steer.measure.probes.stories import small_talk, told, written
+from steer.measure.probes.stories import narrated, small_talk, written
 
 MOVES = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 2), (1, 1, 2), (0, 2, 3), (1, 3, 4), (2, 6, 8))
 """How often each of the three things of a story is moved."""
@@ -113,7 +113,7 @@ def _questions(rng: random.Random, words: dict[str, list[str]], story: int, coun
     moves = [said(kind.move, i, *next(steps[i])) for i in order]
     lured = range(number) if rng.random() < LURED else ()
     lures = [said(kind.lure, i, b=rng.choice([p for p in places if p != final[i]])) for i in lured]
-    chat = told([*rng.sample(starts, number), *moves, *lures]) + small_talk(rng, rng.choice(LATER))
+    chat = narrated([*rng.sample(starts, number), *moves, *lures]) + small_talk(rng, rng.choice(LATER))
     items = []
     for i, right in enumerate(rng.sample(range(number), number)):
         options = rng.sample([p for p in places if p != final[i]], number - 1)

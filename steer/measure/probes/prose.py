@@ -85,9 +85,9 @@ def measured(prompts: list[str], texts: list[str]) -> list[list[Figure]]:
     overused = {w for w, limit in most.items() if word_frequency(w, "en") <= limit}
     out = []
     for i, (prompt, text, reply) in enumerate(zip(prompts, texts, replies, strict=True)):
-        lengths, own = sentence_lengths(text), set(words(prompt))
+        lengths, asked_words = sentence_lengths(text), set(words(prompt))
         values = {
-            "overused": share(sum(w in overused - own for w in reply), len(reply)),
+            "overused": share(sum(w in overused - asked_words for w in reply), len(reply)),
             "reuse": share(sum(len(places[g]) > 1 for g in runs(reply, PHRASE)), len(runs(reply, PHRASE))),
             "repetition": repetition(reply),
             "distinct": share(sum(pairs[p] == 1 for p in runs(reply, 2)), len(runs(reply, 2))),

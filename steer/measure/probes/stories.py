@@ -23,7 +23,7 @@ def small_talk(rng: random.Random, messages: int) -> Chat:
     return tuple(message for user, reply in pairs for message in (("user", user), ("assistant", reply)))
 
 
-def told(sentences: list[str], at_once: int = 3) -> Chat:
+def narrated(sentences: list[str], at_once: int = 3) -> Chat:
     """Return a story as a chat: user and assistant tell it in turns, `at_once` sentences each, the assistant last."""
     parts = [" ".join(sentences[i : i + at_once]) for i in range(0, len(sentences), at_once)]
     if len(parts) % 2:
