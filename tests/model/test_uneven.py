@@ -9,6 +9,7 @@ from steer.baking.bake import bake
 from steer.core.edit import Edit
 from steer.core.method import Kernel, Method, Strengths
 from steer.model.steered import load
+from steer.model.steering.module_edits import module_edits
 
 NEUTRAL = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
 WAYS = {
@@ -70,6 +71,5 @@ def test_every_row_of_a_batch_has_its_own(chat_checkpoint, make_direction, ids):
 def test_candidates_that_share_a_direction_share_a_product(model, make_direction):
     one = make_direction("one")
     edits = [Edit((one,), strengths=Strengths(s, 0.5)) for s in (0.25, 0.5, 0.75)] * 8
-    with model.steering.applied(edits):
-        sets = [p.set for p in model.steering._now.programs.values()]
+    sets = [module.set for module in module_edits(tuple(edits), model.anatomy, model.steering.gain).values()]
     assert all(len(columns) == 1 and columns[0].write.data.shape[1] == 1 for columns in sets)
