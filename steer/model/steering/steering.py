@@ -104,10 +104,10 @@ class Steering:
             before, new = self._base, self._prepared(rows)
             try:
                 self._base = new
-                self._apply_innermost()
+                self._go_on()
             except BaseException:
                 self._base = before
-                self._apply_innermost()
+                self._go_on()
                 raise
 
     @contextmanager
@@ -124,7 +124,7 @@ class Steering:
         try:
             with self.lock:
                 self._overrides.append(override)
-                self._apply_innermost()
+                self._go_on()
             yield
         finally:
             try:
@@ -234,14 +234,14 @@ class Steering:
             self._known[rows] = new
         return new
 
-    def _apply_innermost(self) -> None:
+    def _go_on(self) -> None:
         """Apply the rows of the innermost `applied` that is open, else those of `set`."""
         self._bring(self._overrides[-1][0] if self._overrides else self._base)
 
     def _end_block(self, override: list[_Applied]) -> None:
         with self.lock:
             self._overrides = [o for o in self._overrides if o is not override]
-            self._apply_innermost()
+            self._go_on()
 
     def _bring(self, to: _Applied) -> None:
         """Make the hooks on the model apply `to`. The caller holds the lock, so no forward pass is being made."""
