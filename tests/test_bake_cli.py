@@ -369,6 +369,18 @@ def test_what_a_form_cannot_hold_is_one_line_that_says_what_to_do(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_an_adapter_says_where_it_is_written_that_a_tied_head_is_untied_first(
+    tie: bool, steer: Command, tiny_llama: Callable[..., Path], make_direction: MakeDirection, folder: Path
+) -> None:
+    save_tiny_chat(tiny_llama, folder / "other", tie=tie, dtype=torch.bfloat16)
+    keep_direction(folder / "other", make_direction("moral"))
+    said = steer("bake", "other", "out", *FORMS["adapter"])
+    assert said.code == 0
+    assert ("do not merge it as it is" in said.out) == ("says how to untie them first" in said.out) == tie
+    assert steer("bake", "other", "again", *FORMS["adapter"], "--json").result["untie_to_merge"] is tie
+
+
 def test_an_adapter_on_changed_weights_fails_to_verify(steer: Command, folder: Path) -> None:
     assert steer("bake", "model", "out", *FORMS["adapter"]).code == 0
     tensors = load_file(folder / "model" / "model.safetensors")
