@@ -23,7 +23,7 @@ def prompt_tokens(model: SteeredModel, ids: Sequence[int], edit: Edit | None, to
     """
     if model.hf.device.type == "meta":
         raise UsageError(
-            "echo: expected an engine that scores prompts beside logprobs, found vLLM; leave one of them out"
+            "echo: expected an engine that scores prompts beside logprobs, found another; leave one of them out"
         )
     if len(ids) < 2:
         return ()
