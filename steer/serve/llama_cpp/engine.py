@@ -22,12 +22,12 @@ import httpx
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from steer.core.sampler import Sampler
 from steer.errors import MismatchError, SteerError, UnreachableError, UnsupportedError, UsageError
 from steer.files import one_line
 from steer.model.steering.receipts import Receipt
 from steer.serve.engine import Busy, Event, Finished, Job, Token
 from steer.serve.llama_cpp.adapters import Adapters, AdapterSteering
+from steer.serve.llama_cpp.fields import differences, lora, sampling
 from steer.serve.openai_json import token_bytes
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class LlamaCppEngine:
         while reason == "moved":
             reason = self._continue(text, written)
         read = len(text.job.prompt) + len(written)
-        return Finished(reason, Receipt(read, notes=(*text.notes, *_unlike(text.job.sampler))))
+        return Finished(reason, Receipt(read, notes=(*text.notes, *differences(text.job.sampler))))
 
     def _continue(self, text: _Text, written: list[int]) -> Literal["stop", "length", "cancelled", "moved"]:
         """Write tokens until the reply ends, is cancelled, or has a token under sliders that have moved since."""
@@ -271,7 +271,7 @@ class LlamaCppEngine:
             "stream": True,
             "return_progress": True,  # so that a job can be cancelled while its prompt is read
             "cache_prompt": self._reuses,
-            **_lora(scales),
+            **lora(scales),
             **sampling(job.sampler, self.context),
         }
 
@@ -340,7 +340,7 @@ class LlamaCppEngine:
         the token may end within a character, and llama-server gives none."""
         body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": 10, "id_slot": 0}
         body |= {"logit_bias": [[self.model.encode(_CHECK)[-1], 100.0]]}
-        answer = self._ask("POST", "/completion", body | _lora(scales) | {"cache_prompt": cache_prompt})
+        answer = self._ask("POST", "/completion", body | lora(scales) | {"cache_prompt": cache_prompt})
         (step,) = _Chunk.model_validate(answer).completion_probabilities
         return {likely.id: likely.logprob for likely in step.top_logprobs}
 
@@ -364,43 +364,6 @@ class LlamaCppEngine:
             raise UnreachableError(f"{self.url}: no llama-server answers ({one_line(e)}); start it") from e
         except (ValidationError, JSONDecodeError) as e:
             raise SteerError(f"{self.url}: expected a llama-server, found another answer ({one_line(e)})") from e
-
-
-def sampling(sampler: Sampler, context: int) -> dict[str, Any]:
-    """Return a sampler as the fields of llama-server's /completion. `context`: how far back penalties look, in tokens.
-
-    >>> sampling(Sampler(temperature=0.7, top_k=40, repetition_penalty=1.0), 512)["samplers"]
-    ['temperature', 'top_k']
-    """
-    stages = [*sampler.stages, *(["temperature"] if sampler.temperature == 0 else [])]
-    fields = ("temperature", "top_k", "top_p", "min_p", "typical_p", "frequency_penalty", "presence_penalty")
-    fields += ("dry_multiplier", "dry_base", "dry_allowed_length", "xtc_probability", "xtc_threshold")
-    breakers = {"dry_sequence_breakers": list(b)} if (b := sampler.dry_sequence_breakers) else {}
-    return {name: getattr(sampler, name) for name in fields} | {
-        "samplers": ["typ_p" if stage == "typical_p" else stage for stage in stages],
-        "repeat_penalty": sampler.repetition_penalty,
-        "repeat_last_n": context,
-        "dry_penalty_last_n": sampler.dry_range or context,
-        **breakers,
-        "logit_bias": [[token, False if bias <= -100 else bias] for token, bias in sampler.logit_bias],
-    }
-
-
-def _unlike(sampler: Sampler) -> list[str]:
-    """Return a line for each stage that llama.cpp computes otherwise than the other engines."""
-    lines = [
-        f"{name}: llama.cpp counts the tokens of the prompt too, not of the reply alone"
-        for name in ("frequency_penalty", "presence_penalty")
-        if getattr(sampler, name)
-    ]
-    if sampler.dry_multiplier and not sampler.dry_sequence_breakers:
-        lines.append("dry_sequence_breakers: llama.cpp has at least one, and uses its own")
-    return lines
-
-
-def _lora(scales: Scales) -> dict[str, Any]:
-    """Return the field of a request that sets the scale of every LoRA; an empty list leaves them as at the start."""
-    return {"lora": [{"id": id, "scale": scale} for id, scale in scales.items()]}
 
 
 def _distance(one: dict[int, float], other: dict[int, float]) -> float:
