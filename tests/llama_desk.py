@@ -62,8 +62,9 @@ class Desk:
 def make_desk(tiny_llama: Callable[..., Path], root: Path) -> Desk:
     """Write all files of a `Desk` into a folder."""
     checkpoint = save_tiny_chat(
-        tiny_llama, root / "chat", by_bytes=True, merges=[("h", "e")], tie=False, max_position_embeddings=512
-    )
+        tiny_llama, root / "chat", by_bytes=True, merges=[("h", "e")], tie=False, max_position_embeddings=512,
+        intermediate_size=64,  # Q4_0 needs a multiple of 32
+    )  # fmt: skip
     tokenizer = describe(checkpoint).tokenizer
     weights = load_file(checkpoint / "model.safetensors")
     for token in range(len(tokenizer)):  # ASCII is what it writes, since most other bytes are no characters

@@ -209,7 +209,7 @@ def gguf(
     model: Model,
     out: Annotated[Path, typer.Argument(help="A new file; complete or absent afterwards.")],
     stored: Annotated[
-        str | None, typer.Option("--as", help="F32, F16, BF16 or Q8_0; by default the dtype of the checkpoint.")
+        str | None, typer.Option("--as", help="F32, F16, BF16, Q8_0 or Q4_0; by default the dtype of the checkpoint.")
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A GGUF of the same family whose tokenizer is taken, not tokenizer.json's.")

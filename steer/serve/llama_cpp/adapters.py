@@ -35,8 +35,13 @@ class Adapter:
     """Its scale in requests that name none. A LoRA that no bake of steer wrote keeps it."""
     slider: str | None = None
     """Name of its slider, as `moralizing:ablate`; None for a LoRA that no bake of steer wrote."""
-    strength: float = 1.0
-    """The share of the directions that it removes at scale 1."""
+    edit: Edit | None = None
+    """What it does at scale 1."""
+
+    @property
+    def strength(self) -> float:
+        """The share of the directions that it removes at scale 1; 1 where that differs from writer to writer."""
+        return 1.0 if self.edit is None else self.edit.strength
 
 
 class Adapters(Library):
@@ -138,7 +143,7 @@ class Adapters(Library):
             name = f"{target.name}:ablate"
             while name in self._sliders:
                 name += " (2)"
-            adapter = replace(adapter, slider=name, strength=1.0 if edit.uneven else edit.strength)
+            adapter = replace(adapter, slider=name, edit=edit)
             self._sliders[name] = Slider(target, "ablate", label=name)
             self._of[_numbers(target)] = adapter
         self.adapters.append(adapter)

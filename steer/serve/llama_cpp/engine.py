@@ -56,6 +56,7 @@ class _Props(BaseModel):
     """The answer to GET /props."""
 
     total_slots: int
+    model_path: str = ""
     default_generation_settings: _Size
 
 
@@ -135,6 +136,8 @@ class LlamaCppEngine:
             with self._errors():
                 props = _Props.model_validate(self._ask("GET", "/props"))
                 self._loaded = self._lora_adapters()
+            self.file = Path(props.model_path).name
+            """Name of the GGUF that llama-server has loaded."""
             self.max_running = min(max_running, props.total_slots)
             sizes = (context, model.context, props.default_generation_settings.n_ctx)
             self.context = min(n for n in sizes if n is not None)
@@ -188,6 +191,20 @@ class LlamaCppEngine:
         self._threads.shutdown()
         self._http.close()
 
+    def logprobs(self, ids: Sequence[int], start: int, scales: Scales) -> list[float]:
+        """Return the log-probability of each of `ids` from `start` on under the scales; nan for a token that ends
+        within a character.
+
+        llama-server scores no given text. So each token is asked for alone, and forced by a bias, which its
+        log-probability does not have in it. Errors: as `submit`, by their one line.
+        """
+        found = []
+        with self._errors():
+            for at in range(start, len(ids)):
+                step = self._step(ids[:at], scales, ids[at], cache_prompt=at > start)
+                found.append(math.nan if step is None else step.logprob)
+        return found
+
     # The methods below are called in a thread of the pool, one for each job that is being written
 
     def _write(self, text: _Text) -> None:
@@ -237,9 +254,9 @@ class LlamaCppEngine:
         raise UnreachableError(f"{self.url}: expected a whole reply, found one that breaks off; see llama-server's log")
 
     def _tokens(self, chunk: _Chunk, count: int, text: _Text) -> Iterator[Token]:
-        """Yield the tokens of an event. `count`: how many there are; the ids of all but the last are found by their
-        text, without log-probabilities."""
-        for last in chunk.tokens:
+        """Yield the tokens of an event. `count`: how many there are, none in one about the prompt; the ids of all but the
+        last are found by their text, without log-probabilities."""
+        for last in chunk.tokens if count else ():
             data, piece = chunk.content.encode(), token_bytes(self.model.tokenizer, last)
             for id in self._ids(data.removesuffix(piece), count - 1) if count > 1 else ():
                 text.notes["tokens within a character: llama-server gives neither their ids nor log-probabilities"] = (
@@ -336,13 +353,17 @@ class LlamaCppEngine:
             )  # fmt: skip
 
     def _logprobs(self, ids: Sequence[int], scales: Scales, cache_prompt: bool = False) -> dict[int, float]:
-        """Return the log-probabilities of the likeliest tokens after `ids`. They are those before the bias; without it
-        the token may end within a character, and llama-server gives none."""
+        """Return the log-probabilities of the likeliest tokens after `ids`."""
+        step = self._step(ids, scales, self.model.encode(_CHECK)[-1], cache_prompt)
+        return {} if step is None else {likely.id: likely.logprob for likely in step.top_logprobs}
+
+    def _step(self, ids: Sequence[int], scales: Scales, token: int, cache_prompt: bool) -> _Step | None:
+        """Return the log-probabilities after `ids`, before the bias by which `token` is written. llama-server gives none
+        for a token that ends within a character."""
         body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": 10, "id_slot": 0}
-        body |= {"logit_bias": [[self.model.encode(_CHECK)[-1], 100.0]]}
-        answer = self._ask("POST", "/completion", body | lora(scales) | {"cache_prompt": cache_prompt})
-        (step,) = _Chunk.model_validate(answer).completion_probabilities
-        return {likely.id: likely.logprob for likely in step.top_logprobs}
+        body |= {"samplers": ["temperature"], "logit_bias": [[token, 1e4]], "cache_prompt": cache_prompt}
+        answer = _Chunk.model_validate(self._ask("POST", "/completion", body | lora(scales)))
+        return next(iter(answer.completion_probabilities), None)
 
     def _lora_adapters(self) -> list[_Row]:
         return [_Row.model_validate(row) for row in self._ask("GET", "/lora-adapters")]
