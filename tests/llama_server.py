@@ -12,6 +12,8 @@ import httpx
 
 _PARSE = "_Z19common_params_parseiPPcR13common_params13llama_examplePFviS0_E"
 """`bool common_params_parse(int argc, char ** argv, common_params &, llama_example, void (*)(int, char **))`"""
+_SERVER = 12
+"""`LLAMA_EXAMPLE_SERVER`, without which the parser does not know the options of llama-server alone."""
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def llama_server(command: str, slots: int = 1, threads: int = 1, port: int = 0) 
     words = shlex.split(f"{command} -c {512 * slots} -t {threads} -tb {threads} -fa off -ctk f32 -ctv f32")
     arguments = (ctypes.c_char_p * (len(words) + 1))(*[w.encode() for w in words], None)
     place = ctypes.c_void_p(id(params) + object.__basicsize__)
-    assert parse(len(words), arguments, place, 0, None), command
+    assert parse(len(words), arguments, place, _SERVER, None), command
     params.n_parallel, params.warmup, params.port = slots, False, port
     server = xllamacpp.Server(params)
     try:

@@ -18,8 +18,8 @@ from steer.serve.errors import invalid
 def prompt_tokens(model: SteeredModel, ids: Sequence[int], edit: Edit | None, top: int) -> tuple[Token, ...]:
     """Return the tokens of a prompt but its first, each with the `top` likeliest tokens at its place.
 
-    The engine waits meanwhile. Errors: CheckpointError for logits that are not finite, ApiError for a model that is only
-    described.
+    The engine waits meanwhile. Errors: CheckpointError for logits that are not finite, ApiError for a model that is
+    only described.
     """
     if model.hf.device.type == "meta":
         expected = "an engine that scores prompts beside logprobs"

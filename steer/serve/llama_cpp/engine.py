@@ -18,7 +18,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import httpx
+import httpx2
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
@@ -129,8 +129,8 @@ class LlamaCppEngine:
         self.problem: str | None = None
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         try:
-            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(600, connect=5))
-        except httpx.InvalidURL as e:
+            self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=httpx2.Timeout(600, connect=5))
+        except httpx2.InvalidURL as e:
             raise SteerError(f"{url}: expected the address of a llama-server, found {one_line(e)}") from e
         try:
             with self._errors():
@@ -254,8 +254,8 @@ class LlamaCppEngine:
         raise UnreachableError(f"{self.url}: expected a whole reply, found one that breaks off; see llama-server's log")
 
     def _tokens(self, chunk: _Chunk, count: int, text: _Text) -> Iterator[Token]:
-        """Yield the tokens of an event. `count`: how many there are, none in one about the prompt; the ids of all but the
-        last are found by their text, without log-probabilities."""
+        """Yield the tokens of an event. `count`: how many there are, none in an event about the prompt. The ids of all
+        but the last are found by their text, without log-probabilities."""
         for last in chunk.tokens if count else ():
             data, piece = chunk.content.encode(), token_bytes(self.model.tokenizer, last)
             for id in self._ids(data.removesuffix(piece), count - 1) if count > 1 else ():
@@ -292,7 +292,7 @@ class LlamaCppEngine:
             **sampling(job.sampler, self.context),
         }
 
-    def _chunks(self, response: httpx.Response) -> Iterator[_Chunk]:
+    def _chunks(self, response: httpx2.Response) -> Iterator[_Chunk]:
         """Yield the events of a stream. Errors: SteerError for one that is an error."""
         if response.is_error:
             response.read()
@@ -358,8 +358,8 @@ class LlamaCppEngine:
         return {} if step is None else {likely.id: likely.logprob for likely in step.top_logprobs}
 
     def _step(self, ids: Sequence[int], scales: Scales, token: int, cache_prompt: bool) -> _Step | None:
-        """Return the log-probabilities after `ids`, before the bias by which `token` is written. llama-server gives none
-        for a token that ends within a character."""
+        """Return the log-probabilities after `ids`, before the bias by which `token` is written. llama-server gives
+        none for a token that ends within a character."""
         body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": 10, "id_slot": 0}
         body |= {"samplers": ["temperature"], "logit_bias": [[token, 1e4]], "cache_prompt": cache_prompt}
         answer = _Chunk.model_validate(self._ask("POST", "/completion", body | lora(scales)))
@@ -381,7 +381,7 @@ class LlamaCppEngine:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except httpx.TransportError as e:
+        except httpx2.TransportError as e:
             raise UnreachableError(f"{self.url}: no llama-server answers ({one_line(e)}); start it") from e
         except (ValidationError, JSONDecodeError) as e:
             raise SteerError(f"{self.url}: expected a llama-server, found another answer ({one_line(e)})") from e

@@ -11,12 +11,14 @@ from pathlib import Path
 import gguf
 import pytest
 from batched import GREEDY, Listener, ask, job
+from commands import command_outside
 from llama_desk import LONG, STRENGTH, Desk, engine_on
 from llama_server import LlamaServer, llama_server
 from serving import Served, served
 from tiny_chat import save_tiny_chat
 
 from steer.baking.bake import bake
+from steer.checkpoint.gguf_file import write_gguf
 from steer.core.edit import Edit
 from steer.core.profile import Profile
 from steer.errors import MismatchError, SteerError, UnsupportedError, UsageError
@@ -25,6 +27,7 @@ from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Event, Job
 from steer.serve.llama_cpp.engine import LlamaCppEngine
 from steer.serve.llama_cpp.fields import sampling
+from steer.serve.llama_cpp.fit import measure_fit
 from steer.serve.openai_json import token_bytes
 from steer.serve.server import Options
 
@@ -274,3 +277,35 @@ def test_another_checkpoint_is_refused_at_the_start(desk, llama, tmp_path, tiny_
 def test_an_address_where_nothing_answers_is_named(desk):
     with pytest.raises(SteerError, match="no llama-server answers"), engine_on(desk, "http://127.0.0.1:9"):
         pass
+
+
+@pytest.mark.parametrize("stored", ["F32", "Q4_0"])
+def test_fit_says_how_far_a_quantised_model_changes_as_the_original_does(desk, tmp_path, stored):
+    write_gguf(desk.checkpoint, tmp_path / "model.gguf", stored)
+    command = replace(desk, gguf=tmp_path / "model.gguf").command().partition(" --control-vector")[0]
+    with llama_server(command) as running, engine_on(desk, running.url) as engine:
+        found = measure_fit(desk.model, engine, replies=2, tokens=12)
+    assert [f.slider for f in found] == ["a:ablate", "b:ablate"]
+    for f in found:
+        assert (f.tokens, f.change > 0.1) == (24, True)
+        if stored == "F32":
+            assert (f.slope, f.distance, f.plain, f.warning) == (
+                pytest.approx(1, abs=0.01), pytest.approx(0, abs=0.01), pytest.approx(0, abs=0.01), None,
+            )  # fmt: skip
+        else:
+            assert f.distance > 0.01
+            assert f.plain > 0.01
+
+
+def test_fit_warns_of_a_lora_that_changes_another_direction(desk, tmp_path):
+    copy = Path(shutil.copytree(desk.baked, tmp_path / "copy"))
+    shutil.copy(copy / "ablate-b.gguf", copy / "ablate-a.gguf")
+    with llama_server(desk.command(copy)) as running:
+        url = ("--server", running.url)
+        done = command_outside("fit", "model.gguf", desk.checkpoint, *url, "--json", timeout=300)
+        assert done.code == 0, done.err
+        a, b = done.result["sliders"]
+        assert "is not what it changes in the original" in a["warning"]
+        assert b["distance"] < a["distance"]
+        refused = command_outside("fit", "other.gguf", desk.checkpoint, *url, timeout=300)
+        assert (refused.code, "found model.gguf" in refused.err) == (1, True)
