@@ -68,6 +68,8 @@ class _Likely(BaseModel):
 class _Step(_Likely):
     """The log-probabilities of a written token and of the likeliest ones in its place, before any sampler."""
 
+    bytes: list[int] = []
+    """The text of its event, with what is no UTF-8."""
     top_logprobs: list[_Likely]
 
 
@@ -241,7 +243,7 @@ class LlamaCppEngine:
             for chunk in self._chunks(response):
                 if text.cancelled:
                     return "cancelled"
-                for token in self._tokens(chunk, chunk.tokens_predicted - seen, text):
+                for token in self._tokens(chunk, chunk.tokens_predicted - seen, job.top_logprobs, text.notes):
                     if len(written) > first and (now := job.edit()) is not edit and self.adapters.scales(now) != scales:
                         return "moved"
                     written.append(token.id)
@@ -253,24 +255,26 @@ class LlamaCppEngine:
                 seen = chunk.tokens_predicted
         raise UnreachableError(f"{self.url}: expected a whole reply, found one that breaks off; see llama-server's log")
 
-    def _tokens(self, chunk: _Chunk, count: int, text: _Text) -> Iterator[Token]:
+    def _tokens(self, chunk: _Chunk, count: int, top_logprobs: int | None, notes: dict[str, None]) -> Iterator[Token]:
         """Yield the tokens of an event. `count`: how many there are, none in an event about the prompt. The ids of all
         but the last are found by their text, without log-probabilities."""
         for last in chunk.tokens if count else ():
-            data, piece = chunk.content.encode(), token_bytes(self.model.tokenizer, last)
-            for id in self._ids(data.removesuffix(piece), count - 1) if count > 1 else ():
-                text.notes["tokens within a character: llama-server gives neither their ids nor log-probabilities"] = (
-                    None
-                )
-                yield Token(id, None, (), id in self.model.end_token_ids)
             step = next(iter(chunk.completion_probabilities), None)
-            top = [] if step is None else step.top_logprobs[: text.job.top_logprobs]
-            pairs = tuple((t.id, t.logprob) for t in top)
-            yield Token(last, None if step is None else step.logprob, pairs, last in self.model.end_token_ids)
+            # A byte that is no UTF-8 comes as U+FFFD, and is shown so in the end.
+            text = chunk.content.encode().replace("\ufffd".encode(), b"\xff") if step is None else bytes(step.bytes)
+            for id in self._ids(text.removesuffix(token_bytes(self.model.tokenizer, last)), count - 1):
+                notes["tokens within a character: llama-server sends no ids and no log-probabilities"] = None
+                yield Token(id, None, (), id in self.model.end_token_ids)
+            top = () if step is None or not top_logprobs else tuple((t.id, t.logprob) for t in step.top_logprobs)
+            logprob = None if step is None else step.logprob
+            yield Token(last, logprob, top[:top_logprobs], last in self.model.end_token_ids)
 
-    def _ids(self, data: bytes, count: int) -> list[int]:
-        """Return tokens with this text: as many as llama-server wrote, or another number of bytes that are no text."""
-        return _split(data, count, self._vocabulary) or self.model.encode(data.decode(errors="replace"))
+    def _ids(self, text: bytes, count: int) -> list[int]:
+        """Return `count` tokens with this text, or else one for each byte."""
+        if not count:
+            return []
+        each = (self._vocabulary.get(bytes([byte])) for byte in text)
+        return _split(text, count, self._vocabulary) or [id for id in each if id is not None]
 
     @cached_property
     def _vocabulary(self) -> dict[bytes, int]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import httpx
 import pytest
 from batched import GREEDY, Listener, ask, job
-from commands import command_outside
+from commands import command_here, command_outside
 from llama_desk import LONG, STRENGTH, Desk, engine_on
 from llama_server import LlamaServer, llama_server
 from serving import Served, served
@@ -106,7 +109,8 @@ def test_a_slider_moved_in_mid_reply_changes_tokens_after_the_move_and_none_befo
     assert moved[6:] == ask(engine, follow).wait().tokens != plain[6:]
 
 
-def test_every_token_of_a_character_arrives(desk, engine, llama):
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_every_token_of_a_character_arrives(desk, engine, llama, logprobs):
     """llama-server's stream has no event for a token that ends within a character."""
     vocabulary = {token_bytes(desk.model.tokenizer, i): i for i in range(len(desk.model.tokenizer))}
     bytes_ = [vocabulary[bytes([b])] for b in "é€".encode()]
@@ -116,8 +120,12 @@ def test_every_token_of_a_character_arrives(desk, engine, llama):
     lora = {"lora": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 0.0}]}
     whole = llama.post("/completion", body | lora | sampling(sampler, engine.context))
     assert any(ord(c) > 127 and c != "�" for c in whole["content"])
-    made = ask(engine, Job(tuple(begun), sampler, lambda: None, top_logprobs=1)).wait()
-    assert desk.model.text(made.tokens).strip("�") == whole["content"].strip("�")
+    made = ask(engine, Job(tuple(begun), sampler, lambda: None, top_logprobs=logprobs)).wait()
+    ids = made.tokens
+    assert desk.model.text(ids) == desk.model.text(whole["tokens"][: len(ids)])
+    if logprobs is not None:
+        assert ids == whole["tokens"][: len(ids)]
+    assert len(ids) >= 36, "but for those of a character that is not whole"
     assert any("within a character" in note for note in made.last.receipt.warnings)
 
 
@@ -309,3 +317,34 @@ def test_fit_warns_of_a_lora_that_changes_another_direction(desk, tmp_path):
         assert b["distance"] < a["distance"]
         refused = command_outside("fit", "other.gguf", desk.checkpoint, *url, timeout=300)
         assert (refused.code, "found model.gguf" in refused.err) == (1, True)
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_stops(desk, llama):
+    steer = str(Path(sys.executable).with_name("steer"))
+    command = [steer, "serve", str(desk.checkpoint), "--engine", "llama.cpp", "--url", llama.url, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = next(line for line in process.stderr if line.startswith("http")).split()[0]
+            asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "temperature": 0}
+            answer = httpx.post(f"{url}/chat/completions", json=asked, timeout=60).json()
+            assert answer["usage"]["completion_tokens"] == 5
+            assert answer["steering"]["live"]
+        finally:
+            process.terminate()
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        ((), 2, "expected --url beside llama.cpp alone"),
+        (("--url", "http://127.0.0.1:9"), 1, "no llama-server answers"),
+        (("--url", "http://127.0.0.1:9", "--four-bit"), 2, "expected neither --device-map nor --four-bit"),
+    ],
+)
+def test_the_command_refuses_in_one_line(desk, monkeypatch, capfd, more, code, says):
+    done = command_here(monkeypatch, capfd)("serve", desk.checkpoint, "--engine", "llama.cpp", *more)
+    assert done.code == code
+    assert says in done.err
+    assert len(done.err.splitlines()) == 1
