@@ -211,7 +211,7 @@ def test_a_profile_for_llama_cpp_is_loras_and_a_control_vector_and_the_command_t
     said = steer("bake", "model", "out", "--profile", profile, "--as", "gguf")
     assert "coverage: 6 of 7 writers edited" in said.out
     assert said.out.rstrip().endswith(
-        "llama-server -m MODEL.gguf --lora out/ablate-calm.gguf --control-vector out/control_vector.gguf"
+        "llama-server -m MODEL.gguf --lora out/ablate-calm.gguf --cache-ram 0 --control-vector out/control_vector.gguf"
     )
     assert {p.name for p in (folder / "out").glob("*.gguf")} == {"ablate-calm.gguf", FILE}
     assert steer("verify", "out", "--source", "model").code == 0

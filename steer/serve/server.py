@@ -113,8 +113,10 @@ def serve(
         try:
             server = Server(model, writer, options)
             # Prepare all sliders that requests may name: reading a dictionary and measuring its fit takes seconds.
-            for slider in model.sliders.known().values():
-                as_edit(model, [(slider, 1.0)])
+            fixed = model.library().fixed
+            for name, slider in model.sliders.known().items():
+                if name not in fixed:
+                    as_edit(model, [(slider, 1.0)])
             ready(address(listening))
             with suppress(KeyboardInterrupt):  # uvicorn raises it once it has stopped
                 server.run(sockets=[listening])
