@@ -91,7 +91,7 @@ class Node:
 
 @checked
 class Generation:
-    """Children of one parent. Generation 0 is the start alone."""
+    """Merges that are judged together, as a rule children of one parent. Generation 0 is the start alone."""
 
     number: Count
     nodes: list[Node]
