@@ -83,7 +83,7 @@ def test_the_script_finds_two_traits_and_goes_on_where_it_stopped(
     assert [(e["slider"], e["scorer"]) for e in result["effects"]] == [
         ("lies", "lies"), ("lies", "friends"), ("friends", "lies"), ("friends", "friends")]  # fmt: skip
     assert result["missing"] == {}
-    assert "friends" in (out / "matrix.svg").read_text()
+    assert "friends" in (out / "matrix.html").read_text()
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and not p.name.startswith("matrix")}
     assert len(times) == 8  # manifest; direction, figures and replies of each; the untouched replies
     (out / "replies" / "lies.json").unlink()

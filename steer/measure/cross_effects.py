@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 
-from steer.measure.drawing import STYLE, axes, svg
+from steer.measure.drawing import STYLE, axes, page, svg
 from steer.measure.probes.probe import Figure
 from steer.measure.scorer import Scorer
 from steer.measure.statistics import difference_of
@@ -64,6 +65,12 @@ def cross_effects(
             assert found is not None
             out.append(CrossEffect(slider, name, found.mean.value, found.mean.low, found.mean.high))
     return out
+
+
+def effects_page(effects: Sequence[CrossEffect], result: Mapping[str, Any]) -> str:
+    """Return the report: the matrix as a drawing, and the verdict and the dose response of each slider. `result` has the
+    contents of the matrix.json that examples/traits/matrix.py writes."""
+    return page("effects.html.j2", plot=effects_plot(effects) if effects else "", **result)
 
 
 @matplotlib.rc_context(STYLE)
