@@ -1,13 +1,13 @@
-"""The traits that ship on a model: find every one, measure what its slider does, and what it does to all other traits.
+"""The traits that ship on a model: find each, measure what its slider does, and what it does to all other traits.
 
-    python examples/traits/matrix.py MODEL OUT [--traits warmth,humour,mine.yaml] [--quick] [--slider FILE] [--topics 56]
+    python examples/traits/matrix.py MODEL OUT [--traits warmth,mine.yaml] [--quick] [--slider FILE] [--topics 56]
 
 Writes into OUT, for each trait, TRAIT.safetensors (its direction) and TRAIT.json (scores, dose response, verdict, text
-scorer), replies/TRAIT.json (the replies under its slider at +1), and over all traits matrix.json and matrix.html: by how
-many standard deviations each slider (row) moves each trait (column). `--slider` names further directions of these
-traits, such as one that `steer find --keep` made; the file's name becomes the row's, and that of a trait takes the place
-of the direction found here. What has its file is not made again, so the same command goes on after it was stopped; a
-trait that was found with --quick is found again without it. ship.py ships the result.
+scorer), replies/TRAIT.json (the replies under its slider at +1), and over all traits matrix.json and matrix.html: by
+how many standard deviations each slider (row) moves each trait (column). `--slider` names further directions of these
+traits, such as one that `steer find --keep` made; the file's name becomes the row's, and that of a trait takes the
+place of the direction found here. What has its file is not made again, so the same command goes on after it was
+stopped; a trait that was found with --quick is found again without it. ship.py ships the result.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main(
     sliders = {name: shown(name, directions[name].name, out) for name in directions}
     result = {"topics": len(prompts), "tokens": TOKENS, "seed": seed, "sliders": sliders, "missing": missing}
     write(out / "matrix.json", result | {"effects": [asdict(e) for e in effects]})
-    write_atomic(out / "matrix.html", effects_page(effects, result))
+    write_atomic(out / "matrix.html", effects_page(read(out / "matrix.json")))
     for e in effects:
         print(f"{e.slider:>14} on {e.scorer:<14} {e.change:+.2f} ({e.low:+.2f} to {e.high:+.2f})")
     for name, why in missing.items():

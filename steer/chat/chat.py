@@ -15,7 +15,7 @@ from typing import Literal, cast
 from steer.chat.comparison import Comparison, Side
 from steer.chat.context_use import ContextUse
 from steer.chat.conversation import Conversation, Message
-from steer.chat.costs import Cost, bake_cost, costs_of, profile_cost
+from steer.chat.costs import Cost, bake_cost, costs_of, effects_report, profile_cost
 from steer.chat.feature_index import FeatureIndex
 from steer.chat.jobs import BakePlan, Form, TasteJob, plan, start_taste, taste_of
 from steer.chat.local import LocalBackend
@@ -321,6 +321,10 @@ class Chat(BaseChat):
     def costs(self) -> list[Cost]:
         """Return what was measured of this model on this machine, or is being measured, newest first."""
         return costs_of(self._local("eval").model)
+
+    def effects_report(self) -> str | None:
+        """Return the page on the sliders that ship for this model; None where none do. Errors: SteerError."""
+        return effects_report(self._local("eval").model)
 
     def _local(self, what: str) -> LocalBackend:
         if not self.backend.local:
