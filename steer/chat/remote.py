@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import openai
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
@@ -135,6 +135,24 @@ class RemoteBackend(ReplyBackend):
                 ) from e
             self._cached_answer = (time.monotonic(), answer)
         return self._cached_answer[1].sliders
+
+    def forget_offered(self) -> None:
+        """Make `offered` ask the server again, which has a new slider."""
+        self._cached_answer = None
+
+    @property
+    def finds(self) -> bool:
+        """Whether the server lets clients search for new sliders."""
+        self.offered()
+        return self._cached_answer is not None and self._cached_answer[1].allow_find
+
+    def ask(self, method: Literal["get", "post", "delete"], path: str, body: Any = None) -> Any:
+        """Send a request that OpenAI's API does not have, to a path below /v1. Return the JSON that the server answers.
+
+        Errors: SteerError with the server's message.
+        """
+        with self._errors():
+            return getattr(self.client, method)(path, cast_to=object, **({} if body is None else {"body": body}))
 
     def write(
         self, messages: Sequence[Mapping[str, str]], sampler: Sampler, amounts: Mapping[str, float]
@@ -297,6 +315,7 @@ class RemoteSlider(BaseModel, frozen=True):
 
 class _SteeringAnswer(BaseModel):
     sliders: Annotated[list[RemoteSlider], Field(max_length=10_000, fail_fast=True)]
+    allow_find: bool = False
 
 
 class RemoteSliders(Amounts):
