@@ -71,9 +71,9 @@ def table(result: dict[str, Any], ships: list[str]) -> str:
 
 
 def pairs(result: dict[str, Any]) -> str:
-    """What keeping other traits bought and cost: the rows of the matrix of a slider and of its variants."""
-    out = []
-    for name, s in result["sliders"].items():
+    """What keeping other traits bought and cost: the matrix's rows of a trait's slider and of all its variants."""
+    out: list[str] = []
+    for s in result["sliders"].values():
         if s["keep"]:
             columns = [s["trait"], *s["keep"]["traits"]]
             out += [
@@ -84,7 +84,11 @@ def pairs(result: dict[str, Any]) -> str:
                 "",
                 f"| slider at +1 | {' | '.join(columns)} |",
                 f"|---{'|---' * len(columns)}|",
-                *(f"| {row} | {' | '.join(cell(result, row, c) for c in columns)} |" for row in (s["trait"], name)),
+                *(
+                    f"| {row} | {' | '.join(cell(result, row, c) for c in columns)} |"
+                    for row, other in result["sliders"].items()
+                    if other["trait"] == s["trait"]
+                ),
             ]
     return "\n".join([*out, ""])
 

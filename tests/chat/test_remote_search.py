@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,15 @@ from serving import served, until
 from tiny_parrot import save_parrot
 
 from steer.chat.chat import Chat
+from steer.chat.preview import TOKENS
 from steer.chat.remote import RemoteBackend
 from steer.chat.remote_search import RemoteSearch
 from steer.core.sampler import Sampler
 from steer.core.trait import Trait
 from steer.errors import SteerError, UsageError
 from steer.finding.new_slider import NewSliderJob
+from steer.measure.contrast import SAMPLER
+from steer.model.loaded import as_messages
 from steer.model.steered import SteeredModel, load
 from steer.serve.server import Options
 
@@ -59,14 +63,16 @@ def test_a_server_that_allows_no_search_offers_none(parrot: SteeredModel) -> Non
         chat.close()
 
 
-def test_a_preview_shows_replies_under_each_sentence_and_none_of_the_chats_sliders(chat: Chat) -> None:
+def test_a_preview_is_what_the_model_says_under_each_sentence(chat: Chat, parrot: SteeredModel) -> None:
     preview = chat.preview(TRAIT)
     assert preview.wait(60)
     assert preview.error is None
     assert [r.message for r in preview.replies] == [TRAIT.held_out[0], TRAIT.held_out[len(TRAIT.held_out) // 2]]
+    sampler = replace(SAMPLER, max_new_tokens=TOKENS)
     for reply in preview.replies:
-        high, low = set(reply.high.split()), set(reply.low.split())
-        assert len(high & {"ta", "te", "ti", "to", "tu"}) > len(low & {"ta", "te", "ti", "to", "tu"})
+        for text, sentence in ((reply.high, TRAIT.with_instruction), (reply.low, TRAIT.without_instruction)):
+            assert text.strip() == parrot.chat(as_messages(reply.message, sentence), **vars(sampler)).strip()
+    assert any(reply.high != reply.low for reply in preview.replies)
 
 
 @pytest.mark.slow
