@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import openai
 from pydantic import BaseModel, Field, FiniteFloat, RootModel, ValidationError
@@ -77,7 +77,7 @@ class RemoteBackend(ReplyBackend):
             )
         except (openai.OpenAIError, ValueError) as e:
             raise SteerError(f"{url}: expected the address of a server, found {e}; give http://HOST:PORT") from e
-        self._cached_answer: tuple[float, list[RemoteSlider]] | None = None
+        self._cached_answer: tuple[float, _SteeringAnswer] | None = None
         self.template_options: dict[str, Any] = {}
         """Options of the chat template that every request carries."""
         self.name = name or self._first_model()
@@ -136,18 +136,18 @@ class RemoteBackend(ReplyBackend):
     def offered(self) -> list[RemoteSlider]:
         """Return the server's sliders, cached for five seconds: `GET /v1/steering`, or llama-server's LoRAs."""
         if self._cached_answer is None or time.monotonic() - self._cached_answer[0] > _FRESH:
-            sliders = self._steering() if self.adapters is None else None
-            if sliders is None:
+            answer = self._steering() if self.adapters is None else None
+            if answer is None:
                 with self._errors():
                     found = self.client.get(f"{self.url}/lora-adapters", cast_to=object)
                     rows = _AdaptersAnswer.model_validate(found).root
-                sliders = adapter_sliders(rows)
-                self.adapters = {name: row.id for name, row in zip((s.name for s in sliders), rows, strict=False)}
-            self._cached_answer = (time.monotonic(), sliders)
-        return self._cached_answer[1]
+                answer = _SteeringAnswer(sliders=adapter_sliders(rows))
+                self.adapters = {s.name: row.id for s, row in zip(answer.sliders, rows, strict=False)}
+            self._cached_answer = (time.monotonic(), answer)
+        return self._cached_answer[1].sliders
 
-    def _steering(self) -> list[RemoteSlider] | None:
-        """Return the sliders of a steer server; None if it has none and LoRAs instead, so is a llama-server."""
+    def _steering(self) -> _SteeringAnswer | None:
+        """Return the answer of a steer server; None from one that has LoRAs instead, so is a llama-server."""
         with self._errors():
             try:
                 found = self.client.get("/steering", cast_to=object)
@@ -157,13 +157,31 @@ class RemoteBackend(ReplyBackend):
                     return None
                 raise
         try:
-            return _SteeringAnswer.model_validate(found).sliders
+            return _SteeringAnswer.model_validate(found)
         except ValidationError as e:
             where = ".".join(map(str, e.errors()[0]["loc"]))[:60]
             raise SteerError(
                 f"{self.url}: expected a steer server, found another (its answer to GET /v1/steering at "
                 f"{where or 'its beginning'}: {e.errors()[0]['msg'][:80]}); start one with: steer serve MODEL"
             ) from e
+
+    def forget_offered(self) -> None:
+        """Make `offered` ask the server again, which has a new slider."""
+        self._cached_answer = None
+
+    @property
+    def finds(self) -> bool:
+        """Whether the server lets clients search for new sliders."""
+        self.offered()
+        return self._cached_answer is not None and self._cached_answer[1].allow_find
+
+    def ask(self, method: Literal["get", "post", "delete"], path: str, body: Any = None) -> Any:
+        """Send a request that OpenAI's API does not have, to a path below /v1. Return the JSON that the server answers.
+
+        Errors: SteerError with the server's message.
+        """
+        with self._errors():
+            return getattr(self.client, method)(path, cast_to=object, **({} if body is None else {"body": body}))
 
     def write(
         self, messages: Sequence[Mapping[str, str]], sampler: Sampler, amounts: Mapping[str, float]
@@ -335,6 +353,7 @@ class RemoteSlider(BaseModel, frozen=True):
 
 class _SteeringAnswer(BaseModel):
     sliders: Annotated[list[RemoteSlider], Field(max_length=10_000, fail_fast=True)]
+    allow_find: bool = False
 
 
 class _Adapter(BaseModel):

@@ -87,6 +87,8 @@ class ReplyBackend(ABC):
     """The model's name."""
     sliders: Any
     """Amounts by name, with the interface of `steer.model.sliders.Sliders`."""
+    finds = False
+    """Whether it can search for new sliders."""
     on = True
     """If false, the sliders keep their amounts and move nothing."""
     marks: ThoughtMarks = THINK

@@ -183,7 +183,7 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     # FastAPI calls these in a thread, because they are no coroutines: they may read a dictionary from disk.
     @app.get("/v1/steering")
     def steering() -> dict[str, Any]:
-        return settings.describe()
+        return settings.describe() | {"allow_find": options.allow_find}
 
     @app.put("/v1/steering")
     def steer(update: Steering) -> dict[str, Any]:

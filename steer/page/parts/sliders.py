@@ -52,7 +52,7 @@ def _rows(chat: Chat) -> None:
                     with st.container(key=f"slider{number}"):
                         _row(chat, row)
     rails(rail(f"slider{number}", row.low, row.high, row.safe) for number, row in numbered)
-    if chat.backend.local:
+    if chat.backend.finds:
         with st.container(horizontal=True):
             button("New slider", new_slider.open_dialog, "add", help="Make one from two sentences that you write")
 
