@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from steer.errors import CheckpointError, SteerError
+from steer.errors import CheckpointError, OutputExistsError, SteerError
 
 JSON_DEPTH = 64
 """Deepest nesting of brackets that is accepted. Code that walks a parsed value recurses once per level."""
@@ -28,15 +28,16 @@ tensors has 10."""
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """Yield the path of a new file beside `path`, for the block to create. When the block ends without an exception,
     the new file is synced to the disk and then replaces `path`. After a crash `path` is either the new file or the old
     one.
 
-    Links are followed: the file that a link points to is replaced. A replaced file keeps its permissions.
+    Links are followed: the file that a link points to is replaced. A replaced file keeps its permissions. `new`:
+    nothing is replaced; a file or a link at `path` is an error.
     Errors: SteerError for a path that cannot be written.
     """
-    place = Path(os.path.realpath(path))
+    place = Path(path if new else os.path.realpath(path))
     # The name holds the host, because machines may share a directory, and each numbers its processes by itself.
     stem = f".{place.name[:80]}.{socket.gethostname()}-"
     part = place.with_name(f"{stem}{os.getpid()}-{threading.get_ident()}.part")
@@ -47,9 +48,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 leftover.unlink(missing_ok=True)
         yield part
         sync(part)
-        if place.exists():
-            shutil.copymode(place, part)
-        part.replace(place)
+        if new:
+            try:
+                os.link(part, place)  # a rename would replace a file that is there
+            except FileExistsError as e:
+                raise SteerError(
+                    f"{path}: expected no such file, found one; it is not overwritten, name another"
+                ) from e
+        else:
+            if place.exists():
+                shutil.copymode(place, part)
+            part.replace(place)
         sync(place.parent)
     except OSError as e:
         raise SteerError(f"{path}: could not be written ({e.strerror}); name another place, or free some space") from e
@@ -68,22 +77,17 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
 def write_new(path: str | Path, text: str) -> Path:
     """Write a whole text file, in UTF-8, where there is none. Errors: SteerError for a path that exists or cannot be
     written."""
-    place = Path(path)
-    part = place.with_name(f".{place.name[:80]}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, new=True) as part:
         part.write_text(text, encoding="utf-8")
-        sync(part)
-        os.link(part, place)  # a rename would replace a file that is there
-        sync(place.parent)
-    except FileExistsError as e:
-        raise SteerError(f"{path}: expected no such file, found one; it is not overwritten, name another") from e
+    return Path(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, if it exists. Errors: SteerError if it cannot be deleted."""
+    try:
+        path.unlink(missing_ok=True)
     except OSError as e:
-        raise SteerError(f"{path}: could not be written ({e.strerror}); name another place, or free some space") from e
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return place
+        raise SteerError(f"{path}: could not be deleted ({e.strerror}); check its permissions") from e
 
 
 def append_line(path: str | Path, line: bytes) -> None:
@@ -105,6 +109,29 @@ def append_line(path: str | Path, line: bytes) -> None:
         sync(place.parent)
     except OSError as e:
         raise SteerError(f"{path}: could not be written ({e.strerror}); name another place, or free some space") from e
+
+
+@contextmanager
+def locked(folder: Path, taken: str) -> Iterator[None]:
+    """Lock a directory against other processes, creating it if needed. The lock ends with the block or the process.
+
+    Errors: OutputExistsError that says `taken` where another process holds the lock; SteerError for a directory that
+    cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise SteerError(f"{folder}: could not be written, {e.strerror}; name an output where you may write") from e
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(lock)
+        raise OutputExistsError(f"{folder}: {taken}") from e
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def sync(path: Path) -> None:

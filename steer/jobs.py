@@ -1,4 +1,4 @@
-"""A `steer` command in a process of its own, for page and server: its progress, its result, and how to stop it."""
+"""A `steer` command in a separate process, for page and server: its progress, its result, and how to stop it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 _log = logging.getLogger(__name__)
 _LINES = 200
@@ -31,6 +31,34 @@ class Job:
 
     stopped = "stopped; nothing half-written was left"
     """What `error` says after `cancel`."""
+    _latest: ClassVar[dict[tuple[type[Job], Hashable], Any]] = {}
+
+    @classmethod
+    def key(cls, subject: Any) -> Hashable:
+        """Return what tells apart the subjects that jobs of this class are about; by default the subject itself."""
+        return subject
+
+    @classmethod
+    def latest(cls, subject: Any) -> Self | None:
+        """Return the job of this class that this process began last for a subject, running or ended; None if there is
+        none. Jobs belong to no browser tab and no connection."""
+        return cls._latest.get((cls, cls.key(subject)))
+
+    @classmethod
+    def begin(cls, subject: Any, *args: Any) -> Self:
+        """Start a job and make it the latest for a subject. `args`: those of the class."""
+        job = cls._latest[cls, cls.key(subject)] = cls(*args)
+        return job
+
+    @classmethod
+    def forget(cls, subject: Any) -> None:
+        """Make `latest` return None for a subject, once the user has seen how the job ended."""
+        cls._latest.pop((cls, cls.key(subject)), None)
+
+    @classmethod
+    def running_for(cls) -> set[Hashable]:
+        """Return the keys of the subjects for which jobs of this class run."""
+        return {key for (kind, key), job in cls._latest.items() if kind is cls and job.running}
 
     def __init__(self, arguments: Sequence[str], *, out: Path | None = None, expected: int | None = None) -> None:
         """Start the command.

@@ -34,16 +34,20 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "")
 
 
+def _shown(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr with these columns, which is shown in a terminal alone."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
 @contextmanager
 def bar(description: str, total: int | None, unit: str = "") -> Iterator[Advance]:
     """Show a bar while the block runs. Yields a function to call with the amount done since its last call.
 
     `total` is the amount of all work in `unit`; None where it is not known.
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Rate(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with _shown(TextColumn("{task.percentage:>3.0f}%"), _Rate()) as progress:
         task = progress.add_task(escape(plain_line(description)), total=total, unit=unit)
         yield lambda n: progress.advance(task, n)
         progress.update(task, completed=total)
@@ -82,9 +86,6 @@ class ProgressLines:
 @contextmanager
 def byte_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar while the block runs. Yields a function to call with (bytes done, bytes in all)."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with _shown(DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task(escape(plain_line(description)), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

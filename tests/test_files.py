@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from steer.errors import CheckpointError, SteerError
-from steer.files import JSON_DEPTH, parse_json, read_json_object, replacing, write_atomic
+from steer.errors import CheckpointError, OutputExistsError, SteerError
+from steer.files import JSON_DEPTH, locked, parse_json, read_json_object, replacing, write_atomic
 
 NOT_JSON = {
     "nothing": (b"", "no JSON"),
@@ -112,3 +112,18 @@ def test_a_place_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(SteerError, match="could not be written"):
         write_atomic(tmp_path / "file" / "below", b"data")
+
+
+def test_two_processes_are_told_apart_in_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    with (
+        locked(folder, "is at work"),
+        pytest.raises(OutputExistsError, match="s: is at work"),
+        locked(folder, "is at work"),
+    ):
+        pass
+    with locked(tmp_path / "s", "is at work"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(SteerError, match="file: could not be written, File exists"), locked(tmp_path / "file", ""):
+        pass

@@ -18,21 +18,21 @@ from steer.chat.context_use import ContextUse
 from steer.chat.conversation import Conversation, Message
 from steer.chat.costs import Cost, bake_cost, costs_of, effects_report, profile_cost
 from steer.chat.feature_index import FeatureIndex
-from steer.chat.jobs import BakePlan, Form, TasteJob, plan, start_taste, taste_of
+from steer.chat.jobs import BakePlan, Form, plan
 from steer.chat.local import LocalBackend
 from steer.chat.preview import Preview
 from steer.chat.readout import Readouts, TokenReadout
 from steer.chat.session import BaseChat
 from steer.chat.slider_panel import SliderPanel
 from steer.chat.stored import Stored, load_chat, new_place, save_chat
-from steer.chat.voting import Thumb, keep_vote
+from steer.chat.voting import Thumb, keep_vote, votes_place
 from steer.chat.writer import Messages, PendingReply, ReplyBackend, Task, Writer, as_chat
 from steer.core.cards import Card
 from steer.core.lorebook import Lorebook, Scan
 from steer.core.profile import Profile
 from steer.core.trait import Trait
 from steer.errors import SteerError, UnsupportedError, UsageError
-from steer.finding.new_slider import FailedSearch, NewSliderJob, failed_searches
+from steer.finding.new_slider import FailedSearch, NewSliderJob, TasteJob, failed_searches
 from steer.model.profiles import edit_of
 from steer.plain_text import without_surrogates
 
@@ -270,13 +270,13 @@ class Chat(BaseChat):
         return m
 
     def make_taste(self) -> None:
-        """Start to make a slider of all votes, unless one is being made. Errors: as `start_taste`."""
-        start_taste(self._local("taste").model)
+        """Start to make a slider of all votes, unless one is being made. Errors: as `TasteJob.start`."""
+        TasteJob.start(self._local("taste").model, votes_place())
 
     def taste(self) -> TasteJob | None:
         """Return the job that makes a slider of votes for this model, running or ended; None if there was none. When it
         is done, its slider is among those of this chat."""
-        job = taste_of(self._local("taste").model)
+        job = TasteJob.latest(self._local("taste").model)
         if job is not None and job.direction is not None and job is not self._taste:
             self._taste = job
             name = job.direction.name

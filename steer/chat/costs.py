@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from steer.baking.certificate import CERTIFICATE
 from steer.checkpoint.fetch import home, resolve
@@ -47,13 +47,11 @@ class Cost:
     """What was made of the model, for people."""
     arguments: tuple[str, ...]
     """Options of `steer eval` that name it."""
-    _jobs: ClassVar[dict[Path, CostJob]] = {}
-    """The jobs of this process by folder. They belong to no tab."""
 
     @property
     def job(self) -> CostJob | None:
         """The job that this process started, running or ended; None if there is none."""
-        return self._jobs.get(self.folder)
+        return CostJob.latest(self.folder)
 
     @property
     def report(self) -> Path | None:
@@ -72,17 +70,16 @@ class Cost:
 
         Errors: UsageError while another one is being measured, since both would take twice as long.
         """
-        for cost, job in self._jobs.items():
-            if job.running and cost != self.folder:
-                raise UsageError("cost: expected nothing else to be measured, found a run; wait for it, or cancel it")
-        job = self._jobs.get(self.folder)
+        if CostJob.running_for() - {self.folder}:
+            raise UsageError("cost: expected nothing else to be measured, found a run; wait for it, or cancel it")
+        job = self.job
         if job is None or not job.running:
             about = {"model": self.model, "name": self.name, "arguments": self.arguments}
             write_atomic(self.folder / _ABOUT, json.dumps(about) + "\n")
             probes = ["--probes", ",".join(PROBES)] if PROBES else []
             out = ["--out", str(self.folder / _OUT), *(["--fresh"] if fresh else [])]
-            job = CostJob(["eval", self.model, *self.arguments, *probes, "--quick", *out, "--json"])
-            self._jobs[self.folder] = job
+            command = ["eval", self.model, *self.arguments, *probes, "--quick", *out, "--json"]
+            return CostJob.begin(self.folder, command)
         return job
 
 

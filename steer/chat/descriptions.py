@@ -51,12 +51,12 @@ def ends_of(slider: Slider) -> tuple[str, str]:
     "preaches"."""
     if slider.operation == "ablate":
         return "left as it is", "taken out"
-    name, told = slider.target.name, {}
+    name, sentences = slider.target.name, {}
     if isinstance(slider.target, Direction):
         if name in shipped_traits() and (trait := _trait(name)) and trait.low_end and trait.high_end:
             return trait.low_end, trait.high_end
-        told = slider.target.provenance
-    low, high = (_short(told[key]) if isinstance(told.get(key), str) else None for key in ("without", "with"))
+        sentences = slider.target.provenance
+    low, high = (_short(sentences[key]) if isinstance(sentences.get(key), str) else None for key in ("without", "with"))
     return low or "less", high or "more"
 
 
@@ -112,12 +112,12 @@ def description_of(slider: Slider) -> str:
             return f"Your taste: {target.name} {votes['says']}."
         if target.name in shipped_traits():
             return _summary(target.name)
-        told = target.provenance
-        if not isinstance(told.get("with"), str):
+        sentences = target.provenance
+        if not isinstance(sentences.get("with"), str):
             return f"The direction {target.name!r}."
-        low = told.get("without")
+        low = sentences.get("without")
         opposite = f"told \u201c{low}\u201d" if isinstance(low, str) else "told nothing"
-        return f"At the high end as if told \u201c{told['with']}\u201d, at the low end as if {opposite}."
+        return f"At the high end as if told \u201c{sentences['with']}\u201d, at the low end as if {opposite}."
     row, record = _slider_row(target), record_of(target)
     parts = []
     if row is not None and row.get("trait"):

@@ -36,7 +36,6 @@ class Evolution:
     """The lineage in a folder, begun or not."""
 
     place: Path
-    _jobs: ClassVar[dict[Path, EvolvingJob]] = {}
     _judges: ClassVar[dict[tuple[Path, str], Judge]] = {}
     """By folder and voter."""
 
@@ -51,7 +50,7 @@ class Evolution:
     @property
     def job(self) -> EvolvingJob | None:
         """The job that this process started, running or ended; None if there is none."""
-        return self._jobs.get(self.place)
+        return EvolvingJob.latest(self.place)
 
     def start(self, recipe: str, pool: Sequence[str]) -> EvolvingJob:
         """Start the lineage from a recipe's file, or go on with a start that was stopped. Errors: as `next`."""
@@ -94,8 +93,7 @@ class Evolution:
         if self.job is not None and self.job.running:
             raise UsageError(f"{self.place}: expected no job of this lineage, found one; wait for it, or cancel it")
         self.close()  # what is built needs the memory
-        job = self._jobs[self.place] = EvolvingJob(["evolve", *arguments, "--json"])
-        return job
+        return EvolvingJob.begin(self.place, ["evolve", *arguments, "--json"])
 
 
 def last() -> Path | None:

@@ -27,9 +27,10 @@ from steer.core.dictionary_files import read_manifest
 from steer.core.feature import Feature
 from steer.errors import SteerError, UsageError
 from steer.files import read_json_object
+from steer.model.fit_check import check_fits
 from steer.model.forward import read_residuals
 from steer.model.steering.low_rank import encoder_rows
-from steer.sae.pooling import check_fits, encoded, kept
+from steer.sae.pooling import encoded, inliers
 from steer.sae.records import FeatureRecord, search
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class FeatureIndex:
         assert dictionary.site is not None
         records = records_at(place)
         h = self._residual(ids, dictionary.site)[start : start + len(pieces)].float()
-        fine = kept(dictionary, h)
+        fine = inliers(dictionary, h)
         highest = torch.zeros(dictionary.latents)
         for _, acts in encoded(dictionary, h[fine]):
             highest = torch.maximum(highest, acts.amax(0).float().cpu())

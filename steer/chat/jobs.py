@@ -1,4 +1,4 @@
-"""Commands that the page runs as a `Job`: a bake, a slider from votes, and the default merge.
+"""Commands that the page runs as a `Job`: a bake, and the default merge.
 
 `plan` makes a `BakePlan` from a chat's profile; `BakePlan.start` returns a `BakingJob`.
 """
@@ -8,20 +8,16 @@ from __future__ import annotations
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.baking.certificate import CERTIFICATE, Form
 from steer.baking.plan import Verdict, bakeable
-from steer.chat.voting import votes_place
 from steer.checkpoint.fetch import home, resolve
 from steer.checkpoint.merge import is_merge_of
 from steer.checkpoint.shipped import RECIPE, present
 from steer.checkpoint.staging import check_output
-from steer.core.direction import Direction
 from steer.core.profile import Profile, ProfileSlider
-from steer.core.votes import usable_votes
 from steer.errors import SteerError, UnsupportedError
 from steer.files import read_json_object
 from steer.jobs import Job
@@ -110,39 +106,6 @@ def plan(model: SteeredModel, profile: Profile, form: Form = "checkpoint") -> Ba
     verdicts = tuple(bakeable([move for move, _ in moving], form, model.anatomy))
     refused = tuple(entry for (_, entry), verdict in zip(moving, verdicts, strict=True) if not verdict.ok)
     return BakePlan(model.name, profile, form, verdicts, refused)
-
-
-class TasteJob(Job):
-    """A running `steer find --votes`."""
-
-    stopped = "stopped; the slider is as it was before"
-
-    @cached_property
-    def direction(self) -> Direction | None:
-        """The direction that was saved; None before that."""
-        return Direction.load(self.result["direction"]) if self.done and self.result else None
-
-
-_TASTES: dict[str, TasteJob] = {}
-"""The last job for each model. They belong to no tab."""
-
-
-def taste_of(model: SteeredModel) -> TasteJob | None:
-    """Return the last job that made a slider of votes for a model, running or ended."""
-    return _TASTES.get(model.name)
-
-
-def start_taste(model: SteeredModel) -> TasteJob:
-    """Start to make a slider of all votes on this machine, or return the job that does.
-
-    Errors: UsageError for too few votes.
-    """
-    job = _TASTES.get(model.name)
-    if job is None or not job.running:
-        usable_votes(votes_place())
-        job = TasteJob(["find", resolve(model.name), "--votes", str(votes_place()), "--json"])
-        _TASTES[model.name] = job
-    return job
 
 
 def default_place() -> Path:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from steer.chat.writer import Messages, ReplyBackend, joined
+from steer.chat.writer import Messages, ReplyBackend
 from steer.core.lorebook import ActiveEntry, Lorebook, Scan, scan
 from steer.core.macros import Macros
+from steer.model.chat_template import joined
 
 SHARE = 0.25
 """Largest share of the context that entries of lorebooks may take, whatever the books' budgets are."""
@@ -40,7 +41,7 @@ def with_lore(
     """Return a chat's messages with the texts of active entries, and which entries those are.
 
     Texts of the system prompt stand before or after the card's sections in it, or where the user has taken these out,
-    at its beginning or its end. Texts with a depth are messages of their own: `@@role assistant` at depth 0 would begin
+    at its beginning or its end. Texts with a depth are separate messages: `@@role assistant` at depth 0 would begin
     the reply, which is not offered, so the role is `system` there. `moment`: the reply's seed. `greeting`: index of the
     greeting that began the chat; None if there is none.
     """
@@ -75,7 +76,7 @@ def with_lore(
     found = Scan(
         tuple(active), tuple(n for s in scans for n in s.left_out), tuple(w for s in scans for w in s.warnings)
     )
-    return joined(out), found
+    return tuple(joined(out)), found
 
 
 def _section(a: ActiveEntry, sections: Mapping[str, str]) -> str | None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from steer.checkpoint.fetch import home
 from steer.core.profile import SIZE_LIMIT, Profile
-from steer.core.small_files import dump_yaml, load_yaml
-from steer.errors import SteerError, UsageError
+from steer.core.small_files import dump_yaml, load_yaml, read_given
+from steer.errors import UsageError
+from steer.files import delete
 
 _UNFIT = re.compile(r"[^\w.-]+")
 
@@ -39,12 +40,8 @@ def keep_profile(profile: Profile) -> Path:
 
 def forget_profile(name: str) -> None:
     """Delete a saved profile, if it exists. Errors: SteerError if the file cannot be deleted."""
-    file = saved_profiles().get(name)
-    try:
-        if file is not None:
-            file.unlink(missing_ok=True)
-    except OSError as e:
-        raise SteerError(f"{file}: could not be deleted ({e.strerror}); check its permissions") from e
+    if (file := saved_profiles().get(name)) is not None:
+        delete(file)
 
 
 def profile_bytes(profile: Profile) -> bytes:
@@ -59,8 +56,7 @@ def uploaded_profile(data: bytes, name: str) -> Profile:
     Errors: SteerError for data that is not a profile or is too large, and for a profile that names files: an upload
     must not decide which files are read on this machine.
     """
-    if len(data) > SIZE_LIMIT:
-        raise SteerError(f"{name}: expected a profile of at most {SIZE_LIMIT:,} bytes, found {len(data):,}")
+    data, _ = read_given(data, SIZE_LIMIT, "a profile", name)
     profile = Profile.parse(load_yaml(data, name, "a profile"), name)
     _check_files(profile, name)
     return replace(profile, folder=None)

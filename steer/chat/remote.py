@@ -28,7 +28,7 @@ from steer.core.slider import OPERATIONS, Operation, check_amount, neutral_amoun
 from steer.core.thoughts import THINK, ThoughtSplitter
 from steer.errors import SteerError, UnknownNameError, UnsupportedError, UsageError
 from steer.files import one_line
-from steer.model.sliders import BUDGET, Amounts
+from steer.model.sliders import Amounts
 from steer.model.steering.receipts import Receipt, SliderReceipt
 from steer.serve.llama_cpp.fields import lora, sampling
 
@@ -36,8 +36,6 @@ _FRESH = 5.0
 """Seconds for which the server's answer about its sliders is cached."""
 _LONGEST = 2**20
 """How far back llama-server's penalties look, in tokens: over the whole text."""
-_STEPS = 200
-"""How many changes of the sliders can be undone."""
 _LATENT = re.compile(r"L(\d+)/\d+")
 
 
@@ -398,13 +396,11 @@ def adapter_sliders(rows: Sequence[_Adapter]) -> list[RemoteSlider]:
 class RemoteSliders(Amounts):
     """The amounts of one chat, which each of its requests carries. Other chats of the server are not affected."""
 
+    _bound = "up to "
+
     def __init__(self, backend: RemoteBackend) -> None:
+        super().__init__()
         self._backend = backend
-        self.ranges: dict[str, tuple[float, float]] = {}
-        """Name -> calibrated range: amounts between which replies stay coherent. Only for calibrated sliders."""
-        self._amounts: dict[str, float] = {}
-        self._past: list[dict[str, float]] = []
-        self._future: list[dict[str, float]] = []
 
     def known(self) -> dict[str, RemoteSlider]:
         """Return name -> every slider that the server offers. Errors: SteerError if it does not answer."""
@@ -435,44 +431,18 @@ class RemoteSliders(Amounts):
         shares = [self.slider(n).share(a) for n, a in self._amounts.items() if self.slider(n).site == site]
         return sum(s for s in shares if not math.isnan(s))
 
-    def warnings(self) -> list[str]:
-        """Return one line for every site whose sliders together move the residual stream too far."""
-        sites = {s for n in self._amounts if (s := self.slider(n).site) is not None}
-        return [
-            f"sliders move the residual stream after block {s} by up to {self.share(s):.2f} of its norm; "
-            f"replies tend to fall apart from {BUDGET}"
-            for s in sorted(sites)
-            if round(self.share(s), 2) >= BUDGET
-        ]
-
-    def reset(self) -> None:
-        """Remove all amounts, so that no slider moves anything."""
-        self.replace({})
-
     def replace(self, amounts: Mapping[str, float]) -> None:
-        """Set these amounts and remove all others."""
         self._change({n: self.slider(n).check(a) for n, a in amounts.items()})
 
-    def undo(self) -> bool:
-        """Undo the last change. Return False if there is none."""
-        return self._step(self._past, self._future)
-
-    def redo(self) -> bool:
-        """Redo the last change that was undone. Return False if there is none."""
-        return self._step(self._future, self._past)
-
     def _change(self, amounts: dict[str, float]) -> None:
-        if amounts != self._amounts:
-            self._past = [*self._past[1 - _STEPS :], self._amounts]
-            self._future.clear()
-            self._amounts = amounts
+        before, self._amounts = self._amounts, amounts
+        self._remember(before)
 
-    def _step(self, back: list[dict[str, float]], forth: list[dict[str, float]]) -> bool:
-        if not back:
-            return False
-        forth.append(self._amounts)
-        self._amounts = back.pop()
-        return True
+    def _state(self) -> dict[str, float]:
+        return self._amounts
+
+    def _restore(self, state: dict[str, float]) -> None:
+        self._amounts = state
 
 
 def receipt_of(steering: Mapping[str, Any] | None, tokens: int) -> Receipt:

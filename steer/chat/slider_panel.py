@@ -21,6 +21,7 @@ from steer.core.schedule import ALWAYS, Schedule
 from steer.core.slider import OPERATIONS, Operation, Slider
 from steer.core.trait import shipped_traits
 from steer.errors import SteerError, UnsupportedError, UsageError
+from steer.files import delete
 from steer.model.sliders import BUDGET
 
 if TYPE_CHECKING:  # openai takes long to import
@@ -191,7 +192,7 @@ class SliderPanel:
         file = self._own_file(name)
         if file is None:
             raise UsageError(f"slider {name!r}: expected one that was made on this machine, found another; keep it")
-        file.unlink(missing_ok=True)
+        delete(file)
         self._sliders.forget(name)
         self._pinned.pop(name, None)
         self.revision += 1

@@ -96,14 +96,6 @@ def _listed(place: Path, stamp: int, size: int) -> SavedChat | str:
     return SavedChat(place, c.title or "(empty)", stored.model, len(c.path()), stamp / 1e9)
 
 
-def delete_chat(place: Path) -> None:
-    """Delete a chat's file. Errors: SteerError if it cannot be deleted."""
-    try:
-        place.unlink(missing_ok=True)
-    except OSError as e:
-        raise SteerError(f"{place}: could not be deleted ({e.strerror}); check its permissions") from e
-
-
 class _Written(BaseModel):
     """The record of a reply in a file, `stretches` as pairs of a token and a profile."""
 

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from steer.core.profile import Profile
 from steer.core.sampler import Sampler
 from steer.core.thoughts import THINK, ThoughtMarks
 from steer.errors import SteerError
+from steer.model.chat_template import joined
 from steer.model.steering.receipts import Receipt
 
 Messages = tuple[dict[str, str], ...]
@@ -132,18 +133,7 @@ def as_chat(messages: Sequence[Message], system: str | None = None) -> Messages:
     Successive messages of the same role are joined into one. `system`: put first, if not empty.
     """
     said = [{"role": m.role, "content": m.text} for m in messages]
-    return joined([{"role": "system", "content": system}, *said] if system else said)
-
-
-def joined(messages: Iterable[dict[str, str]]) -> Messages:
-    """Return messages with successive ones of the same role joined into one."""
-    out: list[dict[str, str]] = []
-    for m in messages:
-        if out and out[-1]["role"] == m["role"]:
-            out[-1] = m | {"content": f"{out[-1]['content']}\n\n{m['content']}"}
-        else:
-            out.append(m)
-    return tuple(out)
+    return tuple(joined([{"role": "system", "content": system}, *said] if system else said))
 
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Who is kin among tunes of one base: norms of their differences to it, cosines, and what a merge keeps of each.
+"""How tunes of one base differ: norms of their differences to it, cosines, and what a merge keeps of each.
 
 Every tensor is read once, a chunk at a time, of all models together. Of the differences only their Gram matrix is kept,
 for each tensor: norms, cosines, model_stock's `t` and what is new in a model follow from it. Nothing is merged.
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from steer.checkpoint.anatomy import Anatomy, WriterMap
 from steer.checkpoint.fetch import hub_errors
 from steer.checkpoint.merge import locate, read_recipe, recipe_models
+from steer.checkpoint.projection import DTYPES, as_tensor
 from steer.checkpoint.quantised import FLOATS, dequantised
 from steer.checkpoint.reader import BITS, CheckpointFiles, DecodedTensor, TensorInfo, read_into
 from steer.checkpoint.tiny import model_class_of
@@ -43,7 +44,6 @@ _BLOCK = 1 << 16
 caches."""
 _THREADS = min(8, 2 * (os.cpu_count() or 1))
 """Tensors at a time: while some threads wait for the disk, others multiply. numpy's loops release the interpreter."""
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPY, _ALONG = 0.1, 0.95
 """Two models are nearly copies if their difference has at most this share of the larger one's norm, and have nearly one
 direction from this cosine on."""
@@ -383,7 +383,7 @@ class _Source:
         info = self.stored(tensor)
         assert info is not None  # checked before anything is read
         if self.adapter is not None and tensor in self.adapter.changed:
-            whole = torch.frombuffer(self.files.read(info), dtype=_DTYPES[info.dtype]).view(info.shape)
+            whole = as_tensor(self.files.read(info), info.dtype, info.shape)
             return _Values("F32", self.adapter.merged(tensor, whole).reshape(-1).data.cast("B"), None, self.folder)
         if isinstance(info, DecodedTensor):
             return _Values(info.dtype, memoryview(self.files.read(info)), None, self.folder)
@@ -619,7 +619,7 @@ def _decoded(
                     half[0](source[at : at + n], half[1], out=target[:n].view(np.uint32))
                 yield space[:, :n]
         return
-    tensors = [torch.frombuffer(r, dtype=_DTYPES[v.dtype]) for r, v in zip(raw, values, strict=True)]
+    tensors = [torch.frombuffer(r, dtype=DTYPES[v.dtype]) for r, v in zip(raw, values, strict=True)]
     for at in range(0, count, block):
         n = min(block, count - at)
         for source, target in zip(tensors, torch.from_numpy(space), strict=True):

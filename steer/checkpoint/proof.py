@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from steer.checkpoint.projection import ablate, through_norm
 from steer.checkpoint.tiny import IDS, model_class_of, own_config, tiny_config, tiny_model, tiny_world
 from steer.core.version import __version__
 from steer.errors import UnsupportedError
-from steer.files import write_atomic
+from steer.files import one_line, write_atomic
 
 TOLERANCE = 1e-9
 """Largest error of an identity, as a share of the numbers compared. Rounding of fp64 gives 1e-13 or so."""
@@ -98,9 +99,7 @@ def _typed(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
         # Infinity, which JSON lacks, is stored as an object.
         return CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
     except Exception as e:  # every class has checks of its own
-        raise UnsupportedError(
-            f"{where}: config.json: transformers refuses it: {' '.join(str(e).split())[:200]}"
-        ) from e
+        raise UnsupportedError(f"{where}: config.json: transformers refuses it: {one_line(e)}") from e
 
 
 def _completed(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
@@ -396,18 +395,30 @@ class _Proof:
 
     def _again(self, block: str, module: str, *, given: bool = False) -> Tensor:
         """What a module of a block puts out now, or is `given`, for what the block was given."""
+        args, kwargs = self.run.calls[block]
+        run = partial(self.model.get_submodule(block), *_copied(args), **_copied(kwargs))
+        return self._seen_at(module, run, given=given)
+
+    def _seen_at(self, module: str, run: Callable[[], Any], *, given: bool) -> Tensor:
+        """What a module puts out in `run()`, or is `given`. The pass ends there."""
         out: list[Tensor] = []
 
-        def stop(_: nn.Module, args: Any, output: Any) -> None:
-            put_out = _first(args if given else output)
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            out.append(_given(args, kwargs).clone())
+            raise _Enough
+
+        def behind(_: nn.Module, args: Any, output: Any) -> None:
+            put_out = _first(output)
             assert put_out is not None
             out.append(put_out.clone())
             raise _Enough
 
-        handle = self.model.get_submodule(module).register_forward_hook(stop)
-        args, kwargs = self.run.calls[block]
+        place = self.model.get_submodule(module)
+        handle = (
+            place.register_forward_pre_hook(before, with_kwargs=True) if given else place.register_forward_hook(behind)
+        )
         try:
-            self.model.get_submodule(block)(*_copied(args), **_copied(kwargs))
+            run()
         except _Enough:
             pass
         finally:
@@ -461,20 +472,8 @@ class _Proof:
         """(paths of the modules whose rows begin the residual stream, the module that puts out their sum)."""
 
         def begun() -> Tensor:
-            out: list[Tensor] = []
-
-            def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-                out.append(_given(args, kwargs).clone())
-                raise _Enough
-
-            handle = self.model.get_submodule(self.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
-            try:
-                self.model(input_ids=self.ids, use_cache=False)
-            except _Enough:
-                pass
-            finally:
-                handle.remove()
-            return out[0]
+            run = partial(self.model, input_ids=self.ids, use_cache=False)
+            return self._seen_at(self.blocks[0], run, given=True)
 
         base, found = begun(), []
         for name, parameter in self.run.parameters.items():
@@ -620,7 +619,7 @@ class _Proof:
         return bool(getattr(text, "attn_logit_softcapping", None)) or any("sinks" in n for n in self.run.parameters)
 
     def _stored(self) -> dict[str, Tensor]:
-        """The tensors of the model's files, by their names there, with a head of its own also where it is tied."""
+        """The tensors of the model's files, by their names there. A tied head gets a separate tensor."""
         head, config = self.head, self.model.config
         tied, ties = head.weight, [(c, c.tie_word_embeddings) for c in (config, config.get_text_config())
                                    if hasattr(c, "tie_word_embeddings")]  # fmt: skip
@@ -651,7 +650,7 @@ class _Proof:
         prefixes: dict[str, None],
     ) -> Addend:
         """What is said of a source in a layout: its names below the block, live and on disk."""
-        groups: dict[str, list[str]] = {}  # of experts that are modules of their own, all
+        groups: dict[str, list[str]] = {}  # for experts that are separate modules: all of them
         for name in source.weights:
             groups.setdefault(pattern(name), []).append(name)
         biases, live, files = list(source.biases), [], []
@@ -707,8 +706,7 @@ def _of_config(config: PreTrainedConfig, model_class: type[PreTrainedModel], pro
         with torch.device("meta"):
             model = model_class(config)
     except Exception as e:  # every class has checks of its own
-        why = " ".join(str(e).split())[:200]
-        raise NotProved(f"transformers cannot build this config: {type(e).__name__}: {why}") from e
+        raise NotProved(f"transformers cannot build this config: {type(e).__name__}: {one_line(e)}") from e
     layout, first = proved.layout, proved.layout.block.format(0)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     path = layout.base + first.removesuffix(".0")

@@ -43,9 +43,9 @@ def bake(
     norm_preserving: Annotated[bool, typer.Option("--norm-preserving", help="Columns keep their norms.")] = False,
     neutral: Annotated[Path | None, typer.Option(help="File of neutral means; measured if missing.")] = None,
     search: Annotated[
-        bool, typer.Option("--search", help="Search the gentlest edit that works.")
+        bool, typer.Option("--search", help="Search for the gentlest edit that works.")
     ] = False,
-    trials: Annotated[int | None, typer.Option(help="Edits that --search tries, default 48; more go on.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Edits that --search tries, default 48; more continue it.")] = None,
     keep: Annotated[list[str], typer.Option(help="A trait that --search must not change; repeatable.")] = [],  # noqa: B006
     tolerance: Annotated[float | None, typer.Option(help="How far a rate of --keep may move, default 0.1.")] = None,
     goal: Annotated[
@@ -58,7 +58,7 @@ def bake(
     = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the replies and trials of --search.")] = None,
     edit_mtp: Annotated[
-        bool, typer.Option("--edit-mtp", help="Edit layers for multi-token prediction too; a checkpoint alone.")
+        bool, typer.Option("--edit-mtp", help="Edit layers for multi-token prediction too; only in a checkpoint.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Use a direction of another checkpoint.")] = False,
     dtype: Dtype = None,
@@ -69,8 +69,8 @@ def bake(
     certificate.
 
     --search tries edits on the live model, on fit topics: plain, biprojected and norm-preserving ablation, ranges of
-    blocks, kernels for attention and MLPs, and a bias. A stopped search goes on where it stopped. The result is
-    measured on held-out topics beside the plain bake.
+    blocks, kernels for attention and MLPs, and a bias. The same command continues a search that was
+    stopped. The result is measured on held-out topics beside the plain bake.
     """
     from steer.checkpoint.staging import check_output
 

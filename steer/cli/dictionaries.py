@@ -18,7 +18,7 @@ Text = Annotated[list[str], typer.Option(help="A .txt, .md, .jsonl[.gz] file or 
 
 def harvest(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="A directory; a stopped harvest in it goes on.")],
+    out: Annotated[Path, typer.Argument(help="A directory; a harvest that was stopped in it is continued.")],
     site: Annotated[list[int], typer.Option(help="Residual stream after this block; may be repeated.")],
     text: Text,
     tokens: Annotated[int | None, typer.Option(help="Tokens to keep; by default the whole text.")] = None,
@@ -84,7 +84,7 @@ def train(
     context: Annotated[int, typer.Option(help="Most tokens of a document, for training on a checkpoint.")] = 512,
     parent: Annotated[str | None, typer.Option("--from", help="Dictionary to start from; its fit is shown.")] = None,
     model: Annotated[str | None, typer.Option(help="The checkpoint harvested, if it has moved.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a training that was stopped.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")] = 120.0,
     track: Annotated[str | None, typer.Option(help="tensorboard or wandb, beside the CSV file.")] = None,
     dtype: Dtype = None,

@@ -153,7 +153,7 @@ def serve(
         str | None, typer.Option(envvar="STEER_API_KEY", help="Key that every request must send.")
     ] = None,
     profile: Annotated[
-        list[Path], typer.Option(help="A profile, or a folder of them; may be repeated. Each is a model of its own.")
+        list[Path], typer.Option(help="A profile, or a folder of them; may be repeated. Each is offered as a model.")
     ] = [],  # noqa: B006
     max_running: Annotated[int, typer.Option(help="Replies that are written at the same time.")] = 16,
     max_queue: Annotated[int, typer.Option(help="Replies that may wait; more are refused with status 429.")] = 64,

@@ -132,7 +132,7 @@ def kin(
     out: Annotated[Path | None, typer.Option(help="Also write a page with plots, an HTML file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare tunes before a merge: who is nearly whose copy, what is new, how much of each the merge will keep."""
+    """Compare tunes before a merge: which are nearly copies, what each adds, how much of it the merge will keep."""
     from steer.checkpoint.kin import kinship, mismatches
     from steer.measure.kin_report import write_kin_report
     from steer.progress import byte_bar
@@ -168,16 +168,17 @@ def anatomy(
 def find(
     model: Model,
     trait: Annotated[
-        str | None, typer.Argument(help="A trait that ships, a .yaml file of your own, or with --as a sentence.")
+        str | None, typer.Argument(help="A trait that ships, your own .yaml file, or with --as a sentence.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--as", help="Name of a new trait: TRAIT is what the model is told to be.")
+        str | None,
+        typer.Option("--as", help="Name of a new trait. TRAIT is then the instruction: what the model is to be."),
     ] = None,
     votes: Annotated[
         Path | None, typer.Option(help="In place of TRAIT: a file of votes, 20 or more. [default name: my-taste]")
     ] = None,
     opposite: Annotated[
-        str | None, typer.Option(help="What it is told to be on the other side. Default: it is told nothing.")
+        str | None, typer.Option(help="The instruction for the low end of the slider. Default: none.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and shorter replies, and no sites tried by steering.")

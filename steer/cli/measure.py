@@ -23,13 +23,13 @@ def evaluate(
     ] = [],  # noqa: B006
     probes: Annotated[str | None, typer.Option(help="Some of the probes, with commas between; by default all.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A new directory, or that of a run to go on with. [default: eval]")
+        Path | None, typer.Option(help="A new directory, or that of a run to continue. [default: eval]")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer items: minutes on two cores.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the items and the replies.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
     damage: Annotated[
-        bool, typer.Option("--damage", help="Also damage the model on purpose: a probe that cannot tell says so.")
+        bool, typer.Option("--damage", help="Also damage the model on purpose: a probe that does not notice says so.")
     ] = False,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Join two results, A.json B.json, in place of measuring.")
@@ -39,7 +39,7 @@ def evaluate(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help="Ask an OpenAI-compatible server; MODEL is then the checkpoint whose tokenizer it has."),
+        typer.Option(help="Ask an OpenAI-compatible server; MODEL is then the checkpoint with its tokenizer."),
     ] = None,
     model_name: Annotated[str, typer.Option(help="One of the server's models. [default: the first]")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that the server may take for an answer.")] = 120.0,

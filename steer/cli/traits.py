@@ -35,7 +35,7 @@ def shelf(
 
 @app.command(epilog="Example: `steer traits show warmth`")
 def show(
-    trait: Annotated[str, typer.Argument(help="A trait that ships, or a .yaml file of your own.")],
+    trait: Annotated[str, typer.Argument(help="A trait that ships, or your own .yaml file.")],
     as_json: Json = False,
 ) -> None:
     """Show one trait: its instructions, slider, markers and topics."""

@@ -26,7 +26,7 @@ from pydantic import Field
 from steer.core.lorebook import Lorebook, read_lorebook
 from steer.core.macros import TEXT_LIMIT, Macros
 from steer.core.profile import Profile
-from steer.core.small_files import read_small, shown
+from steer.core.small_files import read_given, read_small, shown
 from steer.core.validation import Clean, Cleans, Lenient, from_file, from_stranger
 from steer.errors import SteerError, UsageError
 from steer.files import one_line, write_atomic
@@ -127,10 +127,8 @@ def load_card(
     Errors: SteerError for a file that is missing, too large, truncated or damaged, for one without a card, and for an
     invalid profile in it.
     """
-    where, folder = ("card", None) if isinstance(source, bytes) else (str(source), Path(source).parent)
-    file = source if isinstance(source, bytes) else read_small(Path(source), FILE_LIMIT, "a character card")
-    if len(file) > FILE_LIMIT:
-        raise SteerError(f"{where}: expected at most {FILE_LIMIT:,} bytes, found {len(file):,}; is it the right file?")
+    file, where = read_given(source, FILE_LIMIT, "a character card", "card")
+    folder = None if isinstance(source, bytes) else Path(source).parent
     raw = _card_json(file, where)
     remarks: dict[str, str] = {}
     fields, profile = _fields(raw, where, folder, remarks)

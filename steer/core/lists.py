@@ -1,4 +1,4 @@
-"""Arguments that may be one name or several, and lists of numbers for people."""
+"""Lists: arguments that may be one name or several, even picks, and numbers as ranges for people."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def as_list(given: T | Iterable[T]) -> list[T]:
     if isinstance(given, str | Path) or not isinstance(given, Iterable):
         return [given]  # pyright: ignore[reportReturnType]
     return list(given)
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the items, at even distances, the first and the last among them.
+
+    >>> evenly("abcdefg", 3)
+    ['a', 'd', 'g']
+    """
+    count = min(most, len(items))
+    step = (len(items) - 1) / (count - 1) if count > 1 else 0.0
+    return [items[round(i * step)] for i in range(count)]
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, FiniteFloat
 
 from steer.core.macros import Macros
-from steer.core.small_files import read_small, shown
+from steer.core.small_files import read_given, shown
 from steer.core.validation import Clean, Cleans, Lenient, from_stranger
 from steer.errors import SteerError
 from steer.files import one_line, parse_json
@@ -173,10 +173,7 @@ def load_lorebook(source: str | Path | bytes, name: str = "") -> Lorebook:
 
     Errors: SteerError for a file that is missing, too large, no JSON or no lorebook.
     """
-    where = (name or "lorebook") if isinstance(source, bytes) else str(source)
-    data = source if isinstance(source, bytes) else read_small(Path(source), FILE_LIMIT, "a lorebook")
-    if len(data) > FILE_LIMIT:
-        raise SteerError(f"{where}: expected at most {FILE_LIMIT:,} bytes, found {len(data):,}; is it the right file?")
+    data, where = read_given(source, FILE_LIMIT, "a lorebook", name or "lorebook")
     try:
         raw = parse_json(data)
     except ValueError as e:

@@ -37,6 +37,15 @@ def read_small(path: Path, limit: int, what: str) -> bytes:
     return data
 
 
+def read_given(source: str | Path | bytes, limit: int, what: str, name: str) -> tuple[bytes, str]:
+    """(the bytes of a file, or those given; what errors call them, `name` for those given). Errors: as `read_small`."""
+    if not isinstance(source, bytes):
+        return read_small(Path(source), limit, what), str(source)
+    if len(source) > limit:
+        raise SteerError(f"{name}: expected at most {limit:,} bytes, found {len(source):,}; is it the right file?")
+    return source, name
+
+
 def stamp(path: Path) -> tuple[int, ...]:
     """Modification time, size and inode of a file, which change when it is rewritten; empty if it does not exist."""
     try:

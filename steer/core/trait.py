@@ -66,7 +66,7 @@ class NeutralPrompts(_Prompts):
 
 @checked
 class TopicPool(_Prompts):
-    """Everyday topics, for traits without topics of their own."""
+    """Everyday topics, for traits that name none."""
 
     file = "pool.yaml"
 
@@ -136,7 +136,7 @@ class Trait:
 
     @classmethod
     def from_sentences(cls, sentence: str, opposite: str | None = None, name: str | None = None) -> Trait:
-        """A trait of two sentences, on the pool of topics that ships: what the model is told to be, and the opposite.
+        """A trait of two sentences, on the pool of topics that ships: what the model is to be, and the opposite.
 
         Without `opposite` the replies under no instruction are the other side. `name` is by default made of the
         sentence's words.

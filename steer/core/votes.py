@@ -23,8 +23,8 @@ from steer.files import append_line, one_line, parse_json
 SIZE_LIMIT = 500_000_000
 """Most bytes of a file of votes."""
 LEAST, LEAST_MESSAGES = 20, 5
-"""Fewest votes that a direction is made of, and fewest messages that they are spread over: a vote is told by votes on
-other messages."""
+"""Fewest votes that a direction is made of, and fewest messages that they are about: a vote is predicted from the votes
+on other messages."""
 Outcome = Literal["first", "second", "neither", "good", "bad", "withdrawn"]
 """Of two replies: which one is better. Of one: what it is, or that an earlier vote on it was taken back."""
 _OUTCOMES: dict[int, tuple[Outcome, ...]] = {1: ("good", "bad", "withdrawn"), 2: ("first", "second", "neither")}

@@ -24,6 +24,7 @@ from steer.checkpoint.dtypes import dtype_name
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.fit import OUTLIER
+from steer.core.lists import evenly
 from steer.core.sampler import MEASURE
 from steer.measure.contrast import Contrast, Reply, reply_means, reply_tokens
 from steer.measure.harness import Reference, answers, mean_repetition
@@ -244,8 +245,7 @@ def check_sites(
     The sites are spread evenly over those in `BAND` that read the trait as well as the best. All replies are generated
     in one batch.
     """
-    inside = found.steerable
-    tried = [inside[i] for i in sorted({round(x) for x in np.linspace(0, len(inside) - 1, SITES)})]
+    tried = evenly(found.steerable, SITES)
     edits = [Edit(add=((rough_direction(found, s), a),)) for s in tried for a in AMOUNTS]
     topics, sampler = found.contrast.trait.fit[:TOPICS], replace(MEASURE, max_new_tokens=TOKENS)
     replies = [r for (r,) in answers(model, [scorer], [topics], edits, sampler, on_tokens=on_tokens)]

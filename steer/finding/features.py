@@ -42,10 +42,10 @@ from steer.finding.latents import (
 from steer.finding.traits import contrast_for, find_trait
 from steer.measure.harness import Reference, neutral_replies
 from steer.measure.scorer import Scorer
-from steer.model.fit_check import FitReport, FitWarning, check_fit
+from steer.model.fit_check import FitReport, FitWarning, check_fit, check_fits
 from steer.model.steered import SteeredModel
 from steer.progress import Bar, bar
-from steer.sae.pooling import Pooled, check_fits, pooled
+from steer.sae.pooling import Pooled, pooled
 from steer.sae.ranking import Ranking, rank
 from steer.sae.records import FeatureRecord, read_records, with_trait, write_records
 

@@ -19,13 +19,14 @@ from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
+from steer.core.lists import evenly
 from steer.core.sampler import MEASURE
 from steer.core.slider import Slider
 from steer.core.trait import NeutralPrompts
 from steer.errors import SteerError
 from steer.finding.directions import NEUTRAL, merit
 from steer.measure.contrast import Contrast, Reply
-from steer.measure.harness import DOSES, Point, Reference, Setting, measure_settings
+from steer.measure.harness import DOSES, SAMPLES, Point, Reference, Setting, measure_settings
 from steer.measure.scorer import Scorer
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, Bar
@@ -138,7 +139,7 @@ def choose_latents(
         )
     first = [j for j in map(int, ranking.order) if j in units][:ATTRIBUTED]
     fit_auroc = np.where(ranking.pooling == "max", ranking.fit_auroc_max, ranking.fit_auroc_mean)
-    with_, without = (_spread(side, ATTRIBUTION_REPLIES) for side in (contrast.fit_with, contrast.fit_without))
+    with_, without = (evenly(side, ATTRIBUTION_REPLIES) for side in (contrast.fit_with, contrast.fit_without))
     with progress(f"{contrast.trait.name}: attribution", len(with_) + len(without), "replies") as advance:
         attributed = attribution(model, d, with_, without, first, on_rows=advance).numpy()
     sense = np.where(fit_auroc[first] >= 0.5, 1, -1)
@@ -179,11 +180,6 @@ def displaced(feature: Feature, length: float) -> Feature:
     """The feature with its units scaled, so that `add` at amount 1 moves the residual stream by `length`."""
     factor = length / feature.direction.gap
     return replace(feature, units=tuple(u * factor for u in feature.units))
-
-
-def _spread(replies: Sequence[Reply], most: int) -> list[Reply]:
-    """At most `most` of the replies, evenly spread over the topics."""
-    return [replies[i] for i in sorted({round(x) for x in np.linspace(0, len(replies) - 1, min(most, len(replies)))})]
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,15 +306,15 @@ class SteeringCheck:
         }
 
 
-def screening_tokens(latents: int, topics: int = TOPICS) -> int:
+def screening_tokens(latents: int) -> int:
     """Largest number of tokens that `screen` generates, for a progress bar."""
     moved = latents + 2 + len(SETS) + 1
-    return (moved * len(AMOUNTS) + 1 + len(SETS) + 2) * topics * SCREEN_TOKENS
+    return (moved * len(AMOUNTS) + 1 + len(SETS) + 2) * TOPICS * SCREEN_TOKENS
 
 
-def dose_tokens(topics: int, samples: int = 2) -> int:
+def dose_tokens(topics: int) -> int:
     """Largest number of tokens that `dose_response` generates, for a progress bar."""
-    return (4 * (len(DOSES) - 1) + 2) * topics * samples * DOSE_TOKENS
+    return (4 * (len(DOSES) - 1) + 2) * topics * SAMPLES * DOSE_TOKENS
 
 
 def together(features: Sequence[Feature], length: float) -> Feature:

@@ -1,4 +1,4 @@
-"""A new slider from two sentences: `steer find --quick` in a process of its own, which page and server start and show.
+"""New sliders from two sentences or from votes: `steer find` in another process, which page and server start and show.
 
 A search that finds nothing is kept under $STEER_HOME/failed, until somebody deletes it.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from steer.checkpoint.fetch import home, resolve
 from steer.checkpoint.library import Library
+from steer.core.direction import Direction
 from steer.core.trait import Trait
+from steer.core.votes import usable_votes
 from steer.errors import SteerError, UsageError, skip
-from steer.files import read_json_object, write_atomic
+from steer.files import delete, read_json_object, write_atomic
 from steer.jobs import Job
 from steer.model.steered import SteeredModel
 
@@ -35,11 +38,47 @@ class FailedSearch:
     place: Path = field(compare=False)
 
     def delete(self) -> None:
-        """Delete its file."""
-        self.place.unlink(missing_ok=True)
+        """Delete its file. Errors: SteerError."""
+        delete(self.place)
 
 
-class NewSliderJob(Job):
+class FindJob(Job):
+    """A running `steer find`. Its subject is a loaded model."""
+
+    @classmethod
+    def key(cls, subject: SteeredModel) -> str:
+        """Return what tells models apart: their sketch."""
+        return subject.sketch().id
+
+
+class TasteJob(FindJob):
+    """A running `steer find --votes`."""
+
+    stopped = "stopped; the slider is as it was before"
+
+    def __init__(self, model: SteeredModel, votes: Path) -> None:
+        """See `start`."""
+        super().__init__(["find", *_loaded_as(model), resolve(model.name), "--votes", str(votes), "--json"])
+
+    @classmethod
+    def start(cls, model: SteeredModel, votes: Path) -> TasteJob:
+        """Start to make a slider of all votes in a file, or return the job that does.
+
+        Errors: UsageError for too few votes.
+        """
+        job = cls.latest(model)
+        if job is not None and job.running:
+            return job
+        usable_votes(votes)
+        return cls.begin(model, model, votes)
+
+    @cached_property
+    def direction(self) -> Direction | None:
+        """The direction that was saved; None before that."""
+        return Direction.load(self.result["direction"]) if self.done and self.result else None
+
+
+class NewSliderJob(FindJob):
     """A running `steer find --quick --calibrate` of a trait of two sentences. The slider is known to every process of
     this machine once it is done.
 
@@ -50,8 +89,6 @@ class NewSliderJob(Job):
 
     stopped = "stopped; no slider was made"
     _starting: ClassVar = threading.Lock()
-    _latest: ClassVar[dict[str, NewSliderJob]] = {}
-    """The latest job by the sketch of its model. They belong to no browser tab and no connection."""
 
     def __init__(self, model: SteeredModel, trait: Trait) -> None:
         """See `start`."""
@@ -87,18 +124,7 @@ class NewSliderJob(Job):
                     f"new slider: expected no other search, found that for {before.trait.name!r}; wait for it, or "
                     "cancel it"
                 )
-            job = cls._latest[model.sketch().id] = cls(model, trait)
-        return job
-
-    @classmethod
-    def latest(cls, model: SteeredModel) -> NewSliderJob | None:
-        """Return the search on a model that this process started last, running or ended; None if there is none."""
-        return cls._latest.get(model.sketch().id)
-
-    @classmethod
-    def forget(cls, model: SteeredModel) -> None:
-        """Make `latest` return None, once the user has seen how it ended."""
-        cls._latest.pop(model.sketch().id, None)
+            return cls.begin(model, model, trait)
 
     def _watch(self) -> None:
         super()._watch()

@@ -35,7 +35,7 @@ from steer.progress import Bar, bar
 
 NAME = "my-taste"
 FOLDS = 10
-"""Parts of the messages, each of which is told by the votes on the others."""
+"""Folds of the messages: the votes on each are predicted from the votes on the others."""
 NEUTRAL = 16
 """Neutral prompts whose replies give the neutral mean and the statistics."""
 READ, CONTEXT = 256, 1024
@@ -77,8 +77,8 @@ class CrossFit:
     """Projection half-way between the liked and the disliked replies."""
     distances: Float[np.ndarray, " sites"]
     """Distance between the fifth of the replies that reads as most liked and the fifth that reads as least liked."""
-    told: Float[np.ndarray, "votes sites"]
-    """1 where a vote was told by those on other messages, 0 where not, one half where it cannot be said."""
+    correct: Float[np.ndarray, "votes sites"]
+    """1 where the votes on other messages predict a vote, 0 where they predict the opposite, one half for a tie."""
     nested: Float[np.ndarray, " votes"]
     """The same at the site that was chosen without the vote's message: an accuracy that the choice does not flatter."""
     weights: Float[np.ndarray, " votes"]
@@ -86,18 +86,18 @@ class CrossFit:
     coin, however many are."""
 
     def accuracy(self, messages: Sequence[str], seed: int = 0) -> Mean:
-        """Share of held-out votes that are told, by weight, with a 95 % interval over messages."""
+        """Share of held-out votes that are predicted, by weight, with a 95 % interval over messages."""
         values = self.nested
         if len(set(values.tolist())) > 1:  # else the interval is that of a share of 0 or 1
             values = 0.5 + self.weights * (values - 0.5)
-        told = enumerate(zip(values, messages, strict=True))
-        mean = mean_of([Figure("told", str(i), value, group=message) for i, (value, message) in told], seed)
+        votes = enumerate(zip(values, messages, strict=True))
+        mean = mean_of([Figure("correct", str(i), value, group=message) for i, (value, message) in votes], seed)
         return replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
 
     def direction(self, name: str, depth: int) -> Direction:
-        """The direction at the site that tells votes best in a model of `depth` blocks, without statistics of neutral
-        replies."""
-        at = best_site(self.told, self.weights, self.sites, depth)
+        """The direction at the site that predicts votes best in a model of `depth` blocks. It has no statistics of
+        neutral replies."""
+        at = best_site(self.correct, self.weights, self.sites, depth)
         middle, half = float(self.centres[at]), float(self.distances[at]) / 2
         return Direction(name, self.sites[at], self.vectors[at], with_mean=middle + half, without_mean=middle - half)
 
@@ -149,37 +149,37 @@ def cross_fit(
             found.append(read.numpy())
         return found[0], found[1]
 
-    def tell(votes: Int[np.ndarray, " n"], vectors: Tensor, half_way: Tensor) -> Numbers:
+    def predict(votes: Int[np.ndarray, " n"], vectors: Tensor, half_way: Tensor) -> Numbers:
         good, bad = margins(votes, vectors, half_way)
         return (1 + np.sign(np.nan_to_num(good) - np.nan_to_num(bad))) / 2
 
-    told, nested = np.zeros((len(ballots), len(sites))), np.zeros(len(ballots))
+    correct, nested = np.zeros((len(ballots), len(sites))), np.zeros(len(ballots))
     read = []
     inner = {(a, b): fitted(a, b) for a in range(folds) for b in range(a)}
     for out in range(folds):
         votes, vectors = np.flatnonzero(fold == out), fitted(out)
-        told[votes] = tell(votes, *vectors)
+        correct[votes] = predict(votes, *vectors)
         read += margins(votes, *vectors)
-        rest, others = fold != out, np.zeros_like(told)
+        rest, others = fold != out, np.zeros_like(correct)
         for f in set(range(folds)) - {out}:
-            others[fold == f] = tell(np.flatnonzero(fold == f), *inner[max(f, out), min(f, out)])
-        nested[votes] = told[votes, best_site(others[rest], weights[rest], sites, depth)]
+            others[fold == f] = predict(np.flatnonzero(fold == f), *inner[max(f, out), min(f, out)])
+        nested[votes] = correct[votes, best_site(others[rest], weights[rest], sites, depth)]
     replies = np.concatenate(read)
     replies = np.sort(replies[~np.isnan(replies[:, 0])], axis=0)
     fifth = max(1, round(FIFTH * len(replies)))
     vectors, half_way = fitted()
     distances = replies[-fifth:].mean(0) - replies[:fifth].mean(0)
-    return CrossFit(tuple(sites), vectors.float(), half_way.float(), distances, told, nested, weights)
+    return CrossFit(tuple(sites), vectors.float(), half_way.float(), distances, correct, nested, weights)
 
 
 def best_site(
-    told: Float[np.ndarray, "votes sites"], weights: Float[np.ndarray, " votes"], sites: Sequence[int], depth: int
+    correct: Float[np.ndarray, "votes sites"], weights: Float[np.ndarray, " votes"], sites: Sequence[int], depth: int
 ) -> int:
-    """Index of the site nearest to the middle of `depth` blocks, of those that tell votes as well as the best site
-    within one standard error of the difference, as `steer.finding.directions.chosen` does it."""
-    told = told * weights[:, None]
-    worse = told[:, [int(told.mean(0).argmax())]] - told
-    near = worse.mean(0) <= worse.std(0) / math.sqrt(len(told))
+    """Index of the site nearest to the middle of `depth` blocks, of those that predict votes as well as the best
+    site within one standard error of the difference, as `steer.finding.directions.chosen` does it."""
+    correct = correct * weights[:, None]
+    worse = correct[:, [int(correct.mean(0).argmax())]] - correct
+    near = worse.mean(0) <= worse.std(0) / math.sqrt(len(correct))
     return sites.index(middle([s for s, n in zip(sites, near, strict=True) if n], depth))
 
 
@@ -189,7 +189,7 @@ class FoundTaste:
 
     direction: Direction
     accuracy: Mean
-    """Share of held-out votes that the direction tells, with its interval over messages; `items` counts the votes."""
+    """Share of held-out votes that the direction predicts, with an interval over messages; `items` counts votes."""
     pairs: int
     """How many votes are between two replies."""
     messages: int
@@ -215,18 +215,18 @@ class FoundTaste:
 
     @property
     def says(self) -> str:
-        """What it tells, in a sentence."""
+        """How well it predicts votes, in a sentence."""
         a = self.accuracy
-        told = (f"tells {a.value:.0%} of {a.items} held-out votes on {self.messages} messages "
+        found = (f"tells {a.value:.0%} of {a.items} held-out votes on {self.messages} messages "
                 f"(95 % interval {a.low:.0%} to {a.high:.0%})")  # fmt: skip
         if not self.coin:
-            return told
+            return found
         need = "need many more" if self.more is None else f"need about {self.more} more"
-        return f"{told}: no better than a coin yet ({need})"
+        return f"{found}: no better than a coin yet ({need})"
 
     @property
     def line(self) -> str:
-        """Name, site and displacement of the direction, and what it tells."""
+        """Name, site and displacement of the direction, and how well it predicts votes."""
         d, out = self.direction, f"; left out {self.left_out} votes on empty or long replies" if self.left_out else ""
         return (f"{d.name}: {self.says}; site {d.site}, amount 1 moves the residual stream by {d.share(1):.2f} of its "
                 f"median norm{out}")  # fmt: skip
@@ -261,8 +261,8 @@ def find_taste(
     progress: Bar = bar,
     say: Callable[[str], None] = lambda _: None,
 ) -> FoundTaste:
-    """Make a direction from votes: the difference of means between liked and disliked replies, at the site that tells
-    held-out votes best.
+    """Make a direction from votes: the difference of means between liked and disliked replies, at the site that
+    predicts held-out votes best.
 
     Replies are read by the untouched model whichever model wrote them. Amount 1 moves from the fifth of the replies
     that reads as least liked to the fifth that reads as most liked, read by directions that had not seen them, so it
@@ -306,7 +306,7 @@ def find_taste(
     about = {
         "method": "difference of means between liked and disliked replies, orthogonal to the neutral mean",
         "votes": found.as_json(),
-        "accuracy": {str(s): round(float(v), 4) for s, v in zip(sites, fit.told.mean(0), strict=True)},
+        "accuracy": {str(s): round(float(v), 4) for s, v in zip(sites, fit.correct.mean(0), strict=True)},
         "seed": seed,
     }
     return replace(found, direction=replace(direction, provenance=direction.provenance | about))

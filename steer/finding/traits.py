@@ -57,8 +57,8 @@ class Effort:
     neutral: int
     """Neutral prompts that are answered."""
     check_sites: bool
-    """Whether sites are tried by steering. Otherwise the one nearest to the middle is taken of those in `BAND` that
-    read as well as the best, which is what trying them mostly ends in."""
+    """Whether sites are tried by steering. If not, the site nearest to the middle is taken, of those in `BAND` that
+    read the trait as well as the best. Trying sites mostly chooses the same one."""
 
 
 FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
@@ -132,8 +132,9 @@ def find(
     votes: str | Path | Sequence[Vote] | None = None,
     **options: Any,
 ) -> Direction:
-    """The direction of a trait in a model; `.provenance["auroc"]` has the held-out AUROC per site. Or that of a taste;
-    `.provenance["votes"]` has its held-out accuracy.
+    """Find the direction of a trait, or of the taste that votes show, in a model.
+
+    The direction's provenance has the held-out AUROC per site under "auroc", or the held-out accuracy under "votes".
 
     `trait` is the name of a built-in trait, a trait file, or a Trait; `votes`, in its place, a file of votes. Options
     are those of `find_trait` or `find_taste`.
@@ -187,20 +188,20 @@ def find_trait(
     Errors: UsageError for an unknown trait or site, TraitNotFoundError without replies to compare, or if nothing is
     left of the direction without those of `keep`.
     """
-    trait, *kept = [t if isinstance(t, Trait) else Trait.load(t) for t in (trait, *keep)]
-    for each in (trait, *kept):
+    trait, *others = [t if isinstance(t, Trait) else Trait.load(t) for t in (trait, *keep)]
+    for each in (trait, *others):
         each.check()
-    if len({t.name for t in (trait, *kept)}) <= len(kept):
-        raise UsageError(f"keep: expected traits beside {trait.name}, each once, found {[t.name for t in kept]}")
+    if len({t.name for t in (trait, *others)}) <= len(others):
+        raise UsageError(f"keep: expected traits beside {trait.name}, each once, found {[t.name for t in others]}")
     effort = QUICK if quick else FULL
     if site is not None and not 0 <= site < model.anatomy.blocks:
         raise UsageError(f"site: expected 0 to {model.anatomy.blocks - 1} for {model.name}, found {site}")
     if contrast is None:
         contrast = contrast_for(model, trait, seed=seed, effort=effort, neutral=neutral, progress=progress)
     vectors = []
-    for other in kept:
-        others = contrast_for(model, other, seed=seed, effort=effort, neutral=contrast.neutral, progress=progress)
-        vectors.append(candidates(model, clear_replies(others)).vectors)
+    for other in others:
+        theirs = contrast_for(model, other, seed=seed, effort=effort, neutral=contrast.neutral, progress=progress)
+        vectors.append(candidates(model, clear_replies(theirs)).vectors)
     with progress(f"{trait.name}: residual streams", None, "replies") as advance:
         found = candidates(model, clear_replies(contrast), keep=vectors, on_rows=advance)
     scorer = Scorer.train(contrast)
@@ -217,7 +218,7 @@ def find_trait(
         provenance["quick"] = True
     if found.plain is not None:
         cosine = float(found.vectors[site] @ found.plain.vectors[site])
-        names = [t.name for t in kept]
+        names = [t.name for t in others]
         if not cosine > 1e-3:
             raise TraitNotFoundError(
                 f"trait {trait.name!r}: expected a direction that is not made of those of {', '.join(names)}, found a "

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steer.core.sampler import Sampler
@@ -27,6 +27,8 @@ from steer.progress import Advance
 
 FIT_SAMPLES = 2
 """Replies to each fit topic under each instruction."""
+ROWS = 32
+"""Replies that `read_replies` runs together."""
 SAMPLER = Sampler(max_new_tokens=64, temperature=0.7, top_k=40, repetition_penalty=1.05)
 Take = Callable[[list[int], Bool[Tensor, "rows seq"], int, Float[Tensor, "rows seq d"]], None]
 """Callback of `read_replies`, called per batch and site with: the indices of the replies in the batch, the mask of
@@ -209,6 +211,18 @@ def reply_tokens(model: SteeredModel, replies: Sequence[Reply], site: int) -> Fl
     return torch.cat(parts)
 
 
+def padded_replies(
+    model: SteeredModel, prompts: Sequence[list[int]], replies: Sequence[Reply]
+) -> tuple[Int[Tensor, "rows seq"], Int[Tensor, "rows seq"], Bool[Tensor, "rows seq"]]:
+    """(token ids, attention mask, mask of the reply's tokens) of replies after their prompts, padded on the right. The
+    last one is on the CPU."""
+    ids, attention = padded([[*p, *r.ids] for p, r in zip(prompts, replies, strict=True)], device=model.device)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, prompt, reply in zip(mask, prompts, replies, strict=True):
+        row[len(prompt) : len(prompt) + len(reply.ids)] = True
+    return ids, attention, mask
+
+
 @torch.inference_mode()
 def read_replies(
     model: SteeredModel,
@@ -216,24 +230,19 @@ def read_replies(
     sites: Sequence[int],
     take: Take,
     *,
-    batch: int = 32,
     on_rows: Advance | None = None,
 ) -> None:
     """Run chats with their replies through the unsteered model and pass the residual streams to `take`.
 
-    `batch` replies of similar length are run together. The mask given to `take` is true at the reply's tokens only,
+    `ROWS` replies of similar length are run together. The mask given to `take` is true at the reply's tokens only,
     not at the prompt, BOS, or the special tokens around the reply. `on_rows` is called with the number of replies of
     each batch.
     """
     prompts = [r.prompt_ids(model) for r in replies]
-    full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
-    order = sorted(range(len(full)), key=lambda i: len(full[i]))
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        ids, attention = padded([full[i] for i in rows], device=model.device)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for j, i in enumerate(rows):
-            mask[j, len(prompts[i]) : len(full[i])] = True
+    order = sorted(range(len(replies)), key=lambda i: len(prompts[i]) + len(replies[i].ids))
+    for start in range(0, len(order), ROWS):
+        rows = order[start : start + ROWS]
+        ids, attention, mask = padded_replies(model, [prompts[i] for i in rows], [replies[i] for i in rows])
         # No LM head and no block after the last site: the logits are not needed.
         with model.untouched():
             read_residuals(model, ids, sites, lambda site, h, r=rows, m=mask: take(r, m, site, h), attention)

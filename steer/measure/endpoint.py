@@ -79,7 +79,7 @@ class EndpointReader:
             known = ", ".join(m.id for m in models) or "none"
             raise SteerError(f"{self.url}: expected a model {name or 'of any name'}, found {known}; see --model-name")
         self._model, self.name = found.id, label or found.id
-        self._tokenizer, self._prompt, self._tokens = (
+        self._tokenizer, self._prompt, self.tokens = (
             tokenizer,
             lru_cache(4096)(self._render),
             lru_cache(16384)(self._cut),
@@ -95,13 +95,13 @@ class EndpointReader:
         """Return how many tokens a passage takes; without a tokenizer as many as it has characters."""
         if self._tokenizer is None:
             return len(passage.begun + passage.text) + sum(len(text) + 16 for _, text in passage.chat)
-        return len(self._tokens(passage).ids)
+        return len(self.tokens(passage).ids)
 
     def logprobs(self, passages: Sequence[Passage], advance: Advance | None = None) -> list[LogProbs]:
         """Return the log-probability of each token of each passage's `text`."""
         if self._way is None:
             raise UnsupportedError(f"{self.url}: expected log-probabilities of a given text, found none")
-        rows = [self._tokens(p) for p in passages]
+        rows = [self.tokens(p) for p in passages]
         return self._each(partial(self._score, self._way), rows, advance)
 
     def replies(
@@ -131,7 +131,7 @@ class EndpointReader:
 
     def _honest_way(self) -> Way | None:
         """Return a way by which the server scores a text and passes the check; a note says why there is none."""
-        tokens, why = self._tokens(Passage(CHECK)), ""
+        tokens, why = self.tokens(Passage(CHECK)), ""
         ways: tuple[Way, ...] = ("echo", "prompt_logprobs")
         for way in ways:
             try:

@@ -164,7 +164,7 @@ def compared(probes: list[Json], arms: Sequence[str], controls: Sequence[str] = 
     """Return probes as in eval.json with their `summary` and `signal`, which are computed of their figures alone.
 
     P-values are corrected for the number of probes, each with its headline; those of the other metrics for the number
-    of those. Each arm is a question of its own.
+    of those. Each arm is corrected separately.
     """
     rows: list[list[Json]] = [[] for _ in probes]
     for arm in arms:
@@ -292,9 +292,9 @@ def _signal(probe: Json, summary: Sequence[Json], first: str, controls: Sequence
         damaged = mean_figures([figures_of(probe["arms"][arm], headline.name) for arm in controls if arm in rows])
         found = difference_of(figures_of(probe["arms"][first], headline.name), damaged, seed)
         together = found and found.p
-        told = [*moved, *(["the damaged arms together"] if together is not None and together < ALPHA else [])]
-        status = "signal" if told else "none"
-        line = f"tells {', '.join(told)} from {first}" if told else f"no signal at this size{at}"
+        detected = [*moved, *(["the damaged arms together"] if together is not None and together < ALPHA else [])]
+        status = "signal" if detected else "none"
+        line = f"tells {', '.join(detected)} from {first}" if detected else f"no signal at this size{at}"
     elif headline.chance is None or first not in rows:
         status, line = "unknown", ""
     elif rows[first]["low"] is not None and rows[first]["low"] <= headline.chance <= rows[first]["high"]:

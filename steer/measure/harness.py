@@ -35,10 +35,14 @@ from steer.progress import Advance
 
 DOSES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Amounts of the slider that a dose response measures."""
+SAMPLES = 2
+"""Replies to each topic under each setting of a dose response."""
 ROWS = 64
 """Texts per forward pass, at most, counted once per edit."""
 TOKENS = 64
 """Tokens of a text whose logits are in memory at the same time."""
+PROSE_TOKENS = 256
+"""Most tokens of a text that `text_entropies` reads."""
 Numbers = Float[np.ndarray, " n"]
 Text = tuple[Sequence[int], Sequence[int]]
 """(context, text) as token ids: the text is what is scored, the context is what precedes it."""
@@ -150,18 +154,10 @@ def measure_settings(
     settings: Sequence[Setting],
     topics: Sequence[str],
     reference: Reference,
-    *,
-    sampler: Sampler = MEASURE,
-    samples: int = 2,
-    judge: SteeredModel | None = None,
-    perplexities: bool = True,
-    on_tokens: Advance | None = None,
+    **options: Any,
 ) -> list[Point]:
-    """Let the model reply to every topic under every setting, `samples` times, and score the replies: a `Point` per
-    setting. Arguments are those of `measure_answers`."""
-    options: Any = {"sampler": sampler, "samples": samples, "judge": judge, "perplexities": perplexities}
-    found = measure_answers(model, scorer, settings, topics, reference, on_tokens=on_tokens, **options)
-    return [point for point, _ in found]
+    """As `measure_answers`, with its options; only the `Point` per setting."""
+    return [point for point, _ in measure_answers(model, scorer, settings, topics, reference, **options)]
 
 
 def measure_answers(
@@ -172,7 +168,7 @@ def measure_answers(
     reference: Reference,
     *,
     sampler: Sampler = MEASURE,
-    samples: int = 2,
+    samples: int = SAMPLES,
     judge: SteeredModel | None = None,
     perplexities: bool = True,
     on_tokens: Advance | None = None,
@@ -313,9 +309,9 @@ def answered(model: SteeredModel, replies: Sequence[Reply]) -> list[Reply]:
     return found
 
 
-def repetition(ids: Sequence[int | str], n: int = 3) -> float:
-    """Share of a text's n-grams, of tokens or of words, that occurred in it before (seq-rep-n, Welleck et al. 2019)."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+def repetition(ids: Sequence[int | str]) -> float:
+    """Share of a text's trigrams, of tokens or words, that occurred in it before (seq-rep-3, Welleck et al. 2019)."""
+    grams = list(zip(ids, ids[1:], ids[2:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -387,14 +383,12 @@ def row_costs(
     return [(divergence, entropy) for divergence, entropy in np.where(np.isnan(means), math.inf, means).tolist()]
 
 
-def text_entropies(
-    model: SteeredModel, texts: Sequence[str], edit: Edit | None = None, *, limit: int = 256
-) -> tuple[Numbers, Numbers]:
-    """(cross-entropy of each text in nats, summed over its tokens; number of those tokens). Each text is cut to `limit`
-    tokens. The first token is context and not counted; texts of one token are left out."""
-    ids = [model.encode(text)[: min(limit, model.context)] for text in texts]
+def text_entropies(model: SteeredModel, texts: Sequence[str]) -> tuple[Numbers, Numbers]:
+    """(cross-entropy of each text in nats, summed over its tokens; number of those tokens). Each text is cut to
+    `PROSE_TOKENS`. The first token is context and not counted; texts of one token are left out."""
+    ids = [model.encode(text)[: min(PROSE_TOKENS, model.context)] for text in texts]
     rows = [(i[:1], i[1:]) for i in ids if len(i) > 1]
-    return text_costs(model, rows, [edit])[0, :, 1], np.array([float(len(rest)) for _, rest in rows])
+    return text_costs(model, rows, [None])[0, :, 1], np.array([float(len(rest)) for _, rest in rows])
 
 
 def perplexity(entropies: Sequence[float] | Numbers, counts: Sequence[float] | Numbers) -> float:

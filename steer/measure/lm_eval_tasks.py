@@ -116,8 +116,8 @@ def tasks_named(names: list[str]) -> list[Probe]:
     return [LmEvalTask(task, manager) for task in loaded.values()]
 
 
-def _value(told: Any, metric: Metric) -> float | None:
+def _value(reported: Any, metric: Metric) -> float | None:
     """Return the figure of one item. Perplexities come as (log-likelihood, number of words or bytes)."""
-    if isinstance(told, tuple | list) and len(told) == 2 and metric.exponent and told[1]:
-        return -float(told[0]) / float(told[1])
-    return float(told) if isinstance(told, int | float) else None
+    if isinstance(reported, tuple | list) and len(reported) == 2 and metric.exponent and reported[1]:
+        return -float(reported[0]) / float(reported[1])
+    return float(reported) if isinstance(reported, int | float) else None

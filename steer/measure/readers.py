@@ -36,7 +36,7 @@ TOKENS = 16384
 """Tokens read together at most, padding and shared beginnings counted once per passage, since each has its own copy of
 their keys and values: 750 MB for a 135M Llama in fp32."""
 FALLBACK = "plain"
-"""The template that ships with which a model without one of its own reads chats."""
+"""The shipped template with which a model that has none reads chats."""
 ABILITIES: frozenset[Ability] = frozenset(("logprobs", "replies", "divergences", "weights"))
 
 
@@ -63,16 +63,17 @@ class LocalReader:
         self.context, self.dtype = model.context, dtype_name(model.hf.dtype)
         self.notes = with_template(model)
         self._prompt = lru_cache(4096)(self._render)
-        self._tokens = lru_cache(16384)(self._tokenise)
+        self.tokens = lru_cache(16384)(self._tokenise)
+        """A passage as token ids."""
 
     def length(self, passage: Passage) -> int:
         """Return how many tokens a passage takes, all of it."""
-        return len(self._tokens(passage).ids)
+        return len(self.tokens(passage).ids)
 
     @torch.inference_mode()
     def logprobs(self, passages: Sequence[Passage], advance: Advance | None = None) -> list[LogProbs]:
         """Return the log-probability of each token of each passage's `text`."""
-        rows = [self._tokens(p) for p in passages]
+        rows = [self.tokens(p) for p in passages]
         out: list[LogProbs] = [np.zeros(0)] * len(rows)
         for batch, hidden in self._hidden(rows):
             # All at once, since each product with the head reads all of its weights.
@@ -125,7 +126,7 @@ class LocalReader:
         The tokens are those at the end of both passages that are the same: what is read before a text may change how
         its first token is cut.
         """
-        rows = [self._tokens(p) for pair in pairs for p in pair]
+        rows = [self.tokens(p) for pair in pairs for p in pair]
         out: list[Float[np.ndarray, " tokens"]] = [np.zeros(0)] * len(pairs)
         waiting: dict[int, Tensor] = {}
         for batch, read in self._hidden(rows):

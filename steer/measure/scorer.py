@@ -27,6 +27,8 @@ from steer.core.trait import Trait, shipped_traits
 from steer.errors import TraitNotFoundError
 from steer.measure.contrast import Contrast, Reply
 
+FOLDS = 8
+"""Folds of the topics in which replies are judged by a classifier that was trained without them."""
 _SHIPPED = resources.files("steer") / "measure" / "probes" / "items"
 
 
@@ -132,16 +134,16 @@ class Scorer:
         return counts, judge
 
 
-def clear_replies(contrast: Contrast, folds: int = 8) -> Contrast:
+def clear_replies(contrast: Contrast) -> Contrast:
     """The contrast with only those fit replies that show what their instruction asked for.
 
-    Each reply is judged by a classifier that was trained without its topic (`folds`-fold cross-validation). All
+    Each reply is judged by a classifier that was trained without its topic (cross-validation in `FOLDS` folds). All
     held-out replies stay.
     """
     replies = [*contrast.fit_with, *contrast.fit_without]
     texts, labels = _labelled(contrast.fit_with, contrast.fit_without)
     topics = [r.chat[-1]["content"] for r in replies]
-    cv = GroupKFold(min(folds, len(set(topics))))  # a topic is missing where all its replies were empty
+    cv = GroupKFold(min(FOLDS, len(set(topics))))  # a topic is missing where all its replies were empty
     with _named_errors(contrast.trait):
         judged = cross_val_predict(word_classifier(), texts, labels, groups=topics, cv=cv)
     clear = [[r for r, j, k in zip(replies, judged, labels, strict=True) if j == k == side] for side in (1, 0)]

@@ -22,7 +22,7 @@ FLIPS = 1999
 """Resamples of a permutation test, or every one of them where there are fewer."""
 CONFIDENCE = 0.95
 POWER = 0.8
-"""Probability with which a difference as large as the noise would be told."""
+"""Probability with which a difference as large as the noise would be detected."""
 Key = tuple[str, int | None, int | None]
 """(item, n, turn): by it the figures of two arms are paired."""
 

@@ -209,7 +209,7 @@ class ChatTemplate:
             raise UsageError(f"{self._name}: its chat template refuses this chat: {one_line(e)}") from e
 
 
-def _joined(chat: Chat) -> Chat:
+def joined(chat: Chat) -> Chat:
     """The chat with neighbouring messages of one role joined by a blank line."""
     out: Chat = []
     for m in chat:
@@ -238,17 +238,17 @@ def _folded(chat: Chat) -> Chat:
         return chat
     first, rest = chat[0] | {"role": "user"}, chat[1:]
     follows = bool(rest) and rest[0].get("role") == "user"
-    return [*_joined([first, rest[0]]), *rest[1:]] if follows else [first, *rest]
+    return [*joined([first, rest[0]]), *rest[1:]] if follows else [first, *rest]
 
 
 _CHANGES: tuple[tuple[Callable[[Chat], Chat], str], ...] = (
-    (_joined, "neighbouring messages of one role are joined"),
+    (joined, "neighbouring messages of one role are joined"),
     (_later_as_user, "system messages after the first are sent as the user's"),
     (_opened, f"a user turn, {OPENING!r}, is put before the greeting"),
     (_folded, "the system prompt is sent in the first user turn"),
 )
 """Changes of a chat's form, the smallest first."""
-_ORDER = (_later_as_user, _folded, _opened, _joined)
+_ORDER = (_later_as_user, _folded, _opened, joined)
 """The order in which several are made."""
 
 

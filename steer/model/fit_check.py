@@ -52,32 +52,42 @@ class FitReport:
         return not self.fit.fvu <= most
 
     def __str__(self) -> str:
-        given = "it brings no figure of its own" if self.reference is None else f"its own is {self.reference:.2f}"
+        given = "it brings no such figure" if self.reference is None else f"its own is {self.reference:.2f}"
         return (
             f"dictionary {self.dictionary!r} on {self.model}: {self.fit.fvu:.2f} of the variance unexplained, {given}; "
             f"{self.fit.l0:.0f} latents a token, {self.fit.tokens:,} tokens"
         )
 
 
-def check_fit(model: LoadedModel, dictionary: Dictionary) -> FitReport:
-    """Measure the fit on the prose that ships with steer, without any slider.
+def check_fits(model: LoadedModel, dictionary: Dictionary) -> int:
+    """Check that the dictionary fits the model and return the dictionary's site.
 
-    Errors: MismatchError for a dictionary of another width, UsageError for one without a site that the model has.
+    Errors: MismatchError for another width, UsageError for no site or one that the model lacks.
     """
     if dictionary.width != model.anatomy.width:
         raise MismatchError(
-            f"dictionary {dictionary.name!r} has width {dictionary.width}, {model.name} has residual width "
-            f"{model.anatomy.width}; use a dictionary of this checkpoint"
+            f"dictionary {dictionary.name} has width {dictionary.width}, {model.name} has residual width "
+            f"{model.anatomy.width}; use a dictionary trained on this checkpoint"
         )
     if dictionary.site is None or not 0 <= dictionary.site < model.anatomy.blocks:
+        found = "none" if dictionary.site is None else dictionary.site
         raise UsageError(
-            f"dictionary {dictionary.name!r}: expected a site from 0 to {model.anatomy.blocks - 1} for {model.name}, "
-            f"found {dictionary.site}; use a dictionary of this checkpoint"
+            f"dictionary {dictionary.name}: expected a site from 0 to {model.anatomy.blocks - 1} for {model.name}, "
+            f"found {found}; name the site it was trained on in its manifest.json"
         )
+    return dictionary.site
+
+
+def check_fit(model: LoadedModel, dictionary: Dictionary) -> FitReport:
+    """Measure the fit on the prose that ships with steer, without any slider.
+
+    Errors: those of `check_fits`.
+    """
+    site = check_fits(model, dictionary)
     # Without the dictionary's norm, outliers are found by this model's median. The norm of a dictionary that does not
     # fit may be on another scale, which this check has to report.
     without_norm = replace(dictionary.to(model.device), norm=None)
-    fit = measure_fit(without_norm, _residuals(model, dictionary.site))
+    fit = measure_fit(without_norm, _residuals(model, site))
     return FitReport(dictionary.name, model.name, fit, _reference(dictionary))
 
 

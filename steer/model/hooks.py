@@ -103,15 +103,15 @@ def _acts(sliders: Sliders, what: Steers, reply_start: ReplyStart) -> list[tuple
     return [(model.anatomy.embedding_modules[0], counter), *out] if timed else out
 
 
-def _act(program: ModuleEdit, text: ForwardContext) -> _Act:
+def _act(program: ModuleEdit, context: ForwardContext) -> _Act:
     def act(h: Tensor) -> Tensor:
-        if program.timed and (text.index is None or text.index.shape[1] != h.shape[1]):
-            new, counted = h.shape[1], 0 if text.index is None else text.index.shape[1]
+        if program.timed and (context.index is None or context.index.shape[1] != h.shape[1]):
+            new, counted = h.shape[1], 0 if context.index is None else context.index.shape[1]
             raise UsageError(
                 f"hooks: expected a pass over token ids, whose positions the embedding's hook counts, found {new} "
                 f"positions of which it saw {counted}; register every pair, and pass input_ids, not inputs_embeds"
             )
-        return program.apply(h, text)
+        return program.apply(h, context)
 
     return act
 

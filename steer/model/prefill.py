@@ -30,7 +30,7 @@ PASS = 64
 """The cost of a pass, in tokens: a pass over few tokens takes as long as one over this many more, since every weight is
 read from memory."""
 LEVELS = 2
-"""How often the beginnings of texts may have beginnings of their own, as far as `_heads` looks ahead."""
+"""How deep shared beginnings may be nested within shared beginnings, as far as `_heads` looks ahead."""
 AT_ONCE = 1024
 """How many tokens a CPU reads at a time. What is computed between two layers then stays in its caches; for a whole
 batch it would be memory that is new to the process at every layer."""
@@ -249,7 +249,7 @@ def _fewest(lengths: Sequence[int], common: Sequence[int], least: int, levels: i
     """The fewest tokens for which texts in order can be read, and how many of each are then fed after the beginnings.
 
     `common`: how many first tokens each text shares with the next. `least`: how many are fed at least. `levels`: how
-    often beginnings may have beginnings of their own.
+    deep shared beginnings may be nested.
     """
     best, tail = len(lengths) * max(lengths), max(lengths)
     if levels == 0:

@@ -83,7 +83,7 @@ def _slider(library: Library, profile: Profile, text: str) -> Slider:
     return library.slider(text) if file is None else Slider(Direction.load(file))
 
 
-def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -> Profile:
+def as_profile(name: str, sliders: Sliders, sampler: Sampler) -> Profile:
     """The current amounts of sliders, and a sampler, as a profile to save.
 
     Errors: UsageError for a gate on a direction or feature that cannot be found by a name.
@@ -97,4 +97,4 @@ def as_profile(name: str, sliders: Sliders, sampler: Sampler, notes: str = "") -
         entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
     free = {"seed": sampler.seed, "max_new_tokens": sampler.max_new_tokens}
     preset: PresetName | None = next((n for n, p in PRESETS.items() if replace(p, **free) == sampler), None)
-    return Profile(name, notes, sampler, preset, tuple(entries))
+    return Profile(name, sampler=sampler, preset=preset, sliders=tuple(entries))

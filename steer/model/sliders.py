@@ -40,7 +40,15 @@ class Amounts(MutableMapping[str, float]):
     and iteration see only sliders that were set.
     """
 
-    _amounts: dict[str, float]
+    _bound = ""
+    """What warnings say before a share that is only a bound."""
+
+    def __init__(self) -> None:
+        self._amounts: dict[str, float] = {}
+        self._past: list[Any] = []
+        self._future: list[Any] = []
+        self.ranges: dict[str, tuple[float, float]] = {}
+        """Name -> the lowest and highest amount at which replies hold together, for sliders that were calibrated."""
 
     @abstractmethod
     def slider(self, name: str) -> Any:
@@ -88,9 +96,62 @@ class Amounts(MutableMapping[str, float]):
             raise UnknownNameError(f"slider {name!r}: expected one that is set, found {', '.join(self) or 'none'}")
         self._change({n: a for n, a in self._amounts.items() if n != name})
 
+    def reset(self) -> None:
+        """Delete every slider, so that none moves anything. It can be undone."""
+        self.replace({})
+
+    @abstractmethod
+    def replace(self, amounts: Mapping[str, float]) -> None:
+        """Set these amounts and delete all other sliders, in one step."""
+
+    def undo(self) -> bool:
+        """Undo the last change. False when there is none."""
+        return self._step(self._past, self._future)
+
+    def redo(self) -> bool:
+        """Redo the change that was undone last. False when there is none."""
+        return self._step(self._future, self._past)
+
+    @abstractmethod
+    def share(self, site: int) -> float:
+        """How far the sliders move the residual stream at a site, as a share of its median norm."""
+
+    def warnings(self) -> list[str]:
+        """One line for every site whose sliders together move the residual stream too far, by `BUDGET` or more."""
+        sites = {site for name in self._amounts if (site := self.slider(name).site) is not None}
+        return [
+            f"sliders move the residual stream after block {site} by {self._bound}{share:.2f} of its norm; "
+            f"replies tend to fall apart from {BUDGET}"
+            for site in sorted(sites)
+            if round(share := self.share(site), 2) >= BUDGET
+        ]
+
     @abstractmethod
     def _change(self, amounts: dict[str, float]) -> None:
         """Set these amounts, and no others."""
+
+    @abstractmethod
+    def _state(self) -> Any:
+        """What a change is undone to."""
+
+    @abstractmethod
+    def _restore(self, state: Any) -> None:
+        """Return to what `_state` returned."""
+
+    def _remember(self, before: Any) -> None:
+        """Make a change undoable. `before`: the state before it."""
+        if self._state() != before:
+            self._past = [*self._past[1 - _STEPS :], before]
+            self._future.clear()
+
+    def _step(self, back: list[Any], forth: list[Any]) -> bool:
+        if not back:
+            return False
+        before = self._state()
+        self._restore(back[-1])
+        back.pop()
+        forth.append(before)
+        return True
 
 
 class Sliders(Amounts):
@@ -109,14 +170,10 @@ class Sliders(Amounts):
     """
 
     def __init__(self, model: LoadedModel, *, live: bool = True) -> None:
+        super().__init__()
         self.model, self._live = model, live
         self._known: dict[str, Slider] = {}
-        self._amounts: dict[str, float] = {}
         self._current: Edit | None = None
-        self._past: list[_State] = []
-        self._future: list[_State] = []
-        self.ranges: dict[str, tuple[float, float]] = {}
-        """Name -> the lowest and highest amount at which replies hold together, for sliders that were calibrated."""
 
     @property
     def current(self) -> Edit | None:
@@ -182,20 +239,6 @@ class Sliders(Amounts):
                 added = added + math.copysign(share, slider.amount * d.gap) * d.vector.double()
         return total + float(torch.linalg.vector_norm(added))
 
-    def warnings(self) -> list[str]:
-        """One line for every site whose sliders together move the residual stream too far, by `BUDGET` or more."""
-        sites = sorted({self._known[n].site for n in self._amounts})
-        return [
-            f"sliders move the residual stream after block {s} by {self.share(s):.2f} of its norm; "
-            f"replies tend to fall apart from {BUDGET}"
-            for s in sites
-            if round(self.share(s), 2) >= BUDGET
-        ]
-
-    def reset(self) -> None:
-        """Delete every slider, so that none moves anything. It can be undone."""
-        self.replace({})
-
     def replace(self, amounts: Mapping[str, float], known: Sequence[Slider] = ()) -> None:
         """Set these amounts and delete all other sliders, in one step.
 
@@ -204,14 +247,6 @@ class Sliders(Amounts):
         new_sliders = {slider.name: slider for slider in known}
         self.find([n for n in amounts if n not in new_sliders])
         self._change({n: (new_sliders.get(n) or self._known[n]).check(a) for n, a in amounts.items()}, known)
-
-    def undo(self) -> bool:
-        """Undo the last change. False when there is none."""
-        return self._step(self._past, self._future)
-
-    def redo(self) -> bool:
-        """Redo the change that was undone last. False when there is none."""
-        return self._step(self._future, self._past)
 
     def edit(self, amounts: Mapping[Target, float] | Mapping[str, float]) -> Edit | None:
         """Amounts of directions, features, sliders and names as one Edit, without the amounts that are set."""
@@ -235,9 +270,7 @@ class Sliders(Amounts):
         except BaseException:
             self._known = known_before
             raise
-        if self._state() != before:
-            self._past = [*self._past[1 - _STEPS :], before]
-            self._future.clear()
+        self._remember(before)
 
     def _learn(self, name: str, slider: Slider) -> None:
         """Know a slider of the library, unless one of its name is known, and the range it was calibrated to."""
@@ -245,15 +278,9 @@ class Sliders(Amounts):
         if target.operation == "add" and isinstance(target.target, Direction) and target.target.calibrated:
             self.ranges.setdefault(name, target.target.calibrated)
 
-    def _step(self, back: list[_State], forth: list[_State]) -> bool:
-        if not back:
-            return False
-        before, state = self._state(), back[-1]
+    def _restore(self, state: _State) -> None:
         self._known |= {name: slider for name, (slider, _) in state.items()}
         self._apply({name: amount for name, (_, amount) in state.items()})
-        back.pop()
-        forth.append(before)
-        return True
 
     def _state(self) -> _State:
         return {name: (self._known[name], amount) for name, amount in self._amounts.items()}

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,8 @@ def load(
     architecture, UsageError for 4 bits without bitsandbytes, a GPU that is not there, an unknown dtype and a template
     that cannot be read.
     """
-    text = chosen_template(chat_template)  # before the weights are read
-    place = resolve(model)
-    with _LOADING:
-        hf, tokenizer = read_model(place, name or str(model), dtype, device_map, four_bit, kwargs)
-        if text is not None:
-            tokenizer.chat_template = text
-        return SteeredModel(hf, tokenizer, name=name or str(model), files=files_of(place))
+    options = {"dtype": dtype, "device_map": device_map, "four_bit": four_bit, "more": kwargs}
+    return _steered(model, chat_template, name, partial(read_model, **options))
 
 
 def describe(model: str | Path, *, chat_template: str | Path | None = None, name: str | None = None) -> SteeredModel:
@@ -95,12 +90,23 @@ def describe(model: str | Path, *, chat_template: str | Path | None = None, name
 
     No forward pass can be made with it. Arguments and errors: as `load`.
     """
-    text = chosen_template(chat_template)
-    place = resolve(model)
-    hf, tokenizer = read_description(place, name or str(model))
-    if text is not None:
-        tokenizer.chat_template = text
-    return SteeredModel(hf, tokenizer, name=name or str(model), files=files_of(place))
+    return _steered(model, chat_template, name, read_description)
+
+
+def _steered(
+    model: str | Path,
+    chat_template: str | Path | None,
+    name: str | None,
+    read: Callable[[str, str], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+) -> SteeredModel:
+    """What `read` makes of a checkpoint's place and its name for messages, with a template and sliders."""
+    text = chosen_template(chat_template)  # before the weights are read
+    place, name = resolve(model), name or str(model)
+    with _LOADING:
+        hf, tokenizer = read(place, name)
+        if text is not None:
+            tokenizer.chat_template = text
+        return SteeredModel(hf, tokenizer, name=name, files=files_of(place))
 
 
 class SteeredModel(LoadedModel):

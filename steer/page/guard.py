@@ -1,7 +1,7 @@
 """Error handling of the page, and drawing a part again: an error is one line on the page, never a traceback.
 
-Parts use `button` and `safely` for changes, `watch` to draw themselves again while something runs, and `redraw` to have
-the whole page drawn again after a change in such a part.
+Parts use `button` and `safely` for changes, `draw_job` for a command that runs, `watch` to draw themselves again while
+something runs, and `redraw` to have the whole page drawn again after a change in such a part.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.errors import SteerError
+from steer.jobs import Job
 from steer.page.drawing import markdown
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,20 @@ def button(label: str, change: Callable[[], object], icon: str | None = None, **
     st.button(
         label, icon=None if icon is None else f":material/{icon}:", on_click=safely, args=(change,), **options
     )  # fmt: skip
+
+
+def draw_job(job: Job, words: str, key: str | None = None, lines: int = 0) -> bool:
+    """Draw a running job, what it does in `words`, its last lines and a button to cancel it; or its error. Return
+    whether it runs."""
+    running = job.running
+    if running:
+        st.progress(job.progress or 0.0, markdown(f"{words}, {job.seconds:.0f} s"))
+        if lines:
+            st.code("\n".join(list(job.lines)[-lines:]) or "starting", language=None)
+        button("Cancel", job.cancel, key=key)
+    elif job.error:
+        st.error(markdown(job.error))
+    return running
 
 
 def tell(text: str, icon: str = "check") -> None:

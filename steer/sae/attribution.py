@@ -17,14 +17,15 @@ from steer.core.dictionary import Dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.slider import Slider
-from steer.measure.contrast import Reply
+from steer.measure.contrast import Reply, padded_replies
+from steer.model.fit_check import check_fits
 from steer.model.forward import changed_output, chunks, hidden_states, logits
 from steer.model.loaded import Message, as_messages
 from steer.model.steered import SteeredModel
 from steer.model.tokens import padded
 from steer.progress import Advance
 from steer.sae.logit_lens import lens_topk
-from steer.sae.pooling import check_fits, kept
+from steer.sae.pooling import inliers
 
 TOP_TOKENS = 8
 """Number of a feature's top tokens that its output score is computed over."""
@@ -65,11 +66,7 @@ def attribution(
 def _reply_attributions(
     model: SteeredModel, dictionary: Dictionary, site: int, replies: Sequence[Reply], indices: Sequence[int]
 ) -> Float[Tensor, "replies latents"]:
-    prompts = [r.prompt_ids(model) for r in replies]
-    full = [p + list(r.ids) for p, r in zip(prompts, replies, strict=True)]
-    ids, mask = padded(full, device=model.device)
-    width = ids.shape[1]
-    response = torch.tensor([[len(p) <= t < len(s) for t in range(width)] for p, s in zip(prompts, full, strict=True)])
+    ids, mask, response = padded_replies(model, [r.prompt_ids(model) for r in replies], replies)
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model.hf):
         leaf: list[Tensor] = []
 
@@ -87,7 +84,7 @@ def _reply_attributions(
         (gradient,) = torch.autograd.grad(hidden, h, _logprob_gradient(model, hidden, ids, response))
     with torch.no_grad():
         h, gradient = h.detach(), gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        use = response.to(h.device) & kept(dictionary, h)
+        use = response.to(h.device) & inliers(dictionary, h)
         device = dictionary.W_enc.device
         along = gradient[use].to(device) @ dictionary.decoder_rows(indices).to(gradient.dtype).T
         effect = dictionary.encode_rows(h[use].to(device), indices) * along

@@ -6,14 +6,12 @@ writes shards in a background thread. `shards.Harvest` reads the result; `train`
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,8 @@ from steer.checkpoint.dtypes import dtype_name
 from steer.checkpoint.sketch import Sketch
 from steer.checkpoint.staging import check_output, hash_file
 from steer.core.lists import as_list
-from steer.errors import MismatchError, OutputExistsError, SteerError, UsageError
-from steer.files import one_line, read_json_object, replacing, write_atomic
+from steer.errors import MismatchError, SteerError, UsageError
+from steer.files import locked, one_line, read_json_object, replacing, write_atomic
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, bar
 from steer.sae.documents import as_sources, documents, source_file
@@ -86,7 +84,9 @@ def harvest(
         "shard_tokens": shard_tokens,
         "dtype": dtype_name(model.hf.dtype),
     }
-    with _locked(out):
+    if not ((out / PARTIAL).is_file() or (out / MANIFEST).is_file()):
+        check_output(out)
+    with locked(out, "is being written by another harvest; wait, or name another output"):
         record = _begun(out, sketch | inputs)
         if record is None:
             return Harvest.open(out)
@@ -289,23 +289,3 @@ def _named(source: str) -> str:
     """A source's name for the record; for a file it includes a hash, so that a changed file is noticed."""
     file = source_file(source)
     return source if file is None else f"{file.name} (sha256 {hash_file(file)[:16]})"
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Lock a directory against other harvests, creating it if needed. The lock ends with the process."""
-    if not ((out / PARTIAL).is_file() or (out / MANIFEST).is_file()):
-        check_output(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
-    except OSError as e:
-        raise SteerError(f"{out}: could not be written, {e.strerror}; name an output where you may write") from e
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise OutputExistsError(f"{out}: is being written by another harvest; wait, or name another output") from e
-        yield
-    finally:
-        os.close(lock)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from steer.core.dictionary import Dictionary
 from steer.errors import MismatchError
+from steer.model.fit_check import check_fits
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, bar
 from steer.sae.logit_lens import logit_lens
-from steer.sae.pooling import check_fits, encoded, kept
+from steer.sae.pooling import encoded, inliers
 from steer.sae.records import Context, FeatureRecord
 from steer.sae.shards import Activations, Harvest
 
@@ -123,7 +124,7 @@ def _firings(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (row, latent, value) of the firings on `rows`. On outliers no latent fires; a harvest should have none."""
     x = stream[torch.from_numpy(rows)]
-    x = torch.where(kept(dictionary, x)[:, None], x, torch.nan)
+    x = torch.where(inliers(dictionary, x)[:, None], x, torch.nan)
     for start, acts in encoded(dictionary, x):
         at, latent = (acts > 0).nonzero(as_tuple=True)
         yield rows[start:][at.numpy()], latent.numpy(), acts[at, latent].numpy()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from steer.core.dictionary import Dictionary
 from steer.core.fit import OUTLIER
-from steer.errors import MismatchError, UsageError
 from steer.measure.contrast import Reply, read_replies
+from steer.model.fit_check import check_fits
 from steer.model.forward import chunks
 from steer.model.steered import SteeredModel
 
@@ -54,7 +54,7 @@ def pooled(
     count = torch.zeros(len(replies), 1)
 
     def take(rows: list[int], mask: Bool[Tensor, "rows seq"], _: int, h: Float[Tensor, "rows seq d"]) -> None:
-        mask = mask.to(h.device) & kept(dictionary, h)
+        mask = mask.to(h.device) & inliers(dictionary, h)
         reply = torch.tensor(rows)[mask.nonzero()[:, 0].cpu()]
         for start, acts in encoded(dictionary, h[mask]):
             of = reply[start : start + len(acts)]
@@ -74,27 +74,8 @@ def encoded(
         yield part.start, dictionary.encode(x[part].to(dictionary.W_enc.device)).float().cpu()
 
 
-def kept(dictionary: Dictionary, h: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch"]:
+def inliers(dictionary: Dictionary, h: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch"]:
     """Mask of the tokens that are not outliers, i.e. whose norm is at most `OUTLIER` times the dictionary's `norm`. If
     the dictionary does not know that norm, every token is kept."""
     norms = h.float().norm(dim=-1)
     return norms <= OUTLIER * dictionary.norm if dictionary.norm else torch.ones_like(norms, dtype=torch.bool)
-
-
-def check_fits(model: SteeredModel, dictionary: Dictionary) -> int:
-    """Check that the dictionary fits the model and return the dictionary's site.
-
-    Errors: MismatchError for another width, UsageError for no site or one that the model lacks.
-    """
-    if dictionary.width != model.anatomy.width:
-        raise MismatchError(
-            f"dictionary {dictionary.name} has width {dictionary.width}, {model.name} has residual width "
-            f"{model.anatomy.width}; use a dictionary trained on this checkpoint"
-        )
-    if dictionary.site is None or not 0 <= dictionary.site < model.anatomy.blocks:
-        found = "none" if dictionary.site is None else dictionary.site
-        raise UsageError(
-            f"dictionary {dictionary.name}: expected a site from 0 to {model.anatomy.blocks - 1} for {model.name}, "
-            f"found {found}; name the site it was trained on in its manifest.json"
-        )
-    return dictionary.site

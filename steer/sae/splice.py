@@ -16,10 +16,11 @@ from torch.nn.functional import cross_entropy
 
 from steer.core.dictionary import Dictionary
 from steer.errors import UsageError
+from steer.model.fit_check import check_fits
 from steer.model.forward import changed_output, chunks, hidden_states, logits_in_chunks
 from steer.model.steered import SteeredModel
 from steer.model.tokens import padded
-from steer.sae.pooling import check_fits, kept
+from steer.sae.pooling import inliers
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def cross_entropies(
 
     def look(batch: _Batch, h: Float[Tensor, "rows seq d"]) -> Tensor:
         """Leave the residual stream as it is, and find out where it may be replaced."""
-        batch.replaced = batch.attention.bool() & kept(dictionary, h).to(batch.attention.device)
+        batch.replaced = batch.attention.bool() & inliers(dictionary, h).to(batch.attention.device)
         batch.replaced[:, 0] = False
         total.add_(h[batch.replaced.to(h.device)].double().sum(0).cpu())
         return h

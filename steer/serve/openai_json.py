@@ -128,11 +128,11 @@ class CompletionFormat(ChatFormat):
         for token, row in zip(prompt.ids, [first, *rows], strict=True):
             offsets.append(place)
             place = min(place + (0 if token in special else len(row["token"])), len(prompt.echo))
-        told = self._columns(rows, offsets[1:])
+        columns = self._columns(rows, offsets[1:])
         return {
-            "tokens": [first["token"], *told["tokens"]],
-            "token_logprobs": [None, *told["token_logprobs"]],
-            "top_logprobs": [None, *told["top_logprobs"]],
+            "tokens": [first["token"], *columns["tokens"]],
+            "token_logprobs": [None, *columns["token_logprobs"]],
+            "top_logprobs": [None, *columns["top_logprobs"]],
             "text_offset": offsets,
         }
 

@@ -127,9 +127,9 @@ class NewSlider(_Strict, extra="forbid"):
     """The body of POST /v1/steering/sliders."""
 
     sentence: Annotated[Text, Field(max_length=LONGEST)]
-    """What the model is told to be at the high end of the slider, as a system prompt."""
+    """The system prompt at the high end of the slider: it says what the model is to be."""
     opposite: Annotated[Text, Field(max_length=LONGEST)] | None = None
-    """What it is told to be at the low end; without it, it is told nothing there."""
+    """The system prompt at the low end; without it, the model gets none there."""
     name: Text | None = None
     """The slider's name; by default it is made of the sentence."""
 

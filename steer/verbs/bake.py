@@ -208,7 +208,7 @@ def _locate(place: Path, sketch: Sketch, named: Sequence[Named], force: bool) ->
         else:
             raise UsageError(
                 f"unknown trait {name!r}: expected one of {', '.join(shipped_traits())}, a direction's file "
-                "(.safetensors, or a control vector's .gguf) or a trait of your own (.yaml)"
+                "(.safetensors, or a control vector's .gguf) or your own trait (.yaml)"
             )
     for name in missing:
         from steer.finding.traits import find

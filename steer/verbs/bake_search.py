@@ -28,7 +28,7 @@ from steer.core.edit import Edit
 from steer.core.lists import as_list
 from steer.core.trait import Trait
 from steer.errors import MismatchError, SteerError, StoppedError, UsageError
-from steer.files import read_json_object, write_atomic
+from steer.files import locked, read_json_object, write_atomic
 from steer.finding.traits import contrast_for, find_trait
 from steer.measure.contrast import Contrast
 from steer.measure.neutral_means import neutral_for
@@ -36,7 +36,7 @@ from steer.measure.report import write_search_report
 from steer.measure.scorer import Scorer
 from steer.measure.search.held_out import HeldOut, compared, load_exported
 from steer.measure.search.space import VERSION, Space
-from steer.measure.search.study import BATCH, STUDY, Study, locked
+from steer.measure.search.study import BATCH, STUDY, Study
 from steer.measure.search.trials import Bench, Goal, Scope, search_json
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar, byte_bar
@@ -195,7 +195,7 @@ def search_bake(
     search = _Search(place, sketch, dtype, removed, staying, form, folder, seed, scope, edit_mtp)
     if not ((folder / STUDY).is_file() and (out / CERTIFICATE).is_file()):
         check_output(out)  # not checked for a search that was stopped after writing `out`: it measures it and ends
-    with locked(folder):
+    with locked(folder, "another search is at work in it; wait, or name another --search-dir"):
         study = Study(folder / STUDY, search.about, search.name)
         try:
             return _run(search, study, out, trials, goal or Goal(), command, say)

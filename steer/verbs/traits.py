@@ -103,7 +103,7 @@ def new_trait(name: str, out: Path | None = None) -> Path:
 
 
 _NEW = """\
-# A trait: a behaviour, told by two opposite instructions. Put your own words in place of the pirate's.
+# A trait: a behaviour that two opposite instructions describe. Put your own words in place of the pirate's.
 #   steer traits check {name}.yaml
 #   steer find MODEL {name}.yaml
 #   steer chat MODEL --slider {name}=1

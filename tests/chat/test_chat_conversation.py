@@ -7,10 +7,11 @@ import json
 import pytest
 
 from steer.chat.conversation import Conversation, SettingsSpan, Written
-from steer.chat.stored import Stored, delete_chat, load_chat, new_place, save_chat, saved_chats
+from steer.chat.stored import Stored, load_chat, new_place, save_chat, saved_chats
 from steer.core.profile import Profile, ProfileSlider
 from steer.core.sampler import Sampler
 from steer.errors import SteerError, UsageError
+from steer.files import delete
 
 
 def texts(c: Conversation) -> list[str]:
@@ -112,7 +113,7 @@ def test_saved_chats_are_listed_the_latest_first_and_what_is_none_is_named(talk,
     assert line.startswith(f"{broken}: expected a chat that this program saved, found ")
     assert "\n" not in line
     assert saved_chats() == (chats, [line])
-    delete_chat(first)
+    delete(first)
     broken.write_bytes(b'{"steer_chat": 1, "messages": [{"text": "\\ud800"}]}')
     chats, (line,) = saved_chats()
     assert [c.place.name for c in chats] == ["c.json"]

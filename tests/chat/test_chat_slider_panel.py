@@ -9,6 +9,7 @@ import pytest
 from feature_indexes import keep_dictionary
 from tiny_chat import keep_direction
 
+from steer.chat.local import LocalBackend
 from steer.chat.profile_store import (
     file_name,
     forget_profile,
@@ -18,6 +19,7 @@ from steer.chat.profile_store import (
     saved_profiles,
     uploaded_profile,
 )
+from steer.chat.slider_panel import SliderPanel
 from steer.core.direction import Direction
 from steer.core.profile import Profile, ProfileSlider
 from steer.core.schedule import Schedule
@@ -238,12 +240,11 @@ def test_the_master_switch_leaves_every_slider_where_it_stands(panel, chat, new_
     assert panel.row("moral").amount == -3.0
 
 
-def test_a_slider_whose_file_is_gone_is_left_out_and_the_page_is_still_drawn(panel, home):
+def test_a_slider_whose_file_is_gone_is_left_out_and_the_page_is_still_drawn(panel, model, home):
     panel.pin("preach")
     for file in home.rglob("sliders.yaml"):
         file.unlink()
-    panel._backend.sliders._known.clear()
-    assert names(panel) == ["moralizing", "moral"]
+    assert names(SliderPanel(LocalBackend(model), panel.pinned)) == ["moralizing", "moral"]
 
 
 def test_profiles_are_kept_given_away_and_taken(chat, home):

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from steer.chat.chat import Chat
-from steer.chat.jobs import taste_of
 from steer.chat.local import LocalBackend
 from steer.chat.session import Session
 from steer.chat.voting import keep_vote, kept_votes, votes_place
 from steer.core.sampler import Sampler
 from steer.core.votes import counted
 from steer.errors import UsageError
+from steer.finding.new_slider import TasteJob
 
 
 def said(chat: Chat, text: str):
@@ -89,7 +89,7 @@ def test_too_few_votes_start_no_job(new_chat, model):
     chat.rate(reply.id, "good")
     with pytest.raises(UsageError, match="expected at least 20 votes that prefer a reply, found 1"):
         chat.make_taste()
-    assert taste_of(model) is None
+    assert TasteJob.latest(model) is None
     assert chat.taste() is None
 
 

@@ -10,7 +10,7 @@ from tiny_chat import keep_direction, save_tiny_chat
 
 import steer
 from steer.core.direction import Direction
-from steer.core.lists import as_list
+from steer.core.lists import as_list, evenly
 
 
 def test_one_name_is_a_list_of_one(make_direction: Callable[..., Direction]) -> None:
@@ -38,3 +38,13 @@ def test_a_bake_takes_one_name_alone(
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "listed" / name).read_bytes()
     with pytest.raises(steer.SteerError, match="unknown trait 'nonsense'"):
         steer.bake(checkpoint, tmp_path / "other", ablate="nonsense")
+
+
+def test_even_picks_are_different_and_have_both_ends() -> None:
+    assert evenly("abcdefg", 3) == ["a", "d", "g"]
+    for count in range(30):
+        for most in range(1, 35):
+            picked = evenly(range(count), most)
+            assert picked == sorted(set(picked))
+            assert len(picked) == min(count, most)
+            assert picked[-1:] == ([count - 1] if min(count, most) > 1 else [0] if count else [])

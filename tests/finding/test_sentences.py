@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from commands import command_here
-from tiny_parrot import save_parrot
 
 from steer.checkpoint.library import Library, direction_files
 from steer.core.direction import Direction
@@ -24,16 +23,6 @@ from steer.verbs.tables import finding_table
 
 TA, VA = 3 * "ta te ti to tu ", 3 * "va ve vi vo vu "
 FEW = Trait("few", "few", TA, VA, fit=("ba be bi", "bo bu da", "de di do", "du fa fe"), held_out=("fi fo fu", "ga ge"))
-
-
-@pytest.fixture(scope="module")
-def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_parrot(tmp_path_factory.mktemp("parrot") / "model")
-
-
-@pytest.fixture(scope="module")
-def model(parrot: Path) -> SteeredModel:
-    return load(parrot)
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,13 @@ import pytest
 import torch
 import yaml
 from commands import command_here
-from tiny_parrot import save_parrot
 
 import steer as package
 from steer.core.direction import Direction
 from steer.core.votes import Vote, VotedReply, append_vote
 from steer.errors import UsageError
 from steer.finding.taste import Ballots, CrossFit, ballots_of, best_site, cross_fit, find_taste, steerable_sites
-from steer.model.steered import SteeredModel, load
+from steer.model.steered import SteeredModel
 
 DEPTH, WIDTH = 10, 24
 SITES = steerable_sites(DEPTH)
@@ -78,7 +77,7 @@ def test_without_a_taste_held_out_votes_are_a_coin_though_the_site_was_chosen_by
     error = 0.5 / np.sqrt(30 * 40)
     assert abs(np.mean([m.value for m in found]) - 0.5) < 4 * error
     assert sum(m.low > 0.5 for m in found) <= 4  # of 30, where 95 % intervals miss on this side once in 40
-    assert np.mean([f.told.mean(0).max() for f in fits]) > 0.56  # what the best site would claim
+    assert np.mean([f.correct.mean(0).max() for f in fits]) > 0.56  # what the best site would claim
 
 
 def test_a_vote_is_told_without_any_vote_on_its_message() -> None:
@@ -89,7 +88,7 @@ def test_a_vote_is_told_without_any_vote_on_its_message() -> None:
         means[2 * i, 0, i // 4] = 1.0  # only votes on its own message speak of this axis
     ballots = Ballots(2 * np.arange(votes), 2 * np.arange(votes) + 1, tuple(str(i // 4) for i in range(votes)))
     fit = cross_fit(means, torch.ones(1, votes // 4), ballots, sites, 1)
-    assert fit.told.max() <= 0.5
+    assert fit.correct.max() <= 0.5
 
 
 def test_sites_that_cannot_be_told_apart_give_the_middle_one() -> None:
@@ -98,16 +97,6 @@ def test_sites_that_cannot_be_told_apart_give_the_middle_one() -> None:
     assert SITES[best_site(told, np.ones(40), SITES, DEPTH)] == 4
     told[:30, 1:] = 0
     assert SITES[best_site(told, np.ones(40), SITES, DEPTH)] == SITES[0]
-
-
-@pytest.fixture(scope="module")
-def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_parrot(tmp_path_factory.mktemp("parrot") / "model")
-
-
-@pytest.fixture(scope="module")
-def model(parrot: Path) -> SteeredModel:
-    return load(parrot)
 
 
 @pytest.mark.parametrize("thumbs", [False, True])

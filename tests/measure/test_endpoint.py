@@ -130,7 +130,7 @@ def test_vllms_own_field_is_read_where_the_echo_is_not_honoured(place: Path) -> 
     with running(answer) as url:
         reader = EndpointReader(url, tokenizer=tokenizer)
         assert "logprobs" in reader.abilities
-        tokens = reader._tokens(PASSAGES[0])
+        tokens = reader.tokens(PASSAGES[0])
         assert (-reader.logprobs(PASSAGES[:1])[0]).tolist() == list(tokens.ids[tokens.start :])
 
 

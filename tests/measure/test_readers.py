@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_model_itself_under_every_edit(
     edit = edits(make_direction())[number]
     reader = LocalReader(model, edit)
     for passage, found in zip(PASSAGES, reader.logprobs(PASSAGES), strict=True):
-        tokens = reader._tokens(passage)
+        tokens = reader.tokens(passage)
         assert len(found) == len(tokens.ids) - tokens.start
         expected = alone(model, edit, list(tokens.ids), tokens.start, tokens.reply)
         assert found == pytest.approx(expected, abs=2e-5)
@@ -81,7 +81,7 @@ def test_the_scored_tokens_are_those_of_the_text(model: SteeredModel) -> None:
     reader = LocalReader(model)
 
     def scored(passage: Passage) -> str:
-        tokens = reader._tokens(passage)
+        tokens = reader.tokens(passage)
         return model.tokenizer.decode(tokens.ids[tokens.start :])
 
     assert scored(PASSAGES[0]) == " in the inn"
@@ -117,7 +117,7 @@ def test_divergence_is_zero_to_itself_and_as_computed_by_hand_to_another(model: 
     assert same == pytest.approx(0, abs=1e-6)
 
     def distributions(passage: Passage) -> torch.Tensor:
-        tokens = reader._tokens(passage)
+        tokens = reader.tokens(passage)
         with torch.no_grad():
             scores = model.hf(input_ids=torch.tensor([tokens.ids])).logits[0]
         return scores[tokens.start - 1 : -1].log_softmax(-1)
@@ -152,7 +152,7 @@ def test_a_base_model_reads_chats_with_the_plain_template_and_says_so(
 ) -> None:
     reader = LocalReader(load(save_by_letters(tiny_llama, tmp_path / "base", template=None), dtype="float32"))
     assert "plain" in reader.notes[0]
-    assert "User: Where is Tom?\nAssistant:" in reader.model.tokenizer.decode(reader._tokens(PASSAGES[0]).ids)
+    assert "User: Where is Tom?\nAssistant:" in reader.model.tokenizer.decode(reader.tokens(PASSAGES[0]).ids)
     assert len(reader.logprobs(PASSAGES)[0]) == len(reader.model.encode(" in the inn"))
 
 

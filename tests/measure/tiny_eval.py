@@ -58,7 +58,7 @@ class Weighing(Probe):
 
 
 class ProgramReader:
-    """A reader whose log-probabilities are a function of the text."""
+    """A reader whose log-probabilities are a function of the text. It has no other ability."""
 
     abilities = frozenset({"logprobs"})
     context, dtype, notes = 1000, None, ()
@@ -72,11 +72,6 @@ class ProgramReader:
     def logprobs(self, passages: Sequence[Passage], advance: Advance | None = None) -> list[np.ndarray]:
         self.asked += len(passages)
         return [np.array([self._weigh(p)]) for p in passages]
-
-    def replies(self, *_: Any, **__: Any) -> list[str]:
-        raise NotImplementedError
-
-    divergences = replies
 
 
 class ProgramArm:

@@ -32,8 +32,8 @@ MEANT = {JOINED: "joined", LATER: "sent as the user's", OPENED: "put before the 
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SteeredModel:
-    """A model with a token for each byte and for each control token of the shelf."""
+def place(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a token for each byte and for each control token of the shelf."""
     controls = dict.fromkeys([*SPECIAL, *(t for kind in KINDS.values() for t in kind.tokens)])
     words = [*controls, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
@@ -44,7 +44,12 @@ def model(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens=list(controls)[3:], chat_template="{{ messages }}",
     ).save_pretrained(path)  # fmt: skip
-    return load(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> SteeredModel:
+    return load(place)
 
 
 @pytest.fixture
@@ -173,9 +178,9 @@ def test_the_answer_begins_after_the_thoughts(use: Callable[[Any], SteeredModel]
     assert after("") == ""
 
 
-def test_what_was_changed_is_said_once(use: Callable[[Any], SteeredModel], caplog: pytest.LogCaptureFixture) -> None:
-    model = use(KINDS["system refused, the role is model"].template)
-    model._noted.clear()
+def test_what_was_changed_is_said_once(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(place)
+    model.tokenizer.chat_template = KINDS["system refused, the role is model"].template
     with caplog.at_level(logging.WARNING, "steer"):
         for _ in range(2):
             model.prompt([S, A])
@@ -235,10 +240,8 @@ def test_the_templates_that_ship_are_the_documented_ones() -> None:
 
 
 def test_load_takes_a_template_by_name_file_or_variable(
-    model: SteeredModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = model._files
-    assert place is not None
     assert text_of(load(place, chat_template="alpaca"), [A]) == "<s>### Instruction:\nA\n\n### Response:\n"
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages[0].content }}|")

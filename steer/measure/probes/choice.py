@@ -47,7 +47,7 @@ class Choice:
     n: int | None = None
     turn: int | None = None
     metric: str = "accuracy"
-    """The metric that the item counts for; controls count for one of their own."""
+    """The metric that the item counts for; controls have a separate one."""
     family: str = ""
     """Items of one family offer the same options. Empty: the item alone, scored as it is."""
     control: bool = False
@@ -119,16 +119,18 @@ class ForcedChoice(Probe):
         """Score every item that fits into the reader's context."""
         items, notes = fitting(reader, self.items(size))
         found = relative(items, scores(reader, items, advance))
-        figures = [
-            Figure(i.metric, i.id, _chosen(s, i.right), i.group, i.n, i.turn) for i, s in zip(items, found, strict=True)
-        ]
-        figures += [
+        shown = list(zip(items, found, strict=True))[:: max(1, len(items) // EXAMPLES)]
+        return Result(self.figures(items, found), [example(i, s) for i, s in shown], notes)
+
+    def figures(self, items: Sequence[Choice], found: Sequence[Float[np.ndarray, " options"]]) -> list[Figure]:
+        """Return the figures of items, from the scores of the options of each."""
+        pairs = list(zip(items, found, strict=True))
+        chosen = [Figure(i.metric, i.id, _chosen(s, i.right), i.group, i.n, i.turn) for i, s in pairs]
+        return chosen + [
             Figure(MARGIN.name, i.id, float(s[i.right] - np.delete(s, i.right).mean()), i.group, i.n, i.turn)
-            for i, s in zip(items, found, strict=True)
+            for i, s in pairs
             if i.metric == self.metrics[0].name
         ]
-        shown = list(zip(items, found, strict=True))[:: max(1, len(items) // EXAMPLES)]
-        return Result(figures, [example(i, s) for i, s in shown], notes)
 
 
 def _chosen(scored: Float[np.ndarray, " options"], right: int) -> float:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import entr, softmax
 
-from steer.measure.probes.choice import EXAMPLES, Choice, example, fitting, relative, scores
-from steer.measure.probes.probe import Figure, Metric, Probe, Reader, Result, Size
+from steer.measure.probes.choice import Choice, ForcedChoice
+from steer.measure.probes.probe import Figure, Metric, Size
 from steer.measure.probes.stories import small_talk, told, written
-from steer.progress import Advance
 
 LATER = (10, 30)
 """After how many messages of small talk the questions are asked again."""
 
 
-class Consistency(Probe):
+class Consistency(ForcedChoice):
     """Three questions on one story, each asked in other words and at other times, with the same three options.
 
     How near two answers are is 1 less the Jensen-Shannon distance of their distributions over the options. Answers that
@@ -31,7 +29,6 @@ class Consistency(Probe):
 
     name = "consistency"
     says = "how far the model answers the same to the same question in other words and many messages later"
-    needs = frozenset({"logprobs"})
     metrics = (
         Metric("consistency", "higher", "agreement on one question less that between questions", 0.0),
         Metric("agreement", "neither", "1 less the Jensen-Shannon distance of answers to one question"),
@@ -46,16 +43,27 @@ class Consistency(Probe):
             for item in _asked(rng, stories[number % len(stories)], number, size.quick)
         ]
 
-    def plan(self, size: Size) -> Any:
-        """Return the items as JSON."""
-        return [asdict(item) for item in self.items(size)]
-
-    def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
+    def figures(self, items: Sequence[Choice], found: Sequence[Float[np.ndarray, " options"]]) -> list[Figure]:
         """Compare each answer with those to the same question, and with those to the other questions."""
-        items, notes = fitting(reader, self.items(size))
-        found = relative(items, scores(reader, items, advance))
-        shown = list(zip(items, found, strict=True))[:: max(1, len(items) // EXAMPLES)]
-        return Result(_compared(items, found), [example(i, s) for i, s in shown], notes)
+        stories: defaultdict[str, list[int]] = defaultdict(list)
+        for i, item in enumerate(items):
+            stories[item.group].append(i)
+        figures = []
+        for story in stories.values():
+            answers = softmax(np.array([found[i] for i in story]), axis=1)
+            near = agreement(answers)
+            families = np.array([items[i].family for i in story])
+            rights = np.array([items[i].right for i in story])
+            for row, i in enumerate(story):
+                elsewhere = families != families[row]
+                same, other = elsewhere & (rights == rights[row]), elsewhere & (rights != rights[row])
+                item = items[i]
+                for metric, value in (
+                    ("consistency", near[row, same].mean() - near[row, other].mean()),
+                    ("agreement", near[row, same].mean()),
+                ):
+                    figures.append(Figure(metric, item.id, float(value), item.group, item.n, item.turn))
+        return figures
 
 
 def _asked(rng: random.Random, story: dict[str, Any], number: int, quick: bool) -> list[Choice]:
@@ -91,25 +99,3 @@ def agreement(answers: Float[np.ndarray, "n options"]) -> Float[np.ndarray, "n n
     between = entr((answers[:, None] + answers) / 2).sum(2) / np.log(2)
     # Rounding takes it below 0 for equal distributions, where scipy's own function is not a number.
     return 1 - np.sqrt(np.clip(between - (bits[:, None] + bits) / 2, 0, 1))
-
-
-def _compared(items: Sequence[Choice], found: Sequence[Float[np.ndarray, " options"]]) -> list[Figure]:
-    stories: defaultdict[str, list[int]] = defaultdict(list)
-    for i, item in enumerate(items):
-        stories[item.group].append(i)
-    figures = []
-    for story in stories.values():
-        answers = softmax(np.array([found[i] for i in story]), axis=1)
-        near = agreement(answers)
-        families = np.array([items[i].family for i in story])
-        rights = np.array([items[i].right for i in story])
-        for row, i in enumerate(story):
-            elsewhere = families != families[row]
-            same, other = elsewhere & (rights == rights[row]), elsewhere & (rights != rights[row])
-            item = items[i]
-            for metric, value in (
-                ("consistency", near[row, same].mean() - near[row, other].mean()),
-                ("agreement", near[row, same].mean()),
-            ):
-                figures.append(Figure(metric, item.id, float(value), item.group, item.n, item.turn))
-    return figures

@@ -105,7 +105,7 @@ class Metric:
 
     name: str
     better: Literal["higher", "lower", "neither"]
-    """`neither`: a change is told, not judged."""
+    """`neither`: a change is reported, not judged."""
     label: str
     """What the axis of a plot says, with the unit."""
     chance: float | None = None

@@ -6,7 +6,6 @@ batch's number, so a search that was killed continues exactly as it would have w
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import warnings
@@ -23,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from steer.baking.certificate import versions
 from steer.checkpoint.sketch import Sketch
 from steer.core.edit import Edit
-from steer.errors import MismatchError, OutputExistsError, SteerError
+from steer.errors import MismatchError, SteerError
 from steer.files import one_line
 from steer.measure.search.space import Space, edit_key
 from steer.measure.search.trials import Bench, Choice, Goal, Outcome, Trial, choose, confirmed
@@ -234,23 +233,6 @@ class Study:
                     user_attrs={"params": row["params"], "outcome": row["outcome"]},
                 )
             )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a search's directory against other processes, creating it if needed.
-
-    Errors: OutputExistsError when another search holds the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise OutputExistsError(
-                f"{folder}: another search is at work in it; wait, or name another --search-dir"
-            ) from e
-        yield
 
 
 def _same(what: str, ours: Any, theirs: Any) -> bool:

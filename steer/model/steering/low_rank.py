@@ -45,7 +45,7 @@ class ForwardContext:
     valid: Bool[Tensor, "batch new"] | None = None
     """False for padding, which receipts leave out. None: there is no padding."""
     tally: Any = None
-    """The `receipts.Tally` that is told how far each slider moved the residual stream. None: nothing is recorded."""
+    """The `receipts.Tally` that records how far each slider moved the residual stream. None: nothing is recorded."""
     gates: dict[object, Float[Tensor, "batch new 1"]] = field(default_factory=dict)
     """`Gate.key` -> 1 on tokens where the gate is open, else 0; filled in as the pass reaches each gate's site."""
 
@@ -65,14 +65,14 @@ class PerRowTensor:
         self._ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._last: tuple[Any, Tensor, Tensor] | None = None
 
-    def at(self, text: ForwardContext, like: Tensor) -> Float[Tensor, "batch new n"]:
+    def at(self, context: ForwardContext, like: Tensor) -> Float[Tensor, "batch new n"]:
         """The entry of each text of a pass, or of each token if packed, in the dtype and on the device of `like`."""
         ready = self.ready(like)
-        if text.row is None or ready.shape[0] == 1:
+        if context.row is None or ready.shape[0] == 1:
             return ready
         # Cached, since the rows of a batch stay the same from token to token.
-        if self._last is None or self._last[0] is not text.row or self._last[1] is not ready:
-            self._last = (text.row, ready, text.of_rows(ready))
+        if self._last is None or self._last[0] is not context.row or self._last[1] is not ready:
+            self._last = (context.row, ready, context.of_rows(ready))
         return self._last[2]
 
     def ready(self, like: Tensor) -> Tensor:
@@ -101,28 +101,32 @@ class ReplyWindow:
             (tuple(t.data.shape), *t.data.flatten().tolist()) for t in (self.start, self.end, self.ramp, self.part)
         )
 
-    def share(self, text: ForwardContext, like: Tensor) -> Float[Tensor, "batch new n"]:
+    def share(self, context: ForwardContext, like: Tensor) -> Float[Tensor, "batch new n"]:
         """The share of each column that acts on each token, from 0 to 1, in the dtype and on the device of `like`.
 
         Computed once per pass for all modules that have this window, since computing it costs more than applying it.
         """
-        assert text.index is not None
+        assert context.index is not None
         if self._last is not None:
             index, row, share = self._last
-            if index is text.index and row is text.row and (share.dtype, share.device) == (like.dtype, like.device):
+            if (
+                index is context.index
+                and row is context.row
+                and (share.dtype, share.device) == (like.dtype, like.device)
+            ):
                 return share
-        i = text.index.to(like.device, like.dtype)[..., None]
-        start, end, ramp = (t.at(text, like) for t in (self.start, self.end, self.ramp))
+        i = context.index.to(like.device, like.dtype)[..., None]
+        start, end, ramp = (t.at(context, like) for t in (self.start, self.end, self.ramp))
         acts = None
         if self.splits_reply:
-            assert text.answer is not None
-            part, answer = self.part.at(text, like), text.answer.to(like.device, like.dtype)[..., None]
+            assert context.answer is not None
+            part, answer = self.part.at(context, like), context.answer.to(like.device, like.dtype)[..., None]
             acts = (part != THOUGHTS) | (i < answer)
             i = torch.where(part == ANSWER, i - answer, i)
         share = ((i - start + 1) / ramp).clamp(0, 1) * (i < end)
         if acts is not None:
             share = share * acts
-        self._last = (text.index, text.row, share)
+        self._last = (context.index, context.row, share)
         return share
 
 
@@ -267,12 +271,12 @@ class LowRankEdit:
         return [site[column] for column in range(self.columns)]
 
     @cached_property
-    def short(self) -> bool:
-        """Whether the model's dtype is precise enough for it, half precision included.
+    def in_model_dtype(self) -> bool:
+        """Whether it may be computed in the model's dtype, half precision included.
 
-        It is for one direction without a schedule: its move is rounded no more coarsely than the residual stream. It is
-        not with a window, as bf16 cannot count the tokens of a reply, nor for directions that are set jointly,
-        which may be nearly parallel.
+        True for one direction without a schedule: its move is rounded no more coarsely than the residual stream. False
+        with a window, as bf16 cannot count the tokens of a reply, and for directions that are set jointly, as they may
+        be nearly parallel.
         """
         return self.read is not None and self.columns == 1 and self.window is None and not self._masks
 
@@ -280,7 +284,7 @@ class LowRankEdit:
         self,
         x: Float[Tensor, "batch new d"],
         onto: Float[Tensor, "batch new d"],
-        text: ForwardContext,
+        context: ForwardContext,
         writes_to: int | None,
     ) -> Float[Tensor, "batch new d"]:
         """`onto` plus the change of the residual stream, computed from `x`. `writes_to`: as `ModuleEdit.writes_to`.
@@ -289,10 +293,10 @@ class LowRankEdit:
         fetching it again for another call takes longer than running it (tests/bench/sliders.py measures the hooks).
         """
         n = self._last
-        if n is None or n.row is not text.row or n.dtype != x.dtype or n.device != x.device:
-            n = self._numbers(text, x)
+        if n is None or n.row is not context.row or n.dtype != x.dtype or n.device != x.device:
+            n = self._numbers(context, x)
         if n.token is not None and x.shape[0] == x.shape[1] == 1:
-            return self._token(n, n.token, x, onto, text, writes_to)
+            return self._token(n, n.token, x, onto, context, writes_to)
         if n.single is not None:
             # A product and a sum take half the time of so thin a matrix product, in half precision a fifth.
             read, beta = n.single
@@ -309,24 +313,24 @@ class LowRankEdit:
             change = torch.minimum(change, n.upper)
         share = None
         if self.window is not None or self._masks:
-            share = self._share(x, text)
+            share = self._share(x, context)
             change = change * share
         if n.limits is not None:
             # Half the time of `x.norm`, which goes through Python. In place: an edit that has limits also reads, so
             # `change` is a new tensor here, not the cached `n.beta`.
             change.masked_fill_(torch.linalg.vector_norm(x, dim=-1, keepdim=True) > n.limits, 0.0)
-        if text.tally is not None and self.terms:
-            text.tally.note(self, self._in_stream(change, x), text, writes_to)
+        if context.tally is not None and self.terms:
+            context.tally.note(self, self._in_stream(change, x), context, writes_to)
         if self.spread is not None:
             # Only the columns that act are set together; the projections of the others may change.
             assert share is not None
-            acting = self._used.at(text, change) * (share > 0)
+            acting = self._used.at(context, change) * (share > 0)
             subset = sum(acting[..., j].long() << j for j in range(change.shape[-1]))
             change = (self.spread.ready(change)[subset] @ change[..., None])[..., 0]
         return torch.addcmul(onto, change, n.write) if self.columns == 1 else onto + change @ n.write[0]
 
     def _token(
-        self, n: _Numbers, token: tuple[Tensor, Tensor | None, float], x: Tensor, onto: Tensor, text: ForwardContext,
+        self, n: _Numbers, token: tuple[Tensor, Tensor | None, float], x: Tensor, onto: Tensor, context: ForwardContext,
         writes_to: int | None,
     ) -> Tensor:  # fmt: skip
         """As `moved`, for one token of one text on a CPU, where fetching the code takes 30 times as long as running it.
@@ -341,8 +345,8 @@ class LowRankEdit:
             change = torch.minimum(change, n.upper)
         if limit < math.inf and torch.dot(flat, flat).item() > limit:
             change = torch.zeros_like(change)
-        if text.tally is not None and self.terms:
-            text.tally.note(self, self._in_stream(change, x), text, writes_to)
+        if context.tally is not None and self.terms:
+            context.tally.note(self, self._in_stream(change, x), context, writes_to)
         return torch.addcmul(onto, change, n.write)
 
     def _in_stream(self, change: Tensor, x: Tensor) -> Tensor:
@@ -351,33 +355,34 @@ class LowRankEdit:
             return change
         return change * self.normed.ready(change) / x.square().mean(-1, keepdim=True).sqrt()
 
-    def _numbers(self, text: ForwardContext, like: Tensor) -> _Numbers:
+    def _numbers(self, context: ForwardContext, like: Tensor) -> _Numbers:
         """The tensors for a pass, in the dtype and on the device of `like`, cached for the passes after it."""
-        alpha, beta = self.alpha.at(text, like), self.beta.at(text, like)
+        alpha, beta = self.alpha.at(context, like), self.beta.at(context, like)
         read = None if self.read is None else self.read.ready(like)
         single = None
         # Not for packed texts: with one row per token these products would be as long as the texts, and would have to
         # be computed again at every pass.
         if read is not None and alpha.shape[1] == 1 and self.columns == 1:
             single = alpha * read[:, 0], beta if bool(self.beta.data.any()) else None
-        token = None  # nor in fp16, where the square of a norm of 256 is infinite
-        if single is not None and self.short and len(alpha) == 1 and like.is_cpu and like.dtype != torch.float16:
+        token = None
+        finite = like.dtype != torch.float16  # in which the square of a norm of 256 is infinite
+        if single is not None and self.in_model_dtype and len(alpha) == 1 and like.is_cpu and finite:
             limit = math.inf if self.limits is None else float(self.limits.data) ** 2
             token = single[0].reshape(-1).contiguous(), single[1], limit
         self._last = _Numbers(
-            text.row, like.dtype, like.device, alpha, beta,
-            None if self.upper is None else self.upper.at(text, like),
+            context.row, like.dtype, like.device, alpha, beta,
+            None if self.upper is None else self.upper.at(context, like),
             None if self.limits is None else self.limits.ready(like),
             read, single, token, self.write.ready(like),
         )  # fmt: skip
         return self._last
 
-    def _share(self, x: Tensor, text: ForwardContext) -> Tensor:
+    def _share(self, x: Tensor, context: ForwardContext) -> Tensor:
         """The share of each column that acts on each token, from windows and gates; there is at least one of either."""
-        share = None if self.window is None else self.window.share(text, x)
+        share = None if self.window is None else self.window.share(context, x)
         for key, table in self._masks.items():
             mask = table.ready(x)
-            is_open = 1 - mask + mask * text.gates[key].to(x)
+            is_open = 1 - mask + mask * context.gates[key].to(x)
             share = is_open if share is None else share * is_open
         assert share is not None
         return share

@@ -1,4 +1,4 @@
-"""What each module of the model has to do for the edits of a batch.
+"""The edits of a batch, sorted by the module of the model that applies them.
 
 `module_edits` turns one `Edit` per row into a `ModuleEdit` per module, made of the low-rank edits of `low_rank.py`. The
 hooks of `steering.py` apply it to the module's output, those of `hooks.py` on other people's models. Norm-preserving
@@ -58,31 +58,31 @@ class ModuleEdit:
     given: bool = False
     """Whether what the module is given is edited, not its output."""
 
-    def apply(self, h: Tensor, text: ForwardContext) -> Tensor:
+    def apply(self, h: Tensor, context: ForwardContext) -> Tensor:
         """The edited output, `[batch, new, d]`.
 
         Arithmetic is in fp32 or wider, except for plain shifts and for one direction that is set alone.
         """
         if self.alone is not None:
-            return self.alone.moved(h, h, text, self.writes_to)
+            return self.alone.moved(h, h, context, self.writes_to)
         for gate in self.gates:
-            text.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
+            context.gates[gate.key] = gate.open(amounts(gate.on, h)[..., None])
         if not self.added and not self.set:
-            return h if self.shift is None else h + self.shift.at(text, h)
+            return h if self.shift is None else h + self.shift.at(context, h)
         x = h if h.dtype == torch.float64 else h.float()
-        out = x if self.shift is None else x + self.shift.at(text, x)
-        for columns in self.added:
-            out = columns.moved(x, out, text, self.writes_to)
+        out = x if self.shift is None else x + self.shift.at(context, x)
+        for low_rank in self.added:
+            out = low_rank.moved(x, out, context, self.writes_to)
         x = out
-        for columns in self.set:
-            out = columns.moved(x, out, text, self.writes_to)
+        for low_rank in self.set:
+            out = low_rank.moved(x, out, context, self.writes_to)
         return out.to(h.dtype)
 
     @cached_property
     def alone(self) -> LowRankEdit | None:
-        """The one direction that is set, where nothing else is done and the model's dtype is precise enough for it."""
+        """The one direction that is set, if nothing else is done and it may be computed in the model's dtype."""
         others = self.gates or self.shift is not None or self.added
-        return self.set[0] if len(self.set) == 1 and self.set[0].short and not others else None
+        return self.set[0] if len(self.set) == 1 and self.set[0].in_model_dtype and not others else None
 
     @property
     def timed(self) -> bool:
@@ -112,25 +112,25 @@ def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEd
     for r, edit in enumerate(rows):
         for site, shift in edit.biases().items() if edit is not None else ():
             if bool(shift.any()):
-                program = at_block(site)
-                if program.shift is None:
-                    program.shift = PerRowTensor(torch.zeros(len(rows), 1, anatomy.width, dtype=torch.float64))
-                program.shift.data[r, 0] = shift
+                block = at_block(site)
+                if block.shift is None:
+                    block.shift = PerRowTensor(torch.zeros(len(rows), 1, anatomy.width, dtype=torch.float64))
+                block.shift.data[r, 0] = shift
     moves = [(r, m) for r, edit in enumerate(rows) if edit is not None for m in edit.as_moves() if not m.constant]
     for site, at_site in _grouped(moves, lambda r, m: None if m.ablates else m.site).items():
         if site is not None:
             added, set_ = _of_block(at_site, len(rows))
             at_block(site).added += added
             at_block(site).set += set_
-    for writer, columns in _ablations(rows, moves, anatomy, gain):
-        at_writer(writer).set += columns
-    for writer, column in _uneven(rows, anatomy, gain):
-        at_writer(writer).set.append(column)
+    for writer, ablating in _ablations(rows, moves, anatomy, gain):
+        at_writer(writer).set += ablating
+    for writer, low_rank in _uneven(rows, anatomy, gain):
+        at_writer(writer).set.append(low_rank)
     for gate in {m.when.gate.key: m.when.gate for _, m in moves if m.when.gate is not None}.values():
         at_block(gate.site).gates.append(gate)
     # Low-rank edits whose windows are equal share one, so that it is computed once per pass.
     windows: dict[object, ReplyWindow] = {}
-    for low_rank in (c for program in out.values() for c in (*program.added, *program.set)):
+    for low_rank in (c for module in out.values() for c in (*module.added, *module.set)):
         if low_rank.window is not None:
             low_rank.window = windows.setdefault(low_rank.window.key, low_rank.window)
     return out
@@ -158,10 +158,10 @@ def _of_block(moves: _Moves, rows: int) -> tuple[list[LowRankEdit], list[LowRank
 def _ablations(
     rows: Rows, moves: _Moves, anatomy: Anatomy, gain: Gain
 ) -> Iterable[tuple[LiveWriter, list[LowRankEdit]]]:
-    """Ablation at every writer that the row's edit names, before the norm where one follows.
+    """Ablation at every writer that the row's edit covers, before the norm if one follows.
 
-    Rows that are edited at the same writers share low-rank edits. Each norm needs others, and writers without a norm
-    share theirs; those of the first writer are the `account` of all, under which receipts sum what they do.
+    Rows that are edited at the same writers share low-rank edits. Writers before different norms have different
+    ones, and writers without a norm share theirs. Receipts sum all of them under those of the first writer (`account`).
     """
     ablations = [(r, m) for r, m in moves if m.ablates]
     for blocks, group in _grouped(ablations, lambda r, m: rows[r].blocks).items():  # type: ignore[union-attr]
@@ -169,10 +169,10 @@ def _ablations(
         for writer in anatomy.live_writers:
             if blocks is None or (writer.block is not None and blocks[0] <= writer.block <= blocks[1]):
                 if writer.norms not in by_norms:
-                    columns = _joined(group, len(rows), gain_of(writer.norms, gain))
-                    for low_rank, first in zip(columns, next(iter(by_norms.values()), columns), strict=True):
+                    made = _joined(group, len(rows), gain_of(writer.norms, gain))
+                    for low_rank, first in zip(made, next(iter(by_norms.values()), made), strict=True):
                         low_rank.account = first
-                    by_norms[writer.norms] = columns
+                    by_norms[writer.norms] = made
                 yield writer, by_norms[writer.norms]
 
 

@@ -57,11 +57,11 @@ def keeping(rows: Rows) -> Rows:
 
 
 def writer_hooks(
-    rows: Rows, model: nn.Module, anatomy: Anatomy, gain: Gain, text: Callable[[], ForwardContext]
+    rows: Rows, model: nn.Module, anatomy: Anatomy, gain: Gain, current: Callable[[], ForwardContext]
 ) -> tuple[WriterHook, ...]:
     """The hooks for rows that `keeping` returned; rows without an edit pass through them unchanged.
 
-    `text`: returns the forward pass that is being made.
+    `current`: returns the context of the forward pass that is being made.
     """
     edits = list(dict.fromkeys(rows))
     entries = torch.tensor([edits.index(e) for e in rows])
@@ -69,7 +69,7 @@ def writer_hooks(
 
     def entry_of(device: torch.device) -> ForwardContext:
         """The pass, with each text's entry in the tables in place of its row."""
-        now, entry = text(), entries.to(device)
+        now, entry = current(), entries.to(device)
         return replace(now, row=entry if now.row is None else entry[now.row.to(device)])
 
     out: list[WriterHook] = []
@@ -156,24 +156,24 @@ class _WriterTables:
         wide = _wide(x)
         return wide @ self.cast.ready(wide)[0]
 
-    def scaled(self, x: Float[Tensor, "batch new in"], text: ForwardContext) -> Float[Tensor, "batch new in"]:
+    def scaled(self, x: Float[Tensor, "batch new in"], context: ForwardContext) -> Float[Tensor, "batch new in"]:
         """`c * x`: the input of the module in place of `x`."""
         wide = _wide(x)
-        return (wide * _of(self.scale, text, wide)).to(x.dtype)
+        return (wide * _of(self.scale, context, wide)).to(x.dtype)
 
-    def written(self, z: Tensor, inside: Tensor, text: ForwardContext) -> Tensor:
+    def written(self, z: Tensor, inside: Tensor, context: ForwardContext) -> Tensor:
         """The edited output, from the output `z` for the scaled input and from `inside` of the original input."""
         wide = _wide(z)
         q = self.q.ready(wide)[0]
-        change = _of(self.remaining, text, wide) * inside.to(z.device) - _of(self.used, text, wide) * (wide @ q)
-        return (wide + change @ q.T + _of(self.shift, text, wide)).to(z.dtype)
+        change = _of(self.remaining, context, wide) * inside.to(z.device) - _of(self.used, context, wide) * (wide @ q)
+        return (wide + change @ q.T + _of(self.shift, context, wide)).to(z.dtype)
 
-    def row(self, e: Float[Tensor, "batch new d"], text: ForwardContext) -> Float[Tensor, "batch new d"]:
+    def row(self, e: Float[Tensor, "batch new d"], context: ForwardContext) -> Float[Tensor, "batch new d"]:
         """The edited output of an embedding, from the looked-up rows `e`: each row keeps its length."""
         wide = _wide(e)
         q = self.q.ready(wide)[0]
-        inside = _of(self.used, text, wide) * (wide @ q)
-        inside_after = _of(self.remaining, text, wide) * inside
+        inside = _of(self.used, context, wide) * (wide @ q)
+        inside_after = _of(self.remaining, context, wide) * inside
         outside = wide - inside @ q.T
         have = outside.square().sum(-1, keepdim=True)
         want = have + inside.square().sum(-1, keepdim=True) - inside_after.square().sum(-1, keepdim=True)
@@ -192,9 +192,9 @@ def _writers(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[LiveWriter, n
         yield LiveWriter("embedding", None, path), model.get_submodule(path)
 
 
-def _of(table: PerRowTensor, text: ForwardContext, like: Tensor) -> Tensor:
+def _of(table: PerRowTensor, context: ForwardContext, like: Tensor) -> Tensor:
     """The entry of a table for each text, or for each token if packed."""
-    return text.of_rows(table.ready(like))
+    return context.of_rows(table.ready(like))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -120,30 +120,31 @@ class Tally:
             text.read[edit] = text.read.pop(edit, 0) + count  # the latest edit goes last
         self._now = tuple(now)
 
-    def note(self, columns: LowRankEdit, change: Tensor, text: ForwardContext, writes_to: int | None) -> None:
-        """`columns` moved its projections or activations by `change`, `[batch, new, columns]`, in the latest pass.
+    def note(self, low_rank: LowRankEdit, change: Tensor, context: ForwardContext, writes_to: int | None) -> None:
+        """Note that `low_rank` moved its projections or activations by `change`, `[batch, new, columns]`, in the
+        latest pass.
 
         `writes_to`: as `ModuleEdit.writes_to`. What is ablated is summed over the writers up to the direction's site.
         """
         if change.requires_grad:
             change = change.detach()
         if writes_to is None:
-            self._pending.append(_Note(columns, columns.terms, change, self._now, text.valid))
+            self._pending.append(_Note(low_rank, low_rank.terms, change, self._now, context.valid))
             return
-        if writes_to > max(columns.sites):
+        if writes_to > max(low_rank.sites):
             return
-        if writes_to > min(columns.sites):
-            change = change * change.new_tensor([float(d >= writes_to) for d in columns.sites])
-        self._written.setdefault(columns.account or columns, []).append(change)
-        self._valid = text.valid
+        if writes_to > min(low_rank.sites):
+            change = change * change.new_tensor([float(d >= writes_to) for d in low_rank.sites])
+        self._written.setdefault(low_rank.account or low_rank, []).append(change)
+        self._valid = context.valid
 
     def _end_pass(self) -> None:
-        for columns, changes in self._written.items():
+        for low_rank, changes in self._written.items():
             # At least fp32: there are many writers, and each may do little.
             total = torch.stack([change.to(changes[0].device) for change in changes]).sum(
                 0, dtype=torch.promote_types(changes[0].dtype, torch.float32)
             )
-            self._pending.append(_Note(columns, columns.terms, total, self._now, self._valid))
+            self._pending.append(_Note(low_rank, low_rank.terms, total, self._now, self._valid))
         self._written.clear()
         if len(self._pending) >= _PENDING:
             self._settle()
@@ -176,11 +177,11 @@ class Tally:
         # Passes of the same shape, such as those that write one token each, are summed up together.
         alike: dict[tuple[object, ...], list[_Note]] = {}
         for note in self._pending:
-            key = (note.columns, id(note.terms), note.texts, note.change.shape[0], note.change.device)
+            key = (note.low_rank, id(note.terms), note.texts, note.change.shape[0], note.change.device)
             alike.setdefault(key, []).append(note)
         self._pending = []
         for notes in alike.values():
-            columns, terms, texts = notes[0].columns, notes[0].terms, notes[0].texts
+            low_rank, terms, texts = notes[0].low_rank, notes[0].terms, notes[0].texts
             packed = texts[0][2] is not None
             changes = torch.cat([note.of_text() for note in notes], dim=0 if packed else 1)
             for at, (text, row, part) in enumerate(texts):
@@ -193,7 +194,7 @@ class Tally:
                     if term.row == row:
                         columns_of[term.move].append(term.column)
                 for move, columns_moved in columns_of.items():
-                    moved = _length(columns, columns_moved, text_changes)
+                    moved = _length(low_rank, columns_moved, text_changes)
                     total = self._texts[text].sliders[_key(move)]
                     total.moved += float(moved.sum()) / _norm(move)
                     total.tokens += int((moved > 0).sum())
@@ -207,7 +208,7 @@ _Texts = tuple[tuple[int, int, tuple[int, int] | None], ...]
 class _Note(NamedTuple):
     """What a low-rank edit did in one pass."""
 
-    columns: LowRankEdit
+    low_rank: LowRankEdit
     terms: list[Term]
     """The terms that the edit had in that pass."""
     change: Tensor
@@ -227,11 +228,11 @@ def _key(move: Slider) -> _Key:
     return move.name, id(move.target), move.operation, when.window, when.gate and when.gate.key
 
 
-def _length(columns: LowRankEdit, chosen: list[int], change: Float[Tensor, "new columns"]) -> Float[Tensor, " new"]:
+def _length(low_rank: LowRankEdit, chosen: list[int], change: Float[Tensor, "new columns"]) -> Float[Tensor, " new"]:
     """How far some of the columns moved each token: the residual stream for latents, the projection for directions."""
-    if columns.dictionary is None:
+    if low_rank.dictionary is None:
         return change[:, chosen].abs().sum(-1)
-    return (change[:, chosen] @ columns.write.ready(change)[0, chosen]).norm(dim=-1)
+    return (change[:, chosen] @ low_rank.write.ready(change)[0, chosen]).norm(dim=-1)
 
 
 def _norm(move: Slider) -> float:

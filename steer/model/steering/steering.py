@@ -39,7 +39,7 @@ every token."""
 
 @dataclass(frozen=True, eq=False)
 class _Applied:
-    """Rows, with all that applying them needs. It changes nothing on the model before `Steering._bring`."""
+    """Rows, and the hooks that apply them. Nothing on the model changes before `Steering._bring`."""
 
     rows: Rows
     programs: dict[str, ModuleEdit]
@@ -60,7 +60,7 @@ class _Applied:
 
 
 class Steering:
-    """Owns every steering hook on one model. With neutral rows there is none.
+    """Owns every steering hook on one model. There is no hook while nothing is applied.
 
     A change first computes everything that may fail. Then it registers the new hooks, switches all of them to the new
     edits in one assignment, and removes hooks that are no longer needed. If it is interrupted, it puts back what was
@@ -77,11 +77,12 @@ class Steering:
         """The forward pass that is being made; `passing` sets it."""
         self._base = self._now = _Applied(NEUTRAL, {}, {}, ())
         self._overrides: list[list[_Applied]] = []
-        """What each `applied` that is open applies, the innermost last; each in a list, as two may apply the same."""
+        """One entry for each open `applied` block, the innermost last. Each is a separate list, so that blocks which
+        apply the same rows are different entries."""
         self._known: dict[Rows, _Applied] = {}
         self._handles: dict[object, RemovableHandle] = {}
         self._described = False
-        """Whether `passing` describes the forward pass that is being made."""
+        """Whether the current forward pass is inside of `passing`."""
         self._prompt: Tensor | int = 0
         """The length of the prompts, in passes that are not described."""
         self._gains: dict[str, Tensor] = {}
@@ -100,13 +101,13 @@ class Steering:
         """
         rows = self._checked(rows)
         with self.lock:
-            before, new = self._base, self._worked_out(rows)
+            before, new = self._base, self._prepared(rows)
             try:
                 self._base = new
-                self._go_on()
+                self._apply_innermost()
             except BaseException:
                 self._base = before
-                self._go_on()
+                self._apply_innermost()
                 raise
 
     @contextmanager
@@ -114,21 +115,22 @@ class Steering:
         """Apply `rows` inside the block; what was applied before comes back, exceptions included.
 
         A `set` inside the block is not lost: it takes effect when the block ends. Blocks of several threads may end in
-        any order; until then the block that began last holds for all threads. `alone` keeps the others out.
+        any order. While they are open, the rows of the block that began last are applied in all threads; `alone` makes
+        other threads wait.
         """
         rows = self._checked(rows)
         with self.lock:
-            override = [self._worked_out(rows)]
+            override = [self._prepared(rows)]
         try:
             with self.lock:
                 self._overrides.append(override)
-                self._go_on()
+                self._apply_innermost()
             yield
         finally:
             try:
-                self._leave(override)
+                self._end_block(override)
             except BaseException:  # a second Ctrl-C; everything is computed by now, so the second try is quick
-                self._leave(override)
+                self._end_block(override)
                 raise
 
     @contextmanager
@@ -138,7 +140,7 @@ class Steering:
             yield
 
     @contextmanager
-    def passing(self, text: ForwardContext) -> Iterator[None]:
+    def passing(self, context: ForwardContext) -> Iterator[None]:
         """Describe the forward pass inside the block to the hooks. The caller holds the lock.
 
         In a pass that is not described, text i of a batch is taken to be under row i, and the first pass over a text
@@ -146,7 +148,7 @@ class Steering:
         """
         before = self.text
         try:
-            self.text, self._described = text, True
+            self.text, self._described = context, True
             yield
         finally:
             self.text, self._described = before, False
@@ -155,7 +157,7 @@ class Steering:
         """Compute and cache what applying `edit` needs. Errors: as `set`, and whatever else applying it would raise."""
         self.check(edit)
         with self.lock:
-            self._worked_out((edit,))
+            self._prepared((edit,))
 
     def gain(self, name: str) -> Float[Tensor, " d"]:
         """The gain of the norm whose weight has this name, fp64 on the CPU."""
@@ -215,7 +217,7 @@ class Steering:
                 self.check(edit)
         return tuple(rows) or NEUTRAL
 
-    def _worked_out(self, rows: Rows) -> _Applied:
+    def _prepared(self, rows: Rows) -> _Applied:
         for known in (self._now, self._base, self._known.get(rows)):
             if known is not None and known.rows == rows:
                 return known
@@ -232,14 +234,14 @@ class Steering:
             self._known[rows] = new
         return new
 
-    def _go_on(self) -> None:
+    def _apply_innermost(self) -> None:
         """Apply the rows of the innermost `applied` that is open, else those of `set`."""
         self._bring(self._overrides[-1][0] if self._overrides else self._base)
 
-    def _leave(self, override: list[_Applied]) -> None:
+    def _end_block(self, override: list[_Applied]) -> None:
         with self.lock:
             self._overrides = [o for o in self._overrides if o is not override]
-            self._go_on()
+            self._apply_innermost()
 
     def _bring(self, to: _Applied) -> None:
         """Make the hooks on the model apply `to`. The caller holds the lock, so no forward pass is being made."""
@@ -260,8 +262,8 @@ class Steering:
 
     def _register(self, name: str, module: nn.Module, given: bool) -> RemovableHandle:
         def apply(h: Tensor) -> Tensor:
-            program = self._now.programs.get(name)
-            return h if program is None else program.apply(h, self.text)
+            module_edit = self._now.programs.get(name)
+            return h if module_edit is None else module_edit.apply(h, self.text)
 
         # Runs before all other hooks, so that a hook that reads the module sees the steered output.
         return module.register_forward_hook(replacing(apply, given=given), prepend=True)

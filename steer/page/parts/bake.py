@@ -11,7 +11,7 @@ import streamlit as st
 from steer.chat.chat import Chat
 from steer.chat.jobs import BakePlan, BakingJob
 from steer.page.drawing import markdown
-from steer.page.guard import button, watch
+from steer.page.guard import button, draw_job, watch
 from steer.page.parts import cost
 
 POLL = 0.5
@@ -50,13 +50,7 @@ def _free(place: Path) -> Path:
 
 
 def _job(chat: Chat, job: BakingJob) -> None:
-    if job.running:
-        st.progress(job.progress or 0.0, f"Baking, {job.seconds:.0f} s")
-        button("Cancel", job.cancel, key="cancel bake")
-        st.code("\n".join(list(job.lines)[-5:]) or "starting", language=None)
-    elif job.error:
-        st.error(markdown(job.error))
-    elif job.certificate is not None:
+    if not draw_job(job, "Baking", "cancel bake", lines=5) and job.certificate is not None:
         out = job.out
         assert out is not None
         st.success(f"Written: {markdown(str(out))}")

@@ -7,7 +7,8 @@ import time
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.stored import SavedChat, delete_chat, saved_chats
+from steer.chat.stored import SavedChat, saved_chats
+from steer.files import delete
 from steer.page.drawing import markdown
 from steer.page.guard import button, new_chat
 
@@ -42,7 +43,7 @@ def _saved_chats(chat: Chat) -> None:
     with st.container(horizontal=True):
         button("Open", lambda: st.session_state.update(open=at, part="Chat", editing=None), type="primary")
         hint = "The one that is open can be deleted once another is"
-        button("Delete", lambda: delete_chat(at), disabled=at == chat.saved, help=hint)
+        button("Delete", lambda: delete(at), disabled=at == chat.saved, help=hint)
 
 
 def _label(saved: SavedChat) -> str:

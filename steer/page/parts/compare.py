@@ -14,7 +14,7 @@ from steer.chat.voting import kept_votes
 from steer.core.slider import Slider
 from steer.core.votes import LEAST, counted
 from steer.page.drawing import folded_thoughts, markdown, marked
-from steer.page.guard import button, redraw, safely, watch
+from steer.page.guard import button, draw_job, redraw, safely, watch
 
 POLL = 0.3
 _SETTINGS: dict[str, Literal["plain", "now"]] = {"without sliders": "plain", "with these sliders": "now"}
@@ -103,15 +103,11 @@ def _votes(chat: Chat) -> None:
 def _taste(chat: Chat, votes: int) -> None:
     """Draw the button that makes a slider of all votes, its progress, and what the slider tells."""
     job = chat.taste()
-    if job is not None and job.running:
-        st.progress(job.progress or 0.0, f"Making a slider from your votes, {job.seconds:.0f} s")
-        button("Cancel", job.cancel, key="cancel taste")
+    if job is not None and draw_job(job, "Making a slider from your votes", "cancel taste"):
         return
     rest = f"; {LEAST - votes} more are needed" if votes < LEAST else ""
     with st.container(horizontal=True, vertical_alignment="center"):
         button("Slider from my votes", lambda: (chat.make_taste(), redraw()), "how_to_vote", disabled=votes < LEAST)
         st.caption(f"{votes} votes, thumbs under replies among them{rest}")
-    if job is not None and job.error:
-        st.error(markdown(job.error))
-    elif job is not None and job.direction is not None:
+    if job is not None and job.direction is not None:
         st.success(markdown(description_of(Slider(job.direction))))

@@ -11,7 +11,7 @@ import streamlit.components.v1 as components
 from steer.chat.chat import Chat
 from steer.chat.costs import Cost
 from steer.page.drawing import markdown
-from steer.page.guard import button, redraw, watch
+from steer.page.guard import button, draw_job, redraw, watch
 
 POLL = 0.5
 ASK = "What did this cost?"
@@ -23,7 +23,7 @@ def draw(chat: Chat) -> None:
     """Draw the form, and each evaluation of this model with its progress or its verdict."""
     st.caption(
         "Knowledge, places, consequences, characters, prose: the model with and without it answers the same questions, "
-        "and each difference is told from noise. Some minutes."
+        "and each difference is compared with noise. It takes some minutes."
     )
     costs, effects = chat.costs(), chat.effects_report()
     if effects is not None:
@@ -56,13 +56,8 @@ def ask(cost: Callable[[], Cost], key: str) -> None:
 def _cost(cost: Cost) -> None:
     job, key = cost.job, cost.folder.name
     st.markdown(f"**{markdown(cost.name)}**")
-    if job is not None and job.running:
-        st.progress(job.progress or 0.0, f"Measuring, {job.seconds:.0f} s")
-        st.code("\n".join(list(job.lines)[-3:]) or "starting", language=None)
-        button("Cancel", job.cancel, key=f"cancel {key}")
+    if job is not None and draw_job(job, "Measuring", f"cancel {key}", lines=3):
         return
-    if job is not None and job.error:
-        st.error(markdown(job.error))
     lines, report = cost.lines, cost.report
     st.markdown("\n".join(f"- {markdown(line)}" for line in lines) or "Not measured to its end.")
     with st.container(horizontal=True):

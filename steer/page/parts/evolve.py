@@ -14,7 +14,7 @@ from steer.lineage.judging import PATIENCE, Choice, Judge
 from steer.lineage.lineage import Lineage
 from steer.lineage.ratings import standing
 from steer.page.drawing import markdown, marked
-from steer.page.guard import button, guarded, redraw, watch
+from steer.page.guard import button, draw_job, guarded, redraw, watch
 
 POLL = 0.3
 _HEIGHT = 900
@@ -65,13 +65,7 @@ def _start(evolution: Evolution, running: bool) -> None:
 
 
 def _job(evolution: Evolution, job: EvolvingJob) -> None:
-    if job.running:
-        st.progress(job.progress or 0.0, f"At work, {job.seconds:.0f} s")
-        st.code("\n".join(list(job.lines)[-3:]) or "starting", language=None)
-        button("Cancel", job.cancel, key="cancel evolving")
-    elif job.error:
-        st.error(markdown(job.error))
-    elif job.arguments[1] == "export" and job.result:
+    if not draw_job(job, "At work", "cancel evolving", lines=3) and job.arguments[1] == "export" and job.result:
         st.success(f"Written: {markdown(str(job.result.get('out')))}")
 
 

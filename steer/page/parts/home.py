@@ -6,8 +6,7 @@ import streamlit as st
 
 from steer.chat.jobs import default_place, get_default, ready
 from steer.jobs import Job
-from steer.page.drawing import markdown
-from steer.page.guard import button, redraw, watch
+from steer.page.guard import button, draw_job, redraw, watch
 
 POLL = 0.5
 
@@ -35,10 +34,5 @@ def _get() -> None:
 
 
 def _progress(job: Job) -> None:
-    if job.running:
-        st.progress(job.progress or 0.0, f"Getting the default merge, {job.seconds:.0f} s: about a minute, once")
-        st.code("\n".join(list(job.lines)[-4:]) or "starting", language=None)
-        button("Cancel", job.cancel)
-    elif job.error:
-        st.error(markdown(job.error))
+    if not draw_job(job, "Getting the default merge: about a minute, once", lines=4) and job.error:
         button("Try again", _get)

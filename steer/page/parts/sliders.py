@@ -37,7 +37,7 @@ def _rows(chat: Chat) -> None:
     rows = chat.panel.rows()
     if not rows:
         named = chat.backend.name.replace("`", "")
-        st.info(f"No trait is known for this model yet. Make a slider of your own, or `steer find {named} moralizing`.")
+        st.info(f"No trait is known for this model yet. Make your own slider, or `steer find {named} moralizing`.")
     numbered = list(enumerate(rows))
     if len(rows) > SEARCHED:
         words = st.text_input("Find a slider", key="find slider", placeholder="a word of its name or its ends")

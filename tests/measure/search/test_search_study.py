@@ -16,9 +16,9 @@ from whole_vocabulary import kl
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Strengths
-from steer.errors import MismatchError, OutputExistsError, SteerError
+from steer.errors import MismatchError, SteerError
 from steer.measure.search.space import Space, edit_key, edit_label
-from steer.measure.search.study import AIM, BATCH, STUDY, Study, locked
+from steer.measure.search.study import AIM, BATCH, STUDY, Study
 from steer.measure.search.trials import NEUTRAL_TOKENS, Bench, Goal, Outcome, Trial
 from steer.model.steered import SteeredModel
 
@@ -232,12 +232,3 @@ def test_a_study_of_something_else_is_refused_naming_both(tmp_path: Path) -> Non
     (tmp_path / "none.sqlite3").write_bytes(b"no database" * 100)
     with pytest.raises(SteerError, match=r"none.sqlite3: expected the study of a search, found something unreadable"):
         Study(tmp_path / "none.sqlite3", {}, "x")
-
-
-def test_two_searches_in_one_folder_are_told_apart(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path / "s"),
-        pytest.raises(OutputExistsError, match="another search is at work"),
-        locked(tmp_path / "s"),
-    ):
-        pass
