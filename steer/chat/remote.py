@@ -212,7 +212,7 @@ class RemoteBackend(ReplyBackend):
             scales = {id: amounts.get(name, 0.0) for name, id in self.adapters.items()}
             length = {"max_tokens": sampler.max_new_tokens, "seed": abs(sampler.seed) % (2**32 - 1)}
             return sampling(sampler, _LONGEST) | length | lora(scales)
-        fields = asdict(sampler) | {"seed": abs(sampler.seed)}
+        fields: dict[str, Any] = asdict(sampler) | {"seed": abs(sampler.seed)}
         biases, order = fields.pop("logit_bias"), fields.pop("order")
         if order not in (ORDER, TEMPERATURE_LAST):
             raise UnsupportedError(f"{self.url}: order: expected the usual one, temperature last or not, found {order}")
