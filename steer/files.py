@@ -206,8 +206,9 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def one_line(e: Exception) -> str:
-    """The message of another library's exception as one line of at most 200 printable characters."""
+def one_line(e: Exception | str) -> str:
+    """The message of another library's exception, or of another server, as one line of at most 200 printable
+    characters."""
     if isinstance(e, UnicodeDecodeError):
         return f"bytes that are no UTF-8 at {e.start}"
     text = " ".join(str(e).split()) or type(e).__name__

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may fetch by accident
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,6 +19,10 @@ import torch
 
 from steer.checkpoint.fetch import home
 from steer.core.direction import Direction
+
+if TYPE_CHECKING:
+    from llama_desk import Desk
+    from llama_server import LlamaServer
 
 WIDTH, BLOCKS, VOCAB = 32, 3, 97
 
@@ -107,6 +112,23 @@ def make_direction() -> Callable[..., Direction]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def desk(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A tiny checkpoint with its files for llama.cpp. Not to be changed."""
+    from llama_desk import make_desk
+
+    return make_desk(tiny_llama, tmp_path_factory.mktemp("desk"))
+
+
+@pytest.fixture(scope="module")
+def llama(desk: Desk) -> Iterator[LlamaServer]:
+    """The real llama-server on it, for two texts at once."""
+    from llama_server import llama_server
+
+    with llama_server(desk.command(), slots=2) as running:
+        yield running
 
 
 @pytest.fixture

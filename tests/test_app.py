@@ -24,6 +24,7 @@ from steer.chat.evolving import Evolution
 from steer.chat.stored import saved_chats
 from steer.chat.voting import keep_vote
 from steer.checkpoint.merge import MANIFEST
+from steer.checkpoint.shipped import EFFECTS
 from steer.core.direction import Direction
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
 from steer.measure.eval_report import write_eval_report
@@ -382,6 +383,30 @@ def test_what_was_measured_of_a_profile_is_on_the_page_with_its_report(moral):
     keys = {b.key for b in at.button if b.key}
     assert {f"open {folder.name}", f"again {folder.name}"} <= keys
     assert not any(other.name in k for k in keys)
+
+
+def test_what_the_sliders_do_to_each_other_is_on_the_page_where_it_was_measured(checkpoint, moral):
+    at = page()
+    at.session_state["part"] = "Cost"
+    at.run()
+    button = "What the sliders do to each other"
+    assert button not in [b.label for b in at.button]
+    assert chat_of(at).effects_report() is None
+    effects = [{"slider": "moral", "scorer": "war<mth", "change": 1.25, "low": 1.0, "high": None}]
+    missing = {"humour": "no <reply>"}
+    about = {"topics": 8, "tokens": 48, "seed": 0, "sliders": {}, "missing": missing, "effects": effects}
+    place = keep_direction(checkpoint, moral).parent / EFFECTS
+    place.write_text(json.dumps(about))
+    at.run()
+    click(at, button)
+    assert not at.exception
+    report = chat_of(at).effects_report()
+    assert report is not None
+    for text in ("war&lt;mth", "+1.2", "8 held-out topics", "humour: no direction. no &lt;reply&gt;"):
+        assert text in report
+    place.write_text("{")
+    at.run()
+    assert EFFECTS in at.error[0].value
 
 
 def keep_cost(cost: Cost, result: dict[str, Any]) -> Path:

@@ -211,7 +211,7 @@ def test_a_profile_for_llama_cpp_is_loras_and_a_control_vector_and_the_command_t
     said = steer("bake", "model", "out", "--profile", profile, "--as", "gguf")
     assert "coverage: 6 of 7 writers edited" in said.out
     assert said.out.rstrip().endswith(
-        "llama-server -m MODEL.gguf --lora out/ablate-calm.gguf --control-vector out/control_vector.gguf"
+        "llama-server -m MODEL.gguf --lora out/ablate-calm.gguf --cache-ram 0 --control-vector out/control_vector.gguf"
     )
     assert {p.name for p in (folder / "out").glob("*.gguf")} == {"ablate-calm.gguf", FILE}
     assert steer("verify", "out", "--source", "model").code == 0
@@ -367,6 +367,18 @@ def test_what_a_form_cannot_hold_is_one_line_that_says_what_to_do(
     assert said.err.count("\n") == 1
     assert all(name in said.err for name in names), said.err
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_an_adapter_says_where_it_is_written_that_a_tied_head_is_untied_first(
+    tie: bool, steer: Command, tiny_llama: Callable[..., Path], make_direction: MakeDirection, folder: Path
+) -> None:
+    save_tiny_chat(tiny_llama, folder / "other", tie=tie, dtype=torch.bfloat16)
+    keep_direction(folder / "other", make_direction("moral"))
+    said = steer("bake", "other", "out", *FORMS["adapter"])
+    assert said.code == 0
+    assert ("do not merge it as it is" in said.out) == ("says how to untie them first" in said.out) == tie
+    assert steer("bake", "other", "again", *FORMS["adapter"], "--json").result["untie_to_merge"] is tie
 
 
 def test_an_adapter_on_changed_weights_fails_to_verify(steer: Command, folder: Path) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 import yaml
 
+from steer.checkpoint.shipped import EFFECTS
 from steer.core.dictionary_files import load_dictionary
 from steer.core.direction import Direction
 from steer.core.feature import Feature
+from steer.core.trait import shipped_traits
 from steer.sae.records import read_records
 
 PLACE = Path(__file__).parents[1] / "dictionaries" / "smollm2-135m-default-merge" / "14"
+DIRECTIONS = sorted((PLACE.parent / "directions").glob("*.safetensors"))
 
 
 def test_it_is_whole_and_small_enough():
@@ -27,10 +30,25 @@ def test_it_is_whole_and_small_enough():
 
 
 def test_no_direction_tells_where_a_checkpoint_lay_on_the_machine_that_made_it():
-    files = list((PLACE.parent / "directions").glob("*.safetensors"))
-    assert len(files) == 2
-    for file in files:
+    for file in DIRECTIONS:
         assert not Path(Direction.load(file).provenance["checkpoint"]).is_absolute()
+
+
+def test_a_trait_ships_a_direction_exactly_if_its_slider_was_measured_to_steer():
+    shipped = [p.stem for p in DIRECTIONS]
+    assert len(shipped) > 2
+    measured = json.loads((PLACE.parent / "directions" / EFFECTS).read_text())
+    steers = {
+        name for name, s in measured["sliders"].items()
+        if name == s["trait"] and (s["verdict"]["says"] == "works" or s["verdict"]["says"].startswith("steers"))
+    }  # fmt: skip
+    assert set(shipped) == steers | {"compliance", "moralizing"}
+    rows = {e["slider"] for e in measured["effects"]}
+    assert rows == set(shipped)
+    own = [e for e in measured["effects"] if e["slider"] == e["scorer"]]
+    assert len(own) == len(shipped)
+    assert all(e["low"] > 0 for e in own)
+    assert {s["trait"] for s in measured["sliders"].values()} | set(measured["missing"]) == set(shipped_traits())
 
 
 def test_sae_lens_computes_the_same_from_its_files():

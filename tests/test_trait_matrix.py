@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import yaml
 from tiny_parrot import save_parrot
 
 from steer.core.trait import Trait
-from steer.errors import MismatchError
+from steer.errors import MismatchError, UsageError
+from steer.finding.traits import find_trait
 from steer.measure.contrast import Contrast, Reply
 from steer.measure.cross_effects import CrossEffect, cross_effects, effects_plot
 from steer.measure.scorer import Scorer
+from steer.model.steered import load
 
 
 def scorer_of(shown: str, hidden: str) -> Scorer:
@@ -61,7 +64,7 @@ def test_the_drawing_has_every_name_and_number() -> None:
     assert effects_plot(effects) == drawing
 
 
-def test_the_script_finds_two_traits_and_goes_on_where_it_stopped(
+def test_the_script_finds_two_traits_goes_on_where_it_stopped_and_adds_further_sliders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = Path(__file__).parents[1] / "examples" / "traits" / "matrix.py"
@@ -83,7 +86,7 @@ def test_the_script_finds_two_traits_and_goes_on_where_it_stopped(
     assert [(e["slider"], e["scorer"]) for e in result["effects"]] == [
         ("lies", "lies"), ("lies", "friends"), ("friends", "lies"), ("friends", "friends")]  # fmt: skip
     assert result["missing"] == {}
-    assert "friends" in (out / "matrix.svg").read_text()
+    assert "friends" in (out / "matrix.html").read_text()
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and not p.name.startswith("matrix")}
     assert len(times) == 8  # manifest; direction, figures and replies of each; the untouched replies
     (out / "replies" / "lies.json").unlink()
@@ -91,6 +94,24 @@ def test_the_script_finds_two_traits_and_goes_on_where_it_stopped(
     script.main(model, out, **options)
     assert json.loads((out / "matrix.json").read_text()) == result
     assert [p.name for p, t in times.items() if p.stat().st_mtime_ns != t] == ["lies.json"]
+    friends = Trait.load(tmp_path / "friends.yaml")
+    kept = find_trait(load(model), tmp_path / "lies.yaml", keep=[friends], quick=True).direction
+    variant = kept.save(tmp_path / "lies-clean.safetensors")
+    script.main(model, out, **options, slider=[variant])
+    both = json.loads((out / "matrix.json").read_text())
+    assert list(both["sliders"]) == ["lies", "friends", "lies-clean"]
+    clean = both["sliders"]["lies-clean"]
+    assert (clean["trait"], clean["site"], clean["keep"]["traits"]) == ("lies", kept.site, ["friends"])
+    assert len(clean["verdict"]["points"]) == 5
+    assert [e for e in both["effects"] if e["slider"] != "lies-clean"] == result["effects"]
+    assert sum(e["slider"] == "lies-clean" for e in both["effects"]) == 2
+    with pytest.raises(UsageError, match="expected a direction of lies, friends, found 'pride'"):
+        script.main(model, out, **options, slider=[replace(kept, name="pride").save(tmp_path / "pride.safetensors")])
+    script.main(model, out, **options | {"traits": f"{tmp_path}/lies.yaml", "quick": False})
+    assert [json.loads((out / f"{name}.json").read_text())["quick"] for name in ("lies", "friends")] == [False, True]
+    full = json.loads((out / "matrix.json").read_text())
+    assert full["sliders"]["lies"]["quick"] is False
+    assert "full" in (out / "matrix.html").read_text()
     with pytest.raises(MismatchError, match="name another directory"):
         script.main(model, out, **options | {"topics": 7})
     (tmp_path / "lies.yaml").write_text((tmp_path / "lies.yaml").read_text().replace("ta te", "ta to"))

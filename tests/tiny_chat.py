@@ -31,16 +31,18 @@ def save_tiny_chat(
     eos: str | None = "</s>",
     template: str = TEMPLATE,
     marks: Sequence[str] = (),
+    merges: Sequence[tuple[str, str]] = (),
     **config: object,
 ) -> Path:
     """Write a checkpoint with `save` (the fixture `tiny_llama`) and give it a voice.
 
     Its tokens are words of two letters, or with `by_bytes` single bytes, so that one character may take
-    several tokens. `eos` and `template` are the tokenizer's; `marks` are special tokens that it has besides.
+    several tokens. `eos` and `template` are the tokenizer's; `marks` are special tokens that it has besides, `merges`
+    the pairs of bytes that are one token (llama.cpp loads no vocabulary of bytes without one).
     """
     if by_bytes:
-        words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-        tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
+        words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+        tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, list(merges), unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
     else:

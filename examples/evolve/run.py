@@ -16,8 +16,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -37,15 +36,16 @@ from torch import Tensor
 
 from steer.checkpoint.staging import hash_file
 from steer.core.sampler import CHAT
-from steer.errors import UsageError
 from steer.files import write_atomic
-from steer.lineage.judging import BlindPair, Prompts
+from steer.lineage.building import checkpoint
+from steer.lineage.judging import BlindPair, Judge, Prompts
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
 from steer.lineage.proposing import propose
 from steer.lineage.ratings import rate, standing
 from steer.lineage.recipes import child, models_of
 from steer.model.steered import load
 from steer.progress import bar
+from steer.verbs import evolve
 
 TUNES = Path(__file__).parents[1] / "merge" / "tunes"
 NAMES = ("preachy", "brief", "warm", "humorous", "plain_spoken", "formal", "old_fashioned", "roleplay")
@@ -148,10 +148,10 @@ def grow(
     lineage.write(Generation(0, [Node("0", Move("start"), "the first tune alone", recipe(BASE, names[:1]))]))
     grown, rng, now = Grown([frozenset(names[:1])], [0]), random.Random(f"{way} {seed}"), partial(standing, lineage)
     for number in range(1, generations + 1):
-        parent, moves = _proposals(lineage)
+        proposals = propose(lineage, _ratings(lineage), count=children, kinds=("add", "remove"))
         nodes = [
-            child(parent, f"{number}{letter}", move, why)
-            for letter, (move, why) in zip("abcdefgh"[:children], moves, strict=False)
+            child(lineage.node(p.parent), f"{number}{letter}", p.move, p.why)
+            for letter, p in zip("abcdefgh", proposals, strict=False)
         ]
         lineage.write(Generation(number, nodes))
         pairs = WAYS[way](list(now().ratings), rng, now)
@@ -170,18 +170,29 @@ def grow(
     return grown
 
 
-def _proposals(lineage: Lineage) -> tuple[Node, list[tuple[Move, str]]]:
-    """The best node with a move left whose merge is among the subsets, and its moves, the most promising first."""
+def grow_whole(
+    place: Path, start: Path, pool: Sequence[str], person: Person, *, generations: int, children: int, most: int,
+    tokens: int, say: Callable[[str], None] = lambda line: None,
+) -> Lineage:  # fmt: skip
+    """Grow a lineage as a person does, with `steer evolve`: merges, gates, replies written ahead, and blind votes. One
+    that was stopped goes on with its next generation.
+
+    `start`: the recipe. `pool`: models that may be added. `most`: votes on one generation at most. `tokens`: of a reply
+    at most.
+    """
+    evolve.start(start, place, pool, children=children, say=say)
+    lineage, sampler = Lineage(place), replace(CHAT, max_new_tokens=tokens)
+    while True:
+        with Judge(lineage, "simulated", checkpoint=partial(checkpoint, lineage), sampler=sampler, seed=0) as judge:
+            person.judge(judge, most, say)
+        if len(lineage.generations) > generations:
+            return lineage
+        evolve.next_generation(place, say=say)
+
+
+def _ratings(lineage: Lineage) -> dict[str, float]:
     found = rate(list(lineage.nodes), lineage.votes).ratings
-    ratings = {name: rating.value for name, rating in found.items() if rating.votes}
-    for name in sorted(found, key=lambda name: -found[name].value):
-        with suppress(UsageError):  # every move on it was tried
-            moves = propose(lineage, name, ratings, count=100)
-            if moves := [(move, why) for move, why in moves if move.kind in ("add", "remove")]:
-                return lineage.node(name), moves
-    raise UsageError(
-        f"{lineage.place}: expected a subset of the tunes that was not judged, found none; take more tunes"
-    )
+    return {name: rating.value for name, rating in found.items() if rating.votes}
 
 
 def _subset(node: Node) -> Subset:

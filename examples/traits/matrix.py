@@ -1,12 +1,13 @@
-"""The shelf on a model: find every trait, measure what its slider does, and what it does to all the other traits.
+"""The traits that ship on a model: find each, measure what its slider does, and what it does to all other traits.
 
-    python examples/traits/matrix.py MODEL OUT [--traits warmth,humour,mine.yaml] [--quick] [--topics 40]
+    python examples/traits/matrix.py MODEL OUT [--traits warmth,mine.yaml] [--quick] [--slider FILE] [--topics 56]
 
 Writes into OUT, for each trait, TRAIT.safetensors (its direction) and TRAIT.json (scores, dose response, verdict, text
-scorer), replies/TRAIT.json (the replies under its slider at +1), and over all traits matrix.json and matrix.svg: by how
-many standard deviations each slider (row) moves each trait (column). What has its file is not made again, so the same
-command goes on after it was stopped. On the default merge and two cores that is about half an hour a trait, with
---quick three minutes.
+scorer), replies/TRAIT.json (the replies under its slider at +1), and over all traits matrix.json and matrix.html: by
+how many standard deviations each slider (row) moves each trait (column). `--slider` names further directions of these
+traits, such as one that `steer find --keep` made; the file's name becomes the row's, and that of a trait takes the
+place of the direction found here. What has its file is not made again, so the same command goes on after it was
+stopped; a trait that was found with --quick is found again without it. ship.py ships the result.
 """
 
 from __future__ import annotations
@@ -14,40 +15,47 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.sampler import MEASURE
-from steer.core.trait import TopicPool, Trait, shipped_traits, spread
-from steer.errors import MismatchError, TraitNotFoundError
+from steer.core.trait import NeutralPrompts, TopicPool, Trait, shipped_traits, spread
+from steer.errors import MismatchError, TraitNotFoundError, UsageError
 from steer.files import read_json_object, without_nan, write_atomic
-from steer.finding.traits import find_trait
-from steer.measure.cross_effects import cross_effects, effects_plot
-from steer.measure.harness import replies_under
+from steer.finding.directions import TOKENS
+from steer.finding.traits import VERDICT_PROMPTS, VERDICT_TOPICS, find_trait
+from steer.measure.cross_effects import cross_effects, effects_page
+from steer.measure.harness import neutral_replies, replies_under
 from steer.measure.scorer import Scorer
+from steer.measure.verdict import judge
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar
 from steer.verbs.traits import trait_as_json
 
-TOKENS = 48
-"""Length of the replies that the matrix is read from."""
-
 
 def main(
-    model: str, out: Path, traits: str = "", quick: bool = False, topics: int = 40, seed: int = 0, dtype: str = "auto"
+    model: str,
+    out: Path,
+    traits: str = "",
+    quick: bool = False,
+    slider: Annotated[list[Path] | None, typer.Option(help="Further directions of these traits.")] = None,
+    topics: int = 56,
+    seed: int = 0,
+    dtype: str = "auto",
 ) -> None:
     """Make what is missing in OUT, and print the matrix."""
     live = load(model, dtype=dtype)
     asked = [Trait.load(name) for name in (traits.split(",") if traits else shipped_traits())]
-    check_run(out, {"sketch": live.sketch().id, "quick": quick, "topics": topics, "seed": seed, "dtype": dtype})
+    check_run(out, {"sketch": live.sketch().id, "topics": topics, "seed": seed, "dtype": dtype})
     for trait in asked:
-        if not (out / f"{trait.name}.json").is_file():
-            write(out / f"{trait.name}.json", found(live, trait, out, quick=quick, seed=seed))
-    # The pool's held-out topics, for all traits alike: only then the rows of the matrix can be compared.
-    prompts = spread(TopicPool.load().held_out, topics)
+        file = out / f"{trait.name}.json"
+        if not file.is_file() or (read(file)["quick"] and not quick):
+            (out / "replies" / f"{trait.name}.json").unlink(missing_ok=True)
+            write(file, found(live, trait, out, quick=quick, seed=seed))
     results = {t.name: read(out / f"{t.name}.json") for t in asked}
     for trait in asked:
         if results[trait.name]["trait"] != trait_as_json(trait):
@@ -55,17 +63,30 @@ def main(
                 f"{out}: expected {trait.name} as it is now, found one of other texts; delete its files"
             )
     scorers = {t.name: Scorer.from_json(r["scorer"], t) for t in asked if "scorer" in (r := results[t.name])}
-    for name in ("untouched", *scorers):
+    directions = {name: Direction.load(out / f"{name}.safetensors") for name in scorers}
+    for file in slider or ():
+        direction, about = Direction.load(file), out / "sliders" / f"{file.stem}.json"
+        if direction.name not in scorers:
+            raise UsageError(f"--slider: expected a direction of {', '.join(scorers)}, found {direction.name!r}")
+        directions[file.stem] = direction
+        if not about.is_file() or read(about)["hash"] != hash_file(file):
+            (out / "replies" / f"{file.stem}.json").unlink(missing_ok=True)
+            least = results[direction.name]["found"]["verdict"]["least_auroc"]
+            figures = measured(live, direction, scorers[direction.name], least, seed)
+            write(about, {"hash": hash_file(file), **figures})
+    # The pool's held-out topics, for all traits alike: only then the rows of the matrix can be compared.
+    prompts = spread(TopicPool.load().held_out, topics)
+    for name, direction in {"untouched": None, **directions}.items():
         file = out / "replies" / f"{name}.json"
         if not file.is_file():
-            direction = None if name == "untouched" else Direction.load(out / f"{name}.safetensors")
             write(file, {"texts": replies(live, direction, prompts, seed)})
-    texts = {name: read(out / "replies" / f"{name}.json")["texts"] for name in ("untouched", *scorers)}
+    texts = {name: read(out / "replies" / f"{name}.json")["texts"] for name in ("untouched", *directions)}
     effects = cross_effects(texts.pop("untouched"), texts, scorers)
     missing = {name: r["missing"] for name, r in results.items() if "missing" in r}
-    write(out / "matrix.json", {"effects": [asdict(e) for e in effects], "missing": missing})
-    if effects:
-        write_atomic(out / "matrix.svg", effects_plot(effects))
+    sliders = {name: shown(name, directions[name].name, out) for name in directions}
+    result = {"topics": len(prompts), "tokens": TOKENS, "seed": seed, "sliders": sliders, "missing": missing}
+    write(out / "matrix.json", result | {"effects": [asdict(e) for e in effects]})
+    write_atomic(out / "matrix.html", effects_page(read(out / "matrix.json")))
     for e in effects:
         print(f"{e.slider:>14} on {e.scorer:<14} {e.change:+.2f} ({e.low:+.2f} to {e.high:+.2f})")
     for name, why in missing.items():
@@ -74,12 +95,33 @@ def main(
 
 def found(model: SteeredModel, trait: Trait, out: Path, *, quick: bool, seed: int) -> dict[str, Any]:
     """Find a trait and write its direction. Returns its figures and its scorer, or why it was not found."""
+    about = {"trait": trait_as_json(trait), "quick": quick}
     try:
         made = find_trait(model, trait, quick=quick, seed=seed, verdict=True)
     except TraitNotFoundError as e:
-        return {"trait": trait_as_json(trait), "missing": str(e)}
+        return about | {"missing": str(e)}
     made.direction.save(out / f"{trait.name}.safetensors")
-    return {"trait": trait_as_json(trait), "found": made.as_json(), "scorer": made.scorer.as_json()}
+    return about | {"found": made.as_json(), "scorer": made.scorer.as_json()}
+
+
+def measured(model: SteeredModel, direction: Direction, scorer: Scorer, least: float, seed: int) -> dict[str, Any]:
+    """The verdict on a direction that was not found here, as `steer find` measures it, and what it was measured on."""
+    with bar(f"{direction.name}: verdict", None, "tokens") as advance, model.untouched():
+        neutral = neutral_replies(model, NeutralPrompts.load().held_out[:VERDICT_PROMPTS], tokens=TOKENS)
+        auroc = min(scorer.auroc, direction.provenance["auroc"][direction.site])
+        verdict = judge(model, direction, scorer, neutral, auroc=auroc, least=least, topics=VERDICT_TOPICS,
+                        tokens=TOKENS, seed=seed, on_tokens=advance)  # fmt: skip
+    figures = {"site": direction.site, "share_at_1": direction.share(1), "keep": direction.provenance.get("keep")}
+    quick = bool(direction.provenance.get("quick"))
+    return {"quick": quick, "found": figures | {"verdict": verdict.as_json()}}
+
+
+def shown(name: str, trait: str, out: Path) -> dict[str, Any]:
+    """The figures of one row's slider, for the report."""
+    place = out / "sliders" / f"{name}.json"
+    about = read(place if place.is_file() else out / f"{name}.json")
+    kept = {key: about["found"].get(key) for key in ("site", "share_at_1", "keep", "verdict")}
+    return {"trait": trait, "quick": about["quick"], **kept}
 
 
 def replies(model: SteeredModel, direction: Direction | None, prompts: tuple[str, ...], seed: int) -> list[str]:

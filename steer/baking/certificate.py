@@ -315,7 +315,9 @@ def server_command(cert: Certificate, folder: str = "") -> str:
         return ",".join(f'"{path}"' if "," in path else path for path in paths)
 
     if loras := lora_files(cert):
-        words += ["--lora", row(loras)]
+        # Its cache in RAM keeps prompts by their tokens alone (b11549), and a request at one scale would go on from
+        # what was read at another.
+        words += ["--lora", row(loras), "--cache-ram", "0"]
     if cert.biases:
         words += ["--control-vector", row([CONTROL_VECTOR])]
     if CHAT_TEMPLATE in cert.files:

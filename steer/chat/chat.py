@@ -7,15 +7,16 @@ and a `ReplyBackend` (a local model or a server). The parts of `steer.page` draw
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from steer.chat.comparison import Comparison, Side
 from steer.chat.context_use import ContextUse
 from steer.chat.conversation import Conversation, Message
-from steer.chat.costs import Cost, bake_cost, costs_of, profile_cost
+from steer.chat.costs import Cost, bake_cost, costs_of, effects_report, profile_cost
 from steer.chat.feature_index import FeatureIndex
 from steer.chat.jobs import BakePlan, Form, plan
 from steer.chat.local import LocalBackend
@@ -34,6 +35,9 @@ from steer.errors import SteerError, UnsupportedError, UsageError
 from steer.finding.new_slider import FailedSearch, NewSliderJob, TasteJob, failed_searches
 from steer.model.profiles import edit_of
 from steer.plain_text import without_surrogates
+
+if TYPE_CHECKING:  # openai takes long to import
+    from steer.chat.remote_search import RemoteSearch
 
 _SEED_STEP = 10_000
 """Difference between the seeds of two alternatives of a reply, so that none equals the seed of another turn."""
@@ -287,24 +291,41 @@ class Chat(BaseChat):
 
     def preview(self, trait: Trait) -> Preview:
         """Begin to write replies under the two sentences of a new slider. Errors: UsageError for long sentences."""
-        return Preview(self._local("new slider"), trait)
+        return Preview(self.backend, trait)
 
-    def new_slider(self, trait: Trait) -> NewSliderJob:
-        """Start to search for a new slider's direction. Errors: as `NewSliderJob.start`."""
-        return NewSliderJob.start(self._local("new slider").model, trait)
+    def new_slider(self, trait: Trait) -> NewSliderJob | RemoteSearch:
+        """Start to search for a new slider's direction, on the server if the model is one's. Errors: as `start` of
+        what is returned."""
+        if self.backend.local:
+            return NewSliderJob.start(self._local("new slider").model, trait)
+        from steer.chat.remote_search import RemoteSearch
+
+        return RemoteSearch.start(self.backend, trait)
 
     @property
-    def searching(self) -> NewSliderJob | None:
-        """The latest search for a new slider, running or ended; None if there was none or the model is a server's."""
-        return NewSliderJob.latest(self._local("new slider").model) if self.backend.local else None
+    def searching(self) -> NewSliderJob | RemoteSearch | None:
+        """The latest search for a new slider, running or ended; None if there was none."""
+        if self.backend.local:
+            return NewSliderJob.latest(self._local("new slider").model)
+        if not self.backend.finds:
+            return None
+        from steer.chat.remote_search import RemoteSearch
+
+        return RemoteSearch.latest(self.backend)
 
     def forget_search(self) -> None:
         """Make `searching` None, once the user has seen how the search ended."""
-        NewSliderJob.forget(self._local("new slider").model)
+        if self.backend.local:
+            NewSliderJob.forget(self._local("new slider").model)
+        elif search := cast("RemoteSearch | None", self.searching):
+            search.delete()
 
-    def failed_searches(self) -> list[FailedSearch]:
-        """Return the searches for new sliders that found nothing."""
-        return failed_searches(self._local("new slider").model) if self.backend.local else []
+    def failed_searches(self) -> Sequence[FailedSearch | RemoteSearch]:
+        """Return the searches for new sliders that found nothing; of a server's, the last one."""
+        if self.backend.local:
+            return failed_searches(self._local("new slider").model)
+        search = cast("RemoteSearch | None", self.searching)
+        return [] if search is None or not search.failed else [search]
 
     def plan_bake(self, form: Form = "checkpoint") -> BakePlan:
         """Return which sliders can be baked into weights."""
@@ -321,6 +342,10 @@ class Chat(BaseChat):
     def costs(self) -> list[Cost]:
         """Return what was measured of this model on this machine, or is being measured, newest first."""
         return costs_of(self._local("eval").model)
+
+    def effects_report(self) -> str | None:
+        """Return the page on the sliders that ship for this model; None where none do. Errors: SteerError."""
+        return effects_report(self._local("eval").model)
 
     def _local(self, what: str) -> LocalBackend:
         if not self.backend.local:

@@ -1,7 +1,8 @@
-"""What a profile or a bake cost: `steer eval --quick` of it beside its model, which the page starts and shows.
+"""What a profile or a bake cost: `steer eval --quick` of it beside its model, which the page starts and shows; and what
+was measured of the sliders that ship.
 
-Each is a folder under $STEER_HOME/costs, so that a page that is loaded again finds what was measured and what still is
-being measured, and an evaluation that was stopped goes on.
+Each evaluation is a folder under $STEER_HOME/costs, so that a page that is loaded again finds what was measured and
+what still is being measured, and an evaluation that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 from steer.baking.certificate import CERTIFICATE
 from steer.checkpoint.fetch import home, resolve
+from steer.checkpoint.library import placed_directions
+from steer.checkpoint.shipped import EFFECTS
 from steer.core.profile import Profile
 from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.files import read_json_object, write_atomic
@@ -114,10 +117,25 @@ def costs_of(model: SteeredModel) -> list[Cost]:
     return found
 
 
+def effects_report(model: SteeredModel) -> str | None:
+    """Return the report on the sliders that ship for a model: what each does to every trait, and its dose response.
+    None where none ship. Errors: SteerError for a damaged file."""
+    places = dict.fromkeys(file.parent / EFFECTS for _, file in placed_directions(model.sketch()).values())
+    file = next((place for place in places if place.is_file()), None)
+    return None if file is None else _report(file, file.stat().st_mtime_ns)
+
+
 def _folder(model: SteeredModel, name: str, what: Any) -> Path:
     """Return where the evaluation of `what` is kept: another folder if the weights or `what` are others."""
     key = json.dumps([resolve(model.name), model.sketch().id, name, what], sort_keys=True)
     return home() / "costs" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@lru_cache(4)
+def _report(file: Path, _changed: int) -> str:
+    from steer.measure.cross_effects import effects_page  # with matplotlib
+
+    return effects_page(read_json_object(file, do="install steer again"))
 
 
 @lru_cache(16)

@@ -74,7 +74,11 @@ class PlainVerdict:
 
 def verdict_of(slider: Slider) -> PlainVerdict | None:
     """Return what `steer find` measured of a slider; None for a slider of features, and where it measured nothing."""
-    found = slider.target.provenance.get("verdict") if isinstance(slider.target, Direction) else None
+    return plain_verdict(slider.target.provenance.get("verdict") if isinstance(slider.target, Direction) else None)
+
+
+def plain_verdict(found: Any) -> PlainVerdict | None:
+    """Return a verdict that `Verdict.as_json` returned, for people; None for anything else."""
     if not isinstance(found, dict):
         return None
     says, auroc = str(found.get("says")), found.get("auroc")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class LocalBackend(ReplyBackend):
     """`ReplyBackend` for a model in this process: one chat's sliders and KV cache, on a model that chats may share."""
 
-    local = True
+    local = finds = True
     slider_note = (
         "A slider that moves changes the words that follow. What the model has read stays as it was then, until the "
         "chat is read again."

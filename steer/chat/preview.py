@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from steer.chat.batch_draft import BatchDraft
 from steer.chat.local import LocalBackend
-from steer.chat.writer import Writer
+from steer.chat.writer import ReplyBackend, Writer
 from steer.core.thoughts import split_thoughts
 from steer.core.trait import Trait, spread
+from steer.errors import UsageError
 from steer.measure.contrast import SAMPLER
 from steer.model.loaded import WITHOUT_THOUGHTS, as_messages
 
@@ -28,11 +29,14 @@ class PreviewReply:
 
 
 class Preview(Writer):
-    """Writes the replies in a background thread, in one batch. They are of the kind that the search compares: to topics
-    of the trait, sampled as there, under no slider."""
+    """Writes the replies in a background thread, in one batch; a server writes them one by one. They are of the kind
+    that the search compares: to topics of the trait, sampled as there, under no slider."""
 
-    def __init__(self, backend: LocalBackend, trait: Trait) -> None:
-        """Start to write. Errors: UsageError for a sentence that does not fit the context."""
+    def __init__(self, backend: ReplyBackend, trait: Trait) -> None:
+        """Start to write. Errors: UsageError for a sentence that does not fit the context of a model of this process,
+        and for a server that lets nobody search."""
+        if not backend.finds:
+            raise UsageError(f"{backend.name}: expected a server that searches, found another; --allow-find lets it")
         super().__init__()
         self.trait = trait
         self._topics, self._marks = spread(trait.held_out, TOPICS), backend.marks
@@ -41,9 +45,14 @@ class Preview(Writer):
             for topic in self._topics
             for sentence in (trait.with_instruction, trait.without_instruction)
         ]
-        prompts = [backend.model.prompt(chat, options=WITHOUT_THOUGHTS) for chat in chats]
         sampler = replace(SAMPLER, max_new_tokens=TOKENS)
-        self._draft = BatchDraft(backend, prompts, [None] * len(prompts), sampler)
+        if isinstance(backend, LocalBackend):
+            prompts = [backend.model.prompt(chat, options=WITHOUT_THOUGHTS) for chat in chats]
+            self._draft = BatchDraft(backend, prompts, [None] * len(prompts), sampler)
+        else:
+            from steer.chat.remote_search import RemoteBatch  # with openai, which takes long to import
+
+            self._draft = RemoteBatch(backend, chats, sampler)
         self.start(self._draft)
 
     @property

@@ -1,4 +1,5 @@
-"""Replies from a model behind `steer serve`, over OpenAI's API: the `ReplyBackend` of the option `--server`.
+"""Replies from a model behind `steer serve`, or llama-server, over OpenAI's API: the `ReplyBackend` of the option
+`--server`.
 
 `steer.chat.local` is its counterpart for a model in this process.
 """
@@ -11,11 +12,14 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, cast
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
 
 import openai
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, RootModel, ValidationError
 
+from steer.baking.certificate import CERTIFICATE, CONTROL_VECTOR, Certificate
+from steer.baking.llama_cpp import JOINT
 from steer.chat.conversation import SettingsSpan
 from steer.chat.writer import PendingReply, ReplyBackend, Task
 from steer.core.profile import Profile, ProfileSlider
@@ -26,11 +30,12 @@ from steer.errors import SteerError, UnknownNameError, UnsupportedError, UsageEr
 from steer.files import one_line
 from steer.model.sliders import Amounts
 from steer.model.steering.receipts import Receipt, SliderReceipt
+from steer.serve.llama_cpp.fields import lora, sampling
 
 _FRESH = 5.0
 """Seconds for which the server's answer about its sliders is cached."""
-_STANDARD = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")
-"""Fields of a sampler that have the same name in OpenAI's API."""
+_LONGEST = 2**20
+"""How far back llama-server's penalties look, in tokens: over the whole text."""
 _LATENT = re.compile(r"L(\d+)/\d+")
 
 
@@ -62,7 +67,7 @@ class RemoteBackend(ReplyBackend):
 
     def __init__(self, url: str, api_key: str | None = None, name: str | None = None) -> None:
         """`url`: the server's address, with or without /v1. `name`: one of its models, as in `merged@noir`; by default
-        the first. Errors: SteerError if nothing answers, or if it is not a steer server."""
+        the first. Errors: SteerError if nothing answers, or if it is neither a steer server nor a llama-server."""
         self.url = url.rstrip("/").removesuffix("/v1")
         try:
             self.client = openai.OpenAI(
@@ -74,8 +79,15 @@ class RemoteBackend(ReplyBackend):
         self.template_options: dict[str, Any] = {}
         """Options of the chat template that every request carries."""
         self.name = name or self._first_model()
+        self.adapters: dict[str, int] | None = None
+        """Of a llama-server: the id of each slider's LoRA. None for a steer server."""
         self.sliders = RemoteSliders(self)
         self.offered()
+        if self.adapters is not None:
+            self.slider_note += (
+                " These are the LoRAs of llama-server, at scale 0 until you move them. A control vector acts as "
+                "llama-server was started with it; only a restart changes that."
+            )
 
     @property
     def amounts(self) -> dict[str, float]:
@@ -103,8 +115,9 @@ class RemoteBackend(ReplyBackend):
                     f"profile {profile.name!r}: expected sliders by name and amount, which is what a request can ask "
                     f"{self.url} for, found {what}; start the server with it: steer serve MODEL --profile FILE"
                 )
-            usual_operation = self.sliders.slider(entry.slider).operation
-            name = entry.slider if entry.operation in (None, usual_operation) else f"{entry.slider}:{entry.operation}"
+            name = entry.slider if entry.operation is None else f"{entry.slider}:{entry.operation}"
+            if name not in self.sliders.known() and entry.operation == self.sliders.slider(entry.slider).operation:
+                name = entry.slider
             if entry.enabled:
                 amounts[name] = entry.amount
             if entry.range is not None:
@@ -119,20 +132,54 @@ class RemoteBackend(ReplyBackend):
         self.client.close()
 
     def offered(self) -> list[RemoteSlider]:
-        """Return the server's sliders: `GET /v1/steering`, cached for five seconds."""
+        """Return the server's sliders, cached for five seconds: `GET /v1/steering`, or llama-server's LoRAs."""
         if self._cached_answer is None or time.monotonic() - self._cached_answer[0] > _FRESH:
-            with self._errors():
-                found = self.client.get("/steering", cast_to=object)
-            try:
-                answer = _SteeringAnswer.model_validate(found)
-            except ValidationError as e:
-                where = ".".join(map(str, e.errors()[0]["loc"]))[:60]
-                raise SteerError(
-                    f"{self.url}: expected a steer server, found another (its answer to GET /v1/steering at "
-                    f"{where or 'its beginning'}: {e.errors()[0]['msg'][:80]}); start one with: steer serve MODEL"
-                ) from e
+            answer = self._steering() if self.adapters is None else None
+            if answer is None:
+                with self._errors():
+                    found = self.client.get(f"{self.url}/lora-adapters", cast_to=object)
+                    rows = _AdaptersAnswer.model_validate(found).root
+                answer = _SteeringAnswer(sliders=adapter_sliders(rows))
+                self.adapters = {s.name: row.id for s, row in zip(answer.sliders, rows, strict=False)}
             self._cached_answer = (time.monotonic(), answer)
         return self._cached_answer[1].sliders
+
+    def _steering(self) -> _SteeringAnswer | None:
+        """Return the answer of a steer server; None from one that has LoRAs instead, so is a llama-server."""
+        with self._errors():
+            try:
+                found = self.client.get("/steering", cast_to=object)
+            except openai.NotFoundError:
+                with suppress(openai.NotFoundError):
+                    self.client.get(f"{self.url}/lora-adapters", cast_to=object)
+                    return None
+                raise
+        try:
+            return _SteeringAnswer.model_validate(found)
+        except ValidationError as e:
+            where = ".".join(map(str, e.errors()[0]["loc"]))[:60]
+            raise SteerError(
+                f"{self.url}: expected a steer server, found another (its answer to GET /v1/steering at "
+                f"{where or 'its beginning'}: {e.errors()[0]['msg'][:80]}); start one with: steer serve MODEL"
+            ) from e
+
+    def forget_offered(self) -> None:
+        """Make `offered` ask the server again, which has a new slider."""
+        self._cached_answer = None
+
+    @property
+    def finds(self) -> bool:
+        """Whether the server lets clients search for new sliders."""
+        self.offered()
+        return self._cached_answer is not None and self._cached_answer[1].allow_find
+
+    def ask(self, method: Literal["get", "post", "delete"], path: str, body: Any = None) -> Any:
+        """Send a request that OpenAI's API does not have, to a path below /v1. Return the JSON that the server answers.
+
+        Errors: SteerError with the server's message.
+        """
+        with self._errors():
+            return getattr(self.client, method)(path, cast_to=object, **({} if body is None else {"body": body}))
 
     def write(
         self, messages: Sequence[Mapping[str, str]], sampler: Sampler, amounts: Mapping[str, float]
@@ -141,22 +188,13 @@ class RemoteBackend(ReplyBackend):
 
         If the last message is the assistant's, the reply continues it.
         """
-        fields = asdict(sampler)
-        biases, order = fields.pop("logit_bias"), fields.pop("order")
-        if order not in (ORDER, TEMPERATURE_LAST):
-            raise UnsupportedError(f"{self.url}: order: expected the usual one, temperature last or not, found {order}")
-        # A server ignores a seed below 0.
-        fields["seed"] = abs(sampler.seed)
-        standard = {name: fields.pop(name) for name in _STANDARD}
-        body = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-        body |= {"temperature_last": sampler.temperature_last, "steering": {"sliders": dict(amounts)}}
+        body = self._fields(sampler, amounts)
         if self.template_options:
             body["chat_template_kwargs"] = self.template_options
         with self._errors():
             stream = self.client.chat.completions.create(
-                model=self.name, messages=cast(Any, list(messages)), stream=True, extra_body=body,
-                logit_bias={str(token): bias for token, bias in biases}, **standard,
-            )  # fmt: skip
+                model=self.name, messages=cast(Any, list(messages)), stream=True, extra_body=body
+            )
         with stream:
             chunks = iter(stream)
             while True:
@@ -167,6 +205,20 @@ class RemoteBackend(ReplyBackend):
                 piece = _piece(chunk, self.url)
                 if piece.text or piece.thoughts or piece.finish or piece.steering:
                     yield piece
+
+    def _fields(self, sampler: Sampler, amounts: Mapping[str, float]) -> dict[str, Any]:
+        """Return the fields of a request that its sampler and its sliders are. A server ignores a seed below 0."""
+        if self.adapters is not None:
+            scales = {id: amounts.get(name, 0.0) for name, id in self.adapters.items()}
+            length = {"max_tokens": sampler.max_new_tokens, "seed": abs(sampler.seed) % (2**32 - 1)}
+            return sampling(sampler, _LONGEST) | length | lora(scales)
+        fields: dict[str, Any] = asdict(sampler) | {"seed": abs(sampler.seed)}
+        biases, order = fields.pop("logit_bias"), fields.pop("order")
+        if order not in (ORDER, TEMPERATURE_LAST):
+            raise UnsupportedError(f"{self.url}: order: expected the usual one, temperature last or not, found {order}")
+        body = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        body |= {"temperature_last": sampler.temperature_last, "steering": {"sliders": dict(amounts)}}
+        return body | {"logit_bias": {str(token): bias for token, bias in biases}}
 
     def _first_model(self) -> str:
         with self._errors():
@@ -273,6 +325,8 @@ class RemoteSlider(BaseModel, frozen=True):
     site: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     kind: str | None = None
     """`feature` if the slider moves latents of a dictionary."""
+    fixed: str | None = None
+    """Why the slider stands at its amount as long as the server runs; None if it moves."""
 
     @property
     def neutral(self) -> float | None:
@@ -289,12 +343,54 @@ class RemoteSlider(BaseModel, frozen=True):
         return math.nan if self.operation != "add" or unit is None else abs(amount) * unit
 
     def check(self, amount: Any) -> float:
-        """Return the amount as a number. Errors: UsageError if the slider cannot have it."""
+        """Return the amount as a number. Errors: UsageError if the slider cannot have it, or cannot be moved."""
+        if self.fixed is not None:
+            raise UsageError(f"slider {self.name!r}: expected one that moves; {self.fixed}")
         return check_amount(self.name, self.operation, amount)
 
 
 class _SteeringAnswer(BaseModel):
     sliders: Annotated[list[RemoteSlider], Field(max_length=10_000, fail_fast=True)]
+    allow_find: bool = False
+
+
+class _Adapter(BaseModel):
+    """A LoRA in llama-server's answer to GET /lora-adapters."""
+
+    id: int
+    path: str
+
+
+class _AdaptersAnswer(RootModel[list[_Adapter]]):
+    pass
+
+
+def adapter_sliders(rows: Sequence[_Adapter]) -> list[RemoteSlider]:
+    """Return a slider for each LoRA of llama-server, in their order, then those of control vectors beside their files.
+
+    A LoRA that `steer bake` wrote is `NAME:ablate`. An amount is its scale.
+    """
+    sliders: dict[str, RemoteSlider] = {}
+    folders: dict[Path, None] = {}
+    for row in rows:
+        path = Path(row.path)
+        folders[path.parent] = None
+        base = path.stem.removeprefix("ablate-")
+        ablates = base != path.stem or path.name == JOINT
+        name = f"{base}:ablate" if ablates else base
+        while name in sliders:
+            name += f" ({row.id})"
+        sliders[name] = RemoteSlider(name=name, operation="ablate" if ablates else "add")
+    for folder in folders:
+        if not (folder / CERTIFICATE).is_file():
+            continue
+        for direction in Certificate.load(folder).directions:
+            if direction.amount is not None:
+                why = f"llama-server reads {folder / CONTROL_VECTOR} when it starts; start it again to change it"
+                name, site, amount = direction.name, direction.site, direction.amount
+                added = RemoteSlider(name=name, operation="add", amount=amount, site=site, fixed=why)
+                sliders.setdefault(name, added)
+    return list(sliders.values())
 
 
 class RemoteSliders(Amounts):

@@ -76,6 +76,8 @@ class SliderRow:
     """Whether it is a direction that was found on this machine."""
     verdict: PlainVerdict | None = None
     """Whether it does what its name says, if that was measured."""
+    fixed: str | None = None
+    """Why it cannot be moved while the server runs; None if it can."""
 
     @property
     def red(self) -> bool:
@@ -252,6 +254,9 @@ class SliderPanel:
 
     def _row(self, name: str, slider: Slider | RemoteSlider) -> SliderRow:
         amount, measured = self._sliders.get(name, slider.neutral), self._sliders.ranges.get(name)
+        fixed = None if isinstance(slider, Slider) else slider.fixed
+        if fixed is not None:
+            amount = slider.amount
         safe = _safe_range(slider) if measured is None else tuple(measured)
         low, high = _track(slider, safe)
         if amount is not None:
@@ -266,7 +271,7 @@ class SliderPanel:
             cast(Operation, slider.operation), _operations(slider),
             math.nan if amount is None else amount, slider.neutral, low, high, safe, measured is not None,
             0.0 if amount is None else slider.share(amount), slider.site, when,
-            name in self._pinned, ends, self._own_file(name) is not None, verdict,
+            name in self._pinned, ends, self._own_file(name) is not None, verdict, fixed,
         )  # fmt: skip
 
 

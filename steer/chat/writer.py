@@ -82,12 +82,14 @@ class ReplyBackend(ABC):
 
     local: ClassVar[bool]
     """Whether the model is in this process. A server offers no comparisons, readouts, features and bakes."""
-    slider_note: ClassVar[str]
+    slider_note: str
     """A sentence for the page: what a slider that moves during a reply does to it."""
     name: str
     """The model's name."""
     sliders: Any
     """Amounts by name, with the interface of `steer.model.sliders.Sliders`."""
+    finds = False
+    """Whether it can search for new sliders."""
     on = True
     """If false, the sliders keep their amounts and move nothing."""
     marks: ThoughtMarks = THINK

@@ -22,7 +22,7 @@ from steer.checkpoint.reader import CheckpointFiles
 from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.files import read_json_object, replacing
 
-Stored = Literal["F32", "F16", "BF16", "Q8_0"]
+Stored = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 STORED: tuple[Stored, ...] = get_args(Stored)
 """How matrices are stored. Vectors are always fp32, as llama.cpp wants them."""
 ARCHITECTURES = {"llama": "llama", "mistral": "llama"}
@@ -49,7 +49,7 @@ def write_gguf(
 ) -> Stored:
     """Write the checkpoint in `source` to the new file `out`, and return how its matrices are stored.
 
-    `stored`: F32, F16, BF16 or Q8_0; by default the dtype of the checkpoint. `tokenizer`: a GGUF file of the same
+    `stored`: one of `STORED`; by default the dtype of the checkpoint. `tokenizer`: a GGUF file of the same
     family whose tokenizer is copied, in place of the one in tokenizer.json. `progress`: called with (tensors written,
     tensors in all). One tensor is in memory at a time. `out` is complete or absent.
 
@@ -162,10 +162,10 @@ def _quantiser(files: CheckpointFiles, stored: Stored) -> Callable[[str], np.nda
 
     heads = {"q_proj": files.config["num_attention_heads"]}
     heads["k_proj"] = files.config.get("num_key_value_heads") or heads["q_proj"]
-    if stored == "Q8_0" and (
+    if stored.startswith("Q") and (
         odd := next((t for t in files.tensors.values() if len(t.shape) > 1 and t.shape[-1] % 32), None)
     ):
-        raise _refusal(files.root, "rows of a multiple of 32 numbers for Q8_0", f"{odd.name} with {odd.shape[-1]}")
+        raise _refusal(files.root, f"rows of a multiple of 32 numbers for {stored}", f"{odd.name} with {odd.shape[-1]}")
 
     def quantise(name: str) -> np.ndarray:
         info = files.tensors[name]
@@ -186,7 +186,7 @@ def _add_config(writer: Any, files: CheckpointFiles, stored: Stored) -> None:
 
     config = files.config
     writer.add_name(files.root.resolve().name)
-    writer.add_file_type({"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}[stored])
+    writer.add_file_type({"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}[stored])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])

@@ -36,6 +36,7 @@ class Checkpoint(Protocol):
     @property
     def name(self) -> str: ...
     def sketch(self) -> Sketch: ...
+    def library(self) -> Library: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class OnDisk:
     def sketch(self) -> Sketch:
         """Return the sketch of its weights."""
         return self.found
+
+    def library(self) -> Library:
+        """Return what names of sliders mean on it."""
+        return Library(self)
 
 
 def direction_files() -> Iterator[Path]:
@@ -75,6 +80,8 @@ class Library:
 
     def __init__(self, model: Checkpoint) -> None:
         self.model = model
+        self.fixed: dict[str, str] = {}
+        """Sliders that are listed and cannot be moved -> why, and what to do."""
 
     @cached_property
     def directions(self) -> dict[str, Direction]:

@@ -16,6 +16,8 @@ def _place(installed: str, checkout: str) -> Path:
 
 DICTIONARIES = _place("dictionaries", "dictionaries")
 """Directory of the directions and the dictionary that ship."""
+EFFECTS = "effects.json"
+"""File beside a model's directions: what its sliders do to every trait, as examples/traits/matrix.py measured it."""
 RECIPE = _place("merge/default.yml", "examples/merge/default.yml")
 """Recipe of the default merge; its fine-tunes are in the same directory."""
 

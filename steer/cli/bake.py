@@ -1,13 +1,16 @@
-"""The verbs that write edited weights and check them: bake, verify.
+"""The verbs that write edited weights and check them: bake, verify, gguf, fit.
 
-The work is in `steer.verbs.bake`, `steer.verbs.bake_search` and `steer.baking.verify`.
+The work is in `steer.verbs.bake`, `steer.verbs.bake_search`, `steer.baking.verify`, `steer.checkpoint.gguf_file` and
+`steer.serve.llama_cpp.fit`.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -209,7 +212,7 @@ def gguf(
     model: Model,
     out: Annotated[Path, typer.Argument(help="A new file; complete or absent afterwards.")],
     stored: Annotated[
-        str | None, typer.Option("--as", help="F32, F16, BF16 or Q8_0; by default the dtype of the checkpoint.")
+        str | None, typer.Option("--as", help="F32, F16, BF16, Q8_0 or Q4_0; by default the dtype of the checkpoint.")
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A GGUF of the same family whose tokenizer is taken, not tokenizer.json's.")
@@ -222,3 +225,38 @@ def gguf(
 
     kept = write_gguf(checkpoint_dir(model), out, stored, tokenizer=tokenizer)  # type: ignore[arg-type]
     emit({"out": str(out), "stored": kept}, as_json, f"{out}: {kept}, {out.stat().st_size / 1e6:,.0f} MB")
+
+
+def fit(
+    gguf: Annotated[str, typer.Argument(help="The GGUF that llama-server has loaded, by its file's name.")],
+    model: Annotated[str, typer.Argument(help="The checkpoint that it was made of.")],
+    server: Annotated[str, typer.Option(help="The llama-server's address; its key is LLAMA_API_KEY.")],
+    baked: Annotated[
+        list[Path], typer.Option(help="Output of bake --as gguf, if llama-server is elsewhere; may be repeated.")
+    ] = [],  # noqa: B006
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure whether the sliders of a llama-server change its quantised model as they change the original."""
+    from steer.errors import MismatchError
+    from steer.model.steered import describe, load
+    from steer.progress import bar
+    from steer.serve.llama_cpp.engine import LlamaCppEngine
+    from steer.serve.llama_cpp.fit import REPLIES, TOKENS, measure_fit
+    from steer.verbs.bake import checkpoint_dir
+    from steer.verbs.tables import text_table
+
+    key, place = os.environ.get("LLAMA_API_KEY"), checkpoint_dir(model)
+    with closing(LlamaCppEngine(describe(model), url=server, place=place, baked=baked, api_key=key)) as engine:
+        if engine.file != Path(gguf).name:
+            raise MismatchError(f"{server}: expected {gguf}, found {engine.file}; start llama-server with it")
+        sliders = sum(a.slider is not None for a in engine.adapters.adapters)
+        with bar("scoring", 2 * sliders * REPLIES * TOKENS, "tokens") as advance:
+            found = measure_fit(load(model), engine, advance=advance)
+    columns = ("slider", "tokens", "plain (nats)", "change (nats)", "slope", "distance")
+    rows = [
+        (f.slider, str(f.tokens), f"{f.plain:.3f}", f"{f.change:.3f}", f"{f.slope:.2f}", f"{f.distance:.0%}")
+        for f in found
+    ]
+    table = "\n".join([text_table(columns, rows), *(f.warning for f in found if f.warning)])
+    emit({"gguf": gguf, "sliders": [f.as_json() for f in found]}, as_json, table)

@@ -59,10 +59,11 @@ def start(
 @app.command("next", epilog="Example: `steer evolve next lineage`")
 def next_generation(
     lineage: Place,
-    parent: Annotated[str | None, typer.Option(help="The node to go on from. [default: the one that leads]")] = None,
+    parent: Annotated[str | None, typer.Option(help="The node to go on from. [default: the most promising]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Close the generation: the node that leads by votes becomes the parent of the next one."""
+    """Close the generation: the next one are children of the node that leads by votes, or of others where nothing on
+    it is left to try."""
     from steer.verbs import evolve
 
     with stoppable(_KEPT):

@@ -182,8 +182,16 @@ def serve(
     ] = "chunks",
     no_think: NoThink = False,
     engine: Annotated[
-        Literal["transformers", "vllm"], typer.Option(help="What writes the replies; vllm needs steer[vllm].")
+        Literal["transformers", "vllm", "llama.cpp"],
+        typer.Option(help="What writes the replies; vllm needs steer[vllm], llama.cpp a running llama-server."),
     ] = "transformers",
+    url: Annotated[
+        str | None, typer.Option(help="llama.cpp: the llama-server's address; its key is LLAMA_API_KEY.")
+    ] = None,
+    baked: Annotated[
+        list[Path],
+        typer.Option(help="llama.cpp: output of bake --as gguf, if llama-server is elsewhere; may be repeated."),
+    ] = [],  # noqa: B006
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     chat_template: ChatTemplate = None,
@@ -206,10 +214,17 @@ def serve(
     from steer.serve.batching import BatchingEngine
     from steer.serve.packed import check_files
 
+    if engine != "transformers" and (device_map is not None or four_bit):
+        raise UsageError(f"--engine {engine}: expected neither --device-map nor --four-bit, found one; leave it out")
+    if (engine == "llama.cpp") != (url is not None) or (baked and url is None):
+        raise UsageError(f"--engine {engine}: expected --url beside llama.cpp alone; give the llama-server's address")
     if engine == "vllm":
-        if device_map is not None or four_bit:
-            raise UsageError("--engine vllm: expected neither --device-map nor --four-bit, found one; leave it out")
-        make = partial(_vllm_engine(), place=resolve(model))
+        make, live = partial(_vllm_engine(), place=resolve(model)), describe(model)
+    elif url is not None:
+        from steer.serve.llama_cpp.engine import LlamaCppEngine
+
+        key = os.environ.get("LLAMA_API_KEY")
+        make = partial(LlamaCppEngine, url=url, place=Path(resolve(model)), baked=baked, api_key=key)
         live = describe(model)
     else:
         check_files(resolve(model), model)

@@ -275,6 +275,7 @@ app.command(
 )(cli_bake.bake)
 app.command(epilog="Example: `steer verify calm`")(cli_bake.verify)
 app.command(epilog="Example: `steer gguf merged merged.gguf --as Q8_0`")(cli_bake.gguf)
+app.command(epilog="Example: `steer fit merged-q4.gguf merged --server http://127.0.0.1:8080`")(cli_bake.fit)
 
 
 @app.command(epilog="Examples: `steer demo --out demo` · `steer demo --model my-checkpoint --out demo-of-mine`")

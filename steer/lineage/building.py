@@ -36,6 +36,7 @@ from steer.core.validation import from_file
 from steer.errors import MismatchError, OutputExistsError, SteerError, UsageError
 from steer.files import one_line, read_json_object, write_atomic
 from steer.lineage.lineage import MODELS, Gate, Generation, Lineage, Move, Node
+from steer.lineage.proposing import Proposal
 from steer.lineage.recipes import child, describe
 from steer.measure.arms import Loader, Source
 from steer.measure.evaluation import evaluate_arms
@@ -76,17 +77,15 @@ def start(lineage: Lineage, recipe: Json, why: str, *, say: Say = lambda line: N
     return _finished(lineage, say)
 
 
-def build(
-    lineage: Lineage, parent: str, proposals: Sequence[tuple[Move, str]], *, say: Say = lambda line: None
-) -> Generation:
-    """Build the next generation: a child of `parent` for each (move, reason), inside of `building`.
+def build(lineage: Lineage, proposals: Sequence[Proposal], *, say: Say = lambda line: None) -> Generation:
+    """Build the next generation: a child for each proposal, inside of `building`.
 
-    Errors: UsageError for a move that the parent does not allow, before anything is merged; as `finish`.
+    Errors: UsageError for a move that its parent does not allow, before anything is merged; as `finish`.
     """
-    number, above = len(lineage.generations), lineage.node(parent)
+    number = len(lineage.generations)
     if not 1 <= len(proposals) <= len(LETTERS):
         raise UsageError(f"a generation: expected 1 to {len(LETTERS)} children, found {len(proposals)}")
-    nodes = [child(above, f"{number}{LETTERS[i]}", move, why) for i, (move, why) in enumerate(proposals)]
+    nodes = [child(lineage.node(p.parent), f"{number}{LETTERS[i]}", p.move, p.why) for i, p in enumerate(proposals)]
     _plan(lineage, Generation(number, nodes))
     return _finished(lineage, say)
 

@@ -12,15 +12,12 @@ A generation's file appears when all of its children are merged and measured. Un
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic_core import to_jsonable_python
@@ -28,7 +25,7 @@ from pydantic_core import to_jsonable_python
 from steer.core.names import check_name
 from steer.core.validation import Bool, Count, Line, Number, Text, checked, from_file
 from steer.errors import CheckpointError, UsageError
-from steer.files import parse_json, read_json_object, without_nan, write_atomic
+from steer.files import append_line, parse_json, read_json_object, without_nan, write_atomic
 
 SETTINGS, GENERATIONS, VOTES, MODELS, REPLIES = "lineage.json", "generations", "votes", "models", "replies"
 MoveKind = Literal["start", "add", "remove", "base", "weight", "method", "profile"]
@@ -94,7 +91,7 @@ class Node:
 
 @checked
 class Generation:
-    """Children of one parent. Generation 0 is the start alone."""
+    """Merges that are judged together, as a rule children of one parent. Generation 0 is the start alone."""
 
     number: Count
     nodes: list[Node]
@@ -223,9 +220,8 @@ class Lineage:
 
         Errors: UsageError for a voter whose name cannot be a file's.
         """
-        with self._file_of(voter) as (file, _):
-            vote = Vote(a, b, outcome, [list(m) for m in chat], list(replies), left, voter, time.time())
-            _append(file, vote)
+        vote = Vote(a, b, outcome, [list(m) for m in chat], list(replies), left, voter, time.time())
+        append_line(self._file_of(voter), _line(vote))
         return vote
 
     def undo(self, voter: str) -> Vote:
@@ -233,35 +229,26 @@ class Lineage:
 
         Errors: UsageError for a voter without votes.
         """
-        with self._file_of(voter) as (file, votes):
-            if not votes:
-                raise UsageError(f"undo: expected a vote of {voter} to take back, found none")
-            _append(file, Undo(votes[-1].time, time.time()))
+        file = self._file_of(voter)
+        votes = _votes(file, file.read_bytes()) if file.is_file() else []
+        if not votes:
+            raise UsageError(f"undo: expected a vote of {voter} to take back, found none")
+        append_line(file, _line(Undo(votes[-1].time, time.time())))
         return votes[-1]
 
-    @contextmanager
-    def _file_of(self, voter: str) -> Iterator[tuple[BinaryIO, list[Vote]]]:
-        """Hold a voter's file, and yield it at its end with the votes in it that count."""
+    def _file_of(self, voter: str) -> Path:
         check_name(voter, "--voter")
-        place = self.place / VOTES / f"{voter}.jsonl"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with open(place, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            data = file.read()
-            file.truncate(data.rfind(b"\n") + 1)  # a crash may have cut off the last line
-            yield file, _votes(place, data)
+        return self.place / VOTES / f"{voter}.jsonl"
 
 
-def _append(file: BinaryIO, line: Vote | Undo) -> None:
-    file.write(json.dumps(to_jsonable_python(line)).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+def _line(line: Vote | Undo) -> bytes:
+    return json.dumps(to_jsonable_python(line)).encode()
 
 
 def _votes(file: Path, data: bytes) -> list[Vote]:
     """The votes in the lines of a voter's file that were not taken back."""
     out: list[Vote] = []
+    times: set[float] = set()
     for number, line in enumerate(
         data.split(b"\n")[:-1], 1
     ):  # what follows the last newline was not written to its end
@@ -272,9 +259,10 @@ def _votes(file: Path, data: bytes) -> list[Vote]:
             raise CheckpointError(f"{where}: expected a vote, found no JSON ({e}); delete the line") from e
         if isinstance(raw, dict) and "undo" in raw:
             undone = from_file(Undo, raw, where).undo
-            if not any(vote.time == undone for vote in out):
+            if undone not in times:  # two processes may take the same vote back
                 raise CheckpointError(f"{where}: expected the time of a vote above, found {undone}; delete the line")
             out = [vote for vote in out if vote.time != undone]
         else:
             out.append(from_file(Vote, raw, where))
+            times.add(out[-1].time)
     return out

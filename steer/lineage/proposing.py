@@ -1,10 +1,13 @@
-"""Which children a node gets: moves that did well elsewhere in the lineage, and moves that bring something new.
+"""Which children are made next: moves that did well elsewhere in the lineage, and moves that nobody has tried.
 
-The value of a move is its mean gain so far, pulled towards 0 by one imagined child that gained nothing, plus what is
-hoped of it: `HOPE` while it is untried, less with each try (explore and exploit, as in UCB). A gain is the difference
-between a child's rating and its parent's, in log-odds. Adding a model and removing it are one question with two signs.
-Where kinship is known, an addition's hope is the share of the model that is new beside the node's models, and a
-removal's is the share that the others have too.
+A bandit over moves. The promise of a child is its parent's rating, plus the mean gain of its move so far, pulled
+towards 0 by one imagined child that gained nothing, plus what is hoped of the move: `HOPE` while it is untried, less
+with each try (explore and exploit, as in UCB). A gain is the difference between a child's rating and its parent's, in
+log-odds. Adding a model and removing it are one question with two signs. Where kinship is known, the hope of both is
+the share of the model that is new beside the node's other models: a copy of what is there changes little.
+
+Children of every rated node are compared, so that a lineage goes wider where the moves on the leader are used up or did
+badly.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from steer.errors import UsageError
-from steer.lineage.lineage import Lineage, Move, Node
+from steer.lineage.lineage import Lineage, Move, MoveKind, Node
 from steer.lineage.recipes import child, has_weights, models_of, needs_base, same_merge, short_name, weight_of
 
 HOPE, SMALL = 1.0, 0.25
@@ -23,8 +26,20 @@ HOPE, SMALL = 1.0, 0.25
 changes too much at once."""
 LOST = -2.0
 """Gain of a child that did not pass the gate."""
+PROPOSED: tuple[MoveKind, ...] = ("add", "remove", "base", "weight")
+"""Moves that are made without being asked for. Methods and profiles are up to people."""
 New = Callable[[str, Collection[str]], float]
 """(model, models beside it) -> the share of its difference to the base that is new, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A child that could be made."""
+
+    parent: str
+    move: Move
+    why: str
+    """Who proposes it, and for which reason, in one line."""
 
 
 @dataclass(frozen=True)
@@ -37,35 +52,43 @@ class _Trial:
 
 
 def propose(
-    lineage: Lineage, parent: str, ratings: Mapping[str, float], *, count: int, new: New | None = None
-) -> list[tuple[Move, str]]:
-    """Return up to `count` moves on a node, the most promising first, each with its reason.
+    lineage: Lineage, ratings: Mapping[str, float], *, count: int, parent: str | None = None, new: New | None = None,
+    kinds: Collection[MoveKind] = PROPOSED,
+) -> list[Proposal]:  # fmt: skip
+    """Return up to `count` children, the most promising first.
 
-    No move makes a merge that the lineage has, and no two of them are about one model. Deterministic: equal values are
-    ordered by the lineage's seed. `ratings`: of nodes, in log-odds. `new`: kinship, where it is known.
+    None of them is a merge that the lineage has, and no two move one model. Deterministic: equal promises are ordered
+    by the lineage's seed. `ratings`: of nodes, in log-odds. `parent`: whose children they are; by default that of any
+    rated node that passed its gate, or of the start before there are ratings. `new`: kinship, where it is known.
+    `kinds`: of moves.
     Errors: UsageError if no move is left.
     """
-    node, known = lineage.node(parent), {same_merge(n.recipe, n.profile) for n in lineage.nodes.values()}
-    trials, found = _trials(lineage, ratings), []
-    for move in _moves(lineage, node):
-        try:
-            made = child(node, "?", move, "a try")
-        except UsageError:  # the recipe does not allow it
-            continue
-        if same_merge(made.recipe, made.profile) not in known:
-            value, why = _value(move, node, trials, new)
-            found.append((-value, _shuffled(lineage, node, move), move, why))
-    chosen: dict[str | None, tuple[Move, str]] = {}
-    for _, _, move, why in sorted(found, key=lambda row: row[:2]):
-        chosen.setdefault(move.model, (move, why))
+    nodes, trials = lineage.nodes, _trials(lineage, ratings)
+    known = {same_merge(n.recipe, n.profile) for n in nodes.values()}
+    rated = [n for n in nodes.values() if n.passed and n.id in ratings] or [lineage.generations[0].nodes[0]]
+    found = []
+    for node in rated if parent is None else [lineage.node(parent)]:
+        for move in _moves(lineage, node, kinds):
+            try:
+                made = child(node, "?", move, "a try")
+            except UsageError:  # the recipe does not allow it
+                continue
+            if same_merge(made.recipe, made.profile) not in known:
+                value, why = _value(move, node, trials, new)
+                promise = round(ratings.get(node.id, 0.0) + value, 9)
+                found.append((-promise, _shuffled(lineage, node, move), Proposal(node.id, move, why)))
+    chosen: dict[str | None, Proposal] = {}
+    for _, _, proposal in sorted(found, key=lambda row: row[:2]):
+        chosen.setdefault(proposal.move.model, proposal)
     if not chosen:
-        raise UsageError(f"{lineage.place}: every move on {parent} was tried; add a model: steer evolve add "
-                         f"{lineage.place} MODEL")  # fmt: skip
+        where = "on every merge of it" if parent is None else f"on {parent}"
+        other = "" if parent is None else "name another --parent, or "
+        raise UsageError(f"{lineage.place}: nothing new is left: every move {where} was tried; {other}add a model: "
+                         f"steer evolve add {lineage.place} MODEL")  # fmt: skip
     return list(chosen.values())[:count]
 
 
-def _moves(lineage: Lineage, node: Node) -> list[Move]:
-    """Every move that is proposed without being asked for. Methods and profiles are up to people."""
+def _moves(lineage: Lineage, node: Node, kinds: Collection[MoveKind]) -> list[Move]:
     inside, pool = models_of(node.recipe), lineage.settings.pool
     moves = [Move("add", model) for model in pool] + [Move("remove", model) for model in inside]
     if needs_base(node.recipe):
@@ -73,7 +96,7 @@ def _moves(lineage: Lineage, node: Node) -> list[Move]:
     if has_weights(node.recipe):
         weights = {model: weight_of(model, node.recipe) for model in inside}
         moves += [Move("weight", m, w * f) for m, w in weights.items() if w for f in (2.0, 0.5)]
-    return moves
+    return [move for move in moves if move.kind in kinds]
 
 
 def _value(move: Move, node: Node, trials: Mapping[str, _Trial], new: New | None) -> tuple[float, str]:
@@ -82,9 +105,8 @@ def _value(move: Move, node: Node, trials: Mapping[str, _Trial], new: New | None
     hope, why = HOPE if move.kind in ("add", "remove") else SMALL, "not tried yet"
     if new is not None and move.kind in ("add", "remove") and move.model is not None:
         share = new(move.model, [m for m in models_of(node.recipe) if m != move.model])
-        hope *= share if sign > 0 else 1 - share
-        why = (f"{share:.0%} of {name} is new beside the parent's models" if sign > 0 else
-               f"only {share:.0%} of {name} is new beside the parent's other models")  # fmt: skip
+        hope *= share
+        why = f"{share:.0%} of {name} is new beside the parent's {'' if sign > 0 else 'other '}models"
     if tried:
         did = f"with {name}" if sign > 0 else f"without {name}"
         children = "1 child" if tried == 1 else f"{tried} children"

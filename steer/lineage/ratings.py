@@ -15,7 +15,7 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import expit
+from scipy.special import expit, ndtr
 from statsmodels.genmod.families import Binomial
 from statsmodels.genmod.generalized_linear_model import GLM
 
@@ -35,6 +35,7 @@ _PSEUDO_VOTES = 1.0
 """Pseudo-votes won, and as many lost, against an average node."""
 _DRAWS = 4000
 """Draws from the posterior. A probability of one half has a standard error of 0.008."""
+_MARGIN = math.log(NOTICEABLE / (1 - NOTICEABLE))
 _Z = 1.96
 
 
@@ -62,6 +63,8 @@ class Standing:
     ratings: dict[str, Rating]
     draws: Float[np.ndarray, "draws nodes"]
     """Ratings drawn from a normal approximation of the posterior; columns in the order of `ratings`."""
+    covariance: Float[np.ndarray, "nodes nodes"]
+    """Covariance of that approximation."""
     votes: int
     """Votes that the ratings are computed from."""
 
@@ -80,7 +83,7 @@ class Standing:
         """Whether more votes would change nothing: with a probability of `SURE` no node is noticeably better than the
         leader."""
         lead = self.draws[:, list(self.ratings).index(self.leader)]
-        return float((self.draws.max(1) - lead < math.log(NOTICEABLE / (1 - NOTICEABLE))).mean()) >= SURE
+        return float((self.draws.max(1) - lead < _MARGIN).mean()) >= SURE
 
     @property
     def line(self) -> str:
@@ -100,12 +103,10 @@ class Standing:
     def among(self, nodes: Collection[str]) -> Standing:
         """Return the standing of some of the nodes: their ratings stay, and one of them is the best."""
         names = [name for name in self.ratings if name in nodes]
-        draws = self.draws[:, [list(self.ratings).index(name) for name in names]]
-        best = _best(draws).mean(0)
-        return Standing(
-            {name: replace(self.ratings[name], best=float(p)) for name, p in zip(names, best, strict=True)},
-            draws, self.votes,
-        )  # fmt: skip
+        places = [list(self.ratings).index(name) for name in names]
+        draws = self.draws[:, places]
+        ratings = {n: replace(self.ratings[n], best=float(p)) for n, p in zip(names, _best(draws), strict=True)}
+        return Standing(ratings, draws, self.covariance[np.ix_(places, places)], self.votes)
 
 
 def rate(nodes: Sequence[str], votes: Sequence[Vote], seed: int = 0) -> Standing:
@@ -139,8 +140,8 @@ def rate(nodes: Sequence[str], votes: Sequence[Vote], seed: int = 0) -> Standing
     draws = np.random.default_rng(seed).multivariate_normal(values, covariance, _DRAWS, method="cholesky")
     # How good all nodes are together is known from the prior alone, and is no part of a rating.
     centre = np.eye(len(nodes)) - 1 / len(nodes)
-    values, errors = centre @ values, np.sqrt(np.maximum(np.diag(centre @ covariance @ centre), 0))
-    best = _best(draws).mean(0)
+    values, covariance = centre @ values, centre @ covariance @ centre
+    errors, best = np.sqrt(np.maximum(np.diag(covariance), 0)), _best(draws)
     ratings = {
         name: Rating(
             float(values[i]), float(values[i] - _Z * errors[i]), float(values[i] + _Z * errors[i]), float(best[i]),
@@ -148,7 +149,7 @@ def rate(nodes: Sequence[str], votes: Sequence[Vote], seed: int = 0) -> Standing
         )
         for name, i in at.items()
     }  # fmt: skip
-    return Standing(ratings, draws - draws.mean(1, keepdims=True), len(votes))
+    return Standing(ratings, draws - draws.mean(1, keepdims=True), covariance, len(votes))
 
 
 def standing(lineage: Lineage) -> Standing:
@@ -163,40 +164,40 @@ def standing(lineage: Lineage) -> Standing:
 
 
 def next_pair(standing: Standing) -> tuple[str, str] | None:
-    """Return the pair whose vote tells most about which node is the best; None for a single node."""
+    """Return the pair whose vote does most to settle who is best; None for a single node."""
     pairs = ranked_pairs(standing)
     return pairs[0] if pairs else None
 
 
 def ranked_pairs(standing: Standing) -> list[tuple[str, str]]:
-    """Return every pair of nodes, the one whose vote tells most about which node is the best first.
+    """Return every pair of nodes, the one whose vote does most to settle who is best first.
 
-    That is the expected drop of the entropy of "who is the best", over draws that are reweighted by each outcome's
-    likelihood. Between equal pairs the one with fewer votes comes first.
+    `Standing.settled` asks whether a node may be noticeably better than the leader. A vote makes ratings surer, by a
+    known amount whatever its outcome: the covariance C becomes C - C e e' C / (1 / (p (1 - p)) + e' C e), with e the
+    difference of the pair's nodes and p the probability that the first is chosen. The pair is the best by which the
+    probabilities of being noticeably better than the leader drop most, summed over the nodes, if all ratings stay as
+    they are (as in optimal computing budget allocation, Chen et al., 2000). Between equal pairs the one with fewer
+    votes comes first.
     """
-    names = list(standing.ratings)
+    names, values = list(standing.ratings), np.array([rating.value for rating in standing.ratings.values()])
     pairs = list(combinations(range(len(names)), 2))
     if not pairs:
         return []
-    first, second = np.array(pairs).T
-    chosen = expit(standing.draws[:, first] - standing.draws[:, second])  # [draws, pairs]
-    best = _best(standing.draws)
-    now = best.mean(0)
-    joint = chosen.T @ best / len(best)  # probability that the first is chosen and that node is the best
-    expected = _entropy(joint) + _entropy(now - joint)
-    drops = np.round(_entropy(now[None]) - expected, 3)
+    units, lead = np.eye(len(names)), names.index(standing.leader)
+    compared = np.array([units[i] - units[j] for i, j in pairs])  # [pairs, nodes]
+    over = np.delete(units, lead, 0) - units[lead]  # [others, nodes]
+    chosen = expit(compared @ values)
+    surer = compared @ standing.covariance  # [pairs, nodes]
+    doubt = (surer * compared).sum(1) + 1 / (chosen * (1 - chosen))
+    now = ((over @ standing.covariance) * over).sum(1)
+    after = now - (surer @ over.T) ** 2 / doubt[:, None]  # [pairs, others]
+    short = _MARGIN - over @ values
+    drops = np.round((ndtr(-short / np.sqrt(now)) - ndtr(-short / np.sqrt(after))).sum(1), 9)
     votes = [standing.ratings[name].votes for name in names]
     order = sorted(range(len(pairs)), key=lambda i: (-drops[i], sum(votes[n] for n in pairs[i]), i))
     return [(names[pairs[i][0]], names[pairs[i][1]]) for i in order]
 
 
-def _best(draws: Float[np.ndarray, "draws nodes"]) -> Float[np.ndarray, "draws nodes"]:
-    """1 for the best node of each draw, 0 for the others."""
-    return np.eye(draws.shape[1])[draws.argmax(1)]
-
-
-def _entropy(joint: Float[np.ndarray, "pairs nodes"]) -> Float[np.ndarray, " pairs"]:
-    """Probability of an outcome times the entropy of "who is the best" after it. `joint`: of the outcome and each node
-    being the best."""
-    shares = joint / joint.sum(1, keepdims=True)
-    return -(joint * np.log(np.maximum(shares, 1e-12))).sum(1)
+def _best(draws: Float[np.ndarray, "draws nodes"]) -> Float[np.ndarray, " nodes"]:
+    """The share of the draws in which each node is the best."""
+    return np.bincount(draws.argmax(1), minlength=draws.shape[1]) / len(draws)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 
-from steer.measure.drawing import STYLE, axes, svg
+from steer.measure.drawing import STYLE, axes, page, svg
 from steer.measure.probes.probe import Figure
 from steer.measure.scorer import Scorer
 from steer.measure.statistics import difference_of
@@ -64,6 +65,14 @@ def cross_effects(
             assert found is not None
             out.append(CrossEffect(slider, name, found.mean.value, found.mean.low, found.mean.high))
     return out
+
+
+def effects_page(result: Mapping[str, Any]) -> str:
+    """Return the report on a model's sliders, an HTML page: what each does to every trait, its verdict and its dose
+    response. `result` has the contents of the matrix.json that examples/traits/matrix.py writes."""
+    # JSON has no nan: a scorer that reads all untouched replies alike has no unit.
+    effects = [CrossEffect(**{k: math.nan if v is None else v for k, v in e.items()}) for e in result["effects"]]
+    return page("effects.html.j2", plot=effects_plot(effects) if effects else "", **result)
 
 
 @matplotlib.rc_context(STYLE)

@@ -7,10 +7,10 @@ loops, finding and measuring, takes a `LoadedModel`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from steer.checkpoint.anatomy import Anatomy
+from steer.checkpoint.library import Library
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.core.edit import Edit
 from steer.core.stops import begun
@@ -85,6 +86,8 @@ class LoadedModel:
         self.context = context_length(hf.config)
         """How many tokens the model reads at most, a prompt and its reply together."""
         self._files = files
+        self.library: Callable[[], Library] = partial(Library, self)
+        """Returns what names of sliders mean on it; an engine that has sliders of its own replaces it."""
 
     def use_template(self, template: str) -> None:
         """Read chats with another template from now on."""

@@ -30,7 +30,7 @@ def sliders_in(model: Checkpoint, profile: Profile) -> list[tuple[Slider, Profil
     """
     out: list[tuple[Slider, ProfileSlider]] = []
     names: set[str] = set()
-    library = Library(model)
+    library = model.library()
     for entry in profile.sliders:
         with _named(profile):
             found = _slider(library, profile, entry.slider)
@@ -92,7 +92,7 @@ def as_profile(name: str, sliders: Sliders, sampler: Sampler) -> Profile:
     for label, amount in sliders.items():
         slider = sliders.slider(label)
         when = ScheduleSpec.of(slider.when)
-        default = Library(sliders.model).slider(slider.target.name).operation
+        default = sliders.model.library().slider(slider.target.name).operation
         operation = None if slider.operation == default else slider.operation
         entries.append(ProfileSlider(slider.target.name, amount, operation, when, sliders.ranges.get(label)))
     free = {"seed": sampler.seed, "max_new_tokens": sampler.max_new_tokens}

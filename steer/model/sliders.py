@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from steer.checkpoint.library import Library
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
@@ -202,7 +201,7 @@ class Sliders(Amounts):
 
     def find(self, names: Collection[str]) -> list[Slider]:
         """The sliders of these names. The library on disk is read once for all of them. Errors: as `slider`."""
-        library = Library(self.model)
+        library = self.model.library()
         for name in names:
             if name not in self._known:
                 self._learn(name, library.slider(name))
@@ -210,7 +209,7 @@ class Sliders(Amounts):
 
     def known(self) -> dict[str, Slider]:
         """Every slider that can be moved by name: those used so far, and the library's for the checkpoint."""
-        for name, slider in Library(self.model).sliders().items():
+        for name, slider in self.model.library().sliders().items():
             self._learn(name, slider)
         return dict(self._known)
 

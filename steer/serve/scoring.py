@@ -7,24 +7,23 @@ from collections.abc import Sequence
 import torch
 
 from steer.core.edit import Edit
-from steer.errors import UsageError
 from steer.model.forward import logits_in_chunks
 from steer.model.prefill import prefill
 from steer.model.steered import SteeredModel
 from steer.serve.engine import Token
+from steer.serve.errors import invalid
 
 
 @torch.inference_mode()
 def prompt_tokens(model: SteeredModel, ids: Sequence[int], edit: Edit | None, top: int) -> tuple[Token, ...]:
     """Return the tokens of a prompt but its first, each with the `top` likeliest tokens at its place.
 
-    The engine waits meanwhile. Errors: CheckpointError for logits that are not finite, UsageError for a model that is
+    The engine waits meanwhile. Errors: CheckpointError for logits that are not finite, ApiError for a model that is
     only described.
     """
     if model.hf.device.type == "meta":
-        raise UsageError(
-            "echo: expected an engine that scores prompts beside logprobs, found vLLM; leave one of them out"
-        )
+        expected = "an engine that scores prompts beside logprobs"
+        raise invalid("echo", expected, "another; leave one of them out", "unsupported_value")
     if len(ids) < 2:
         return ()
     out: list[Token] = []

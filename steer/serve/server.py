@@ -113,8 +113,10 @@ def serve(
         try:
             server = Server(model, writer, options)
             # Prepare all sliders that requests may name: reading a dictionary and measuring its fit takes seconds.
-            for slider in model.sliders.known().values():
-                as_edit(model, [(slider, 1.0)])
+            fixed = model.library().fixed
+            for name, slider in model.sliders.known().items():
+                if name not in fixed:
+                    as_edit(model, [(slider, 1.0)])
             ready(address(listening))
             with suppress(KeyboardInterrupt):  # uvicorn raises it once it has stopped
                 server.run(sockets=[listening])
@@ -181,7 +183,7 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     # FastAPI calls these in a thread, because they are no coroutines: they may read a dictionary from disk.
     @app.get("/v1/steering")
     def steering() -> dict[str, Any]:
-        return settings.describe()
+        return settings.describe() | {"allow_find": options.allow_find}
 
     @app.put("/v1/steering")
     def steer(update: Steering) -> dict[str, Any]:

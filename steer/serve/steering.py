@@ -114,7 +114,8 @@ class LiveSettings:
         return self._row(self.live, name, self._model.sliders.slider(name))
 
     def _row(self, setting: Setting, name: str, slider: Slider) -> dict[str, Any]:
-        amount = setting.sliders.get(name, slider.neutral)
+        fixed = self._model.library().fixed.get(name)
+        amount = setting.sliders.get(name, slider.neutral) if fixed is None else slider.amount
         return {
             "name": name,
             "kind": "feature" if isinstance(slider.target, Feature) else "direction",
@@ -125,6 +126,7 @@ class LiveSettings:
             "share": None if amount is None else _number(slider.share(amount)),
             "unit_share": _number(slider.share(1.0)) if slider.operation == "add" else None,
             "site": slider.site,
+            "fixed": fixed,
         }
 
     def _start(self, profile: str | None) -> Setting:

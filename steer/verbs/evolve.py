@@ -37,7 +37,7 @@ from steer.lineage.building import (
 from steer.lineage.building import start as build_start
 from steer.lineage.family_tree import model_card, tree_text
 from steer.lineage.lineage import BY_HAND, SETTINGS, Lineage, Move, Node, Settings
-from steer.lineage.proposing import New, propose
+from steer.lineage.proposing import New, Proposal, propose
 from steer.lineage.ratings import Rating, rate, standing
 from steer.lineage.recipes import check_start as check_recipe
 from steer.lineage.recipes import child, describe, models_of, same_merge, short_name
@@ -93,8 +93,9 @@ def start(
 
 
 def next_generation(place: str | Path, *, parent: str | None = None, say: Say = lambda line: None) -> Json:
-    """Build the next generation, children of the node that leads by votes, or of `parent`; or go on with one that was
-    stopped. Returns what `show` does.
+    """Build the next generation: the most promising children, which are those of the node that leads by votes unless
+    its moves are used up or did badly; or children of `parent`; or go on with one that was stopped. Returns what `show`
+    does.
 
     Errors: UsageError without votes on the newest generation unless `parent` is given, and if no move is left.
     """
@@ -157,7 +158,7 @@ def add(
             for line in _misfits([found], node.recipe):
                 say(line)
             lineage.admit(found, str(name))
-        build(lineage, node.id, [(move, BY_HAND)], say=say)
+        build(lineage, [Proposal(node.id, move, BY_HAND)], say=say)
         _discard(lineage)
     return show(place)
 
@@ -266,13 +267,14 @@ def write_page(place: str | Path, out: str | Path) -> Path:
     return write_tree(lineage, standing(lineage), Path(out))
 
 
-def _propose_and_build(lineage: Lineage, parent: str, say: Say) -> None:
+def _propose_and_build(lineage: Lineage, parent: str | None, say: Say) -> None:
+    """Build children of a node, or of the most promising ones."""
     ratings = {name: rating.value for name, rating in _ratings(lineage).items()}
-    new = _new(lineage.node(parent), lineage, say)
-    proposals = propose(lineage, parent, ratings, count=lineage.settings.children, new=new)
-    for move, why in proposals:
-        say(f"{describe(move)}: {why}")
-    build(lineage, parent, proposals, say=say)
+    new = _new(lineage.node(parent or standing(lineage).leader), lineage, say)
+    proposals = propose(lineage, ratings, count=lineage.settings.children, parent=parent, new=new)
+    for proposal in proposals:
+        say(f"{proposal.parent}: {describe(proposal.move)}: {proposal.why}")
+    build(lineage, proposals, say=say)
     _discard(lineage)
 
 
@@ -311,7 +313,8 @@ def _new(node: Node, lineage: Lineage, say: Say) -> New | None:
     return lambda model, beside: 0.0 if model == base else found.new(model, [m for m in beside if m != base])
 
 
-def _parent(lineage: Lineage, parent: str | None) -> str:
+def _parent(lineage: Lineage, parent: str | None) -> str | None:
+    """Return the parent that was named; None for none, if there are votes to go by."""
     if not lineage.generations:
         raise UsageError(f"{lineage.place}: expected a generation, found none; begin with steer evolve START.yml "
                          f"{lineage.place}")  # fmt: skip
@@ -321,7 +324,8 @@ def _parent(lineage: Lineage, parent: str | None) -> str:
     if newest and not any({vote.a, vote.b} & newest for vote in lineage.votes):
         raise UsageError(f"{lineage.place}: expected votes on {', '.join(sorted(newest))}, found none; vote with steer "
                          f"evolve vote {lineage.place}, or name --parent NODE")  # fmt: skip
-    return standing(lineage).leader
+    # Children whose gates all failed leave a race of one, and their parent goes on.
+    return None
 
 
 def _current_parent(lineage: Lineage) -> str:

@@ -138,7 +138,9 @@ def test_strengths_by_kind_leave_out_what_they_do_not_edit(source: Path, tmp_pat
 def test_two_directions_of_one_name_have_files_of_their_own(source: Path, tmp_path: Path, two) -> None:
     other = Direction("moral", 2, two[1].vector, with_mean=1.0, residual_norm=1.0)
     cert = bake(source, tmp_path / "out", Edit((two[0], other)), "gguf")
-    assert server_command(cert) == "llama-server -m MODEL.gguf --lora ablate-moral.gguf,ablate-moral-2.gguf"
+    assert server_command(cert) == (
+        "llama-server -m MODEL.gguf --lora ablate-moral.gguf,ablate-moral-2.gguf --cache-ram 0"
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,8 @@ def test_the_card_has_the_command_and_the_body_that_sets_the_scales(written: Pat
     card = (written / "README.md").read_text()
     command = server_command(Certificate.load(written))
     assert command == (
-        "llama-server -m MODEL.gguf --lora ablate-moral.gguf,ablate-b.gguf --control-vector control_vector.gguf"
+        "llama-server -m MODEL.gguf --lora ablate-moral.gguf,ablate-b.gguf --cache-ram 0 "
+        "--control-vector control_vector.gguf"
     )
     assert f"\n{command}\n" in card
     body = re.search(r"```json\n(.*?)\n```", card, re.DOTALL)

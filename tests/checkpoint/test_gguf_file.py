@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from steer.checkpoint.gguf_file import STORED, Stored, write_gguf
 from steer.errors import SteerError, UnsupportedError, UsageError
 
-ERROR = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127 + 2.0**-11}
-"""Largest rounding error of a stored number; of Q8_0, whose scale is in fp16, as a share of the largest
-in its row of 32, else of itself."""
+ERROR = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127 + 2.0**-11, "Q4_0": 1 / 8 + 2.0**-11}
+"""Largest rounding error of a stored number; of Q8_0 and Q4_0, whose scale is in fp16, as a share of the largest in
+its row of 32, else of itself. Q4_0 goes from -8 to 7 steps, so the largest number of the other sign is cut by one."""
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def source(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
 def test_every_number_is_within_the_rounding_of_its_type(
     tmp_path: Path, tiny_llama: Callable[..., Path], stored: Stored
 ) -> None:
-    source = tiny_llama(tmp_path / "wide", tie=False, intermediate_size=64)  # Q8_0 needs a multiple of 32
+    source = tiny_llama(tmp_path / "wide", tie=False, intermediate_size=64)  # Q8_0 and Q4_0 need a multiple of 32
     assert write_gguf(source, tmp_path / "model.gguf", stored) == stored
     tensors = gguf.GGUFReader(tmp_path / "model.gguf").tensors
     found = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in tensors}
@@ -37,7 +37,7 @@ def test_every_number_is_within_the_rounding_of_its_type(
     wanted = weights["model.layers.1.mlp.down_proj.weight"].numpy()
     got = found["blk.1.ffn_down.weight"].reshape(wanted.shape)
     size = np.abs(wanted.reshape(-1, 32)).max(1, keepdims=True).repeat(32, 1).reshape(wanted.shape)
-    bound = ERROR[stored] * (size if stored == "Q8_0" else np.abs(wanted))
+    bound = ERROR[stored] * (size if stored.startswith("Q") else np.abs(wanted))
     assert (np.abs(got - wanted) <= bound * 1.01).all()
     assert (found["blk.1.attn_norm.weight"] == weights["model.layers.1.input_layernorm.weight"].numpy()).all()
 

@@ -34,8 +34,8 @@ def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROBES", ())
 
 
-def adds(family: Path, *names: str) -> list[tuple[Move, str]]:
-    return [(Move("add", str(family / name)), "a test") for name in names]
+def adds(family: Path, parent: str, *names: str) -> list[Proposal]:
+    return [Proposal(parent, Move("add", str(family / name)), "a test") for name in names]
 
 
 def begin(place: Path, family: Path, **keys: Any) -> Lineage:
@@ -52,7 +52,7 @@ def begun(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(module, "PROBES", ("capability",))
         lineage = begin(tmp_path_factory.mktemp("begun") / "lineage", family)
         with building(lineage):
-            build(lineage, "0", adds(family, "dry", "broken"))
+            build(lineage, adds(family, "0", "dry", "broken"))
     return lineage.place
 
 
@@ -90,9 +90,9 @@ def test_a_merge_that_mergekit_fails_on_does_not_pass_and_its_siblings_do(
     lineage: Lineage, family: Path, tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
     deep = tiny_llama(tmp_path / "deep", num_hidden_layers=2)
-    moves = [(Move("add", str(deep)), "a test"), *adds(family, "loud")]
+    proposals = [Proposal("1a", Move("add", str(deep)), "a test"), *adds(family, "1a", "loud")]
     with building(lineage):
-        first, second = build(lineage, "1a", moves).nodes
+        first, second = build(lineage, proposals).nodes
     assert first.gate
     assert "same number of layers" in first.gate.reasons[0]
     assert second.passed
@@ -155,7 +155,7 @@ def test_a_disk_without_room_is_told_before_the_merge_and_nothing_is_lost(
     with monkeypatch.context() as patch, building(lineage):
         patch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
         with pytest.raises(SteerError, match=r"expected 0\.0 GB free for the merge of 2a, found 0\.0"):
-            build(lineage, "1a", adds(family, "loud"))
+            build(lineage, adds(family, "1a", "loud"))
     assert not lineage.model("2a").exists()
     with building(lineage):
         done = finish(lineage)
@@ -168,7 +168,7 @@ def test_a_model_that_is_gone_stops_the_generation_which_goes_on_when_it_is_back
     lineage = begin(tmp_path / "lineage", copy)
     (copy / "dry").rename(copy / "away")
     with building(lineage), pytest.raises(CheckpointError, match=r"1a\.yml: names a model that is not there"):
-        build(lineage, "0", adds(copy, "dry"))
+        build(lineage, adds(copy, "0", "dry"))
     assert len(lineage.generations) == 1
     (copy / "away").rename(copy / "dry")
     with building(lineage):
@@ -187,9 +187,9 @@ def test_a_plan_whose_generation_was_written_is_dropped(lineage: Lineage) -> Non
 
 def test_moves_that_the_parent_does_not_allow_are_refused_before_a_merge(lineage: Lineage, family: Path) -> None:
     with building(lineage), pytest.raises(UsageError, match="found one of its models"):
-        build(lineage, "1a", adds(family, "loud", "calm"))
+        build(lineage, adds(family, "1a", "loud", "calm"))
     with building(lineage), pytest.raises(UsageError, match="expected 1 to 26 children, found 0"):
-        build(lineage, "1a", [])
+        build(lineage, [])
     assert not (lineage.place / PLAN).exists()
 
 
@@ -204,13 +204,13 @@ def test_sliders_are_inherited_and_measured(
     (slider,) = carried["sliders"]
     assert (lineage.place / slider["slider"]).is_file()
     with building(lineage):
-        (far,) = build(lineage, "1a", [(Move("profile", profile=carried), "by hand")]).nodes
+        (far,) = build(lineage, [Proposal("1a", Move("profile", profile=carried), "by hand")]).nodes
     # The slider is far too far, so the gate sees it, although the weights are those of the parent.
     assert far.weights == lineage.node("1a").weights
     assert far.gate is not None
     assert not far.passed
     with building(lineage):
-        (heir,) = build(lineage, far.id, adds(family, "loud")).nodes
+        (heir,) = build(lineage, adds(family, far.id, "loud")).nodes
     moved = Lineage(shutil.move(lineage.place, tmp_path / "elsewhere"))
     inherited = profile_of(moved, moved.node(heir.id))
     assert inherited is not None
@@ -223,7 +223,7 @@ def test_the_gate_asks_all_its_probes(family: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "PROBES", ("capability", "prose", "positions"))
     lineage = begin(tmp_path / "lineage", family)
     with building(lineage):
-        (calm,) = build(lineage, "0", adds(family, "dry")).nodes
+        (calm,) = build(lineage, adds(family, "0", "dry")).nodes
     assert calm.gate is not None
     assert calm.passed
     assert calm.gate.figures.keys() == {"capability", "prose", "positions"}
@@ -232,7 +232,7 @@ def test_the_gate_asks_all_its_probes(family: Path, tmp_path: Path, monkeypatch:
 # Killed at any moment
 
 
-def _build_and_die(place: Path, raw: dict[str, Any], moves: list[tuple[Move, str]], at: int, steps: Any) -> None:
+def _build_and_die(place: Path, raw: dict[str, Any], proposals: list[Proposal], at: int, steps: Any) -> None:
     """Build in a child that kills itself at its `at`-th touch of a file of the lineage; report the touches."""
     torch.set_num_threads(1)
     module.PROBES = ("capability",)
@@ -252,7 +252,7 @@ def _build_and_die(place: Path, raw: dict[str, Any], moves: list[tuple[Move, str
         if finish(lineage) is None and not lineage.generations:
             start(lineage, raw, "given")
         if len(lineage.generations) == 1:
-            build(lineage, "0", moves)
+            build(lineage, proposals)
         discard(lineage, ["0", "1a"])
     steps.put(count)
 
@@ -261,12 +261,12 @@ def _build_and_die(place: Path, raw: dict[str, Any], moves: list[tuple[Move, str
 def test_killed_at_any_moment_it_goes_on_with_what_is_done(family: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mergekit.merge", "steer.lineage.building", "test_building"])
-    steps, raw, moves = context.Queue(), recipe(family, "base", "calm"), adds(family, "dry", "loud")
+    steps, raw, proposals = context.Queue(), recipe(family, "base", "calm"), adds(family, "0", "dry", "loud")
 
     def run(place: Path, at: int) -> int | None:
         if not place.exists():
             Lineage.create(place, Settings([]))
-        child = context.Process(target=_build_and_die, args=(place, raw, moves, at, steps))
+        child = context.Process(target=_build_and_die, args=(place, raw, proposals, at, steps))
         child.start()
         child.join(120)
         return child.exitcode

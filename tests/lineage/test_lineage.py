@@ -77,6 +77,10 @@ def test_a_voter_takes_back_votes_one_by_one_and_those_of_nobody_else(lineage: L
         with pytest.raises(UsageError, match=f"expected a vote of {voter} to take back, found none"):
             lineage.undo(voter)
     file = lineage.place / "votes" / "lee.jsonl"
+    vote(lineage, "same", "lee")
+    lineage.undo("lee")
+    file.write_bytes(file.read_bytes() + file.read_bytes().splitlines(keepends=True)[-1])  # by two processes at once
+    assert [(v.outcome, v.voter) for v in lineage.votes] == [("b", "lee")]
     file.write_text('{"undo": 3.5, "time": 4.0}\n')
     with pytest.raises(CheckpointError, match=r"lee\.jsonl: line 1: expected the time of a vote above, found 3\.5"):
         _ = lineage.votes

@@ -11,8 +11,8 @@ import pytest
 
 from steer.errors import UsageError
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Settings
-from steer.lineage.proposing import propose
-from steer.lineage.recipes import child, same_merge
+from steer.lineage.proposing import Proposal, propose
+from steer.lineage.recipes import child, same_merge, short_name
 
 POOL = ["/m/calm", "/m/dry", "/m/loud"]
 
@@ -45,33 +45,56 @@ def new(model: str, beside: Collection[str]) -> float:
     return {"/m/loud": 0.9, "/m/calm": 0.4, "/m/dry": 0.3, "/m/roleplay": 0.05}.get(model, 0.8)
 
 
-def moves(lineage: Lineage, parent: str = "0", ratings: dict[str, float] | None = None, **options: Any) -> list[Move]:
-    return [move for move, _ in propose(lineage, parent, ratings or {}, **{"count": 3, "new": new} | options)]
+def moves(
+    lineage: Lineage, parent: str | None = "0", ratings: dict[str, float] | None = None, **options: Any
+) -> list[Move]:
+    return [p.move for p in propose(lineage, ratings or {}, **{"count": 3, "parent": parent, "new": new} | options)]
 
 
-def test_what_adds_most_that_is_new_comes_first_and_what_adds_least_goes(lineage: Lineage) -> None:
-    proposals = propose(lineage, "0", {}, count=3, new=new)
-    assert [m for m, _ in proposals] == [Move("remove", "/m/roleplay"), Move("add", "/m/loud"), Move("add", "/m/calm")]
-    assert [why for _, why in proposals] == [
-        "only 5% of roleplay is new beside the parent's other models",
-        "90% of loud is new beside the parent's models",
-        "40% of calm is new beside the parent's models",
-    ]
+def test_the_models_that_are_most_new_beside_the_others_come_and_go_first(lineage: Lineage) -> None:
+    proposals = propose(lineage, {}, count=9, new=new, kinds=("add", "remove"))
+    order = [short_name(p.move.model or "") for p in proposals]
+    assert (order[0], set(order[1:3])) == ("loud", {"prose", "plain"})
+    assert order[3:] == ["calm", "dry", "roleplay"]  # a copy of what is there changes little
+    assert [proposals[i].why for i in (0, 5)] == [
+        "90% of loud is new beside the parent's models", "5% of roleplay is new beside the parent's other models",
+    ]  # fmt: skip
 
 
 def test_a_move_that_did_well_is_repeated_and_one_that_did_badly_is_not(lineage: Lineage) -> None:
     grow(lineage, "0", Move("add", "/m/calm"), Move("add", "/m/loud"), Move("remove", "/m/roleplay"))
     ratings = {"0": 0.0, "1a": 2.0, "1b": -2.0, "1c": 0.1}
-    found = propose(lineage, "1c", ratings, count=9, new=new)
-    assert found[0][0] == Move("add", "/m/calm")
-    assert found[0][1] == "with calm ratings changed by +2.00 on average (1 child so far)"
-    assert Move("add", "/m/loud") not in [m for m, _ in found[:3]]
+    found = propose(lineage, ratings, count=9, parent="1c", new=new)
+    assert found[0] == Proposal(
+        "1c", Move("add", "/m/calm"), "with calm ratings changed by +2.00 on average (1 child so far)"
+    )
+    assert Move("add", "/m/loud") not in [p.move for p in found[:3]]
     # What was worse with a model is better without it.
-    below = propose(lineage, "1b", ratings, count=9, new=new)
-    assert below[0] == (Move("add", "/m/calm"), found[0][1])
-    assert (Move("remove", "/m/loud"), "without loud ratings changed by +2.00 on average (1 child so far)") not in below
     grow(lineage, "1b", Move("add", "/m/dry"))
-    assert moves(lineage, "2a", ratings, count=2)[1] == Move("remove", "/m/loud")
+    better = next(p for p in propose(lineage, ratings, count=2, parent="2a", new=new) if p.move.kind == "remove")
+    assert better.move == Move("remove", "/m/loud")
+    assert better.why == "without loud ratings changed by +2.00 on average (1 child so far)"
+
+
+def test_a_model_that_the_start_has_is_taken_out_sooner_or_later(lineage: Lineage) -> None:
+    """Where all models are new beside each other, a removal is worth a try as an addition is."""
+    grow(lineage, "0", Move("add", "/m/calm"), Move("add", "/m/dry"), Move("add", "/m/loud"))
+    found = moves(lineage, "1a", {"0": 0.0, "1a": 0.2, "1b": -0.3, "1c": -0.3}, new=lambda model, beside: 0.95)
+    assert {m.kind for m in found} == {"remove"}
+    assert {m.model for m in found} == {"/m/prose", "/m/roleplay", "/m/plain"}
+
+
+def test_where_the_moves_on_the_leader_are_used_up_the_next_best_node_has_children(lineage: Lineage) -> None:
+    grow(lineage, "0", Move("add", "/m/calm"), Move("add", "/m/dry"))
+    ratings = {"0": 0.0, "1a": 3.0, "1b": 1.0}
+    both = {"new": new, "kinds": ("add",)}
+    assert {p.parent for p in propose(lineage, ratings, count=2, **both)} == {"1a"}
+    for model in ("/m/dry", "/m/loud"):
+        grow(lineage, "1a", Move("add", model))
+        ratings[f"{len(lineage.generations) - 1}a"] = -1.0
+    assert propose(lineage, ratings, count=9, **both)[0].parent == "1b"
+    with pytest.raises(UsageError, match=r"every move on 1a was tried; name another --parent, or add a model: steer"):
+        propose(lineage, ratings, count=9, parent="1a", **both)
 
 
 def test_a_child_that_did_not_pass_counts_against_its_move(lineage: Lineage) -> None:
@@ -128,5 +151,5 @@ def test_when_all_was_tried_it_says_so(tmp_path: Path) -> None:
     lineage = Lineage.create(tmp_path / "lineage", Settings(["/m/calm"]))
     lineage.write(Generation(0, [child_of_nothing({"merge_method": "karcher", "models": [{"model": "/m/base"}]})]))
     grow(lineage, "0", Move("add", "/m/calm"))
-    with pytest.raises(UsageError, match=r"every move on 0 was tried; add a model: steer evolve add"):
-        moves(lineage)
+    with pytest.raises(UsageError, match=r"nothing new is left: every move on every merge of it was tried; add a"):
+        moves(lineage, None)

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit
+from scipy.special import expit, log_expit, logit
+from scipy.stats import norm
 
 from steer.errors import UsageError
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Outcome, Settings, Vote
-from steer.lineage.ratings import SURE, next_pair, ranked_pairs, rate, standing
+from steer.lineage.ratings import NOTICEABLE, SURE, next_pair, ranked_pairs, rate, standing
 
 OTHER: dict[Outcome, Outcome] = {"a": "b", "b": "a", "same": "same", "bad": "bad"}
 
@@ -140,29 +141,22 @@ def test_the_next_pair_is_among_those_that_may_be_the_best() -> None:
     found = rate([*"abcd"], votes)
     pairs = ranked_pairs(found)
     assert pairs[0] == next_pair(found) == ("a", "b")
-    assert pairs[-1] == ("c", "d")
     assert len(pairs) == 6
 
 
-def test_pairs_are_ranked_by_the_entropy_that_a_vote_takes_away() -> None:
-    """Against adding the vote and counting again, with both outcomes."""
-    votes = simulated([0.8, 0.4, 0.0, -0.4], 12, 5)
-    found = rate([*"0123"], votes)
+def test_pairs_are_ranked_by_how_far_a_vote_settles_who_is_best() -> None:
+    """Against counting again with the vote: one that calls equal nodes the same moves no rating."""
+    votes = [vote(a, b, "same") for a, b, count in ("019", "123", "231", "036", "242") for _ in range(int(count))]
+    margin = logit(NOTICEABLE)
 
-    def entropy(votes: list[Vote]) -> float:
-        return -sum(r.best * math.log(r.best or 1) for r in rate([*"0123"], votes).ratings.values())
+    def doubt(votes: list[Vote]) -> float:
+        c = rate([*"01234"], votes).covariance
+        return sum(norm.sf(margin, scale=math.sqrt(c[0, 0] + c[i, i] - 2 * c[0, i])) for i in range(1, 5))
 
-    def drop(pair: tuple[str, str]) -> float:
-        i, j = map(int, pair)
-        chosen = float(expit(found.draws[:, i] - found.draws[:, j]).mean())
-        return entropy(votes) - sum(
-            p * entropy([*votes, vote(*pair, o)])
-            for p, o in ((chosen, "a"), (1 - chosen, "b"))  # pyright: ignore
-        )
-
-    drops = [drop(pair) for pair in ranked_pairs(found)]
-    assert drops[0] >= max(drops) - 0.02
-    assert np.corrcoef(drops, range(len(drops), 0, -1))[0, 1] > 0.7
+    pairs = ranked_pairs(rate([*"01234"], votes))
+    drops = [doubt(votes) - doubt([*votes, vote(*pair, "same")]) for pair in pairs]
+    assert drops == pytest.approx(sorted(drops, reverse=True), abs=1e-9)
+    assert drops[0] > 2 * drops[5] > 0
 
 
 def test_the_race_is_the_newest_generation_its_parent_and_who_may_still_be_the_best(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer.checkpoint.merge import merge
+from steer.core.sampler import CHAT
+from steer.lineage import building
+from steer.lineage.building import checkpoint
 from steer.lineage.judging import Prompts
+from steer.lineage.ratings import standing
+from steer.model.steered import load
 
 TEXTS = {
     "letters": "a b c d e f g h i j k l m n o p q r s t u v w x y z ",
@@ -100,3 +107,29 @@ def test_lineages_of_six_generations_end_near_the_best_subset_and_telling_pairs_
     assert votes["most telling"] < votes["round-robin"]
     assert votes["most telling"] < votes["random"]
     assert f"{len(replies)} merges of 5 tunes" in run.table(found, replies, someone)
+
+
+@pytest.mark.slow
+def test_steer_evolve_grows_six_generations_to_a_merge_near_the_best_subset(
+    run: Any, family: Path, adapters: dict[str, Path], prompts: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(building, "PERPLEXITY", 1e9)  # tunes that write letters alone would not pass
+    monkeypatch.setattr(building, "PROBES", ("capability",))
+    base, start = str(family / "base"), tmp_path / "start.yml"
+    start.write_text(yaml.safe_dump(run.recipe(base, [f"{base}+{adapters[START]}"])))
+    pool = [f"{base}+{adapters[name]}" for name in POOL]
+    person = run.Person(TASTE, noise=0.5, rng=random.Random(0))
+    lineage = run.grow_whole(
+        tmp_path / "lineage", start, pool, person, generations=6, children=3, most=20, tokens=TOKENS
+    )
+    assert [generation.number for generation in lineage.generations] == list(range(7))
+    replies = run.answer(tmp_path, base, adapters, prompts, TOKENS)
+    best = max(replies.values(), key=partial(run.score, person))
+    model = load(checkpoint(lineage, standing(lineage).leader))
+    chats = [[{"role": "user", "content": text}] for text in prompts]
+    made = model.replies(chats, replace(CHAT, max_new_tokens=TOKENS), thoughts=False)  # pyright: ignore
+    end = [model.text(ids).strip() for ids in made]
+    gap = run.score(person, best) - run.score(person, end)
+    assert gap <= 2 * run.error(person, best, end)
+    assert run.score(person, end) > run.score(person, replies[frozenset({START})]) + gap

@@ -105,6 +105,7 @@ def test_replies_come_in_the_order_asked_for_whatever_the_batches(model64, moral
     passes = []
     count = model64.hf.model.register_forward_pre_hook(lambda *_: passes.append(1))
     monkeypatch.setattr(steered, "CACHE_BYTES", a_token)  # less than one reply takes: one chat at a time
+    monkeypatch.setattr(steered, "CACHE_SHARE", 0)
     assert model64.replies(chats, DRAWN, edits) == whole
     count.remove()
     assert len(passes) >= sum(map(len, whole))

@@ -25,7 +25,11 @@ def draw(chat: Chat) -> None:
         "Knowledge, places, consequences, characters, prose: the model with and without it answers the same questions, "
         "and each difference is compared with noise. It takes some minutes."
     )
-    costs = chat.costs()
+    costs, effects = chat.costs(), chat.effects_report()
+    if effects is not None:
+        st.caption("What each slider that ships does to every trait was measured once, on messages that no search saw.")
+        if st.button("What the sliders do to each other", icon=":material/grid_on:"):
+            _show(effects)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("The sliders as they stand, under the name", "sliders", key="cost name", max_chars=80)
         button("Measure the sliders", lambda: chat.cost_of_sliders(name.strip() or "sliders").start(), type="primary")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from steer.chat.chat import Chat
+from steer.chat.descriptions import plain_verdict
 from steer.chat.preview import Preview
 from steer.core.trait import Trait
 from steer.finding.new_slider import LONGEST, FailedSearch, NewSliderJob
 from steer.page.drawing import markdown
 from steer.page.guard import button, guarded, redraw, watch
+
+if TYPE_CHECKING:  # openai takes long to import
+    from steer.chat.remote_search import RemoteSearch
 
 POLL = 1.0
 _PREVIEW_POLL = 0.25
@@ -117,10 +122,10 @@ def _search(chat: Chat) -> None:
         _failed(failed)
 
 
-def _result(chat: Chat, job: NewSliderJob) -> None:
+def _result(chat: Chat, job: NewSliderJob | RemoteSearch) -> None:
     row = chat.panel.row(job.trait.name)
     low, high = row.safe
-    verdict = row.verdict
+    verdict = row.verdict or plain_verdict((job.result or {}).get("verdict"))
     text = f"**“{row.title}” is among your sliders.** Replies hold together from {low:g} to {high:g}."
     if verdict is not None:
         auroc = "" if verdict.auroc is None else f" (held-out AUROC {verdict.auroc:.2f})"
@@ -129,7 +134,7 @@ def _result(chat: Chat, job: NewSliderJob) -> None:
     button("OK", lambda: (chat.forget_search(), redraw()), key="seen new slider")
 
 
-def _failed(failed: FailedSearch) -> None:
+def _failed(failed: FailedSearch | RemoteSearch) -> None:
     st.error(markdown(f"“{failed.name}” was not found: {failed.error}"))
     with st.container(horizontal=True):
         again = (failed.sentence, failed.opposite or "", failed.name)

@@ -52,7 +52,7 @@ def _rows(chat: Chat) -> None:
                     with st.container(key=f"slider{number}"):
                         _row(chat, row)
     rails(rail(f"slider{number}", row.low, row.high, row.safe) for number, row in numbered)
-    if chat.backend.local:
+    if chat.backend.finds:
         with st.container(horizontal=True):
             button("New slider", new_slider.open_dialog, "add", help="Make one from two sentences that you write")
 
@@ -94,7 +94,10 @@ def _row(chat: Chat, row: SliderRow) -> None:
         markdown(label), float(row.low), float(row.high), float(start), step, key=key, label_visibility="collapsed",
         format="%.2f" if step >= 0.01 else "%.3f",
         on_change=lambda: safely(lambda: chat.panel.set(row.name, float(st.session_state[key]))),
+        disabled=row.fixed is not None,
     )  # fmt: skip
+    if row.fixed is not None:
+        st.caption(f"Moves only when the server starts again: {markdown(row.fixed)}")
     st.html(ends(*row.ends))
     if row.verdict is not None and not row.verdict.works:
         st.markdown(f":small[:orange[{row.verdict.short}]]", help=markdown(row.verdict.sentence))

@@ -1,5 +1,5 @@
-"""Client libraries against a real server: openai with tools, litellm, LangChain; and schemathesis, which sends what the
-server's own OpenAPI document allows, and what it does not."""
+"""Client libraries against a real server on each engine: openai with tools, litellm, LangChain; and schemathesis, which
+sends what the server's own OpenAPI document allows, and what it does not."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import openai
 import pytest
+from llama_desk import engine_on
 from pydantic import BaseModel
 from serving import NO_END, Served, served
 
-from steer.model.steered import SteeredModel
 from steer.serve.limits import Limits
 from steer.serve.server import Options
 
@@ -21,12 +21,20 @@ WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "requir
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": WEATHER}}]
 
 
-@pytest.fixture(scope="module")
-def server(served_model: SteeredModel) -> Iterator[Served]:
+@pytest.fixture(scope="module", params=["transformers", "llama.cpp"])
+def server(request: pytest.FixtureRequest) -> Iterator[Served]:
     """A server that takes any model's name."""
     options = Options(any_model_name=True, limits=Limits(tokens=6, choices=4))
-    with served(served_model, options) as running:
-        yield running
+    if request.param == "transformers":
+        with served(request.getfixturevalue("served_model"), options) as running:
+            yield running
+    else:
+        llama = request.getfixturevalue("llama").url
+        with (
+            engine_on(request.getfixturevalue("desk"), llama) as engine,
+            served(engine.model, options, engine) as running,
+        ):
+            yield running
 
 
 @pytest.fixture(scope="module")

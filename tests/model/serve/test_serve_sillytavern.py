@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from llama_desk import engine_on
+from serving import served
 
+from steer.core.profile import Profile
 from steer.core.sampler import PRESETS
 from steer.serve.limits import Limits
 from steer.serve.requests import ChatRequest, CompletionRequest, chat_prompt, completion_prompts, sampler_of
+from steer.serve.server import Options
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -92,3 +96,27 @@ def test_its_prefill_is_continued(served_model):
 
 def test_its_check_of_the_connection_finds_the_models(fresh):
     assert [m["id"] for m in fresh.get("/v1/models").json()["data"]] == ["chat", "chat@noir"]
+
+
+def test_its_requests_are_answered_by_llama_cpp_too(desk, llama):
+    noir = {"name": "noir", "sliders": [{"slider": "a", "operation": "ablate", "amount": 0.5}]}
+    options = Options(profiles=[Profile.parse(noir, "noir")], any_model_name=True)
+    with engine_on(desk, llama.url) as engine, served(engine.model, options, engine) as server:
+        sent = body("text_completion")
+        reply = server.post("/v1/completions", sent)
+        assert reply.status_code == 200, reply.text
+        chunks = events(reply.text)
+        text = "".join(c["choices"][0]["text"] for c in chunks)
+        whole = server.post("/v1/completions", sent | {"stream": False, "seed": chunks[-1]["steering"]["seed"]}).json()
+        assert text == whole["choices"][0]["text"] != ""
+        tops = [top for c in chunks for top in c["choices"][0]["logprobs"]["top_logprobs"]]
+        assert len(tops) > 5
+        assert all(10 <= len(top) <= 11 for top in tops)
+        for stream in (True, False):
+            chat = body("chat_completion") | {"steering": {"sliders": {"b:ablate": 1.0}}}
+            reply = server.post("/v1/chat/completions", chat | {"stream": stream})
+            assert reply.status_code == 200, reply.text
+            steering = (events(reply.text)[-1] if stream else reply.json())["steering"]
+            assert (steering["profile"], steering["seed"]) == ("noir", 7)
+            assert steering["sliders"] == {"a:ablate": 0.5, "b:ablate": 1.0}
+            assert steering["warnings"] == ["receipt: llama.cpp does not report how far its LoRAs moved the reply"]
