@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.checkpoint.kin import kinship, mismatches
-from steer.checkpoint.merge import (
-    MANIFEST,
-    absolute_name,
-    read_recipe,
-    recipe_models,
-    with_absolute_paths,
-)
+from steer.checkpoint.merge import MANIFEST, absolute_name, read_recipe, recipe_models, with_absolute_paths
 from steer.checkpoint.staging import check_output, staged, write_json, write_text
 from steer.core.profile import Profile
 from steer.core.small_files import dump_yaml
@@ -38,8 +32,8 @@ from steer.lineage.family_tree import model_card, tree_text
 from steer.lineage.lineage import BY_HAND, SETTINGS, Lineage, Move, Node, Settings
 from steer.lineage.proposing import New, Proposal, propose
 from steer.lineage.ratings import Rating, rate, standing
-from steer.lineage.recipes import check_start as check_recipe
 from steer.lineage.recipes import as_written, child, describe, models_of, same_merge, short_name
+from steer.lineage.recipes import check_start as check_recipe
 from steer.lineage.tree_report import write_tree
 from steer.progress import byte_bar
 from steer.verbs.bake import bake
