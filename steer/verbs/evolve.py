@@ -292,9 +292,9 @@ def _ratings(lineage: Lineage) -> dict[str, Rating]:
 
 
 def _new(node: Node, lineage: Lineage, say: Say) -> New | None:
-    """Kinship of the models that could be in a child, or None where it is not known."""
-    base = node.recipe.get("base_model")
-    models = [m for m in dict.fromkeys([*models_of(node.recipe), *lineage.settings.pool]) if m != base]
+    """Kinship of the models that could be in a child, beside the base of `node`; None where it is not known."""
+    base, inside = node.recipe.get("base_model"), [m for n in lineage.nodes.values() for m in models_of(n.recipe)]
+    models = [m for m in dict.fromkeys([*inside, *lineage.settings.pool]) if m != base]
     if base is None or len(models) < 2:
         return None
     try:
