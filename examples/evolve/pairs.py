@@ -45,7 +45,7 @@ class Run:
 
 
 def most_telling(names: list[str], rng: random.Random, now: Callable[[], Standing]) -> Iterator[Pair]:
-    """The pair whose vote tells most about which node is the best."""
+    """The pair whose vote does most to settle which node is the best."""
     while True:
         yield next_pair(now()) or (names[0], names[1])
 

@@ -183,8 +183,9 @@ def grow_whole(
     evolve.start(start, place, pool, children=children, say=say)
     lineage, sampler = Lineage(place), replace(CHAT, max_new_tokens=tokens)
     while True:
-        with Judge(lineage, "simulated", checkpoint=partial(checkpoint, lineage), sampler=sampler, seed=0) as judge:
-            person.judge(judge, most, say)
+        if len(standing(lineage).ratings) > 1:  # else all children failed their gates
+            with Judge(lineage, "simulated", checkpoint=partial(checkpoint, lineage), sampler=sampler, seed=0) as judge:
+                person.judge(judge, most, say)
         if len(lineage.generations) > generations:
             return lineage
         evolve.next_generation(place, say=say)

@@ -275,14 +275,10 @@ def _gate(lineage: Lineage, node: Node) -> Gate:
     return Gate(not reasons, figures, reasons)
 
 
-_LIMITS = {"perplexity": math.log(PERPLEXITY), "repetition": SHARE, "known": -SHARE}
-"""Metric -> difference to the start from which a child lost its mind; below 0 where less is worse. A perplexity's
-difference is one of nats."""
-
-
 def _lost(row: Json) -> bool:
-    """Whether a row of a summary says so, beyond noise."""
-    limit = _LIMITS.get(row["metric"])
+    """Whether a row of a summary says so, beyond noise. A perplexity's difference is one of nats."""
+    limits = {"perplexity": math.log(PERPLEXITY), "repetition": SHARE, "known": -SHARE}  # below 0: less is worse
+    limit = limits.get(row["metric"])
     if limit is None or not row.get("moved"):
         return False
     return row["difference"] >= limit if limit > 0 else row["difference"] <= limit

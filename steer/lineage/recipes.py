@@ -11,9 +11,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from steer.checkpoint.merge import validated
+from steer.checkpoint.merge import renamed, validated
 from steer.errors import UsageError
-from steer.lineage.lineage import Move, Node
+from steer.lineage.lineage import Lineage, Move, Node
 
 Recipe = dict[str, Any]
 
@@ -85,6 +85,12 @@ def same_merge(recipe: Recipe, profile: dict[str, Any] | None) -> str:
     """Return text that is equal for nodes of the same merge and profile, whatever the order of the models."""
     models = sorted(recipe["models"], key=lambda entry: entry["model"])
     return json.dumps([{**recipe, "models": models}, profile], sort_keys=True)
+
+
+def as_written(lineage: Lineage, node: Node) -> Recipe:
+    """Return a node's recipe with models named as the user did: nobody else has this machine's folders."""
+    written = lineage.settings.written
+    return renamed(node.recipe, lambda name: written.get(name, name))
 
 
 def check_start(recipe: Recipe, where: str) -> None:

@@ -15,7 +15,7 @@ from steer.core.small_files import dump_yaml
 from steer.files import write_atomic
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Vote
 from steer.lineage.ratings import Rating, Standing, rate
-from steer.lineage.recipes import describe
+from steer.lineage.recipes import as_written, describe
 from steer.measure.drawing import page
 from steer.plain_text import plain, plain_line
 
@@ -50,7 +50,7 @@ def write_tree(lineage: Lineage, standing: Standing, path: Path) -> Path:
         "cards": cards,
         "trail": trail,
         "winner": winner.id,
-        "recipe": _yaml(winner.recipe),
+        "recipe": _yaml(as_written(lineage, winner)),
         "profile": _yaml(winner.profile) if winner.profile else "",
         "scale": _scale([end for r in everyone.values() for end in (r.low, r.high)]),
         "scales": {

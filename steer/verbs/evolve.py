@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.checkpoint.kin import kinship, mismatches
-from steer.checkpoint.merge import (
-    MANIFEST,
-    absolute_name,
-    read_recipe,
-    recipe_models,
-    renamed,
-    with_absolute_paths,
-)
+from steer.checkpoint.merge import MANIFEST, absolute_name, read_recipe, recipe_models, with_absolute_paths
 from steer.checkpoint.staging import check_output, staged, write_json, write_text
 from steer.core.profile import Profile
 from steer.core.small_files import dump_yaml
@@ -39,8 +32,8 @@ from steer.lineage.family_tree import model_card, tree_text
 from steer.lineage.lineage import BY_HAND, SETTINGS, Lineage, Move, Node, Settings
 from steer.lineage.proposing import New, Proposal, propose
 from steer.lineage.ratings import Rating, rate, standing
+from steer.lineage.recipes import as_written, child, describe, models_of, same_merge, short_name
 from steer.lineage.recipes import check_start as check_recipe
-from steer.lineage.recipes import child, describe, models_of, same_merge, short_name
 from steer.lineage.tree_report import write_tree
 from steer.progress import byte_bar
 from steer.verbs.bake import bake
@@ -196,7 +189,7 @@ def best(place: str | Path) -> Json:
     now = standing(lineage)
     node = lineage.node(now.leader)
     return {"node": node.id, "standing": now.line, "known": now.known, "rating": asdict(now.ratings[node.id]),
-            "recipe": _as_written(lineage, node), "profile": node.profile}  # fmt: skip
+            "recipe": as_written(lineage, node), "profile": node.profile}  # fmt: skip
 
 
 def export(
@@ -210,7 +203,7 @@ def export(
     """
     lineage, out = _begun(place), Path(out)
     chosen = _passed(lineage, node or standing(lineage).leader)
-    profile, recipe = profile_of(lineage, chosen), _as_written(lineage, chosen)
+    profile, recipe = profile_of(lineage, chosen), as_written(lineage, chosen)
     with staged(out) as work:
         write_text(work / "recipe.yml", dump_yaml(recipe).decode())
         write_text(work / "README.md", model_card(lineage, chosen, _ratings(lineage), recipe))
@@ -299,9 +292,9 @@ def _ratings(lineage: Lineage) -> dict[str, Rating]:
 
 
 def _new(node: Node, lineage: Lineage, say: Say) -> New | None:
-    """Kinship of the models that could be in a child, or None where it is not known."""
-    base = node.recipe.get("base_model")
-    models = [m for m in dict.fromkeys([*models_of(node.recipe), *lineage.settings.pool]) if m != base]
+    """Kinship of the models that could be in a child, beside the base of `node`; None where it is not known."""
+    base, inside = node.recipe.get("base_model"), [m for n in lineage.nodes.values() for m in models_of(n.recipe)]
+    models = [m for m in dict.fromkeys([*inside, *lineage.settings.pool]) if m != base]
     if base is None or len(models) < 2:
         return None
     try:
@@ -380,17 +373,11 @@ def _beside(name: str, recipe: Path) -> str:
     return "+".join(map(beside, name.split("+")))
 
 
-def _as_written(lineage: Lineage, node: Node) -> Json:
-    """Return a node's recipe with models named as the user did."""
-    written = lineage.settings.written
-    return renamed(node.recipe, lambda name: written.get(name, name))
-
-
 def _copy_as_written(lineage: Lineage, node: Node, merged: Path, out: Path, copy: Callable[[str, str], Any]) -> None:
     """Copy a node's checkpoint, with models named as the user did in the files that name them: nobody else has this
     machine's folders."""
     shutil.copytree(merged, out, copy_function=copy, ignore=shutil.ignore_patterns(MANIFEST, CARD, MERGEKIT_RECIPE))
-    recipe, written = _as_written(lineage, node), lineage.settings.written
+    recipe, written = as_written(lineage, node), lineage.settings.written
     manifest = read_json_object(merged / MANIFEST)
     inputs = {written.get(name, name): files for name, files in manifest["inputs"].items()}
     write_json(out / MANIFEST, {**manifest, "recipe": recipe, "inputs": inputs})

@@ -24,6 +24,7 @@ from steer.errors import CheckpointError, MismatchError, OutputExistsError, Stee
 from steer.lineage import building as module
 from steer.lineage.building import PLAN, adopted, build, building, checkpoint, discard, finish, profile_of, start
 from steer.lineage.lineage import Lineage, Move, Settings
+from steer.lineage.proposing import Proposal
 
 BOTH = (("dry", "adds much"), ("loud", "adds less"))
 

@@ -75,9 +75,12 @@ def test_a_lineage_grows_by_votes_and_its_export_merges_to_the_same_bytes(models
     on_disk = {p.name for p in (models.parent / "lineage" / "models").iterdir() if p.is_dir()}
     assert on_disk == set(grown["race"]) == {"1a", "2a", "2b"}
 
-    shown = steer("evolve", "show", "lineage")
+    shown = steer("evolve", "show", "lineage", "--html", "tree.html")
     assert shown.code == 0
     assert "└── 1b" in shown.out
+    page = Path("tree.html").read_text()
+    assert "base_model: base" in page
+    assert str(models) not in page  # nobody else has this machine's folders
     assert "1a is the best" in shown.out or "1a leads" in shown.out
     best = steer("evolve", "best", "lineage")
     assert yaml.safe_load(best.out)["base_model"] == "base"

@@ -107,7 +107,7 @@ def test_nodes_without_votes_tell_nothing(lineage: Lineage) -> None:
     grow(lineage, "0", Move("add", "/m/calm"))
     grow(lineage, "0", Move("add", "/m/dry"))
     assert moves(lineage, "2a", {"0": 0.0, "1a": 5.0}, count=1) == [Move("add", "/m/calm")]
-    assert moves(lineage, "2a", {"1a": 5.0}, count=1) == [Move("remove", "/m/roleplay")]
+    assert moves(lineage, "2a", {"1a": 5.0}, count=1) == [Move("add", "/m/loud")]
 
 
 def test_no_merge_is_proposed_twice_however_it_came_about(lineage: Lineage) -> None:
@@ -142,7 +142,7 @@ def test_weights_are_proposed_where_the_method_has_them(tmp_path: Path) -> None:
     lineage = Lineage.create(tmp_path / "lineage", Settings([]))
     entries = [{"model": f"/m/{n}", "parameters": {"weight": 0.5}} for n in "ab"]
     lineage.write(Generation(0, [child_of_nothing({"merge_method": "linear", "models": entries})]))
-    found = moves(lineage, count=99, new=lambda model, beside: 1.0)
+    found = moves(lineage, count=99, kinds=("weight",))
     assert {(m.kind, m.model) for m in found} == {("weight", "/m/a"), ("weight", "/m/b")}
     assert {m.value for m in found} <= {1.0, 0.25}
 
