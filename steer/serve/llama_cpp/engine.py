@@ -210,7 +210,8 @@ class LlamaCppEngine:
     # The methods below are called in a thread of the pool, one for each job that is being written
 
     def _write(self, text: _Text) -> None:
-        text.begun, end = True, None
+        text.begun = True
+        end: Event
         try:
             with self._errors():
                 end = self._reply(text)
@@ -225,10 +226,11 @@ class LlamaCppEngine:
 
     def _reply(self, text: _Text) -> Finished:
         written: list[int] = []
-        reason = "moved"
-        self._check_loaded()
+        reason: Literal["stop", "length", "cancelled", "moved"] = "moved"
+        if not text.cancelled:
+            self._check_loaded()
         while reason == "moved":
-            reason = self._continue(text, written)
+            reason = "cancelled" if text.cancelled else self._continue(text, written)
         read = len(text.job.prompt) + len(written)
         return Finished(reason, Receipt(read, notes=(*text.notes, *differences(text.job.sampler))))
 
