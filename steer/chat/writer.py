@@ -81,7 +81,7 @@ class ReplyBackend(ABC):
 
     local: ClassVar[bool]
     """Whether the model is in this process. A server offers no comparisons, readouts, features and bakes."""
-    slider_note: ClassVar[str]
+    slider_note: str
     """A sentence for the page: what a slider that moves during a reply does to it."""
     name: str
     """The model's name."""
