@@ -212,13 +212,13 @@ class RemoteBackend(ReplyBackend):
             scales = {id: amounts.get(name, 0.0) for name, id in self.adapters.items()}
             length = {"max_tokens": sampler.max_new_tokens, "seed": abs(sampler.seed) % (2**32 - 1)}
             return sampling(sampler, _LONGEST) | length | lora(scales)
-        fields: dict[str, Any] = asdict(sampler) | {"seed": abs(sampler.seed)}
-        biases, order = fields.pop("logit_bias"), fields.pop("order")
+        fields = asdict(sampler) | {"seed": abs(sampler.seed)}
+        order = fields.pop("order")
         if order not in (ORDER, TEMPERATURE_LAST):
             raise UnsupportedError(f"{self.url}: order: expected the usual one, temperature last or not, found {order}")
         body = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         body |= {"temperature_last": sampler.temperature_last, "steering": {"sliders": dict(amounts)}}
-        return body | {"logit_bias": {str(token): bias for token, bias in biases}}
+        return body | {"logit_bias": {str(token): bias for token, bias in sampler.logit_bias}}
 
     def _first_model(self) -> str:
         with self._errors():

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from steer.errors import MismatchError, SteerError, UnreachableError, UnsupportedError, UsageError
 from steer.files import one_line
 from steer.model.steering.receipts import Receipt
+from steer.plain_text import plain_line
 from steer.serve.engine import Busy, Event, Finished, Job, Token
 from steer.serve.llama_cpp.adapters import Adapters, AdapterSteering
 from steer.serve.llama_cpp.fields import differences, lora, sampling
@@ -210,7 +211,8 @@ class LlamaCppEngine:
     # The methods below are called in a thread of the pool, one for each job that is being written
 
     def _write(self, text: _Text) -> None:
-        text.begun, end = True, None
+        text.begun = True
+        end: Event
         try:
             with self._errors():
                 end = self._reply(text)
@@ -225,10 +227,11 @@ class LlamaCppEngine:
 
     def _reply(self, text: _Text) -> Finished:
         written: list[int] = []
-        reason = "moved"
-        self._check_loaded()
+        reason: Literal["stop", "length", "cancelled", "moved"] = "moved"
+        if not text.cancelled:
+            self._check_loaded()
         while reason == "moved":
-            reason = self._continue(text, written)
+            reason = "cancelled" if text.cancelled else self._continue(text, written)
         read = len(text.job.prompt) + len(written)
         return Finished(reason, Receipt(read, notes=(*text.notes, *differences(text.job.sampler))))
 
@@ -300,11 +303,11 @@ class LlamaCppEngine:
         """Yield the events of a stream. Errors: SteerError for one that is an error."""
         if response.is_error:
             response.read()
-            raise SteerError(f"{self.url}: {one_line(response.text)}")
+            raise SteerError(f"{self.url}: {plain_line(response.text)[:200]}")
         for line in response.iter_lines():
             kind, _, value = line.partition(": ")
             if kind == "error" or value.startswith('{"error"'):
-                raise SteerError(f"{self.url}: {one_line(value)}")
+                raise SteerError(f"{self.url}: {plain_line(value)[:200]}")
             if kind == "data":
                 yield _Chunk.model_validate_json(value)
 
@@ -377,7 +380,7 @@ class LlamaCppEngine:
         if response.is_error:
             raise SteerError(
                 f"{self.url}: expected llama-server's answer to {path}, found status {response.status_code}: "
-                f"{one_line(response.text)}"
+                f"{plain_line(response.text)[:200]}"
             )
         return response.json()
 

@@ -332,7 +332,8 @@ def test_the_command_serves_and_stops(desk, llama):
             assert answer["steering"]["live"]
         finally:
             process.terminate()
-    assert process.returncode == 143
+            said = process.communicate(timeout=60)[1]
+    assert (process.returncode, "Traceback" in said) == (143, False), said
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ def test_the_sliders_are_told_with_what_there_is_to_know(fresh):
         "share": pytest.approx(slider.share(-0.5), abs=1e-4),
         "unit_share": slider.share(1.0),
         "site": 1,
+        "fixed": None,
     }
     clamp = row(fresh, "other:clamp")
     assert (clamp["operation"], clamp["amount"], clamp["neutral"], clamp["range"]) == ("clamp", 1.0, None, None)
