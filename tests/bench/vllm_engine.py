@@ -60,22 +60,21 @@ def main(
                 share, cpu = (
                     statistics.median(a[clock] / b[clock] for a, b in zip(of, plain, strict=True)) for clock in (0, 1)
                 )
-                found[f"{name}, {texts}"] = {
+                row = found[f"{name}, {texts}"] = {
                     "tokens_per_second": round(statistics.median(rate for rate, _ in of), 1),
                     "share": round(share, 3), "cpu_share": round(cpu, 3), "bar": BARS.get(name),
                 }  # fmt: skip
+                if not as_json:
+                    bar = "" if row["bar"] is None else f"  (bar {row['bar']})"
+                    print(
+                        f"{name}, {texts}".ljust(28), f"{row['tokens_per_second']:8.1f} tokens/s  {row['share']:.3f} of",
+                        f"plain vLLM{bar}, {row['cpu_share']:.3f} by CPU time", flush=True,
+                    )  # fmt: skip
     finally:
         for process in workers.values():
             process.terminate()
     if as_json:
         print(json.dumps(found, indent=2))
-    else:
-        for name, row in found.items():
-            bar = "" if row["bar"] is None else f"  (bar {row['bar']})"
-            print(
-                f"{name:28} {row['tokens_per_second']:8.1f} tokens/s  {row['share']:.3f} of plain vLLM{bar}"
-                f", {row['cpu_share']:.3f} by CPU time"
-            )
     if any(row["bar"] is not None and row["share"] < row["bar"] for row in found.values()):
         sys.exit(1)
 
