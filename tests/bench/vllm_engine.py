@@ -67,8 +67,8 @@ def main(
                 if not as_json:
                     bar = "" if row["bar"] is None else f"  (bar {row['bar']})"
                     print(
-                        f"{name}, {texts}".ljust(28), f"{row['tokens_per_second']:8.1f} tokens/s  {row['share']:.3f} of",
-                        f"plain vLLM{bar}, {row['cpu_share']:.3f} by CPU time", flush=True,
+                        f"{name}, {texts}".ljust(28), f"{row['tokens_per_second']:8.1f} tokens/s",
+                        f"{row['share']:.3f} of plain vLLM{bar}, {row['cpu_share']:.3f} by CPU time", flush=True,
                     )  # fmt: skip
     finally:
         for process in workers.values():
