@@ -37,7 +37,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 vllm: .venv-vllm/.installed
-	.venv-vllm/bin/pytest tests/model/serve/test_vllm.py tests/model/serve/test_vllm_stock.py
+	.venv-vllm/bin/pytest tests/model/serve/test_vllm*.py
 
 bench: demo
 	@failed=0; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench || failed=1; done; exit $$failed

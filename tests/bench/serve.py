@@ -1,6 +1,7 @@
 """Sixteen clients at once, each with sliders of its own: is every reply whole, and steered by its own alone?
 
     python tests/bench/serve.py [--model demo/merged] [--seconds 120] [--clients 16] [--float32] [--json]
+    .venv-vllm/bin/python tests/bench/serve.py --engine vllm --no-worst
 
 `steer serve` runs as a process of its own; who asks it is in load/clients.py, hang-ups and rubbish among them. Then
 every reply is read again in this process, alone and under the sliders of whoever asked: how far are the logprobs that
@@ -9,7 +10,7 @@ logprobs by ENOUGH, the reply's own should be nearer to what the server told, an
 controls ask the same of the next client's. Some requests are sent again when nobody else asks: at bf16 a text in
 company is rounded otherwise than alone, so that some tokens are drawn otherwise. `--float32` serves a copy in fp32,
 where that is over. Before all that, how much longer one client waits for its first token beside another's worst request
-(load/worst.py); `--worst` measures nothing else. Ends with 1 when a bar is missed.
+(load/worst.py); `--worst` measures nothing else, `--no-worst` all the rest. Ends with 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def main(
     again: Annotated[int, typer.Option(min=1, help="Requests of each client that are sent again.")] = 2,
     others: Annotated[int, typer.Option(min=1, help="Replies of each that are read under others' sliders.")] = 3,
     float32: Annotated[bool, typer.Option("--float32", help="Serve a copy in fp32.")] = False,
-    worst: Annotated[bool, typer.Option("--worst", help="Only the worst requests.")] = False,
+    worst: Annotated[bool | None, typer.Option(help="Only the worst requests, or all but them.")] = None,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Print what was served, how fast, and each check beside its bar."""
@@ -68,11 +70,13 @@ def main(
             model = str(Path(temporary) / "float32")
             live.hf.save_pretrained(model)
             live.tokenizer.save_pretrained(model)
-        say("one client beside another's worst requests")
-        with served(model, Path(temporary) / "worst", Limits().body) as server:
-            figures, problems = delays(server, live.context), []
+        figures, problems = {}, []
+        if worst is not False:
+            say("one client beside another's worst requests")
+            with served(model, Path(temporary) / "worst", Limits().body, engine) as server:
+                figures = delays(server, live.context)
         if not worst:
-            with served(model, Path(temporary)) as server:
+            with served(model, Path(temporary), engine=engine) as server:
                 say(f"{clients} clients ask for {seconds} s")
                 load = under_load(server, live, seconds, clients)
                 say(f"{len(load.replies)} replies; some of them again")

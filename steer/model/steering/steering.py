@@ -221,7 +221,7 @@ class Steering:
         for known in (self._now, self._base, self._known.get(rows)):
             if known is not None and known.rows == rows:
                 return known
-        programs = module_edits(rows, self.anatomy, self.gain)
+        programs = self._programs(rows)
         modules = {name: self.model.get_submodule(name) for name in programs}
         keep = keeping(rows)
         writers = next((a.writers for a in (self._now, self._base) if keeping(a.rows) == keep), None)
@@ -233,6 +233,9 @@ class Steering:
                 self._known.pop(next(iter(self._known)))
             self._known[rows] = new
         return new
+
+    def _programs(self, rows: Rows) -> dict[str, ModuleEdit]:
+        return module_edits(rows, self.anatomy, self.gain)
 
     def _go_on(self) -> None:
         """Apply the rows of the innermost `applied` that is open, else those of `set`."""

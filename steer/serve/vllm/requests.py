@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from steer.core.edit import Edit
 from steer.errors import SteerError, UnsupportedError, UsageError
-from steer.model.steered import describe
+from steer.model.steered import SteeredModel, describe
 from steer.model.steering.low_rank import ForwardContext
 from steer.serve.errors import ApiError
 from steer.serve.requests import Steering as SteeringRequest
@@ -36,9 +36,14 @@ PROFILES = "STEER_PROFILES"
 
 
 @lru_cache(maxsize=1)
+def _described(place: str) -> SteeredModel:
+    return describe(place)
+
+
+@lru_cache(maxsize=1)
 def _settings(place: str) -> LiveSettings:
     profiles = os.environ.get(PROFILES)
-    return LiveSettings(describe(place), load_profiles([Path(profiles)] if profiles else []))
+    return LiveSettings(_described(place), load_profiles([Path(profiles)] if profiles else []))
 
 
 @lru_cache(maxsize=1024)
@@ -60,6 +65,19 @@ def edit_of(place: str, text: str) -> Edit | None:
     return edit
 
 
+def _check_pipeline(place: str, edit: Edit, ranks: int) -> None:
+    """Raise UnsupportedError for what one rank of a pipeline would have to know of another."""
+    found = None
+    if any(m.when.gate is not None for m in edit.as_moves()):
+        found = "a gate, whose site may be on another rank"
+    elif any(w.norms for w in _described(place).anatomy.live_writers):
+        found = "a model with norms behind its writers"
+    if found is not None and ranks > 1:
+        raise UnsupportedError(
+            f"{FIELD}: expected one pipeline rank, found {ranks} and {found}; use tensor parallelism"
+        )
+
+
 def check_requests(processor: type) -> None:
     """Have vLLM's input processor refuse what cannot be done, and key the prefix cache by what steers."""
     from vllm.exceptions import VLLMValidationError
@@ -71,6 +89,9 @@ def check_requests(processor: type) -> None:
         text = (getattr(params, "extra_args", None) or {}).get(FIELD)
         try:
             edit = None if text is None else edit_of(self.model_config.model, str(text))
+            if edit is not None:
+                ranks = self.vllm_config.parallel_config.pipeline_parallel_size
+                _check_pipeline(self.model_config.model, edit, ranks)
         except SteerError as e:
             raise VLLMValidationError(str(e), parameter="vllm_xargs") from e
         request = process(self, request_id, prompt, params, *args, **kwargs)

@@ -11,7 +11,7 @@ A decoder layer of vLLM returns (hidden, residual), whose sum is the residual st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +20,17 @@ from torch import Tensor, nn
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.errors import UnsupportedError
+from steer.model.steering.module_edits import ModuleEdit, Rows
 from steer.model.steering.steering import Steering
 
 
 class TapSteering(Steering):
     """`Steering` of a vLLM model: the operations look up what is applied, so no hook comes or goes."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, paths: Collection[str]) -> None:
+        """`paths`: the modules that carry an operation, which are those of this pipeline rank."""
         super().__init__(model, anatomy)
+        self._paths = frozenset(paths)
         self._recorded: dict[str, list[Tensor]] | None = None
         self._tokens: int | None = None
         """How many tokens the step has; others after them are padding. None: all are tokens."""
@@ -82,6 +85,9 @@ class TapSteering(Steering):
             if residual is not None:
                 residual.zero_()  # the next norm adds both, so the sum has to be the edited stream itself
 
+    def _programs(self, rows: Rows) -> dict[str, ModuleEdit]:
+        return {path: edit for path, edit in super()._programs(rows).items() if path in self._paths}
+
     def _bring(self, to: Any) -> None:
         self._now = to
 
@@ -123,27 +129,37 @@ for _name, _schema, _function in (
 
 
 def tap(model: nn.Module, anatomy: Anatomy) -> TapSteering:
-    """Place the operations in a model that is loaded and not yet compiled, and return its steering.
+    """Place the operations in a model that is loaded and not yet compiled, and return its steering. Of a pipeline, each
+    rank has those of its own blocks.
 
     Errors: UnsupportedError where the model has no module at a path of the anatomy, or a writer is edited before it.
     """
     global _steering
-    blocks = {anatomy.block_module(site) for site in range(anatomy.blocks)}
-    writers = {w.module: w for w in anatomy.live_writers}
-    for path in (*writers, *blocks):
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
+    from vllm.distributed import get_pp_group
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    blocks = {site: anatomy.block_module(site) for site in range(anatomy.blocks)}
+    elsewhere: set[int | None] = {
+        site for site, path in blocks.items() if isinstance(modules.get(path), PPMissingLayer)
+    }
+    if not get_pp_group().is_first_rank:  # where the head is the embedding, the last rank has that module too
+        elsewhere.add(None)
+    given = {w.module for w in anatomy.live_writers if w.given}
+    taps = [(w.module, w.block) for w in anatomy.live_writers] + [(path, site) for site, path in blocks.items()]
+    paths = dict.fromkeys(path for path, block in taps if block not in elsewhere)
+    for path in paths:
+        if path not in modules:
             raise UnsupportedError(
                 f"{anatomy.architecture} in vLLM: expected a module {path}, found none; use --engine transformers"
-            ) from None
-        if path in writers and writers[path].given:
+            )
+        if path in given:
             raise UnsupportedError(
                 f"{anatomy.architecture} in vLLM: expected writers whose output is edited, found {path}, whose input "
                 "is; use --engine transformers"
             )
-        module.register_forward_hook(_hook(path))
-    _steering = TapSteering(model, anatomy)
+        modules[path].register_forward_hook(_hook(path))
+    _steering = TapSteering(model, anatomy, paths)
     return _steering
 
 

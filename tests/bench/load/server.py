@@ -24,6 +24,10 @@ STEER = str(Path(sys.executable).with_name("steer"))
 READY = "(Ctrl-C stops)"
 LOGGED = (READY, "Invalid HTTP request received")
 """What its log may say."""
+TROUBLE = ("ERROR", "Traceback", "Exception")
+"""What vLLM's may not say; it reports its configuration and its steps as well."""
+START = 600
+"""Seconds in which it must be ready; vLLM compiles the model first."""
 PATIENCE = 300
 """Seconds in which the last replies must come once the time is over."""
 
@@ -36,6 +40,7 @@ class Served:
     """With the /v1."""
     process: psutil.Process
     log: Path
+    engine: str = "transformers"
 
     def metrics(self) -> dict[str, float]:
         """Its samples, the values of their labels behind the name."""
@@ -78,7 +83,7 @@ class Load:
 
 
 @contextmanager
-def served(model: str, folder: Path, max_body: int = LARGEST) -> Iterator[Served]:
+def served(model: str, folder: Path, max_body: int = LARGEST, engine: str = "transformers") -> Iterator[Served]:
     """A server until the block ends. Errors: RuntimeError with its log when it does not start."""
     profiles = folder / "profiles"
     profiles.mkdir(parents=True)
@@ -86,16 +91,17 @@ def served(model: str, folder: Path, max_body: int = LARGEST) -> Iterator[Served
         profile.save(profiles / f"{name}.yaml")
     log = folder / "log"
     command = [STEER, "serve", model, "--port", "0", "--profile", str(profiles), "--max-body", str(max_body)]
+    command += ["--engine", engine]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + START
         while READY not in log.read_text():
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"steer serve did not start:\n{log.read_text()}")
             time.sleep(0.1)
         url = next(line.split()[0] for line in log.read_text().splitlines() if READY in line)
-        yield Served(url, psutil.Process(process.pid), log)
+        yield Served(url, psutil.Process(process.pid), log, engine)
     finally:
         process.terminate()
         try:
@@ -129,8 +135,9 @@ def under_load(server: Served, live: SteeredModel, seconds: float, clients: int)
     end = time.monotonic() + 10
     while (left := _left(told := server.metrics())) and time.monotonic() < end:
         time.sleep(0.1)
+    lines = [x for x in server.log.read_text().splitlines() if not any(fine in x for fine in LOGGED)]
     office.problems += [
-        f"log: {line}" for line in server.log.read_text().splitlines() if not any(x in line for x in LOGGED)
+        f"log: {x}" for x in lines if server.engine == "transformers" or any(word in x for word in TROUBLE)
     ]
     lasted, wrote, worked = (b - a for a, b in zip(seen[0][:3], seen[-1][:3], strict=True))
     part, rss = max(1, len(seen) // 3), [row[3] for row in seen]
