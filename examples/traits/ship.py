@@ -16,6 +16,7 @@ from typing import Any
 
 from steer.checkpoint.shipped import EFFECTS
 from steer.files import write_atomic
+from steer.measure.verdict import steers
 from steer.verbs.demo import TRAITS
 
 ROOT = Path(__file__).parents[2]
@@ -43,11 +44,6 @@ def main(out: str) -> None:
 def shipping(sliders: dict[str, Any]) -> list[str]:
     """The traits whose sliders steer. Rows with another name than their trait's are variants, which do not ship."""
     return [n for n, s in sliders.items() if n == s["trait"] and (n in TRAITS or steers(s["verdict"]["says"]))]
-
-
-def steers(says: str) -> bool:
-    """Whether a verdict is one of those that ship."""
-    return says == "works" or says.startswith("steers")
 
 
 def table(result: dict[str, Any], ships: list[str]) -> str:
