@@ -71,7 +71,9 @@ def main(
         directions[file.stem] = direction
         if not about.is_file() or read(about)["hash"] != hash_file(file):
             (out / "replies" / f"{file.stem}.json").unlink(missing_ok=True)
-            figures = measured(live, direction, scorers[direction.name], results[direction.name], seed)
+            figures = results[direction.name]
+            if hash_file(file) != hash_file(out / f"{direction.name}.safetensors"):
+                figures = measured(live, direction, scorers[direction.name], figures, seed)
             write(about, {"hash": hash_file(file), **figures})
     sliders = {name: shown(name, directions[name].name, out) for name in directions}
     moved = {n: d for n, d in directions.items() if n not in results or steers(sliders[n]["verdict"]["says"])}
