@@ -76,7 +76,8 @@ def main(
                 figures = measured(live, direction, scorers[direction.name], figures, seed)
             write(about, {"hash": hash_file(file), **figures})
     sliders = {name: shown(name, directions[name].name, out) for name in directions}
-    moved = {n: d for n, d in directions.items() if n not in results or steers(sliders[n]["verdict"]["says"])}
+    named = {file.stem for file in slider or ()}
+    moved = {n: d for n, d in directions.items() if n in named or steers(sliders[n]["verdict"]["says"])}
     # The pool's held-out topics, for all traits alike: only then the rows of the matrix can be compared.
     prompts = spread(TopicPool.load().held_out, topics)
     for name, direction in {"untouched": None, **moved}.items():

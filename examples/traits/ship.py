@@ -50,8 +50,8 @@ def table(result: dict[str, Any], ships: list[str]) -> str:
     """The dose response of every slider, as Markdown."""
     lines = [
         "| slider | search | site | AUROC | probability at -1 | at 0 | at +1 | change | of a random direction "
-        "| KL at -1, +1 | verdict | ships |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| standard error | KL at -1, +1 | verdict | ships |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, s in result["sliders"].items():
         verdict = s["verdict"]
@@ -60,9 +60,9 @@ def table(result: dict[str, Any], ships: list[str]) -> str:
         lines.append(
             f"| {name} | {'quick' if s['quick'] else 'full'} | {s['site']} | {verdict['auroc']:.2f} | {doses} | "
             f"{verdict['effect']['change']:+.2f} | {verdict['effect']['random']:+.2f} | "
-            f"{low['kl']:.3f}, {high['kl']:.3f} | {verdict['says']} | {'yes' if name in ships else 'no'} |"
+            f"{verdict['effect']['error']:.2f} | {low['kl']:.3f}, {high['kl']:.3f} | {verdict['says']} | {'yes' if name in ships else 'no'} |"
         )
-    return "\n".join([*lines, *(f"| {name} | - |{' |' * 8} no direction: {why} | no |"
+    return "\n".join([*lines, *(f"| {name} | - |{' |' * 9} no direction: {why} | no |"
                                 for name, why in result["missing"].items()), ""])  # fmt: skip
 
 
