@@ -60,7 +60,8 @@ def table(result: dict[str, Any], ships: list[str]) -> str:
         lines.append(
             f"| {name} | {'quick' if s['quick'] else 'full'} | {s['site']} | {verdict['auroc']:.2f} | {doses} | "
             f"{verdict['effect']['change']:+.2f} | {verdict['effect']['random']:+.2f} | "
-            f"{verdict['effect']['error']:.2f} | {low['kl']:.3f}, {high['kl']:.3f} | {verdict['says']} | {'yes' if name in ships else 'no'} |"
+            f"{verdict['effect']['error']:.2f} | {low['kl']:.3f}, {high['kl']:.3f} | "
+            f"{verdict['says']} | {'yes' if name in ships else 'no'} |"
         )
     return "\n".join([*lines, *(f"| {name} | - |{' |' * 9} no direction: {why} | no |"
                                 for name, why in result["missing"].items()), ""])  # fmt: skip
