@@ -1,13 +1,13 @@
 """The traits that ship on a model: find each, measure what its slider does, and what it does to all other traits.
 
-    python examples/traits/matrix.py MODEL OUT [--traits warmth,mine.yaml] [--quick] [--slider FILE] [--topics 56]
+    python examples/traits/matrix.py MODEL OUT [--traits warmth,mine.yaml] [--quick] [--slider FILE] [--topics 40]
 
 Writes into OUT, for each trait, TRAIT.safetensors (its direction) and TRAIT.json (scores, dose response, verdict, text
 scorer), replies/TRAIT.json (the replies under its slider at +1), and over all traits matrix.json and matrix.html: by
-how many standard deviations each slider (row) moves each trait (column). `--slider` names further directions of these
-traits, such as one that `steer find --keep` made; the file's name becomes the row's, and that of a trait takes the
-place of the direction found here. What has its file is not made again, so the same command goes on after it was
-stopped; a trait that was found with --quick is found again without it. ship.py ships the result.
+how many standard deviations each slider that steers (row) moves each trait (column). `--slider` names further
+directions of these traits, such as one that `steer find --keep` made; the file's name becomes the row's, and that of a
+trait takes the place of the direction found here. What has its file is not made again, so the same command goes on
+after it was stopped; a trait that was found with --quick is found again without it. ship.py ships the result.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from steer.core.trait import NeutralPrompts, TopicPool, Trait, shipped_traits, s
 from steer.errors import MismatchError, TraitNotFoundError, UsageError
 from steer.files import read_json_object, without_nan, write_atomic
 from steer.finding.directions import TOKENS
-from steer.finding.traits import VERDICT_PROMPTS, VERDICT_TOPICS, find_trait
+from steer.finding.traits import FULL, QUICK, VERDICT_PROMPTS, VERDICT_TOPICS, find_trait
 from steer.measure.cross_effects import cross_effects, effects_page
 from steer.measure.harness import neutral_replies, replies_under
 from steer.measure.scorer import Scorer
-from steer.measure.verdict import judge
+from steer.measure.verdict import judge, steers
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar
 from steer.verbs.traits import trait_as_json
@@ -43,7 +43,7 @@ def main(
     traits: str = "",
     quick: bool = False,
     slider: Annotated[list[Path] | None, typer.Option(help="Further directions of these traits.")] = None,
-    topics: int = 56,
+    topics: int = 40,
     seed: int = 0,
     dtype: str = "auto",
 ) -> None:
@@ -71,19 +71,22 @@ def main(
         directions[file.stem] = direction
         if not about.is_file() or read(about)["hash"] != hash_file(file):
             (out / "replies" / f"{file.stem}.json").unlink(missing_ok=True)
-            least = results[direction.name]["found"]["verdict"]["least_auroc"]
-            figures = measured(live, direction, scorers[direction.name], least, seed)
+            figures = results[direction.name]
+            if hash_file(file) != hash_file(out / f"{direction.name}.safetensors"):
+                figures = measured(live, direction, scorers[direction.name], figures, seed)
             write(about, {"hash": hash_file(file), **figures})
+    sliders = {name: shown(name, directions[name].name, out) for name in directions}
+    named = {file.stem for file in slider or ()}
+    moved = {n: d for n, d in directions.items() if n in named or steers(sliders[n]["verdict"]["says"])}
     # The pool's held-out topics, for all traits alike: only then the rows of the matrix can be compared.
     prompts = spread(TopicPool.load().held_out, topics)
-    for name, direction in {"untouched": None, **directions}.items():
+    for name, direction in {"untouched": None, **moved}.items():
         file = out / "replies" / f"{name}.json"
         if not file.is_file():
             write(file, {"texts": replies(live, direction, prompts, seed)})
-    texts = {name: read(out / "replies" / f"{name}.json")["texts"] for name in ("untouched", *directions)}
+    texts = {name: read(out / "replies" / f"{name}.json")["texts"] for name in ("untouched", *moved)}
     effects = cross_effects(texts.pop("untouched"), texts, scorers)
     missing = {name: r["missing"] for name, r in results.items() if "missing" in r}
-    sliders = {name: shown(name, directions[name].name, out) for name in directions}
     result = {"topics": len(prompts), "tokens": TOKENS, "seed": seed, "sliders": sliders, "missing": missing}
     write(out / "matrix.json", result | {"effects": [asdict(e) for e in effects]})
     write_atomic(out / "matrix.html", effects_page(read(out / "matrix.json")))
@@ -104,13 +107,19 @@ def found(model: SteeredModel, trait: Trait, out: Path, *, quick: bool, seed: in
     return about | {"found": made.as_json(), "scorer": made.scorer.as_json()}
 
 
-def measured(model: SteeredModel, direction: Direction, scorer: Scorer, least: float, seed: int) -> dict[str, Any]:
-    """The verdict on a direction that was not found here, as `steer find` measures it, and what it was measured on."""
+def measured(
+    model: SteeredModel, direction: Direction, scorer: Scorer, found: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """The verdict on a direction that was not found here, measured as on that of its trait, `found`, which was."""
+    effort = QUICK if found["quick"] else FULL
+    prompts = NeutralPrompts.load().held_out[: min(VERDICT_PROMPTS, effort.neutral // 2)]
     with bar(f"{direction.name}: verdict", None, "tokens") as advance, model.untouched():
-        neutral = neutral_replies(model, NeutralPrompts.load().held_out[:VERDICT_PROMPTS], tokens=TOKENS)
-        auroc = min(scorer.auroc, direction.provenance["auroc"][direction.site])
-        verdict = judge(model, direction, scorer, neutral, auroc=auroc, least=least, topics=VERDICT_TOPICS,
-                        tokens=TOKENS, seed=seed, on_tokens=advance)  # fmt: skip
+        verdict = judge(
+            model, direction, scorer, neutral_replies(model, prompts, tokens=effort.verdict_tokens),
+            auroc=min(scorer.auroc, direction.provenance["auroc"][direction.site]),
+            least=found["found"]["verdict"]["least_auroc"], topics=min(VERDICT_TOPICS, effort.held_out_topics),
+            tokens=effort.verdict_tokens, seed=seed, on_tokens=advance,
+        )  # fmt: skip
     figures = {"site": direction.site, "share_at_1": direction.share(1), "keep": direction.provenance.get("keep")}
     quick = bool(direction.provenance.get("quick"))
     return {"quick": quick, "found": figures | {"verdict": verdict.as_json()}}

@@ -16,6 +16,7 @@ from typing import Any
 
 from steer.checkpoint.shipped import EFFECTS
 from steer.files import write_atomic
+from steer.measure.verdict import steers
 from steer.verbs.demo import TRAITS
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def main(out: str) -> None:
             place.unlink(missing_ok=True)
     effects = [e for e in result["effects"] if e["slider"] in ships]
     write_atomic(PLACE / "directions" / EFFECTS, json.dumps(result | {"effects": effects}, indent=0) + "\n")
-    put(PLACE / "README.md", "shelf", table(result, ships) + pairs(result))
+    put(PLACE / "README.md", "shelf", table(result, ships) + efforts(result) + pairs(result))
     put(ROOT / "README.md", "shelf", summary(result, ships))
 
 
@@ -45,17 +46,12 @@ def shipping(sliders: dict[str, Any]) -> list[str]:
     return [n for n, s in sliders.items() if n == s["trait"] and (n in TRAITS or steers(s["verdict"]["says"]))]
 
 
-def steers(says: str) -> bool:
-    """Whether a verdict is one of those that ship."""
-    return says == "works" or says.startswith("steers")
-
-
 def table(result: dict[str, Any], ships: list[str]) -> str:
     """The dose response of every slider, as Markdown."""
     lines = [
         "| slider | search | site | AUROC | probability at -1 | at 0 | at +1 | change | of a random direction "
-        "| KL at -1, +1 | verdict | ships |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| standard error | KL at -1, +1 | verdict | ships |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, s in result["sliders"].items():
         verdict = s["verdict"]
@@ -64,10 +60,22 @@ def table(result: dict[str, Any], ships: list[str]) -> str:
         lines.append(
             f"| {name} | {'quick' if s['quick'] else 'full'} | {s['site']} | {verdict['auroc']:.2f} | {doses} | "
             f"{verdict['effect']['change']:+.2f} | {verdict['effect']['random']:+.2f} | "
-            f"{low['kl']:.3f}, {high['kl']:.3f} | {verdict['says']} | {'yes' if name in ships else 'no'} |"
+            f"{verdict['effect']['error']:.2f} | {low['kl']:.3f}, {high['kl']:.3f} | "
+            f"{verdict['says']} | {'yes' if name in ships else 'no'} |"
         )
-    return "\n".join([*lines, *(f"| {name} | - |{' |' * 8} no direction: {why} | no |"
+    return "\n".join([*lines, *(f"| {name} | - |{' |' * 9} no direction: {why} | no |"
                                 for name, why in result["missing"].items()), ""])  # fmt: skip
+
+
+def efforts(result: dict[str, Any]) -> str:
+    """How much of a shipped slider's effect the quick search's has: of each variant that was given as TRAIT-quick."""
+    shares = []
+    for name, s in result["sliders"].items():
+        if name == f"{s['trait']}-quick":
+            changes = [x["verdict"]["effect"]["change"] for x in (s, result["sliders"][s["trait"]])]
+            shares.append(f"{s['trait']} {changes[0] / changes[1]:.2f}")
+    said = "Effect of the quick search's slider from -1 to +1, as a share of that of the slider that ships"
+    return f"\n{said}: {', '.join(shares)}.\n" if shares else ""
 
 
 def pairs(result: dict[str, Any]) -> str:

@@ -165,12 +165,12 @@ class RemoteBackend(ReplyBackend):
 
     def forget_offered(self) -> None:
         """Make `offered` ask the server again, which has a new slider."""
-        self._cached_answer = None
+        if self._cached_answer is not None:
+            self._cached_answer = -math.inf, self._cached_answer[1]
 
     @property
     def finds(self) -> bool:
-        """Whether the server lets clients search for new sliders."""
-        self.offered()
+        """Whether the server's last answer lets clients search for new sliders."""
         return self._cached_answer is not None and self._cached_answer[1].allow_find
 
     def ask(self, method: Literal["get", "post", "delete"], path: str, body: Any = None) -> Any:

@@ -71,7 +71,7 @@ def effects_page(result: Mapping[str, Any]) -> str:
     """Return the report on a model's sliders, an HTML page: what each does to every trait, its verdict and its dose
     response. `result` has the contents of the matrix.json that examples/traits/matrix.py writes."""
     # JSON has no nan: a scorer that reads all untouched replies alike has no unit.
-    effects = [CrossEffect(**{k: math.nan if v is None else v for k, v in e.items()}) for e in result["effects"]]
+    effects = [CrossEffect(**{**e, **{k: math.nan for k, v in e.items() if v is None}}) for e in result["effects"]]
     return page("effects.html.j2", plot=effects_plot(effects) if effects else "", **result)
 
 

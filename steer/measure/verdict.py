@@ -127,6 +127,11 @@ class Verdict:
         }
 
 
+def steers(says: str) -> bool:
+    """Return whether a verdict, in its words, is one of a slider that moves its trait: "works", or "steers but ..."."""
+    return says == "works" or says.startswith("steers")
+
+
 def samples_for(topics: int) -> int:
     """How many replies to each of so many topics the verdict is measured on, per setting."""
     return math.ceil(REPLIES / topics)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from serving import served, until
+from streamlit.testing.v1 import AppTest
 from tiny_parrot import save_parrot
 
 from steer.chat.chat import Chat
@@ -96,6 +97,35 @@ def test_a_slider_is_searched_for_on_the_server_and_moves_the_chat_at_once(chat:
     assert say(chat) != plain
     chat.forget_search()
     assert chat.searching is None
+
+
+@pytest.mark.slow
+def test_the_page_on_a_server_makes_a_slider(parrot: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(parrot, Options(allow_find=True)) as server:
+        monkeypatch.setattr("sys.argv", ["app.py", "--server", server.url])
+        at = AppTest.from_file(str(Path(__file__).parents[2] / "app.py"), default_timeout=60).run()
+        press(at, "New slider")
+        sentences = {"At the high end": TRAIT.with_instruction, "At the low end": TRAIT.without_instruction}
+        for begins, sentence in sentences.items():
+            next(t for t in at.text_area if t.label.startswith(begins)).set_value(sentence or "")
+        next(t for t in at.text_input if t.label == "Name (may be empty)").set_value("ta")
+        press(at, "Preview")
+        press(at, "Make the slider")
+        chat = at.session_state["chat"]
+        assert until(lambda: not chat.searching.running, FOUND)
+        at.run()
+        (said,) = [e.value for e in (*at.success, *at.warning) if "is among your sliders" in e.value]
+        assert "held-out AUROC" in said
+        assert "ta" in [s.label for s in at.sidebar.slider]
+        press(at, "OK")
+        assert chat.searching is None
+        chat.close()
+
+
+def press(at: AppTest, label: str) -> None:
+    next(b for b in at.button if b.label == label).click().run()
+    assert not at.exception
+    assert not at.error
 
 
 @pytest.mark.slow
