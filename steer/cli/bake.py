@@ -77,13 +77,13 @@ def bake(
     if not search:
         check_output(out)  # before torch is imported
     from steer.core.method import PROJECTIONS, Strengths
-    from steer.core.slider import parse_amount
+    from steer.core.slider import parse_amounts
     from steer.progress import byte_bar
     from steer.verbs.bake import HowToAblate, parse_strength
     from steer.verbs.bake import bake as run
 
     what: Form = _one_of("--as", form, FORMS)
-    command, added = shlex.join(["steer", *sys.argv[1:]]), dict(parse_amount(a) for a in add)
+    command, added = shlex.join(["steer", *sys.argv[1:]]), parse_amounts(add)
     plan: list[str] = []
     say: Callable[[str], None] = plan.append if as_json else lambda line: typer.echo(plain(line))
     strengths: dict[str, Any] = {

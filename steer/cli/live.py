@@ -60,9 +60,9 @@ def chat(
     from steer.core.lorebook import load_lorebook
     from steer.core.profile import Profile
     from steer.core.sampler import preset
-    from steer.core.slider import parse_amount
+    from steer.core.slider import parse_amounts
 
-    amounts = dict(parse_amount(s) for s in slider)
+    amounts = parse_amounts(slider)
     chosen = replace(preset(sampler or "plain"), max_new_tokens=max_new_tokens, seed=seed)
     if temperature is not None:
         chosen = replace(chosen, temperature=temperature)

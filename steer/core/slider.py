@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -206,6 +207,17 @@ def parse_amount(text: str) -> tuple[str, float]:
             f"slider {text!r}: expected NAME=AMOUNT with a number, as in moralizing=-1, found {amount or text!r}"
         ) from None
     return name.strip(), value
+
+
+def parse_amounts(texts: Iterable[str]) -> dict[str, float]:
+    """Return the amounts of several `NAME=AMOUNT` by name. Errors: UsageError, also for a name that comes twice."""
+    amounts: dict[str, float] = {}
+    for name, amount in map(parse_amount, texts):
+        if name in amounts:
+            raise UsageError(f"slider {name!r}: expected one amount, found {amounts[name]:g} and {amount:g}; "
+                             "leave one out")  # fmt: skip
+        amounts[name] = amount
+    return amounts
 
 
 def parse_name(text: str) -> tuple[str, Operation | None]:

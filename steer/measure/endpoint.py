@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
 import numpy as np
 import openai
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer
 
 from steer.checkpoint.chat_templates import chosen_template
 from steer.core.thoughts import THINK, split_thoughts
-from steer.errors import SteerError, UnreachableError, UnsupportedError
+from steer.errors import SteerError, UnreachableError, UnsupportedError, UsageError
 from steer.files import one_line
 from steer.measure.probes.probe import TEMPERATURE, Ability, Chat, LogProbs, Passage
 from steer.measure.readers import FALLBACK, PassageTokens, as_chat, first_token, passage_tokens
@@ -30,6 +31,8 @@ from steer.model.loaded import WITHOUT_THOUGHTS
 from steer.model.tokens import ids_of
 from steer.progress import Advance
 
+LONGEST = 86400.0
+"""Most seconds that a server may take for an answer: a day."""
 TOGETHER = 8
 """Requests that are sent at the same time."""
 CONTEXT = 4096
@@ -61,10 +64,15 @@ class EndpointReader:
         """`url`: the address, with or without /v1. `name`: one of its models, by default the first. `tokenizer`: of the
         same model; without it no text can be scored. `label`: the arm's name. `timeout`: seconds for one answer.
 
-        Errors: SteerError for an address that is none, UnreachableError if nothing answers.
+        Errors: UsageError for a timeout that is none, SteerError for an address that is none, UnreachableError if
+        nothing answers.
         """
+        if not 0 < timeout <= LONGEST:  # nan neither
+            raise UsageError(f"timeout: expected seconds above 0 and at most {LONGEST:g}, found {timeout:g}; mend it")
         self.url, self.notes = url.rstrip("/").removesuffix("/v1"), list[str]()
         try:
+            if urlsplit(self.url).scheme not in ("http", "https"):
+                raise ValueError("neither http:// nor https:// before it")
             self._client = openai.OpenAI(
                 base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=openai.Timeout(timeout, connect=5.0)
             )
@@ -143,12 +151,12 @@ class EndpointReader:
                 why = why or str(e)
                 continue
             if len(np.unique(first)) == 1:
-                why = f"every token has the log-probability {first[0]:.3g}"
+                why = f"{self.url}: every token has the log-probability {first[0]:.3g}"
             elif float(np.abs(first - again).max()) > SAME:
-                why = f"one text scored twice differs by {float(np.abs(first - again).max()):.2g} nats"
+                why = f"{self.url}: one text scored twice differs by {float(np.abs(first - again).max()):.2g} nats"
             else:
                 return way
-        self.notes.append(f"no text can be scored by {self.url}: {why}")
+        self.notes.append(f"no text can be scored: {why}")
         return None
 
     def _score(self, way: Way, tokens: PassageTokens) -> LogProbs:
@@ -163,7 +171,7 @@ class EndpointReader:
         if len(found) != len(tokens.ids):
             raise UnsupportedError(f"expected log-probabilities of {len(tokens.ids)} tokens, found {len(found)}")
         if not (np.isfinite(scored).all() and (scored <= 1e-6).all()):
-            raise UnsupportedError(f"{self.url}: expected log-probabilities of 0 at most, found {scored.max():.3g}")
+            raise UnsupportedError(f"expected log-probabilities of 0 at most, found {scored.max():.3g}")
         return scored
 
     def _each(self, ask: Callable[[Any], Any], what: Sequence[Any], advance: Advance | None) -> list[Any]:
@@ -188,12 +196,18 @@ class EndpointReader:
             yield
         except openai.APIStatusError as e:
             kind = UnreachableError if e.status_code >= 500 or e.status_code == 429 else UnsupportedError
-            raise kind(f"{self.url}: the server refuses with {e.status_code}: {one_line(e)}") from e
+            raise kind(
+                f"{self.url}: expected an answer, found {one_line(e)}; see the server's log, then run the same again"
+            ) from e
         except openai.APIConnectionError as e:  # a timeout is one
             why = one_line(e.__cause__ if isinstance(e.__cause__, Exception) else e)
             raise UnreachableError(f"{self.url}: no answer ({why}); run the same again once it answers") from e
+        except UnsupportedError as e:  # of `_score`
+            raise UnsupportedError(f"{self.url}: {e}; such a server can be asked for replies alone") from e
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as e:  # answers are not checked
-            raise UnsupportedError(f"{self.url}: expected an OpenAI-compatible answer, found {one_line(e)}") from e
+            raise UnsupportedError(
+                f"{self.url}: expected an OpenAI-compatible answer, found another ({one_line(e)}); is it such a server?"
+            ) from e
 
     def _cut(self, passage: Passage) -> PassageTokens:
         return passage_tokens(passage, self._prompt, self._encode, first_token(self._tokenizer))

@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
-from steer.files import one_line, read_json_object, without_nan, write_atomic
+from steer.files import read_json_object, without_nan, write_atomic
 from steer.measure.probes.probe import Chat, Figure, Metric, Opening, Probe, Reader, Size, replies_to
 from steer.measure.statistics import corrected, difference_of, mean_figures, mean_of
 from steer.progress import Advance, bar
@@ -61,7 +61,8 @@ def evaluate_arms(
     """Ask every arm every probe's items, write OUT/eval.json and return it. The first arm is what the others are
     compared with.
 
-    A probe that fails for an arm, or that it cannot be asked, is skipped there with one line that says why.
+    A probe that fails for an arm, or that it cannot be asked, is skipped there with one line that says why. An arm with
+    the key of an earlier one is the same model, and has its figures.
     `fresh`: ask everything again, and drop what an earlier run left in `out`. `say`: called with a line per result.
     Errors: UsageError for no arm, or two of one name; OutputExistsError where `out` holds another run, or other files;
     UnreachableError for a server that stops answering, after which the same call goes on. An arm that cannot be loaded
@@ -75,6 +76,8 @@ def evaluate_arms(
     plans = {p.name: _hash(p.plan(size)) for p in probes}
     run = {"steer": __version__, "code": code_hash(), "seed": size.seed, "quick": size.quick, "first": arms[0].key}
     keys = {arm.name: arm.key for arm in arms}
+    twins: dict[str, str] = {}
+    twins = {arm.name: twins.setdefault(_hash(keys[arm.name]), arm.name) for arm in arms}
     _prepare(out, run, fresh)
     results: dict[str, dict[str, Json]] = {p.name: {} for p in probes}
     dtypes: dict[str, str | None] = {}
@@ -84,9 +87,14 @@ def evaluate_arms(
         failed: SteerError | None = None
         hashes = {p.name: _hash([run, keys[arm.name], p.name, plans[p.name]])[:16] for p in probes}
         files = {n: out / PARTS / f"{_slug(arm.name)}-{_slug(n)}-{digest}.json" for n, digest in hashes.items()}
+        twin = twins[arm.name]
         for probe in probes:
             done += 1
             file = files[probe.name]
+            if twin != arm.name:
+                results[probe.name][arm.name], dtypes[arm.name] = results[probe.name][twin], dtypes[twin]
+                say(f"[{done}/{total}] {arm.name}, {probe.name}: not asked, the same model as {twin}")
+                continue
             if file.is_file():
                 found = read_json_object(file, what="a result of steer eval", do="delete it, or run with --fresh")
             else:
@@ -99,10 +107,11 @@ def evaluate_arms(
                         raise
                     failed = e
                 if reader is None:  # not written: mended, it is asked by the next run
-                    found = {**_EMPTY, "skipped": one_line(failed or SteerError())}
+                    found = {**_EMPTY, "skipped": " ".join(str(failed).split())}
                 else:
                     found = _asked(arm, reader, probe, size, f"[{done}/{total}] {arm.name}: {probe.name}")
-                    if probe.needs <= reader.abilities:  # else it takes no time, and a server may learn to
+                    # What a server cannot do today the next run asks again: it may have been mended.
+                    if not found["skipped"] or "weights" in reader.abilities:
                         write_atomic(file, json.dumps(without_nan(found)) + "\n")
             results[probe.name][arm.name] = {k: v for k, v in found.items() if k != "dtype"}
             dtypes[arm.name] = found["dtype"] or dtypes.get(arm.name)
@@ -114,7 +123,13 @@ def evaluate_arms(
         "quick": size.quick,
         "model": arms[0].about,
         "arms": [
-            {"name": a.name, "about": a.about, "dtype": dtypes.get(a.name), "control": a.control} for a in arms
+            {
+                "name": a.name,
+                "about": a.about + (f"; the same model as {t}" if (t := twins[a.name]) != a.name else ""),
+                "dtype": dtypes.get(a.name),
+                "control": a.control,
+            }
+            for a in arms
         ],
         "probes": compared(
             [
@@ -211,7 +226,8 @@ def _asked(arm: Arm, reader: Reader, probe: Probe, size: Size, title: str) -> Js
     start = time.perf_counter()
     missing = sorted(probe.needs - reader.abilities)
     if missing:
-        out["skipped"] = f"{arm.name}: expected a model that gives {' and '.join(missing)}, found none"
+        why = f"{probe.name}: expected a model that gives {' and '.join(missing)}, found none"
+        out["skipped"] = "; ".join([why, *reader.notes])
     else:
         try:
             with bar(title, None, "items") as advance:
@@ -236,7 +252,10 @@ def _asked(arm: Arm, reader: Reader, probe: Probe, size: Size, title: str) -> Js
 def _prepare(out: Path, run: Json, fresh: bool) -> None:
     """Make `out` ready for a run; raise OutputExistsError where it holds anything else."""
     mark = out / RUN
-    entries = [p.name for p in out.iterdir()] if out.is_dir() else []
+    try:
+        entries = [p.name for p in out.iterdir()] if out.is_dir() else []
+    except OSError as e:
+        raise OutputExistsError(f"{out}: could not be read ({e.strerror}); name another --out") from e
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out}: expected a directory, found a file; name another --out")
     if entries and not mark.is_file():
@@ -255,7 +274,6 @@ def _prepare(out: Path, run: Json, fresh: bool) -> None:
     if fresh:
         for file in (*(out / PARTS).glob("*.json"), out / RESULTS, out / REPORT):
             file.unlink(missing_ok=True)
-    (out / PARTS).mkdir(parents=True, exist_ok=True)
     write_atomic(mark, json.dumps(run, indent=1) + "\n")
 
 

@@ -92,6 +92,8 @@ def tasks_named(names: list[str]) -> list[Probe]:
     """
     if not names:
         return []
+    if "" in names:
+        raise UsageError("--lm-eval: expected tasks with commas between, found ''; leave it out")
     if find_spec("lm_eval") is None:
         raise UsageError("--lm-eval: expected the package lm-eval, found none; pip install 'steer[eval]'")
     from lm_eval.tasks import TaskManager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Command, command_here
+from safetensors.torch import load_file, save_file
 from tiny_chat import keep_direction
 from tiny_eval import ProgramArm, Weighing, save_by_letters
 
@@ -273,6 +275,29 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
     assert row(result, "b", 1)["items"] == 30
 
 
+def test_an_arm_that_is_the_same_model_as_another_is_not_asked_and_says_so(tmp_path: Path) -> None:
+    first, twin = ProgramArm("whole", level(0)), ProgramArm("twin", level(0))
+    twin.key = first.key
+    result = evaluate_arms([first, twin], [Weighing()], Size(), tmp_path / "out")
+    assert (first.made.asked, twin.made.asked) == (30, 0)
+    assert row(result, "twin")["value"] == row(result, "whole")["value"]
+    assert [a["about"] for a in result["arms"]] == ["whole", "twin; the same model as whole"]
+
+
+def test_a_run_that_could_ask_nothing_fails_and_keeps_its_reasons(
+    tmp_path: Path, tiny_llama: Callable[..., Path], command: Command
+) -> None:
+    broken = save_by_letters(tiny_llama, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({k: torch.full_like(w, math.nan) for k, w in weights.items()}, broken / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    made = command("eval", broken, "--probes", "capability", "--out", tmp_path / "out", "--dtype", "float32", "--json")
+    assert made.code == 1
+    assert "expected figures of one probe at least, found none" in made.err.splitlines()[-1]
+    assert "found NaN" in made.result["probes"][0]["arms"]["broken"]["skipped"]
+    assert (tmp_path / "out" / "eval.html").is_file()
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(
     place: Path, tmp_path: Path, make_direction: Callable[..., Direction]
@@ -372,6 +397,15 @@ def test_the_command_line(place: Path, tmp_path: Path, command: Command) -> None
         ((), 2, "expected a model"),
         ((place, "--compare", out, out), 2, "expected no model beside it"),
         ((tmp_path / "nowhere",), 1, "nowhere"),
+        ((place, "--slider", "kindness=1,kindness=2"), 2, "slider 'kindness': expected one amount, found 1 and 2"),
+        ((place, "--probes", ""), 2, "found ''"),
+        ((place, "--lm-eval", ""), 2, "found ''"),
+        ((place, "--seed", "-1"), 2, "seed: expected 0 or more, found -1"),
+        ((place, "--model-name", "x"), 2, "expected --url beside them"),
+        (("--compare", out, out, "--probes", "capability"), 2, "expected no --probes beside it"),
+        (("--url", "http://127.0.0.1:9", "--against", place), 2, "expected no --against beside it"),
+        (("--url", "127.0.0.1:9", "--out", tmp_path / "u"), 1, "127.0.0.1:9: expected the address of a server"),
+        (("--url", "http://127.0.0.1:9", "--timeout", "nan", "--out", tmp_path / "v"), 2, "found nan"),
     ]:
         refused = command("eval", *arguments)
         assert (refused.code, refused.err.count("\n")) == (code, 1), refused.err

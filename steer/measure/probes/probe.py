@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from steer.errors import UsageError
 from steer.progress import Advance
 
 Chat = tuple[tuple[str, str], ...]
@@ -156,10 +157,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Size:
-    """How much a probe asks."""
+    """How much a probe asks. Errors: UsageError for a seed below 0."""
 
     quick: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"seed: expected 0 or more, found {self.seed}; name another")
 
     def of(self, whole: int, quick: int) -> int:
         """Return `quick` in a quick run, else `whole`."""
