@@ -234,6 +234,7 @@ def fit(
     baked: Annotated[
         list[Path], typer.Option(help="Output of bake --as gguf, if llama-server is elsewhere; may be repeated.")
     ] = [],  # noqa: B006
+    chat_template: ChatTemplate = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:

@@ -188,7 +188,7 @@ def create_app(model: SteeredModel, engine: Engine, options: Options | None = No
     @app.put("/v1/steering")
     def steer(update: Steering) -> dict[str, Any]:
         settings.change(update)
-        return settings.describe()
+        return steering()
 
     sliders = NewSliders(model, settings, options.allow_find)
 

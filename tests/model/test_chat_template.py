@@ -180,6 +180,7 @@ def test_the_answer_begins_after_the_thoughts(use: Callable[[Any], SteeredModel]
 
 def test_what_was_changed_is_said_once(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load(place)
+    caplog.clear()
     model.tokenizer.chat_template = KINDS["system refused, the role is model"].template
     with caplog.at_level(logging.WARNING, "steer"):
         for _ in range(2):
