@@ -100,7 +100,8 @@ def serve(
 
     `port`: 0 for any free port. `max_running`: texts written at the same time. `max_waiting`: texts that may queue
     behind them. `context`: most tokens of a prompt and its reply together; by default the model's own context.
-    `ready`: called with the server's URL when it listens. `engine`: called with the model and the three numbers above.
+    `ready`: called with the server's URL when it listens. `engine`: called with the model, and by keyword with the
+    three numbers above.
 
     Errors: SteerError for a port that is taken and profiles that do not fit, UsageError for a host without a key.
 
@@ -109,7 +110,7 @@ def serve(
     options = options or Options()
     listening = listen(options.host, port)
     with listening:
-        writer = engine(model, max_running, max_waiting, context)
+        writer = engine(model, max_running=max_running, max_waiting=max_waiting, context=context)
         try:
             server = Server(model, writer, options)
             # Prepare all sliders that requests may name: reading a dictionary and measuring its fit takes seconds.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+import httpx
 import pytest
 import torch
 from batched import GREEDY, PATIENCE, Listener, ask, job
@@ -299,6 +300,24 @@ def test_a_model_that_edits_do_not_reach_is_refused_at_start(path, wrong, tiny_l
     place = _tiny(tiny_llama, tmp_path)
     made = subprocess.run([sys.executable, "-c", REFUSED, place, path, wrong], capture_output=True, text=True)
     assert "refused: vLLM: expected edits" in made.stdout, made.stderr[-2000:]
+
+
+def test_the_command_serves_with_vllm(tiny_llama, tmp_path):
+    command = [sys.executable, "-m", "steer.cli.main", "serve", _tiny(tiny_llama, tmp_path), "--engine", "vllm"]
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            lines = []
+            for line in server.stderr:
+                lines.append(line)
+                if "(Ctrl-C stops)" in line:
+                    break
+            assert "(Ctrl-C stops)" in lines[-1], "".join(lines[-20:])
+            body = {"prompt": "hello friend", "max_tokens": 4, "logit_bias": {"2": -100}}
+            answer = httpx.post(f"{lines[-1].split()[0]}/completions", json=body, timeout=PATIENCE)
+            assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
+        finally:
+            server.terminate()
 
 
 def _tiny(tiny_llama, tmp_path) -> str:
