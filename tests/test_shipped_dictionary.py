@@ -47,7 +47,7 @@ def test_a_trait_ships_a_direction_exactly_if_its_slider_was_measured_to_steer()
     assert rows == set(shipped)
     own = [e for e in measured["effects"] if e["slider"] == e["scorer"]]
     assert len(own) == len(shipped)
-    assert all(e["low"] > 0 for e in own)
+    assert all(e["change"] > 0 for e in own)
     assert {s["trait"] for s in measured["sliders"].values()} | set(measured["missing"]) == set(shipped_traits())
 
 

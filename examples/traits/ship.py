@@ -109,16 +109,16 @@ def cell(result: dict[str, Any], slider: str, scorer: str) -> str:
 
 def summary(result: dict[str, Any], ships: list[str]) -> str:
     """README's sentences: which traits have a slider, which do not, and what the sliders move beside their trait."""
-    groups: dict[str, list[str]] = {}
+    groups = {"steers, as measured by `steer demo`": [f"`{name}`" for name in TRAITS]}
     for name, s in result["sliders"].items():
-        if name == s["trait"]:
+        if name == s["trait"] and name not in TRAITS:
             groups.setdefault(s["verdict"]["says"], []).append(f"`{name}`")
     groups |= {"no direction": [f"`{name}`" for name in result["missing"]]} if result["missing"] else {}
     own = [e for e in result["effects"] if e["slider"] in ships and e["slider"] == e["scorer"]]
     others = [e for e in result["effects"] if e["slider"] in ships and e["slider"] != e["scorer"]]
     strong = [e for e in others if abs(e["change"]) >= STRONG and (e["low"] > 0 or e["high"] < 0)]
     most = max(others, key=lambda e: abs(e["change"]))
-    lines = [f"- {says}: {', '.join(names)}" for says, names in sorted(groups.items(), key=lambda g: -len(g[1]))]
+    lines = [f"- {says}: {', '.join(names)}" for says, names in groups.items()]
     return "\n".join(
         [
             *lines,
