@@ -151,7 +151,7 @@ def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[
         parts = {
             f"{label}: {name}": part for label, p in zip(labels, found, strict=True) for name, part in p["arms"].items()
         }
-        joined.append({k: probe[k] for k in ("name", "says", "sha256", "metrics")} | {"arms": parts})
+        joined.append({k: probe[k] for k in ("name", "says", "n", "sha256", "metrics") if k in probe} | {"arms": parts})
     if not joined:
         raise MismatchError(f"{rest[0][0]}: expected a probe that {first_file} has too, found none; run the same ones")
     arms = [

@@ -30,7 +30,7 @@ class Consistency(Probe):
     """
 
     name = "consistency"
-    says = "how far the model answers the same to the same question in other words and many messages later"
+    says = "How far the model answers the same to the same question in other words and many messages later."
     needs = frozenset({"logprobs"})
     metrics = (
         Metric("consistency", "higher", "agreement on one question less that between questions", 0.0),
