@@ -17,6 +17,7 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from steer.files import write_atomic
 from steer.measure.drawing import BLUE, GREEN, GREY, RED, STYLE, axes, page, svg
@@ -35,7 +36,7 @@ _STYLE = STYLE | {"text.parse_math": False}  # a dollar in an arm's name is a do
 _MARKERS: dict[Outcome, tuple[str, str, str]] = {
     "better": (">", GREEN, "better, beyond noise"),
     "worse": ("<", RED, "worse, beyond noise"),
-    "changed": ("D", BLUE, "changed, beyond noise; right: higher"),
+    "changed": ("D", BLUE, "changed, beyond noise"),
     "noise": ("o", GREY, "within noise"),
 }
 """Outcome -> (marker, colour, words). The marker alone tells them apart."""
@@ -49,6 +50,7 @@ _WIDEST = 2.0
 """Standard deviations at which the axis of the picture ends: farther differences are numbers at its edge."""
 _WIDE, _NARROW = 8.6, 4.2
 """Widths of the picture in inches, for a desk and for a phone."""
+_UNJUDGED = "†"
 _NAME = 26
 """Most characters of an arm's name in a plot."""
 
@@ -218,7 +220,7 @@ def _section(probe: Json, arms: Sequence[Json]) -> dict[str, Any]:
     for metric in probe["metrics"]:
         table = [_row(metric, s) for name in names if (s := rows.get((name, metric["name"])))]
         tables.append({"metric": metric, "chance": shown(metric, metric["chance"]), "rows": table})
-        for field, label in (("n", "n"), ("turn", "messages before the question")):
+        for field, label in (("n", probe.get("n") or "n"), ("turn", "messages before the question")):
             if plot := _by(probe, metric, names, field, label):
                 plots.append(plot)
     return {
@@ -280,7 +282,7 @@ def _picture(result: Json, width: float) -> str:
     several = len(arms) > 2
     labels: list[tuple[str, Comparison | Json | None, bool]] = []
     for probe in result["probes"]:
-        name = probe["name"] + (" *" if no_signal(probe) else "")
+        name = probe["name"] + _unjudged(probe) + (" *" if no_signal(probe) else "")
         if several:
             labels.append((name, None, True))
             labels += [("  " + _short(arm), rows.get((probe["name"], arm)), False) for arm in arms[1:]]
@@ -314,10 +316,17 @@ def _picture(result: Json, width: float) -> str:
         Line2D([], [], marker=m, color=c, ls="", mfc="none" if words == _MARKERS["noise"][2] else c, label=words)
         for m, c, words in keys
     ]
+    if len(arms) > 1 and any(map(_unjudged, result["probes"])):
+        handles.append(Line2D([], [], ls="", label=f"{_UNJUDGED} not judged: right is higher"))
     if any(no_signal(p) for p in result["probes"]):
         handles.append(Line2D([], [], ls="", label="* no signal at this size"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3 if width > 6 else 2, frameon=False, fontsize=8)
     return svg(figure)
+
+
+def _unjudged(probe: Json) -> str:
+    """Return the mark of a probe whose headline is neither better nor worse at one end; else nothing."""
+    return f" {_UNJUDGED}" if probe["metrics"][0]["better"] == "neither" else ""
 
 
 def _draw_differences(ax: Any, rows: Sequence[Comparison | None]) -> list[str]:
@@ -331,6 +340,9 @@ def _draw_differences(ax: Any, rows: Sequence[Comparison | None]) -> list[str]:
             marker, colour, _ = _MARKERS[c.outcome]
             value, low, high = (min(edge, max(-edge, e)) for e in c.difference)
             ax.plot([low, high], [y, y], color=colour, lw=1.6)
+            for end, drawn, caret in zip(c.difference[1:], (low, high), (CARETLEFT, CARETRIGHT), strict=True):
+                if end != drawn:  # it goes on beyond the edge
+                    ax.plot(drawn, y, marker=caret, color=colour, ms=6)
             ax.plot(value, y, marker, color=colour, ms=7, mfc="white" if c.outcome == "noise" else colour)
             if abs(c.difference[0]) > edge:
                 # Inside the axes, beside the mark.
@@ -398,7 +410,7 @@ def _by(probe: Json, metric: Json, arms: Sequence[str], field: str, label: str) 
         ax.vlines(xs, lows, highs, color=colour, lw=0.9, alpha=0.6)
     if (chance := shown(metric, metric["chance"])) is not None:
         ax.axhline(chance, color=GREY, lw=1, ls=(0, (2, 2)), label="chance")
-    ax.set(xlabel=f"{metric['name']} by {label}" if field == "n" else label, ylabel=textwrap.fill(metric["label"], 36))
+    ax.set(xlabel=label, ylabel=textwrap.fill(metric["label"], 36))
     figure.legend(frameon=False, fontsize=7.5, loc="outside lower center", ncols=3)
     return svg(figure)
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
 from steer.files import read_json_object, without_nan, write_atomic
-from steer.measure.probes.probe import Chat, Figure, Metric, Opening, Probe, Reader, Size, replies_to
+from steer.measure.probes.probe import Chat, Figure, Metric, Opening, Probe, Reader, Size, fits_with_reply, replies_to
 from steer.measure.statistics import corrected, difference_of, mean_figures, mean_of
 from steer.progress import Advance, bar
 
@@ -133,8 +133,8 @@ def evaluate_arms(
         ],
         "probes": compared(
             [
-                {"name": p.name, "says": p.says, "sha256": plans[p.name], "metrics": [asdict(m) for m in p.metrics],
-                 "arms": results[p.name]}
+                {"name": p.name, "says": p.says, "n": p.n_label, "sha256": plans[p.name],
+                 "metrics": [asdict(m) for m in p.metrics], "arms": results[p.name]}
                 for p in probes
             ],
             names,
@@ -167,12 +167,18 @@ class _WrittenAhead:
         """Return the replies, as `Reader.replies` does."""
         asked = [Opening(chat, seed, tokens) for chat, seed in zip(chats, seeds, strict=True)]
         if any(o in self._left for o in asked):
-            now = [o for o in self._left if o.tokens == tokens]
+            now = [o for o in self._left if o.tokens == tokens and self._fits(o)]
             self._texts |= zip(now, replies_to(self._reader, now, advance), strict=True)
             self._left = [o for o in self._left if o.tokens != tokens]
         if all(o in self._texts for o in asked):
             return [self._texts[o] for o in asked]
         return self._reader.replies(chats, tokens=tokens, seeds=seeds, advance=advance)
+
+    def _fits(self, opening: Opening) -> bool:
+        try:
+            return fits_with_reply(self._reader, opening)
+        except SteerError:  # a chat that the template refuses: the probe that asks for it meets the same error
+            return False
 
 
 def compared(probes: list[Json], arms: Sequence[str], controls: Sequence[str] = (), seed: int = 0) -> list[Json]:

@@ -11,15 +11,15 @@ from typing import Any
 from steer.checkpoint.fetch import resolve
 from steer.checkpoint.staging import check_output
 from steer.core.profile import Profile
-from steer.errors import MismatchError, UsageError
-from steer.files import read_json_object, without_nan, write_atomic
+from steer.errors import CheckpointError, MismatchError, UsageError
+from steer.files import one_line, read_json_object, without_nan, write_atomic
 from steer.measure.arms import Loader, LocalArm, Source, damaged_arms, edit_of_amounts, edit_of_profile
 from steer.measure.endpoint import EndpointArm
 from steer.measure.eval_report import write_eval_report
 from steer.measure.evaluation import REPORT, RESULTS, Arm, compared, evaluate_arms
 from steer.measure.lm_eval_tasks import tasks_named
 from steer.measure.probes.library import probes_named
-from steer.measure.probes.probe import Probe, Size
+from steer.measure.probes.probe import Figure, Metric, Probe, Size
 from steer.model.steered import SteeredModel
 
 Say = Callable[[str], None]
@@ -151,7 +151,7 @@ def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[
         parts = {
             f"{label}: {name}": part for label, p in zip(labels, found, strict=True) for name, part in p["arms"].items()
         }
-        joined.append({k: probe[k] for k in ("name", "says", "sha256", "metrics")} | {"arms": parts})
+        joined.append({k: probe[k] for k in ("name", "says", "n", "sha256", "metrics") if k in probe} | {"arms": parts})
     if not joined:
         raise MismatchError(f"{rest[0][0]}: expected a probe that {first_file} has too, found none; run the same ones")
     arms = [
@@ -180,6 +180,16 @@ def _result(file: Path) -> dict[str, Any]:
         raise UsageError(
             f"{file}: expected a result of steer eval, found JSON without {missing[0]!r}; name an eval.json"
         )
+    try:
+        _ = [arm["name"] for arm in result["arms"]]
+        for probe in result["probes"]:
+            _ = probe["name"], probe["says"], probe["sha256"], [Metric(**m) for m in probe["metrics"]]
+            for part in probe["arms"].values():
+                _ = part["skipped"], part["notes"], part["examples"], [Figure(**f) for f in part["figures"]]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(
+            f"{file}: expected a result of steer eval, found one that was changed ({one_line(e)}); measure again"
+        ) from e
     return result
 
 

@@ -175,6 +175,20 @@ def test_a_difference_far_off_the_scale_stands_at_its_edge_with_its_number(tmp_p
     assert f">{far:+.0f}<" in page
 
 
+def test_a_probe_that_is_not_judged_is_marked_in_the_picture_whether_it_moved_or_not(tmp_path):
+    for shift in (0.0, -0.75):
+        page = written(synthetic_eval(shifts={("slid", "moralizing"): shift}), tmp_path)
+        assert ">moralizing †<" in page
+        assert "† not judged: right is higher" in page
+        assert "prose †" not in page
+
+
+def test_the_axis_says_what_makes_an_item_hard(tmp_path):
+    result = synthetic_eval(probes=("positions",))
+    result["probes"][0]["n"] = "moves of the thing"
+    assert ">moves of the thing<" in written(result, tmp_path)
+
+
 def test_the_same_result_gives_the_same_page(tmp_path):
     a, b = (write_eval_report(synthetic_eval(probes=("consequences",)), tmp_path / n).read_bytes() for n in ("a", "b"))
     assert a == b

@@ -298,6 +298,21 @@ def test_a_run_that_could_ask_nothing_fails_and_keeps_its_reasons(
     assert (tmp_path / "out" / "eval.html").is_file()
 
 
+def test_in_a_short_context_probes_ask_less_and_say_so(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+    names = ["characters", "moralizing", "prose", "capability"]
+    limited: dict[int, list[list[str]]] = {}
+    for context in (1100, 400, 40):  # tokens are letters
+        place = save_by_letters(tiny_llama, tmp_path / f"of {context}", max_position_embeddings=context)
+        result = steer.evaluate(place, probes=names, quick=True, out=tmp_path / f"{context}", dtype="float32")
+        parts = [part for probe in result["probes"] for part in probe["arms"].values()]
+        limited[context] = [[n for n in part["notes"] if f"{context} tokens" in n] for part in parts]
+        for part in parts:
+            assert part["figures"] or "expected items" in part["skipped"]
+    assert limited[1100] == [[], [], [], []]
+    assert limited[400] == [["late replies after 4 of 12 messages: the context has 400 tokens"], [], [], []]
+    assert [len(notes) for notes in limited[40]] == [1, 1, 1, 1]
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(
     place: Path, tmp_path: Path, make_direction: Callable[..., Direction]
@@ -376,6 +391,11 @@ def test_results_of_two_days_join_and_are_refused_where_items_differ(tmp_path: P
     evaluate_arms([ProgramArm("m", level(0))], [Weighing("other")], Size(), tmp_path / "other")
     with pytest.raises(MismatchError, match="expected a probe that"):
         compare([days[0], tmp_path / "other"])
+    whole = json.loads(days[0].read_text())
+    for broken in ({"probes": 3}, {"arms": [{}]}, {"probes": [{"name": "weighing"}]}):
+        days[0].write_text(json.dumps(whole | broken))
+        with pytest.raises(SteerError, match=r"monday/eval\.json: expected a result of steer eval, found .*changed"):
+            compare(days[:2])
     days[0].write_text("{}")
     with pytest.raises(SteerError, match="found JSON without 'steer'"):
         compare(days[:2])

@@ -27,7 +27,10 @@ class Capability(Probe):
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Read every paragraph once."""
-        asked = self._pieces()
+        pieces = self._pieces()
+        asked = [piece for piece in pieces if reader.length(piece[2]) <= reader.context]
+        left = len(pieces) - len(asked)
+        note = f"{left} of {len(pieces)} pieces left out: longer than the context of {reader.context} tokens"
         found = reader.logprobs([p for _, _, p in asked], advance)
         scored = [(*piece, -float(f.mean())) for piece, f in zip(asked, found, strict=True)]
         return Result(
@@ -36,6 +39,7 @@ class Capability(Probe):
                 Example(item, f"{p.begun[-80:]}…", p.text.strip(), f"{nats:.2f} nats per token")
                 for item, _, p, nats in scored[:: max(1, len(scored) // 5)]
             ],
+            [note] if left else [],
         )
 
     @staticmethod

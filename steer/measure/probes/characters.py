@@ -25,6 +25,8 @@ from steer.measure.probes.probe import (
     Reader,
     Result,
     Size,
+    fits_with_reply,
+    fitting_openings,
     replies_to,
 )
 from steer.measure.probes.stories import written
@@ -66,7 +68,20 @@ class Characters(Probe):
         """Let the speakers of every scene reply, first without and then with a chat before the question."""
         plan, result = self.plan(size), Result([])
         for number, scene in enumerate(plan["scenes"]):
-            early, late, turn = _written(reader, scene, _first(plan, number, scene), advance)
+            first = _first(plan, number, scene)
+            fits, _ = fitting_openings(reader, first)
+            found = _written(reader, scene, first, advance) if len(fits) == len(first) else None
+            if found is None:
+                names = ", ".join(scene["cards"])
+                result.notes.append(
+                    f"{names} left out: their chat is longer than the context of {reader.context} tokens"
+                )
+                continue
+            early, late, turn = found
+            if turn < (whole := 2 * len(scene["said"]) * len(scene["cards"])):
+                result.notes.append(
+                    f"late replies after {turn} of {whole} messages: the context has {reader.context} tokens"
+                )
             _compare(result, scene, early, late, turn)
         return result
 
@@ -91,14 +106,18 @@ def _lines(scene: Any, which: str) -> list[Line]:
 
 def _written(
     reader: Reader, scene: Any, openings: list[Opening], advance: Advance | None
-) -> tuple[dict[Line, str], dict[Line, str], int]:
-    """The first replies, the late ones, and how many messages come before the late ones."""
+) -> tuple[dict[Line, str], dict[Line, str], int] | None:
+    """The first replies, the late ones, and how many messages come before the late ones: as many as fit into the
+    context. None if not even one question to every speaker does."""
     early = dict(zip(_lines(scene, "early"), replies_to(reader, openings, advance), strict=True))
-    said = [(name, question) for question in scene["said"] for name in scene["cards"]]
-    before = tuple(message for line in said for message in (_asked(*line), ("assistant", early[line])))
     lines = _lines(scene, "late")
-    late = _openings(scene, lines, before, openings[-1].seed + 1, openings[-1].tokens)
-    return early, dict(zip(lines, replies_to(reader, late, advance), strict=True)), len(before)
+    for count in range(len(scene["said"]), 0, -1):
+        said = [(name, question) for question in scene["said"][:count] for name in scene["cards"]]
+        before = tuple(message for line in said for message in (_asked(*line), ("assistant", early[line])))
+        late = _openings(scene, lines, before, openings[-1].seed + 1, openings[-1].tokens)
+        if all(fits_with_reply(reader, o) for o in late):
+            return early, dict(zip(lines, replies_to(reader, late, advance), strict=True)), len(before)
+    return None
 
 
 def _asked(name: str, question: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ class Consequences(ForcedChoice):
     """
 
     name = "consequences"
-    says = "how well the model knows what can no longer be true after the world has changed"
+    says = "How well the model knows what can no longer be true after the world has changed."
     metrics = (Metric("accuracy", "higher", "share of right answers", 0.5), MARGIN)
 
     def items(self, size: Size) -> list[Choice]:

@@ -18,7 +18,7 @@ class Implications(ForcedChoice):
     """
 
     name = "implications"
-    says = "how well the model understands what somebody means and does not say"
+    says = "How well the model understands what somebody means and does not say."
     metrics = (
         Metric("accuracy", "higher", "share of hints understood", 0.5),
         MARGIN,

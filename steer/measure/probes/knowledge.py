@@ -23,7 +23,7 @@ class Knowledge(ForcedChoice):
     """
 
     name = "knowledge"
-    says = "how well the model takes up what a page in the chat says where its weights say something else"
+    says = "How well the model takes up what a page in the chat says where its weights say something else."
     metrics = (
         Metric("follows", "higher", "share of answers made likelier by their page", 0.25),
         MARGIN,

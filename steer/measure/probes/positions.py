@@ -83,7 +83,8 @@ class Positions(ForcedChoice):
     """
 
     name = "positions"
-    says = "how well the model knows where things and people are after they were moved"
+    n_label = "moves of the thing or person"
+    says = "How well the model knows where things and people are after they were moved."
     metrics = (Metric("accuracy", "higher", "share of right answers", 1 / 3), MARGIN)
 
     def items(self, size: Size) -> list[Choice]:

@@ -96,8 +96,29 @@ def openings_to(prompts: Sequence[str], *, samples: int, tokens: int, seed: int)
 
 def replies_to(reader: Reader, openings: Sequence[Opening], advance: Advance | None = None) -> list[str]:
     """Return the replies to openings of one length."""
+    if not openings:
+        return []
     (tokens,) = {o.tokens for o in openings}
     return reader.replies([o.chat for o in openings], tokens=tokens, seeds=[o.seed for o in openings], advance=advance)
+
+
+def fitting_openings(reader: Reader, openings: Sequence[Opening]) -> tuple[list[Opening], list[str]]:
+    """Return the openings that fit into the reader's context with a whole reply, and a note where some do not."""
+    fits = [o for o in openings if fits_with_reply(reader, o)]
+    left = len(openings) - len(fits)
+    note = f"{left} of {len(openings)} replies left out: longer than the context of {reader.context} tokens"
+    return fits, [note] if left else []
+
+
+def fits_with_reply(reader: Reader, opening: Opening) -> bool:
+    """Return whether a chat and a whole reply to it fit into the reader's context."""
+    return reader.length(Passage("", chat=opening.chat)) + opening.tokens <= reader.context
+
+
+def empty_note(texts: Sequence[str]) -> list[str]:
+    """Return a note on replies without text, if there are any."""
+    empty = sum(not text.strip() for text in texts)
+    return [f"{empty} of {len(texts)} replies are empty"] if empty else []
 
 
 @dataclass(frozen=True)
@@ -179,6 +200,8 @@ class Probe(ABC):
     """One sentence for people: what a higher figure means."""
     metrics: tuple[Metric, ...]
     """The first is the probe's headline."""
+    n_label: str = ""
+    """What `Figure.n` counts, for a plot's axis; empty where figures have none."""
     needs: frozenset[Ability]
 
     @abstractmethod

@@ -6,6 +6,7 @@ No list of phrases: what counts as a stock phrase is what this reader writes aga
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from steer.measure.probes.probe import (
     Reader,
     Result,
     Size,
+    empty_note,
+    fitting_openings,
     openings_to,
     replies_to,
 )
@@ -63,17 +66,24 @@ class Prose(Probe):
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let the reader write a reply to each prompt, and count."""
-        plan, openings = self.plan(size), self.openings(size)
-        asked = [o.chat[0][1] for o in openings]
+        whole, samples = self.openings(size), self.plan(size)["samples"]
+        openings, notes = fitting_openings(reader, whole)
         texts = replies_to(reader, openings, advance)
+        numbers, asked = [whole.index(o) for o in openings], [o.chat[0][1] for o in openings]
         return Result(
-            [f for prompt_figures in measured(asked, texts) for f in prompt_figures],
-            [Example(f"{i}", asked[i], "", texts[i]) for i in range(0, len(asked), plan["samples"])][:5],
+            [
+                replace(figure, item=f"{number}")
+                for number, of_reply in zip(numbers, measured(asked, texts), strict=True)
+                for figure in of_reply
+            ],
+            [Example(f"{n}", a, "", t) for n, a, t in zip(numbers, asked, texts, strict=True) if n % samples == 0][:5],
+            notes + empty_note(texts),
         )
 
 
 def measured(prompts: list[str], texts: list[str]) -> list[list[Figure]]:
-    """The figures of each reply, given with the prompts they answer."""
+    """The figures of each reply, given with the prompts they answer. An empty one has a single figure: no word of it is
+    known. It repeats nothing either, and would look better than any text."""
     replies = [words(text) for text in texts]
     places: dict[object, set[str]] = {}
     for prompt, reply in zip(prompts, replies, strict=True):
@@ -94,5 +104,5 @@ def measured(prompts: list[str], texts: list[str]) -> list[list[Figure]]:
             "spread": float(np.std(lengths) / np.mean(lengths)) if lengths else 0.0,
             "known": share(sum(word_frequency(w, "en") > 0 for w in reply), len(reply)),
         }
-        out.append([Figure(name, f"{i}", value, prompt) for name, value in values.items()])
+        out.append([Figure(name, f"{i}", value, prompt) for name, value in values.items() if reply or name == "known"])
     return out

@@ -19,6 +19,8 @@ from steer.measure.probes.probe import (
     Reader,
     Result,
     Size,
+    empty_note,
+    fitting_openings,
     openings_to,
     replies_to,
 )
@@ -60,10 +62,13 @@ class TraitShown(Probe):
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let the reader reply to every held-out topic, and score the replies."""
-        plan, scorer, openings = self.plan(size), Scorer.shipped(self.name), self.openings(size)
-        asked = [(topic, i) for topic in plan["topics"] for i in range(plan["samples"])]
+        plan, whole = self.plan(size), self.openings(size)
+        openings, notes = fitting_openings(reader, whole)
+        asked = [(o.chat[0][1], whole.index(o) % plan["samples"]) for o in openings]
         texts = replies_to(reader, openings, advance)
-        found = scorer.probabilities(texts)
+        if not texts:
+            return Result([], notes=notes)
+        found = Scorer.shipped(self.name).probabilities(texts)
         figures = [
             Figure(metric, f"{topic} {i}", float(value), topic)
             for (topic, i), p in zip(asked, found, strict=True)
@@ -73,7 +78,7 @@ class TraitShown(Probe):
             Example(f"{topic} {i}", topic, "", f"{text} ({p:.2f})")
             for (topic, i), text, p in list(zip(asked, texts, found, strict=True))[:: plan["samples"] * 5]
         ]
-        return Result(figures, examples)
+        return Result(figures, examples, notes + empty_note(texts))
 
 
 MORALIZING = TraitShown("moralizing", "How much the model preaches when people tell it of small sins.")

@@ -258,6 +258,13 @@ def test_prose_of_a_loop_of_the_same_phrases_and_of_a_pet_word_is_told_from_plai
     assert mean(loop, "spread") == 0 < mean(whole, "spread")
 
 
+def test_empty_replies_are_not_good_prose_and_are_counted() -> None:
+    result = Prose().run(Program(lambda chat, rng: ""), QUICK)
+    assert {f.metric for f in result.figures} == {"known"}
+    assert mean(result, "known") == 0
+    assert result.notes == [f"{len(result.figures)} of {len(result.figures)} replies are empty"]
+
+
 def test_words_of_the_prompt_are_not_overused() -> None:
     """A story about a lighthouse has that word often."""
     echo = Prose().run(Program(lambda chat, rng: chat[-1][1]), QUICK)
