@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
-from run import Row, in_process
 
+# By its place, as examples/evolve has a run.py too.
+spec: Any = importlib.util.spec_from_file_location("gpu_run", Path(__file__).with_name("run.py"))
+script = sys.modules["gpu_run"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+Row, in_process = script.Row, script.in_process
 FIRST = 'print("row", \'{"what": "first", "value": 1.5, "at_least": 1.0}\', flush=True);'
 
 
