@@ -67,6 +67,11 @@ def replacing(path: str | Path, *, new: bool = False) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def names_in(folder: Path) -> list[str]:
+    """The names in a directory, without the unfinished files that a killed process left of `replacing`."""
+    return [path.name for path in folder.iterdir() if not path.match(".*.part")]
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
     """Write a whole file, text as UTF-8, with `replacing`. Errors: SteerError for a path that cannot be written."""
     with replacing(path) as part, open(part, "xb") as f:

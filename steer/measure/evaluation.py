@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
-from steer.files import read_json_object, without_nan, write_atomic
+from steer.files import names_in, read_json_object, without_nan, write_atomic
 from steer.measure.probes.probe import Chat, Figure, Metric, Opening, Probe, Reader, Size, fits_with_reply, replies_to
 from steer.measure.statistics import corrected, difference_of, mean_figures, mean_of
 from steer.progress import Advance, bar
@@ -259,7 +259,7 @@ def _prepare(out: Path, run: Json, fresh: bool) -> None:
     """Make `out` ready for a run; raise OutputExistsError where it holds anything else."""
     mark = out / RUN
     try:
-        entries = [p.name for p in out.iterdir()] if out.is_dir() else []
+        entries = names_in(out) if out.is_dir() else []
     except OSError as e:
         raise OutputExistsError(f"{out}: could not be read ({e.strerror}); name another --out") from e
     if out.exists() and not out.is_dir():

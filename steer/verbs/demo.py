@@ -27,7 +27,7 @@ from steer.checkpoint.staging import hash_file
 from steer.core.trait import NeutralPrompts
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, TraitNotFoundError, UsageError
-from steer.files import read_json_object, write_atomic
+from steer.files import names_in, read_json_object, write_atomic
 from steer.progress import bar, byte_bar
 
 TRAITS = ("moralizing", "compliance")
@@ -135,7 +135,7 @@ def _check_out(out: Path, subject: _Subject) -> None:
         other = read_json_object(mark, do="name another --out").get("model")
         if other == subject.model:
             return
-    elif subject.model is None or not out.is_dir() or not any(out.iterdir()):
+    elif subject.model is None or not out.is_dir() or not names_in(out):
         return
     raise OutputExistsError(
         f"{out}: expected a new directory or the demo of {subject.model or 'the default model'}, found "

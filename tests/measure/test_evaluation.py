@@ -83,6 +83,18 @@ def test_what_is_done_is_not_asked_again_unless_fresh(tmp_path: Path) -> None:
     assert row(fresh, "a")["value"] == pytest.approx(5, abs=0.5)
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_first_file_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed = (
+        "import os, signal, sys\nfrom steer.files import replacing\n"
+        "with replacing(sys.argv[1]) as part:\n    part.touch()\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed, out / "run.json"]).returncode == -signal.SIGKILL
+    (left,) = out.iterdir()
+    evaluate_arms([ProgramArm("a", level(0))], [Weighing()], Size(), out)
+    assert not left.exists()
+
+
 def test_an_output_of_another_run_or_other_files_is_refused_in_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluate_arms([ProgramArm("a", level(0))], [Weighing()], Size(), out)
