@@ -13,7 +13,6 @@ A child lost its mind if, beyond noise, its perplexity on plain prose is at leas
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from steer.core.profile import Profile, ProfileSlider
 from steer.core.small_files import dump_yaml
 from steer.core.validation import from_file
 from steer.errors import MismatchError, OutputExistsError, SteerError, UsageError
-from steer.files import one_line, read_json_object, write_atomic
+from steer.files import locked, one_line, read_json_object, write_atomic
 from steer.lineage.lineage import MODELS, Gate, Generation, Lineage, Move, Node
 from steer.lineage.proposing import Proposal
 from steer.lineage.recipes import child, describe
@@ -61,14 +60,8 @@ def building(lineage: Lineage) -> Iterator[None]:
 
     Errors: OutputExistsError if one does. A process that dies lets go.
     """
-    folder = os.open(lineage.place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(lineage.place, "a generation is being built by another process; wait for it"):
         yield
-    except BlockingIOError as e:
-        raise OutputExistsError(f"{lineage.place}: a generation is being built by another process; wait for it") from e
-    finally:
-        os.close(folder)
 
 
 def start(lineage: Lineage, recipe: Json, why: str, *, say: Say = lambda line: None) -> Generation:

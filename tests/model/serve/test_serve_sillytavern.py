@@ -58,14 +58,20 @@ def test_a_prompt_that_brings_its_template_gets_no_second_bos(served_model):
     assert list(prompt.ids) == served_model.prompt_ids(chat)
 
 
-def test_its_text_completion_streams(fresh):
+def text_completion(server):
+    """The streamed chunks of its text completion, and the whole reply with the same seed, which has their text."""
     sent = body("text_completion")
-    reply = fresh.post("/v1/completions", sent)
+    reply = server.post("/v1/completions", sent)
     assert reply.status_code == 200, reply.text
     chunks = events(reply.text)
     text = "".join(c["choices"][0]["text"] for c in chunks)
-    whole = fresh.post("/v1/completions", sent | {"stream": False, "seed": chunks[-1]["steering"]["seed"]}).json()
+    whole = server.post("/v1/completions", sent | {"stream": False, "seed": chunks[-1]["steering"]["seed"]}).json()
     assert text == whole["choices"][0]["text"] != ""
+    return chunks, whole
+
+
+def test_its_text_completion_streams(fresh):
+    chunks, whole = text_completion(fresh)
     told = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]["tokens"]]
     # Its panel of token probabilities reads these.
     assert all(10 <= len(top) <= 11 for t in told for top in t["top_logprobs"])
@@ -102,13 +108,7 @@ def test_its_requests_are_answered_by_llama_cpp_too(desk, llama):
     noir = {"name": "noir", "sliders": [{"slider": "a", "operation": "ablate", "amount": 0.5}]}
     options = Options(profiles=[Profile.parse(noir, "noir")], any_model_name=True)
     with engine_on(desk, llama.url) as engine, served(engine.model, options, engine) as server:
-        sent = body("text_completion")
-        reply = server.post("/v1/completions", sent)
-        assert reply.status_code == 200, reply.text
-        chunks = events(reply.text)
-        text = "".join(c["choices"][0]["text"] for c in chunks)
-        whole = server.post("/v1/completions", sent | {"stream": False, "seed": chunks[-1]["steering"]["seed"]}).json()
-        assert text == whole["choices"][0]["text"] != ""
+        chunks, _ = text_completion(server)
         tops = [top for c in chunks for top in c["choices"][0]["logprobs"]["top_logprobs"]]
         assert len(tops) > 5
         assert all(10 <= len(top) <= 11 for top in tops)
