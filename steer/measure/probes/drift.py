@@ -1,21 +1,39 @@
-"""Drift: what a long chat does to a model, by turn: how well it still predicts the replies, and what it repeats.
+"""Drift: what a long chat does to a model, by turn: how well it still predicts the replies, what it repeats, and what
+all other probes find after so many messages.
 
 The chats are written beforehand, of exchanges that make sense in any order, and every chat has them in another order:
-what changes with the turn is then the turn's doing, not the text's.
+what changes with the turn is then the turn's doing, not the text's. For the same reason the other probes ask the same
+items at every turn.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 from steer.measure.harness import repetition
-from steer.measure.probes.probe import QUICK_TOKENS, Chat, Example, Figure, Metric, Passage, Probe, Reader, Result, Size
+from steer.measure.probes.probe import (
+    QUICK_TOKENS,
+    Chat,
+    Example,
+    Figure,
+    LogProbs,
+    Metric,
+    Passage,
+    Probe,
+    Reader,
+    Result,
+    Size,
+)
 from steer.measure.probes.stories import written
 from steer.measure.probes.words import runs, share, words
 from steer.progress import Advance
 
 TURNS = 40
+AT = (0, 12, 24, 38)
+"""The turns at which the model writes, and is asked the other probes."""
 PHRASE = 4
 """Words of a phrase."""
 TOKENS = 48
@@ -26,19 +44,28 @@ class Drift(Probe):
     """A chat of `TURNS` messages, or as many as fit."""
 
     name = "drift"
-    says = "Whether the model falls apart as the chat grows: its surprise at fitting replies, and what it repeats."
-    metrics = (
+    says = (
+        "Whether the model falls apart as the chat grows: its surprise at fitting replies, what it repeats, and the "
+        "other probes, asked late in the chat."
+    )
+    own = (
         Metric("surprise", "lower", "perplexity per token of a reply, by turn", exponent=True),
         Metric("repetition", "lower", "share of three-word phrases seen before in the same reply"),
         Metric("copied", "lower", "share of four-word phrases copied from earlier in the chat"),
     )
     needs = frozenset({"logprobs", "replies"})
 
+    def __init__(self, of: Sequence[Probe] = ()) -> None:
+        """`of`: the probes that are asked by turn too, by their headlines, and not in a quick run."""
+        self.of = tuple(of)
+        headlines = ((probe.name, probe.metrics[0]) for probe in self.of)
+        self.metrics = (*self.own, *(replace(m, name=name, label=f"{name}: {m.label}") for name, m in headlines))
+
     def plan(self, size: Size) -> Any:
-        """Return the chats, and at which turns the reader writes to how many of them, how often."""
+        """Return the chats, at which turns the reader writes to how many of them, how often, and the other probes."""
         rng = random.Random(size.seed)
         chats = [rng.sample(written("dialogue"), TURNS // 2) for _ in range(size.of(6, 1))]
-        turns = (0, 38) if size.quick else (0, 12, 24, 38)
+        turns = (AT[0], AT[-1]) if size.quick else AT
         written_to = {"turns": turns, "chats": size.of(3, 1), "samples": size.of(4, 8)}
         return {
             "system": SYSTEM,
@@ -46,6 +73,7 @@ class Drift(Probe):
             "replies": written_to,
             "tokens": size.of(TOKENS, QUICK_TOKENS),
             "seed": size.seed,
+            "probes": {} if size.quick else {probe.name: probe.plan(_few(size)) for probe in self.of},
         }
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
@@ -66,7 +94,33 @@ class Drift(Probe):
         ):
             out.figures.append(Figure("surprise", f"{number} {turn}", float(-found.mean()), user, turn=turn))
         self._write(out, reader, plan, fits, advance)
+        for number, probe in enumerate(p for p in self.of if p.name in plan["probes"]):
+            self._ask(out, reader, probe, size, plan["chats"][number % len(plan["chats"])], advance)
+        if size.quick and self.of:
+            out.notes.append("the other probes are asked by turn without --quick")
         return out
+
+    def _ask(
+        self, out: Result, reader: Reader, probe: Probe, size: Size, chat: list[list[str]], advance: Advance | None
+    ) -> None:
+        """Add what another probe finds after some of a chat."""
+        if missing := sorted(probe.needs - reader.abilities):
+            out.notes.append(f"{probe.name} is not asked by turn: the model gives no {' and '.join(missing)}")
+            return
+        asked: dict[int, int] = {}
+        for turn in AT:
+            later = cast(Reader, LaterReader(reader, _messages(chat[: turn // 2])))
+            found = probe.run(later, _few(size), advance)
+            figures = [f for f in found.figures if f.metric == probe.metrics[0].name]
+            asked[turn] = len(figures)
+            out.figures.extend(
+                replace(f, metric=probe.name, item=f"{turn} {f.item}", group=f.group or f.item, n=None, turn=turn)
+                for f in figures
+            )
+        whole = max(1, *asked.values())
+        if fewer := [turn for turn, n in asked.items() if n < whole]:
+            limit = f"the context has {reader.context} tokens"
+            out.notes.append(f"{probe.name}: fewer items from turn {fewer[0]} on: {limit}")
 
     def _write(self, out: Result, reader: Reader, plan: Any, fits: list[Any], advance: Advance | None) -> None:
         """Add what the reader writes at some turns of the first chats."""
@@ -90,7 +144,50 @@ class Drift(Probe):
                 out.examples.append(Example(item, f"turn {turn}: {chat[-1][1]}", "", text))
 
 
+class LaterReader:
+    """A `Reader` for whom every chat has some messages of another one before it, after its system message."""
+
+    def __init__(self, reader: Reader, before: Chat) -> None:
+        self._reader, self._before = reader, before
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def length(self, passage: Passage) -> int:
+        """See `Reader`."""
+        return self._reader.length(self._later(passage))
+
+    def logprobs(self, passages: Sequence[Passage], advance: Advance | None = None) -> list[LogProbs]:
+        """See `Reader`."""
+        return self._reader.logprobs([self._later(p) for p in passages], advance)
+
+    def replies(
+        self, chats: Sequence[Chat], *, tokens: int, seeds: Sequence[int], advance: Advance | None = None
+    ) -> list[str]:
+        """See `Reader`."""
+        return self._reader.replies([self._after(c) for c in chats], tokens=tokens, seeds=seeds, advance=advance)
+
+    def divergences(self, pairs: Sequence[tuple[Passage, Passage]], advance: Advance | None = None) -> list[LogProbs]:
+        """See `Reader`."""
+        return self._reader.divergences([(self._later(p), self._later(q)) for p, q in pairs], advance)
+
+    def _later(self, passage: Passage) -> Passage:
+        return replace(passage, chat=self._after(passage.chat)) if passage.chat else passage
+
+    def _after(self, chat: Chat) -> Chat:
+        systems = sum(role == "system" for role, _ in chat[:1])
+        return (*chat[:systems], *self._before, *chat[systems:])
+
+
+def _few(size: Size) -> Size:
+    """How much the other probes ask at each turn."""
+    return Size(quick=True, seed=size.seed)
+
+
+def _messages(exchanges: list[list[str]]) -> Chat:
+    return tuple(message for pair in exchanges for message in zip(("user", "assistant"), pair, strict=True))
+
+
 def _chat(exchanges: list[list[str]], user: str) -> Chat:
     """A chat of exchanges that ends with a message of the user."""
-    said = [message for pair in exchanges for message in zip(("user", "assistant"), pair, strict=True)]
-    return (SYSTEM, *said, ("user", user))
+    return (SYSTEM, *_messages(exchanges), ("user", user))

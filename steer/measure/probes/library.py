@@ -18,23 +18,19 @@ from steer.measure.probes.probe import Probe
 from steer.measure.probes.prose import Prose
 from steer.measure.probes.traits import COMPLIANCE, MORALIZING
 
-PROBES: dict[str, Probe] = {
-    probe.name: probe
-    for probe in (
-        Positions(),
-        Consequences(),
-        Implications(),
-        Consistency(),
-        Characters(),
-        Persona(),
-        Knowledge(),
-        MORALIZING,
-        COMPLIANCE,
-        Prose(),
-        Drift(),
-        Capability(),
-    )
-}
+_OTHERS = (
+    Positions(),
+    Consequences(),
+    Implications(),
+    Consistency(),
+    Characters(),
+    Persona(),
+    Knowledge(),
+    MORALIZING,
+    COMPLIANCE,
+    Prose(),
+)
+PROBES: dict[str, Probe] = {probe.name: probe for probe in (*_OTHERS, Drift(_OTHERS), Capability())}
 
 
 def probes_named(names: Sequence[str] | None = None) -> list[Probe]:

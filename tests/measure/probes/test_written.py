@@ -15,7 +15,9 @@ from steer.core.trait import Trait
 from steer.measure.contrast import Contrast, Reply
 from steer.measure.probes.characters import Characters
 from steer.measure.probes.degradation import LEAST, degradation, stretches
-from steer.measure.probes.drift import Drift
+from steer.measure.probes.drift import Drift, LaterReader
+from steer.measure.probes.implications import Implications
+from steer.measure.probes.library import PROBES as PROBES_BY_NAME
 from steer.measure.probes.persona import PEOPLE, Persona
 from steer.measure.probes.probe import Chat, Figure, Metric, Passage, Probe, Result, Size
 from steer.measure.probes.prose import Prose
@@ -314,6 +316,65 @@ def test_a_chat_that_does_not_fit_ends_earlier_and_says_so() -> None:
     last = max(f.turn or 0 for f in result.figures if f.metric == "surprise")
     assert 0 < last < 38
     assert result.notes == [f"the chats end at turn {last} of 40: the context has 400 tokens"]
+
+
+def forgets(turn: int, probe: Any) -> Program:
+    """A reader that knows the answers of a probe, and answers at random once a chat has grown by so many messages."""
+    items = probe.items(QUICK)
+    right = {(i.chat[-1], p.text) for i in items for p in [i.passages[i.right]]}
+    lengths = {(i.id, len(i.chat)) for i in items}
+    longest = max(n for _, n in lengths)
+
+    def score(passage: Passage) -> float:
+        late = len(passage.chat) >= longest + turn
+        noise = random.Random(str((passage.text, passage.chat))).gauss(0, 1)
+        return noise if late else noise + 30 * ((passage.chat[-1], passage.text) in right)
+
+    return Program(lambda chat, rng: rng.choice(SENTENCES), score)
+
+
+def test_drift_finds_the_turn_from_which_on_another_probe_fails() -> None:
+    drift = Drift([Implications()])
+    found = drift.run(forgets(20, Implications()), Size())
+    assert [mean(found, "implications", turn=turn) for turn in (0, 12)] == [1, 1]
+    assert all(mean(found, "implications", turn=turn) < 0.8 for turn in (24, 38))
+    metric = next(m for m in drift.metrics if m.name == "implications")
+    where = degradation(found.figures, metric)
+    assert where is not None
+    assert where.turn == 24
+
+
+def test_drift_asks_every_probe_of_written_text_by_turn_and_the_same_items_at_each() -> None:
+    drift = PROBES_BY_NAME["drift"]
+    assert isinstance(drift, Drift)
+    reader = Program(lambda chat, rng: rng.choice(SENTENCES))
+    found = drift.run(reader, Size())
+    asked: dict[str, dict[int, set[str]]] = {}
+    for f in found.figures:
+        if f.metric in PROBES_BY_NAME:
+            asked.setdefault(f.metric, {}).setdefault(f.turn or 0, set()).add(f.item.partition(" ")[2])
+    assert set(asked) == set(PROBES_BY_NAME) - {"drift", "capability"}
+    for at in asked.values():
+        assert list(at) == [0, 12, 24, 38]
+        assert len({frozenset(items) for items in at.values()}) == 1
+    assert "the other probes are asked by turn without --quick" in drift.run(reader, QUICK).notes
+
+
+def test_another_probe_that_does_not_fit_late_in_a_chat_says_from_where_on() -> None:
+    found = Drift([Implications()]).run(Program(context=300), Size())
+    assert {f.turn for f in found.figures if f.metric == "implications"} == {0, 12}
+    assert "implications: fewer items from turn 24 on: the context has 300 tokens" in found.notes
+
+
+def test_a_system_message_stays_the_first_of_a_chat_that_has_grown() -> None:
+    seen: list[Chat] = []
+    reader = Program(lambda chat, rng: seen.append(chat) or "well")
+    before: Chat = (("user", "Hello."), ("assistant", "Good day."))
+    later = LaterReader(reader, before)
+    cook: Chat = (("system", "You are a cook."), ("user", "Who are you?"))
+    later.replies([cook, (("user", "Hm?"),)], tokens=9, seeds=[0, 1])
+    assert seen == [(cook[0], *before, cook[1]), (*before, ("user", "Hm?"))]
+    assert later.length(Passage("plain text here")) == 3
 
 
 @pytest.mark.parametrize(("better", "sign"), [("higher", -1), ("lower", 1)])
