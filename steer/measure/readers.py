@@ -25,7 +25,7 @@ from steer.errors import UsageError
 from steer.measure.probes.probe import TEMPERATURE, Ability, Chat, LogProbs, Passage
 from steer.model.forward import logits_in_chunks
 from steer.model.loaded import WITHOUT_THOUGHTS, ChatPrompt, Message
-from steer.model.prefill import prefill
+from steer.model.prefill import Beginning, prefill
 from steer.model.steered import SteeredModel
 from steer.model.tokens import common_length
 from steer.progress import Advance
@@ -173,7 +173,14 @@ class LocalReader:
             timed = self.model.steering.timed
         carried = _carried(rows, timed)
         carriers = list(carried)
-        for batch in batches([rows[c].ids for c in carriers]):
+        read_together = list(batches([rows[c].ids for c in carriers]))
+        begun = None
+        if len(read_together) > 1 and not timed:
+            with self.applied():
+                begun = Beginning.of(
+                    self.model, [rows[c].ids[: min(rows[i].start for i in carried[c])] for c in carriers]
+                )
+        for batch in read_together:
             read_rows = [carriers[b] for b in batch]
             starts = [min(rows[i].start for i in carried[c]) for c in read_rows]
             with self.applied():
@@ -182,6 +189,7 @@ class LocalReader:
                     self.model,
                     [rows[c].ids[:-1] for c in read_rows],
                     prompts=[rows[c].reply for c in read_rows] if timed else starts,
+                    begun=begun,
                 ).hidden
             out = [
                 (i, row[len(row) - len(rows[c].ids) + rows[i].start :][: len(rows[i].ids) - rows[i].start])

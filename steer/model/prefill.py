@@ -47,6 +47,23 @@ class Prefill:
     """The input of the LM head at the last tokens of each text."""
 
 
+@dataclass(eq=False)
+class Beginning:
+    """Tokens that the texts of several calls of `prefill` begin with, read once for all of them."""
+
+    ids: tuple[int, ...]
+    cache: Cache
+
+    @classmethod
+    def of(cls, model: LoadedModel, texts: Sequence[Sequence[int]]) -> Beginning | None:
+        """Read what all texts begin with; None where that is too short to be worth a pass, or where the model keeps
+        more than keys and values."""
+        ids = tuple(min(texts)[: common_length(min(texts), max(texts))])
+        if len(ids) < max(1, PASS) or not _only_growing(growing_cache(model.hf.config)):
+            return None
+        return cls(ids, prefill(model, [ids], prompts=[len(ids)], ahead=1).cache)
+
+
 @torch.inference_mode()
 def prefill(
     model: LoadedModel,
@@ -54,24 +71,32 @@ def prefill(
     *,
     prompts: Sequence[int],
     which: Sequence[int] | None = None,
+    begun: Beginning | None = None,
     ahead: int = STEP,
 ) -> Prefill:
     """Read texts given as token ids, in as few tokens as their shared beginnings allow.
 
     `prompts`: how many tokens come before each text's reply, at least 1. Hidden states are returned for the last of
     them and all tokens after it, or for the text's last token if the text ends earlier. `which`: the index of the
-    applied edit that each text is under; None where all are under one edit, or none. `ahead`: how many more tokens the
-    cache gets room for.
+    applied edit that each text is under; None where all are under one edit, or none. `begun`: what all texts begin
+    with, read before under the same edit, which must not depend on where a reply begins. `ahead`: how many more tokens
+    the cache gets room for.
     """
     rows = list(which) if which is not None else [0] * len(texts)
     texts = [tuple(t) for t in texts]
     fed = max(map(len, texts))
     at_once = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
     cache = growing_cache(model.hf.config, ahead + max(0, fed - at_once))
-    if len(texts) > 1 and _only_growing(cache):
-        heads, sources, tail = _heads(texts, [min(p, len(t)) - 1 for p, t in zip(prompts, texts, strict=True)], rows)
-        if any(heads):
-            cache, fed = _begun(model, texts, heads, sources, prompts, which, tail + ahead), tail
+    if (len(texts) > 1 or begun is not None) and _only_growing(cache):
+        limits = [min(p, len(t)) - 1 for p, t in zip(prompts, texts, strict=True)]
+        heads, sources, tail = _heads(texts, limits, rows)
+        if begun is not None and max(heads) <= len(begun.ids):
+            tail = max(fed - len(begun.ids), *(len(t) - limit for t, limit in zip(texts, limits, strict=True)))
+            if tail < fed:
+                heads = [max(len(t) - tail, 0) for t in texts]
+                cache, fed = _branched(begun.cache, [(0, 0)] * len(texts), heads, tail + ahead), tail
+        elif any(heads):
+            cache, fed = _begun(model, texts, heads, sources, prompts, which, begun, tail + ahead), tail
     ids, mask = padded(texts, left=True, device=model.device)
     ids = ids[:, -fed:]
     row = torch.tensor(rows, device=model.device) if which is not None else None
@@ -193,28 +218,37 @@ def _begun(
     sources: Sequence[int],
     prompts: Sequence[int],
     which: Sequence[int] | None,
+    begun: Beginning | None,
     ahead: int,
 ) -> Cache:
     """A cache with the first `heads` tokens of every text, as many as given for each, and room for `ahead` more; only
     the `sources` are read."""
     read = sorted({s for s, head in zip(sources, heads, strict=True) if head})
-    begun = prefill(
+    first = prefill(
         model,
         [texts[s][: heads[s]] for s in read],
         prompts=[prompts[s] for s in read],
         which=None if which is None else [which[s] for s in read],
+        begun=begun,
         ahead=1,
     )
-    width = begun.mask.shape[1]
-    pieces: dict[tuple[int, int], list[int]] = {}
-    for i, place in enumerate(zip(sources, heads, strict=True)):
-        pieces.setdefault(place, []).append(i)
-    taken: list[Piece] = [
-        (rows, read.index(source), slice(width - heads[source], width - heads[source] + head))
-        for (source, head), rows in pieces.items()
-        if head
+    width = first.mask.shape[1]
+    places = [
+        (read.index(source), width - heads[source]) if head else (0, 0)
+        for source, head in zip(sources, heads, strict=True)
     ]
-    return branched(begun.cache, taken, len(texts), max(heads), ahead)
+    return _branched(first.cache, places, heads, ahead)
+
+
+def _branched(cache: Cache, places: Sequence[tuple[int, int]], heads: Sequence[int], ahead: int) -> Cache:
+    """A cache of texts that begin with `heads` tokens each of another cache, and room for `ahead` more. `places`: the
+    row of the other cache that holds them, and the column of the first."""
+    pieces: dict[tuple[int, int, int], list[int]] = {}
+    for i, ((row, column), head) in enumerate(zip(places, heads, strict=True)):
+        if head:
+            pieces.setdefault((row, column, head), []).append(i)
+    taken: list[Piece] = [(rows, row, slice(column, column + head)) for (row, column, head), rows in pieces.items()]
+    return branched(cache, taken, len(heads), max(heads), ahead)
 
 
 def _only_growing(cache: Cache) -> bool:

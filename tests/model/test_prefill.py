@@ -11,7 +11,7 @@ from steer.core.sampler import Sampler
 from steer.model import prefill as prefill_module
 from steer.model.decode import _order, generate
 from steer.model.forward import hidden_states
-from steer.model.prefill import prefill
+from steer.model.prefill import Beginning, prefill
 from steer.model.steered import SteeredModel
 
 SYSTEM, OTHER = [1, 3, 9, 8, 7, 6, 12, 13], [1, 3, 20, 21, 22, 23, 24]
@@ -98,6 +98,29 @@ def test_a_story_its_questions_and_their_answers_are_each_read_once(model64: Ste
     for text, hidden in zip(texts, read.hidden, strict=True):
         whole = hidden_states(model64, torch.tensor([text]))[0, asked - 1 :]
         torch.testing.assert_close(hidden, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_beginning_read_before_is_not_read_again_by_any_batch(model64: SteeredModel, edits, fed, number):
+    talk = [1, *range(10, 40)]
+    stories = [[*talk, 40 + s, *range(50, 50 + 3 * s)] for s in range(4)]
+    texts = [[*story, 4, 70 + answer, *[75] * answer] for story in stories for answer in range(3)]
+    starts = [len(story) + 1 for story in stories for _ in range(3)]
+    batches = [range(6), range(6, 11), range(11, 12)]
+    with model64.steering.applied([edits[number]]), torch.inference_mode():
+        begun = Beginning.of(model64, [t[:start] for t, start in zip(texts, starts, strict=True)])
+        assert begun is not None
+        assert begun.ids == tuple(talk)
+        assert fed == [len(talk)]
+        fed.clear()
+        for batch in batches:
+            asked = {"prompts": [starts[i] for i in batch], "begun": begun}
+            read = prefill(model64, [texts[i] for i in batch], **asked)
+            for i, hidden in zip(batch, read.hidden, strict=True):
+                whole = hidden_states(model64, torch.tensor([texts[i]]))[0, starts[i] - 1 :]
+                torch.testing.assert_close(hidden[-len(whole) :], whole, rtol=1e-9, atol=1e-9)
+    assert sum(fed) < sum(len(t) - len(talk) for t in texts) + len(batches) * len(talk) / 2
+    assert Beginning.of(model64, [[7, 8], [9, 8]]) is None
 
 
 def test_replies_are_the_same_whether_or_not_their_beginnings_are_shared(model: SteeredModel, edits, fed, monkeypatch):
