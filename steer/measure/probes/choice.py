@@ -117,7 +117,11 @@ class ForcedChoice(Probe):
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Score every item that fits into the reader's context."""
-        items, notes = fitting(reader, self.items(size))
+        return self.ask(reader, self.items(size), advance)
+
+    def ask(self, reader: Reader, asked: Sequence[Choice], advance: Advance | None = None) -> Result:
+        """Score those of these items that fit into the reader's context; families are asked whole."""
+        items, notes = fitting(reader, asked)
         found = relative(items, scores(reader, items, advance))
         shown = list(zip(items, found, strict=True))[:: max(1, len(items) // EXAMPLES)]
         return Result(self.figures(items, found), [example(i, s) for i, s in shown], notes)

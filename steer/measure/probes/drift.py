@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from steer.measure.harness import repetition
+from steer.measure.probes.choice import ForcedChoice
 from steer.measure.probes.probe import (
     QUICK_TOKENS,
     Chat,
@@ -33,7 +34,9 @@ from steer.progress import Advance
 
 TURNS = 40
 AT = (0, 12, 24, 38)
-"""The turns at which the model writes, and is asked the other probes."""
+"""The turns at which the model writes."""
+LATER = (0, 20, 38)
+"""The turns at which the other probes are asked."""
 PHRASE = 4
 """Words of a phrase."""
 TOKENS = 48
@@ -104,13 +107,13 @@ class Drift(Probe):
         self, out: Result, reader: Reader, probe: Probe, size: Size, chat: list[list[str]], advance: Advance | None
     ) -> None:
         """Add what another probe finds after some of a chat."""
-        if missing := sorted(probe.needs - reader.abilities):
-            out.notes.append(f"{probe.name} is not asked by turn: the model gives no {' and '.join(missing)}")
-            return
         asked: dict[int, int] = {}
-        for turn in AT:
+        for turn in LATER:
             later = cast(Reader, LaterReader(reader, _messages(chat[: turn // 2])))
-            found = probe.run(later, _few(size), advance)
+            if isinstance(probe, ForcedChoice):
+                found = probe.ask(later, probe.items(_few(size)), advance)
+            else:
+                found = probe.run(later, _few(size), advance)
             figures = [f for f in found.figures if f.metric == probe.metrics[0].name]
             asked[turn] = len(figures)
             out.figures.extend(
