@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from tiny_eval import Weighing, save_by_letters
 
-from steer.errors import SteerError, UnreachableError
+from steer.errors import SteerError, UnreachableError, UsageError
 from steer.measure.endpoint import EndpointArm, EndpointReader, tokenizer_of
 from steer.measure.evaluation import evaluate_arms
 from steer.measure.probes.probe import Passage, Size
@@ -155,4 +156,30 @@ def test_a_server_that_stops_answering_is_one_line_and_what_is_done_is_kept(plac
         result = evaluate_arms([arm], probes, Size(), tmp_path / "out")
     assert [p["summary"][0]["items"] for p in result["probes"]] == [30, 30]
     with pytest.raises(UnreachableError, match="no answer"):
+        EndpointReader(url)
+
+
+def test_a_server_that_is_mended_is_asked_again(place: Path, tmp_path: Path) -> None:
+    tokenizer, _ = tokenizer_of(str(place))
+    lies, answers = answer_of(tokenizer, lambda i: 0.5), answer_of(tokenizer, lambda i: -1.0 - i % 3)
+    honest = threading.Event()
+    with running(lambda body: answers(body) if honest.is_set() else lies(body)) as url:
+        arm = EndpointArm(url, place=str(place))
+        refused = evaluate_arms([arm], [Weighing()], Size(), tmp_path / "out")
+        assert refused["probes"][0]["arms"][arm.name]["skipped"]
+        honest.set()
+        mended = evaluate_arms([EndpointArm(url, place=str(place))], [Weighing()], Size(), tmp_path / "out")
+    assert mended["probes"][0]["arms"][arm.name]["skipped"] is None
+    assert mended["probes"][0]["summary"][0]["items"] == 30
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_limit_that_is_none_is_refused_before_anything_is_asked(timeout: float) -> None:
+    with pytest.raises(UsageError, match="expected seconds above 0"):
+        EndpointReader("http://127.0.0.1:9", timeout=timeout)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "file:///etc/hosts"])
+def test_an_address_without_http_is_refused(url: str) -> None:
+    with pytest.raises(SteerError, match=re.escape(url)):
         EndpointReader(url)
