@@ -112,6 +112,18 @@ def release_memory() -> None:
         trim(0)
 
 
+def release_threads() -> None:
+    """End the OpenMP threads that wait for the calling thread's next operation; the next one starts others.
+
+    Each thread that computes has a team of them. Where all teams together have more threads than there are cores,
+    libgomp lets them sleep after every operation, and a token takes up to half as long again
+    (tests/bench/vllm_engine.py). So a thread that hands a model to another one calls this.
+    """
+    openmp = ctypes.CDLL(torch._C.__file__)  # finds what torch itself is linked with
+    if sys.platform == "linux" and hasattr(openmp, "omp_pause_resource"):
+        openmp.omp_pause_resource(1, openmp.omp_get_initial_device())  # 1: settings stay
+
+
 def read_description(place: str, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model without numbers in its weights, and the tokenizer. Arguments and errors: as `read_model`."""
     try:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steer.core.edit import Edit
 from steer.errors import SteerError, UsageError
+from steer.model.loading import release_threads
 from steer.model.sampling import Draw, choose, logprobs, nothing_to_draw
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Receipt, Tally
@@ -117,6 +118,7 @@ class BatchingEngine:
         except BaseException:
             self._batcher.close()
             raise
+        release_threads()  # those that loaded and checked the model; the engine's thread has others
         self._thread = threading.Thread(target=self._run, name="steer-engine", daemon=True)
         self._thread.start()
 

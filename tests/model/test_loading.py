@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from tiny_chat import save_tiny_chat
 
 from steer.checkpoint.fetch import resolve
 from steer.errors import CheckpointError, SteerError
+from steer.model.loading import release_threads
 from steer.model.steered import load
 
 TinyLlama = Callable[..., Path]
@@ -150,3 +152,23 @@ def test_mistral_common_beside_it_changes_no_token(tiny_llama, tmp_path: Path) -
     )
     ids = load(place).prompt_ids([{"role": "user", "content": "hello"}])
     assert done.stdout.strip() == f"True {ids}", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the threads of a process are counted in /proc")
+def test_threads_that_wait_for_the_next_operation_end_when_they_are_released() -> None:
+    counts: list[int] = []
+
+    def compute() -> None:
+        for step in (lambda: None, lambda: torch.ones(2**22).add_(1), release_threads):
+            step()
+            counts.append(len(os.listdir("/proc/self/task")))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert [n - counts[0] for n in counts] == [0, 1, 0]
