@@ -230,7 +230,9 @@ def find_trait(
     made = FoundDirection(direction, scorer, found, tuple(checks))
     if verdict:
         made = _judged(model, made, effort, seed, progress)
-    return _calibrated(model, made, seed, progress) if calibrate else made
+    if calibrate:
+        made = replace(made, direction=calibrated(model, made.direction, seed=seed, progress=progress))
+    return made
 
 
 def _judged(model: SteeredModel, found: FoundDirection, effort: Effort, seed: int, progress: Bar) -> FoundDirection:
@@ -250,12 +252,16 @@ def _judged(model: SteeredModel, found: FoundDirection, effort: Effort, seed: in
     return replace(found, direction=direction, verdict=verdict)
 
 
-def _calibrated(model: SteeredModel, found: FoundDirection, seed: int, progress: Bar) -> FoundDirection:
-    """`found` with the range of its slider, which the direction's provenance keeps."""
-    with progress(f"{found.direction.name}: range", expected_tokens(1), "tokens") as advance:
-        measured = calibrate_direction(model, found.direction, seed=seed, on_tokens=advance)
-    provenance = found.direction.provenance | {"calibrated": measured.range and list(measured.range)}
-    return replace(found, direction=replace(found.direction, provenance=provenance))
+def calibrated(model: SteeredModel, direction: Direction, *, seed: int = 0, progress: Bar = bar) -> Direction:
+    """Return the direction with the range of its slider (`Direction.calibrated`), which its provenance keeps.
+
+    `seed` is that of the replies. Errors: MismatchError for a direction that does not fit the model.
+
+        calibrated(model, steer.find(model, "moralizing")).calibrated  # (-1.6, 1.4)
+    """
+    with progress(f"{direction.name}: range", expected_tokens(1), "tokens") as advance:
+        measured = calibrate_direction(model, direction, seed=seed, on_tokens=advance)
+    return replace(direction, provenance=direction.provenance | {"calibrated": measured.range and list(measured.range)})
 
 
 def contrast_for(

@@ -138,10 +138,10 @@ LEFT, RIGHT, END = "\ue012", "\ue014", "\ue010"
 
 @pytest.fixture
 def page(chromium: Any, page_url: str) -> Iterator[Page]:
-    """A new tab's page, which shows no traceback to its end."""
+    """A new tab's page, which shows no traceback to its end, and no advert of Streamlit's."""
     page = Page(chromium, page_url)
     yield page
-    assert not page.all("[data-testid=stException]")
+    assert not page.all("[data-testid=stException], [data-testid=stSkillsNudge]")
 
 
 def test_a_slider_that_moves_during_a_reply_changes_the_words_that_follow_and_no_earlier_one(page):
