@@ -24,15 +24,16 @@ from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.sampler import MEASURE
-from steer.core.trait import NeutralPrompts, TopicPool, Trait, shipped_traits, spread
+from steer.core.trait import TopicPool, Trait, shipped_traits, spread
 from steer.errors import MismatchError, TraitNotFoundError, UsageError
 from steer.files import read_json_object, without_nan, write_atomic
 from steer.finding.directions import TOKENS
-from steer.finding.traits import FULL, QUICK, VERDICT_PROMPTS, VERDICT_TOPICS, calibrated, find_trait
+from steer.finding.measuring import FULL, QUICK, calibrated, judged
+from steer.finding.traits import find_trait
 from steer.measure.cross_effects import cross_effects, effects_page
-from steer.measure.harness import neutral_replies, replies_under
+from steer.measure.harness import replies_under
 from steer.measure.scorer import Scorer
-from steer.measure.verdict import judge, steers
+from steer.measure.verdict import steers
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar
 from steer.verbs.traits import trait_as_json
@@ -115,15 +116,10 @@ def measured(
     model: SteeredModel, direction: Direction, scorer: Scorer, found: dict[str, Any], seed: int
 ) -> dict[str, Any]:
     """The verdict on a direction that was not found here, measured as on that of its trait, `found`, which was."""
-    effort = QUICK if found["quick"] else FULL
-    prompts = NeutralPrompts.load().held_out[: min(VERDICT_PROMPTS, effort.neutral // 2)]
-    with bar(f"{direction.name}: verdict", None, "tokens") as advance, model.untouched():
-        verdict = judge(
-            model, direction, scorer, neutral_replies(model, prompts, tokens=effort.verdict_tokens),
-            auroc=min(scorer.auroc, direction.provenance["auroc"][direction.site]),
-            least=found["found"]["verdict"]["least_auroc"], topics=min(VERDICT_TOPICS, effort.held_out_topics),
-            tokens=effort.verdict_tokens, seed=seed, on_tokens=advance,
-        )  # fmt: skip
+    _, verdict = judged(
+        model, direction, scorer, auroc=min(scorer.auroc, direction.provenance["auroc"][direction.site]),
+        least=found["found"]["verdict"]["least_auroc"], effort=QUICK if found["quick"] else FULL, seed=seed,
+    )  # fmt: skip
     figures = {"site": direction.site, "share_at_1": direction.share(1), "keep": direction.provenance.get("keep")}
     quick = bool(direction.provenance.get("quick"))
     return {"quick": quick, "found": figures | {"verdict": verdict.as_json()}}
