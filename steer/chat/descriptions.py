@@ -56,6 +56,8 @@ def ends_of(slider: Slider) -> tuple[str, str]:
         if name in shipped_traits() and (trait := _trait(name)) and trait.low_end and trait.high_end:
             return trait.low_end, trait.high_end
         sentences = slider.target.provenance
+        if "votes" in sentences:
+            return "less to your taste", "more to your taste"
     low, high = (_short(sentences[key]) if isinstance(sentences.get(key), str) else None for key in ("without", "with"))
     return low or "less", high or "more"
 

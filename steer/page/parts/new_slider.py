@@ -104,7 +104,7 @@ def _show(preview: Preview) -> None:
                 ):
                     with column, st.container(border=True):
                         st.caption(title)
-                        st.markdown(markdown(text) or "…")
+                        st.markdown(markdown(text) or ("…" if running else "*an empty reply*"))
         if not running:
             break
         time.sleep(_PREVIEW_POLL)
