@@ -465,7 +465,7 @@ def plain_html(body: str) -> str:
 @pytest.mark.slow
 def test_who_votes_sees_two_replies_blind_and_each_vote_is_kept(lineage):
     at = evolving(lineage)
-    assert at.main.markdown[0].value == "**no votes on 2 nodes yet**"
+    assert at.main.markdown[0].value == "**no votes on 2 merges yet**"
     shown = pair(at)
     assert not any("1a" in c.value for c in at.main.caption)
     click(at, "Right is better")

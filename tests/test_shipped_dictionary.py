@@ -51,6 +51,14 @@ def test_a_trait_ships_a_direction_exactly_if_its_slider_was_measured_to_steer()
     assert {s["trait"] for s in measured["sliders"].values()} | set(measured["missing"]) == set(shipped_traits())
 
 
+def test_every_direction_that_ships_has_the_range_that_was_measured_for_its_slider():
+    measured = json.loads((PLACE.parent / "directions" / EFFECTS).read_text())["sliders"]
+    for file in DIRECTIONS:
+        low, high = Direction.load(file).calibrated or (0, 0)
+        assert low < 0 < high, file.name
+        assert measured[file.stem]["range"] == [low, high]
+
+
 def test_sae_lens_computes_the_same_from_its_files():
     import sae_lens
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from tiny_parrot import save_parrot
 
+from steer.core.direction import Direction
 from steer.core.trait import Trait
 from steer.errors import MismatchError, UsageError
 from steer.finding.traits import find_trait
@@ -86,9 +87,13 @@ def test_the_script_finds_two_traits_goes_on_where_it_stopped_and_adds_further_s
     assert [(e["slider"], e["scorer"]) for e in result["effects"]] == [
         ("lies", "lies"), ("lies", "friends"), ("friends", "lies"), ("friends", "friends")]  # fmt: skip
     assert result["missing"] == {}
+    for name in ("lies", "friends"):
+        low, high = Direction.load(out / "calibrated" / f"{name}.safetensors").calibrated or (0, 0)
+        assert low < high
+        assert result["sliders"][name]["range"] == [low, high]
     assert "friends" in (out / "matrix.html").read_text()
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and not p.name.startswith("matrix")}
-    assert len(times) == 8  # manifest; direction, figures and replies of each; the untouched replies
+    assert len(times) == 10  # manifest; direction, with range too, figures and replies of each; the untouched replies
     (out / "replies" / "lies.json").unlink()
     (out / "matrix.json").unlink()
     script.main(model, out, **options)

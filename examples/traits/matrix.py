@@ -3,8 +3,9 @@
     python examples/traits/matrix.py MODEL OUT [--traits warmth,mine.yaml] [--quick] [--slider FILE] [--topics 40]
 
 Writes into OUT, for each trait, TRAIT.safetensors (its direction) and TRAIT.json (scores, dose response, verdict, text
-scorer), replies/TRAIT.json (the replies under its slider at +1), and over all traits matrix.json and matrix.html: by
-how many standard deviations each slider that steers (row) moves each trait (column). `--slider` names further
+scorer), replies/TRAIT.json (the replies under its slider at +1), calibrated/TRAIT.safetensors (its direction with the
+range of its slider, if it steers), and over all traits matrix.json and matrix.html: by how many standard deviations
+each slider that steers (row) moves each trait (column). `--slider` names further
 directions of these traits, such as one that `steer find --keep` made; the file's name becomes the row's, and that of a
 trait takes the place of the direction found here. What has its file is not made again, so the same command goes on
 after it was stopped; a trait that was found with --quick is found again without it. ship.py ships the result.
@@ -23,15 +24,16 @@ from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.sampler import MEASURE
-from steer.core.trait import NeutralPrompts, TopicPool, Trait, shipped_traits, spread
+from steer.core.trait import TopicPool, Trait, shipped_traits, spread
 from steer.errors import MismatchError, TraitNotFoundError, UsageError
 from steer.files import read_json_object, without_nan, write_atomic
 from steer.finding.directions import TOKENS
-from steer.finding.traits import FULL, QUICK, VERDICT_PROMPTS, VERDICT_TOPICS, find_trait
+from steer.finding.measuring import FULL, QUICK, calibrated, judged
+from steer.finding.traits import find_trait
 from steer.measure.cross_effects import cross_effects, effects_page
-from steer.measure.harness import neutral_replies, replies_under
+from steer.measure.harness import replies_under
 from steer.measure.scorer import Scorer
-from steer.measure.verdict import judge, steers
+from steer.measure.verdict import steers
 from steer.model.steered import SteeredModel, load
 from steer.progress import bar
 from steer.verbs.traits import trait_as_json
@@ -78,6 +80,9 @@ def main(
     sliders = {name: shown(name, directions[name].name, out) for name in directions}
     named = {file.stem for file in slider or ()}
     moved = {n: d for n, d in directions.items() if n in named or steers(sliders[n]["verdict"]["says"])}
+    for name, direction in moved.items():
+        if name == direction.name:  # variants do not ship
+            sliders[name]["range"] = with_range(live, direction, out / "calibrated" / f"{name}.safetensors", seed)
     # The pool's held-out topics, for all traits alike: only then the rows of the matrix can be compared.
     prompts = spread(TopicPool.load().held_out, topics)
     for name, direction in {"untouched": None, **moved}.items():
@@ -111,15 +116,10 @@ def measured(
     model: SteeredModel, direction: Direction, scorer: Scorer, found: dict[str, Any], seed: int
 ) -> dict[str, Any]:
     """The verdict on a direction that was not found here, measured as on that of its trait, `found`, which was."""
-    effort = QUICK if found["quick"] else FULL
-    prompts = NeutralPrompts.load().held_out[: min(VERDICT_PROMPTS, effort.neutral // 2)]
-    with bar(f"{direction.name}: verdict", None, "tokens") as advance, model.untouched():
-        verdict = judge(
-            model, direction, scorer, neutral_replies(model, prompts, tokens=effort.verdict_tokens),
-            auroc=min(scorer.auroc, direction.provenance["auroc"][direction.site]),
-            least=found["found"]["verdict"]["least_auroc"], topics=min(VERDICT_TOPICS, effort.held_out_topics),
-            tokens=effort.verdict_tokens, seed=seed, on_tokens=advance,
-        )  # fmt: skip
+    _, verdict = judged(
+        model, direction, scorer, auroc=min(scorer.auroc, direction.provenance["auroc"][direction.site]),
+        least=found["found"]["verdict"]["least_auroc"], effort=QUICK if found["quick"] else FULL, seed=seed,
+    )  # fmt: skip
     figures = {"site": direction.site, "share_at_1": direction.share(1), "keep": direction.provenance.get("keep")}
     quick = bool(direction.provenance.get("quick"))
     return {"quick": quick, "found": figures | {"verdict": verdict.as_json()}}
@@ -131,6 +131,13 @@ def shown(name: str, trait: str, out: Path) -> dict[str, Any]:
     about = read(place if place.is_file() else out / f"{name}.json")
     kept = {key: about["found"].get(key) for key in ("site", "share_at_1", "keep", "verdict")}
     return {"trait": trait, "quick": about["quick"], **kept}
+
+
+def with_range(model: SteeredModel, direction: Direction, file: Path, seed: int) -> tuple[float, float] | None:
+    """The range of a direction's slider, measured unless `file` has it; `file` keeps the direction with its range."""
+    if not file.is_file() or not Direction.load(file).vector.equal(direction.vector):
+        calibrated(model, direction, seed=seed).save(file)
+    return Direction.load(file).calibrated
 
 
 def replies(model: SteeredModel, direction: Direction | None, prompts: tuple[str, ...], seed: int) -> list[str]:

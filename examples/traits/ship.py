@@ -2,7 +2,8 @@
 
     python examples/traits/ship.py OUT
 
-The traits of `steer demo` ship from there (examples/ship.py); every number comes from OUT.
+The traits of `steer demo` ship from there (examples/ship.py), and the matrix must be of those directions: make it with
+`--slider` for each. Only the ranges of their sliders come from OUT. Every number comes from OUT.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from steer.checkpoint.shipped import EFFECTS
+from steer.core.direction import Direction
+from steer.errors import MismatchError
 from steer.files import write_atomic
 from steer.measure.verdict import steers
 from steer.verbs.demo import TRAITS
@@ -31,9 +34,12 @@ def main(out: str) -> None:
     ships = shipping(result["sliders"])
     for name in result["sliders"]:
         place = PLACE / "directions" / f"{name}.safetensors"
-        if name in ships and name not in TRAITS:
-            shutil.copyfile(Path(out) / place.name, place)
-        elif name not in TRAITS:
+        made = Path(out) / "calibrated" / place.name
+        if name in TRAITS and not Direction.load(made).vector.equal(Direction.load(place).vector):
+            raise MismatchError(f"{made}: expected the direction in {place}, found another; give that with --slider")
+        if name in ships:
+            shutil.copyfile(made, place)
+        else:
             place.unlink(missing_ok=True)
     effects = [e for e in result["effects"] if e["slider"] in ships]
     write_atomic(PLACE / "directions" / EFFECTS, json.dumps(result | {"effects": effects}, indent=0) + "\n")
@@ -50,8 +56,8 @@ def table(result: dict[str, Any], ships: list[str]) -> str:
     """The dose response of every slider, as Markdown."""
     lines = [
         "| slider | search | site | AUROC | probability at -1 | at 0 | at +1 | change | of a random direction "
-        "| standard error | KL at -1, +1 | verdict | ships |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| standard error | KL at -1, +1 | verdict | ships | range |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, s in result["sliders"].items():
         verdict = s["verdict"]
@@ -61,10 +67,15 @@ def table(result: dict[str, Any], ships: list[str]) -> str:
             f"| {name} | {'quick' if s['quick'] else 'full'} | {s['site']} | {verdict['auroc']:.2f} | {doses} | "
             f"{verdict['effect']['change']:+.2f} | {verdict['effect']['random']:+.2f} | "
             f"{verdict['effect']['error']:.2f} | {low['kl']:.3f}, {high['kl']:.3f} | "
-            f"{verdict['says']} | {'yes' if name in ships else 'no'} |"
+            f"{verdict['says']} | {'yes' if name in ships else 'no'} | {span(s.get('range'))} |"
         )
-    return "\n".join([*lines, *(f"| {name} | - |{' |' * 9} no direction: {why} | no |"
+    return "\n".join([*lines, *(f"| {name} | - |{' |' * 9} no direction: {why} | no | - |"
                                 for name, why in result["missing"].items()), ""])  # fmt: skip
+
+
+def span(found: list[float] | None) -> str:
+    """A slider's calibrated range; "-" for one that was not calibrated, or has none."""
+    return f"{found[0]:+g} to {found[1]:+g}" if found else "-"
 
 
 def efforts(result: dict[str, Any]) -> str:

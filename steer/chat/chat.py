@@ -281,6 +281,7 @@ class Chat(BaseChat):
             self._taste = job
             name = job.direction.name
             self.sliders.put(job.direction, self.sliders.get(name))
+            self.sliders.ranges.pop(name, None)  # of the slider that stood there before
             self.panel.revision += 1
         return job
 

@@ -56,6 +56,8 @@ def ends_of(slider: Slider) -> tuple[str, str]:
         if name in shipped_traits() and (trait := _trait(name)) and trait.low_end and trait.high_end:
             return trait.low_end, trait.high_end
         sentences = slider.target.provenance
+        if "votes" in sentences:
+            return "less to your taste", "more to your taste"
     low, high = (_short(sentences[key]) if isinstance(sentences.get(key), str) else None for key in ("without", "with"))
     return low or "less", high or "more"
 
@@ -74,15 +76,17 @@ class PlainVerdict:
 
 def verdict_of(slider: Slider) -> PlainVerdict | None:
     """Return what `steer find` measured of a slider; None for a slider of features, and where it measured nothing."""
-    return plain_verdict(slider.target.provenance.get("verdict") if isinstance(slider.target, Direction) else None)
+    about = slider.target.provenance if isinstance(slider.target, Direction) else {}
+    return plain_verdict(about.get("verdict"), of_votes="votes" in about)
 
 
-def plain_verdict(found: Any) -> PlainVerdict | None:
-    """Return a verdict that `Verdict.as_json` returned, for people; None for anything else."""
+def plain_verdict(found: Any, of_votes: bool = False) -> PlainVerdict | None:
+    """Return a verdict that `Verdict.as_json` returned, for people; None for anything else. `of_votes`: the slider is
+    made of votes."""
     if not isinstance(found, dict):
         return None
     says, auroc = str(found.get("says")), found.get("auroc")
-    known = _VERDICTS.get(says)
+    known = (_TASTE_VERDICTS if of_votes else {}).get(says) or _VERDICTS.get(says)
     if known is None:  # "steers but drags X along"
         drags = found.get("drags")
         along = [_DRAGGED.get(str(d), str(d)) for d in drags] if isinstance(drags, list) else []
@@ -100,7 +104,13 @@ _VERDICTS = {
         "too weak", "It is too weak for this model, whose replies hardly differ under the two sentences.",
     ),
 }  # fmt: skip
-"""Verdict -> (in a few words, as a sentence)."""
+_TASTE_VERDICTS = {
+    "works": ("works", "It works: on messages without a vote, moving it brought the words of replies that you like."),
+    "too weak for this model": (
+        "no better than a coin", "Your votes do not show yet what you like: go on voting, and make it again.",
+    ),
+}  # fmt: skip
+"""Verdict -> (in a few words, as a sentence); the second of a slider that is made of votes."""
 _DRAGGED = {"KL": "the wording in general", "repetition": "how much it repeats itself"}
 
 

@@ -277,8 +277,11 @@ def ui(
         # The file watcher would import every module of transformers, even those whose libraries are not installed.
         "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
         "--client.toolbarMode", "viewer", "--client.showErrorDetails", "none",
+        # With its welcome goes the advert for agent skills over a corner of the page; the address is printed here.
+        "--logger.hideWelcomeMessage", "true",
         # Streamlit's default colour is the red that means "too far" on a slider.
         "--theme.light.primaryColor", "#3d63c9", "--theme.dark.primaryColor", "#86a3f5", "--", *named,
     ]  # fmt: skip
+    print(f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     # Replaces this process, so that stopping `steer ui` stops the page itself.
     os.execv(sys.executable, command)

@@ -210,13 +210,15 @@ def find(
         from steer.core.votes import usable_votes
         from steer.finding.taste import NAME, find_taste
         from steer.model.steered import load
+        from steer.verbs.tables import taste_table
 
         usable = usable_votes(votes)  # before the model is loaded
         live = load(model, device_map=device_map, four_bit=four_bit)
         taste = find_taste(
-            live, usable, name=name or NAME, site=site, seed=seed, say=tell if as_json else lambda _: None
-        )
-        _save_found(live, taste.direction, out, taste.as_json(), taste.line, model, "1", as_json)
+            live, usable, name=name or NAME, site=site, seed=seed, verdict=True, calibrate=calibrate,
+            say=tell if as_json else lambda _: None,
+        )  # fmt: skip
+        _save_found(live, taste.direction, out, taste.as_json(), taste_table(taste), model, "1", as_json)
         return
     if trait is None:
         raise UsageError("TRAIT: expected a trait, found none; name one, or give --votes FILE")

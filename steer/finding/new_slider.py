@@ -58,7 +58,9 @@ class TasteJob(FindJob):
 
     def __init__(self, model: SteeredModel, votes: Path) -> None:
         """See `start`."""
-        super().__init__(["find", *_loaded_as(model), resolve(model.name), "--votes", str(votes), "--json"])
+        super().__init__(
+            ["find", *_loaded_as(model), resolve(model.name), "--votes", str(votes), "--calibrate", "--json"]
+        )
 
     @classmethod
     def start(cls, model: SteeredModel, votes: Path) -> TasteJob:

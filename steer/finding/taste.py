@@ -21,14 +21,17 @@ from torch import Tensor
 
 from steer.core.direction import Direction
 from steer.core.names import check_name
-from steer.core.trait import NeutralPrompts, shipped_traits
+from steer.core.trait import NeutralPrompts, Trait, shipped_traits
 from steer.core.votes import LEAST, Vote, usable_votes
 from steer.errors import UsageError
 from steer.finding.directions import BAND, middle, orthogonal, with_statistics
+from steer.finding.measuring import calibrated, judged
 from steer.measure.contrast import Reply, reply_means
 from steer.measure.harness import Numbers, neutral_replies
 from steer.measure.probes.probe import Figure
+from steer.measure.scorer import Scorer, chance_auroc
 from steer.measure.statistics import CONFIDENCE, POWER, Mean, mean_of
+from steer.measure.verdict import Verdict
 from steer.model.loaded import Message
 from steer.model.steered import SteeredModel
 from steer.progress import Bar, bar
@@ -196,6 +199,8 @@ class FoundTaste:
     """How many different messages the votes are about."""
     left_out: int
     """Votes on replies that are empty, or too long for the model."""
+    verdict: Verdict | None = None
+    """What the slider does on messages without a vote, if it was asked for."""
 
     @property
     def coin(self) -> bool:
@@ -248,6 +253,8 @@ class FoundTaste:
             "says": self.says,
             "gap": d.gap,
             "share_at_1": d.share(1),
+            "calibrated": d.calibrated,
+            "verdict": self.verdict and self.verdict.as_json(),
         }
 
 
@@ -258,6 +265,9 @@ def find_taste(
     name: str = NAME,
     site: int | None = None,
     seed: int = 0,
+    verdict: bool = False,
+    calibrate: bool = False,
+    topics: Sequence[str] | None = None,
     progress: Bar = bar,
     say: Callable[[str], None] = lambda _: None,
 ) -> FoundTaste:
@@ -269,8 +279,10 @@ def find_taste(
     does not shrink where votes contradict each other. A direction that is no better than a coin is returned too, and
     says so.
 
-    `votes`: a file of votes, or the votes. `site` skips the choice of a site. `seed` is that of the neutral replies.
-    `say` is called with a line before each of the three steps.
+    `votes`: a file of votes, or the votes. `site` skips the choice of a site. `seed` is that of the replies. `verdict`
+    and `calibrate` are those of `find_trait`; the text scorer behind the verdict knows the words of the liked and of
+    the disliked replies. `topics` are the messages that the verdict is measured on, by default those that ship as
+    held-out topics. `say` is called with a line before each step.
     Errors: UsageError for fewer than 20 votes, for votes on fewer than five messages, and for votes that like or
     dislike everything; SteerError for a file that is none of votes.
 
@@ -290,13 +302,14 @@ def find_taste(
             f"votes: expected at least {LEAST} on replies that {model.name} can read, found {len(ballots)} of "
             f"{len(usable)}; the others are empty or too long"
         )
-    say("1 of 3: writing neutral replies")
+    steps = 3 + verdict + calibrate
+    say(f"1 of {steps}: writing neutral replies")
     with progress(f"{name}: neutral replies", None, "tokens") as advance:
         neutral = neutral_replies(model, NeutralPrompts.load().fit[:NEUTRAL], on_tokens=advance)
-    say(f"2 of 3: reading {len(replies)} replies")
+    say(f"2 of {steps}: reading {len(replies)} replies")
     with progress(f"{name}: residual streams", len(replies) + len(neutral), "replies") as advance:
         means = reply_means(model, [*replies, *neutral], on_rows=advance)
-    say("3 of 3: choosing the site")
+    say(f"3 of {steps}: choosing the site")
     sites = steerable_sites(depth) if site is None else [site]
     means, centre = means[: len(replies), sites], means[len(replies) :, sites].mean(0)
     fit = cross_fit(means, centre, ballots, sites, depth)
@@ -309,7 +322,39 @@ def find_taste(
         "accuracy": {str(s): round(float(v), 4) for s, v in zip(sites, fit.correct.mean(0), strict=True)},
         "seed": seed,
     }
-    return replace(found, direction=replace(direction, provenance=direction.provenance | about))
+    direction = replace(direction, provenance=direction.provenance | about)
+    if verdict:
+        say(f"4 of {steps}: measuring what the slider does")
+        scorer, a = taste_scorer(name, ballots, replies, topics), found.accuracy
+        by_words = chance_auroc(int((ballots.liked >= 0).sum()), int((ballots.disliked >= 0).sum()))
+        # Where votes contradict each other nothing predicts many of them, so both have to exceed chance alone.
+        told = [(a.value, 0.5 + a.value - a.low), (scorer.auroc, by_words)]
+        auroc, least = min(told, key=lambda pair: pair[0] - pair[1])
+        direction, said = judged(model, direction, scorer, auroc=auroc, least=least, seed=seed, progress=progress)
+        found = replace(found, verdict=said)
+    if calibrate:
+        say(f"{steps} of {steps}: measuring how far it may be moved")
+        direction = calibrated(model, direction, seed=seed, progress=progress)
+    return replace(found, direction=direction)
+
+
+def taste_scorer(name: str, ballots: Ballots, replies: Sequence[Reply], topics: Sequence[str] | None = None) -> Scorer:
+    """Return a text scorer of the words of liked and of disliked replies, whose AUROC is on votes about other messages.
+
+    A reply counts as often as it was voted on. `topics` are the held-out topics of the scorer's trait; by default those
+    that ship.
+    Errors: TraitNotFoundError for replies that a classifier on words cannot learn from.
+    """
+    sides = [np.flatnonzero(which >= 0) for which in (ballots.liked, ballots.disliked)]
+    liked, disliked = (
+        [replies[which[vote]].text for vote in side]
+        for which, side in zip((ballots.liked, ballots.disliked), sides, strict=True)
+    )
+    messages = [ballots.messages[vote] for side in sides for vote in side]
+    trait = Trait.from_sentences("You are liked.", None, name)
+    if topics is not None:
+        trait = replace(trait, held_out=tuple(topics))
+    return Scorer.cross_fitted(trait, liked, disliked, messages)
 
 
 def steerable_sites(depth: int) -> list[int]:

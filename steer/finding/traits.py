@@ -17,7 +17,6 @@ from steer.core.trait import NeutralPrompts, Trait
 from steer.core.votes import Vote
 from steer.errors import TraitNotFoundError, UsageError
 from steer.finding.directions import (
-    TOKENS,
     Candidates,
     SiteCheck,
     candidates,
@@ -26,44 +25,16 @@ from steer.finding.directions import (
     finished_direction,
     middle,
 )
+from steer.finding.measuring import FULL, QUICK, Effort, calibrated, judged
 from steer.finding.taste import find_taste
-from steer.measure.calibrate import calibrate_direction, expected_tokens
-from steer.measure.contrast import FIT_SAMPLES, SAMPLER, Contrast, Reply, contrast_replies
-from steer.measure.harness import neutral_replies
-from steer.measure.scorer import Scorer, clear_replies
-from steer.measure.verdict import SETTINGS, Verdict, judge, samples_for
+from steer.measure.contrast import SAMPLER, Contrast, Reply, contrast_replies
+from steer.measure.scorer import Scorer, chance_auroc, clear_replies
+from steer.measure.verdict import READS, Verdict
 from steer.model.steered import SteeredModel
 from steer.progress import Bar, bar
 
 FIT_REPLIES, HELD_OUT_REPLIES = 16, 4
 """Fewest replies under each instruction, for fitting and held out: traits with few topics get several to each."""
-VERDICT_TOPICS, VERDICT_PROMPTS = 24, 12
-"""Held-out topics and neutral prompts that the verdict is measured on, at most."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is written and read to find a direction."""
-
-    fit_topics: int
-    """At most so many topics, spread over those of the trait."""
-    held_out_topics: int
-    samples: int
-    """Replies to each fit topic under each instruction."""
-    tokens: int
-    """Length of the contrast replies."""
-    verdict_tokens: int
-    """Length of the replies that the verdict is measured on."""
-    neutral: int
-    """Neutral prompts that are answered."""
-    check_sites: bool
-    """Whether sites are tried by steering. If not, the site nearest to the middle is taken, of those in `BAND` that
-    read the trait as well as the best. Trying sites mostly chooses the same one."""
-
-
-FULL = Effort(999, 999, FIT_SAMPLES, SAMPLER.max_new_tokens, TOKENS, 999, check_sites=True)
-QUICK = Effort(40, 16, 1, 32, 32, 16, check_sites=False)
-"""On the default merge 70 s of two cores for the whole process, verdict included; tests/bench/find.py."""
 STAGES = (0.3, 0.02, 0.2, 0.48)
 """Shares of the time of a quick search with verdict and calibration: replies, residual streams, verdict, range."""
 
@@ -90,7 +61,7 @@ class FoundDirection:
     def chance(self) -> float:
         """The AUROC that chance reaches on these held-out replies: two standard errors (Mann-Whitney) above 0.5."""
         _, _, shown, hidden = map(len, self.candidates.contrast.sides)
-        return 0.5 + 2 * math.sqrt((shown + hidden + 1) / (12 * shown * hidden))
+        return chance_auroc(shown, hidden)
 
     def check(self) -> None:
         """Check that scorer and direction tell held-out replies under the two instructions apart.
@@ -229,33 +200,12 @@ def find_trait(
     direction = finished_direction(model, found, site, provenance)
     made = FoundDirection(direction, scorer, found, tuple(checks))
     if verdict:
-        made = _judged(model, made, effort, seed, progress)
-    return _calibrated(model, made, seed, progress) if calibrate else made
-
-
-def _judged(model: SteeredModel, found: FoundDirection, effort: Effort, seed: int, progress: Bar) -> FoundDirection:
-    """`found` with its verdict, which the direction's provenance keeps."""
-    prompts = NeutralPrompts.load().held_out[: min(VERDICT_PROMPTS, effort.neutral // 2)]
-    held_out = min(VERDICT_TOPICS, effort.held_out_topics, len(found.scorer.trait.held_out))
-    replies = len(prompts) + SETTINGS * held_out * samples_for(held_out)
-    total = replies * effort.verdict_tokens
-    with progress(f"{found.direction.name}: verdict", total, "tokens") as advance, model.untouched():
-        neutral = neutral_replies(model, prompts, tokens=effort.verdict_tokens, on_tokens=advance)
-        verdict = judge(
-            model, found.direction, found.scorer, neutral, auroc=found.auroc, least=found.chance,
-            topics=min(VERDICT_TOPICS, effort.held_out_topics), tokens=effort.verdict_tokens, seed=seed,
-            on_tokens=advance,
-        )  # fmt: skip
-    direction = replace(found.direction, provenance=found.direction.provenance | {"verdict": verdict.as_json()})
-    return replace(found, direction=direction, verdict=verdict)
-
-
-def _calibrated(model: SteeredModel, found: FoundDirection, seed: int, progress: Bar) -> FoundDirection:
-    """`found` with the range of its slider, which the direction's provenance keeps."""
-    with progress(f"{found.direction.name}: range", expected_tokens(1), "tokens") as advance:
-        measured = calibrate_direction(model, found.direction, seed=seed, on_tokens=advance)
-    provenance = found.direction.provenance | {"calibrated": measured.range and list(measured.range)}
-    return replace(found, direction=replace(found.direction, provenance=provenance))
+        judging = {"auroc": made.auroc, "least": max(READS, made.chance), "effort": effort}
+        direction, said = judged(model, direction, scorer, **judging, seed=seed, progress=progress)
+        made = replace(made, direction=direction, verdict=said)
+    if calibrate:
+        made = replace(made, direction=calibrated(model, direction, seed=seed, progress=progress))
+    return made
 
 
 def contrast_for(

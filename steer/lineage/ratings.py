@@ -91,13 +91,13 @@ class Standing:
         best = f"{self.ratings[self.leader].best:.0%}"
         count = f"{self.votes} vote{'' if self.votes == 1 else 's'}"
         if len(self.ratings) == 1:
-            return f"{self.leader} is the only node"
+            return f"{self.leader} is the only merge"
         if self.known:
             return f"{self.leader} is the best at {best} after {count}; more votes would change nothing"
         if self.settled:
             return f"after {count} nothing is noticeably better than {self.leader}; more votes would change nothing"
         if not self.votes:
-            return f"no votes on {len(self.ratings)} nodes yet"
+            return f"no votes on {len(self.ratings)} merges yet"
         return f"after {count} {self.leader} leads, the best at {best}; that counts as known at {SURE:.0%}"
 
     def among(self, nodes: Collection[str]) -> Standing:

@@ -68,6 +68,22 @@ class Scorer:
         )
 
     @classmethod
+    def cross_fitted(cls, trait: Trait, shown: Sequence[str], hidden: Sequence[str], groups: Sequence[str]) -> Scorer:
+        """Fit on texts with the trait and texts without. The AUROC is that of classifiers that each text's group was
+        left out of (cross-validation in `FOLDS` folds); `groups` names the group of each text, in the same order.
+
+        Errors: TraitNotFoundError for texts that a classifier on words cannot learn from.
+        """
+        texts, truth = np.array([*shown, *hidden]), np.array([1] * len(shown) + [0] * len(hidden))
+        odds = np.zeros(len(texts))
+        with _named_errors(trait):
+            for rest, out in GroupKFold(min(FOLDS, len(set(groups)))).split(texts, truth, groups):
+                if len(set(truth[rest])) == 2:  # else nothing is known of the others
+                    odds[out] = word_classifier().fit(texts[rest], truth[rest]).decision_function(texts[out])
+            classifier = word_classifier().fit(texts, truth)
+        return cls(trait, classifier, float(roc_auc_score(truth, odds)), math.nan)
+
+    @classmethod
     @cache
     def shipped(cls, trait: str) -> Scorer:
         """The scorer of a trait that ships, trained on the default merge's contrast replies: the same for all models.
@@ -132,6 +148,12 @@ class Scorer:
         assert isinstance(counts, TfidfVectorizer)
         assert isinstance(judge, LogisticRegression)
         return counts, judge
+
+
+def chance_auroc(shown: int, hidden: int) -> float:
+    """The AUROC that chance reaches on so many texts with a trait and without: two standard errors (Mann-Whitney) above
+    0.5."""
+    return 0.5 + 2 * math.sqrt((shown + hidden + 1) / (12 * shown * hidden))
 
 
 def clear_replies(contrast: Contrast) -> Contrast:

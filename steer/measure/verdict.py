@@ -75,7 +75,8 @@ class Verdict:
 
     `says` is, in this order:
     - "too weak for this model", if direction or text scorer does not tell held-out replies under the two instructions
-      apart: an AUROC below `READS`, or within `ERRORS` standard errors (Mann-Whitney) of 0.5;
+      apart: an AUROC below `READS`, or within `ERRORS` standard errors (Mann-Whitney) of 0.5. Of votes, which may
+      contradict each other: within chance;
     - "reads but does not steer", if the effect on the trait is below `MOVES`, or exceeds a random direction's by less
       than `ERRORS` standard errors;
     - "steers but drags X along", if a shipped scorer of another trait X sees an effect as large, upwards or downwards.
@@ -153,7 +154,7 @@ def judge(
     """Measure a direction's dose response on the held-out topics of `scorer.trait`, at most `topics` of them, and
     return the verdict.
 
-    `auroc` is the lower one of direction and scorer on held-out replies, and `least` what chance reaches there.
+    `auroc` is the lower one of direction and scorer on held-out replies, and `least` what it has to reach there.
     `neutral` are untouched replies to held-out neutral prompts, for KL; `tokens` is the length of the replies.
     """
     random = random_like(direction, seed)
@@ -169,7 +170,7 @@ def judge(
     below, _, above, *controls = (answers for _, answers in found)
     return Verdict(
         auroc=auroc,
-        least_auroc=max(READS, least),
+        least_auroc=least,
         points=tuple(point for point, _ in found),
         effect=_effect([a.probabilities for a in (below, above, *controls)], samples),
         others={

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from steer.checkpoint.anatomy import Anatomy
     from steer.checkpoint.kin import Kinship
     from steer.checkpoint.layouts import Addend
+    from steer.core.direction import Direction
     from steer.finding.features import FoundFeatures
     from steer.finding.latents import SteeringCheck
+    from steer.finding.taste import FoundTaste
     from steer.finding.traits import FoundDirection
     from steer.measure.calibrate import Calibration, TriedAmount
     from steer.measure.verdict import Verdict
@@ -111,8 +113,19 @@ def finding_table(found: FoundDirection) -> str:
         + f"{d.name}: site {d.site}, amount 1 moves the residual stream by {d.share(1):.2f} of its median "
         f"norm; text scorer AUROC {found.scorer.auroc:.3f}{markers}"
         + (_KEPT.format(", ".join(kept["traits"]), **kept) if (kept := d.provenance.get("keep")) else "")
-        + (f"\nreplies hold together from {d.calibrated[0]:g} to {d.calibrated[1]:g}" if d.calibrated else "")
-        + (f"\n\n{verdict_table(d.name, found.verdict)}" if found.verdict else "")
+        + _slider_lines(d, found.verdict)
+    )
+
+
+def taste_table(found: FoundTaste) -> str:
+    """Return how well a direction predicts votes, and what its slider does."""
+    return found.line + _slider_lines(found.direction, found.verdict)
+
+
+def _slider_lines(d: Direction, verdict: Verdict | None) -> str:
+    """The range and the verdict of a slider, where they were measured."""
+    return (f"\nreplies hold together from {d.calibrated[0]:g} to {d.calibrated[1]:g}" if d.calibrated else "") + (
+        f"\n\n{verdict_table(d.name, verdict)}" if verdict else ""
     )
 
 

@@ -106,10 +106,12 @@ def test_a_slider_of_the_votes_comes_into_the_chat_that_is_open(new_chat, model)
     assert job.wait(120)
     assert job.error is None, list(job.lines)
     assert job.progress == 1.0
-    assert any(line.startswith("2 of 3: reading") for line in job.lines)
+    assert any(line.startswith("2 of 5: reading") for line in job.lines)
     chat.taste()
     row = next(r for r in chat.panel.rows() if r.name == "my-taste")
     assert row.description.startswith("Your taste: my-taste tells")
+    assert row.verdict is not None
+    assert row.calibrated
     chat.panel.set("my-taste", 0.5)
     votes = json.loads(votes_place().read_text().splitlines()[0])
     assert votes["outcome"] == "first"

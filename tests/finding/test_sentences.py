@@ -15,7 +15,8 @@ from steer.checkpoint.library import Library, direction_files
 from steer.core.direction import Direction
 from steer.core.trait import Trait
 from steer.finding import traits
-from steer.finding.traits import FULL, QUICK, FoundDirection, contrast_for, find_trait
+from steer.finding.measuring import FULL, QUICK
+from steer.finding.traits import FoundDirection, contrast_for, find_trait
 from steer.measure.harness import random_like
 from steer.measure.verdict import MOVES, READS, Effect, Verdict, judge
 from steer.model.steered import SteeredModel, load

@@ -11,7 +11,9 @@ import yaml
 from commands import command_here
 
 import steer as package
+from steer.chat.descriptions import verdict_of
 from steer.core.direction import Direction
+from steer.core.slider import Slider
 from steer.core.votes import Vote, VotedReply, append_vote
 from steer.errors import UsageError
 from steer.finding.taste import Ballots, CrossFit, ballots_of, best_site, cross_fit, find_taste, steerable_sites
@@ -21,6 +23,8 @@ DEPTH, WIDTH = 10, 24
 SITES = steerable_sites(DEPTH)
 WORDS = ["ba be", "bi bo", "bu da", "de di", "do du", "fa fe", "fi fo", "fu ga"]
 LIKED, DISLIKED = "ta te ti to tu", "va ve vi vo vu"
+BOTH = [f"{LIKED} {words} {DISLIKED}" for words in WORDS]
+"""Messages that a parrot may answer either way."""
 
 
 def votes_of(count: int, *, thumbs: bool = False, honest: bool = True) -> list[Vote]:
@@ -122,6 +126,30 @@ def test_votes_of_one_taste_make_a_slider_that_steers_to_it(model: SteeredModel,
     assert share_of(DISLIKED, -4.0) > share_of(DISLIKED, 0.0)
 
 
+def test_a_slider_of_votes_gets_a_verdict_and_a_range_as_one_of_sentences_does(model: SteeredModel) -> None:
+    said: list[str] = []
+    found = find_taste(model, votes_of(64), name="mine", verdict=True, calibrate=True, topics=BOTH, say=said.append)
+    assert found.verdict is not None
+    assert found.verdict.says == "works"
+    below, untouched, above = found.verdict.points[:3]
+    assert below.probability < untouched.probability < above.probability
+    assert found.verdict.auroc > found.verdict.least_auroc > 0.5
+    assert found.direction.provenance["verdict"] == found.as_json()["verdict"] == found.verdict.as_json()
+    low, high = found.direction.calibrated or (0, 0)
+    assert low < 0 < high
+    assert [line[:6] for line in said] == [f"{n} of 5" for n in range(1, 6)]
+    assert found.direction.provenance["votes"]["says"] == found.says
+
+
+def test_the_verdict_on_a_coin_is_that_the_votes_show_nothing(model: SteeredModel) -> None:
+    found = find_taste(model, votes_of(64, honest=False), verdict=True, topics=BOTH)
+    assert found.verdict is not None
+    assert found.verdict.says == "too weak for this model"
+    words = verdict_of(Slider(found.direction))
+    assert words is not None
+    assert (words.works, words.short) == (False, "no better than a coin")
+
+
 def test_votes_that_contradict_each_other_say_so_and_are_kept(model: SteeredModel) -> None:
     found = find_taste(model, votes_of(64, honest=False))
     assert found.coin
@@ -170,11 +198,13 @@ def test_the_command_makes_a_slider_that_calibrates_bakes_and_exports(
         append_vote(file, vote)
     found = steer("find", parrot, "--votes", file, "--json")
     assert found.code == 0
-    assert "2 of 3: reading" in found.err
+    assert "2 of 4: reading" in found.err
+    assert found.result["verdict"]["says"]
     assert found.result["name"] == "my-taste"
     assert Path(found.result["direction"]).is_file()
     text = steer("find", parrot, "--votes", file, "--as", "mine").out
     assert "mine: tells" in text
+    assert "verdict: " in text
     assert f"Try it: steer chat {parrot} --slider mine=1" in text
     profile = tmp_path / "mine.yaml"
     profile.write_text(yaml.safe_dump({"name": "mine", "sliders": [{"slider": "mine", "amount": 0.1}]}))

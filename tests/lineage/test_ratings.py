@@ -118,12 +118,12 @@ def test_the_best_is_known_at_nine_in_ten() -> None:
     best, end = f"{found.ratings['a'].best:.0%}", "more votes would change nothing"
     assert found.line == f"a is the best at {best} after {len(votes)} votes; {end}"
     assert rate(["a", "b"], votes[:1]).line.startswith("after 1 vote a leads, the best at ")
-    assert rate(["a", "b"], []).line == "no votes on 2 nodes yet"
+    assert rate(["a", "b"], []).line == "no votes on 2 merges yet"
 
 
 def test_one_node_is_the_best_and_there_is_no_pair() -> None:
     found = rate(["0"], [])
-    assert (found.leader, found.known, found.settled, found.line) == ("0", True, True, "0 is the only node")
+    assert (found.leader, found.known, found.settled, found.line) == ("0", True, True, "0 is the only merge")
     assert (found.ratings["0"].best, next_pair(found)) == (1.0, None)
 
 

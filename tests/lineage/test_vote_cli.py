@@ -45,7 +45,7 @@ def piped(lineage: Lineage, lines: str, **options: object) -> str:
 def test_lines_of_a_pipe_are_votes_messages_and_mistakes(lineage: Lineage) -> None:
     said = piped(lineage, "1\n\n2\nu\nhello friend\n3\n9\n4\n")
     assert [(v.outcome, v.chat[0][1] == "hello friend") for v in lineage.votes][1:] == [("same", True), ("bad", False)]
-    assert "no votes on 3 nodes yet" in said
+    assert "no votes on 3 merges yet" in said
     assert "after 1 vote " in said
     assert said.count("taken back; after 1 vote") == 1
     assert "you: hello friend" in said

@@ -92,13 +92,14 @@ def tiny_page_home(
 
 @contextmanager
 def served(folder: Path, *model: str) -> Iterator[str]:
-    """The page, started as a user starts it on a machine that never ran Streamlit: an empty home directory, and an
-    input that is open and says nothing. `folder`/home is its STEER_HOME."""
+    """The page, started as a user starts it on a machine that never ran Streamlit: a home directory with nothing but
+    the folder of an agent tool, which Streamlit looks for, and an input that is open and says nothing. `folder`/home is
+    its STEER_HOME."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     user = folder / "user"
-    user.mkdir(exist_ok=True)
+    (user / ".cursor").mkdir(parents=True, exist_ok=True)
     quiet = {"OMP_NUM_THREADS": "1", "STEER_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     quiet |= {"HOME": str(user), "BROWSER": "true"}  # what it opens the page with
     server = subprocess.Popen(

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tiny_chat import keep_direction
 
 from steer.baking.certificate import CERTIFICATE
 from steer.checkpoint.fetch import DEFAULT_MODEL
@@ -138,10 +140,10 @@ LEFT, RIGHT, END = "\ue012", "\ue014", "\ue010"
 
 @pytest.fixture
 def page(chromium: Any, page_url: str) -> Iterator[Page]:
-    """A new tab's page, which shows no traceback to its end."""
+    """A new tab's page, which shows no traceback to its end, and no advert of Streamlit's."""
     page = Page(chromium, page_url)
     yield page
-    assert not page.all("[data-testid=stException]")
+    assert not page.all("[data-testid=stException], [data-testid=stSkillsNudge]")
 
 
 def test_a_slider_that_moves_during_a_reply_changes_the_words_that_follow_and_no_earlier_one(page):
@@ -216,6 +218,48 @@ def test_a_feature_that_is_found_by_words_and_pinned_becomes_a_slider(page):
     page.until(lambda: len(page.all("[data-testid=stSidebar] input[type=range]")) == 2)
     page.click("Unpin")
     page.until(lambda: len(page.all("[data-testid=stSidebar] input[type=range]")) == 1)
+
+
+def test_past_ten_sliders_a_few_words_find_one_and_hidden_ones_keep_their_amounts(
+    page, chromium, tiny_page_home, make_direction, monkeypatch
+):
+    monkeypatch.setenv("STEER_HOME", str(tiny_page_home / "home"))
+    about = {"with": "You answer as a pirate.", "without": "You answer as a clerk."}
+    made = [make_direction(f"voice-{number}", seed=number) for number in range(10)]
+    made.append(replace(make_direction("sailor"), provenance=about))
+    files = [keep_direction(tiny_page_home / "chat", direction) for direction in made]
+    try:
+        chromium.refresh()
+        page.until(lambda: len(sliders(page)) == 12)
+        page.move("voice 3", END)
+        page.settled()
+        moved = float(page.slider("voice 3").get_attribute("value"))
+        assert moved > 0
+        page.fill("Find a slider", "PIRATE clerk")  # the words of its two ends
+        page.until(lambda: sliders(page) == ["sailor"])
+        page.fill("Find a slider", "voice 1")
+        page.until(lambda: sliders(page) == ["voice 1"])
+        page.move("voice 1", END)
+        page.settled()
+        page.fill("Find a slider", "nobody")
+        page.until(lambda: "Nothing found." in page.all("[data-testid=stSidebar]")[0].text)
+        assert sliders(page) == []
+        page.fill("Find a slider", "")
+        page.until(lambda: len(sliders(page)) == 12)
+        assert [float(page.slider(f"voice {n}").get_attribute("value")) > 0 for n in range(5)] == [
+            n in (1, 3) for n in range(5)
+        ]
+        assert float(page.slider("voice 3").get_attribute("value")) == moved
+        page.click("Mine")  # folded
+        page.until(lambda: not page.slider("voice 3").is_displayed())
+    finally:
+        for file in files:
+            file.unlink()
+
+
+def sliders(page: Page) -> list[str]:
+    """The names of the sliders in the sidebar."""
+    return [x.get_attribute("aria-label") for x in page.all("[data-testid=stSidebar] input[type=range]")]
 
 
 def test_a_profile_goes_out_as_a_file_and_comes_back(page, tmp_path, chromium):

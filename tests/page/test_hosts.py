@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -34,11 +35,15 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     (command,) = started
     command = [str(folder / "app.py") if part.endswith("page.py") else part for part in command]
     home = {"HOME": str(folder), "PATH": os.environ["PATH"]}
-    process = subprocess.Popen(command, cwd=folder, env=home, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, env=home, stdout=subprocess.DEVNULL)
     try:
-        assert process.stdout is not None
-        while "URL" not in (line := process.stdout.readline()):
-            assert line, "streamlit has ended"
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", number), timeout=20).close()
+                break
+            except OSError:
+                assert process.poll() is None, "streamlit has ended"
+                time.sleep(0.1)
         yield number
     finally:
         process.terminate()
@@ -79,3 +84,10 @@ def test_however_it_was_started_nothing_is_drawn_for_a_foreign_name(monkeypatch,
 def test_its_own_names_are_served(port, name):
     assert status(port, GET, f"{name}:{port}") == 200
     assert status(port, UPGRADE, f"{name}:{port}") == 101
+
+
+def test_its_address_is_printed_before_streamlit_takes_over(monkeypatch, capsys):
+    printed: list[str] = []
+    monkeypatch.setattr(os, "execv", lambda *_: printed.append(capsys.readouterr().out))
+    cli_live.ui(None, None, 8765, headless=True)
+    assert "http://127.0.0.1:8765 " in printed[0]

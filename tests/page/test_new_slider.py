@@ -1,4 +1,4 @@
-"""A person who never read README goes from a fresh page to a bake, with the keyboard alone where the slider is made."""
+"""A person who never read README goes from a fresh page to a bake, with the keyboard alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.alone
 HIGH, LOW = 3 * "ta te ti to tu ", 3 * "va ve vi vo vu "
 FOUND = 300
 """Seconds for a search: its process imports everything and loads the model."""
-TAB, ENTER = "\ue004", "\ue007"
+TAB, ENTER, SPACE, RIGHT, ALL = "\ue004", "\ue007", " ", "\ue014", "\ue009a\ue000"
+"""Keys; the last is Ctrl-A."""
+FIELDS = ("At the high end it is told", "At the low end it is told (may be empty)", "Name (may be empty)")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +44,17 @@ def keys(page: Page, text: str) -> None:
     ActionChains(page.browser).send_keys(text).perform()
 
 
-def tab_to(page: Page, label: str) -> None:
-    """Press Tab until what has the focus is called `label`."""
-    script = "const a = document.activeElement; return (a.getAttribute('aria-label') || '') + '|' + a.textContent"
+def focused(page: Page) -> str:
+    """What a screen reader calls the element with the focus: its label, or its text without the picture before it."""
+    script = "const a = document.activeElement; return a.getAttribute('aria-label') || a.textContent.slice(0, 80)"
+    return page.browser.execute_script(script)
+
+
+def tab_to(page: Page, name: str) -> None:
+    """Press Tab until the element with that name has the focus."""
 
     def reached() -> bool:
-        if label in page.browser.execute_script(script)[:80]:
+        if focused(page).endswith(name):
             return True
         keys(page, TAB)
         return False
@@ -55,52 +62,73 @@ def tab_to(page: Page, label: str) -> None:
     page.until(reached)
 
 
+def press(page: Page, name: str) -> None:
+    """Press the button with that name, by keys."""
+    tab_to(page, name)
+    keys(page, ENTER)
+
+
+def part(page: Page, name: str) -> None:
+    """Choose a part of the page by keys: Tab to the row of parts, and arrows in it."""
+    radio = "return document.activeElement.getAttribute('role') === 'radio'"
+    page.until(lambda: page.browser.execute_script(radio) or keys(page, TAB))
+    page.until(lambda: focused(page).endswith(name) or keys(page, RIGHT))
+    keys(page, SPACE)
+    page.settled()
+
+
 def text(page: Page, css: str) -> str:
     return page.browser.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", css)
 
 
-def ask(page: Page, high: str, low: str, name: str) -> None:
-    """Fill the dialog by keys, and wait for the preview."""
-    tab_to(page, "New slider")
-    keys(page, ENTER)
-    page.until(lambda: page.all("[data-testid=stDialog] textarea"))
-    page.settled()
-    for label, words in (("At the high end", high), ("At the low end", low), ("Name (may be empty)", name)):
-        tab_to(page, label)
-        keys(page, words)
-    tab_to(page, "Preview")
-    keys(page, ENTER)
-    page.until(lambda: "Make the slider" in text(page, "[data-testid=stDialog]"))
-    page.settled()
-
-
-def test_from_a_fresh_page_to_a_chat_a_new_slider_a_comparison_and_a_bake(page: Page, tmp_path: Path) -> None:
-    sidebar = "[data-testid=stSidebar]"
-    page.say("ba be bi bo bu da de di do du")
+def test_by_keys_alone_from_a_fresh_page_to_a_chat_a_new_slider_a_comparison_and_a_bake(
+    page: Page, tmp_path: Path
+) -> None:
+    sidebar, dialog = "[data-testid=stSidebar]", "[data-testid=stDialog]"
+    tab_to(page, "Say something")
+    keys(page, "ba be bi bo bu da de di do du" + ENTER)
     page.until(lambda: not page.growing() and len(page.texts()) == 2)
     page.settled()
-    ask(page, HIGH, LOW, "ta")
-    shown = text(page, "[data-testid=stDialog]")
+    press(page, "New slider")
+    page.until(lambda: page.all(f"{dialog} textarea"))
+    page.settled()
+    for label, words in zip(FIELDS, (HIGH, LOW, "ta"), strict=True):
+        tab_to(page, label)
+        keys(page, words)
+    press(page, "Preview")
+    page.until(lambda: "Make the slider" in text(page, dialog))
+    page.settled()
+    shown = text(page, dialog)
     assert (shown.count("High end"), shown.count("Low end")) == (2, 2)
-    tab_to(page, "Make the slider")
-    keys(page, ENTER)
+    press(page, "Make the slider")
     page.until(lambda: "Making “ta”" in text(page, sidebar))
     page.until(lambda: "is among your sliders" in text(page, sidebar), FOUND)
     assert "Replies hold together from" in text(page, sidebar)
     assert "held-out AUROC" in text(page, sidebar)
-    page.click("OK")
+    press(page, "OK")
     page.until(lambda: "is among your sliders" not in text(page, sidebar))
     assert len(page.texts()) == 2
     assert "Mine" in text(page, sidebar)
-    page.move("ta", END)
     page.settled()
-    page.part("Compare")
-    page.press(".stMain [data-testid=stFormSubmitButton] button")
+    tab_to(page, "ta")
+    keys(page, END)
+    page.settled()
+    assert float(page.slider("ta").get_attribute("value")) > 0
+    part(page, "Compare")
+    tab_to(page, "Blind: hide which is which until you have chosen")
+    keys(page, SPACE)
+    press(page, "Compare")
     page.until(lambda: "Which reads better?" in text(page, ".stMain"))
-    page.part("Bake")
+    page.settled()
+    press(page, "Neither")
+    page.until(lambda: "You chose neither" in text(page, ".stMain"))
+    page.settled()
+    part(page, "Bake")
     out = tmp_path / "baked"
-    page.fill("Folder to write", str(out))
-    page.bake()
+    tab_to(page, "Folder to write")
+    keys(page, ALL + str(out) + ENTER)
+    page.settled()
+    press(page, "Bake")
     page.until(lambda: "Written:" in text(page, ".stMain"), FIRST)
     assert [add["name"] for add in read_json_object(out / CERTIFICATE)["edit"]["add"]] == ["ta"]
     verify(out)
@@ -108,7 +136,11 @@ def test_from_a_fresh_page_to_a_chat_a_new_slider_a_comparison_and_a_bake(page: 
 
 def test_a_search_that_finds_nothing_stands_in_the_page_until_it_is_deleted(page: Page) -> None:
     sidebar = "[data-testid=stSidebar]"
-    ask(page, "lie", "truth", "nothing")
+    page.click("New slider")
+    page.until(lambda: page.all("[data-testid=stDialog] textarea"))
+    for label, words in zip(FIELDS, ("lie", "truth", "nothing"), strict=True):
+        page.fill(label, words)
+    page.click("Preview")
     page.click("Make the slider")
     page.until(lambda: "“nothing” was not found" in text(page, sidebar), FOUND)
     page.browser.refresh()

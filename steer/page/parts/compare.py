@@ -8,13 +8,12 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.chat.comparison import Comparison, Place, Side, tally
-from steer.chat.descriptions import description_of
 from steer.chat.profile_store import load_profile, saved_profiles
 from steer.chat.voting import kept_votes
-from steer.core.slider import Slider
 from steer.core.votes import LEAST, counted
 from steer.page.drawing import folded_thoughts, markdown, marked
 from steer.page.guard import button, draw_job, redraw, safely, watch
+from steer.page.parts import new_slider
 
 POLL = 0.3
 _SETTINGS: dict[str, Literal["plain", "now"]] = {"without sliders": "plain", "with these sliders": "now"}
@@ -109,5 +108,6 @@ def _taste(chat: Chat, votes: int) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         button("Slider from my votes", lambda: (chat.make_taste(), redraw()), "how_to_vote", disabled=votes < LEAST)
         st.caption(f"{votes} votes, thumbs under replies among them{rest}")
-    if job is not None and job.direction is not None:
-        st.success(markdown(description_of(Slider(job.direction))))
+    if job is not None and job.direction is not None and job.direction.name in chat.sliders.known():
+        row = chat.panel.row(job.direction.name)
+        new_slider.made(row, row.verdict, row.description)

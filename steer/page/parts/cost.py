@@ -31,7 +31,7 @@ def draw(chat: Chat) -> None:
         if st.button("What the sliders do to each other", icon=":material/grid_on:"):
             _show(effects)
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.text_input("The sliders as they stand, under the name", "sliders", key="cost name", max_chars=80)
+        name = st.text_input("Name for the sliders as they stand", "sliders", key="cost name", max_chars=80)
         button("Measure the sliders", lambda: chat.cost_of_sliders(name.strip() or "sliders").start(), type="primary")
     with st.container(horizontal=True, vertical_alignment="bottom"):
         place = st.text_input("Or the folder of a bake", key="cost bake").strip()

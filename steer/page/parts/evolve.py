@@ -105,7 +105,7 @@ def _pair(judge: Judge) -> None:
             )
         button("Take the last vote back", lambda: (judge.undo(), redraw()), type="tertiary", key="undo vote")
     with st.form("say", clear_on_submit=True, border=False):
-        hint = judge.suggestion or "the next one is from the shelf"
+        hint = judge.suggestion or "the next one is chosen for you"
         text = st.text_input("A message of your own, in place of this one", placeholder=hint).strip()
         if st.form_submit_button("Ask it") and text:
             judge.say(text)
@@ -121,8 +121,8 @@ def _tree(lineage: Lineage) -> None:
 
 
 def _go_on(evolution: Evolution) -> None:
+    button("Next generation", lambda: (evolution.next(), redraw()), "family_history", key="next generation")
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        button("Next generation", lambda: (evolution.next(), redraw()), "family_history", key="next generation")
         out = st.text_input("Folder for the best one", str(evolution.place.with_name(f"{evolution.place.name}-best")),
                             key="evolve out").strip()  # fmt: skip
         button("Export", lambda: (evolution.export(out), redraw()), "ios_share", disabled=not out, key="export best")

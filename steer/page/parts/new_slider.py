@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.descriptions import plain_verdict
+from steer.chat.descriptions import PlainVerdict, plain_verdict
 from steer.chat.preview import Preview
+from steer.chat.slider_panel import SliderRow
 from steer.core.trait import Trait
 from steer.finding.new_slider import LONGEST, FailedSearch, NewSliderJob
 from steer.page.drawing import markdown
@@ -103,7 +104,7 @@ def _show(preview: Preview) -> None:
                 ):
                     with column, st.container(border=True):
                         st.caption(title)
-                        st.markdown(markdown(text) or "…")
+                        st.markdown(markdown(text) or ("…" if running else "*an empty reply*"))
         if not running:
             break
         time.sleep(_PREVIEW_POLL)
@@ -124,14 +125,17 @@ def _search(chat: Chat) -> None:
 
 def _result(chat: Chat, job: NewSliderJob | RemoteSearch) -> None:
     row = chat.panel.row(job.trait.name)
-    low, high = row.safe
-    verdict = row.verdict or plain_verdict((job.result or {}).get("verdict"))
-    text = f"**“{row.title}” is among your sliders.** Replies hold together from {low:g} to {high:g}."
+    made(row, row.verdict or plain_verdict((job.result or {}).get("verdict")))
+    button("OK", lambda: (chat.forget_search(), redraw()), key="seen new slider")
+
+
+def made(row: SliderRow, verdict: PlainVerdict | None, more: str = "") -> None:
+    """Draw what was measured of a slider that was made, and a sentence `more`."""
+    text = f"**“{row.title}” is among your sliders.** Replies hold together from {row.safe[0]:g} to {row.safe[1]:g}."
     if verdict is not None:
         auroc = "" if verdict.auroc is None else f" (held-out AUROC {verdict.auroc:.2f})"
         text = f"{text} {verdict.sentence}{auroc}"
-    (st.success if verdict is not None and verdict.works else st.warning)(markdown(text))
-    button("OK", lambda: (chat.forget_search(), redraw()), key="seen new slider")
+    (st.success if verdict is not None and verdict.works else st.warning)(markdown(f"{text} {more}".rstrip()))
 
 
 def _failed(failed: FailedSearch | RemoteSearch) -> None:
