@@ -26,8 +26,8 @@ _HINT = f"{_ARCHITECTURE}.model_hint"
 
 
 def load_control_vector(path: str | Path) -> dict[int, Direction]:
-    """Load a control vector as site -> direction. Each direction's gap is the vector's length, so that amount 1 adds
-    what llama.cpp adds at scale 1. The norm of the residual stream is not known, so `share` is nan.
+    """Load the control vector in the file `path` as site -> direction. Each direction's gap is the vector's length, so
+    that amount 1 adds what llama.cpp adds at scale 1. The norm of the residual stream is not known, so `share` is nan.
 
         directions = steer.load_control_vector("control_vector.gguf")
         with model.steered({direction: 1.0 for direction in directions.values()}):
