@@ -26,39 +26,44 @@ _PATIENCE = 15.0
 """Seconds that a process gets to clean up before it is killed."""
 
 
-class Job:
-    """A `steer` command in a subprocess. It goes on when the browser tab is closed."""
+class LatestPerSubject:
+    """Base of work in the background that belongs to no browser tab and no connection: this process remembers the
+    latest instance of each class for each subject."""
 
-    stopped = "stopped; nothing half-written was left"
-    """What `error` says after `cancel`."""
-    _latest: ClassVar[dict[tuple[type[Job], Hashable], Any]] = {}
+    _latest: ClassVar[dict[tuple[type[LatestPerSubject], Hashable], Any]] = {}
 
     @classmethod
     def key(cls, subject: Any) -> Hashable:
-        """Return what tells apart the subjects that jobs of this class are about; by default the subject itself."""
+        """Return what tells apart the subjects that work of this class is about; by default the subject itself."""
         return subject
 
     @classmethod
     def latest(cls, subject: Any) -> Self | None:
-        """Return the job of this class that this process began last for a subject, running or ended; None if there is
-        none. Jobs belong to no browser tab and no connection."""
+        """Return what this process began last for a subject, running or ended; None if there is none."""
         return cls._latest.get((cls, cls.key(subject)))
 
     @classmethod
     def begin(cls, subject: Any, *args: Any) -> Self:
-        """Start a job and make it the latest for a subject. `args`: those of the class."""
-        job = cls._latest[cls, cls.key(subject)] = cls(*args)
-        return job
+        """Make an instance, which starts to work, the latest for a subject. `args`: those of the class."""
+        made = cls._latest[cls, cls.key(subject)] = cls(*args)
+        return made
 
     @classmethod
     def forget(cls, subject: Any) -> None:
-        """Make `latest` return None for a subject, once the user has seen how the job ended."""
+        """Make `latest` return None for a subject, once the user has seen how the work ended."""
         cls._latest.pop((cls, cls.key(subject)), None)
 
     @classmethod
     def running_for(cls) -> set[Hashable]:
-        """Return the keys of the subjects for which jobs of this class run."""
-        return {key for (kind, key), job in cls._latest.items() if kind is cls and job.running}
+        """Return the keys of the subjects for which instances of this class run."""
+        return {key for (kind, key), made in cls._latest.items() if kind is cls and made.running}
+
+
+class Job(LatestPerSubject):
+    """A `steer` command in a subprocess. It goes on when the browser tab is closed."""
+
+    stopped = "stopped; nothing half-written was left"
+    """What `error` says after `cancel`."""
 
     def __init__(self, arguments: Sequence[str], *, out: Path | None = None, expected: int | None = None) -> None:
         """Start the command.

@@ -19,6 +19,7 @@ from batched import ask, job
 from loud_anatomies import LOUD, Loud, without
 from tiny_anatomies import BLOCKS, VOCAB, WIDTH, ablated
 from tiny_anatomies import load as load_plain
+from tiny_chat import replies_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
@@ -141,12 +142,7 @@ def dictionary() -> Dictionary:
     return Dictionary("standard", rows.T.contiguous(), bias[0], 2 * rows, bias[1], site=SITE)
 
 
-def replies(model: SteeredModel) -> list[Reply]:
-    texts = ["lie ba be bi", "well lie friend bo bu da de di do", "da"]
-    return [
-        Reply(({"role": "user", "content": "hello " + "ba " * i},), tuple(model.tokenizer(t).input_ids), t)
-        for i, t in enumerate(texts)
-    ]
+REPLIES = ["lie ba be bi", "well lie friend bo bu da de di do", "da"]
 
 
 def test_every_addition_of_an_architecture_is_loud(case: Case) -> None:
@@ -158,7 +154,7 @@ def test_every_addition_of_an_architecture_is_loud(case: Case) -> None:
 
 
 def test_find_means_of_replies_are_those_of_the_residual_stream(case: Case) -> None:
-    answers = replies(case.model)
+    answers = replies_of(case.model, REPLIES)
     assert [len(r.ids) for r in answers] == [4, 9, 1]
     for reply, means in zip(answers, reply_means(case.model, answers), strict=True):
         prompt = case.model.prompt_ids(reply.chat)
@@ -215,7 +211,7 @@ def test_fluency_and_divergence_are_those_of_the_logits(case: Case, ablation: Ed
     assert entropy == pytest.approx(-float(expected[4:-1].gather(1, said).mean()), abs=ROUNDING)
     assert edited == pytest.approx(-float(after[4:-1].gather(1, said).mean()), abs=ROUNDING)
     assert kl > 0.01
-    answers = replies(case.model)
+    answers = replies_of(case.model, REPLIES)
     total, tokens = 0.0, 0
     for reply in answers:
         prompt = case.model.prompt_ids(reply.chat)
@@ -242,7 +238,7 @@ def test_texts_under_several_edits_are_read_as_each_alone(case: Case, make_direc
 
 
 def test_attribution_is_the_gradient_through_the_whole_model(case: Case) -> None:
-    d, answers = dictionary(), replies(case.model)
+    d, answers = dictionary(), replies_of(case.model, REPLIES)
     found = attribution(case.model, d, answers[:2], answers[2:], range(d.latents))
 
     def expected(reply: Reply) -> Tensor:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import unicodedata
+import warnings
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from commands import command_here
 from rich.console import Console
 
 from steer.chat.terminal import run_chat
-from steer.cli import main as cli
 from steer.cli.common import emit
-from steer.errors import SkippedWarning
+from steer.errors import SkippedWarning, SteerError
 from steer.plain_text import plain, plain_line
 from steer.sae.records import Context, FeatureRecord
 from steer.verbs.tables import feature_table, text_table
@@ -42,12 +43,17 @@ def test_text_of_every_script_stays_as_it_is():
 
 
 @pytest.mark.parametrize("text", ATTACKS)
-def test_no_way_to_the_terminal_lets_it_pass(text, capsys, monkeypatch):
-    emit({}, False, text)
-    cli._fail(f"tensor {text}\nx", 1)
-    cli._warn(SkippedWarning(text), SkippedWarning)
-    out, err = capsys.readouterr()
-    for written in (out, err):
+def test_no_way_to_the_terminal_lets_it_pass(text, capfd, monkeypatch):
+    def broken(*_: object) -> None:
+        emit({}, False, text)
+        warnings.warn(SkippedWarning(text), stacklevel=1)
+        raise SteerError(f"tensor {text}\nx")
+
+    steer = command_here(monkeypatch, capfd)
+    monkeypatch.setattr("steer.checkpoint.fetch.fetch", broken)
+    done = steer("fetch")
+    assert done.err.count("steer: ") == 2
+    for written in (done.out, done.err):
         assert written
         assert text not in written
         assert written.count("\n") == len(written.splitlines())

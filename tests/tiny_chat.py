@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from steer.checkpoint.library import direction_place
 from steer.core.direction import Direction
+from steer.measure.contrast import Reply
 from steer.model.steered import SteeredModel, load
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -61,6 +64,27 @@ def save_tiny_chat(
     return path
 
 
+@torch.inference_mode()
+def residuals(model: SteeredModel, ids: Tensor) -> list[Tensor]:
+    """The residual stream [batch, seq, d] after each block."""
+    with model.record() as recording:
+        model.hf(input_ids=ids)
+    return [recording[site] for site in range(model.anatomy.blocks)]
+
+
+@torch.inference_mode()
+def logits(model: SteeredModel, ids: Tensor) -> Tensor:
+    return model.hf(input_ids=ids).logits
+
+
+def replies_of(model: SteeredModel, texts: Sequence[str]) -> list[Reply]:
+    """Replies with these texts, each to a longer message than the one before."""
+    return [
+        Reply(({"role": "user", "content": "hello " + "ba " * i},), tuple(model.tokenizer(t).input_ids), t)
+        for i, t in enumerate(texts)
+    ]
+
+
 def keep_direction(checkpoint: Path, direction: Direction) -> Path:
     """Put a direction where the library finds it, as one that was found on this checkpoint."""
     sketch = load(checkpoint).sketch()
@@ -68,6 +92,7 @@ def keep_direction(checkpoint: Path, direction: Direction) -> Path:
     return direction.save(direction_place(sketch, direction.name))
 
 
-def hooks_on(model: SteeredModel) -> int:
+def hooks_on(model: SteeredModel | PreTrainedModel) -> int:
     """Every forward hook on the model, whoever registered it."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+    hf = model.hf if isinstance(model, SteeredModel) else model
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules())

@@ -40,7 +40,7 @@ from steer.checkpoint.reader import CheckpointFiles, TensorInfo
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Kernel, Kind, Method, Strengths
-from steer.errors import CheckpointError, SteerError
+from steer.errors import CheckpointError
 
 _SLACK = 1e-5  # relative difference between two orders of summing in fp32, with fp32 directions
 
@@ -197,7 +197,8 @@ def check_llama_cpp(folder: Path, cert: Certificate, edit: Edit, source: Path | 
     """Check that the files for llama.cpp hold what the directions beside them give: the control vector their sums, each
     LoRA an ablation. With a `source`, compute the LoRAs again; returns what was compared with it."""
     shifts = {f"direction.{site}": (site, shift) for site, shift in edit.biases().items() if shift.any()}
-    hint, vectors = _read_vectors(folder) if CONTROL_VECTOR in cert.files else (None, {})
+    sites, hint = read_control_vector(folder / CONTROL_VECTOR) if CONTROL_VECTOR in cert.files else ({}, None)
+    vectors = {f"direction.{site}": vector for site, vector in sites.items()}
     loras = lora_edits(edit)
     same_set(folder, "file", {f for f in cert.files if f.endswith(".gguf")} - {CONTROL_VECTOR}, set(loras))
     model_type = cert.layout(folder).model_type
@@ -236,15 +237,6 @@ def check_llama_cpp(folder: Path, cert: Certificate, edit: Edit, source: Path | 
         _check_adapter_claims(folder, of_file, part, stored[file])
         _check_factors(folder, of_file, part, stored[file])
     return None if source is None else _check_llama_cpp_source(folder, cert, edit, stored, source)
-
-
-def _read_vectors(folder: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """(the model hint, tensors) of the control vector."""
-    try:
-        vectors, hint = read_control_vector(folder / CONTROL_VECTOR)
-    except SteerError as e:
-        raise CheckpointError(str(e)) from e
-    return hint, {f"direction.{site}": vector for site, vector in vectors.items()}
 
 
 def _check_llama_cpp_source(

@@ -12,24 +12,22 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steer.checkpoint.gguf_file import read_gguf, write_tensors
 from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
-from steer.errors import SteerError
+from steer.errors import CheckpointError, SteerError
 
 _ARCHITECTURE = "controlvector"
 _HINT = f"{_ARCHITECTURE}.model_hint"
 
 
 def load_control_vector(path: str | Path) -> dict[int, Direction]:
-    """Load a control vector as site -> direction. Each direction's gap is the vector's length, so that amount 1 adds
-    what llama.cpp adds at scale 1. The norm of the residual stream is not known, so `share` is nan.
+    """Load the control vector in the file `path` as site -> direction. Each direction's gap is the vector's length, so
+    that amount 1 adds what llama.cpp adds at scale 1. The norm of the residual stream is not known, so `share` is nan.
 
         directions = steer.load_control_vector("control_vector.gguf")
         with model.steered({direction: 1.0 for direction in directions.values()}):
@@ -63,46 +61,19 @@ def write_control_vector(path: Path, vectors: Mapping[int, Float[Tensor, " d"]],
     write_tensors(writer, {f"direction.{site}": vector for site, vector in vectors.items()})
 
 
-def write_tensors(writer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Add tensors in fp32 to a `gguf.GGUFWriter`, write its file and close it."""
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.to(torch.float32).numpy())
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-
-
 def read_control_vector(path: Path) -> tuple[dict[int, Float[Tensor, " d"]], str | None]:
     """(site -> vector, the model hint if there is one) of a GGUF file. Tensors of only zeros are left out.
 
-    Errors: SteerError for a file that is not a control vector.
+    Errors: CheckpointError for a file that is not a control vector.
     """
-    import gguf
 
-    def wrong(found: str) -> SteerError:
-        return SteerError(f"{path}: expected a control vector in a GGUF file, found {found}; make it again")
+    def wrong(found: str) -> CheckpointError:
+        return CheckpointError(f"{path}: expected a control vector in a GGUF file, found {found}; make it again")
 
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = [reader.get_field(name) for name in ("general.architecture", _HINT)]
-        architecture, hint = (field.contents() if field else None for field in fields)
-        tensors = [(t.name, t.tensor_type, np.array(t.data)) for t in reader.tensors]
-    except Exception as e:  # the reader raises whatever a broken file makes numpy and struct raise
-        raise wrong(f"something unreadable ({type(e).__name__})") from e
-    if architecture != _ARCHITECTURE:
-        raise wrong(f"one of architecture {architecture}")
-    out: dict[int, Tensor] = {}
-    for name, kind, data in tensors:
-        match = re.fullmatch(r"direction\.(\d+)", name)
-        if match is None or int(match[1]) < 1 or kind != gguf.GGMLQuantizationType.F32 or data.ndim != 1:
-            raise wrong(f"tensor {name}, {kind.name} {list(data.shape)}, where direction.1 and on hold fp32 vectors")
-        if not np.isfinite(data).all():
-            raise wrong(f"numbers that are not finite in {name}")
-        if data.any():
-            out[int(match[1])] = torch.from_numpy(data)
-    if len({len(v) for v in out.values()}) != 1:
-        raise wrong("vectors of several widths" if out else "no direction in it")
-    return dict(sorted(out.items())), hint
+    fields, tensors = read_gguf(path, _ARCHITECTURE, 1, wrong)
+    if odd := next((name for name in tensors if not re.fullmatch(r"direction\.[1-9]\d*", name)), None):
+        raise wrong(f"tensor {odd}, where direction.1 and on are expected")
+    vectors = {int(name.partition(".")[2]): vector for name, vector in tensors.items() if vector.any()}
+    if len({len(v) for v in vectors.values()}) != 1:
+        raise wrong("vectors of several widths" if vectors else "no direction in it")
+    return dict(sorted(vectors.items())), fields.get(_HINT)

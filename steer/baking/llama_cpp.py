@@ -13,16 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from steer.baking.adapter import AdapterPlan, hash_sources
 from steer.baking.certificate import CONTROL_VECTOR, BiasProof, Proofs
-from steer.baking.control_vector import write_control_vector, write_tensors
+from steer.baking.control_vector import write_control_vector
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
-from steer.checkpoint.gguf_file import ARCHITECTURES
+from steer.checkpoint.gguf_file import ARCHITECTURES, read_gguf, write_tensors
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.staging import hash_file
 from steer.core.edit import Edit
@@ -180,22 +179,13 @@ def read_lora(path: Path, architecture: str) -> dict[str, Tensor]:
 
     Errors: CheckpointError for a file that `write_lora` did not write for this architecture.
     """
-    import gguf
 
     def wrong(found: str) -> CheckpointError:
         return CheckpointError(f"{path}: expected a LoRA for llama.cpp in a GGUF file, found {found}; bake again")
 
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
-        tensors = [(t.name, t.tensor_type, torch.from_numpy(np.array(t.data))) for t in reader.tensors]
-    except Exception as e:  # the reader raises whatever a broken file makes numpy and struct raise
-        raise wrong(f"something unreadable ({type(e).__name__})") from e
-    ranks = {float(t.shape[1]) for name, _, t in tensors if name.endswith(".lora_b") and t.ndim == 2}
+    fields, tensors = read_gguf(path, architecture, 2, wrong)
+    ranks = {float(t.shape[1]) for name, t in tensors.items() if name.endswith(".lora_b")}
     expected = {"general.architecture": architecture, "general.type": "adapter", "adapter.type": "lora"}
     if len(ranks) != 1 or fields != expected | {"adapter.lora.alpha": ranks.pop()}:
         raise wrong(f"the entries {fields}")
-    for name, kind, data in tensors:
-        if kind != gguf.GGMLQuantizationType.F32 or data.ndim != 2 or not data.isfinite().all():
-            raise wrong(f"tensor {name}, {kind.name} {list(data.shape)}, where matrices hold finite fp32 numbers")
-    return {name: data for name, _, data in tensors}
+    return tensors

@@ -38,7 +38,8 @@ class Check:
 def verify(
     folder: Path, progress: Callable[[int, int], None] | None = None, *, source: Path | None = None
 ) -> list[Check]:
-    """Read a bake's output again and check everything in its certificate. Returns the checks that passed, in order.
+    """Read the output of a bake in `folder` again, check everything in its certificate, and return the checks that
+    passed, in order.
 
     `progress` is called with (bytes hashed, bytes in total). With `source`, the output is computed again from that
     checkpoint and compared; for an adapter this is also done without `source` if its base model is a directory on this

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from steer.chat.comparison import Comparison, Side
 from steer.chat.context_use import ContextUse
@@ -294,32 +294,31 @@ class Chat(BaseChat):
         """Begin to write replies under the two sentences of a new slider. Errors: UsageError for long sentences."""
         return Preview(self.backend, trait)
 
+    @property
+    def _searches(self) -> tuple[type[NewSliderJob] | type[RemoteSearch], Any]:
+        """The class of searches for new sliders, in this process or on the server, and their subject."""
+        if self.backend.local:
+            return NewSliderJob, self._local("new slider").model
+        from steer.chat.remote_search import RemoteSearch
+
+        return RemoteSearch, self.backend
+
     def new_slider(self, trait: Trait) -> NewSliderJob | RemoteSearch:
         """Start to search for a new slider's direction, on the server if the model is one's. Errors: as `start` of
         what is returned."""
-        if self.backend.local:
-            return NewSliderJob.start(self._local("new slider").model, trait)
-        from steer.chat.remote_search import RemoteSearch
-
-        return RemoteSearch.start(self.backend, trait)
+        kind, subject = self._searches
+        return kind.start(subject, trait)
 
     @property
     def searching(self) -> NewSliderJob | RemoteSearch | None:
         """The latest search for a new slider, running or ended; None if there was none."""
-        if self.backend.local:
-            return NewSliderJob.latest(self._local("new slider").model)
-        if not self.backend.finds:
-            return None
-        from steer.chat.remote_search import RemoteSearch
-
-        return RemoteSearch.latest(self.backend)
+        kind, subject = self._searches
+        return kind.latest(subject)
 
     def forget_search(self) -> None:
         """Make `searching` None, once the user has seen how the search ended."""
-        if self.backend.local:
-            NewSliderJob.forget(self._local("new slider").model)
-        elif search := cast("RemoteSearch | None", self.searching):
-            search.delete()
+        kind, subject = self._searches
+        kind.forget(subject)
 
     def failed_searches(self) -> Sequence[FailedSearch | RemoteSearch]:
         """Return the searches for new sliders that found nothing; of a server's, the last one."""

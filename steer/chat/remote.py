@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -27,7 +27,7 @@ from steer.core.sampler import ORDER, TEMPERATURE_LAST, Sampler
 from steer.core.slider import OPERATIONS, Operation, check_amount, neutral_amount, parse_name
 from steer.core.thoughts import THINK, ThoughtSplitter
 from steer.errors import SteerError, UnknownNameError, UnsupportedError, UsageError
-from steer.files import one_line
+from steer.measure.endpoint import answer_errors, client_of
 from steer.model.sliders import Amounts
 from steer.model.steering.receipts import Receipt, SliderReceipt
 from steer.serve.llama_cpp.fields import lora, sampling
@@ -69,12 +69,7 @@ class RemoteBackend(ReplyBackend):
         """`url`: the server's address, with or without /v1. `name`: one of its models, as in `merged@noir`; by default
         the first. Errors: SteerError if nothing answers, or if it is neither a steer server nor a llama-server."""
         self.url = url.rstrip("/").removesuffix("/v1")
-        try:
-            self.client = openai.OpenAI(
-                base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=openai.Timeout(120.0, connect=5.0)
-            )
-        except (openai.OpenAIError, ValueError) as e:
-            raise SteerError(f"{url}: expected the address of a server, found {e}; give http://HOST:PORT") from e
+        self.client = client_of(self.url, api_key)
         self._cached_answer: tuple[float, _SteeringAnswer] | None = None
         self.template_options: dict[str, Any] = {}
         """Options of the chat template that every request carries."""
@@ -136,7 +131,7 @@ class RemoteBackend(ReplyBackend):
         if self._cached_answer is None or time.monotonic() - self._cached_answer[0] > _FRESH:
             answer = self._steering() if self.adapters is None else None
             if answer is None:
-                with self._errors():
+                with answer_errors(self.url):
                     found = self.client.get(f"{self.url}/lora-adapters", cast_to=object)
                     rows = _AdaptersAnswer.model_validate(found).root
                 answer = _SteeringAnswer(sliders=adapter_sliders(rows))
@@ -146,7 +141,7 @@ class RemoteBackend(ReplyBackend):
 
     def _steering(self) -> _SteeringAnswer | None:
         """Return the answer of a steer server; None from one that has LoRAs instead, so is a llama-server."""
-        with self._errors():
+        with answer_errors(self.url):
             try:
                 found = self.client.get("/steering", cast_to=object)
             except openai.NotFoundError:
@@ -178,7 +173,7 @@ class RemoteBackend(ReplyBackend):
 
         Errors: SteerError with the server's message.
         """
-        with self._errors():
+        with answer_errors(self.url):
             return getattr(self.client, method)(path, cast_to=object, **({} if body is None else {"body": body}))
 
     def write(
@@ -191,14 +186,14 @@ class RemoteBackend(ReplyBackend):
         body = self._fields(sampler, amounts)
         if self.template_options:
             body["chat_template_kwargs"] = self.template_options
-        with self._errors():
+        with answer_errors(self.url):
             stream = self.client.chat.completions.create(
                 model=self.name, messages=cast(Any, list(messages)), stream=True, extra_body=body
             )
         with stream:
             chunks = iter(stream)
             while True:
-                with self._errors():
+                with answer_errors(self.url):
                     chunk = next(chunks, None)
                 if chunk is None:
                     return
@@ -221,30 +216,11 @@ class RemoteBackend(ReplyBackend):
         return body | {"logit_bias": {str(token): bias for token, bias in sampler.logit_bias}}
 
     def _first_model(self) -> str:
-        with self._errors():
+        with answer_errors(self.url):
             found = [getattr(m, "id", None) for m in self.client.models.list()]
         if not found or not isinstance(found[0], str):
             raise SteerError(f"{self.url}: expected a model, found none; start one with: steer serve MODEL")
         return found[0]
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except openai.APIStatusError as e:
-            server_message = e.body.get("message") if isinstance(e.body, dict) else None
-            raise SteerError(f"{self.url}: {' '.join(str(server_message or e.message).split())[:500]}") from e
-        except openai.APIConnectionError as e:
-            why = " ".join(str(e.__cause__ or e).split())
-            raise SteerError(f"{self.url}: no server answers ({why}); start one with: steer serve MODEL") from e
-        except openai.OpenAIError as e:
-            raise SteerError(f"{self.url}: {' '.join(str(e).split())[:500]}") from e
-        except UnicodeEncodeError as e:  # in the request, so the user's text or key is wrong
-            what = "a key in ASCII" if e.encoding == "ascii" else "text that is Unicode, in the messages and names sent"
-            raise UsageError(f"{self.url}: expected {what}, found {e.object[e.start]!r}; convert it to UTF-8") from e
-        # The openai client does not check what it receives.
-        except (ValueError, TypeError, AttributeError, RecursionError) as e:
-            raise SteerError(f"{self.url}: expected a steer server, found one that sends {one_line(e)}") from e
 
 
 class RemoteDraft(PendingReply):

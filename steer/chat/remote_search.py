@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -18,6 +18,7 @@ from steer.core.sampler import Sampler
 from steer.core.small_files import shown
 from steer.core.trait import Trait
 from steer.errors import SteerError
+from steer.jobs import LatestPerSubject
 from steer.model.loaded import Message
 
 POLL = 0.5
@@ -35,17 +36,15 @@ class _Answer(BaseModel):
     verdict: dict[str, Any] | None = None
 
 
-class RemoteSearch:
-    """A search for a new slider that a server runs, with the attributes of `NewSliderJob` that the page uses.
+class RemoteSearch(LatestPerSubject):
+    """A search for a new slider that a server runs, with the attributes of `NewSliderJob` that the page uses. Its
+    subject is a `RemoteBackend`.
 
     Example:
         search = RemoteSearch.start(backend, Trait.from_sentences("You answer in rhyming couplets.", name="rhymes"))
         while search.running:
             print(search.progress)
     """
-
-    _latest: ClassVar[dict[str, RemoteSearch]] = {}
-    """The latest search by the server's address. They belong to no browser tab."""
 
     def __init__(self, backend: ReplyBackend, trait: Trait) -> None:
         """See `start`."""
@@ -61,16 +60,19 @@ class RemoteSearch:
 
         Errors: SteerError with the server's reason: it allows no searches, runs another, or has a slider of that name.
         """
-        search = cls(backend, trait)
-        cls._latest[search._backend.url] = search
-        return search
+        return cls.begin(backend, backend, trait)
 
     @classmethod
-    def latest(cls, backend: ReplyBackend) -> RemoteSearch | None:
+    def key(cls, subject: ReplyBackend) -> str:
+        """Return what tells servers apart: their address."""
+        return cast(RemoteBackend, subject).url
+
+    @classmethod
+    def latest(cls, subject: ReplyBackend) -> RemoteSearch | None:
         """Return the search on a server that this process started last, running or ended; None if there is none."""
-        search = cls._latest.get(cast(RemoteBackend, backend).url)
+        search = super().latest(subject)
         if search is not None:
-            search._backend = cast(RemoteBackend, backend)  # that of the chat which started it may be closed
+            search._backend = cast(RemoteBackend, subject)  # that of the chat which started it may be closed
         return search
 
     @property
@@ -126,7 +128,7 @@ class RemoteSearch:
 
     def delete(self) -> None:
         """Make `latest` return None, once the user has seen how the search ended."""
-        self._latest.pop(self._backend.url, None)
+        self.forget(self._backend)
 
     @property
     def _place(self) -> str:

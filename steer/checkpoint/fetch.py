@@ -108,6 +108,8 @@ _OTHER_WEIGHTS = {
 def fetch(name: str, out: Path | None = None) -> Path:
     """Download a checkpoint and return its directory, `out` if that is given. A finished download is not repeated.
 
+    `name`: the hub id, as in "HuggingFaceTB/SmolLM2-135M-Instruct", or the default model's name.
+
         directory = steer.fetch("smollm2-135m-instruct")
         model = steer.load(directory)
 

@@ -106,6 +106,42 @@ def write_gguf(
     return kept
 
 
+def write_tensors(writer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add tensors in fp32 to a `gguf.GGUFWriter`, write its file and close it."""
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.to(torch.float32).numpy())
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def read_gguf(
+    path: Path, architecture: str, dims: int, wrong: Callable[[str], CheckpointError]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(fields, tensors) of a small GGUF file of fp32 tensors, all in memory.
+
+    Errors: what `wrong` makes of a sentence on what was found, for a broken file, another architecture, and
+    a tensor that has not `dims` dimensions or holds anything but finite fp32 numbers.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        tensors = [(t.name, t.tensor_type, np.array(t.data)) for t in reader.tensors]
+    except Exception as e:  # the reader raises whatever a broken file makes numpy and struct raise
+        raise wrong(f"something unreadable ({type(e).__name__})") from e
+    if fields.get("general.architecture") != architecture:
+        raise wrong(f"one of architecture {fields.get('general.architecture')}")
+    for name, kind, data in tensors:
+        if kind != gguf.GGMLQuantizationType.F32 or data.ndim != dims or not np.isfinite(data).all():
+            raise wrong(f"tensor {name}, {kind.name} {list(data.shape)}, where {dims}-d finite fp32 ones are expected")
+    return fields, {name: torch.from_numpy(data) for name, _, data in tensors}
+
+
 def _refusal(source: Path, expected: str, found: str) -> UnsupportedError:
     return UnsupportedError(f"{source}: expected {expected}, found {found}; convert it with llama.cpp's own script")
 

@@ -114,12 +114,12 @@ def load_card(
     seed: int = 0,
     filename: str | None = None,
 ) -> Card:
-    """Load a card from a PNG, WEBP or JSON file, or from the bytes of one.
+    """Load a card.
 
-    `user` and `persona` replace `{{user}}` and `{{persona}}`, the user's name and description. `original` replaces
-    `{{original}}` in the card's prompts, and is the system prompt of a card that has none. `seed`: of the draws of
-    `{{random}}`, `{{pick}}` and `{{roll}}`. `filename`: the name of the file that the bytes are from; a card without a
-    name is called so.
+    `source`: a PNG, WEBP or JSON file, or the bytes of one. `user` and `persona` replace `{{user}}` and `{{persona}}`,
+    the user's name and description. `original` replaces `{{original}}` in the card's prompts, and is the system prompt
+    of a card that has none. `seed`: of the draws of `{{random}}`, `{{pick}}` and `{{roll}}`. `filename`: the name of
+    the file that the bytes are from; a card without a name is called so.
 
         card = steer.load_card("character.png", user="Ann")
         print(card.name, card.first_message)

@@ -41,7 +41,9 @@ _SITES = (
 
 
 def load_dictionary(place: str | Path) -> Dictionary:
-    """Load a dictionary from a directory, or `RELEASE/SAE_ID` as sae_lens lists it, which may download it.
+    """Load a dictionary.
+
+    `place`: a directory, or `RELEASE/SAE_ID` as sae_lens lists it, which may download it.
 
         dictionary = steer.load_dictionary("path/to/dictionary")
         feature = steer.Feature.latent(dictionary, 123)

@@ -121,7 +121,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Lorebook:
-    """Entries of one book."""
+    """A lorebook: entries, each with a text that goes into the prompt while the chat names one of its keys.
+
+    Example:
+        book = steer.load_lorebook("harbour.json")
+        print([entry.keys for entry in book.entries])
+    """
 
     name: str = ""
     scan_depth: int | None = None
@@ -168,8 +173,13 @@ class Scan:
 
 
 def load_lorebook(source: str | Path | bytes, name: str = "") -> Lorebook:
-    """Load a lorebook from a JSON file, or from the bytes of one: of the V3 specification, of SillyTavern, or the book
-    of a JSON card. `name`: its name if it has none; by default the file's.
+    """Load a lorebook.
+
+    `source`: a JSON file, or the bytes of one: of the V3 specification, of SillyTavern, or a JSON card with a book.
+    `name`: what a book without a name is called; by default as its file.
+
+        book = steer.load_lorebook("harbour.json")
+        print(book.name, len(book.entries), *book.warnings)
 
     Errors: SteerError for a file that is missing, too large, no JSON or no lorebook.
     """

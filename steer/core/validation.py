@@ -180,6 +180,7 @@ def checked(cls: type[_T]) -> type[_T]:
     """
 
     def from_mapping(kind: Any, data: Any) -> Any:
+        """Refuse unknown keys of a mapping, before pydantic reads its values."""
         if isinstance(data, ArgsKwargs | kind):
             return data
         return known_keys(data, _keys(kind))

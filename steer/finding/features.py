@@ -110,11 +110,16 @@ def find_features(
     progress: Bar = bar,
     check: bool = True,
 ) -> FoundFeatures:
-    """Rank every latent by how well it detects the trait, choose ten, measure how they steer, and save the results.
+    """Rank every latent by how well it detects a trait, choose ten, measure how they steer, and save the results.
+
+    `model`: the checkpoint that the dictionary was trained on. `trait`: the name of a built-in trait, a trait file, or
+    a Trait. `dictionary`: its directory, or `RELEASE/SAE_ID`, or the dictionary. `seed`: of the replies that are drawn.
+    `progress`: makes the progress bars; see `steer.progress`. `check`: False skips the steering check and writes no
+    sliders.
 
     The steps: held-out AUROC with a false discovery rate over all latents (`rank`); attribution and output scores
     of the best (`choose_latents`); then the steering check of `steer.finding.latents`, which chooses on fit topics
-    and measures on held-out ones. `check=False` skips this check and writes no sliders.
+    and measures on held-out ones.
 
     Into the dictionary's directory it writes traits/<trait>.json, the trait's scores in features.jsonl if that
     exists, and in sliders.yaml the sliders `<trait>-latent` and `<trait>-set`. Their amount 1 raises the trait and

@@ -103,12 +103,12 @@ def find(
     votes: str | Path | Sequence[Vote] | None = None,
     **options: Any,
 ) -> Direction:
-    """Find the direction of a trait, or of the taste that votes show, in a model.
+    """Return the direction of a trait, or of the taste that votes show, in the untouched `model`.
 
     The direction's provenance has the held-out AUROC per site under "auroc", or the held-out accuracy under "votes".
 
-    `trait` is the name of a built-in trait, a trait file, or a Trait; `votes`, in its place, a file of votes. Options
-    are those of `find_trait` or `find_taste`.
+    `trait`: the name of a built-in trait, a trait file, or a Trait. `votes`: in its place, votes or a file of them.
+    `options`: those of `find_trait` or `find_taste`.
     Errors: UsageError for an unknown trait or site, and for votes that are too few.
 
         model = steer.load("path-or-hub-id")

@@ -45,6 +45,47 @@ Way = Literal["echo", "prompt_logprobs"]
 """How a server gives log-probabilities of a given text: OpenAI's `echo` beside `logprobs`, or vLLM's own field."""
 
 
+def client_of(url: str, api_key: str | None, timeout: float = 120.0) -> openai.OpenAI:
+    """Return a client for the server at an address without /v1. `timeout`: seconds for one answer.
+
+    Errors: SteerError for what is no address.
+    """
+    try:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise ValueError("neither http:// nor https:// before it")
+        return openai.OpenAI(
+            base_url=f"{url}/v1", api_key=api_key or "none", timeout=openai.Timeout(timeout, connect=5.0)
+        )
+    except (openai.OpenAIError, ValueError) as e:
+        raise SteerError(f"{url}: expected the address of a server, found {one_line(e)}; give http://HOST:PORT") from e
+
+
+@contextmanager
+def answer_errors(url: str) -> Iterator[None]:
+    """Replace what the openai client raises, and what our code raises at an answer that the client did not check, by
+    errors of one line that name the server.
+
+    Errors: UnreachableError if it does not answer or is busy; the same request may succeed later. UsageError for text
+    that cannot be sent. SteerError, with the server's own message, if it refuses; and for an answer of another shape.
+    """
+    try:
+        yield
+    except openai.APIStatusError as e:
+        kind = UnreachableError if e.status_code >= 500 or e.status_code == 429 else SteerError
+        found = e.body.get("message") if isinstance(e.body, dict) else None
+        raise kind(f"{url}: {one_line(str(found or e.message))}") from e
+    except openai.APIConnectionError as e:  # a timeout is one
+        why = one_line(str(e.__cause__ or e))
+        raise UnreachableError(f"{url}: no server answers ({why}); start it, then do the same again") from e
+    except UnicodeEncodeError as e:  # in the request, so the user's text or key is wrong
+        what = "a key in ASCII" if e.encoding == "ascii" else "text that is Unicode, in the messages and names sent"
+        raise UsageError(f"{url}: expected {what}, found {e.object[e.start]!r}; convert it to UTF-8") from e
+    except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
+        raise SteerError(
+            f"{url}: expected an OpenAI-compatible server, found one that sends {one_line(e)}; check the address"
+        ) from e
+
+
 class EndpointReader:
     """A model behind a server. Errors: UnreachableError of one line that names the address."""
 
@@ -70,17 +111,8 @@ class EndpointReader:
         if not 0 < timeout <= LONGEST:  # nan neither
             raise UsageError(f"timeout: expected seconds above 0 and at most {LONGEST:g}, found {timeout:g}; mend it")
         self.url, self.notes = url.rstrip("/").removesuffix("/v1"), list[str]()
-        try:
-            if urlsplit(self.url).scheme not in ("http", "https"):
-                raise ValueError("neither http:// nor https:// before it")
-            self._client = openai.OpenAI(
-                base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=openai.Timeout(timeout, connect=5.0)
-            )
-        except (openai.OpenAIError, ValueError) as e:
-            raise SteerError(
-                f"{url}: expected the address of a server, found {one_line(e)}; give http://HOST:PORT"
-            ) from e
-        with self._errors():
+        self._client = client_of(self.url, api_key, timeout)
+        with answer_errors(self.url):
             models = list(self._client.models.list())
         found = next((m for m in models if m.id == name), models[0] if models and not name else None)
         if found is None:
@@ -143,7 +175,7 @@ class EndpointReader:
         ways: tuple[Way, ...] = ("echo", "prompt_logprobs")
         for way in ways:
             try:
-                with self._errors():
+                with answer_errors(self.url):
                     first, again = (self._score(way, tokens) for _ in range(2))
             except UnreachableError:
                 raise
@@ -166,13 +198,10 @@ class EndpointReader:
         made = self._client.completions.create(
             model=self._model, prompt=list(tokens.ids), max_tokens=1, temperature=0.0, extra_body=body, **how
         ).choices[0]
-        found = _echoed(made, tokens, self._tokenizer) if way == "echo" else _by_id(made, tokens)
-        scored = np.array(found[tokens.start :], dtype=float)
-        if len(found) != len(tokens.ids):
-            raise UnsupportedError(f"expected log-probabilities of {len(tokens.ids)} tokens, found {len(found)}")
-        if not (np.isfinite(scored).all() and (scored <= 1e-6).all()):
-            raise UnsupportedError(f"expected log-probabilities of 0 at most, found {scored.max():.3g}")
-        return scored
+        try:
+            return _scored(_echoed(made, tokens, self._tokenizer) if way == "echo" else _by_id(made, tokens), tokens)
+        except UnsupportedError as e:
+            raise UnsupportedError(f"{self.url}: {e}; such a server can be asked for replies alone") from e
 
     def _each(self, ask: Callable[[Any], Any], what: Sequence[Any], advance: Advance | None) -> list[Any]:
         """Ask for each, several at a time, in order. After an error those that have not begun are not asked."""
@@ -181,7 +210,7 @@ class EndpointReader:
             asked = [pool.submit(ask, each) for each in what]
             try:
                 for answer in asked:
-                    with self._errors():
+                    with answer_errors(self.url):
                         out.append(answer.result())
                     if advance is not None:
                         advance(1)
@@ -189,25 +218,6 @@ class EndpointReader:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return out
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except openai.APIStatusError as e:
-            kind = UnreachableError if e.status_code >= 500 or e.status_code == 429 else UnsupportedError
-            raise kind(
-                f"{self.url}: expected an answer, found {one_line(e)}; see the server's log, then run the same again"
-            ) from e
-        except openai.APIConnectionError as e:  # a timeout is one
-            why = one_line(e.__cause__ if isinstance(e.__cause__, Exception) else e)
-            raise UnreachableError(f"{self.url}: no answer ({why}); run the same again once it answers") from e
-        except UnsupportedError as e:  # of `_score`
-            raise UnsupportedError(f"{self.url}: {e}; such a server can be asked for replies alone") from e
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as e:  # answers are not checked
-            raise UnsupportedError(
-                f"{self.url}: expected an OpenAI-compatible answer, found another ({one_line(e)}); is it such a server?"
-            ) from e
 
     def _cut(self, passage: Passage) -> PassageTokens:
         return passage_tokens(passage, self._prompt, self._encode, first_token(self._tokenizer))
@@ -273,6 +283,16 @@ def tokenizer_of(place: str) -> tuple[Any, list[str]]:
         return tokenizer, []
     tokenizer.chat_template = chosen_template(FALLBACK)
     return tokenizer, [f"it has no chat template: chats are read with the template {FALLBACK!r}"]
+
+
+def _scored(found: Sequence[float], tokens: PassageTokens) -> LogProbs:
+    """Return those of the log-probabilities of all tokens that a passage's text has."""
+    scored = np.array(found[tokens.start :], dtype=float)
+    if len(found) != len(tokens.ids):
+        raise UnsupportedError(f"expected log-probabilities of {len(tokens.ids)} tokens, found {len(found)}")
+    if not (np.isfinite(scored).all() and (scored <= 1e-6).all()):
+        raise UnsupportedError(f"expected log-probabilities of 0 at most, found {scored.max():.3g}")
+    return scored
 
 
 def _echoed(choice: Any, tokens: PassageTokens, tokenizer: Any) -> list[float]:

@@ -68,8 +68,8 @@ def load(
     `dtype`: what the model computes in: a torch dtype or its name, "stored", or "auto", the default: the stored dtype
     where products in it are fast, else float32 if that fits into memory. The choice is logged. Where `dtype` is left
     out, $STEER_DTYPE takes its place.
-    `device_map`, `quantization_config` and the rest go to transformers unchanged. Without a `device_map` the model goes
-    to the GPU if there is one.
+    `device_map`, and with `kwargs` `quantization_config` and the rest, go to transformers unchanged. Without a
+    `device_map` the model goes to the GPU if there is one.
     `four_bit`: quantise the weights to bitsandbytes' NF4 as they are loaded, for a model that does not fit otherwise.
     `chat_template`: a template that ships (chatml, llama3, gemma, mistral, alpaca, plain) or a file, in place of the
     checkpoint's own. Where it is left out, $STEER_CHAT_TEMPLATE takes its place.

@@ -50,13 +50,14 @@ def harvest(
     shard_tokens: int = 65536,
     progress: Callable[..., AbstractContextManager[Advance]] = bar,
 ) -> Harvest:
-    """Write the residual streams after blocks `sites`, at `tokens` tokens of the text, to directory `out`.
+    """Write the residual streams of `model` after blocks `sites`, at `tokens` tokens of a text, to directory `out`.
 
     Without `tokens` the whole text is read. `sources` are those of `documents`, cut to `context` tokens per document.
     Special tokens are left out, and so are tokens whose norm is over ten times the median at any of the sites. The
     manifest counts both, and its `ended` is "text" if the text ended before `tokens` were found, else "tokens". Each
     forward pass takes `batch_tokens` tokens, padding included; lower it if memory is short. A shard holds
-    `shard_tokens` tokens or a few more; an interruption loses only shards that are not finished.
+    `shard_tokens` tokens or a few more; an interruption loses only shards that are not finished. `progress` makes the
+    progress bar; see `steer.progress`.
 
     Called again after an interruption, it continues from the finished shards and ends in the same bytes. If `out` is a
     finished harvest, it is returned unchanged.

@@ -149,8 +149,9 @@ def train_dictionary(
     tokens. `site` is the block to train on; it may be left out for a harvest of one site. `parent` is a dictionary to
     start from, for instance that of a parent of a merged model. `model` is the checkpoint of a harvest, if it is no
     longer at the path that the harvest names. `resume` continues a stopped run, `every` is the number of seconds
-    between saved states, `track` also sends the log to a tracker, and `quiet` turns the log off. Under `torchrun` every
-    process calls this, and the first one writes.
+    between saved states, `track` also sends the log to a tracker, and `quiet` turns the log off. `options`: size,
+    sparsity and learning rate, each with a default. Under `torchrun` every process calls this, and the first one
+    writes.
 
     Errors: UsageError for a source without site or text, MismatchError for a parent or model that does not fit,
     StoppedError on SIGTERM or Ctrl-C.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_anatomies import BLOCKS, TINY, WIDTH, Tiny, ablated, load, logits, span
+from tiny_chat import hooks_on
 from torch import Tensor
 
 from steer.baking.bake import bake
@@ -103,7 +104,7 @@ def test_live_hooks_ablate_where_the_bake_does(tmp_path: Path, make_direction: M
     steering = Steering(model, anatomy)
     slack = 1e-9 if kind.norms is None else 1e-6  # these norms compute in fp32, whatever the dtype
     with steering.applied([wanted]):
-        assert steering.hook_count == 1 + 2 * BLOCKS
+        assert hooks_on(model) == 1 + 2 * BLOCKS
         live, streams = logits(model), _streams(model)
     for h in streams:
         assert float((h @ wanted.ablate[0].vector.double()).norm() / h.norm()) < slack

@@ -80,6 +80,7 @@ def test_what_a_bake_cost_is_measured_beside_its_model_and_a_stop_keeps_what_is_
         stopped.wait(0.1)
     stopped.cancel()
     assert stopped.error == "stopped; what was measured is kept, and the next start goes on from there"
+    done = {f: f.stat().st_mtime_ns for f in cost.folder.rglob("parts/*")}
     job = cost.start()
     assert job is not stopped
     assert job.wait(300)
@@ -87,7 +88,7 @@ def test_what_a_bake_cost_is_measured_beside_its_model_and_a_stop_keeps_what_is_
     assert cost.lines
     assert [c.name for c in costs_of(chat.backend.model)] == ["calm"]
     parts = {f: f.stat().st_mtime_ns for f in cost.folder.rglob("parts/*")}
-    assert cost.start().wait(300)
-    assert {f: f.stat().st_mtime_ns for f in cost.folder.rglob("parts/*")} == parts, "nothing is measured twice"
+    assert 0 < len(done) < len(parts)
+    assert done.items() <= parts.items(), "nothing is measured twice"
     assert cost.start(fresh=True).wait(300)
     assert all(f.stat().st_mtime_ns > parts[f] for f in parts)

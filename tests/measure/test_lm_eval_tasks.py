@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_chat import hooks_on
 from tiny_eval import save_by_letters
 
 import steer
@@ -72,7 +73,7 @@ def test_the_harness_runs_the_steered_model_and_agrees_with_our_reader(
     late = Edit(moves=(Slider(make_direction(), "add", 1.0, Schedule("reply", after=2)),))
     with pytest.raises(UnsupportedError, match="does not say where that begins"):
         probe.run(LocalReader(model, late), Size())
-    assert not model.steering.hook_count
+    assert hooks_on(model) == 0
 
 
 def test_an_evaluation_runs_a_task_beside_the_probes(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_chat import hooks_on
 from tiny_eval import save_by_letters
 
 from steer.core.direction import Direction
@@ -74,7 +75,7 @@ def test_scores_are_those_of_the_model_itself_under_every_edit(
         assert len(found) == len(tokens.ids) - tokens.start
         expected = alone(model, edit, list(tokens.ids), tokens.start, tokens.reply)
         assert found == pytest.approx(expected, abs=2e-5)
-    assert not model.steering.hook_count
+    assert hooks_on(model) == 0
 
 
 def test_the_scored_tokens_are_those_of_the_text(model: SteeredModel) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow_steering import exact
 from tiny_chat import keep_direction, save_tiny_chat
 
 from steer.core.direction import Direction
@@ -29,6 +30,22 @@ def model(chat_checkpoint: Path) -> SteeredModel:
 def model64(chat_checkpoint: Path) -> SteeredModel:
     """It in fp64, where effects are exact."""
     return load(chat_checkpoint, dtype=torch.float64)
+
+
+@pytest.fixture
+def endless(model64: SteeredModel) -> SteeredModel:
+    """It in fp64 and without an end token: every reply has its full length."""
+    model64.end_token_ids = frozenset()
+    return model64
+
+
+@pytest.fixture(scope="module")
+def exact_endless(chat_checkpoint: Path) -> SteeredModel:
+    """It, all of it in fp64, norms and softmax too; its replies never end."""
+    model = exact(load(chat_checkpoint, dtype=torch.float64))
+    model.end_token_ids = frozenset()
+    model.hf.generation_config.eos_token_id = []  # for what transformers itself generates
+    return model
 
 
 @pytest.fixture

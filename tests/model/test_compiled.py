@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_chat import save_tiny_chat
+from tiny_chat import hooks_on, save_tiny_chat
 from torch._dynamo.utils import counters
 
 from steer.chat.session import Session
@@ -84,7 +84,7 @@ def test_compiled_decoding_gives_the_plain_models_tokens_and_moving_sliders_comp
     assert compilations() == made
     model.uncompile()
     assert texts() == plain
-    assert model.steering.hook_count == 0
+    assert hooks_on(model) == 0
 
 
 def test_a_slider_that_moves_in_mid_reply_is_felt_by_compiled_code(model, make_direction):

@@ -12,19 +12,12 @@ from steer.core.edit import Edit
 from steer.core.sampler import Sampler
 from steer.model import steered
 from steer.model.decode import decode, generate
-from steer.model.steered import SteeredModel, load
+from steer.model.steered import load
 
 GREEDY = Sampler(max_new_tokens=12, temperature=0, repetition_penalty=1.0)
 DRAWN = Sampler(max_new_tokens=14, temperature=1.0, min_p=0.02, repetition_penalty=1.3, seed=3)
 ROUNDING = 3e-6  # transformers computes norms and softmax in fp32, whatever the weights are
 PROMPTS = [[1, 4, 20, 33, 5], [1, 4, 71, 5], [1, 3, 9, 8, 7, 6, 4, 50, 5]]
-
-
-@pytest.fixture
-def endless(model64: SteeredModel) -> SteeredModel:
-    """A model without an end token: every reply has its full length."""
-    model64.end_token_ids = frozenset()
-    return model64
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_chat import hooks_on, keep_direction, save_tiny_chat
+from tiny_chat import hooks_on, keep_direction, logits, residuals, save_tiny_chat
 from torch import Tensor
 
 from steer.chat.session import Session
@@ -29,7 +29,7 @@ from steer.errors import CheckpointError, MismatchError, SkippedWarning, UsageEr
 from steer.model.decode import decode, generate
 from steer.model.fit_check import FitWarning, check_fit
 from steer.model.sliders import BUDGET
-from steer.model.steered import SteeredModel, load
+from steer.model.steered import load
 
 D, M, SITES = 32, 80, range(3)
 ROUNDING = 3e-6  # transformers computes norms and softmax in fp32, whatever the weights are
@@ -61,18 +61,6 @@ def make(kind: str = "jumprelu", *, seed: int = 0, site: int = 1, width: int = D
 
 def moves(*each: tuple[Feature, str, float]) -> Edit:
     return Edit(moves=tuple(Intervention(f, operation, a) for f, operation, a in each))  # pyright: ignore[reportArgumentType]
-
-
-@torch.inference_mode()
-def residuals(model: SteeredModel, ids: Tensor) -> list[Tensor]:
-    with model.record() as recording:
-        model.hf(input_ids=ids)
-    return [recording[site] for site in SITES]
-
-
-@torch.inference_mode()
-def logits(model: SteeredModel, ids: Tensor) -> Tensor:
-    return model.hf(input_ids=ids).logits
 
 
 def active(dictionary: Dictionary, h: Tensor, n: int = 3) -> list[int]:
@@ -189,13 +177,6 @@ def test_rows_may_move_features_of_their_own(model64, ids, edits):
             torch.testing.assert_close(together[site][row], alone[site][0], rtol=0, atol=ROUNDING)
         assert (edit is None) == torch.equal(alone[2], plain[2])
     assert hooks_on(model64) == 0
-
-
-@pytest.fixture
-def endless(model64: SteeredModel) -> SteeredModel:
-    """A model without an end token: every reply has its full length."""
-    model64.end_token_ids = frozenset()
-    return model64
 
 
 @pytest.mark.parametrize("kind", ["clamp", "other dictionary", "mixed"])

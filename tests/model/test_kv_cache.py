@@ -29,14 +29,6 @@ STEADY = Edit.of([Intervention(D[0], "add", 1.5), Intervention(D[1], "clamp", 0.
 FIRST = [1, 4, 20, 33, 9, 5]
 
 
-@pytest.fixture(scope="module")
-def endless(chat_checkpoint: Path) -> SteeredModel:
-    """A tiny model, all of it in fp64, whose replies never end."""
-    model = exact(load(chat_checkpoint, dtype=torch.float64))
-    model.end_token_ids = frozenset()
-    return model
-
-
 def reply(
     model: SteeredModel, prompt: list[int], edit: Edit | None, memory: PrefixCache | None = None, **more: int
 ) -> tuple[list[int], Tensor]:
@@ -64,45 +56,45 @@ def holds_what_it_claims(model: SteeredModel, memory: PrefixCache, edit: Edit, p
         torch.testing.assert_close(mine.values, wanted.values, rtol=0, atol=EXACT)
 
 
-def test_what_was_read_is_not_read_again_and_nothing_changes_by_it(endless):
+def test_what_was_read_is_not_read_again_and_nothing_changes_by_it(exact_endless):
     memory = PrefixCache()
-    first = reply(endless, FIRST, STEADY, memory)
-    assert same(first, reply(endless, FIRST, STEADY))
+    first = reply(exact_endless, FIRST, STEADY, memory)
+    assert same(first, reply(exact_endless, FIRST, STEADY))
     assert memory.read == len(FIRST) + 5
     second = [*FIRST, *first[0], 2, 4, 31, 5]
-    assert same(reply(endless, second, STEADY, memory), reply(endless, second, STEADY))
+    assert same(reply(exact_endless, second, STEADY, memory), reply(exact_endless, second, STEADY))
     assert memory.read == 1 + 4 + 5  # the last token of the reply, the message, the new reply but for its last
     assert memory.ids[: len(second)] == second
     assert STEADY is not None
-    holds_what_it_claims(endless, memory, STEADY, len(second))
+    holds_what_it_claims(exact_endless, memory, STEADY, len(second))
 
 
-def test_a_prompt_asked_again_reads_one_token_at_least(endless):
+def test_a_prompt_asked_again_reads_one_token_at_least(exact_endless):
     memory = PrefixCache()
-    first = reply(endless, FIRST, None, memory)
-    assert same(reply(endless, FIRST, None, memory), first)
+    first = reply(exact_endless, FIRST, None, memory)
+    assert same(reply(exact_endless, FIRST, None, memory), first)
     assert memory.read == 1 + 5
 
 
-def test_a_slider_that_moved_acts_from_here_on_and_what_was_read_stays_as_it_was(endless):
+def test_a_slider_that_moved_acts_from_here_on_and_what_was_read_stays_as_it_was(exact_endless):
     assert BEFORE is not None
     assert AFTER is not None
     memory = PrefixCache()
-    made = reply(endless, FIRST, BEFORE, memory)[0]
+    made = reply(exact_endless, FIRST, BEFORE, memory)[0]
     read = len(FIRST) + len(made) - 1
     second = [*FIRST, *made, 2, 4, 31, 5]
-    tokens, logits = reply(endless, second, AFTER, memory)
+    tokens, logits = reply(exact_endless, second, AFTER, memory)
     # The reference: each token under the sliders, and in the reply, of its own moment.
-    old = Slow(endless, lambda t: BEFORE.as_moves(), len(FIRST))
-    new = Slow(endless, lambda t: AFTER.as_moves(), len(second))
-    mixed = _Mixed(endless, lambda t: (), 0)
+    old = Slow(exact_endless, lambda t: BEFORE.as_moves(), len(FIRST))
+    new = Slow(exact_endless, lambda t: AFTER.as_moves(), len(second))
+    mixed = _Mixed(exact_endless, lambda t: (), 0)
     mixed.parts = lambda t: old if t < read else new
     wanted = mixed.logits(second + tokens[:-1])[len(second) - 1 :]
     torch.testing.assert_close(logits, wanted, rtol=0, atol=EXACT)
-    fresh = reply(endless, second, AFTER)
+    fresh = reply(exact_endless, second, AFTER)
     assert float((fresh[1][0] - logits[0]).abs().max()) > 0.01
     memory.forget()
-    assert same(reply(endless, second, AFTER, memory), fresh)
+    assert same(reply(exact_endless, second, AFTER, memory), fresh)
 
 
 class _Mixed(Slow):
@@ -120,52 +112,52 @@ class _Mixed(Slow):
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_reread_in_mid_reply_is_a_fresh_read_of_the_chat_and_the_reply_so_far(endless, at):
+def test_reread_in_mid_reply_is_a_fresh_read_of_the_chat_and_the_reply_so_far(exact_endless, at):
     memory = PrefixCache()
-    endless.steering.set([BEFORE])
-    with watched(endless) as seen:
-        steps = decode(endless, [FIRST], GREEDY, memory=memory)
+    exact_endless.steering.set([BEFORE])
+    with watched(exact_endless) as seen:
+        steps = decode(exact_endless, [FIRST], GREEDY, memory=memory)
         made = [next(steps).tokens[0] for _ in range(at)]
-        endless.steering.set([AFTER])
+        exact_endless.steering.set([AFTER])
         memory.forget()
         made += [s.tokens[0] for s in steps]
-    endless.steering.set([None])
+    exact_endless.steering.set([None])
     assert memory.read == len(FIRST) + at - 1 + len(FIRST) + 5
-    fresh = reply(endless, FIRST + made[:at], AFTER, begun=at)
+    fresh = reply(exact_endless, FIRST + made[:at], AFTER, begun=at)
     assert fresh[0][: GREEDY.max_new_tokens - at] == made[at:]
     torch.testing.assert_close(torch.cat(seen)[at:], fresh[1][: GREEDY.max_new_tokens - at], rtol=0, atol=EXACT)
     assert AFTER is not None
-    holds_what_it_claims(endless, memory, AFTER, len(FIRST))
+    holds_what_it_claims(exact_endless, memory, AFTER, len(FIRST))
 
 
-def test_a_chat_that_was_changed_is_read_again_from_the_change_on(endless):
+def test_a_chat_that_was_changed_is_read_again_from_the_change_on(exact_endless):
     memory = PrefixCache()
-    made = reply(endless, FIRST, STEADY, memory)[0]
+    made = reply(exact_endless, FIRST, STEADY, memory)[0]
     changed = [*FIRST[:3], 40, *FIRST[4:], *made, 2, 4, 31, 5]
-    assert same(reply(endless, changed, STEADY, memory), reply(endless, changed, STEADY))
+    assert same(reply(exact_endless, changed, STEADY, memory), reply(exact_endless, changed, STEADY))
     assert memory.read == len(changed) - 3 + 5
     assert memory.ids[: len(changed)] == changed
     # Shorter than what is held, and another chat altogether.
-    assert same(reply(endless, FIRST[:3], STEADY, memory), reply(endless, FIRST[:3], STEADY))
-    assert same(reply(endless, [7, 8, 9], STEADY, memory), reply(endless, [7, 8, 9], STEADY))
+    assert same(reply(exact_endless, FIRST[:3], STEADY, memory), reply(exact_endless, FIRST[:3], STEADY))
+    assert same(reply(exact_endless, [7, 8, 9], STEADY, memory), reply(exact_endless, [7, 8, 9], STEADY))
     assert memory.read == 3 + 5
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_a_reply_that_is_stopped_leaves_a_memory_of_what_was_read(endless, stop):
+def test_a_reply_that_is_stopped_leaves_a_memory_of_what_was_read(exact_endless, stop):
     assert BEFORE is not None
     memory = PrefixCache()
-    with endless.steering.applied([BEFORE]):
-        steps = decode(endless, [FIRST], GREEDY, memory=memory)
+    with exact_endless.steering.applied([BEFORE]):
+        steps = decode(exact_endless, [FIRST], GREEDY, memory=memory)
         made = [next(steps).tokens[0] for _ in range(stop)]
         steps.close()
     assert memory.ids == FIRST + made[:-1]
-    holds_what_it_claims(endless, memory, BEFORE, len(FIRST))
+    holds_what_it_claims(exact_endless, memory, BEFORE, len(FIRST))
 
 
 @pytest.mark.parametrize("token", [0, 2])
 @pytest.mark.parametrize("block", [0, 2])
-def test_a_pass_that_is_broken_off_is_not_taken_for_read(endless, token, block):
+def test_a_pass_that_is_broken_off_is_not_taken_for_read(exact_endless, token, block):
     memory, passes = PrefixCache(), []
 
     def fail(module: object, args: object, output: object) -> None:
@@ -173,14 +165,14 @@ def test_a_pass_that_is_broken_off_is_not_taken_for_read(endless, token, block):
         if len(passes) == token + 1:
             raise KeyboardInterrupt
 
-    reply(endless, FIRST[:2], STEADY, memory)
-    handle = endless.hf.get_submodule(endless.anatomy.block_module(block)).register_forward_hook(fail)
+    reply(exact_endless, FIRST[:2], STEADY, memory)
+    handle = exact_endless.hf.get_submodule(exact_endless.anatomy.block_module(block)).register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        reply(endless, FIRST, STEADY, memory)
+        reply(exact_endless, FIRST, STEADY, memory)
     handle.remove()
     second = [*memory.ids, 31, 5]
-    assert same(reply(endless, second, STEADY, memory), reply(endless, second, STEADY))
-    assert same(reply(endless, FIRST, STEADY, memory), reply(endless, FIRST, STEADY))
+    assert same(reply(exact_endless, second, STEADY, memory), reply(exact_endless, second, STEADY))
+    assert same(reply(exact_endless, FIRST, STEADY, memory), reply(exact_endless, FIRST, STEADY))
 
 
 def test_a_window_that_has_let_tokens_go_is_read_again(tiny_llama: Callable[..., Path], tmp_path: Path):
@@ -206,8 +198,8 @@ def pieces_of(session: Session, text: str) -> tuple[str, Tensor]:
     return said, torch.cat(seen)
 
 
-def test_a_session_reads_a_message_once_and_all_of_it_again_when_asked(endless):
-    sessions = [Session(endless, sampler=GREEDY) for _ in range(2)]
+def test_a_session_reads_a_message_once_and_all_of_it_again_when_asked(exact_endless):
+    sessions = [Session(exact_endless, sampler=GREEDY) for _ in range(2)]
     for session in sessions:
         session.sliders.put(Slider(D[0], "scale"), 2.0)
         pieces_of(session, "hello friend")
@@ -218,14 +210,14 @@ def test_a_session_reads_a_message_once_and_all_of_it_again_when_asked(endless):
     logits = [pieces_of(s, "well")[1] for s in sessions]
     assert kept.backend.memory.read < again.backend.memory.read
     assert float((logits[0][0] - logits[1][0]).abs().max()) > 0.01
-    fresh = Session(endless, sampler=GREEDY)
+    fresh = Session(exact_endless, sampler=GREEDY)
     fresh.sliders.put(Slider(D[0], "scale"), -1.0)
     fresh.messages = [dict(m) for m in again.messages[:2]]
     torch.testing.assert_close(pieces_of(fresh, "well")[1], logits[1], rtol=0, atol=EXACT)
 
 
-def test_a_session_whose_earlier_message_was_edited_answers_as_if_it_had_always_been_so(endless):
-    session, fresh = (Session(endless, sampler=GREEDY) for _ in range(2))
+def test_a_session_whose_earlier_message_was_edited_answers_as_if_it_had_always_been_so(exact_endless):
+    session, fresh = (Session(exact_endless, sampler=GREEDY) for _ in range(2))
     for s in (session, fresh):
         s.sliders.put(D[0], 1.0)
     for text in ("hello friend", "well"):
@@ -238,8 +230,8 @@ def test_a_session_whose_earlier_message_was_edited_answers_as_if_it_had_always_
     assert session.backend.memory.read < fresh.backend.memory.read
 
 
-def test_a_session_that_was_cleared_remembers_nothing(endless):
-    session = Session(endless, sampler=GREEDY)
+def test_a_session_that_was_cleared_remembers_nothing(exact_endless):
+    session = Session(exact_endless, sampler=GREEDY)
     first = pieces_of(session, "hello")
     session.clear()
     assert (session.messages, session.receipts, session.backend.memory.ids) == ([], [], [])
@@ -248,8 +240,8 @@ def test_a_session_that_was_cleared_remembers_nothing(endless):
     assert torch.equal(again[1], first[1])
 
 
-def test_a_reply_stopped_midway_is_gone_on_from_what_was_read(endless):
-    session, fresh = (Session(endless, sampler=GREEDY) for _ in range(2))
+def test_a_reply_stopped_midway_is_gone_on_from_what_was_read(exact_endless):
+    session, fresh = (Session(exact_endless, sampler=GREEDY) for _ in range(2))
     pieces = session.reply("hello")
     said = next(pieces) + next(pieces)
     pieces.close()

@@ -35,8 +35,7 @@ def test_hooks_do_what_the_bake_writes(tmp_path, make_direction, ids, name, stre
             hooked = plain(ids).logits
     assert float((hooked - before).abs().max()) > 1e-3
     torch.testing.assert_close(hooked, wanted, rtol=0, atol=1e-9)
-    assert steering.hook_count == 0
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    assert hooks_on(plain) == 0
 
 
 def test_rows_of_a_batch_keep_to_their_own(model64, make_direction, ids):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from slow_steering import Slow, close_directions, exact, make_dictionary
+from slow_steering import Slow, close_directions, make_dictionary
 
 from steer.chat.session import Session
 from steer.core.direction import Direction
@@ -18,7 +17,7 @@ from steer.core.sampler import Sampler
 from steer.core.schedule import Gate, Schedule
 from steer.core.slider import Intervention, Slider
 from steer.model.decode import decode
-from steer.model.steered import SteeredModel, load
+from steer.model.steered import SteeredModel
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Receipt, Tally
 
@@ -56,14 +55,6 @@ MOVES = {
 }
 
 
-@pytest.fixture(scope="module")
-def endless(chat_checkpoint: Path) -> SteeredModel:
-    """A tiny model, all of it in fp64, whose replies never end."""
-    model = exact(load(chat_checkpoint, dtype=torch.float64))
-    model.end_token_ids = frozenset()
-    return model
-
-
 def written(model: SteeredModel, prompts: list[list[int]], edits: list[Edit | None], tally: Tally) -> list[list[int]]:
     out: list[list[int]] = [[] for _ in prompts]
     with model.steering.applied(edits):
@@ -95,47 +86,47 @@ def approx(account: dict[tuple, tuple]) -> dict[tuple, tuple]:
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_tokens_and_shares_are_those_of_the_definitions(endless, name):
+def test_tokens_and_shares_are_those_of_the_definitions(exact_endless, name):
     tally, moves = Tally(), MOVES[name]
-    reply = written(endless, PROMPTS[:1], [Edit.of(moves)], tally)[0]
+    reply = written(exact_endless, PROMPTS[:1], [Edit.of(moves)], tally)[0]
     receipt = tally.receipt()
     assert receipt.tokens == len(PROMPTS[0]) + len(reply) - 1
-    account = wanted(endless, PROMPTS[0], reply, moves)
+    account = wanted(exact_endless, PROMPTS[0], reply, moves)
     assert told(receipt) == approx(account)
     assert any(n > 0 for n, _ in account.values())
     assert len(receipt.warnings) == sum(n == 0 for n, _ in account.values())
 
 
-def test_every_text_of_a_batch_has_its_own_receipt_and_padding_counts_for_none(endless):
+def test_every_text_of_a_batch_has_its_own_receipt_and_padding_counts_for_none(exact_endless):
     each = [None, *MOVES.values()]
     prompts = [PROMPTS[i % 3] for i in range(len(each))]
     tally = Tally()
-    replies = written(endless, prompts, [Edit.of(m) if m else None for m in each], tally)
+    replies = written(exact_endless, prompts, [Edit.of(m) if m else None for m in each], tally)
     for i, moves in enumerate(each):
         receipt = tally.receipt(i)
         assert receipt.tokens == len(prompts[i]) + len(replies[i]) - 1
-        assert told(receipt) == approx(wanted(endless, prompts[i], replies[i], moves or []))
+        assert told(receipt) == approx(wanted(exact_endless, prompts[i], replies[i], moves or []))
 
 
-def test_an_ablation_is_told_once_whatever_writers_another_row_ablates(endless, make_direction):
+def test_an_ablation_is_told_once_whatever_writers_another_row_ablates(exact_endless, make_direction):
     everywhere = Edit((make_direction("one"),))
     somewhere = Edit((make_direction("one"),), 0.5, (1, 1))
     together, alone = Tally(), Tally()
-    written(endless, PROMPTS[:2], [everywhere, somewhere], together)
-    written(endless, PROMPTS[:1], [everywhere], alone)
+    written(exact_endless, PROMPTS[:2], [everywhere, somewhere], together)
+    written(exact_endless, PROMPTS[:1], [everywhere], alone)
     assert told(together.receipt(0)) == approx(told(alone.receipt(0)))
     assert together.receipt(0).sliders[0].tokens == together.receipt(0).tokens
 
 
-def test_one_edit_for_a_whole_batch_is_told_to_each_text(endless):
+def test_one_edit_for_a_whole_batch_is_told_to_each_text(exact_endless):
     tally, moves = Tally(), MOVES["everything"]
-    replies = written(endless, PROMPTS, [Edit.of(moves)], tally)
+    replies = written(exact_endless, PROMPTS, [Edit.of(moves)], tally)
     for i, (prompt, reply) in enumerate(zip(PROMPTS, replies, strict=True)):
-        assert told(tally.receipt(i)) == approx(wanted(endless, prompt, reply, moves))
+        assert told(tally.receipt(i)) == approx(wanted(exact_endless, prompt, reply, moves))
 
 
 @torch.inference_mode()
-def test_texts_packed_into_one_have_their_own_receipts(endless):
+def test_texts_packed_into_one_have_their_own_receipts(exact_endless):
     texts, prompts = [PROMPTS[0] + [40, 41], PROMPTS[2], PROMPTS[1] + [9]], [5, 9, 4]
     names = ["everything", "add", "ablate"]
     rows = [Edit.of(MOVES[n]) for n in names]
@@ -144,11 +135,11 @@ def test_texts_packed_into_one_have_their_own_receipts(endless):
     seen = (of[:, None] == of[None]) & (positions[:, None] >= positions[None])
     tally, starts = Tally(), [0, 7, 16, 21]
     parts = [(i + 10, i, slice(starts[i], starts[i + 1])) for i in range(3)]
-    with endless.steering.applied(rows):
+    with exact_endless.steering.applied(rows):
         tally.begin(parts, rows)
         index = (positions - (torch.tensor(prompts)[of] - 1))[None]
-        with endless.steering.passing(ForwardContext(row=of, index=index, packed=True, tally=tally)):
-            endless.hf(
+        with exact_endless.steering.passing(ForwardContext(row=of, index=index, packed=True, tally=tally)):
+            exact_endless.hf(
                 input_ids=torch.tensor([[t for text in texts for t in text]]),
                 position_ids=positions[None],
                 attention_mask=torch.zeros(seen.shape).double().masked_fill(~seen, -torch.inf)[None, None],
@@ -156,7 +147,7 @@ def test_texts_packed_into_one_have_their_own_receipts(endless):
     for i, text in enumerate(texts):
         receipt = tally.receipt(i + 10)
         assert receipt.tokens == len(text)
-        reference = wanted(endless, text[: prompts[i]], [*text[prompts[i] :], 0], MOVES[names[i]])
+        reference = wanted(exact_endless, text[: prompts[i]], [*text[prompts[i] :], 0], MOVES[names[i]])
         assert told(receipt) == approx(reference)
 
 
@@ -170,9 +161,9 @@ NEVER = {
 
 
 @pytest.mark.parametrize("why", NEVER)
-def test_a_slider_that_never_fired_is_a_warning(endless, why):
+def test_a_slider_that_never_fired_is_a_warning(exact_endless, why):
     move, tally = NEVER[why], Tally()
-    written(endless, PROMPTS[:1], [Edit.of([move, Intervention(LATE, "add", 1.0)])], tally)
+    written(exact_endless, PROMPTS[:1], [Edit.of([move, Intervention(LATE, "add", 1.0)])], tally)
     receipt = tally.receipt()
     name, operation = move.name, move.operation
     assert receipt.warnings == [f"slider {name!r} ({operation} {move.amount:g}) never fired in this reply"]
@@ -192,7 +183,7 @@ def test_a_session_warns_of_a_slider_that_its_last_reply_never_met(model):
     assert [s.tokens for r in session.receipts for s in r.sliders] == [0, 3]
 
 
-def test_sliders_on_one_direction_are_told_apart_by_name_and_by_what_they_do(endless):
+def test_sliders_on_one_direction_are_told_apart_by_name_and_by_what_they_do(exact_endless):
     tally = Tally()
     moves = [
         Intervention(D[0], "add", 1.0),
@@ -202,18 +193,18 @@ def test_sliders_on_one_direction_are_told_apart_by_name_and_by_what_they_do(end
         Intervention(D[1], "clamp", 0.5, Schedule(first=3)),
         Intervention(D[1], "clamp", 0.7, Schedule(after=3)),
     ]
-    reply = written(endless, PROMPTS[:1], [Edit.of(moves)], tally)[0]
-    assert told(tally.receipt()) == approx(wanted(endless, PROMPTS[0], reply, moves))
+    reply = written(exact_endless, PROMPTS[:1], [Edit.of(moves)], tally)[0]
+    assert told(tally.receipt()) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
 
 
-def test_a_slider_that_moves_in_mid_reply_is_told_by_its_last_amount_and_all_of_its_tokens(endless):
+def test_a_slider_that_moves_in_mid_reply_is_told_by_its_last_amount_and_all_of_its_tokens(exact_endless):
     tally, amounts = Tally(), [0.5, 0.5, 1.0, 0.0, 2.0]
-    endless.steering.set([Edit.of([Intervention(D[0], "add", amounts[0])])])
-    steps = decode(endless, PROMPTS[:1], GREEDY, tally=tally)
+    exact_endless.steering.set([Edit.of([Intervention(D[0], "add", amounts[0])])])
+    steps = decode(exact_endless, PROMPTS[:1], GREEDY, tally=tally)
     for amount in amounts:
-        endless.steering.set([Edit.of([Intervention(D[0], "add", amount), Intervention(D[1], "clamp", amount)])])
+        exact_endless.steering.set([Edit.of([Intervention(D[0], "add", amount), Intervention(D[1], "clamp", amount)])])
         next(steps)
-    endless.steering.set([None])
+    exact_endless.steering.set([None])
     steps.close()
     (add, clamp) = tally.receipt().sliders
     assert (add.amount, add.tokens, clamp.amount, clamp.tokens) == (2.0, 5 + 1 + 1 + 1, 2.0, 9)
@@ -221,21 +212,24 @@ def test_a_slider_that_moves_in_mid_reply_is_told_by_its_last_amount_and_all_of_
     assert add.mean_share == pytest.approx(unit * (5 * 0.5 + 0.5 + 1.0 + 2.0) / 8)
 
 
-def test_many_passes_are_summed_up_on_the_way(endless, monkeypatch):
+def test_many_passes_are_summed_up_on_the_way(exact_endless, monkeypatch):
     monkeypatch.setattr("steer.model.steering.receipts._PENDING", 3)
     tally, moves = Tally(), MOVES["everything"]
-    reply = written(endless, PROMPTS[:1], [Edit.of(moves)], tally)[0]
+    reply = written(exact_endless, PROMPTS[:1], [Edit.of(moves)], tally)[0]
     assert len(tally._pending) <= 3 + len(moves)
     first, again = tally.receipt(), tally.receipt()
     assert first == again
-    assert told(first) == approx(wanted(endless, PROMPTS[0], reply, moves))
+    assert told(first) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
 
 
-def test_a_share_of_an_unknown_norm_is_not_known(endless):
+def test_a_share_of_an_unknown_norm_is_not_known(exact_endless):
     unknown = Feature("u", make_dictionary(norm=None), (3, 9), (1.0, 1.0))
     tally = Tally()
     written(
-        endless, PROMPTS[:1], [Edit.of([Intervention(unknown, "clamp", 1.0), Intervention(unknown, "add", 1.0)])], tally
+        exact_endless,
+        PROMPTS[:1],
+        [Edit.of([Intervention(unknown, "clamp", 1.0), Intervention(unknown, "add", 1.0)])],
+        tally,
     )
     for slider in tally.receipt().sliders:
         assert slider.tokens > 0
@@ -243,8 +237,8 @@ def test_a_share_of_an_unknown_norm_is_not_known(endless):
     assert [s["mean_share"] for s in tally.receipt().describe()["sliders"]] == [None, None]
 
 
-def test_nothing_applied_is_an_empty_receipt(endless):
+def test_nothing_applied_is_an_empty_receipt(exact_endless):
     tally = Tally()
-    written(endless, PROMPTS[:1], [None], tally)
+    written(exact_endless, PROMPTS[:1], [None], tally)
     assert tally.receipt() == Receipt(16)
     assert Tally().receipt() == Receipt(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat import hooks_on
+from tiny_chat import hooks_on, logits, residuals
 from torch import Tensor
 
 from steer.core.direction import Direction
@@ -19,18 +19,6 @@ from steer.model.steered import SteeredModel
 
 SITES = range(3)
 ROUNDING = 3e-6  # transformers computes norms and softmax in fp32, whatever the weights are
-
-
-@torch.inference_mode()
-def residuals(model: SteeredModel, ids: Tensor) -> list[Tensor]:
-    with model.record() as recording:
-        model.hf(input_ids=ids)
-    return [recording[site] for site in SITES]
-
-
-@torch.inference_mode()
-def logits(model: SteeredModel, ids: Tensor) -> Tensor:
-    return model.hf(input_ids=ids).logits
 
 
 def test_a_neutral_profile_is_bit_identical_to_none_and_has_no_hook(model, moral, ids):

@@ -9,26 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import hooks_on
-from torch import Tensor
+from tiny_chat import hooks_on, logits
 from torch.utils.hooks import RemovableHandle
 
 from steer.core.edit import Edit
 from steer.core.method import Method
 from steer.core.schedule import Schedule
 from steer.core.slider import Slider
-from steer.model.steered import SteeredModel
 from steer.model.steering import norm_preserving as kept_norms
 from steer.model.steering import steering
 
 
 class Stop(BaseException):
     """As Ctrl-C comes: at any point, and past every `except Exception`."""
-
-
-@torch.inference_mode()
-def logits(model: SteeredModel, ids: Tensor) -> Tensor:
-    return model.hf(input_ids=ids).logits
 
 
 @contextmanager

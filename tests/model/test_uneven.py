@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_chat import hooks_on
 
 from steer.baking.bake import bake
 from steer.core.edit import Edit
@@ -47,7 +48,7 @@ def test_hooks_do_what_the_bake_writes(tiny_llama, chat_checkpoint, tmp_path, ma
     torch.testing.assert_close(hooked, baked, rtol=0, atol=1e-9)
     torch.testing.assert_close(both[0], plain[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(both[1], hooked[0], rtol=0, atol=1e-12)
-    assert source.steering.hook_count == 0
+    assert hooks_on(source) == 0
 
 
 def test_every_row_of_a_batch_has_its_own(chat_checkpoint, make_direction, ids):

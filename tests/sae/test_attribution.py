@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat import hooks_on, save_tiny_chat
+from tiny_chat import hooks_on, replies_of, save_tiny_chat
 
 from steer.core.dictionary import Dictionary
 from steer.core.edit import Edit
@@ -45,13 +45,6 @@ def dictionary(site: int = 1, dtype: torch.dtype = torch.float64, **more: object
     return Dictionary("standard", rows.T.contiguous(), zeros[0], 2 * rows, zeros[1], site=site, **more)  # type: ignore[arg-type]
 
 
-def answers(model: SteeredModel, texts: list[str]) -> list[Reply]:
-    return [
-        Reply(({"role": "user", "content": "hello " + "ba " * i},), tuple(model.tokenizer(t).input_ids), t)
-        for i, t in enumerate(texts)
-    ]
-
-
 def mean_logprob(model: SteeredModel, d: Dictionary, reply: Reply, latent: int, scale: float) -> float:
     """Mean log-probability of the reply's tokens with one latent's part scaled at every response token."""
     prompt = model.prompt_ids(reply.chat)
@@ -75,7 +68,10 @@ def mean_logprob(model: SteeredModel, d: Dictionary, reply: Reply, latent: int, 
 @pytest.mark.parametrize("site", [0, 1, 2])
 def test_attribution_is_the_derivative_by_finite_differences(model64: SteeredModel, site: int) -> None:
     d = dictionary(site)
-    with_, without = answers(model64, ["lie ba be", "well lie friend bo bu"]), answers(model64, ["truth", "yes di do"])
+    with_, without = (
+        replies_of(model64, ["lie ba be", "well lie friend bo bu"]),
+        replies_of(model64, ["truth", "yes di do"]),
+    )
     # A model in fp64 still takes its RMSNorms in fp32: too small a step drowns in their rounding.
     indices, eps = [3, 0, 41], 1e-2
     got = attribution(model64, d, with_, without, indices, batch=2)
@@ -91,7 +87,10 @@ def test_attribution_is_the_derivative_by_finite_differences(model64: SteeredMod
 
 def test_neither_batches_nor_chunks_of_logits_change_it(model: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
     d = dictionary(dtype=torch.float32)
-    with_, without = answers(model, ["lie ba be", "well lie friend bo bu", "da"]), answers(model, ["truth", "yes di"])
+    with_, without = (
+        replies_of(model, ["lie ba be", "well lie friend bo bu", "da"]),
+        replies_of(model, ["truth", "yes di"]),
+    )
     whole = attribution(model, d, with_, without, range(LATENTS))
     monkeypatch.setattr("steer.model.forward.AT_ONCE", 1)
     torch.testing.assert_close(attribution(model, d, with_, without, range(LATENTS), batch=1), whole)
@@ -99,7 +98,10 @@ def test_neither_batches_nor_chunks_of_logits_change_it(model: SteeredModel, mon
 
 def test_a_half_precision_model_agrees(model: SteeredModel, place: Path) -> None:
     d = dictionary(dtype=torch.float32)
-    with_, without = answers(model, ["lie ba be bi", "well lie friend bo bu"]), answers(model, ["truth ba", "yes di"])
+    with_, without = (
+        replies_of(model, ["lie ba be bi", "well lie friend bo bu"]),
+        replies_of(model, ["truth ba", "yes di"]),
+    )
     exact = attribution(model, d, with_, without, range(LATENTS))
     rough = attribution(load(place, dtype=torch.bfloat16), d, with_, without, range(LATENTS))
     assert rough.dtype == torch.float32
@@ -108,7 +110,7 @@ def test_a_half_precision_model_agrees(model: SteeredModel, place: Path) -> None
 
 def test_it_leaves_the_model_as_it_was(model: SteeredModel) -> None:
     asking = [p.requires_grad for p in model.hf.parameters()]
-    replies = answers(model, ["lie", "truth"])
+    replies = replies_of(model, ["lie", "truth"])
     attribution(model, dictionary(dtype=torch.float32), replies, replies, [0])
     with pytest.raises(IndexError, match="out of range"):  # the tokens of another vocabulary
         attribution(model, dictionary(dtype=torch.float32), [replace(replies[0], ids=(10_000,))], replies, [0])
@@ -118,7 +120,7 @@ def test_it_leaves_the_model_as_it_was(model: SteeredModel) -> None:
 
 
 def test_outlier_tokens_have_no_part(model: SteeredModel) -> None:
-    replies = answers(model, ["lie ba", "truth be"])
+    replies = replies_of(model, ["lie ba", "truth be"])
     d = dictionary(dtype=torch.float32)
     assert attribution(model, d, replies[:1], replies[1:], range(LATENTS)).abs().max() > 0
     assert attribution(model, replace(d, norm=1e-6), replies[:1], replies[1:], range(LATENTS)).abs().max() == 0

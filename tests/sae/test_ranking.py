@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from tiny_chat import save_tiny_chat
+from tiny_chat import replies_of, save_tiny_chat
 
 from steer.core.dictionary import Dictionary
 from steer.errors import MismatchError, UsageError
-from steer.measure.contrast import Reply
 from steer.model.steered import SteeredModel, load
 from steer.sae.pooling import Pooled, pooled
 from steer.sae.ranking import Ranking, auroc, false_discovery_rates, permuted_labels, rank
@@ -146,18 +145,9 @@ def tiny_dictionary(width: int = 32, latents: int = 80, site: int | None = 1, **
     return Dictionary("topk", W.T.contiguous(), torch.zeros(latents), W, torch.zeros(width), k=6, site=site, **more)  # type: ignore[arg-type]
 
 
-def answers(model: SteeredModel, texts: list[str]) -> list[Reply]:
-    return [
-        Reply(
-            ({"role": "user", "content": f"hello {'ba ' * i}"},), tuple(model.tokenizer(t).input_ids), t
-        )
-        for i, t in enumerate(texts)
-    ]  # fmt: skip
-
-
 def test_pooling_is_over_each_replys_own_tokens(model: SteeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
     dictionary = tiny_dictionary()
-    replies = answers(model, ["lie ba be", "truth", "well yes friend lie bo bu di do"])
+    replies = replies_of(model, ["lie ba be", "truth", "well yes friend lie bo bu di do"])
     monkeypatch.setattr("steer.model.forward.AT_ONCE", 3 * dictionary.latents)  # three tokens at a time
     got = pooled(model, dictionary, replies)
     assert got.topics == tuple(r.chat[-1]["content"] for r in replies)
@@ -171,7 +161,7 @@ def test_pooling_is_over_each_replys_own_tokens(model: SteeredModel, monkeypatch
 
 
 def test_outlier_tokens_are_left_out_of_the_pools(model: SteeredModel) -> None:
-    replies = answers(model, ["lie ba be bi bo bu da de"])
+    replies = replies_of(model, ["lie ba be bi bo bu da de"])
     prompt = model.prompt_ids(replies[0].chat)
     with model.record([1]) as residuals, torch.no_grad():
         model.hf(torch.tensor([prompt + list(replies[0].ids)]))

@@ -206,11 +206,6 @@ class Steering:
                 return block
         return 0
 
-    @property
-    def hook_count(self) -> int:
-        """How many hooks are on the model."""
-        return len(self._handles)
-
     def _checked(self, rows: Sequence[Edit | None]) -> Rows:
         for edit in dict.fromkeys(rows):  # many rows of a batch may have one edit
             if edit is not None:

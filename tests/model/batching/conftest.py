@@ -19,13 +19,6 @@ from steer.serve.engine import Job
 
 
 @pytest.fixture
-def endless(model64: SteeredModel) -> SteeredModel:
-    """A model without an end token, in fp64: every reply has its full length."""
-    model64.end_token_ids = frozenset()
-    return model64
-
-
-@pytest.fixture
 def engine(endless: SteeredModel) -> Iterator[BatchingEngine]:
     with closing(BatchingEngine(endless, max_running=8, max_waiting=8)) as made:
         yield made

@@ -25,6 +25,7 @@ from steer.serve import packed
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Busy, Event, Finished, Job, Token
 from steer.serve.packed import Packing, Reading, check_files
+from steer.serve.turns import FairScheduler
 
 
 def test_a_job_that_is_cancelled_leaves_its_place_to_the_next(endless):
@@ -161,8 +162,7 @@ def test_after_a_step_that_failed_the_engine_goes_on(endless, jobs, where, monke
         if where == "in the model":
             undo = endless.hf.model.layers[1].register_forward_pre_hook(fail).remove
         else:
-            scheduler = engine._batcher._processor.scheduler
-            monkeypatch.setattr(scheduler, "schedule_batch", fail)
+            monkeypatch.setattr(FairScheduler, "schedule_batch", fail)
             undo = monkeypatch.undo
         for listener in hit:
             assert str(listener.wait().last) == "the reply could not be written: RuntimeError: out of luck"
@@ -175,12 +175,12 @@ def test_an_engine_that_fails_without_a_job_stops_and_says_so(endless, monkeypat
     own = endless.hf.config._attn_implementation
     with closing(BatchingEngine(endless)) as engine:
 
-        def fail() -> None:
+        def fail(*args: object) -> None:
             raise RuntimeError("no luck at all")
 
-        monkeypatch.setattr(engine._batcher._processor.scheduler, "clear_cancelled_requests", fail)
+        monkeypatch.setattr(FairScheduler, "clear_cancelled_requests", fail)
         engine._wake.set()
-        _until(lambda: not engine._thread.is_alive())
+        _until(lambda: not any(t.name == "steer-engine" for t in threading.enumerate()))
         for _ in range(2):
             with pytest.raises(SteerError, match="the engine has stopped: RuntimeError: no luck at all"):
                 ask(engine, job())
