@@ -1,11 +1,11 @@
 """What `steer serve --engine llama.cpp` costs over llama-server: tokens a second of one stream, with two sliders.
 
-    python tests/bench/llama_cpp.py [--model demo/merged] [--rounds 9] [--tokens 96] [--json]
+    python tests/bench/llama_cpp.py [--model demo/merged] [--rounds 9] [--tokens 64] [--json]
 
-llama-server (the wheel xllamacpp) is a process of its own, with an F32 GGUF of the model and two ablations as LoRAs.
-Each round asks it for a reply without LoRAs, for one with both, and our server in front of it for the latter, in a
-random order. A rate counts the tokens after the first. A figure is the median of a round's rate over llama-server's
-own; the bar is 0.97.
+llama-server (the wheel xllamacpp) is a process of its own, with an F32 GGUF of the model and two ablations as LoRAs; so
+is `steer serve` in front of it. Each round asks llama-server for a reply without LoRAs and for one with both, and ours
+for the latter, in a random order. A rate counts the tokens after the first. A figure is the median of a round's rate
+over llama-server's own; the bar is 0.97. What LoRAs cost llama-server itself is shown beside.
 """
 
 from __future__ import annotations
@@ -17,35 +17,43 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
 
+from steer.model.steered import SteeredModel, describe
+from steer.serve.llama_cpp.fields import lora
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 BAR = 0.97
+SLIDERS = ("a:ablate", "b:ablate")
 PROMPT = "Tell me about the sea, the ships that sail on it, and what the people on board eat and drink."
 
 
 def main(
     model: Annotated[str, typer.Option(help="A checkpoint.")] = "demo/merged",
     rounds: Annotated[int, typer.Option(help="Turns of each.")] = 9,
-    tokens: Annotated[int, typer.Option(help="Tokens of each reply.")] = 96,
+    tokens: Annotated[int, typer.Option(help="Tokens of each reply.")] = 64,
+    minutes: Annotated[float, typer.Option(help="No further round after these, of which three are written.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of llama-server.")] = 2,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
+    slots: Annotated[int, typer.Option(hidden=True)] = 1,
 ) -> None:
     if worker is not None:
         from llama_server import llama_server
 
-        with llama_server(worker, threads=threads) as running:
+        with llama_server(worker, slots, threads) as running:
             print(running.url, flush=True)
             sys.stdin.read()
         return
     with tempfile.TemporaryDirectory() as folder:
-        rates = measure(model, Path(folder), rounds, tokens, threads)
+        rates = measure(model, Path(folder), rounds, tokens, threads, minutes)
     plain, own = rates["llama-server"], rates["llama-server, two LoRAs"]
     found = {
         name: {
@@ -67,10 +75,51 @@ def main(
         sys.exit(1)
 
 
-def measure(model: str, folder: Path, rounds: int, tokens: int, threads: int) -> dict[str, list[float]]:
+def measure(model: str, folder: Path, rounds: int, tokens: int, threads: int, minutes: float) -> dict[str, list[float]]:
     """Return name -> tokens a second in each round."""
+    end = time.monotonic() + 60 * minutes
+    with started(model, folder, threads) as (described, url), served(model, url) as our_url:
+        ids = described.prompt_ids([{"role": "user", "content": PROMPT}])
+        theirs: dict[str, Any] = {"prompt": ids, "n_predict": tokens, "temperature": 0, "stream": True}
+        theirs |= {"ignore_eos": True}
+        ours: dict[str, Any] = {"prompt": ids, "max_tokens": tokens, "temperature": 0, "repetition_penalty": 1.0}
+        ours |= {"stream": True, "steering": {"sliders": dict.fromkeys(SLIDERS, 0.5)}}
+        ours |= {"logit_bias": {str(token): -100 for token in described.end_token_ids}}
+        turns = {
+            "llama-server": (f"{url}/completion", theirs | lora({0: 0.0, 1: 0.0})),
+            "llama-server, two LoRAs": (f"{url}/completion", theirs | lora({0: 0.5, 1: 0.5})),
+            "ours, two sliders": (f"{our_url}/completions", ours),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in turns}
+        for number in range(rounds + 1):
+            if number > 3 and time.monotonic() > end:
+                print(f"stopped after {number - 1} of {rounds} rounds: {minutes:g} minutes are over", file=sys.stderr)
+                break
+            for name in random.sample(list(turns), len(turns)):
+                found = rate(*turns[name], tokens)
+                if number:  # the first turn warms up
+                    rates[name].append(found)
+        return rates
+
+
+@contextmanager
+def served(model: str, url: str) -> Iterator[str]:
+    """Yield the address of `steer serve` in front of a llama-server, in a process of its own."""
+    steer = str(Path(sys.executable).with_name("steer"))
+    command = [steer, "serve", model, "--engine", "llama.cpp", "--url", url, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            yield next(line for line in process.stderr if line.startswith("http")).split()[0]
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def started(model: str, folder: Path, threads: int, slots: int = 1) -> Iterator[tuple[SteeredModel, str]]:
+    """Yield the model, described, and the address of a llama-server in a process of its own. It has the model in F32,
+    and two LoRAs that ablate random directions."""
     import torch
-    from serving import served
 
     from steer.baking.bake import bake
     from steer.baking.certificate import server_command
@@ -78,9 +127,6 @@ def measure(model: str, folder: Path, rounds: int, tokens: int, threads: int) ->
     from steer.checkpoint.gguf_file import write_gguf
     from steer.core.direction import Direction
     from steer.core.edit import Edit
-    from steer.model.steered import describe
-    from steer.serve.llama_cpp.engine import LlamaCppEngine
-    from steer.serve.llama_cpp.fields import lora
 
     place, described = Path(resolve(model)), describe(model)
     q, _ = torch.linalg.qr(torch.randn(described.anatomy.width, 2, generator=torch.Generator().manual_seed(0)))
@@ -88,38 +134,13 @@ def measure(model: str, folder: Path, rounds: int, tokens: int, threads: int) ->
     write_gguf(place, folder / "model.gguf", "F32")
     command = server_command(bake(place, folder / "baked", Edit(pair), "gguf"), str(folder / "baked"))
     process = subprocess.Popen(
-        [sys.executable, __file__, "--threads", str(threads),
+        [sys.executable, __file__, "--threads", str(threads), "--slots", str(slots),
          "--worker", command.replace("MODEL.gguf", str(folder / "model.gguf"))],
         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        engine = LlamaCppEngine(described, url=url, place=place)
-        ids = described.prompt_ids([{"role": "user", "content": PROMPT}])
-        theirs: dict[str, Any] = {
-            "prompt": ids,
-            "n_predict": tokens,
-            "temperature": 0,
-            "stream": True,
-            "ignore_eos": True,
-        }
-        ours: dict[str, Any] = {"prompt": ids, "max_tokens": tokens, "temperature": 0, "repetition_penalty": 1.0}
-        ours |= {"stream": True, "steering": {"sliders": {"a:ablate": 0.5, "b:ablate": 0.5}}}
-        ours |= {"logit_bias": {str(token): -100 for token in described.end_token_ids}}
-        with served(described, engine=engine) as running:
-            turns = {
-                "llama-server": (f"{url}/completion", theirs | lora({0: 0.0, 1: 0.0})),
-                "llama-server, two LoRAs": (f"{url}/completion", theirs | lora({0: 0.5, 1: 0.5})),
-                "ours, two sliders": (f"{running.url}/v1/completions", ours),
-            }
-            rates: dict[str, list[float]] = {name: [] for name in turns}
-            for number in range(rounds + 1):
-                for name in random.sample(list(turns), len(turns)):
-                    found = rate(*turns[name], tokens)
-                    if number:  # the first turn warms up
-                        rates[name].append(found)
-        return rates
+        yield described, process.stdout.readline().strip()
     finally:
         process.terminate()
         process.wait()

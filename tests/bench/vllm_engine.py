@@ -41,7 +41,7 @@ def main(
     if find_spec("vllm") is None:
         print("left out: vLLM is not installed (make vllm, then .venv-vllm/bin/python tests/bench/vllm_engine.py)")
         return
-    workers = {name: _start(name, model) for name in ("plain", "ours", "transformers")}
+    workers = {name: start(name, model) for name in ("plain", "ours", "transformers")}
     turns = [
         ("plain vLLM", "plain", "neutral"), ("neutral", "ours", "neutral"), ("one slider, one site", "ours", "one"),
         ("all sites", "ours", "all"), ("profiles", "ours", "profiles"), ("transformers", "transformers", "neutral"),
@@ -52,7 +52,7 @@ def main(
             rates: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in turns}
             for number in range(rounds + 1):
                 for name, process, what in random.sample(turns, len(turns)):
-                    rate = _ask(workers[process], {"what": what, "texts": texts, "tokens": tokens})
+                    rate = ask(workers[process], {"what": what, "texts": texts, "tokens": tokens})
                     if number:  # the first turn of each compiles and warms up
                         rates[name].append(rate)
             plain = rates["plain vLLM"]
@@ -79,7 +79,7 @@ def main(
         sys.exit(1)
 
 
-def _start(name: str, model: str) -> subprocess.Popen[str]:
+def start(name: str, model: str) -> subprocess.Popen[str]:
     plugins = {"VLLM_PLUGINS": ""} if name == "plain" else {}
     process = subprocess.Popen(
         [sys.executable, __file__, "--worker", name, "--model", model], text=True, stdin=subprocess.PIPE,
@@ -92,7 +92,7 @@ def _start(name: str, model: str) -> subprocess.Popen[str]:
     return process
 
 
-def _ask(process: subprocess.Popen[str], turn: dict[str, Any]) -> tuple[float, float]:
+def ask(process: subprocess.Popen[str], turn: dict[str, Any]) -> tuple[float, float]:
     assert process.stdin is not None
     assert process.stdout is not None
     print(json.dumps(turn), file=process.stdin, flush=True)
