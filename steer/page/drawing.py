@@ -21,7 +21,8 @@ _STYLE = """
     [data-testid="stBottomBlockContainer"] { padding: .5rem .8rem .8rem; }
     /* The parts of the page in two whole rows; in one they are wider than a phone, and break into pieces. */
     .st-key-part, .st-key-part > div { width: 100% !important; }
-    .st-key-part [role="radiogroup"] { max-width: none; display: grid; grid-template-columns: repeat(4, 1fr); gap: .3rem; }
+    .st-key-part [role="radiogroup"] { max-width: none; display: grid; grid-template-columns: repeat(4, 1fr);
+      gap: .3rem; }
     .st-key-part [role="radio"] { border-style: solid !important; border-width: 1px !important; border-radius: .5rem;
       margin: 0; padding: 0; min-height: 2.4rem; justify-content: center; }
     .st-key-part [role="radio"][aria-checked="false"] { border-color: rgba(128, 128, 128, .35) !important; }

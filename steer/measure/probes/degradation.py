@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
-from scipy.stats import t
+from scipy.stats import t, ttest_1samp
 
 from steer.measure.probes.probe import Figure, Metric
 
@@ -42,12 +42,36 @@ class Degradation:
     start: Stretch
     """What the metric is at the beginning of the chat."""
     worse: Stretch
-    """The first stretch whose whole interval is on the worse side of the beginning's."""
+    """The first stretch that is worse than the beginning."""
 
 
 def stretches(figures: Sequence[Figure], metric: Metric) -> list[Stretch]:
     """Return the metric by turn, in at most `BUCKETS` stretches of at least `LEAST` items each, in order. Figures
     without a turn are left out; what has fewer items than `LEAST` is one stretch. NaN figures are left out."""
+    return [_stretch(part) for part in _parts(figures, metric)]
+
+
+def degradation(figures: Sequence[Figure], metric: Metric) -> Degradation | None:
+    """Return where the metric degrades; None where it does not, where no turn is known, or where no value is better.
+
+    A stretch is worse than the beginning of the chat if its whole interval is, or if its items of the same groups are,
+    group by group: what is asked again at several turns shows smaller changes.
+    """
+    if metric.better == "neither":
+        return None
+    parts = _parts(figures, metric)
+    sign = 1 if metric.better == "lower" else -1
+    for number, part in enumerate(parts[1:], 1):
+        start, now = _stretch(parts[0]), _stretch(part)
+        apart = now.low > start.high if sign > 0 else now.high < start.low
+        if apart or _paired(parts[0], part, sign, len(parts) - 1):
+            turn, low, high = _change([f for p in parts[: number + 1] for f in p])
+            return Degradation(turn, low, high, start, now)
+    return None
+
+
+def _parts(figures: Sequence[Figure], metric: Metric) -> list[list[Figure]]:
+    """The metric's figures of each stretch."""
     found = _by_turn(figures, metric)
     size = max(LEAST, -(-len(found) // BUCKETS))
     parts: list[list[Figure]] = []
@@ -57,18 +81,25 @@ def stretches(figures: Sequence[Figure], metric: Metric) -> list[Stretch]:
         parts[-1].append(figure)
     if len(parts) > 1 and len(parts[-1]) < LEAST:
         parts[-2:] = [parts[-2] + parts[-1]]
-    return [_stretch(part) for part in parts]
+    return parts
 
 
-def degradation(figures: Sequence[Figure], metric: Metric) -> Degradation | None:
-    """Return where the metric degrades; None where it does not, where no turn is known, or where no value is better."""
-    found = stretches(figures, metric)
-    for now in found[1:]:
-        worse = {"lower": now.low > found[0].high, "higher": now.high < found[0].low, "neither": False}
-        if worse[metric.better]:
-            turn, low, high = _change([f for f in _by_turn(figures, metric) if (f.turn or 0) <= now.last])
-            return Degradation(turn, low, high, found[0], now)
-    return None
+def _paired(start: Sequence[Figure], now: Sequence[Figure], sign: int, comparisons: int) -> bool:
+    """Whether groups that both have are worse now, tested at `LEVEL` corrected for the number of comparisons."""
+    before, after = _means(start), _means(now)
+    changes = [sign * (after[g] - before[g]) for g in before if g in after]
+    if len(changes) < LEAST or np.ptp(changes) == 0:
+        return len(changes) >= LEAST and changes[0] > 0
+    found = ttest_1samp(changes, 0, alternative="greater")
+    return bool(found.pvalue < (1 - LEVEL) / 2 / comparisons)
+
+
+def _means(figures: Sequence[Figure]) -> dict[str, float]:
+    """The mean of each group. Items of one group count as one: what they have in common would be counted again."""
+    groups: dict[str, list[float]] = {}
+    for figure in figures:
+        groups.setdefault(figure.group or figure.item, []).append(figure.value)
+    return {group: float(np.mean(values)) for group, values in groups.items()}
 
 
 def _by_turn(figures: Sequence[Figure], metric: Metric) -> list[Figure]:
@@ -97,11 +128,7 @@ def _change(figures: Sequence[Figure]) -> tuple[int, int, int]:
 
 
 def _stretch(figures: Sequence[Figure]) -> Stretch:
-    """One stretch. Items of one group count as one: what they have in common would otherwise be counted again."""
-    groups: dict[str, list[float]] = {}
-    for figure in figures:
-        groups.setdefault(figure.group or figure.item, []).append(figure.value)
-    means = np.array([np.mean(values) for values in groups.values()])
+    means = np.array(list(_means(figures).values()))
     value = float(means.mean())
     half = np.inf
     if len(means) > 1:

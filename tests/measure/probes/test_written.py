@@ -408,3 +408,22 @@ def test_stretches_hold_all_turns_in_order_and_enough_items() -> None:
     figures = [Figure("m", f"{t} {i}", 0.0, turn=t) for t in (30, 0, 10) for i in range(9)] + [Figure("m", "x", 1.0)]
     found = stretches(figures, Metric("m", "higher", ""))
     assert [(s.first, s.last, s.items) for s in found] == [(0, 0, 9), (10, 10, 9), (30, 30, 9)]
+
+
+def test_what_is_asked_again_at_every_turn_shows_a_change_smaller_than_items_differ() -> None:
+    metric = Metric("m", "higher", "")
+
+    def asked(seed: int, drop: float) -> list[Figure]:
+        rng = np.random.default_rng(seed)
+        items = rng.normal(0, 1, 12)
+        return [
+            Figure("m", f"{turn} {i}", float(item - drop * (turn == 38) + rng.normal(0, 0.2)), f"{i}", turn=turn)
+            for turn in (0, 20, 38)
+            for i, item in enumerate(items)
+        ]
+
+    found = degradation(asked(0, 0.5), metric)
+    assert found is not None
+    assert found.turn == 38
+    assert sum(degradation(asked(seed, 0.5), metric) is not None for seed in range(50)) >= 45
+    assert sum(degradation(asked(seed, 0.0), metric) is not None for seed in range(200)) <= 12
