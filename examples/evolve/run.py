@@ -41,7 +41,7 @@ from steer.lineage.building import checkpoint
 from steer.lineage.judging import BlindPair, Judge, Prompts
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
 from steer.lineage.proposing import propose
-from steer.lineage.ratings import rate, standing
+from steer.lineage.ratings import standing
 from steer.lineage.recipes import child, models_of
 from steer.model.steered import load
 from steer.progress import bar
@@ -138,7 +138,7 @@ class Grown:
 
 def grow(
     place: Path, names: Sequence[str], prompts: Sequence[str], replies: Replies, person: Person, way: str, seed: int,
-    *, generations: int = 6, children: int = 4, most: int = 300,
+    *, generations: int = 6, children: int = 4, most: int = 1000,
 ) -> Grown:  # fmt: skip
     """Grow a lineage in a directory from the first tune alone, with votes on replies that are written.
 
@@ -148,7 +148,7 @@ def grow(
     lineage.write(Generation(0, [Node("0", Move("start"), "the first tune alone", recipe(BASE, names[:1]))]))
     grown, rng, now = Grown([frozenset(names[:1])], [0]), random.Random(f"{way} {seed}"), partial(standing, lineage)
     for number in range(1, generations + 1):
-        proposals = propose(lineage, _ratings(lineage), count=children, kinds=("add", "remove"))
+        proposals = propose(lineage, count=children, kinds=("add", "remove"))
         nodes = [
             child(lineage.node(p.parent), f"{number}{letter}", p.move, p.why)
             for letter, p in zip("abcdefgh", proposals, strict=False)
@@ -189,11 +189,6 @@ def grow_whole(
         if len(lineage.generations) > generations:
             return lineage
         evolve.next_generation(place, say=say)
-
-
-def _ratings(lineage: Lineage) -> dict[str, float]:
-    found = rate(list(lineage.nodes), lineage.votes).ratings
-    return {name: rating.value for name, rating in found.items() if rating.votes}
 
 
 def _subset(node: Node) -> Subset:
