@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.special import expit
 
 from steer.errors import UsageError
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Outcome, Settings
 from steer.lineage.proposing import propose
+from steer.lineage.ratings import ranked_pairs, standing
 from steer.lineage.recipes import child, models_of, same_merge, short_name
 
 POOL = ["/m/calm", "/m/dry", "/m/loud"]
@@ -187,3 +190,32 @@ def test_when_all_was_tried_it_says_so(tmp_path: Path) -> None:
     grow(lineage, "0", Move("add", "/m/calm"))
     with pytest.raises(UsageError, match=r"nothing new is left: every move on every merge of it was tried; add a"):
         moves(lineage, None)
+
+
+def test_lineages_of_a_simulated_person_end_near_the_best_of_all_subsets(tmp_path: Path) -> None:
+    """A taste is what each model adds and a deviation of each merge; 60 votes for each lineage. By chance, five of six
+    end in the best tenth in 1 of 18,000 runs."""
+    names = [f"/m/{i}" for i in range(7)]
+    subsets = [frozenset(n for i, n in enumerate(names) if mask >> i & 1) for mask in range(1, 128)]
+    better = []
+    for seed in range(6):
+        rng = random.Random(seed)
+        effects = {name: rng.gauss(0, 1) for name in names}
+        taste = {s: sum(effects[n] for n in s) + rng.gauss(0, 0.4) for s in subsets}
+        lineage = Lineage.create(tmp_path / f"{seed}", Settings(names, seed=seed))
+        worst = min(names, key=lambda n: taste[frozenset([n])])
+        lineage.write(Generation(0, [child_of_nothing(stock(Path(worst).name))]))
+        for number in range(1, 7):
+            proposals = propose(lineage, count=3, kinds=("add", "remove"))
+            nodes = [
+                child(lineage.node(p.parent), f"{number}{x}", p.move, p.why)
+                for x, p in zip("abc", proposals, strict=False)
+            ]
+            lineage.write(Generation(number, nodes))
+            made = {node.id: taste[frozenset(models_of(node.recipe))] for node in lineage.nodes.values()}
+            for a, b in ranked_pairs(standing(lineage))[:5] * 2:
+                prefer(lineage, a, b, 1, "a" if rng.random() < expit(made[a] - made[b]) else "b")
+        end = made[standing(lineage).leader]
+        better.append(sum(value > end for value in taste.values()))
+        assert len(lineage.votes) == 60
+    assert sum(count < 13 for count in better) >= 5, better
