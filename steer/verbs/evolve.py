@@ -86,9 +86,8 @@ def start(
 
 
 def next_generation(place: str | Path, *, parent: str | None = None, say: Say = lambda line: None) -> Json:
-    """Build the next generation: the most promising children, which are those of the node that leads by votes unless
-    its moves are used up or did badly; or children of `parent`; or go on with one that was stopped. Returns what `show`
-    does.
+    """Build the next generation: the children, of any node with votes, that are expected to beat the leader by most; or
+    children of `parent`; or go on with one that was stopped. Returns what `show` does.
 
     Errors: UsageError without votes on the newest generation unless `parent` is given, and if no move is left.
     """
