@@ -2,8 +2,8 @@
 
     python examples/ship.py demo
 
-Run after anything that changes the default merge or how directions are found; every number in the tables comes
-from demo/results.json.
+Run after anything that changes the default merge or how directions are found, and then examples/traits/matrix.py and
+ship.py, which measure the ranges of the sliders; every number in the tables comes from demo/results.json.
 """
 
 from __future__ import annotations
