@@ -62,7 +62,7 @@ class Drift(Probe):
         """`of`: the probes that are asked by turn too, by their headlines, and not in a quick run."""
         self.of = tuple(of)
         headlines = ((probe.name, probe.metrics[0]) for probe in self.of)
-        self.metrics = (*self.own, *(replace(m, name=name, label=f"{name}: {m.label}") for name, m in headlines))
+        self.metrics = (*self.own, *(replace(m, name=name, label=f"{m.label} in {name}") for name, m in headlines))
 
     def plan(self, size: Size) -> Any:
         """Return the chats, at which turns the reader writes to how many of them, how often, and the other probes."""
