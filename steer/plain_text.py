@@ -25,6 +25,11 @@ def plain_line(text: str) -> str:
     return plain(" ".join(text.split()))
 
 
+def shortened(text: str, length: int) -> str:
+    """Return the text with at most `length` characters, of which the last is an ellipsis if some are left out."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def without_surrogates(text: str) -> str:
     """Return the text with every lone surrogate replaced by U+FFFD.
 

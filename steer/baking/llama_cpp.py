@@ -1,4 +1,4 @@
-"""Bakes an edit as files for llama.cpp: adds as a control vector, and each ablation as a LoRA with a scale of its own.
+"""Bakes an edit as files for llama.cpp: adds as one control vector, each ablation as one LoRA.
 
 A LoRA of llama.cpp is a GGUF file with `general.type` adapter: for the matrix NAME, `NAME.lora_a` `[k, in]` and
 `NAME.lora_b` `[out, k]` in fp32, whose product times `adapter.lora.alpha` / k is added to it. Of the token embedding

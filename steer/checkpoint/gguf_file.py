@@ -76,20 +76,20 @@ def write_gguf(
         if place is None:
             raise _refusal(source, "the tensors of a Llama", f"{name}, for which llama.cpp has no place")
         tensors[name] = place
-    kept = stored or _own_dtype(files)
-    quantise = _quantiser(files, kept)
+    stored_as = stored or _own_dtype(files)
+    quantise = _quantiser(files, stored_as)
     with replacing(out) as part:
         writer = gguf.GGUFWriter(part, architecture)
         try:
-            _add_config(writer, files, kept)
+            _add_config(writer, files, stored_as)
             _add_vocabulary(writer, files, tokenizer)
             entries = [*tensors.items(), *([("", "rope_freqs.weight")] if factors is not None else [])]
             data: list[Callable[[], np.ndarray]] = []
             for name, place in entries:
                 shape = files.tensors[name].shape if name else (len(factors),)  # type: ignore[arg-type]
-                kind = gguf.GGMLQuantizationType[kept if len(shape) > 1 else "F32"]
-                raw = gguf.quant_shape_to_byte_shape(shape, kind) if kept not in ("F32", "F16") else shape
-                byte = len(shape) > 1 and kept not in ("F32", "F16")
+                kind = gguf.GGMLQuantizationType[stored_as if len(shape) > 1 else "F32"]
+                raw = gguf.quant_shape_to_byte_shape(shape, kind) if stored_as not in ("F32", "F16") else shape
+                byte = len(shape) > 1 and stored_as not in ("F32", "F16")
                 dtype = np.dtype(np.uint8 if byte else np.float32 if kind.name == "F32" else np.float16)
                 size = int(np.prod(raw if byte else shape)) * dtype.itemsize
                 writer.add_tensor_info(place, raw if byte else shape, dtype, size, kind)
@@ -103,7 +103,7 @@ def write_gguf(
                     progress(done, len(data))
         finally:
             writer.close()
-    return kept
+    return stored_as
 
 
 def write_tensors(writer: Any, tensors: Mapping[str, Tensor]) -> None:

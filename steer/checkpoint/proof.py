@@ -98,7 +98,7 @@ def _typed(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     try:
         # Infinity, which JSON lacks, is stored as an object.
         return CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
-    except Exception as e:  # every class has checks of its own
+    except Exception as e:  # a class may check its config in any way
         raise UnsupportedError(f"{where}: config.json: transformers refuses it: {one_line(e)}") from e
 
 
@@ -428,13 +428,13 @@ class _Proof:
     @contextmanager
     def _without(self, u: Float[Tensor, " d"], writers: Mapping[str, int]) -> Iterator[None]:
         """While inside, ablate `u` from these parameters (path -> axis), with the arithmetic of a bake."""
-        kept = {name: self.run.parameters[name].detach().clone() for name in writers}
+        before = {name: self.run.parameters[name].detach().clone() for name in writers}
         try:
             for name, axis in writers.items():
                 _ablate(self.run.parameters[name], u, axis)
             yield
         finally:
-            for name, value in kept.items():
+            for name, value in before.items():
                 self.run.parameters[name].copy_(value)
 
     def _gain(self, module: str) -> tuple[Tensor, float, bool] | None:
@@ -705,7 +705,7 @@ def _of_config(config: PreTrainedConfig, model_class: type[PreTrainedModel], pro
     try:
         with torch.device("meta"):
             model = model_class(config)
-    except Exception as e:  # every class has checks of its own
+    except Exception as e:  # a class may check its config in any way
         raise NotProved(f"transformers cannot build this config: {type(e).__name__}: {one_line(e)}") from e
     layout, first = proved.layout, proved.layout.block.format(0)
     parameters = dict(model.named_parameters(remove_duplicate=False))

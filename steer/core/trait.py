@@ -73,8 +73,8 @@ class TopicPool(_Prompts):
 
 @checked
 class Trait:
-    """A behaviour, with the instructions and topics that bring it out. Topics of its own replace those of the pool of
-    everyday topics that ships.
+    """A behaviour, with the instructions and topics that bring it out. A trait without topics uses those of the
+    shipped pool of everyday topics.
 
     Example:
         trait = steer.Trait.load("moralizing")

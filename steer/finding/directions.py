@@ -78,8 +78,12 @@ class Candidates:
     @property
     def steerable(self) -> list[int]:
         """The readable sites in `BAND`, or all that are readable, if none is in it."""
-        depth = len(self.auroc)
-        return [s for s in self.readable if BAND[0] <= (s + 1) / depth <= BAND[1]] or self.readable
+        return in_band(self.readable, len(self.auroc))
+
+
+def in_band(sites: Sequence[int], depth: int) -> list[int]:
+    """Return those of the sites that are in `BAND` of a model of `depth` blocks, or all, if none is."""
+    return [s for s in sites if BAND[0] <= (s + 1) / depth <= BAND[1]] or list(sites)
 
 
 def candidates(

@@ -24,7 +24,7 @@ from steer.core.names import check_name
 from steer.core.trait import NeutralPrompts, Trait, shipped_traits
 from steer.core.votes import LEAST, Vote, usable_votes
 from steer.errors import UsageError
-from steer.finding.directions import BAND, middle, orthogonal, with_statistics
+from steer.finding.directions import in_band, middle, orthogonal, with_statistics
 from steer.finding.measuring import calibrated, judged
 from steer.measure.contrast import Reply, reply_means
 from steer.measure.harness import Numbers, neutral_replies
@@ -310,7 +310,7 @@ def find_taste(
     with progress(f"{name}: residual streams", len(replies) + len(neutral), "replies") as advance:
         means = reply_means(model, [*replies, *neutral], on_rows=advance)
     say(f"3 of {steps}: choosing the site")
-    sites = steerable_sites(depth) if site is None else [site]
+    sites = in_band(range(depth), depth) if site is None else [site]
     means, centre = means[: len(replies), sites], means[len(replies) :, sites].mean(0)
     fit = cross_fit(means, centre, ballots, sites, depth)
     direction = with_statistics(model, fit.direction(name, depth), neutral, {})
@@ -355,11 +355,6 @@ def taste_scorer(name: str, ballots: Ballots, replies: Sequence[Reply], topics: 
     if topics is not None:
         trait = replace(trait, held_out=tuple(topics))
     return Scorer.cross_fitted(trait, liked, disliked, messages)
-
-
-def steerable_sites(depth: int) -> list[int]:
-    """Return the sites in `BAND` of a model of `depth` blocks, or all, if none is in it."""
-    return [s for s in range(depth) if BAND[0] <= (s + 1) / depth <= BAND[1]] or list(range(depth))
 
 
 def ballots_of(model: SteeredModel, votes: Sequence[Vote]) -> tuple[Ballots, list[Reply]]:

@@ -24,7 +24,7 @@ from steer.measure.drawing import BLUE, GREEN, GREY, RED, STYLE, axes, page, svg
 from steer.measure.evaluation import figures_of
 from steer.measure.probes.degradation import degradation
 from steer.measure.probes.probe import Metric
-from steer.plain_text import plain_line
+from steer.plain_text import plain_line, shortened
 
 Json = dict[str, Any]
 Outcome = Literal["better", "worse", "changed", "noise"]
@@ -417,5 +417,4 @@ def _by(probe: Json, metric: Json, arms: Sequence[str], field: str, label: str) 
 
 def _short(name: str) -> str:
     """Return an arm's name on one line, short enough for a plot."""
-    name = plain_line(name)
-    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    return shortened(plain_line(name), _NAME)

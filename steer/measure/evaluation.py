@@ -70,9 +70,7 @@ def evaluate_arms(
     """
     names = [arm.name for arm in arms]
     if not names or len(set(names)) < len(names):
-        raise UsageError(
-            f"arms: expected at least one, each with a name of its own, found {', '.join(names) or 'none'}"
-        )
+        raise UsageError(f"arms: expected at least one, all with different names, found {', '.join(names) or 'none'}")
     plans = {p.name: _hash(p.plan(size)) for p in probes}
     run = {"steer": __version__, "code": code_hash(), "seed": size.seed, "quick": size.quick, "first": arms[0].key}
     keys = {arm.name: arm.key for arm in arms}

@@ -15,6 +15,7 @@ from scipy.spatial.distance import squareform
 from steer.checkpoint.kin import Kinship
 from steer.files import write_atomic
 from steer.measure.drawing import BLUE, GREEN, GREY, RED, STYLE, axes, page, svg
+from steer.plain_text import shortened
 
 _STYLE = STYLE | {"text.parse_math": False}  # a dollar in a model's name is a dollar
 _NAME = 24
@@ -40,7 +41,7 @@ def write_kin_report(kinship: Kinship, mismatches: Sequence[str], path: Path) ->
 
 
 def _names(kinship: Kinship) -> list[str]:
-    return [name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for name in kinship.labels]
+    return [shortened(name, _NAME) for name in kinship.labels]
 
 
 def _heat_map(kinship: Kinship) -> Figure:

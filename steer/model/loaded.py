@@ -87,7 +87,7 @@ class LoadedModel:
         """How many tokens the model reads at most, a prompt and its reply together."""
         self._files = files
         self.library: Callable[[], Library] = partial(Library, self)
-        """Returns what names of sliders mean on it; an engine that has sliders of its own replaces it."""
+        """Returns what names of sliders mean on it; an engine whose sliders are others replaces it."""
 
     def use_template(self, template: str) -> None:
         """Read chats with another template from now on."""

@@ -306,15 +306,15 @@ def _fewest(lengths: Sequence[int], common: Sequence[int], least: int, levels: i
 def _distinct(heads: Sequence[int], common: Sequence[int]) -> tuple[list[int], list[int]]:
     """Beginnings of texts in order, without those that begin another: their lengths, and what each shares with the
     next."""
-    kept, shared, now = [heads[0]], list[int](), max(heads)
+    lengths, shared, now = [heads[0]], list[int](), max(heads)
     for c, head in zip(common, heads[1:], strict=True):
-        now = min(now, c)  # what the last that is kept shares with this one
-        if head <= min(now, kept[-1]):
+        now = min(now, c)  # what the last of `lengths` shares with this one
+        if head <= min(now, lengths[-1]):
             continue
-        if kept[-1] <= now:
-            kept[-1] = head
+        if lengths[-1] <= now:
+            lengths[-1] = head
         else:
-            shared.append(min(now, kept[-1], head))
-            kept.append(head)
+            shared.append(min(now, lengths[-1], head))
+            lengths.append(head)
         now = max(heads)
-    return kept, shared
+    return lengths, shared

@@ -102,20 +102,20 @@ def check_blocks(hf: Any, anatomy: Anatomy) -> None:
     from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
     config = hf.config.get_text_config()
-    kept: dict[str, list[int]] = {}
+    others: dict[str, list[int]] = {}
     for block, layer_type in enumerate(getattr(config, "layer_types", None) or ()):
         if layer_type not in ATTN_TYPE_TO_ALLOCATOR:
-            kept.setdefault(layer_type, []).append(block)
-    if not kept:
+            others.setdefault(layer_type, []).append(block)
+    if not others:
         cache = hf(input_ids=torch.tensor([[0]], device=hf.device), use_cache=True).past_key_values
         for block, layer in enumerate(cache.layers):
             heads, key, value = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
-            kept.setdefault(f"heads x key + value: {heads} x {key} + {value}", []).append(block)
-        if len(kept) == 1:
+            others.setdefault(f"heads x key + value: {heads} x {key} + {value}", []).append(block)
+        if len(others) == 1:
             heads, d = find_num_key_value_heads(config), find_head_dim(config)
-            if f"heads x key + value: {heads} x {d} + {d}" in kept:
+            if f"heads x key + value: {heads} x {d} + {d}" in others:
                 return
-    found = "; ".join(f"{what} in {ranges(blocks)}" for what, blocks in kept.items())
+    found = "; ".join(f"{what} in {ranges(blocks)}" for what, blocks in others.items())
     raise UnsupportedError(
         f"{anatomy.architecture}: serve expects blocks of full or sliding attention, whose heads all have the size in "
         f"config.json; found blocks with {found}; use chat, find and bake, which work"

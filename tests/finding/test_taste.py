@@ -16,11 +16,12 @@ from steer.core.direction import Direction
 from steer.core.slider import Slider
 from steer.core.votes import Vote, VotedReply, append_vote
 from steer.errors import UsageError
-from steer.finding.taste import Ballots, CrossFit, ballots_of, best_site, cross_fit, find_taste, steerable_sites
+from steer.finding.directions import in_band
+from steer.finding.taste import Ballots, CrossFit, ballots_of, best_site, cross_fit, find_taste
 from steer.model.steered import SteeredModel
 
 DEPTH, WIDTH = 10, 24
-SITES = steerable_sites(DEPTH)
+SITES = in_band(range(DEPTH), DEPTH)
 WORDS = ["ba be", "bi bo", "bu da", "de di", "do du", "fa fe", "fi fo", "fu ga"]
 LIKED, DISLIKED = "ta te ti to tu", "va ve vi vo vu"
 BOTH = [f"{LIKED} {words} {DISLIKED}" for words in WORDS]

@@ -174,7 +174,7 @@ def test_p_values_are_corrected_for_the_number_of_probes(tmp_path: Path) -> None
 
 
 def test_two_arms_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a name of its own"):
+    with pytest.raises(UsageError, match="all with different names"):
         evaluate_arms([ProgramArm("a", level(0))] * 2, [Weighing()], Size(), tmp_path / "out")
 
 
