@@ -329,7 +329,7 @@ def _operations(slider: Slider | RemoteSlider) -> tuple[Operation, ...]:
 def _title(slider: Slider | RemoteSlider, name: str) -> str:
     """Return a slider's title on the page. `name`: its name in the panel."""
     if not isinstance(slider, Slider):
-        return name.replace("-", " ")
+        return name.removesuffix(f":{slider.operation}").replace("-", " ")
     if name == slider.target.name:
         return title_of(slider)
     # Two sliders on one direction need different titles.
@@ -337,7 +337,7 @@ def _title(slider: Slider | RemoteSlider, name: str) -> str:
 
 
 def _group(slider: Slider | RemoteSlider, name: str) -> Group:
-    target = slider.target.name if isinstance(slider, Slider) else name
+    target = slider.target.name if isinstance(slider, Slider) else name.partition(":")[0]
     return "features" if _moves_latents(slider) else "traits" if target in shipped_traits() else "mine"
 
 

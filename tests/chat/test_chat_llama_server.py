@@ -70,6 +70,7 @@ def test_a_slider_moved_in_mid_reply_is_felt_and_what_is_written_stays(desk, cha
 def test_rows_say_which_sliders_move_and_which_need_a_restart(chat):
     rows = {row.name: row for row in chat.panel.rows()}
     assert list(rows) == ["a:ablate", "b:ablate", "c"]
+    assert (rows["a:ablate"].title, rows["a:ablate"].operation) == ("a", "ablate")
     assert rows["a:ablate"].fixed is rows["b:ablate"].fixed is None
     assert (rows["a:ablate"].low, rows["a:ablate"].high, rows["a:ablate"].amount) == (0.0, 1.0, 0.0)
     assert rows["c"].amount == 1.0
