@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_chat import keep_direction
 
 from steer.baking.certificate import CERTIFICATE
 from steer.checkpoint.fetch import DEFAULT_MODEL
+from steer.checkpoint.library import direction_place
+from steer.model.steered import load
 
 pytestmark = pytest.mark.alone
 
@@ -135,7 +136,7 @@ class Page:
         self.settled()
 
 
-LEFT, RIGHT, END = "\ue012", "\ue014", "\ue010"
+LEFT, RIGHT, END, BACKSPACE = "\ue012", "\ue014", "\ue010", "\ue003"
 
 
 @pytest.fixture
@@ -227,7 +228,10 @@ def test_past_ten_sliders_a_few_words_find_one_and_hidden_ones_keep_their_amount
     about = {"with": "You answer as a pirate.", "without": "You answer as a clerk."}
     made = [make_direction(f"voice-{number}", seed=number) for number in range(10)]
     made.append(replace(make_direction("sailor"), provenance=about))
-    files = [keep_direction(tiny_page_home / "chat", direction) for direction in made]
+    sketch = load(tiny_page_home / "chat").sketch()
+    for direction in made:
+        direction.provenance["sketch"] = sketch.to_header()
+    files = [direction.save(direction_place(sketch, direction.name)) for direction in made]
     try:
         chromium.refresh()
         page.until(lambda: len(sliders(page)) == 12)
@@ -244,7 +248,7 @@ def test_past_ten_sliders_a_few_words_find_one_and_hidden_ones_keep_their_amount
         page.fill("Find a slider", "nobody")
         page.until(lambda: "Nothing found." in page.all("[data-testid=stSidebar]")[0].text)
         assert sliders(page) == []
-        page.fill("Find a slider", "")
+        page.fill("Find a slider", BACKSPACE)
         page.until(lambda: len(sliders(page)) == 12)
         assert [float(page.slider(f"voice {n}").get_attribute("value")) > 0 for n in range(5)] == [
             n in (1, 3) for n in range(5)
