@@ -19,7 +19,7 @@ from steer.lineage.ratings import Standing, rate_all
 from steer.lineage.recipes import child, contents, has_weights, models_of, needs_base, same_merge, short_name, weight_of
 
 SMALL = 0.25
-"""Share of the expected gain that counts where a weight changes, which changes little, or the base, which changes too
+"""Share of a child that is taken as new where a weight changes, which changes little, or the base, which changes too
 much at once."""
 PROPOSED: tuple[MoveKind, ...] = ("add", "remove", "base", "weight")
 """Moves that are made without being asked for. Methods and profiles are up to people."""
@@ -50,7 +50,7 @@ def propose(
     Errors: UsageError if no move is left.
     """
     nodes = lineage.nodes
-    passed = rate_all(lineage, gates=True).among([node.id for node in nodes.values() if node.passed])
+    passed = rate_all(lineage).among([node.id for node in nodes.values() if node.passed])
     rated = [name for name, rating in passed.ratings.items() if rating.votes] or [lineage.generations[0].nodes[0].id]
     known = {same_merge(n.recipe, n.profile) for n in nodes.values()}
     found = []
@@ -61,8 +61,8 @@ def propose(
             except UsageError:  # the recipe does not allow it
                 continue
             if (merge := same_merge(made.recipe, made.profile)) not in known:
-                gain = passed.expected_gain(node.id, contents(made.recipe, made.profile), _share(move, node, new))
-                promise = round(gain if move.kind in ("add", "remove") else SMALL * gain, 6)
+                share = _share(move, node, new)
+                promise = round(passed.expected_gain(node.id, contents(made.recipe, made.profile), share), 6)
                 found.append((-promise, _shuffled(lineage, node, move), merge, Proposal(node.id, move, "")))
     chosen: dict[str | None, Proposal] = {}
     for _, _, merge, proposal in sorted(found, key=lambda row: row[:2]):
@@ -92,9 +92,9 @@ def _moves(lineage: Lineage, node: Node, kinds: Collection[MoveKind]) -> list[Mo
 
 def _share(move: Move, node: Node, new: New | None) -> float:
     """The share of a child that is not as in its parent."""
-    if new is None or move.model is None or move.kind not in ("add", "remove"):
-        return 1.0
-    return new(move.model, _others(move, node))
+    if move.kind not in ("add", "remove"):
+        return SMALL
+    return 1.0 if new is None or move.model is None else new(move.model, _others(move, node))
 
 
 def _others(move: Move, node: Node) -> list[str]:

@@ -197,11 +197,10 @@ def rate(
     return Standing(ratings, draws, covariance, drawn[:, len(nodes) :], things, len(votes))
 
 
-def rate_all(lineage: Lineage, *, gates: bool = False) -> Standing:
-    """Return the ratings of all nodes of a lineage by all of its votes. `gates`: nodes that failed have lost to their
-    parents, which is for proposals, since it says nothing of how people like the parents."""
+def rate_all(lineage: Lineage) -> Standing:
+    """Return the ratings of all nodes of a lineage by all of its votes. Those that failed their gates have lost."""
     nodes = lineage.nodes
-    failed = {node.id: node.parent for node in nodes.values() if gates and node.parent and not node.passed}
+    failed = {node.id: node.parent for node in nodes.values() if node.parent and not node.passed}
     inside = {node.id: contents(node.recipe, node.profile) for node in nodes.values()}
     return rate(list(nodes), lineage.votes, lineage.settings.seed, inside=inside, failed=failed)
 

@@ -71,9 +71,9 @@ def test_a_lineage_grows_by_votes_and_its_export_merges_to_the_same_bytes(models
     assert all("is new beside" in n["why"] for n in begun["nodes"][1:])
     choose("lineage", "1a", "0", "1b")
     grown = steer("evolve", "next", "lineage", "--json").result
-    assert grown["nodes"][3]["parent"] == "1a"
+    assert {n["parent"] for n in grown["nodes"][3:]} == {"1a"}
     on_disk = {p.name for p in (models.parent / "lineage" / "models").iterdir() if p.is_dir()}
-    assert on_disk == set(grown["race"]) >= {"1a", "2a", "2b"}
+    assert on_disk == set(grown["race"]) == {"1a", "2a", "2b"}
 
     shown = steer("evolve", "show", "lineage", "--html", "tree.html")
     assert shown.code == 0
