@@ -5,8 +5,8 @@
 Brute force: every subset of the tunes is merged onto the base, and answers the same prompts once; its taste score is
 the mean of what the person thinks of the replies. Then lineages begin with the first tune alone, propose children from
 the ratings, and are voted on with these replies until more votes would change nothing, with pairs chosen in three ways.
-Every subset's replies are a file in OUT/replies, and every lineage's way one in OUT/grown, so that a run that was
-stopped goes on; delete OUT/grown after a change of the rules. Writes `OUT/run.md`, a table, and `OUT/run.png`.
+Every subset's replies are a file in OUT/replies, so that a run that was stopped goes on. Writes `OUT/run.md`, a table,
+and `OUT/run.png`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from steer.lineage.building import checkpoint
 from steer.lineage.judging import BlindPair, Judge, Prompts
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
 from steer.lineage.proposing import propose
-from steer.lineage.ratings import standing
+from steer.lineage.ratings import rate, standing
 from steer.lineage.recipes import child, models_of
 from steer.model.steered import load
 from steer.progress import bar
@@ -138,7 +138,7 @@ class Grown:
 
 def grow(
     place: Path, names: Sequence[str], prompts: Sequence[str], replies: Replies, person: Person, way: str, seed: int,
-    *, generations: int = 6, children: int = 4, most: int = 1000,
+    *, generations: int = 6, children: int = 4, most: int = 300,
 ) -> Grown:  # fmt: skip
     """Grow a lineage in a directory from the first tune alone, with votes on replies that are written.
 
@@ -148,7 +148,7 @@ def grow(
     lineage.write(Generation(0, [Node("0", Move("start"), "the first tune alone", recipe(BASE, names[:1]))]))
     grown, rng, now = Grown([frozenset(names[:1])], [0]), random.Random(f"{way} {seed}"), partial(standing, lineage)
     for number in range(1, generations + 1):
-        proposals = propose(lineage, count=children, kinds=("add", "remove"))
+        proposals = propose(lineage, _ratings(lineage), count=children, kinds=("add", "remove"))
         nodes = [
             child(lineage.node(p.parent), f"{number}{letter}", p.move, p.why)
             for letter, p in zip("abcdefgh", proposals, strict=False)
@@ -170,14 +170,6 @@ def grow(
     return grown
 
 
-def grown_before(file: Path) -> Grown | None:
-    """Return how a lineage went that was grown before; None if it was not."""
-    if not file.is_file():
-        return None
-    kept = json.loads(file.read_text())
-    return Grown([frozenset(leader) for leader in kept["leaders"]], kept["votes"])
-
-
 def grow_whole(
     place: Path, start: Path, pool: Sequence[str], person: Person, *, generations: int, children: int, most: int,
     tokens: int, say: Callable[[str], None] = lambda line: None,
@@ -197,6 +189,11 @@ def grow_whole(
         if len(lineage.generations) > generations:
             return lineage
         evolve.next_generation(place, say=say)
+
+
+def _ratings(lineage: Lineage) -> dict[str, float]:
+    found = rate(list(lineage.nodes), lineage.votes).ratings
+    return {name: rating.value for name, rating in found.items() if rating.votes}
 
 
 def _subset(node: Node) -> Subset:
@@ -285,16 +282,11 @@ def main(
     with bar("voting", seeds * len(WAYS), "lineages") as advance:
         for seed in range(seeds):
             for way, runs in found.items():
-                key = json.dumps([way, seed, names, shortest, tokens, generations, children, noise])
-                file = out / "grown" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-                if (grown := grown_before(file)) is None:
-                    place = out / "lineages" / f"{way.replace(' ', '-')}-{seed}"
-                    shutil.rmtree(place, ignore_errors=True)
-                    person = Person(TASTE, noise, rng=random.Random(f"{seed} {way}"))
-                    grown = grow(place, names, shortest, replies, person, way, seed,
-                                 generations=generations, children=children)  # fmt: skip
-                    write_atomic(file, json.dumps({"leaders": list(map(sorted, grown.leaders)), "votes": grown.votes}))
-                runs.append(grown)
+                place = out / "lineages" / f"{way.replace(' ', '-')}-{seed}"
+                shutil.rmtree(place, ignore_errors=True)
+                person = Person(TASTE, noise, rng=random.Random(f"{seed} {way}"))
+                runs.append(grow(place, names, shortest, replies, person, way, seed,
+                                 generations=generations, children=children))  # fmt: skip
                 advance(1)
     person = Person(TASTE, noise, rng=random.Random(0))
     text = table(found, replies, person)

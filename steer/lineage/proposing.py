@@ -1,26 +1,31 @@
-"""Which children are made next: those that are expected to beat the leader by most.
+"""Which children are made next: moves that did well elsewhere in the lineage, and moves that nobody has tried.
 
-Every child of every node with votes, one move away and not made yet, has a rating before it is made: by the votes so
-far on merges that share its models (`ratings`). A child that may be much better is worth more than one that is surely
-a little better, so the untried comes first where nothing is known (expected improvement, Mockus 1975). Where kinship is
-known, a child is its parent but for the share of the model that is new beside the parent's other models: a copy of what
-is there changes little.
+A bandit over moves. The promise of a child is its parent's rating, plus the mean gain of its move so far, pulled
+towards 0 by one imagined child that gained nothing, plus what is hoped of the move: `HOPE` while it is untried, less
+with each try (explore and exploit, as in UCB). A gain is the difference between a child's rating and its parent's, in
+log-odds. Adding a model and removing it are one question with two signs. Where kinship is known, the hope of both is
+the share of the model that is new beside the node's other models: a copy of what is there changes little.
+
+Children of every rated node are compared, so that a lineage goes wider where the moves on the leader are used up or did
+badly.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from steer.errors import UsageError
 from steer.lineage.lineage import Lineage, Move, MoveKind, Node
-from steer.lineage.ratings import Standing, rate_all
-from steer.lineage.recipes import child, contents, has_weights, models_of, needs_base, same_merge, short_name, weight_of
+from steer.lineage.recipes import child, has_weights, models_of, needs_base, same_merge, short_name, weight_of
 
-SMALL = 0.25
-"""Share of a child that is taken as new where a weight changes, which changes little, or the base, which changes too
-much at once."""
+HOPE, SMALL = 1.0, 0.25
+"""Log-odds hoped of an untried addition or removal, and of an untried weight, which changes little, or base, which
+changes too much at once."""
+LOST = -2.0
+"""Gain of a child that did not pass the gate."""
 PROPOSED: tuple[MoveKind, ...] = ("add", "remove", "base", "weight")
 """Moves that are made without being asked for. Methods and profiles are up to people."""
 New = Callable[[str, Collection[str]], float]
@@ -37,46 +42,50 @@ class Proposal:
     """Who proposes it, and for which reason, in one line."""
 
 
+@dataclass(frozen=True)
+class _Trial:
+    gains: tuple[float, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        return sum(self.gains) / (len(self.gains) + 1)
+
+
 def propose(
-    lineage: Lineage, *, count: int, parent: str | None = None, new: New | None = None,
+    lineage: Lineage, ratings: Mapping[str, float], *, count: int, parent: str | None = None, new: New | None = None,
     kinds: Collection[MoveKind] = PROPOSED,
 ) -> list[Proposal]:  # fmt: skip
     """Return up to `count` children, the most promising first.
 
-    None of them is a merge that the lineage has, no two are one merge, and no two move one model. Deterministic: equal
-    promises are ordered by the lineage's seed. `parent`: whose children they are; by default those of any node that
-    passed its gate and has votes, or of the start before there are votes. `new`: kinship, where it is known. `kinds`:
-    of moves.
+    None of them is a merge that the lineage has, and no two move one model. Deterministic: equal promises are ordered
+    by the lineage's seed. `ratings`: of nodes, in log-odds. `parent`: whose children they are; by default that of any
+    rated node that passed its gate, or of the start before there are ratings. `new`: kinship, where it is known.
+    `kinds`: of moves.
     Errors: UsageError if no move is left.
     """
-    nodes = lineage.nodes
-    passed = rate_all(lineage).among([node.id for node in nodes.values() if node.passed])
-    rated = [name for name, rating in passed.ratings.items() if rating.votes] or [lineage.generations[0].nodes[0].id]
+    nodes, trials = lineage.nodes, _trials(lineage, ratings)
     known = {same_merge(n.recipe, n.profile) for n in nodes.values()}
+    rated = [n for n in nodes.values() if n.passed and n.id in ratings] or [lineage.generations[0].nodes[0]]
     found = []
-    for node in [nodes[name] for name in rated] if parent is None else [lineage.node(parent)]:
+    for node in rated if parent is None else [lineage.node(parent)]:
         for move in _moves(lineage, node, kinds):
             try:
                 made = child(node, "?", move, "a try")
             except UsageError:  # the recipe does not allow it
                 continue
-            if (merge := same_merge(made.recipe, made.profile)) not in known:
-                share = _share(move, node, new)
-                promise = round(passed.expected_gain(node.id, contents(made.recipe, made.profile), share), 6)
-                found.append((-promise, _shuffled(lineage, node, move), merge, Proposal(node.id, move, "")))
+            if same_merge(made.recipe, made.profile) not in known:
+                value, why = _value(move, node, trials, new)
+                promise = round(ratings.get(node.id, 0.0) + value, 9)
+                found.append((-promise, _shuffled(lineage, node, move), Proposal(node.id, move, why)))
     chosen: dict[str | None, Proposal] = {}
-    for _, _, merge, proposal in sorted(found, key=lambda row: row[:2]):
-        if merge not in known and proposal.move.model not in chosen:
-            chosen[proposal.move.model] = proposal
-            known.add(merge)  # another move on another node may make the same merge
+    for _, _, proposal in sorted(found, key=lambda row: row[:2]):
+        chosen.setdefault(proposal.move.model, proposal)
     if not chosen:
         where = "on every merge of it" if parent is None else f"on {parent}"
         other = "" if parent is None else "name another --parent, or "
         raise UsageError(f"{lineage.place}: nothing new is left: every move {where} was tried; {other}add a model: "
                          f"steer evolve add {lineage.place} MODEL")  # fmt: skip
-    voted = [models_of(nodes[name].recipe) for name, rating in passed.ratings.items() if rating.votes]
-    best = list(chosen.values())[:count]
-    return [replace(p, why=_why(p.move, nodes[p.parent], voted, passed, new)) for p in best]
+    return list(chosen.values())[:count]
 
 
 def _moves(lineage: Lineage, node: Node, kinds: Collection[MoveKind]) -> list[Move]:
@@ -90,29 +99,41 @@ def _moves(lineage: Lineage, node: Node, kinds: Collection[MoveKind]) -> list[Mo
     return [move for move in moves if move.kind in kinds]
 
 
-def _share(move: Move, node: Node, new: New | None) -> float:
-    """The share of a child that is not as in its parent."""
-    if move.kind not in ("add", "remove"):
-        return SMALL
-    return 1.0 if new is None or move.model is None else new(move.model, _others(move, node))
+def _value(move: Move, node: Node, trials: Mapping[str, _Trial], new: New | None) -> tuple[float, str]:
+    trial, sign = trials.get(_question(move, node), _Trial()), -1 if move.kind == "remove" else 1
+    tried, gain, name = len(trial.gains), sign * trial.mean, short_name(move.model or "")
+    hope, why = HOPE if move.kind in ("add", "remove") else SMALL, "not tried yet"
+    if new is not None and move.kind in ("add", "remove") and move.model is not None:
+        share = new(move.model, [m for m in models_of(node.recipe) if m != move.model])
+        hope *= share
+        why = f"{share:.0%} of {name} is new beside the parent's {'' if sign > 0 else 'other '}models"
+    if tried:
+        did = f"with {name}" if sign > 0 else f"without {name}"
+        children = "1 child" if tried == 1 else f"{tried} children"
+        why = f"{did} ratings changed by {sign * sum(trial.gains) / tried:+.2f} on average ({children} so far)"
+    return gain + hope / math.sqrt(1 + tried), why
 
 
-def _others(move: Move, node: Node) -> list[str]:
-    return [model for model in models_of(node.recipe) if model != move.model]
+def _trials(lineage: Lineage, ratings: Mapping[str, float]) -> dict[str, _Trial]:
+    """What each question has gained so far, for adding where the move was a removal."""
+    out: dict[str, _Trial] = {}
+    nodes = lineage.nodes
+    for node in nodes.values():
+        if node.parent is None or (node.passed and not {node.id, node.parent} <= ratings.keys()):
+            continue
+        gain = ratings[node.id] - ratings[node.parent] if node.passed else LOST
+        question, sign = _question(node.move, nodes[node.parent]), -1 if node.move.kind == "remove" else 1
+        out[question] = _Trial((*out.get(question, _Trial()).gains, sign * gain))
+    return out
 
 
-def _why(move: Move, node: Node, voted: list[list[str]], ratings: Standing, new: New | None) -> str:
-    """`voted`: the models of each merge with votes."""
-    model, adds = move.model or "", move.kind != "remove"
-    if move.kind not in ("add", "remove"):
-        return "not tried yet"
-    if 0 < sum(model in models for models in voted) < len(voted):
-        effect = ratings.effect(model)
-        return f"ratings {'with' if adds else 'without'} {short_name(model)} so far: {effect if adds else -effect:+.2f}"
-    if new is None:
-        return "not tried yet"
-    share = f"{new(model, _others(move, node)):.0%} of {short_name(model)}"
-    return f"{share} is new beside the parent's {'' if adds else 'other '}models"
+def _question(move: Move, parent: Node) -> str:
+    """What a move asks, whatever the other models are."""
+    if move.kind in ("add", "remove"):
+        return f"member {move.model}"
+    if move.kind == "weight" and isinstance(move.value, int | float) and move.model:
+        return f"{'more' if move.value > (weight_of(move.model, parent.recipe) or 0) else 'less'} {move.model}"
+    return f"{move.kind} {move.model or move.value}"
 
 
 def _shuffled(lineage: Lineage, node: Node, move: Move) -> str:

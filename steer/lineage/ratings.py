@@ -1,47 +1,38 @@
 """Ratings of nodes from votes: a Bradley-Terry model, how sure it is, and which pair to vote on next.
 
 The probability that `a` is chosen over `b` is sigmoid(rating of a - rating of b) (Bradley and Terry, 1952), a logistic
-regression that statsmodels fits. The rating of a merge is the sum of what each of its models adds, and of a deviation
-that this merge alone has. So a vote on two merges is a vote on all that share their models, and merges that nobody has
-made yet have ratings too. Pseudo-votes, as many won as lost, are the prior of each term: an undefeated node has a
-finite rating, and a model without votes adds nothing.
+regression that statsmodels fits. Two pseudo-votes for each node, one won and one lost against an average node, are the
+prior: an undefeated node has a finite rating, and a node without votes an average one.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import expit, ndtr
-from scipy.stats import norm
 from statsmodels.genmod.families import Binomial
 from statsmodels.genmod.generalized_linear_model import GLM
 
 from steer.errors import UsageError
 from steer.lineage.lineage import Lineage, Outcome, Vote
-from steer.lineage.recipes import contents
 
 SURE = 0.9
 """Probability from which the best node counts as known."""
-NOTICEABLE = 0.57
+NOTICEABLE = 0.55
 """Share of votes: a node that is chosen less often over the leader is not noticeably better than the leader."""
 LIKELY = 0.05
 """A node of an earlier generation stays in the race while it is the best with this probability."""
 SHARES: dict[Outcome, float] = {"a": 1.0, "b": 0.0, "same": 0.5, "bad": 0.5}
 """The share of a vote that counts for `a`. Two bad replies are equal as two good ones are: only differences are rated,
 and without these votes a pair of equally bad nodes would be asked for without end."""
-_PSEUDO_VOTES, _SHARED_PSEUDO_VOTES = 1.0, 8.0
-"""Pseudo-votes won, and as many lost, for each node that is known by its votes alone; and where contents are known, for
-each node's deviation and for each thing that nodes contain. Eight are a prior of deviation 0.5 log-odds: 62 of 100."""
-_OWN = math.sqrt(2 / _SHARED_PSEUDO_VOTES)
-"""Deviation of that prior, in log-odds."""
-_FAILED = 4.0
-"""Pseudo-votes that a node which failed its gate has lost to its parent."""
+_PSEUDO_VOTES = 1.0
+"""Pseudo-votes won, and as many lost, against an average node."""
 _DRAWS = 4000
 """Draws from the posterior. A probability of one half has a standard error of 0.008."""
 _MARGIN = math.log(NOTICEABLE / (1 - NOTICEABLE))
@@ -71,34 +62,11 @@ class Standing:
 
     ratings: dict[str, Rating]
     draws: Float[np.ndarray, "draws nodes"]
-    """Ratings drawn from a normal approximation of the posterior, over one level that is not known; columns in the
-    order of `ratings`."""
+    """Ratings drawn from a normal approximation of the posterior; columns in the order of `ratings`."""
     covariance: Float[np.ndarray, "nodes nodes"]
     """Covariance of that approximation."""
-    effects: Float[np.ndarray, "draws contents"]
-    """What each thing that nodes contain adds to a rating, drawn from the same posterior; columns as in `contents`."""
-    contents: tuple[str, ...]
     votes: int
     """Votes that the ratings are computed from."""
-
-    def effect(self, name: str) -> float:
-        """Return what a thing adds to the rating of a node that contains it, in log-odds; 0 if no node does."""
-        return float(self.effects[:, self.contents.index(name)].mean()) if name in self.contents else 0.0
-
-    def expected_gain(self, parent: str, inside: Mapping[str, float], new: float = 1.0) -> float:
-        """Return by how much a merge that is not made is expected to be better than the leader, in log-odds; where it
-        is worse counts as 0 (expected improvement, Mockus 1975).
-
-        `inside`: its contents. `parent`: a rated node. `new`: the share of the merge that is not as in its parent, 0 to
-        1: a child that changes little is rated as its parent is.
-        """
-        amounts = np.array([inside.get(name, 0.0) for name in self.contents])
-        unknown = sum(value**2 for name, value in inside.items() if name not in self.contents)
-        before, lead = (self.draws[:, list(self.ratings).index(node)] for node in (parent, self.leader))
-        gain = new * self.effects @ amounts + (1 - new) * before - lead
-        spread = math.sqrt(float(gain.var()) + (new * _OWN) ** 2 * (1 + unknown))
-        z = float(gain.mean()) / spread if spread else 0.0
-        return spread * float(norm.pdf(z) + z * norm.cdf(z))
 
     @property
     def leader(self) -> str:
@@ -138,17 +106,11 @@ class Standing:
         places = [list(self.ratings).index(name) for name in names]
         draws = self.draws[:, places]
         ratings = {n: replace(self.ratings[n], best=float(p)) for n, p in zip(names, _best(draws), strict=True)}
-        return replace(self, ratings=ratings, draws=draws, covariance=self.covariance[np.ix_(places, places)])
+        return Standing(ratings, draws, self.covariance[np.ix_(places, places)], self.votes)
 
 
-def rate(
-    nodes: Sequence[str], votes: Sequence[Vote], seed: int = 0, *,
-    inside: Mapping[str, Mapping[str, float]] | None = None, failed: Mapping[str, str] | None = None,
-) -> Standing:  # fmt: skip
+def rate(nodes: Sequence[str], votes: Sequence[Vote], seed: int = 0) -> Standing:
     """Return the ratings of nodes. `seed`: of the draws from the posterior.
-
-    `inside`: what each node contains, and how much of it; by default nodes have nothing in common. `failed`: the parent
-    of each node that failed its gate, which counts as votes lost to the parent.
 
     Errors: UsageError without nodes, for a vote on a node that is not among them, and for one on a node and itself.
     """
@@ -168,21 +130,14 @@ def rate(
         share = SHARES[vote.outcome]
         won[at[vote.a], at[vote.b]] += share
         won[at[vote.b], at[vote.a]] += 1 - share
-    for child, parent in (failed or {}).items():
-        won[at[parent], at[child]] += _FAILED
-    inside = inside or {}
-    things = tuple(dict.fromkeys(name for node in nodes for name in inside.get(node, ())))
-    amounts = np.array([[inside.get(node, {}).get(name, 0.0) for name in things] for node in nodes])
-    terms = np.hstack([np.eye(len(nodes)), amounts.reshape(len(nodes), len(things))])  # [nodes, deviations and effects]
-    pairs, units = sorted(won), np.eye(terms.shape[1])
-    rows = np.array([terms[i] - terms[j] for i, j in pairs] + [*units, *units])
-    outcomes = np.array([1] * (len(pairs) + len(units)) + [0] * len(units))
-    prior = _SHARED_PSEUDO_VOTES if things else _PSEUDO_VOTES
-    weights = np.array([won[pair] for pair in pairs] + [prior] * 2 * len(units))
-    fitted = GLM(outcomes, rows, family=Binomial(), freq_weights=weights, hasconst=False).fit()
-    found, spread = np.asarray(fitted.params), np.asarray(fitted.cov_params())
-    drawn = np.random.default_rng(seed).multivariate_normal(found, spread, _DRAWS, method="cholesky")
-    values, covariance, draws = terms @ found, terms @ spread @ terms.T, drawn @ terms.T
+    units = np.eye(len(nodes))
+    pairs = sorted(won)
+    rows = np.array([units[i] - units[j] for i, j in pairs] + [*units, *units])
+    outcomes = np.array([1] * (len(pairs) + len(nodes)) + [0] * len(nodes))
+    weights = np.array([won[pair] for pair in pairs] + [_PSEUDO_VOTES] * 2 * len(nodes))
+    fitted = GLM(outcomes, rows, family=Binomial(), freq_weights=weights).fit()
+    values, covariance = np.asarray(fitted.params), np.asarray(fitted.cov_params())
+    draws = np.random.default_rng(seed).multivariate_normal(values, covariance, _DRAWS, method="cholesky")
     # How good all nodes are together is known from the prior alone, and is no part of a rating.
     centre = np.eye(len(nodes)) - 1 / len(nodes)
     values, covariance = centre @ values, centre @ covariance @ centre
@@ -194,24 +149,18 @@ def rate(
         )
         for name, i in at.items()
     }  # fmt: skip
-    return Standing(ratings, draws, covariance, drawn[:, len(nodes) :], things, len(votes))
-
-
-def rate_all(lineage: Lineage) -> Standing:
-    """Return the ratings of all nodes of a lineage by all of its votes. Those that failed their gates have lost."""
-    nodes = lineage.nodes
-    failed = {node.id: node.parent for node in nodes.values() if node.parent and not node.passed}
-    inside = {node.id: contents(node.recipe, node.profile) for node in nodes.values()}
-    return rate(list(nodes), lineage.votes, lineage.settings.seed, inside=inside, failed=failed)
+    return Standing(ratings, draws - draws.mean(1, keepdims=True), covariance, len(votes))
 
 
 def standing(lineage: Lineage) -> Standing:
-    """Return the ratings of the nodes in the race: the newest generation that passed, their parents, and earlier nodes
+    """Return the ratings of the nodes in the race: the newest generation that passed, their parent, and earlier nodes
     that may still be the best. All votes of the lineage count."""
-    everything = rate_all(lineage).among([node.id for node in lineage.nodes.values() if node.passed])
-    race = {name for node in lineage.newest for name in (node.id, node.parent) if name}
+    rated = {node.id: node for node in lineage.nodes.values() if node.passed}
+    everything = rate(list(rated), lineage.votes, lineage.settings.seed)
+    newest = lineage.newest
+    race = {node.id for node in newest} | {node.parent for node in newest if node.parent}
     race |= {name for name, rating in everything.ratings.items() if rating.best >= LIKELY and rating.votes}
-    return everything.among(race)
+    return everything.among(race & rated.keys())
 
 
 def next_pair(standing: Standing) -> tuple[str, str] | None:

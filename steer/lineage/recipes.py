@@ -7,10 +7,8 @@ how many models.
 from __future__ import annotations
 
 import json
-import math
 from copy import deepcopy
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 from steer.checkpoint.merge import renamed, validated
@@ -81,19 +79,6 @@ def weight_of(model: str, recipe: Recipe) -> float | None:
     """Return the weight of a model in a recipe; None where it has none, or one that differs between layers."""
     found = _parameter(_entry(model, recipe, "weight"), "weight", recipe)
     return float(found) if isinstance(found, int | float) else None
-
-
-def contents(recipe: Recipe, profile: dict[str, Any] | None) -> dict[str, float]:
-    """Return what a merge contains, and how much of it: 1 for each model, the base, the method and the profile;
-    for a model's weight, log2 of its ratio to the middle one of the recipe's."""
-    found = dict.fromkeys(models_of(recipe), 1.0)
-    found |= {f"base {recipe.get('base_model')}": 1.0, f"method {recipe['merge_method']}": 1.0}
-    if profile is not None:
-        found[f"profile {profile.get('name')}"] = 1.0
-    given = {entry["model"]: _parameter(entry, "weight", recipe) for entry in recipe["models"]}
-    weights = {model: weight for model, weight in given.items() if isinstance(weight, int | float) and weight > 0}
-    middle = median_low(weights.values()) if weights else 1.0
-    return found | {f"weight of {m}": math.log2(w / middle) for m, w in weights.items() if w != middle}
 
 
 def same_merge(recipe: Recipe, profile: dict[str, Any] | None) -> str:

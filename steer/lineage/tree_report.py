@@ -14,7 +14,7 @@ from typing import Any
 from steer.core.small_files import dump_yaml
 from steer.files import write_atomic
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Vote
-from steer.lineage.ratings import Rating, Standing, rate_all
+from steer.lineage.ratings import Rating, Standing, rate
 from steer.lineage.recipes import as_written, describe
 from steer.measure.drawing import page
 from steer.plain_text import plain, plain_line
@@ -37,7 +37,7 @@ def write_tree(lineage: Lineage, standing: Standing, path: Path) -> Path:
     nodes = {node.id: node for generation in generations for node in generation.nodes}
     winner = nodes[standing.leader]
     trail = [node.id for node in _ancestors(winner, nodes)]
-    everyone = rate_all(lineage).ratings
+    everyone = rate(list(nodes), votes, lineage.settings.seed).ratings
     cards: dict[str, dict[str, Any]] = {
         node.id: _card(node, nodes) | {"rating": _rating(node.id, everyone[node.id], standing)}
         for node in nodes.values()

@@ -31,7 +31,7 @@ from steer.lineage.building import start as build_start
 from steer.lineage.family_tree import model_card, tree_text
 from steer.lineage.lineage import BY_HAND, SETTINGS, Lineage, Move, Node, Settings
 from steer.lineage.proposing import New, Proposal, propose
-from steer.lineage.ratings import Rating, rate_all, standing
+from steer.lineage.ratings import Rating, rate, standing
 from steer.lineage.recipes import as_written, child, describe, models_of, same_merge, short_name
 from steer.lineage.recipes import check_start as check_recipe
 from steer.lineage.tree_report import write_tree
@@ -86,8 +86,9 @@ def start(
 
 
 def next_generation(place: str | Path, *, parent: str | None = None, say: Say = lambda line: None) -> Json:
-    """Build the next generation: the children, of any node with votes, that are expected to beat the leader by most; or
-    children of `parent`; or go on with one that was stopped. Returns what `show` does.
+    """Build the next generation: the most promising children, which are those of the node that leads by votes unless
+    its moves are used up or did badly; or children of `parent`; or go on with one that was stopped. Returns what `show`
+    does.
 
     Errors: UsageError without votes on the newest generation unless `parent` is given, and if no move is left.
     """
@@ -261,8 +262,9 @@ def write_page(place: str | Path, out: str | Path) -> Path:
 
 def _propose_and_build(lineage: Lineage, parent: str | None, say: Say) -> None:
     """Build children of a node, or of the most promising ones."""
+    ratings = {name: rating.value for name, rating in _ratings(lineage).items()}
     new = _new(lineage.node(parent or standing(lineage).leader), lineage, say)
-    proposals = propose(lineage, count=lineage.settings.children, parent=parent, new=new)
+    proposals = propose(lineage, ratings, count=lineage.settings.children, parent=parent, new=new)
     for proposal in proposals:
         say(f"{proposal.parent}: {describe(proposal.move)}: {proposal.why}")
     build(lineage, proposals, say=say)
@@ -285,7 +287,8 @@ def _ratings(lineage: Lineage) -> dict[str, Rating]:
     """The ratings of the nodes that votes were given on."""
     if not lineage.generations:
         return {}
-    return {name: rating for name, rating in rate_all(lineage).ratings.items() if rating.votes}
+    found = rate(list(lineage.nodes), lineage.votes, lineage.settings.seed).ratings
+    return {name: rating for name, rating in found.items() if rating.votes}
 
 
 def _new(node: Node, lineage: Lineage, say: Say) -> New | None:

@@ -56,9 +56,7 @@ def draw(chat: Chat) -> None:
 def _start(evolution: Evolution, running: bool) -> None:
     st.caption(
         "Each generation adds a model to the merge, takes one away, or weights it otherwise. You read two replies and "
-        "choose; everything else is done for you. Your votes rate the models in the merges too: the next generation is "
-        "made of the merges that are expected to beat the leader by most. It starts with a recipe, and with a pool of "
-        "models to add."
+        "choose; everything else is done for you. It starts with a recipe, and with a pool of models to add."
     )
     recipe = st.text_input("Recipe to start from", placeholder="recipe.yml", key="evolve recipe").strip()
     pool = st.text_area("Models that may be added, one a line", key="evolve pool", height=120)
