@@ -57,10 +57,10 @@ def propose(
 ) -> list[Proposal]:  # fmt: skip
     """Return up to `count` children, the most promising first.
 
-    None of them is a merge that the lineage has, and no two move one model. Deterministic: equal promises are ordered
-    by the lineage's seed. `ratings`: of nodes, in log-odds. `parent`: whose children they are; by default that of any
-    rated node that passed its gate, or of the start before there are ratings. `new`: kinship, where it is known.
-    `kinds`: of moves.
+    None of them is a merge that the lineage has, no two are one merge, and no two move one model. Deterministic: equal
+    promises are ordered by the lineage's seed. `ratings`: of nodes, in log-odds. `parent`: whose children they are; by
+    default that of any rated node that passed its gate, or of the start before there are ratings. `new`: kinship, where
+    it is known. `kinds`: of moves.
     Errors: UsageError if no move is left.
     """
     nodes, trials = lineage.nodes, _trials(lineage, ratings)
@@ -73,13 +73,15 @@ def propose(
                 made = child(node, "?", move, "a try")
             except UsageError:  # the recipe does not allow it
                 continue
-            if same_merge(made.recipe, made.profile) not in known:
+            if (merge := same_merge(made.recipe, made.profile)) not in known:
                 value, why = _value(move, node, trials, new)
                 promise = round(ratings.get(node.id, 0.0) + value, 9)
-                found.append((-promise, _shuffled(lineage, node, move), Proposal(node.id, move, why)))
+                found.append((-promise, _shuffled(lineage, node, move), merge, Proposal(node.id, move, why)))
     chosen: dict[str | None, Proposal] = {}
-    for _, _, proposal in sorted(found, key=lambda row: row[:2]):
-        chosen.setdefault(proposal.move.model, proposal)
+    for _, _, merge, proposal in sorted(found, key=lambda row: row[:2]):
+        if merge not in known and proposal.move.model not in chosen:
+            chosen[proposal.move.model] = proposal
+            known.add(merge)  # another move on another node may make the same merge
     if not chosen:
         where = "on every merge of it" if parent is None else f"on {parent}"
         other = "" if parent is None else "name another --parent, or "

@@ -12,7 +12,7 @@ import pytest
 from steer.errors import UsageError
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Settings
 from steer.lineage.proposing import Proposal, propose
-from steer.lineage.recipes import child, same_merge, short_name
+from steer.lineage.recipes import child, models_of, same_merge, short_name
 
 POOL = ["/m/calm", "/m/dry", "/m/loud"]
 
@@ -120,6 +120,16 @@ def test_no_merge_is_proposed_twice_however_it_came_about(lineage: Lineage) -> N
             assert same_merge(made.recipe, made.profile) not in known
     assert Move("add", "/m/calm") not in moves(lineage, "1b", count=99)  # 2a has it
     assert Move("remove", "/m/calm") not in moves(lineage, "2a", count=99)
+
+
+def test_one_generation_makes_a_merge_once_where_two_parents_could(lineage: Lineage) -> None:
+    """0 with calm and dry is one move away from 1a, and another from 1b."""
+    grow(lineage, "0", Move("add", "/m/calm"), Move("add", "/m/dry"))
+    found = propose(lineage, {"0": 0.0, "1a": 2.0, "1b": 2.0}, count=9, kinds=("add", "remove"))
+    made = [child(lineage.node(p.parent), "?", p.move, p.why) for p in found]
+    both = [n for n in made if {"/m/calm", "/m/dry"} <= set(models_of(n.recipe)) and len(models_of(n.recipe)) == 5]
+    assert len(both) == 1
+    assert len({same_merge(n.recipe, n.profile) for n in made}) == len(made)
 
 
 def test_one_generation_moves_a_model_once_and_asks_for_no_more_than_there_is(lineage: Lineage) -> None:
