@@ -18,8 +18,7 @@ pytestmark = pytest.mark.alone
 HIGH, LOW = 3 * "ta te ti to tu ", 3 * "va ve vi vo vu "
 FOUND = 300
 """Seconds for a search: its process imports everything and loads the model."""
-TAB, ENTER, SPACE, RIGHT, ALL = "\ue004", "\ue007", " ", "\ue014", "\ue009a\ue000"
-"""Keys; the last is Ctrl-A."""
+TAB, ENTER, SPACE, RIGHT = "\ue004", "\ue007", " ", "\ue014"
 FIELDS = ("At the high end it is told", "At the low end it is told (may be empty)", "Name (may be empty)")
 
 
@@ -126,7 +125,7 @@ def test_by_keys_alone_from_a_fresh_page_to_a_chat_a_new_slider_a_comparison_and
     part(page, "Bake")
     out = tmp_path / "baked"
     tab_to(page, "Folder to write")
-    keys(page, ALL + str(out) + ENTER)
+    keys(page, str(out) + ENTER)  # in place of what stands there: Tab has selected it
     page.settled()
     press(page, "Bake")
     page.until(lambda: "Written:" in text(page, ".stMain"), FIRST)
