@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, NoThink, emit, unicode_option
+from steer.cli.common import (
+    ChatTemplate,
+    DeviceMap,
+    Dtype,
+    FourBit,
+    Json,
+    Model,
+    NoThink,
+    emit,
+    tell,
+    unicode_option,
+)
 from steer.errors import UsageError
 from steer.plain_text import plain_line
 
@@ -282,6 +293,6 @@ def ui(
         # Streamlit's default colour is the red that means "too far" on a slider.
         "--theme.light.primaryColor", "#3d63c9", "--theme.dark.primaryColor", "#86a3f5", "--", *named,
     ]  # fmt: skip
-    print(f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    tell(f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it)")
     # Replaces this process, so that stopping `steer ui` stops the page itself.
     os.execv(sys.executable, command)

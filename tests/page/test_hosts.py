@@ -88,6 +88,6 @@ def test_its_own_names_are_served(port, name):
 
 def test_its_address_is_printed_before_streamlit_takes_over(monkeypatch, capsys):
     printed: list[str] = []
-    monkeypatch.setattr(os, "execv", lambda *_: printed.append(capsys.readouterr().out))
+    monkeypatch.setattr(os, "execv", lambda *_: printed.append(capsys.readouterr().err))
     cli_live.ui(None, None, 8765, headless=True)
     assert "http://127.0.0.1:8765 " in printed[0]
