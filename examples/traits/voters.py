@@ -30,8 +30,8 @@ from steer.core.edit import Edit
 from steer.core.sampler import MEASURE
 from steer.core.trait import NeutralPrompts, TopicPool, spread
 from steer.files import replacing, write_atomic
-from steer.finding.directions import with_statistics
-from steer.finding.taste import Ballots, CrossFit, cross_fit, steerable_sites
+from steer.finding.directions import in_band, with_statistics
+from steer.finding.taste import Ballots, CrossFit, cross_fit
 from steer.measure.contrast import Reply
 from steer.measure.harness import Numbers, mean_repetition, replies_under
 from steer.measure.scorer import Scorer
@@ -118,7 +118,7 @@ def write(model: SteeredModel, parts: dict[str, tuple[str, ...]], out: Path) -> 
     with bar("replies", len(chats) * TOKENS, "tokens") as advance, model.untouched():
         made = model.replies(chats, sampler, on_tokens=advance, sums=sums, thoughts=False)
     lengths = torch.tensor([max(1, len(ids)) for ids in made])
-    means = (sums.cpu() / lengths[:, None]).movedim(1, 0)[:, steerable_sites(model.anatomy.blocks)]
+    means = (sums.cpu() / lengths[:, None]).movedim(1, 0)[:, in_band(range(model.anatomy.blocks), model.anatomy.blocks)]
     sizes = [len(prompts) * samples[name] for name, prompts in parts.items()]
     replies = iter(model.text(ids) for ids in made)
     texts = {name: [next(replies) for _ in range(size)] for name, size in zip(parts, sizes, strict=True)}
@@ -149,7 +149,7 @@ def vote(
     flip = rng.random(number) < flipped
     liked, disliked = np.where(flip, disliked, liked), np.where(flip, liked, disliked)
     messages = tuple(str(max(pair) // SAMPLES) for pair in zip(liked, disliked, strict=True))
-    sites = steerable_sites(depth)
+    sites = in_band(range(depth), depth)
     fit = cross_fit(means["fit"], means["neutral"].mean(0), Ballots(liked, disliked, messages), sites, depth)
     direction = fit.direction("taste", depth)
     read = (means["held_out"][:, sites.index(direction.site)] @ direction.vector).numpy()

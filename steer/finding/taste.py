@@ -347,7 +347,7 @@ def taste_scorer(name: str, ballots: Ballots, replies: Sequence[Reply], topics: 
     """
     sides = [np.flatnonzero(which >= 0) for which in (ballots.liked, ballots.disliked)]
     liked, disliked = (
-        [replies[which[vote]].text for vote in side]
+        [replies[int(i)].text for i in which[side]]
         for which, side in zip((ballots.liked, ballots.disliked), sides, strict=True)
     )
     messages = [ballots.messages[vote] for side in sides for vote in side]

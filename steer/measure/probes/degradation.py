@@ -90,8 +90,8 @@ def _paired(start: Sequence[Figure], now: Sequence[Figure], sign: int, compariso
     changes = [sign * (after[g] - before[g]) for g in before if g in after]
     if len(changes) < LEAST or np.ptp(changes) == 0:
         return len(changes) >= LEAST and changes[0] > 0
-    found = ttest_1samp(changes, 0, alternative="greater")
-    return bool(found.pvalue < (1 - LEVEL) / 2 / comparisons)
+    _, p = ttest_1samp(changes, 0, alternative="greater")
+    return float(np.asarray(p)) < (1 - LEVEL) / 2 / comparisons
 
 
 def _means(figures: Sequence[Figure]) -> dict[str, float]:
