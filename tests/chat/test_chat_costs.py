@@ -76,7 +76,7 @@ def test_what_a_bake_cost_is_measured_beside_its_model_and_a_stop_keeps_what_is_
     assert bake.wait(120)
     cost = chat.cost_of_bake(tmp_path / "calm")
     stopped = cost.start()
-    while stopped.running and not stopped.lines:
+    while stopped.running and not stopped.progress:  # its first lines may be notices
         stopped.wait(0.1)
     stopped.cancel()
     assert stopped.error == "stopped; what was measured is kept, and the next start goes on from there"
