@@ -12,7 +12,7 @@ BENCHES := $(sort $(wildcard tests/bench/*.py))
 help:
 	@echo "make demo    set up, then the whole way on the default model, into demo/"
 	@echo "make test    set up, lint, then the quick tests"
-	@echo "make test-all    set up, lint, then every test"
+	@echo "make test-all    every test"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   the demo, then every benchmark in tests/bench"
 	@echo "make .venv   set up alone; PYTHON=python3.12 picks the interpreter"
@@ -26,10 +26,9 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not alone'
 
-# All of them in one run, which imports and collects once and makes what a file's tests share once; then, one by one,
-# what needs the whole machine.
-test-all: lint
-	$(BIN)/pytest -n 2 --dist worksteal -m 'not alone'
+# The rest of them; then, one by one, what needs the whole machine.
+test-all: test
+	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not alone'
 	$(BIN)/pytest -m alone $$(grep -rl 'mark\.alone' tests --include='test_*.py')
 
 lint: $(STAMP)
