@@ -328,8 +328,8 @@ def find_taste(
         scorer, a = taste_scorer(name, ballots, replies, topics), found.accuracy
         by_words = chance_auroc(int((ballots.liked >= 0).sum()), int((ballots.disliked >= 0).sum()))
         # Where votes contradict each other nothing predicts many of them, so both have to exceed chance alone.
-        told = [(a.value, 0.5 + a.value - a.low), (scorer.auroc, by_words)]
-        auroc, least = min(told, key=lambda pair: pair[0] - pair[1])
+        measured = [(a.value, 0.5 + a.value - a.low), (scorer.auroc, by_words)]
+        auroc, least = min(measured, key=lambda pair: pair[0] - pair[1])
         direction, said = judged(model, direction, scorer, auroc=auroc, least=least, seed=seed, progress=progress)
         found = replace(found, verdict=said)
     if calibrate:

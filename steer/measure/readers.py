@@ -173,22 +173,20 @@ class LocalReader:
             timed = self.model.steering.timed
         carried = _carried(rows, timed)
         carriers = list(carried)
+        starts = {c: min(rows[i].start for i in carried[c]) for c in carriers}
         read_together = list(batches([rows[c].ids for c in carriers]))
         begun = None
         if len(read_together) > 1 and not timed:
             with self.applied():
-                begun = Beginning.of(
-                    self.model, [rows[c].ids[: min(rows[i].start for i in carried[c])] for c in carriers]
-                )
+                begun = Beginning.of(self.model, [rows[c].ids[: starts[c]] for c in carriers])
         for batch in read_together:
             read_rows = [carriers[b] for b in batch]
-            starts = [min(rows[i].start for i in carried[c]) for c in read_rows]
             with self.applied():
                 # The last token is left out: its prediction is not scored.
                 read = prefill(
                     self.model,
                     [rows[c].ids[:-1] for c in read_rows],
-                    prompts=[rows[c].reply for c in read_rows] if timed else starts,
+                    prompts=[rows[c].reply if timed else starts[c] for c in read_rows],
                     begun=begun,
                 ).hidden
             out = [

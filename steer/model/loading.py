@@ -119,8 +119,10 @@ def release_threads() -> None:
     libgomp lets them sleep after every operation, and a token takes up to half as long again
     (tests/bench/vllm_engine.py). So a thread that hands a model to another one calls this.
     """
+    if sys.platform != "linux":
+        return
     openmp = ctypes.CDLL(torch._C.__file__)  # finds what torch itself is linked with
-    if sys.platform == "linux" and hasattr(openmp, "omp_pause_resource"):
+    if hasattr(openmp, "omp_pause_resource"):
         openmp.omp_pause_resource(1, openmp.omp_get_initial_device())  # 1: settings stay
 
 

@@ -59,12 +59,17 @@ def main(
                         rates[name].append(texts * tokens / (time.perf_counter() - start))
             for name, row in rates.items():
                 engine = name.partition(", ")[0]
-                own = rates.get(f"{engine}, plain", rates[f"{engine}, neutral"])
-                share = statistics.median(a / b for a, b in zip(row, own, strict=True))
+                without = rates.get(f"{engine}, plain", rates[f"{engine}, neutral"])
+                share = statistics.median(a / b for a, b in zip(row, without, strict=True))
                 rate = statistics.median(row)
-                found[f"{name}, {texts}"] = {"tokens_per_second": round(rate, 1), "of_its_own": round(share, 3)}
+                found[f"{name}, {texts}"] = {"tokens_per_second": round(rate, 1), "of_engine_alone": round(share, 3)}
                 if not as_json:
-                    print(f"{name}, {texts}".ljust(32), f"{rate:8.1f} tokens/s", f"{share:6.3f} of its own", flush=True)
+                    print(
+                        f"{name}, {texts}".ljust(32),
+                        f"{rate:8.1f} tokens/s",
+                        f"{share:6.3f} of the engine alone",
+                        flush=True,
+                    )
     if as_json:
         print(json.dumps(found, indent=2))
 

@@ -2,7 +2,7 @@
 
     python tests/bench/llama_cpp.py [--model demo/merged] [--rounds 9] [--tokens 64] [--json]
 
-llama-server (the wheel xllamacpp) is a process of its own, with an F32 GGUF of the model and two ablations as LoRAs; so
+llama-server (the wheel xllamacpp) is another process, with an F32 GGUF of the model and two ablations as LoRAs; so
 is `steer serve` in front of it. Each round asks llama-server for a reply without LoRAs and for one with both, and ours
 for the latter, in a random order. A rate counts the tokens after the first. A figure is the median of a round's rate
 over llama-server's own; the bar is 0.97. What LoRAs cost llama-server itself is shown beside.
@@ -104,7 +104,7 @@ def measure(model: str, folder: Path, rounds: int, tokens: int, threads: int, mi
 
 @contextmanager
 def served(model: str, url: str) -> Iterator[str]:
-    """Yield the address of `steer serve` in front of a llama-server, in a process of its own."""
+    """Yield the address of `steer serve` in front of a llama-server, in another process."""
     steer = str(Path(sys.executable).with_name("steer"))
     command = [steer, "serve", model, "--engine", "llama.cpp", "--url", url, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -117,7 +117,7 @@ def served(model: str, url: str) -> Iterator[str]:
 
 @contextmanager
 def started(model: str, folder: Path, threads: int, slots: int = 1) -> Iterator[tuple[SteeredModel, str]]:
-    """Yield the model, described, and the address of a llama-server in a process of its own. It has the model in F32,
+    """Yield the model, described, and the address of a llama-server in another process. It has the model in F32,
     and two LoRAs that ablate random directions."""
     import torch
 

@@ -90,5 +90,7 @@ def test_what_a_bake_cost_is_measured_beside_its_model_and_a_stop_keeps_what_is_
     parts = {f: f.stat().st_mtime_ns for f in cost.folder.rglob("parts/*")}
     assert 0 < len(done) < len(parts)
     assert done.items() <= parts.items(), "nothing is measured twice"
+    assert cost.start().wait(300)
+    assert {f: f.stat().st_mtime_ns for f in cost.folder.rglob("parts/*")} == parts, "nothing is measured twice"
     assert cost.start(fresh=True).wait(300)
     assert all(f.stat().st_mtime_ns > parts[f] for f in parts)

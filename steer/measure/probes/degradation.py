@@ -71,8 +71,9 @@ def degradation(figures: Sequence[Figure], metric: Metric) -> Degradation | None
 
 
 def _parts(figures: Sequence[Figure], metric: Metric) -> list[list[Figure]]:
-    """The metric's figures of each stretch."""
-    found = _by_turn(figures, metric)
+    """The metric's finite figures that have a turn, in order of turns: those of each stretch."""
+    known = (f for f in figures if f.metric == metric.name and f.turn is not None and np.isfinite(f.value))
+    found = sorted(known, key=lambda f: f.turn or 0)
     size = max(LEAST, -(-len(found) // BUCKETS))
     parts: list[list[Figure]] = []
     for figure in found:
@@ -88,8 +89,10 @@ def _paired(start: Sequence[Figure], now: Sequence[Figure], sign: int, compariso
     """Whether groups that both have are worse now, tested at `LEVEL` corrected for the number of comparisons."""
     before, after = _means(start), _means(now)
     changes = [sign * (after[g] - before[g]) for g in before if g in after]
-    if len(changes) < LEAST or np.ptp(changes) == 0:
-        return len(changes) >= LEAST and changes[0] > 0
+    if len(changes) < LEAST:
+        return False
+    if np.ptp(changes) == 0:  # no spread to test against
+        return changes[0] > 0
     _, p = ttest_1samp(changes, 0, alternative="greater")
     return float(np.asarray(p)) < (1 - LEVEL) / 2 / comparisons
 
@@ -100,12 +103,6 @@ def _means(figures: Sequence[Figure]) -> dict[str, float]:
     for figure in figures:
         groups.setdefault(figure.group or figure.item, []).append(figure.value)
     return {group: float(np.mean(values)) for group, values in groups.items()}
-
-
-def _by_turn(figures: Sequence[Figure], metric: Metric) -> list[Figure]:
-    """The metric's finite figures that have a turn, in order of turns."""
-    found = (f for f in figures if f.metric == metric.name and f.turn is not None and np.isfinite(f.value))
-    return sorted(found, key=lambda f: f.turn or 0)
 
 
 def _change(figures: Sequence[Figure]) -> tuple[int, int, int]:

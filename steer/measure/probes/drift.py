@@ -28,7 +28,7 @@ from steer.measure.probes.probe import (
     Result,
     Size,
 )
-from steer.measure.probes.stories import written
+from steer.measure.probes.stories import exchanged, written
 from steer.measure.probes.words import runs, share, words
 from steer.progress import Advance
 
@@ -51,7 +51,7 @@ class Drift(Probe):
         "Whether the model falls apart as the chat grows: its surprise at fitting replies, what it repeats, and the "
         "other probes, asked late in the chat."
     )
-    own = (
+    by_turn = (
         Metric("surprise", "lower", "perplexity per token of a reply, by turn", exponent=True),
         Metric("repetition", "lower", "share of three-word phrases seen before in the same reply"),
         Metric("copied", "lower", "share of four-word phrases copied from earlier in the chat"),
@@ -62,7 +62,7 @@ class Drift(Probe):
         """`of`: the probes that are asked by turn too, by their headlines, and not in a quick run."""
         self.of = tuple(of)
         headlines = ((probe.name, probe.metrics[0]) for probe in self.of)
-        self.metrics = (*self.own, *(replace(m, name=name, label=f"{m.label} in {name}") for name, m in headlines))
+        self.metrics = (*self.by_turn, *(replace(m, name=name, label=f"{m.label} in {name}") for name, m in headlines))
 
     def plan(self, size: Size) -> Any:
         """Return the chats, at which turns the reader writes to how many of them, how often, and the other probes."""
@@ -97,7 +97,7 @@ class Drift(Probe):
         ):
             out.figures.append(Figure("surprise", f"{number} {turn}", float(-found.mean()), user, turn=turn))
         self._write(out, reader, plan, fits, advance)
-        for number, probe in enumerate(p for p in self.of if p.name in plan["probes"]):
+        for number, probe in enumerate(() if size.quick else self.of):
             self._ask(out, reader, probe, size, plan["chats"][number % len(plan["chats"])], advance)
         if size.quick and self.of:
             out.notes.append("the other probes are asked by turn without --quick")
@@ -107,11 +107,12 @@ class Drift(Probe):
         self, out: Result, reader: Reader, probe: Probe, size: Size, chat: list[list[str]], advance: Advance | None
     ) -> None:
         """Add what another probe finds after some of a chat."""
+        items = probe.items(_few(size)) if isinstance(probe, ForcedChoice) else []
         asked: dict[int, int] = {}
         for turn in LATER:
-            later = cast(Reader, LaterReader(reader, _messages(chat[: turn // 2])))
+            later = cast(Reader, LaterReader(reader, exchanged(chat[: turn // 2])))
             if isinstance(probe, ForcedChoice):
-                found = probe.ask(later, probe.items(_few(size)), advance)
+                found = probe.ask(later, items, advance)
             else:
                 found = probe.run(later, _few(size), advance)
             figures = [f for f in found.figures if f.metric == probe.metrics[0].name]
@@ -187,10 +188,6 @@ def _few(size: Size) -> Size:
     return Size(quick=True, seed=size.seed)
 
 
-def _messages(exchanges: list[list[str]]) -> Chat:
-    return tuple(message for pair in exchanges for message in zip(("user", "assistant"), pair, strict=True))
-
-
 def _chat(exchanges: list[list[str]], user: str) -> Chat:
     """A chat of exchanges that ends with a message of the user."""
-    return (SYSTEM, *_messages(exchanges), ("user", user))
+    return (SYSTEM, *exchanged(exchanges), ("user", user))

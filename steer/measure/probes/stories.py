@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ def written(name: str) -> Any:
 
 def small_talk(rng: random.Random, messages: int) -> Chat:
     """Return an even number of messages about nothing, the user's first."""
-    pairs = rng.sample(written("small_talk"), messages // 2)
-    return tuple(message for user, reply in pairs for message in (("user", user), ("assistant", reply)))
+    return exchanged(rng.sample(written("small_talk"), messages // 2))
+
+
+def exchanged(pairs: Sequence[Sequence[str]]) -> Chat:
+    """Return exchanges, each a message of the user and the reply to it, as a chat."""
+    return tuple(message for pair in pairs for message in zip(("user", "assistant"), pair, strict=True))
 
 
 def narrated(sentences: list[str], at_once: int = 3) -> Chat:

@@ -321,9 +321,8 @@ def test_a_chat_that_does_not_fit_ends_earlier_and_says_so() -> None:
 def forgets(turn: int, probe: Any) -> Program:
     """A reader that knows the answers of a probe, and answers at random once a chat has grown by so many messages."""
     items = probe.items(QUICK)
-    right = {(i.chat[-1], p.text) for i in items for p in [i.passages[i.right]]}
-    lengths = {(i.id, len(i.chat)) for i in items}
-    longest = max(n for _, n in lengths)
+    right = {(i.chat[-1], i.options[i.right]) for i in items}
+    longest = max(len(i.chat) for i in items)
 
     def score(passage: Passage) -> float:
         late = len(passage.chat) >= longest + turn
