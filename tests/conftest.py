@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ from steer.core.direction import Direction
 if TYPE_CHECKING:
     from llama_desk import Desk
     from llama_server import LlamaServer
+
+# A shell that starts the tests in the background makes them, and every program that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WIDTH, BLOCKS, VOCAB = 32, 3, 97
 
