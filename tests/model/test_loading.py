@@ -59,6 +59,43 @@ def test_a_config_that_is_no_object_is_one_line(chat: Path, text: str) -> None:
     assert "\n" not in str(e.value)
 
 
+WRONG = {
+    "config.json": {
+        "hidden_act": "nonsense",
+        "head_dim": 0,
+        "rms_norm_eps": "x",
+        "rope_parameters": "x",
+        "text_config": [1],
+        "architectures": [1],
+        "dtype": "x",
+        "auto_map": 1,
+        "quantization_config": "x",
+    },
+    "generation_config.json": {"eos_token_id": [2, [3]], "pad_token_id": [0], "suppress_tokens": 1},
+    "tokenizer_config.json": {"bos_token": 1, "model_max_length": "x", "added_tokens_decoder": None, "auto_map": []},
+    "special_tokens_map.json": {"eos_token": [1]},
+}
+CASES_OF_WRONG = [(file, key, value) for file, entries in WRONG.items() for key, value in entries.items()]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), CASES_OF_WRONG, ids=[f"{f}-{k}" for f, k, _ in CASES_OF_WRONG])
+def test_a_value_of_another_kind_in_a_settings_file_is_one_line(chat: Path, file: str, key: str, value: object) -> None:
+    path = chat / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {key: value}))
+    with pytest.raises(SteerError) as e:
+        load(chat)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", "{"])
+def test_a_settings_file_of_another_kind_is_one_line(chat: Path, file: str, text: str) -> None:
+    (chat / file).write_text(text)
+    with pytest.raises(CheckpointError) as e:
+        load(chat)
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_of_a_checkpoint_never_runs_whatever_stands_on_stdin(
     chat: Path, file: str, monkeypatch: pytest.MonkeyPatch
