@@ -164,7 +164,9 @@ def transformers_errors(name: str, do: str = "check the name or the files") -> I
     except SteerError:
         raise
     except Exception as e:
-        found = " ".join(str(e).split())[:300] or type(e).__name__
+        found = " ".join(str(e).split())[:300]
+        if not isinstance(e, OSError | ValueError | RuntimeError | ImportError) or not found:  # "'total_size'" alone
+            found = f"{type(e).__name__} {found}"
         raise CheckpointError(f"{name}: transformers cannot load it: {found}; {do}") from e
 
 
