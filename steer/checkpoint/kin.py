@@ -433,6 +433,8 @@ class _Adapter:
         from peft import PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        from steer.checkpoint.adapters import fitting_adapters
+
         if not (adapter / "adapter_model.safetensors").is_file():
             raise CheckpointError(f"{name}: expected adapter_model.safetensors in {adapter}, found none; save it again")
         with transformers_errors(name):
@@ -448,7 +450,8 @@ class _Adapter:
                     zeros = torch.zeros(1, dtype=p.dtype).expand(p.shape)
                     module._parameters[key] = nn.Parameter(zeros, requires_grad=False)
         try:
-            whole: Any = PeftModel.from_pretrained(live, str(adapter), low_cpu_mem_usage=True)
+            with fitting_adapters():
+                whole: Any = PeftModel.from_pretrained(live, str(adapter), low_cpu_mem_usage=True)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(
                 f"{name}: the adapter does not fit the model ({e}); name the one it was made for"
