@@ -7,7 +7,6 @@ raises an error for an argument that it does not know. `loading.py` and `LoadedM
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -121,13 +120,11 @@ def drop_foreign_windows(config: PreTrainedConfig) -> str | None:
     Caches are built for sliding windows wherever a config names some, as a Llama's may that was converted from Mistral.
     The model's masks know of none, so that replies would go wrong once they are longer than the window.
     """
-    reads = {field.name for field in fields(type(config))} if is_dataclass(config) else vars(config).keys()
-    foreign = [key for key in _WINDOWS if getattr(config, key, None) is not None and key not in reads]
-    foreign = [key for key in foreign if not hasattr(type(config), key)]
-    removed = [f"{key} {getattr(config, key)}" for key in foreign]
-    for key in foreign:
+    own = vars(type(config)())
+    removed = {key: value for key in _WINDOWS if (value := vars(config).get(key)) is not None and key not in own}
+    for key in removed:
         setattr(config, key, None)
-    return ", ".join(removed) or None
+    return ", ".join(f"{key} {value}" for key, value in removed.items()) or None
 
 
 _WINDOWS = ("sliding_window", "attention_chunk_size", "layer_types")
