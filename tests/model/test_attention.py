@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -105,9 +104,8 @@ def test_whether_it_fits_a_proved_architecture_is_tried_once(tmp_path: Path, mon
 
 @pytest.mark.slow
 def test_no_architecture_of_transformers_loses_a_window_of_its_own():
-    texts = []
-    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        with suppress(ValueError, AttributeError):  # some wrappers have no default config
-            texts.append(CONFIG_MAPPING[model_type]().get_text_config())
+    made_of_three = {"musicgen", "musicgen_melody"}  # which have no default config
+    types = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - made_of_three
+    texts = [CONFIG_MAPPING[model_type]().get_text_config() for model_type in types]
     assert len(texts) > 170
     assert [t.model_type for t in texts if attention.drop_foreign_windows(t)] == []
