@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
 from steer.checkpoint.anatomy import Anatomy
@@ -32,6 +34,7 @@ from steer.checkpoint.dtypes import announce, computing_in
 from steer.checkpoint.fetch import read_tokenizer, transformers_errors
 from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.proof import cache_file
+from steer.checkpoint.quantised import undeclared
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.tiny import IDS, model_class_of, on_meta, tiny_config, tiny_model, tiny_world
 from steer.errors import CheckpointError, UsageError
@@ -75,6 +78,13 @@ def read_model(
         tokenizer = read_tokenizer(place, name, **code)
         config = AutoConfig.from_pretrained(place, **code, **hub)
         model_class: Any = model_class_of(config) or AutoModelForCausalLM
+        declared = getattr(config, "quantization_config", None)
+        if isinstance(declared, dict) and not AutoHfQuantizer.supports_quant_method(declared):
+            # transformers would take the quantised numbers for weights
+            raise CheckpointError(
+                f"{name}: config.json: expected a quant_method that transformers {transformers.__version__} knows, "
+                f"found {declared.get('quant_method')!r}; update transformers, or fetch the weights without it"
+            )
         if more.get("attn_implementation") == attention.NAME and not _grouped_attention_fits(config, model_class):
             more = more | {"attn_implementation": "eager"}
         loaded: Any = model_class.from_pretrained(
@@ -183,13 +193,18 @@ def _tried_grouped_attention(config: PreTrainedConfig, model_class: Any) -> bool
 
 
 def _check_blocks(place: Path, name: str) -> None:
-    """Raise CheckpointError for a config with more blocks than the files hold, before transformers builds that many."""
+    """Raise CheckpointError for a config with more blocks than the files hold, before transformers builds that many,
+    and for one that does not say that the weights are quantised."""
     files = CheckpointFiles.open(place)
     anatomy = Anatomy.of(files.config, name)
     if files.tensors and not anatomy.has_block(anatomy.blocks - 1, files.tensors):
         raise CheckpointError(
             f"{name}: config.json says {anatomy.blocks} blocks, found none with number {anatomy.blocks - 1} in the "
             "files; fetch the model again"
+        )
+    if found := undeclared(files.config, files.tensors):
+        raise CheckpointError(
+            f"{name}: expected a quantization_config in config.json, as {found}, found none; fetch the model again"
         )
 
 

@@ -59,6 +59,37 @@ def test_a_config_that_is_no_object_is_one_line(chat: Path, text: str) -> None:
     assert "\n" not in str(e.value)
 
 
+def _as_integers(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (tensors[name] * 100).to(torch.int8)
+
+
+def _with_scales(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (tensors[name] * 4).to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.full((1, 1), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(_as_integers, "up_proj.weight is stored as I8"), (_with_scales, "it has a tensor .*up_proj.weight_scale_inv")],
+)
+def test_quantised_weights_that_the_config_does_not_declare_are_never_taken_for_numbers(
+    chat: Path, change: Callable[[dict[str, torch.Tensor]], None], found: str
+) -> None:
+    file = chat / "model.safetensors"
+    change(tensors := load_file(file))
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"expected a quantization_config in config.json, as .*{found}"):
+        load(chat)
+
+
+def test_a_quantiser_that_transformers_does_not_know_is_refused(chat: Path, change_config: Callable[..., None]) -> None:
+    change_config(chat, quantization_config={"quant_method": "next-year"})
+    with pytest.raises(CheckpointError, match=r"expected a quant_method that transformers .* knows, found 'next-year'"):
+        load(chat)
+
+
 WRONG = {
     "config.json": {
         "hidden_act": "nonsense",
