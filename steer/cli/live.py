@@ -97,7 +97,9 @@ def chat(
         session.sliders[name] = amount
     from steer.chat.terminal import run_chat
 
-    run_chat(session)
+    answered = run_chat(session)
+    if not answered and not sys.stdin.isatty():
+        raise typer.Exit(1)  # a script cannot tell a mistake's line from a reply
 
 
 def _session(
