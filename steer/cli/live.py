@@ -29,6 +29,7 @@ from steer.cli.common import (
     unicode_option,
 )
 from steer.errors import UsageError
+from steer.files import check_writable
 from steer.plain_text import plain_line
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def calibrate(
     from steer.core.profile import Profile
 
     given = Profile.load(profile)
+    check_writable(out or profile)
     from steer.measure.calibrate import Limits, expected_tokens
     from steer.measure.calibrate import calibrate as run
     from steer.model.steered import load
