@@ -49,8 +49,8 @@ _UNLISTED = re.compile(r"L\d+/\d+|.+:[a-z]+")
 """Names of sliders that can be moved though they are not listed: a latent of a dictionary, or another operation."""
 
 
-def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console | None = None) -> None:
-    """Run a chat until /quit or the end of input.
+def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console | None = None) -> bool:
+    """Run a chat until /quit or the end of input. Return whether every line was answered without a mistake.
 
     Lines are read from `stdin` (default: sys.stdin) and all output goes to `console` (default: stdout). A user's
     mistake is answered in one line, and the chat goes on.
@@ -61,7 +61,9 @@ def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console 
     if isinstance(lines, TextIOWrapper):
         # Bytes that are not UTF-8 would end the chat, so they are read as lone surrogates, which `read` reports.
         lines.reconfigure(errors="surrogateescape")
-    _Terminal(session, lines, console or Console()).run()
+    terminal = _Terminal(session, lines, console or Console())
+    terminal.run()
+    return not terminal.mistakes
 
 
 class _Quit(Exception):
@@ -72,6 +74,7 @@ class _Terminal:
     def __init__(self, session: Session, stdin: TextIO, console: Console) -> None:
         self.session, self.stdin, self.console = session, stdin, console
         self.interactive = stdin.isatty()
+        self.mistakes = 0
         self.commands = {
             "help": lambda: self.say(HELP),
             "sliders": self.show_sliders,
@@ -130,6 +133,7 @@ class _Terminal:
             elif line:
                 self.reply(line)
         except SteerError as e:
+            self.mistakes += 1
             self.say(str(e), style="red")
 
     def reply(self, text: str) -> None:
