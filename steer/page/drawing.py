@@ -72,8 +72,8 @@ _KEEP_FOCUS = """
   window.steerDrawn = true;
 </script>
 """
-"""A page with a chat input at its bottom is another element to Streamlit than one without: whoever chooses the part
-"Chat", or another after it, gets a new page, and the focus is nowhere. This puts it on the chosen part, where it was."""
+"""A page with a chat input at its bottom is another element to Streamlit than one without: who chooses the part "Chat",
+or another after it, gets a new page, and the focus is nowhere. This puts it on the chosen part, where it was."""
 _LEVELS = {"fine": "rgba(60,160,90,.85)", "near": "rgba(230,160,30,.9)", "over": "rgba(220,60,60,.9)"}
 _CONTEXT = ("rgba(80,120,220,.85)", "rgba(150,90,200,.85)", "rgba(60,160,90,.85)", "rgba(230,160,30,.6)")
 """Colours of the parts of a context."""
