@@ -34,6 +34,9 @@ def draw(chat: Chat) -> None:
 
 def _rows(chat: Chat) -> None:
     rows = chat.panel.rows()
+    if chat.backend.finds:
+        with st.container(horizontal=True):
+            button("New slider", new_slider.open_dialog, "add", help="Make one from two sentences that you write")
     if not rows:
         named = chat.backend.name.replace("`", "")
         st.info(f"No trait is known for this model yet. Make your own slider, or `steer find {named} moralizing`.")
@@ -51,9 +54,6 @@ def _rows(chat: Chat) -> None:
                     with st.container(key=f"slider{number}"):
                         _row(chat, row)
     rails(rail(f"slider{number}", row.low, row.high, row.safe) for number, row in numbered)
-    if chat.backend.finds:
-        with st.container(horizontal=True):
-            button("New slider", new_slider.open_dialog, "add", help="Make one from two sentences that you write")
 
 
 def _budgets(chat: Chat) -> None:
