@@ -239,7 +239,7 @@ def make_dictionary(kind: str = "jumprelu", *, seed: int = 0, site: int = 1, nor
 
 
 def close_directions(site: int = 1, n: int = 4, seed: int = 3, spread: float = 0.7) -> list[Direction]:
-    """Directions around one another, far from orthogonal, each with statistics of its own."""
+    """Directions around one another, far from orthogonal, each with different statistics."""
     g = torch.Generator().manual_seed(seed)
     base = torch.randn(32, generator=g)
     out = []

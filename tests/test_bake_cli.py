@@ -103,7 +103,7 @@ def test_every_form_is_written_verified_and_has_a_card_that_a_hub_accepts(
 
 
 @pytest.mark.parametrize(("form", "found"), [("checkpoint", "7 of 7 writers edited"), ("adapter", "7 of 7 writers")])
-def test_the_plan_is_told_before_the_result(steer: Command, form: str, found: str) -> None:
+def test_the_plan_is_reported_before_the_result(steer: Command, form: str, found: str) -> None:
     out = steer("bake", "model", "out", "--ablate", "moral", "--as", form).out
     assert out.index("coverage: 7 of 7 writers") < out.index(f"out: {found}")
     assert "LlamaForCausalLM, 3 blocks, residual width 32" in out
@@ -118,9 +118,11 @@ def test_json_holds_the_plan_and_names_what_was_written(steer: Command) -> None:
 def test_kernels_and_strengths_reach_the_weights(steer: Command, folder: Path) -> None:
     steer("bake", "model", "out", *FORMS["kernels"])
     cert = Certificate.load(folder / "out")
-    told = {(w.kind, w.block): w.strength for w in cert.writers}
+    strengths = {(w.kind, w.block): w.strength for w in cert.writers}
     kernel = Kernel(1, 2, 0.1, 0.8)
-    assert told == {("attention", b): kernel.at(b) for b in range(BLOCKS)} | {("mlp", b): 0.5 for b in range(BLOCKS)}
+    assert strengths == {("attention", b): kernel.at(b) for b in range(BLOCKS)} | {
+        ("mlp", b): 0.5 for b in range(BLOCKS)
+    }
     assert all(w.remaining == pytest.approx(1 - w.strength, abs=0.02) for w in cert.writers)
     assert "attention 0.8 at block 1, down to 0.1 in 2 blocks, mlp 0.5" in (folder / "out" / "README.md").read_text()
 
@@ -190,9 +192,9 @@ def test_a_profile_that_cannot_be_baked_says_so_of_every_slider_at_once_and_writ
     assert (said.code, said.out) == (1, "")
     assert said.err.count("\n") == 1
     assert "profile 'noir': 4 of 5 sliders cannot be baked" in said.err
-    for told in ("(clamp): clamp depends", "(add): it acts on some tokens only", "(scale): scale depends",
+    for reason in ("(clamp): clamp depends", "(add): it acts on some tokens only", "(scale): scale depends",
                  "(cap): cap depends"):  # fmt: skip
-        assert told in said.err
+        assert reason in said.err
     assert not (folder / "out").exists()
 
 

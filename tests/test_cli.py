@@ -275,7 +275,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 ) -> None:
     make_direction().save(folder / "d.safetensors")
     (folder / "small").mkdir()
-    # A mount namespace of its own: needs no root where users may have one, and goes with the process.
+    # A separate mount namespace: needs no root where users may have one, and goes with the process.
     inside = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
     mount = "mount -t tmpfs -o size=64k tmpfs small"
     if subprocess.run([*inside, mount], capture_output=True).returncode:
@@ -397,7 +397,7 @@ def test_a_bake_knows_the_command_that_made_it(folder: Path, steer: Command, mak
     assert certificate["command"] == "steer bake a baked --ablate d.safetensors --strength 0.5"
 
 
-def test_a_card_and_lorebooks_are_read_before_the_model_and_told_of(
+def test_a_card_and_lorebooks_are_read_before_the_model_and_reported(
     steer: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = [{"keys": ["truth"], "content": "ba", "name": "sea"}]

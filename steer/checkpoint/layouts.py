@@ -31,7 +31,7 @@ class Part:
     stacked: bool = False
     """Whether one tensor holds all experts, `[experts, ...]`."""
     adaptable: bool = True
-    """Whether peft can change it. Experts `[in, out]` of a module that does not say so it takes for their transpose."""
+    """Whether peft can change it. It takes experts `[in, out]` for `[out, in]` where no flag says otherwise."""
     live: str | None = None
     """The live parameter below the block, where it has another name: one for all experts, if they are stored one by
     one."""

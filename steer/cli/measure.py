@@ -33,7 +33,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the items and the replies.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
     damage: Annotated[
-        bool, typer.Option("--damage", help="Also damage the model on purpose: a probe that does not notice says so.")
+        bool, typer.Option("--damage", help="Also damage the model on purpose: probes that miss it are reported.")
     ] = False,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Join two results, A.json B.json, in place of measuring.")

@@ -140,7 +140,7 @@ class Trait:
 
         Without `opposite` the replies under no instruction are the other side. `name` is by default made of the
         sentence's words.
-        Errors: UsageError for a sentence that is blank or a trait's name, and for a name that is none or a shipped
+        Errors: UsageError for a sentence that is blank or a trait's name, and for an invalid name or a shipped
         trait's; SteerError for the same sentence twice.
 
             rhymes = steer.Trait.from_sentences("You answer in rhyming couplets.", "You answer in plain prose.")

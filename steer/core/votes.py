@@ -131,7 +131,7 @@ def usable_votes(votes: str | Path | Sequence[Vote]) -> list[Vote]:
     """Return the votes that prefer something, of a file or of a list.
 
     Errors: UsageError for votes that no direction can be made of: fewer than `LEAST`, on fewer messages than
-    `LEAST_MESSAGES`, or all for or all against; SteerError for a file that is none of votes.
+    `LEAST_MESSAGES`, or all for or all against; SteerError for a file that does not hold votes.
     """
     of_file = isinstance(votes, str | Path)
     usable, where = counted(read_votes(Path(votes)) if of_file else votes), str(votes) if of_file else "votes"

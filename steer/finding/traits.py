@@ -64,7 +64,7 @@ class FoundDirection:
         return chance_auroc(shown, hidden)
 
     def check(self) -> None:
-        """Check that scorer and direction tell held-out replies under the two instructions apart.
+        """Check that scorer and direction distinguish held-out replies under the two instructions.
 
         Errors: TraitNotFoundError if either AUROC is within two standard errors (Mann-Whitney) of chance.
         """

@@ -61,7 +61,7 @@ UNLIKELY = 0.01
 FREE = 0.8
 """Share of the free memory that another model may take."""
 PATIENCE = 0.5
-"""Seconds after which a pair that tells less, whose replies are there, is shown in place of the best pair."""
+"""Seconds after which a less informative pair, whose replies are written, is shown in place of the best pair."""
 TURNS = 8
 """Votes after which a scene ends and another begins."""
 ALIKE = 3

@@ -178,7 +178,7 @@ class Lineage:
         return {node.id: node for generation in self.generations for node in generation.nodes}
 
     def node(self, name: str) -> Node:
-        """Return the node of that id. Errors: UsageError, with the ids that there are."""
+        """Return the node of that id. Errors: UsageError, with the known ids."""
         nodes = self.nodes
         if name not in nodes:
             raise UsageError(f"{self.place}: expected a node, one of {', '.join(nodes)}, found {name!r}")

@@ -105,8 +105,8 @@ class EndpointReader:
         """`url`: the address, with or without /v1. `name`: one of its models, by default the first. `tokenizer`: of the
         same model; without it no text can be scored. `label`: the arm's name. `timeout`: seconds for one answer.
 
-        Errors: UsageError for a timeout that is none, SteerError for an address that is none, UnreachableError if
-        nothing answers.
+        Errors: UsageError for an invalid timeout, SteerError for an invalid address, UnreachableError if nothing
+        answers.
         """
         if not 0 < timeout <= LONGEST:  # nan neither
             raise UsageError(f"timeout: expected seconds above 0 and at most {LONGEST:g}, found {timeout:g}; mend it")

@@ -27,7 +27,7 @@ class GrowingLayer(DynamicLayer):
     """One block's keys and values: views of larger buffers, which are copied once every `ahead` tokens.
 
     Each copy leaves a hole that the next, larger buffer does not fit: with 64 tokens at a time and replies of 96, twice
-    the memory of the keys and values themselves. Whoever knows how many tokens will follow says so.
+    the memory of the keys and values themselves. A caller that knows how many tokens will follow passes `ahead`.
     """
 
     def __init__(self, ahead: int = STEP) -> None:

@@ -160,7 +160,7 @@ def checkpoint_dir(source: str | Path) -> Path:
 def _profile_edit(
     place: Path, sketch: Sketch, profile: Profile | str | Path, form: Form, force: bool, say: Say
 ) -> Edit:
-    """Return the effect of a profile's sliders as an edit, after telling `say` how each of them is baked.
+    """Return the effect of a profile's sliders as an edit. `say` is called with a line on how each of them is baked.
 
     Errors: UsageError for a name that the checkpoint does not have or a profile that moves nothing, MismatchError for a
     direction of another checkpoint unless `force`, UnsupportedError naming every slider that cannot be baked.

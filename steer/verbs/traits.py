@@ -1,4 +1,4 @@
-"""`steer traits`: the shelf of traits that ship, one trait in full, and a file to write one's own in."""
+"""`steer traits`: the traits that ship, one trait in full, and a file to write a new one in."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _on_pool(trait: Trait) -> bool:
 def new_trait(name: str, out: Path | None = None) -> Path:
     """Write a commented trait file to edit, `out` or NAME.yaml, and return its path. It can be used as it is.
 
-    Errors: UsageError for a name that is none, or a shipped trait's, and for a file that is not YAML by its name;
+    Errors: UsageError for an invalid name, or a shipped trait's, and for a file that does not end in .yaml or .yml;
     SteerError for a file that exists.
     """
     if check_name(name, "NAME") in shipped_traits():

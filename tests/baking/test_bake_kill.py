@@ -269,10 +269,10 @@ def _kept(left: Left) -> set[str]:
 
 
 def test_finished_shards_are_not_written_again(left: Left, sharded: Path, whole: Path, ablation: Edit) -> None:
-    told: list[tuple[int, int]] = []
-    bake(sharded, left[0], ablation, command=COMMAND, progress=lambda done, total: told.append((done, total)))
+    counts: list[tuple[int, int]] = []
+    bake(sharded, left[0], ablation, command=COMMAND, progress=lambda done, total: counts.append((done, total)))
     assert _kept(left) == set(left[2])
-    assert told[-1][0] == told[-1][1]
+    assert counts[-1][0] == counts[-1][1]
     _same(left[0], whole)
 
 
@@ -325,7 +325,7 @@ def test_a_source_that_was_touched_starts_anew(left: Left, sharded: Path, ablati
     _same(left[0], whole)
 
 
-def test_fingerprints_tell_the_last_bit(ablation: Edit) -> None:
+def test_fingerprints_differ_in_the_last_bit(ablation: Edit) -> None:
     (d,) = ablation.ablate
     vector = d.vector.clone()
     vector[3] += torch.finfo(torch.float32).eps * vector[3].abs()

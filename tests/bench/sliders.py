@@ -150,7 +150,7 @@ def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[
     added = vector.to(live.device, live.hf.dtype)
     shared = {id(tensor): tensor for tensor in (*live.hf.parameters(), *live.hf.buffers())}
     for name, peer in {"bare hook": bare_hook, **peers}.items():
-        # The same weights under modules of its own: what a peer leaves on them is no one else's burden.
+        # The same weights under separate modules, so that what a peer leaves on them slows no other.
         own = SteeredModel(copy.deepcopy(live.hf, dict(shared)), live.tokenizer, name)
         for label, where in (("one site", [site]), ("all sites", sites)):
             out[f"{name}, {label}"] = Contestant(own, peer(own.hf, where, added))

@@ -302,7 +302,7 @@ def test_models_that_fit_have_no_mismatch(family: Path) -> None:
     assert mismatches([family / "tune", family / "other"], family / "base") == []
 
 
-def test_other_vocabularies_are_told_and_their_common_rows_compared(family: Path, tmp_path: Path) -> None:
+def test_other_vocabularies_are_reported_and_their_common_rows_compared(family: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(family, work)
     tensors = weights(work / "tune")
@@ -317,7 +317,7 @@ def test_other_vocabularies_are_told_and_their_common_rows_compared(family: Path
     assert kin_of(work, "longer", "tune").cosines[0, 1] == pytest.approx(1, abs=1e-6)
 
 
-def test_other_tokens_and_special_tokens_are_told(family: Path, tmp_path: Path) -> None:
+def test_other_tokens_and_special_tokens_are_reported(family: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(family, work)
     tokenizer = work / "tune" / "tokenizer.json"
@@ -337,7 +337,7 @@ def test_other_tokens_and_special_tokens_are_told(family: Path, tmp_path: Path) 
     assert not [line for line in lines if line.startswith(str(work / "other"))]
 
 
-def test_another_size_or_architecture_is_told_before_it_is_refused(
+def test_another_size_or_architecture_is_reported_before_it_is_refused(
     family: Path, tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
     wide = save_tiny_chat(tiny_llama, tmp_path / "wide", hidden_size=48)
@@ -353,7 +353,7 @@ def test_another_size_or_architecture_is_told_before_it_is_refused(
     assert "is a mistral, the base" in mismatches([mistral], family / "base")[0]
 
 
-def test_a_model_without_a_tokenizer_is_told(family: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_reported(family: Path, tmp_path: Path) -> None:
     shutil.copytree(family / "tune", tmp_path / "bare")
     for file in (tmp_path / "bare").glob("*token*"):
         file.unlink()

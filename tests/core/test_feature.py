@@ -117,9 +117,9 @@ def test_two_moves_that_read_one_latent_are_refused_and_adds_are_not(dictionary)
         Edit(moves=(Intervention(one, "clamp", 1.0), Intervention(other, "ablate", 1.0)))
 
 
-def test_an_edit_tells_its_moves(pair):
+def test_an_edit_shows_its_moves(pair):
     edit = Edit(moves=(Intervention(pair, "add", -2.0),))
-    (told,) = edit.describe()["moves"]
-    assert (told["name"], told["latents"], told["operation"], told["amount"]) == ("pair", [0, 1], "add", -2.0)
-    assert told["share_of_residual_norm"] == 1.0
+    (move,) = edit.describe()["moves"]
+    assert (move["name"], move["latents"], move["operation"], move["amount"]) == ("pair", [0, 1], "add", -2.0)
+    assert move["share_of_residual_norm"] == 1.0
     assert "moves" not in Edit((pair.direction,)).describe()

@@ -32,7 +32,7 @@ LATE = replace(close_directions(site=2, n=1, seed=8)[0], name="late")
         (Schedule(after=1, ramp=2, first=4), [0, 0, 0, 0.5, 1, 1, 0]),
     ],
 )
-def test_the_share_that_acts_is_told_by_the_reply_token_that_is_written(when, shares):
+def test_the_share_that_acts_is_reported_by_the_reply_token_that_is_written(when, shares):
     index = torch.arange(-2, 5)
     window, x = ReplyWindow(torch.tensor(when.window, dtype=torch.float64).view(4, 1, 1, 1)), torch.zeros(1).double()
     assert window.share(ForwardContext(index=index[None]), x).flatten().tolist() == shares

@@ -131,7 +131,7 @@ def test_latents_are_ordered_by_score_and_take_their_unit_from_the_labels(found:
             assert t.unit == pytest.approx(0.5 + t.index / 8)
 
 
-def test_a_sliders_auroc_is_told_in_its_own_sense(found: FoundFeatures) -> None:
+def test_a_sliders_auroc_is_given_in_the_direction_of_the_slider(found: FoundFeatures) -> None:
     row = found.sliders[0]
     (top,) = (t for t in found.top if [t.index] == row["latents"])
     assert row["auroc"] == pytest.approx(top.auroc if top.sign > 0 else 1 - top.auroc, abs=1e-4)

@@ -112,7 +112,7 @@ def test_a_discarded_checkpoint_is_made_again_with_the_same_bytes(family: Path, 
     stamp = lineage.model("0").stat().st_mtime_ns
     checkpoint(lineage, "0")
     assert lineage.model("0").stat().st_mtime_ns == stamp
-    assert torch.initial_seed() == 5  # a merge draws random numbers of its own
+    assert torch.initial_seed() == 5  # a merge draws random numbers from a separate generator
 
 
 def test_a_model_that_changed_since_is_named_and_no_checkpoint_is_left(family: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_two_processes_do_not_build_at_once(lineage: Lineage) -> None:
         pass
 
 
-def test_a_disk_without_room_is_told_before_the_merge_and_nothing_is_lost(
+def test_a_disk_without_room_is_reported_before_the_merge_and_nothing_is_lost(
     lineage: Lineage, family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(lineage.place)

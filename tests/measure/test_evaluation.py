@@ -1,4 +1,4 @@
-"""steer eval: the same items for every arm, paired; killed runs go on; damage is told; results join or are refused."""
+"""steer eval: the same items for every arm, paired; killed runs continue; damage is detected; results join."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_probe_that_moves_for_no_damaged_arm_says_so_with_its_chance(tmp_path:
     assert result["probes"][0]["signal"]["line"] == "whole is no better than chance at this size; chance is 0.5"
 
 
-def test_damage_that_no_arm_shows_alone_may_be_told_from_all_of_them_together(tmp_path: Path) -> None:
+def test_damage_that_no_arm_shows_alone_may_be_detected_from_all_of_them_together(tmp_path: Path) -> None:
     # Twelve probes each with their headline: a p-value has to be below 0.004 for an arm to have moved.
     def damaged(number: int, shift: float) -> ProgramArm:
         def weigh(passage: Passage) -> float:

@@ -249,8 +249,8 @@ def test_load_takes_a_template_by_name_file_or_variable(
     monkeypatch.setenv("STEER_CHAT_TEMPLATE", str(file))
     assert text_of(load(place), [A]) == "A|"
     file.write_bytes(b"\xff")
-    for wrong, told in ((str(tmp_path), "could not be read"), (str(file), "UTF-8"), ("chatlm", "found neither")):
-        with pytest.raises(UsageError, match=told) as e:
+    for wrong, says in ((str(tmp_path), "could not be read"), (str(file), "UTF-8"), ("chatlm", "found neither")):
+        with pytest.raises(UsageError, match=says) as e:
             load(place, chat_template=wrong)
         assert "\n" not in str(e.value)
         assert str(e.value).startswith(f"--chat-template {wrong}: ")

@@ -303,7 +303,7 @@ Keep = Callable[..., Path]
 
 @pytest.fixture
 def keep(chat_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keep:
-    """Puts a dictionary where the library finds it, under a STEER_HOME of its own."""
+    """Puts a dictionary where the library finds it, under a separate STEER_HOME."""
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
     (tmp_path / "shipped").mkdir()
     monkeypatch.setattr(library, "DICTIONARIES", tmp_path / "shipped")
@@ -369,7 +369,7 @@ def test_a_dictionary_of_another_checkpoint_is_not_known(model, keep, tiny_llama
     assert model.sliders.known() == {}
 
 
-def test_what_there_is_can_be_told_from_the_manifests_alone(model, keep):
+def test_the_manifests_alone_list_the_dictionaries(model, keep):
     place = keep(make())
     (place / "sae_weights.safetensors").write_bytes(b"")
     assert list(dictionaries_of(model.sketch())) == ["tiny"]
@@ -411,10 +411,10 @@ def test_one_broken_file_among_many_stops_nobody(model, keep, chat_checkpoint, m
         cases[other] = str(other)
     with pytest.warns(SkippedWarning) as caught:
         assert list(model.sliders.known()) == ["good", "preach", "sum"]
-    told = [str(w.message) for w in caught]
-    assert len(told) == len(cases)
+    lines = [str(w.message) for w in caught]
+    assert len(lines) == len(cases)
     for name in cases.values():
-        assert sum(name in text for text in told) == 1
+        assert sum(name in text for text in lines) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.sliders["good"] = 1.0

@@ -84,7 +84,7 @@ def test_a_slider_that_moved_acts_from_here_on_and_what_was_read_stays_as_it_was
     read = len(FIRST) + len(made) - 1
     second = [*FIRST, *made, 2, 4, 31, 5]
     tokens, logits = reply(exact_endless, second, AFTER, memory)
-    # The reference: each token under the sliders, and in the reply, of its own moment.
+    # The reference: each token under the sliders, and in the reply under those of that moment.
     old = Slow(exact_endless, lambda t: BEFORE.as_moves(), len(FIRST))
     new = Slow(exact_endless, lambda t: AFTER.as_moves(), len(second))
     mixed = _Mixed(exact_endless, lambda t: (), 0)
@@ -98,7 +98,7 @@ def test_a_slider_that_moved_acts_from_here_on_and_what_was_read_stays_as_it_was
 
 
 class _Mixed(Slow):
-    """Tokens of several replies, each under the moves and the prompt of its own."""
+    """Tokens of several replies, each under the moves and the prompt of its reply."""
 
     parts: Callable[[int], Slow]
 

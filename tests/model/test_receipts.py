@@ -75,7 +75,7 @@ def wanted(model: SteeredModel, prompt: list[int], reply: list[int], moves: list
     return out
 
 
-def told(receipt: Receipt) -> dict[tuple, tuple]:
+def figures(receipt: Receipt) -> dict[tuple, tuple]:
     out = {(s.name, s.operation, s.amount): (s.tokens, s.mean_share) for s in receipt.sliders}
     assert len(out) == len(receipt.sliders)
     return out
@@ -92,7 +92,7 @@ def test_tokens_and_shares_are_those_of_the_definitions(exact_endless, name):
     receipt = tally.receipt()
     assert receipt.tokens == len(PROMPTS[0]) + len(reply) - 1
     account = wanted(exact_endless, PROMPTS[0], reply, moves)
-    assert told(receipt) == approx(account)
+    assert figures(receipt) == approx(account)
     assert any(n > 0 for n, _ in account.values())
     assert len(receipt.warnings) == sum(n == 0 for n, _ in account.values())
 
@@ -105,24 +105,24 @@ def test_every_text_of_a_batch_has_its_own_receipt_and_padding_counts_for_none(e
     for i, moves in enumerate(each):
         receipt = tally.receipt(i)
         assert receipt.tokens == len(prompts[i]) + len(replies[i]) - 1
-        assert told(receipt) == approx(wanted(exact_endless, prompts[i], replies[i], moves or []))
+        assert figures(receipt) == approx(wanted(exact_endless, prompts[i], replies[i], moves or []))
 
 
-def test_an_ablation_is_told_once_whatever_writers_another_row_ablates(exact_endless, make_direction):
+def test_an_ablation_is_reported_once_whatever_writers_another_row_ablates(exact_endless, make_direction):
     everywhere = Edit((make_direction("one"),))
     somewhere = Edit((make_direction("one"),), 0.5, (1, 1))
     together, alone = Tally(), Tally()
     written(exact_endless, PROMPTS[:2], [everywhere, somewhere], together)
     written(exact_endless, PROMPTS[:1], [everywhere], alone)
-    assert told(together.receipt(0)) == approx(told(alone.receipt(0)))
+    assert figures(together.receipt(0)) == approx(figures(alone.receipt(0)))
     assert together.receipt(0).sliders[0].tokens == together.receipt(0).tokens
 
 
-def test_one_edit_for_a_whole_batch_is_told_to_each_text(exact_endless):
+def test_one_edit_for_a_whole_batch_is_reported_for_each_text(exact_endless):
     tally, moves = Tally(), MOVES["everything"]
     replies = written(exact_endless, PROMPTS, [Edit.of(moves)], tally)
     for i, (prompt, reply) in enumerate(zip(PROMPTS, replies, strict=True)):
-        assert told(tally.receipt(i)) == approx(wanted(exact_endless, prompt, reply, moves))
+        assert figures(tally.receipt(i)) == approx(wanted(exact_endless, prompt, reply, moves))
 
 
 @torch.inference_mode()
@@ -148,7 +148,7 @@ def test_texts_packed_into_one_have_their_own_receipts(exact_endless):
         receipt = tally.receipt(i + 10)
         assert receipt.tokens == len(text)
         reference = wanted(exact_endless, text[: prompts[i]], [*text[prompts[i] :], 0], MOVES[names[i]])
-        assert told(receipt) == approx(reference)
+        assert figures(receipt) == approx(reference)
 
 
 NEVER = {
@@ -183,7 +183,7 @@ def test_a_session_warns_of_a_slider_that_its_last_reply_never_met(model):
     assert [s.tokens for r in session.receipts for s in r.sliders] == [0, 3]
 
 
-def test_sliders_on_one_direction_are_told_apart_by_name_and_by_what_they_do(exact_endless):
+def test_sliders_on_one_direction_are_distinguished_by_name_and_by_what_they_do(exact_endless):
     tally = Tally()
     moves = [
         Intervention(D[0], "add", 1.0),
@@ -194,10 +194,10 @@ def test_sliders_on_one_direction_are_told_apart_by_name_and_by_what_they_do(exa
         Intervention(D[1], "clamp", 0.7, Schedule(after=3)),
     ]
     reply = written(exact_endless, PROMPTS[:1], [Edit.of(moves)], tally)[0]
-    assert told(tally.receipt()) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
+    assert figures(tally.receipt()) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
 
 
-def test_a_slider_that_moves_in_mid_reply_is_told_by_its_last_amount_and_all_of_its_tokens(exact_endless):
+def test_a_slider_that_moves_in_mid_reply_is_reported_by_its_last_amount_and_all_of_its_tokens(exact_endless):
     tally, amounts = Tally(), [0.5, 0.5, 1.0, 0.0, 2.0]
     exact_endless.steering.set([Edit.of([Intervention(D[0], "add", amounts[0])])])
     steps = decode(exact_endless, PROMPTS[:1], GREEDY, tally=tally)
@@ -219,7 +219,7 @@ def test_many_passes_are_summed_up_on_the_way(exact_endless, monkeypatch):
     assert len(tally._pending) <= 3 + len(moves)
     first, again = tally.receipt(), tally.receipt()
     assert first == again
-    assert told(first) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
+    assert figures(first) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
 
 
 def test_a_share_of_an_unknown_norm_is_not_known(exact_endless):

@@ -259,13 +259,13 @@ def test_changing_what_is_timed_registers_no_hook_and_ends_with_none(model, mora
 def test_after_an_exception_in_a_timed_pass_no_hook_is_left_and_nothing_is_remembered(model, moral):
     edit = Edit.of([Intervention(moral, "clamp", 0.1, Schedule("reply", gate=Gate(moral, above=-9.0)))])
     plain = model.hf(input_ids=torch.tensor([PROMPTS[0]])).logits
-    told = ForwardContext(index=torch.zeros(1, 1, dtype=torch.long))
-    with pytest.raises(IndexError), model.steering.applied([edit]), model.steering.passing(told):
+    context = ForwardContext(index=torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(IndexError), model.steering.applied([edit]), model.steering.passing(context):
         model.hf(input_ids=torch.tensor([[10**6]]))
     with pytest.raises(IndexError), model.steering.applied([edit]):
         model.hf(input_ids=torch.tensor([[10**6]]))
     assert hooks_on(model) == 0
-    assert model.steering.text is not told
+    assert model.steering.text is not context
     assert torch.equal(model.hf(input_ids=torch.tensor([PROMPTS[0]])).logits, plain)
     assert model.steering.lock.acquire(blocking=False)
     model.steering.lock.release()

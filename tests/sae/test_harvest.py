@@ -184,15 +184,15 @@ def test_a_killed_harvest_goes_on_and_ends_in_the_same_bytes(
     finished = [shard["tokens"] for shard in json.loads((out / PARTIAL).read_text())["shards"]]
     assert len(finished) == 0 if after == 1 else len(finished) >= 2
     assert all(n >= 200 for n in finished)
-    told: list[int] = []
+    progress: list[int] = []
 
     @contextmanager
     def listening(*_: object) -> Iterator[Callable[[int], None]]:
-        yield told.append
+        yield progress.append
 
     again = run(model, text, out, progress=listening)
-    assert told[0] == sum(finished)
-    assert sum(told) == again.tokens
+    assert progress[0] == sum(finished)
+    assert sum(progress) == again.tokens
     model_name = {"checkpoint": again.manifest["checkpoint"]}
     assert again.manifest == made.manifest | model_name
     ours, theirs = contents(out), contents(made.place)

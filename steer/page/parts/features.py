@@ -50,7 +50,7 @@ def draw(chat: Chat) -> None:
 def _useful(chat: Chat, index: FeatureIndex) -> None:
     """Draw the features to begin with: those of traits, and those that fire on the chat's last reply."""
     said = [m.text for m in chat.path() if m.text.strip()]
-    st.caption("Those that tell a trait" + (" and, below, those of this chat's last message:" if said else ":"))
+    st.caption("Features that indicate a trait" + (" and, below, those of this chat's last message:" if said else ":"))
     of_traits = index.search(limit=BEGIN)
     _cards(chat, of_traits)
     if said:

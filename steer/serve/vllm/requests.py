@@ -51,7 +51,7 @@ def edit_of(place: str, text: str) -> Edit | None:
     """The edit that a request asks for on the checkpoint at `place`; equal texts give the same edit.
 
     Errors: UsageError for what is not the JSON of `steering`, and for sliders that do not fit; UnsupportedError for
-    sliders on thoughts or answers alone, which vLLM's runner does not tell apart.
+    sliders on thoughts or answers alone, which vLLM's runner does not distinguish.
     """
     try:
         setting = _settings(place).setting_for(None, SteeringRequest.model_validate_json(text))

@@ -33,7 +33,7 @@ from steer.verbs.bake_search import RESULT, Searched, search_bake
 
 
 def searched(made: Path, at: Path, *, trials: int = BATCH, scope: Scope = SMALL, **options: Any) -> Searched:
-    """A search with its output in a folder of its own."""
+    """A search with its output in a separate folder."""
     return search_bake(made / "model", at / "out", str(made / "moral.yaml"), trials=trials, scope=scope, **options)
 
 
