@@ -299,12 +299,12 @@ def test_a_page_without_a_model_offers_the_default_merge(home, monkeypatch):
 def test_no_error_or_toast_fetches_a_picture():
     def script() -> None:
         from steer.errors import SteerError
-        from steer.page.guard import guarded, tell
+        from steer.page.guard import guarded, toast
 
         def draw() -> None:
             raise SteerError("bad ![](http://x/b.png)")
 
-        tell("![](http://x/a.png)")
+        toast("![](http://x/a.png)")
         guarded(draw)()
 
     at = AppTest.from_function(script, default_timeout=60).run()

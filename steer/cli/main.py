@@ -22,7 +22,7 @@ from steer.cli import evolve as cli_evolve
 from steer.cli import live as cli_live
 from steer.cli import measure as cli_measure
 from steer.cli import traits as cli_traits
-from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
+from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, say, stoppable
 from steer.errors import SteerError, UsageError
 from steer.plain_text import plain_line
 
@@ -117,7 +117,7 @@ def merge(
     from steer.checkpoint.merge import merge as run
 
     with stoppable("nothing is written, run the same command again"):
-        place = run(recipe, out, device=device, say=lambda line: tell(line) if steps else None)
+        place = run(recipe, out, device=device, say=lambda line: say(line) if steps else None)
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 
@@ -140,7 +140,7 @@ def kin(
 
     lines = mismatches(models, base)
     for line in lines:
-        tell(line)
+        say(line)
     with byte_bar("reading") as advance:
         found = kinship(models, base, advance)
     page = [] if out is None else [str(write_kin_report(found, lines, out))]
@@ -216,7 +216,7 @@ def find(
         live = load(model, device_map=device_map, four_bit=four_bit)
         taste = find_taste(
             live, usable, name=name or NAME, site=site, seed=seed, verdict=True, calibrate=calibrate,
-            say=tell if as_json else lambda _: None,
+            say=say if as_json else lambda _: None,
         )  # fmt: skip
         _save_found(live, taste.direction, out, taste.as_json(), taste_table(taste), model, "1", as_json)
         return
@@ -297,7 +297,7 @@ def demo(
     from steer.verbs.demo import run
     from steer.verbs.tables import demo_table
 
-    result = run(out, model, seed=seed, fresh=fresh, say=tell)
+    result = run(out, model, seed=seed, fresh=fresh, say=say)
     emit(result, as_json, demo_table(result))
     slider = f"--slider {result['bake']['trait']}=-1"
     typer.echo(f"\nNow talk to it: steer chat {result['source']} {slider}", err=as_json)

@@ -27,7 +27,7 @@ def safely(change: Callable[[], object]) -> None:
     try:
         change()
     except Exception as e:
-        tell(_line(e), "error")
+        toast(_line(e), "error")
 
 
 def button(label: str, change: Callable[[], object], icon: str | None = None, **options: Any) -> None:
@@ -51,7 +51,7 @@ def draw_job(job: Job, words: str, key: str | None = None, lines: int = 0) -> bo
     return running
 
 
-def tell(text: str, icon: str = "check") -> None:
+def toast(text: str, icon: str = "check") -> None:
     """Show a line as a toast at the next drawing.
 
     Not at once: an element that a callback draws would replace another element of the page.
