@@ -461,8 +461,8 @@ def _suggestion(story: Messages) -> str | None:
     """A message that a scene can go on with, the same one for the same scene."""
     if not story:
         return None
-    shelf = Prompts.shipped().next
-    return shelf[(zlib.crc32(story[0][1].encode()) + len(story) // 2) % len(shelf)]
+    texts = Prompts.shipped().next
+    return texts[(zlib.crc32(story[0][1].encode()) + len(story) // 2) % len(texts)]
 
 
 def _some_text(text: str, where: str) -> str:

@@ -19,7 +19,7 @@ from steer.files import write_new
 from steer.verbs.tables import text_table
 
 
-def shelf(model: str | None = None) -> list[dict[str, Any]]:
+def list_traits(model: str | None = None) -> list[dict[str, Any]]:
     """Return the name, the summary and the slider's ends of every trait that ships.
 
     With `model`, a checkpoint that `steer.load` takes, also the direction of each on it: null where there is none, else
@@ -45,8 +45,8 @@ def _direction_row(direction: Direction, file: Path) -> dict[str, Any]:
     }
 
 
-def shelf_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what `shelf` found as a table."""
+def traits_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what `list_traits` found as a table."""
     columns = ["trait", "the slider's low end", "its high end"]
     cells = [[row["name"], row["low_end"] or "", row["high_end"] or ""] for row in rows]
     if "direction" in rows[0]:
