@@ -16,10 +16,6 @@ class ThoughtMarks:
     answer: str = ""
     """What stands before an answer without thoughts, if anything does."""
 
-    def around(self, thoughts: str, answer: str) -> str:
-        """Return a reply as the model would have written it; without thoughts only the answer."""
-        return f"{self.open}\n{thoughts}\n{self.close}\n\n{answer}" if thoughts else answer
-
 
 THINK = ThoughtMarks("<think>", "</think>")
 MARKS = (

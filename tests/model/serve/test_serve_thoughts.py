@@ -117,4 +117,3 @@ def test_pieces_split_thoughts_and_stop_strings_alike(server: Served, stop: tupl
     assert "".join(p.thoughts for p in made) == "so so"
     assert "".join(p.text for p in made).strip() == ("well" if stop else "well lo yes")
     assert len([t for p in made for t in p.tokens]) >= 5
-    assert THINK.around("so so", "well") == "<think>\nso so\n</think>\n\nwell"
