@@ -13,7 +13,6 @@ from tiny_chat import TEMPLATE, save_tiny_chat
 from steer.chat.remote import RemoteBackend
 from steer.chat.session import Session
 from steer.core.sampler import Sampler
-from steer.core.thoughts import THINK
 from steer.model.steered import load
 from steer.serve.engine import Token
 from steer.serve.writing import ReplyText
