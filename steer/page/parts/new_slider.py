@@ -57,8 +57,8 @@ def _fields(chat: Chat) -> None:
         max_chars=LONGEST,
     )  # fmt: skip
     opposite = st.text_area(
-        "Instruction at the low end (may be empty)", placeholder="You answer in plain prose.", key=_FIELDS[1], height=70,
-        max_chars=LONGEST,
+        "Instruction at the low end (may be empty)", placeholder="You answer in plain prose.", key=_FIELDS[1],
+        height=70, max_chars=LONGEST,
     )  # fmt: skip
     name = st.text_input("Name (may be empty)", placeholder="rhymes", key=_FIELDS[2], max_chars=64).strip()
     if st.button("Preview", icon=":material/visibility:", type="primary"):

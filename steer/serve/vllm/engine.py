@@ -27,7 +27,7 @@ from steer.core.edit import Edit
 from steer.errors import SteerError, UnsupportedError
 from steer.model.steering.low_rank import ForwardContext
 from steer.serve.batching import BatchingEngine
-from steer.serve.packed import READ, SHARE, Part
+from steer.serve.packed import READ, SHARE, Part, cache_bytes
 from steer.serve.vllm.keys import edit_key, timed
 from steer.serve.vllm.plugin import register
 from steer.serve.vllm.taps import TapSteering, steering
@@ -134,10 +134,7 @@ def _core(model: SteeredModel, place: str, places: int, context: int, options: d
 
 def _memory(model: SteeredModel, dtype: torch.dtype | None, places: int, context: int) -> int:
     """Bytes for the cache on a CPU: room for `places` texts of `context` tokens, at most SHARE of what is free."""
-    config = model.hf.config.get_text_config()
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    block = 2 * groups * d * (dtype or model.hf.dtype).itemsize * config.num_hidden_layers * _BLOCK
+    block = cache_bytes(model.hf.config, dtype or model.hf.dtype) * _BLOCK
     wanted = block * (places * math.ceil(context / _BLOCK) + 1)  # vLLM keeps one block for itself
     return min(wanted, int(psutil.virtual_memory().available * SHARE))
 
