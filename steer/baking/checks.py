@@ -76,7 +76,7 @@ def _check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
     from what the edit and the files give."""
     if key := next((key for key, is_wrong in wrong.items() if is_wrong), None):
         raise CheckpointError(
-            f"{folder}: {key} of the certificate is not what its edit and these files come to; bake again"
+            f"{folder}: {key} of the certificate is not what its edit and these files give; bake again"
         )
 
 
@@ -357,7 +357,7 @@ def _check_config(folder: Path, cert: Certificate, config: dict[str, Any], store
     if sorted(changed) != sorted(m[1].removesuffix(".base_layer") for m in found if m):
         wrong.add("target_modules")
     if wrong:
-        raise CheckpointError(f"{folder / CONFIG}: {min(wrong)} is not what its tensors come to; bake again")
+        raise CheckpointError(f"{folder / CONFIG}: {min(wrong)} is not what its tensors give; bake again")
 
 
 def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str, Tensor]) -> None:

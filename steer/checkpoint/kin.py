@@ -216,11 +216,11 @@ class Kinship:
 
     @cached_property
     def by_kind(self) -> dict[str, Float[np.ndarray, " models"]]:
-        """The same by kind of tensor, over all blocks."""
+        """Norms as in `by_block`, by kind of tensor over all blocks."""
         return self._grouped({t.kind: None for t in self.tensors}, lambda t: t.kind)
 
     def by_kind_of_block(self, kind: str) -> dict[int, Float[np.ndarray, " models"]]:
-        """The same in each block, of one kind of tensor."""
+        """Norms as in `by_block`, of one kind of tensor."""
         keys = {t.block: None for t in self.tensors if t.kind == kind and t.block is not None}
         return self._grouped(keys, lambda t: t.block if t.kind == kind else None)
 
@@ -336,7 +336,7 @@ def kinship(models: Sequence[str | Path], base: str | Path | None = None, advanc
 
 
 def mismatches(models: Sequence[str | Path], base: str | Path | None = None) -> list[str]:
-    """What does not fit between models and base, a line each, with what mergekit would do: architectures, shapes,
+    """Return a line for each thing in which models and base differ, with what mergekit would do: architectures, shapes,
     vocabularies, tokens with other ids, special tokens. No weights are read.
 
     Errors: UsageError without a base; CheckpointError for a model that is not there or is broken.

@@ -147,7 +147,7 @@ def prove(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Struc
 
 @dataclass(frozen=True)
 class _Proved:
-    """What holds for every config that differs from the tiny one in sizes and in the order of blocks only."""
+    """Findings that hold for every config that differs from the tiny one only in sizes and in the order of blocks."""
 
     layout: Layout
     signatures: tuple[frozenset[str], ...]
@@ -354,8 +354,8 @@ class _Proof:
         return _Source(module, given, norms, self._kind(next(iter(weights), module)), u, scale, weights, biases)
 
     def _writing(self, group: Sequence[str]) -> str | None:
-        """Of modules with equal outputs, from the outermost to the innermost, the innermost that has parameters and
-        is given texts: one that is given a list of tokens does not know which text each belongs to."""
+        """Return the innermost of modules with equal outputs that has parameters and is given texts. `group` begins
+        with the outermost. A module that is given a list of tokens does not know which text each belongs to."""
         shaped = [n for n in group if (g := self.run.given.get(n)) is not None and g.shape[:-1] == self.ids.shape]
         owning = [n for n in shaped if any(True for _ in self.model.get_submodule(n).parameters())]
         return owning[-1] if owning else None
@@ -649,7 +649,7 @@ class _Proof:
         stored: Mapping[str, Tensor],
         prefixes: dict[str, None],
     ) -> Addend:
-        """What is said of a source in a layout: its names below the block, live and on disk."""
+        """Return a source's entry in a layout: its names below the block, live and on disk."""
         groups: dict[str, list[str]] = {}  # for experts that are separate modules: all of them
         for name in source.weights:
             groups.setdefault(pattern(name), []).append(name)

@@ -14,7 +14,7 @@ class ThoughtMarks:
     open: str
     close: str
     answer: str = ""
-    """What stands before an answer without thoughts, if anything does."""
+    """The text before an answer without thoughts; empty if there is none."""
 
 
 THINK = ThoughtMarks("<think>", "</think>")

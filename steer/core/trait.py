@@ -188,7 +188,7 @@ class Trait:
 
 
 def _half_absent(data: Any) -> str | None:
-    """What is wrong with a trait's mapping that has topics of one part only. The other would be the pool's."""
+    """Return the error for a trait's mapping that has only one list of topics; the pool would supply the other."""
     absent = [k for k in ("fit", "held_out") if data.get(k) is None] if isinstance(data, Mapping) else []
     return f"expected topics under 'fit' and 'held_out', found no {absent[0]!r}; add it" if len(absent) == 1 else None
 

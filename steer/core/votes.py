@@ -26,7 +26,7 @@ LEAST, LEAST_MESSAGES = 20, 5
 """Fewest votes that a direction is made of, and fewest messages that they are about: a vote is predicted from the votes
 on other messages."""
 Outcome = Literal["first", "second", "neither", "good", "bad", "withdrawn"]
-"""Of two replies: which one is better. Of one: what it is, or that an earlier vote on it was taken back."""
+"""Which of two replies is better; or what a single reply is, or that an earlier vote on it is withdrawn."""
 _OUTCOMES: dict[int, tuple[Outcome, ...]] = {1: ("good", "bad", "withdrawn"), 2: ("first", "second", "neither")}
 
 
@@ -60,7 +60,7 @@ class Vote:
     replies: Annotated[tuple[VotedReply, ...], Field(min_length=1, max_length=2)]
     outcome: Outcome
     seed: Whole | None = None
-    """Of the random draws; None if unknown."""
+    """Seed of the random draws; None if unknown."""
     blind: Bool = False
     """Whether the settings were hidden until the vote."""
     left: Literal[0, 1] = 0

@@ -218,8 +218,8 @@ class SiteCheck:
 
 
 def merit(below: float, above: float, kl: float, repetition: float) -> float:
-    """What steering achieves, from the trait's mean probability at negative and at positive amounts, minus its costs,
-    weighted."""
+    """Return what steering achieves minus its weighted costs. `below`, `above`: the trait's mean probability at
+    negative and at positive amounts."""
     return above - below - KL_COST * kl - REPETITION_COST * repetition
 
 

@@ -83,7 +83,7 @@ class CrossFit:
     correct: Float[np.ndarray, "votes sites"]
     """1 where the votes on other messages predict a vote, 0 where they predict the opposite, one half for a tie."""
     nested: Float[np.ndarray, " votes"]
-    """The same at the site that was chosen without the vote's message: an accuracy that the choice does not flatter."""
+    """`correct` at the site that was chosen without the vote's message, so that the choice does not flatter it."""
     weights: Float[np.ndarray, " votes"]
     """1 for a pair. Thumbs up weigh together as much as thumbs down: calling everything good is no better than a
     coin, however many are."""

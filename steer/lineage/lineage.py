@@ -73,11 +73,11 @@ class Node:
     recipe: dict[str, Any]
     """The mergekit recipe. Paths in it are absolute, or names of the hub."""
     parent: Line | None = None
-    """None for the start."""
+    """Id of the node whose recipe this one changes; None for the start."""
     profile: dict[str, Any] | None = None
     """Sliders that are part of the node."""
     gate: Gate | None = None
-    """None for a start that was not measured. Others are measured against the start, which always passes."""
+    """The measurement against the start, which always passes; None for a start that was not measured."""
     inputs: dict[str, dict[str, Line]] = field(default_factory=dict)
     """sha256 of each file that the merge read, by model."""
     weights: dict[str, Line] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Vote:
     chat: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     """[role, text] of each message before the replies."""
     replies: Annotated[list[str], Field(min_length=2, max_length=2)]
-    """That of `a`, then that of `b`."""
+    """The reply of `a`, then the reply of `b`."""
     left: Literal["a", "b"]
     """Which of the two was shown on the left."""
     voter: Line

@@ -46,7 +46,7 @@ class Source:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """What the names of sliders are looked up for, without loading it."""
+        """The checkpoint, to look up names of sliders without loading it."""
         if self.live is not None:
             return self.live
         assert self.place is not None

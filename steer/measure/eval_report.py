@@ -28,7 +28,7 @@ from steer.plain_text import plain_line, shortened
 
 Json = dict[str, Any]
 Outcome = Literal["better", "worse", "changed", "noise"]
-"""What an arm is beside the first one in a metric; `changed`: in a metric of which neither end is better."""
+"""How an arm compares with the first one in a metric; `changed`: beyond noise, in a metric without a better end."""
 
 EXAMPLES = 5
 """Items of a probe that are shown with every arm's answers."""

@@ -46,7 +46,7 @@ REPLIES = 8
 
 @dataclass(frozen=True)
 class Effect:
-    """What a text scorer saw change from amount -1 to amount 1, beside what a random direction changed."""
+    """The change of a text scorer's probability from amount -1 to amount 1, and that under a random direction."""
 
     change: float
     """Mean change of the probability that a reply shows the trait."""

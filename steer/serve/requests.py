@@ -279,7 +279,7 @@ class ChatRequest(Request):
     tools: Annotated[list[dict[str, JsonValue]], _at_most(MAX_TOOLS)] | None = None
     """Functions that the model may call, for templates that take them."""
     functions: Annotated[list[dict[str, JsonValue]], _at_most(MAX_TOOLS)] | None = None
-    """The same in the form that OpenAI had before tools."""
+    """Tools in the form that OpenAI had before `tools`."""
     tool_choice: JsonValue = _aliased("tool_choice", "function_call")
     """`none`, `auto`, `required`, or the one function that may be called."""
 
@@ -376,7 +376,7 @@ class Prompt:
     scored: tuple[Token, ...] = ()
     """The prompt's tokens but the first, with their log-probabilities, if these are echoed too."""
     opening: str | None = None
-    """Of a chat: as in `ChatPrompt`, what the reply has of thoughts already. None: its thoughts stay in its text."""
+    """For a chat, the thoughts that the prompt opens, as in `ChatPrompt`. None: thoughts stay in the reply's text."""
     notes: tuple[str, ...] = ()
     """What was changed so that the chat template takes the chat."""
 

@@ -390,7 +390,7 @@ def _copy_as_written(lineage: Lineage, node: Node, merged: Path, out: Path, copy
 
 
 def _misfits(models: Sequence[str], recipe: Json) -> list[str]:
-    """What does not fit between models and the recipe's base, a line each."""
+    """Return a line for each thing in which models do not fit the recipe's base."""
     base = recipe.get("base_model") or models_of(recipe)[0]
     others = [m for m in models if m != base]
     return mismatches(others, base) if others else []

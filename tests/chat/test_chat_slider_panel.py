@@ -139,7 +139,7 @@ def test_ranges_are_those_that_were_measured_else_half_of_what_is_too_much(panel
     row = panel.row("moral")
     assert (row.safe, row.calibrated, row.red, row.share) == ((-0.5, 0.25), True, True, pytest.approx(0.6))
     assert row.low < -0.5 < 0.25 < row.high
-    assert panel.warnings() == ["moral stands at 0.3, beyond its calibrated range -0.5 to 0.25"]
+    assert panel.warnings() == ["moral is at 0.3, beyond its calibrated range -0.5 to 0.25"]
     panel.set("moral", 0.2)
     assert not panel.row("moral").red
     panel.set("moral", 5.0)

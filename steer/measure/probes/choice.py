@@ -42,7 +42,7 @@ class Choice:
     begun: str
     """The beginning of the reply, before the options; empty where an option is the whole reply."""
     options: tuple[str, ...]
-    """As they follow `begun`, with their first space where there is one."""
+    """The continuations, with the space that follows `begun` where there is one."""
     right: int
     group: str = ""
     n: int | None = None

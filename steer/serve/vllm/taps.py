@@ -93,7 +93,7 @@ class TapSteering(Steering):
 
 
 _steering: TapSteering | None = None
-"""Of the model in this process; vLLM runs one in each."""
+"""The steering of this process's model; vLLM runs one model per process."""
 
 
 def steering() -> TapSteering:

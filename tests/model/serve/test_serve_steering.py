@@ -177,7 +177,7 @@ def test_too_much_and_beyond_what_was_calibrated_is_a_warning(fresh):
     assert said(fresh, {"profile": "noir", "sliders": {"moral": 0.25}})[1]["warnings"] == []
     far, beyond = said(fresh, {"profile": "noir", "sliders": {"moral": 1.25}})[1]["warnings"]
     assert "fall apart" in far
-    assert "'moral' stands at 1.25, its calibrated range is -1 to 1" in beyond
+    assert "'moral' is at 1.25, its calibrated range is -1 to 1" in beyond
     assert fresh.put({"profile": "noir", "sliders": {"moral": 1.25}}).json()["warnings"] == [far, beyond]
     (never,) = said(fresh, {"sliders": {"moral:scale": 1.0, "other:cap": 1000.0}})[1]["warnings"]
     assert "'other:cap'" in never
