@@ -263,7 +263,7 @@ def test_close_stops_in_the_middle_of_a_reply_and_leaves_nothing_running(
     def watched(*args: Any, **options: Any) -> SteeredModel:
         model = load(*args, **options)
         loaded.add(model.hf)
-        model.hf.register_forward_hook(lambda *_: started.set())
+        model.hf.get_submodule(model.anatomy.block_module(0)).register_forward_hook(lambda *_: started.set())
         return model
 
     monkeypatch.setattr(judging, "load", watched)
