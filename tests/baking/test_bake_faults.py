@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,10 @@ def _bake_limited(source: Path, out: Path, edit: Edit, limit: int, answers: mult
 
 @pytest.mark.slow
 def test_a_file_larger_than_the_limit_is_one_line_and_leaves_nothing(
-    source: Path, tmp_path: Path, ablation: Edit
+    source: Path, tmp_path: Path, ablation: Edit, forkserver: ForkServerContext
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    child = context.Process(target=_bake_limited, args=(source, tmp_path / "out", ablation, 30_000, answers))
+    answers = forkserver.Queue()
+    child = forkserver.Process(target=_bake_limited, args=(source, tmp_path / "out", ablation, 30_000, answers))
     child.start()
     message = answers.get(timeout=120)
     child.join(60)
@@ -135,12 +135,11 @@ def _bake_at_once(source: Path, out: Path, edit: Edit, gate: Barrier, answers: m
 
 @pytest.mark.slow
 def test_of_several_bakes_into_one_output_at_once_one_wins_and_the_others_are_refused(
-    source: Path, baked: Path, tmp_path: Path, ablation: Edit
+    source: Path, baked: Path, tmp_path: Path, ablation: Edit, forkserver: ForkServerContext
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    gate, answers = context.Barrier(3), context.Queue()
+    gate, answers = forkserver.Barrier(3), forkserver.Queue()
     arguments = (source, tmp_path / "out", ablation, gate, answers)
-    children = [context.Process(target=_bake_at_once, args=arguments) for _ in range(3)]
+    children = [forkserver.Process(target=_bake_at_once, args=arguments) for _ in range(3)]
     for child in children:
         child.start()
     won, *lost = sorted(answers.get(timeout=120) for _ in children)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -259,15 +259,15 @@ def _build_and_die(place: Path, raw: dict[str, Any], proposals: list[Proposal], 
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_with_what_is_done(family: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mergekit.merge", "steer.lineage.building", "test_building"])
-    steps, raw, proposals = context.Queue(), recipe(family, "base", "calm"), adds(family, "0", "dry", "loud")
+def test_killed_at_any_moment_it_goes_on_with_what_is_done(
+    family: Path, tmp_path: Path, forkserver: ForkServerContext
+) -> None:
+    steps, raw, proposals = forkserver.Queue(), recipe(family, "base", "calm"), adds(family, "0", "dry", "loud")
 
     def run(place: Path, at: int) -> int | None:
         if not place.exists():
             Lineage.create(place, Settings([]))
-        child = context.Process(target=_build_and_die, args=(place, raw, proposals, at, steps))
+        child = forkserver.Process(target=_build_and_die, args=(place, raw, proposals, at, steps))
         child.start()
         child.join(120)
         return child.exitcode
