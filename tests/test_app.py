@@ -492,7 +492,7 @@ def test_a_scene_goes_on_with_a_message_of_ones_own(lineage):
     pair(at)
     (scene,) = [e for e in at.main.expander if e.label.startswith("The scene so far")]
     assert plain_html(scene.get("html")[-1].proto.body) == chosen
-    next(t for t in at.text_input if t.label.startswith("A message of your own")).set_value("hello friend")
+    next(t for t in at.text_input if t.label.startswith("Your message")).set_value("hello friend")
     click(at, "Ask it")
     pair(at)
     click(at, "Both are bad")
