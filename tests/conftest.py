@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -25,6 +26,9 @@ from steer.core.direction import Direction
 if TYPE_CHECKING:
     from llama_desk import Desk
     from llama_server import LlamaServer
+
+# A shell that starts the tests in the background makes them, and every program that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WIDTH, BLOCKS, VOCAB = 32, 3, 97
 

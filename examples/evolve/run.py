@@ -138,7 +138,7 @@ class Grown:
 
 def grow(
     place: Path, names: Sequence[str], prompts: Sequence[str], replies: Replies, person: Person, way: str, seed: int,
-    *, generations: int = 6, children: int = 4, most: int = 300,
+    *, generations: int = 6, children: int = 4, most: int = 1000,
 ) -> Grown:  # fmt: skip
     """Grow a lineage in a directory from the first tune alone, with votes on replies that are written.
 
@@ -268,6 +268,7 @@ def main(
     children: Annotated[int, typer.Option(help="Children of a generation.", min=1, max=8)] = 4,
     prompts: Annotated[int, typer.Option(help="Prompts that each merge answers, the shortest that ship.", min=2)] = 10,
     tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)] = 28,
+    most: Annotated[int, typer.Option(help="Votes on one generation at most.", min=1)] = 1000,
     noise: Annotated[float, typer.Option(help="Deviation of the person's error on a difference of tastes.")] = 0.5,
     readme: Annotated[
         Path | None, typer.Option(help="File whose table between <!-- evolve --> marks is replaced.")
@@ -286,7 +287,7 @@ def main(
                 shutil.rmtree(place, ignore_errors=True)
                 person = Person(TASTE, noise, rng=random.Random(f"{seed} {way}"))
                 runs.append(grow(place, names, shortest, replies, person, way, seed,
-                                 generations=generations, children=children))  # fmt: skip
+                                 generations=generations, children=children, most=most))  # fmt: skip
                 advance(1)
     person = Person(TASTE, noise, rng=random.Random(0))
     text = table(found, replies, person)
