@@ -221,7 +221,7 @@ def _section(probe: Json, arms: Sequence[Json]) -> dict[str, Any]:
         table = [_row(metric, s) for name in names if (s := rows.get((name, metric["name"])))]
         tables.append({"metric": metric, "chance": shown(metric, metric["chance"]), "rows": table})
         for field, label in (("n", probe.get("n") or "n"), ("turn", "messages before the question")):
-            if plot := _by(probe, metric, names, field, label):
+            if plot := _plot_against(probe, metric, names, field, label):
                 plots.append(plot)
     return {
         **probe,
@@ -378,7 +378,7 @@ def _draw_levels(ax: Any, probes: Sequence[Any], arm: str) -> tuple[list[str], l
 
 
 @matplotlib.rc_context(_STYLE)
-def _by(probe: Json, metric: Json, arms: Sequence[str], field: str, label: str) -> str | None:
+def _plot_against(probe: Json, metric: Json, arms: Sequence[str], field: str, label: str) -> str | None:
     """Plot a metric against `field` of its figures, a line for each arm; None if that does not vary."""
     lines = {}
     for arm in arms:
