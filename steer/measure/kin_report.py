@@ -94,8 +94,10 @@ def _norms(kinship: Kinship) -> list[Figure]:
         figure, ax = axes((3.4, 2.2))
         for kind, norms in blocks.items():
             colour, line, marker = _LOOKS[kind]
-            ax.plot(list(norms), [100 * v[i] for v in norms.values()], line, color=colour, marker=marker, markersize=2.5,
-                    linewidth=1.2, label=kind)  # fmt: skip
+            ax.plot(
+                list(norms), [100 * v[i] for v in norms.values()], line, color=colour, marker=marker, markersize=2.5,
+                linewidth=1.2, label=kind,
+            )  # fmt: skip
         ax.set(ylim=(0, 1.08 * top or 1), xlabel="block", ylabel="% of the base's norm")
         ax.set_title(name, loc="left")
         if i == 0:
