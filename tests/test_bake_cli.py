@@ -27,7 +27,7 @@ from steer.checkpoint.sketch import sketch_files
 from steer.core.direction import Direction
 from steer.core.method import Kernel
 from steer.core.profile import Profile, ProfileSlider, ScheduleSpec
-from steer.core.slider import Intervention
+from steer.core.slider import Slider
 from steer.errors import MismatchError, UsageError
 from steer.measure.neutral_means import neutral_for, neutral_means
 from steer.model.steered import load
@@ -199,7 +199,7 @@ def test_a_profile_that_cannot_be_baked_says_so_of_every_slider_at_once_and_writ
 
 
 def test_ablations_at_different_amounts_are_refused_together(checkpoint: Path, make_direction: MakeDirection) -> None:
-    moves = [Intervention(make_direction(), "ablate", 1.0), Intervention(make_direction("b", seed=8), "ablate", 0.5)]
+    moves = [Slider(make_direction(), "ablate", 1.0), Slider(make_direction("b", seed=8), "ablate", 0.5)]
     config = CheckpointFiles.open(checkpoint).config
     verdicts = bakeable(moves, "checkpoint", Anatomy.of(config, "model"))
     assert [v.ok for v in verdicts] == [False, False]

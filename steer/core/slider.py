@@ -166,10 +166,6 @@ class Slider:
         return out
 
 
-Intervention = Slider
-"""The same class: a slider that is set to an amount is an intervention."""
-
-
 def rounded(share: float) -> float | None:
     """A share of the residual norm for JSON: four digits, None where it is not known."""
     return None if math.isnan(share) else round(share, 4)

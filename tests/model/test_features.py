@@ -24,7 +24,7 @@ from steer.core.dictionary_files import save_dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import Sampler
-from steer.core.slider import Intervention, Slider
+from steer.core.slider import Slider
 from steer.errors import CheckpointError, MismatchError, SkippedWarning, UsageError
 from steer.model.decode import decode, generate
 from steer.model.fit_check import FitWarning, check_fit
@@ -60,7 +60,7 @@ def make(kind: str = "jumprelu", *, seed: int = 0, site: int = 1, width: int = D
 
 
 def moves(*each: tuple[Feature, str, float]) -> Edit:
-    return Edit(moves=tuple(Intervention(f, operation, a) for f, operation, a in each))  # pyright: ignore[reportArgumentType]
+    return Edit(moves=tuple(Slider(f, operation, a) for f, operation, a in each))  # pyright: ignore[reportArgumentType]
 
 
 def active(dictionary: Dictionary, h: Tensor, n: int = 3) -> list[int]:
@@ -125,7 +125,7 @@ def test_neutral_amounts_are_bit_identical_to_none_and_cost_no_hook(model, ids, 
 def test_activations_are_read_before_anything_is_added_at_the_site(model64, moral, ids):
     dictionary = make()
     feature, other = Feature("f", dictionary, (3, 9), (2.0, 1.0)), Feature("o", dictionary, (5,), (1.0,))
-    rest = Edit(add=((moral, 1.5),), moves=(Intervention(other, "add", 2.0),))
+    rest = Edit(add=((moral, 1.5),), moves=(Slider(other, "add", 2.0),))
     each = [moves((feature, "clamp", 1.0)), rest]
     both = Edit(moves=(*rest.moves, *each[0].moves))
     before = residuals(model64, ids)[1]
