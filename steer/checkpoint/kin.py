@@ -326,11 +326,6 @@ def kin(*models: str | Path, base: str | Path | None = None, advance: Advance | 
     Errors: UsageError without a base; CheckpointError for a model that is not there, lacks a tensor of the base, has
     another shape, or has weights that are not finite.
     """
-    return kinship(models, base, advance)
-
-
-def kinship(models: Sequence[str | Path], base: str | Path | None = None, advance: Advance | None = None) -> Kinship:
-    """The same for a list of models. Errors: as `kin`."""
     family = Family.of(models, base)
     return Kinship(family, *_Comparison(family).tensors(advance or (lambda done, total: None)))
 

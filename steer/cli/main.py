@@ -133,7 +133,8 @@ def kin(
     as_json: Json = False,
 ) -> None:
     """Compare tunes before a merge: which are nearly copies, what each adds, how much of it the merge will keep."""
-    from steer.checkpoint.kin import kinship, mismatches
+    from steer.checkpoint.kin import kin as run
+    from steer.checkpoint.kin import mismatches
     from steer.measure.kin_report import write_kin_report
     from steer.progress import byte_bar
     from steer.verbs.tables import kin_table
@@ -142,7 +143,7 @@ def kin(
     for line in lines:
         say(line)
     with byte_bar("reading") as advance:
-        found = kinship(models, base, advance)
+        found = run(*models, base=base, advance=advance)
     page = [] if out is None else [str(write_kin_report(found, lines, out))]
     emit({"mismatches": lines, **found.as_json()}, as_json, "\n".join([kin_table(found), *page]))
 

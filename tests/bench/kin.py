@@ -29,10 +29,9 @@ BARS = {"rate / reading": 0.7, "rate / reading, files in memory": 0.7, "GB of me
 COMPARE = """
 import json, resource, sys, time
 import steer
-from steer.checkpoint.kin import kinship
 base, *models = sys.argv[1:]
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-found = kinship(models, base)
+found = steer.kin(*models, base=base)
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, found.bytes_read]))
 """
