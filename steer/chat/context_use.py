@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ContextUse:
-    """Tokens of the last reply's prompt, by what they are for."""
+    """Tokens of the last reply's prompt, by their purpose."""
 
     system: int
     """The card or system prompt, without entries of lorebooks."""

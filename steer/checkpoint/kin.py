@@ -285,7 +285,7 @@ class Kinship:
         i = int(np.argmax(lengths))
         yield (
             f"{self.labels[i]} adds most that is new: {self.new(self.names[i]):.0%} of its difference (squared norm) "
-            f"is outside of what the others mix to, {lengths[i] / self.base_norm:.2%} of the base's norm."
+            f"is in no mixture of the others, {lengths[i] / self.base_norm:.2%} of the base's norm."
         )
 
     def as_json(self) -> dict[str, Any]:

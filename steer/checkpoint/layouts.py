@@ -100,7 +100,7 @@ class Layout:
     """Prefixes of the decoder's tensor names on disk, where they are not `base`."""
     block: str = "layers.{}"
     blocks: tuple[tuple[Addend, ...], ...] = (attention_and_mlp(),)
-    """The kinds of blocks, each with what it adds to the residual stream."""
+    """The kinds of blocks, each with the modules that add to the residual stream."""
     embeddings: tuple[str, ...] = ("embed_tokens",)
     """Modules whose rows are summed to begin the residual stream; the token embedding comes first."""
     embedding_output: str | None = "embed_tokens"

@@ -323,7 +323,7 @@ class _Proof:
     def _written(
         self, i: int, group: Sequence[str], scale: float, u: Float[Tensor, " d"], norms: tuple[str, ...]
     ) -> list[_Source]:
-        """The vectors that sum to what the modules `group` put out, each with its writers. `norms`: those between it
+        """The vectors that sum to the output of the modules `group`, each with its writers. `norms`: those between it
         and the residual stream. `u`: the direction that has to leave it."""
         module = self._writing(group)
         if module is None:

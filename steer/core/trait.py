@@ -29,7 +29,7 @@ _FOLDER = Path(str(resources.files("steer"))) / "traits"
 
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
 END = 40
-"""Most characters of what a slider's end does: both ends stand beside it."""
+"""Most characters of the description of a slider's end: both are shown beside the slider."""
 
 
 def _short(text: str) -> str:

@@ -114,8 +114,8 @@ def cross_fit(
 ) -> CrossFit:
     """Difference of means between liked and disliked replies at each site, cross-fitted by message.
 
-    Pairs and thumbs are two strata: pairs differ by taste alone, single replies also by what they answer. The two
-    differences are weighted by the inverse of their variance, P/2 for P pairs and GB/(G+B) for G good and B bad
+    Pairs and thumbs are two strata: pairs differ by taste alone, single replies also by the message they answer. The
+    two differences are weighted by the inverse of their variance, P/2 for P pairs and GB/(G+B) for G good and B bad
     replies. `means` are the replies' mean residual streams, `centre` the neutral mean; `sites` names their second axis.
     """
     liked, disliked = ballots.liked, ballots.disliked

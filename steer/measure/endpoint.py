@@ -48,7 +48,7 @@ Way = Literal["echo", "prompt_logprobs"]
 def client_of(url: str, api_key: str | None, timeout: float = 120.0) -> openai.OpenAI:
     """Return a client for the server at an address without /v1. `timeout`: seconds for one answer.
 
-    Errors: SteerError for what is no address.
+    Errors: SteerError for a text that is no address.
     """
     try:
         if urlsplit(url).scheme not in ("http", "https"):

@@ -1,7 +1,7 @@
 """Keys and values: a cache that grows in place, and one that is kept between the replies of a chat.
 
 `growing_cache` is the cache of every generation. `branched` makes one from the rows of another, for `prefill.py`.
-`PrefixCache` is what a chat session passes to `decode` as `memory`.
+A chat session passes a `PrefixCache` to `decode` as `memory`.
 """
 
 from __future__ import annotations

@@ -384,7 +384,7 @@ class Prompt:
 def check(
     request: ChatRequest | CompletionRequest, limits: Limits, context: int, longest: int, tools: bool = False
 ) -> None:
-    """Refuse a request that is too large, by counting only, or that asks for what the server does not do.
+    """Refuse a request that is too large, by counting only, or that asks for something the server does not do.
 
     `context`: most tokens of a prompt. `longest`: characters of the vocabulary's longest token. `tools`: whether the
     chat template writes tools. Errors: ApiError.

@@ -120,7 +120,7 @@ def _measure(
 
 def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[str, Any]:
     """Join runs that were made on different days into one result: their arms beside each other, the first file's first
-    arm as what the others are compared with. Arms are named by their file. `out`: a directory to write eval.json
+    arm as the reference. Arms are named by their file. `out`: a directory to write eval.json
     and its report into.
 
     Errors: MismatchError where a probe's items differ, or no probe is in every file; CheckpointError for a file that is

@@ -3,7 +3,7 @@
 The score of an option is its log-probability per token over the whole continuation, so that long and short options
 can be compared. Some options are likely in themselves, whatever the chat says (Holtzman et al. 2021, "Surface form
 competition"). So items come in families that offer the same options, and an option's score is relative to its mean over
-the family: to what the reader thinks of it whatever the chat says. In a family each option is right equally often, or
+the family, which is the reader's preference whatever the chat says. In a family each option is right equally often, or
 the family has controls, whose chat lacks the decisive facts, and the mean is taken over those. A reader that sees only
 the options scores chance, exactly. On the default merge 0.57 of `implications` are right by plain scores, 0.79 by
 relative ones.

@@ -123,7 +123,7 @@ def empty_note(texts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a probe. The mean over items is what is reported."""
+    """One figure of a probe. The mean over items is reported."""
 
     name: str
     better: Literal["higher", "lower", "neither"]
@@ -158,7 +158,7 @@ class Example:
 
     item: str
     asked: str
-    """The end of what the reader read."""
+    """The end of the text that the reader read."""
     right: str
     """The right answer; empty where there is none."""
     answered: str

@@ -96,7 +96,7 @@ class ModuleEdit:
 
 
 def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEdit]:
-    """Module path -> what is done to its output, or to what it is given. Empty when no row moves anything.
+    """Module path -> the edit of its output or of its input. Empty when no row moves anything.
 
     `gain` is called where an architecture has a norm between a writer and the residual stream.
     """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _BLOCK = 32
 """Tokens per block of the cache on a CPU, whose kernels want multiples of 32."""
 _OFF_BY = 0.02
-"""Largest distance of a residual stream from the sum of what was written to it, as a share of its norm. Rounding to
+"""Largest distance of a residual stream from the sum of all vectors written to it, as a share of its norm. Rounding to
 bf16 gives 0.005 on the default merge; a tap at another tensor gives 0.1 or more."""
 
 
@@ -230,7 +230,7 @@ class VllmBatcher:
     def check(self) -> None:
         """Write a token under an edit at every block and every writer, and check that each arrived at its place.
 
-        The residual stream after each block is the sum of what the writers put out and of what was added after earlier
+        The residual stream after each block is the sum of the writers' outputs and of the shifts added after earlier
         blocks, and the logits are the model's own of the last stream. An operation that did not run, ran on another
         tensor or in the wrong place breaks this, and so do hooks that were not traced.
         Errors: UnsupportedError that says where.
@@ -265,7 +265,9 @@ class VllmBatcher:
             total = total + sum(taps[w][1].float() for w, block in writers.items() if block == site)
             given, edited = (h.float() for h in taps[path])
             if float((given - total).norm()) > _OFF_BY * float(total.norm()):
-                raise _unsupported(f"the residual stream after block {site} is not the sum of what was written to it")
+                raise _unsupported(
+                    f"the residual stream after block {site} is not the sum of all vectors written to it"
+                )
             total = edited
         last = model.get_submodule(anatomy.final_norm_module)(total[-1:].to(taps[path][1].dtype))
         expected = model.compute_logits(last).float()
