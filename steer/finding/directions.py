@@ -213,7 +213,7 @@ class SiteCheck:
 
     @property
     def merit(self) -> float:
-        """Effect minus weighted costs: what sites are compared by."""
+        """Effect minus weighted costs, by which sites are compared."""
         return merit(self.below, self.above, self.kl, self.repetition)
 
 

@@ -126,7 +126,7 @@ class Undo:
 
 @checked
 class Settings:
-    """What holds for a whole lineage."""
+    """Settings of a whole lineage."""
 
     pool: list[Text]
     """Models that may be added, absolute paths or names of the hub."""
@@ -158,7 +158,7 @@ class Lineage:
 
     @property
     def settings(self) -> Settings:
-        """What holds for the whole lineage."""
+        """Settings of the whole lineage."""
         file = self.place / SETTINGS
         raw = read_json_object(file, what="the settings of a lineage", do="start one with steer evolve START.yml")
         return from_file(Settings, raw, str(file))

@@ -81,7 +81,7 @@ def watch(
 
     While `running` returns true, that happens every `every` seconds, and once it does not any more, the whole page is
     drawn again, without the timer. The first drawing is part of the page's: to break it off for another would leave out
-    what stands below.
+    all that is below.
     """
     ran, first = running(), True
 

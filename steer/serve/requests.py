@@ -1,4 +1,4 @@
-"""The body of a request, and what it asks for: its prompts as token ids, and its sampler.
+"""The body of a request, and its meaning: its prompts as token ids, and its sampler.
 
 FastAPI parses bodies with the pydantic models: OpenAI's fields, and fields that other front ends add. Unknown fields
 are ignored, except in the steering extension, where they are refused; a reply warns of those in NOT_HONOURED.
@@ -342,8 +342,8 @@ _SAME: dict[tuple[str, float], float] = {
     ("typical_p", 0): 1e-9,
     ("repetition_penalty", 0): 1,
 }
-"""Values that clients send, as -1 for "all tokens" and a top_p of 0 for the likeliest one, and what means the same
-here."""
+"""Values that clients send, as -1 for "all tokens" and a top_p of 0 for the likeliest one, and the values with this
+meaning here."""
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     # The form of the reply
     **dict.fromkeys(("tools", "functions", "grammar", "grammar_string", "json_schema", "structured_outputs"), ()),
@@ -361,7 +361,7 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tfs", "tfs_z", "guidance_scale", "encoder_repetition_penalty", "num_beams"), (1,)),
 }
 """Fields of other servers that change a reply and that this server does not have -> values that change nothing, besides
-null, 0, false and what is empty."""
+null, 0, false and empty values."""
 
 
 @dataclass(frozen=True)

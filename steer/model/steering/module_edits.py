@@ -56,7 +56,7 @@ class ModuleEdit:
     writes_to: int | None = None
     """The block that this module is a writer of, -1 for the embedding. None: the module is a block."""
     given: bool = False
-    """Whether what the module is given is edited, not its output."""
+    """Whether the module's input is edited, not its output."""
 
     def apply(self, h: Tensor, context: ForwardContext) -> Tensor:
         """The edited output, `[batch, new, d]`.

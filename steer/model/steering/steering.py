@@ -154,7 +154,7 @@ class Steering:
             self.text, self._described = before, False
 
     def work_out(self, edit: Edit) -> None:
-        """Compute and cache what applying `edit` needs. Errors: as `set`, and whatever else applying it would raise."""
+        """Compute and cache the tensors that applying `edit` needs. Errors: as `set`, and all others of applying it."""
         self.check(edit)
         with self.lock:
             self._prepared((edit,))
