@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from steer.core.profile import Profile
     from steer.core.sampler import PRESETS, Sampler
     from steer.core.schedule import Gate, Schedule
-    from steer.core.slider import Intervention, Slider
+    from steer.core.slider import Slider
     from steer.core.trait import Trait
     from steer.errors import SteerError
     from steer.finding.features import find_features
@@ -80,7 +80,7 @@ _MODULES = {
     "steer.core.profile": ["Profile"],
     "steer.core.sampler": ["PRESETS", "Sampler"],
     "steer.core.schedule": ["Gate", "Schedule"],
-    "steer.core.slider": ["Intervention", "Slider"],
+    "steer.core.slider": ["Slider"],
     "steer.core.trait": ["Trait"],
     "steer.errors": ["SteerError"],
     "steer.finding.features": ["find_features"],

@@ -34,7 +34,7 @@ class LatestPerSubject:
 
     @classmethod
     def key(cls, subject: Any) -> Hashable:
-        """Return what tells apart the subjects that work of this class is about; by default the subject itself."""
+        """Return the key by which `_latest` stores the work on a subject; by default the subject itself."""
         return subject
 
     @classmethod

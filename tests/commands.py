@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,16 @@ def command_outside(*arguments: object, timeout: float = 60) -> Outcome:
     command = [str(Path(sys.executable).with_name("steer")), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def fork(forkserver: ForkServerContext, function: Callable[..., object], *arguments: object) -> ForkServerProcess:
+    """Starts a separate process, which calls a function of a module in this process's environment."""
+    process = forkserver.Process(target=_in_environment, args=(dict(os.environ), function, *arguments))
+    process.start()
+    return process
+
+
+def _in_environment(environment: dict[str, str], function: Callable[..., object], *arguments: object) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*arguments)

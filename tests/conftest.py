@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,6 +135,17 @@ def llama(desk: Desk) -> Iterator[LlamaServer]:
 
     with llama_server(desk.command(), slots=2) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> ForkServerContext:
+    """Starts processes as forks of one that has imported what takes long. Of all contexts there is one such process, so
+    that every test has to use this one. `commands.fork` also gives a process the environment of the test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["mergekit.merge", "peft", "steer.lineage.building", "steer.sae.train", "steer.verbs.bake_search"]
+    )
+    return context
 
 
 @pytest.fixture

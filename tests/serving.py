@@ -56,7 +56,7 @@ class Served:
 def served(
     model: SteeredModel, options: Options | None = None, engine: Engine | None = None, **engine_options: int
 ) -> Iterator[Served]:
-    """A server on a port of its own for the length of a block."""
+    """A server on a free port for the length of a block."""
     options = options or Options()
     engine = engine or BatchingEngine(model, **engine_options)
     try:

@@ -17,7 +17,7 @@ from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.schedule import Gate, Schedule
-from steer.core.slider import Intervention
+from steer.core.slider import Slider
 from steer.errors import UsageError
 from steer.model.steered import SteeredModel
 from steer.model.steering.low_rank import ForwardContext
@@ -86,12 +86,12 @@ class Slow:
     """A model under moves, each token under those in force when it was read."""
 
     model: SteeredModel
-    moves: Callable[[int], Sequence[Intervention]]
+    moves: Callable[[int], Sequence[Slider]]
     """Position in the text -> what acts on it."""
     prompt: int
     """How many tokens of the text are the prompt."""
-    ablated: dict[tuple[int, Intervention], float] = field(default_factory=dict)
-    done: dict[Intervention, dict[int, float]] = field(default_factory=dict)
+    ablated: dict[tuple[int, Slider], float] = field(default_factory=dict)
+    done: dict[Slider, dict[int, float]] = field(default_factory=dict)
     """Of every move: on which tokens it moved something, and by what share of the residual norm."""
     _gates: dict[tuple[int, Gate], bool] = field(default_factory=dict)
 
@@ -172,7 +172,7 @@ class Slow:
             self._tell(m, t, abs(by[-1]) / d.residual_norm)
         return h + least_change(rows, by) if rows else h
 
-    def _feature(self, m: Intervention, share: float, before: np.ndarray) -> np.ndarray:
+    def _feature(self, m: Slider, share: float, before: np.ndarray) -> np.ndarray:
         f = m.target
         assert isinstance(f, Feature)
         out = np.zeros_like(before)
@@ -183,7 +183,7 @@ class Slow:
             out += share * (asked(m.operation, m.amount, a, 0.0, unit) - a) * numpy(f.dictionary.W_dec[latent])
         return out
 
-    def _share(self, m: Intervention, t: int) -> float:
+    def _share(self, m: Slider, t: int) -> float:
         return share_at(m.when, t - (self.prompt - 1)) * (m.when.gate is None or self._gates[t, m.when.gate])
 
     def _open(self, gate: Gate, h: np.ndarray) -> bool:
@@ -195,18 +195,18 @@ class Slow:
             amount = sum(reads) / len(reads)
         return (gate.above is None or amount > gate.above) and (gate.below is None or amount < gate.below)
 
-    def _tell(self, move: Intervention, t: int, share: float) -> None:
+    def _tell(self, move: Slider, t: int, share: float) -> None:
         if share > 0:
             self.done.setdefault(move, {})[t] = share
 
 
-def slow_logits(model: SteeredModel, text: Sequence[int], moves: Sequence[Intervention], prompt: int) -> Tensor:
+def slow_logits(model: SteeredModel, text: Sequence[int], moves: Sequence[Slider], prompt: int) -> Tensor:
     """Logits of a whole text under moves: `[tokens, vocab]`."""
     return Slow(model, lambda t: moves, prompt).logits(text)
 
 
 @torch.inference_mode()
-def fast_logits(model: SteeredModel, text: Sequence[int], moves: Sequence[Intervention], prompt: int) -> Tensor:
+def fast_logits(model: SteeredModel, text: Sequence[int], moves: Sequence[Slider], prompt: int) -> Tensor:
     """The same by the model's own steering, in one pass."""
     with model.steering.lock, model.steering.applied([Edit.of(moves)]):
         index = torch.arange(len(text))[None] - (prompt - 1)
@@ -239,7 +239,7 @@ def make_dictionary(kind: str = "jumprelu", *, seed: int = 0, site: int = 1, nor
 
 
 def close_directions(site: int = 1, n: int = 4, seed: int = 3, spread: float = 0.7) -> list[Direction]:
-    """Directions around one another, far from orthogonal, each with statistics of its own."""
+    """Directions around one another, far from orthogonal, each with different statistics."""
     g = torch.Generator().manual_seed(seed)
     base = torch.randn(32, generator=g)
     out = []
@@ -255,9 +255,9 @@ def close_directions(site: int = 1, n: int = 4, seed: int = 3, spread: float = 0
     return out
 
 
-def compatible(moves: Sequence[Intervention]) -> list[Intervention]:
+def compatible(moves: Sequence[Slider]) -> list[Slider]:
     """As many of them, from the first on, as may stand together."""
-    out: list[Intervention] = []
+    out: list[Slider] = []
     for move in moves:
         with suppress(UsageError):
             Edit.of([*out, move])

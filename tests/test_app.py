@@ -34,7 +34,7 @@ APP = Path(__file__).parents[1] / "app.py"
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A STEER_HOME of its own, and no model cached from the test before."""
+    """A separate STEER_HOME, and no model cached from the test before."""
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.argv", ["app.py"])
     st.cache_resource.clear()
@@ -202,7 +202,7 @@ def test_the_system_prompt_and_the_sampler_are_heard(moral):
     assert (chat_of(other).sampler.top_k, chat_of(other).sampler.temperature) == (7, 3.0)
 
 
-def test_a_dropped_card_is_played_and_a_broken_one_is_told_of(moral, home):
+def test_a_dropped_card_is_played_and_a_broken_one_is_reported(moral, home):
     at = page()
     upload = next(f for f in at.get("file_uploader") if f.label.startswith("Character card"))
     card = {"spec": "chara_card_v2", "spec_version": "2.0", "data": {"name": "Duke", "first_mes": "well friend"}}
@@ -266,13 +266,13 @@ def test_a_model_without_a_direction_chats_and_names_the_command_that_finds_one(
     assert say(at, "hello")
 
 
-def test_a_model_that_cannot_be_loaded_is_told_of_without_a_traceback(checkpoint):
+def test_a_model_that_cannot_be_loaded_is_reported_without_a_traceback(checkpoint):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "expected a whole safetensors file" in page().error[0].value
 
 
-def test_a_model_that_is_not_there_is_told_of_without_a_traceback(home, monkeypatch):
+def test_a_model_that_is_not_there_is_reported_without_a_traceback(home, monkeypatch):
     monkeypatch.setenv("STEER_MODEL", str(home / "nowhere"))
     at = page()
     assert "nowhere: expected a checkpoint directory" in at.error[0].value
@@ -299,12 +299,12 @@ def test_a_page_without_a_model_offers_the_default_merge(home, monkeypatch):
 def test_no_error_or_toast_fetches_a_picture():
     def script() -> None:
         from steer.errors import SteerError
-        from steer.page.guard import guarded, tell
+        from steer.page.guard import guarded, toast
 
         def draw() -> None:
             raise SteerError("bad ![](http://x/b.png)")
 
-        tell("![](http://x/a.png)")
+        toast("![](http://x/a.png)")
         guarded(draw)()
 
     at = AppTest.from_function(script, default_timeout=60).run()
@@ -492,7 +492,7 @@ def test_a_scene_goes_on_with_a_message_of_ones_own(lineage):
     pair(at)
     (scene,) = [e for e in at.main.expander if e.label.startswith("The scene so far")]
     assert plain_html(scene.get("html")[-1].proto.body) == chosen
-    next(t for t in at.text_input if t.label.startswith("A message of your own")).set_value("hello friend")
+    next(t for t in at.text_input if t.label.startswith("Your message")).set_value("hello friend")
     click(at, "Ask it")
     pair(at)
     click(at, "Both are bad")
@@ -516,7 +516,7 @@ def test_a_voter_without_a_name_is_asked_for_one(lineage):
     assert any(b.label == "Next generation" for b in at.button)
 
 
-def test_a_start_that_fails_is_told_of_and_the_form_keeps_what_was_typed(checkpoint, tmp_path):
+def test_a_start_that_fails_is_reported_and_the_form_keeps_what_was_typed(checkpoint, tmp_path):
     at = page()
     at.session_state["part"] = "Evolve"
     at.run()

@@ -120,7 +120,7 @@ def test_the_baked_checkpoint_verifies_and_loads_in_plain_transformers(demo: dic
 
 
 def test_the_terminal_chat_steers_on_the_directions_that_ship(demo: dict[str, Any], tmp_path: Path) -> None:
-    """A STEER_HOME of its own: only what ships in dictionaries/ is at hand."""
+    """An empty STEER_HOME: only what ships in dictionaries/ is at hand."""
     done = subprocess.run(
         [STEER, "chat", demo["merged"], "--slider", "moralizing=-1", "--max-new-tokens", "40"],
         input="My friend lied to me.\n/sliders\n/moralizing 0.5\n/quit\n",

@@ -48,7 +48,7 @@ SAME = (3 * "ta te ti to tu ", 3 * "tu to ti te ta ")
 
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of its own, traits of 18 topics, and an evaluation of one probe."""
+    """An empty home, traits of 18 topics, and an evaluation of one probe."""
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
     write_traits(tmp_path / "traits", moralizing=MORAL, compliance=EAGER)
     monkeypatch.setattr(trait, "_FOLDER", tmp_path / "traits")

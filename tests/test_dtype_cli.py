@@ -103,7 +103,7 @@ def test_what_it_computes_in_is_one_line_on_stderr(run, verb, dtype, says):
 
 
 @pytest.mark.parametrize("verb", ELSEWHERE)
-def test_models_that_others_load_are_told(run, verb):
+def test_models_that_others_load_are_reported(run, verb):
     assert run(verb, *ELSEWHERE[verb], "--dtype", "stored").endswith("steer: loaded\n")
     assert os.environ["STEER_DTYPE"] == "stored"
 

@@ -36,7 +36,7 @@ def furthest(printed: str) -> float:
 
 
 @pytest.mark.slow
-def test_residuals_tell_a_lecture_from_an_answer() -> None:
+def test_residuals_distinguish_a_lecture_from_an_answer() -> None:
     rows = re.findall(r"^ +(\d+) +([\d.]+) +(-?[\d.]+) +(\d+)/(\d+)", run("record_residuals.py"), re.MULTILINE)
     assert [int(block) for block, *_ in rows] == list(range(30))
     assert max(int(right) / int(of) for *_, right, of in rows) == 1.0

@@ -114,7 +114,7 @@ def test_a_place_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) 
         write_atomic(tmp_path / "file" / "below", b"data")
 
 
-def test_two_processes_are_told_apart_in_one_folder(tmp_path: Path) -> None:
+def test_two_processes_are_distinguished_in_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     with (
         locked(folder, "is at work"),

@@ -43,7 +43,7 @@ TRAIT = Trait(
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint `m` and the dictionary `d` trained on it, under a STEER_HOME of their own."""
+    """A checkpoint `m` and the dictionary `d` trained on it, under a separate STEER_HOME."""
     folder = tmp_path_factory.mktemp("journey")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEER_HOME", str(folder / "home"))

@@ -13,7 +13,7 @@ from commands import Command, command_here
 from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_chat
 
-from steer.checkpoint.kin import kinship
+from steer.checkpoint.kin import kin
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ def test_the_command_prints_the_figures_of_a_recipe_and_writes_a_page(steer: Com
     assert not re.search(r"(?:src|href)=\"?http", page)
     assert "<b>$" not in page
     assert "&lt;b&gt;$\\frac{x$" in page
-    for sentence in kinship(["stock.yml"]).sentences():
+    for sentence in kin("stock.yml").sentences():
         assert sentence.replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#39;") in page
 
 
 def test_json_holds_every_figure(steer: Command, folder: Path) -> None:
     done = steer("kin", "calm", "brisk", "--base", "base", "--json")
-    found = kinship(["calm", "brisk"], "base")
+    found = kin("calm", "brisk", base="base")
     assert done.result == {"mismatches": [], **found.as_json()}
     assert done.result["cosines"][0][1] == found.cosine("calm", "brisk")
     assert [m["norm"] for m in done.result["models"]] == list(found.norms)

@@ -42,7 +42,7 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plant(folder: Path, mark: Path, model_type: str | None = None) -> Path:
-    """Give a checkpoint code of its own, for whatever transformers could take from it; by `model_type`, one that
+    """Give a checkpoint remote code, for whatever transformers could take from it; by `model_type`, one that
     transformers does not know."""
     code = f"open({str(mark)!r}, 'w').write('ran')\nclass Evil: pass\ndef generate(*a, **k): pass\n"
     (folder / "evil.py").write_text(code)
@@ -60,7 +60,7 @@ def plant(folder: Path, mark: Path, model_type: str | None = None) -> Path:
 
 @pytest.fixture
 def planted(tmp_path: Path, tiny_llama: Callable[..., Path], mark: Path) -> Path:
-    """A checkpoint of a known kind with code of its own."""
+    """A checkpoint of a known kind with remote code."""
     return plant(save_tiny_chat(tiny_llama, tmp_path / "m", dtype=torch.float32), mark)
 
 

@@ -29,7 +29,7 @@ def test_it_is_whole_and_small_enough():
     assert len(read_records(PLACE / "features.jsonl")) > 0.95 * d.latents
 
 
-def test_no_direction_tells_where_a_checkpoint_lay_on_the_machine_that_made_it():
+def test_no_direction_contains_a_path_of_the_machine_that_made_it():
     for file in DIRECTIONS:
         assert not Path(Direction.load(file).provenance["checkpoint"]).is_absolute()
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Outcome, command_here, command_outside
+from commands import Outcome, command_here
 from tiny_chat import WORDS, save_tiny_chat
 
 from steer.core.dictionary_files import load_dictionary
 from steer.files import locked
+from steer.model.steered import load
+from steer.sae.harvest import harvest
 from steer.sae.shards import Harvest
 from steer.sae.train import training_place
 
@@ -61,8 +63,7 @@ def place(tmp_path_factory, tiny_llama) -> Path:
         row = {"text": said} if n % 2 else {"messages": [{"role": "user", "content": said}]}
         lines.append(json.dumps(row))
     (root / "text.jsonl").write_text("\n".join(lines))
-    done = command_outside("harvest", root / "model", root / "harvest", "--site", 1, "--text", root / "text.jsonl")
-    assert done.code == 0, done.err
+    harvest(load(root / "model"), root / "harvest", sites=[1], sources=str(root / "text.jsonl"))
     return root
 
 
@@ -70,7 +71,9 @@ def test_a_harvest_becomes_a_dictionary_that_sae_lens_loads(run, place, tmp_path
     import sae_lens
 
     out = tmp_path / "dictionary"
-    done = run("train", place / "harvest", out, *SMALL, "--tokens", 64 * 150, "--json")
+    harvested = run("harvest", place / "model", tmp_path / "h", "--site", 1, "--text", place / "text.jsonl")
+    assert f"Train on it: steer train {tmp_path / 'h'} dictionary" in harvested.out
+    done = run("train", tmp_path / "h", out, *SMALL, "--tokens", 64 * 150, "--json")
     result = json.loads(done.out)
     assert 0 < result["fit"]["fvu"] < 1
     assert result["spliced"]["tokens"] > 0

@@ -1,4 +1,4 @@
-"""`steer traits`: the shelf, one trait, checks of files, and a file to begin with."""
+"""`steer traits`: the list, one trait, checks of files, and a file to begin with."""
 
 from __future__ import annotations
 

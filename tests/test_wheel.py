@@ -182,7 +182,7 @@ def test_a_source_distribution_has_what_the_wheel_needs(source: Path, tmp_path: 
         assert {folder / name for name in files(source / folder)} <= names
 
 
-def test_what_was_not_installed_is_told_of_in_a_line(tmp_path: Path) -> None:
+def test_what_was_not_installed_is_reported_in_a_line(tmp_path: Path) -> None:
     assert present(RECIPE) == RECIPE
     with pytest.raises(SteerError, match=r"gone: expected what ships with steer, found none; install steer again$"):
         present(tmp_path / "gone")

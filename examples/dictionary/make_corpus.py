@@ -126,7 +126,7 @@ def answer(model: Any, chats: list[list[dict[str, str]]], sampler: Any, keys: An
 
 
 def prose(seed: int) -> list[str]:
-    """Passages of the books, in an order of their own."""
+    """Passages of the books, in a fixed random order."""
     rng = random.Random(seed)
     out: list[str] = []
     for name, version, sha256, pattern in PROSE:

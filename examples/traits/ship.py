@@ -43,8 +43,8 @@ def main(out: str) -> None:
             place.unlink(missing_ok=True)
     effects = [e for e in result["effects"] if e["slider"] in ships]
     write_atomic(PLACE / "directions" / EFFECTS, json.dumps(result | {"effects": effects}, indent=0) + "\n")
-    put(PLACE / "README.md", "shelf", table(result, ships) + efforts(result) + pairs(result))
-    put(ROOT / "README.md", "shelf", summary(result, ships))
+    put(PLACE / "README.md", "traits", table(result, ships) + efforts(result) + pairs(result))
+    put(ROOT / "README.md", "traits", summary(result, ships))
 
 
 def shipping(sliders: dict[str, Any]) -> list[str]:

@@ -73,10 +73,10 @@ def _text(value: Any) -> str:
 
 def _check_claims(folder: Path, wrong: Mapping[str, bool]) -> None:
     """Raise CheckpointError for the first entry of a certificate that is wrong. `wrong`: entry -> whether it differs
-    from what the edit and the files give."""
+    from the value computed from the edit and the files."""
     if key := next((key for key, is_wrong in wrong.items() if is_wrong), None):
         raise CheckpointError(
-            f"{folder}: {key} of the certificate is not what its edit and these files come to; bake again"
+            f"{folder}: {key} of the certificate is not what its edit and these files give; bake again"
         )
 
 
@@ -357,7 +357,7 @@ def _check_config(folder: Path, cert: Certificate, config: dict[str, Any], store
     if sorted(changed) != sorted(m[1].removesuffix(".base_layer") for m in found if m):
         wrong.add("target_modules")
     if wrong:
-        raise CheckpointError(f"{folder / CONFIG}: {min(wrong)} is not what its tensors come to; bake again")
+        raise CheckpointError(f"{folder / CONFIG}: {min(wrong)} is not what its tensors give; bake again")
 
 
 def _check_factors(folder: Path, cert: Certificate, edit: Edit, stored: Mapping[str, Tensor]) -> None:
@@ -434,7 +434,7 @@ def _check_adapter_source(
 
 
 def _check_against_source(folder: Path, cert: Certificate, plan: Plan, proofs: Proofs) -> None:
-    """Check the entries that only the source decides. `proofs`: of what was computed from it again."""
+    """Check the entries that need the source. `proofs`: those computed from it again."""
     recomputed, certified = ({(p.tensor, p.key): p for p in proven} for proven in (proofs.writers, cert.writers))
     claims = {
         "architecture": cert.architecture != plan.anatomy.architecture,

@@ -45,7 +45,7 @@ class Journal:
 
     @classmethod
     def of(cls, work: Path, files: CheckpointFiles, edit: Edit, form: Form, *, edit_mtp: bool = False) -> Journal:
-        """The journal of a bake of this edit, in this form, into this directory, with what a killed run finished."""
+        """The journal of a bake of this edit, in this form, into this directory, with the steps of a killed run."""
         shards = [(s.name, s.size, s.mtime_ns, s.header) for s in files.shards]
         where = torch.cuda.is_available()  # sums on a GPU are rounded differently
         return cls(work, fingerprint(versions(), where, form, files.config, shards, edit, edit_mtp))

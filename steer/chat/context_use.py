@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ContextUse:
-    """Tokens of the last reply's prompt, by what they are for."""
+    """Tokens of the last reply's prompt, by their purpose."""
 
     system: int
     """The card or system prompt, without entries of lorebooks."""
@@ -16,9 +16,9 @@ class ContextUse:
     history: int
     """The messages, and what the chat template writes around them."""
     reply: int
-    """What the reply may take of the rest."""
+    """The most that the reply may have of the rest."""
     context: int
-    """What the model can read."""
+    """The most that the model can read."""
 
     @classmethod
     def of(cls, prompt: int, system: int, lorebook: int, most: int, context: int) -> ContextUse:
@@ -34,6 +34,6 @@ class ContextUse:
         }  # fmt: skip
 
     def describe(self) -> str:
-        """Return one line: every part with its tokens, and what is free."""
+        """Return one line: every part with its tokens, and the tokens that are free."""
         parts = ", ".join(f"{name} {tokens:,}" for name, tokens in self.parts.items() if tokens)
         return f"{parts}, free {max(0, self.context - sum(self.parts.values())):,} of {self.context:,} tokens"

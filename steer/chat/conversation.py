@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from steer.chat.voting import Thumb
 from steer.core.edit import Edit
@@ -35,6 +37,12 @@ class SettingsSpan:
     """The edit that was applied. It is not saved to disk; there the profile replaces it."""
 
 
+def _from_pairs(spans: Any) -> Any:
+    """The spans in a chat's file are pairs of a token and a profile."""
+    pairs = isinstance(spans, list) and all(isinstance(s, list) and len(s) == 2 for s in spans)
+    return [dict(zip(("start", "profile"), span, strict=True)) for span in spans] if pairs else spans
+
+
 @dataclass(frozen=True)
 class Written:
     """How a reply was written: seed, settings, tokens, speed."""
@@ -43,9 +51,9 @@ class Written:
     """Seed of the random draws."""
     profile: Profile | None
     """The sampler, and the sliders at the end of the reply."""
-    stretches: tuple[SettingsSpan, ...] = ()
+    stretches: Annotated[tuple[SettingsSpan, ...], Field(fail_fast=True), BeforeValidator(_from_pairs)] = ()
     """All settings that applied while it was written, in order."""
-    ids: tuple[int, ...] = ()
+    ids: Annotated[tuple[int, ...], Field(fail_fast=True)] = ()
     """Token ids; empty if unknown, for a reply that was edited or that a server wrote."""
     receipt: Mapping[str, Any] | None = None
     """What the sliders did to the reply, as from `Receipt.describe`."""

@@ -39,7 +39,7 @@ class CostJob(Job):
 
 @dataclass(frozen=True)
 class Cost:
-    """A quick evaluation of a model and of what was made of it; it may be measured, being measured, or neither."""
+    """A quick evaluation of a model and of an edit of it; it may be measured, being measured, or neither."""
 
     folder: Path
     model: str

@@ -28,7 +28,7 @@ from steer.sae.records import FeatureRecord, read_records
 
 _WORDS = 4
 """Tokens that a title or a description names at most."""
-TELLS, CERTAIN = 0.2, 0.05
+INDICATES, CERTAIN = 0.2, 0.05
 """Distance of a latent's AUROC from chance at which its title names the trait, and the largest false discovery rate."""
 _READABLE = re.compile(r"\w{2,}")
 
@@ -132,20 +132,20 @@ def description_of(slider: Slider) -> str:
     parts = []
     if row is not None and row.get("trait"):
         summary = _summary(str(row["trait"]))
-        parts.append(f"{'Features' if len(target.indices) > 1 else 'A feature'} that tell the trait: {summary}")
+        parts.append(f"{'Features' if len(target.indices) > 1 else 'A feature'} that indicate the trait: {summary}")
     if record is not None:
         parts.append(description(record))
     return " ".join(parts) or f"A feature of {target.dictionary.name}."
 
 
 def title(record: FeatureRecord) -> str:
-    """Return a latent's title: the trait that it tells, or the words that it fires on again and again, or its number.
+    """Return a latent's title: the trait that it indicates, or the words that it fires on repeatedly, or its number.
 
-    A latent tells a trait if its held-out AUROC is at least `TELLS` from chance, beyond the false discovery rate
-    `CERTAIN`. Words that any text has, and a word that it fired on once, say nothing about a latent.
+    A latent indicates a trait if its held-out AUROC is at least `INDICATES` from chance, beyond the false discovery
+    rate `CERTAIN`. Words that any text has, and a word that it fired on once, say nothing about a latent.
     """
     trait = record.best_trait
-    if trait is not None and record.distance(trait) >= TELLS and record.traits[trait].q <= CERTAIN:
+    if trait is not None and record.distance(trait) >= INDICATES and record.traits[trait].q <= CERTAIN:
         side = "with" if record.traits[trait].auroc > 0.5 else "without"
         return f"{side} {trait.replace('-', ' ')} (feature {record.index})"
     counts = _firing_tokens(record)

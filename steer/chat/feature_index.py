@@ -97,8 +97,8 @@ class FeatureIndex:
     def search(self, words: str = "", trait: str | None = None, limit: int = 20) -> list[FeatureCard]:
         """Return features whose tokens or contexts contain every word, those with the most occurrences first.
 
-        Without words: the features that tell a trait, the most certain first. `trait`: those that indicate it or its
-        absence, the most certain first. Errors: UsageError for a trait by which no features were ranked.
+        Without words: the features that indicate a trait. `trait`: those that indicate it or its absence. Both with the
+        most certain first. Errors: UsageError for a trait by which no features were ranked.
         """
         traits = self.traits()
         if trait is not None and trait not in traits:

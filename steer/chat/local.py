@@ -48,7 +48,7 @@ class LocalBackend(ReplyBackend):
         self.sliders = Sliders(model, live=False) if sliders is None else sliders
         self.memory = PrefixCache()
         self.noted: set[str] = set()
-        """What the chat template made necessary, as far as a receipt of this chat has said it."""
+        """Notes on the chat template that a receipt of this chat has shown already."""
         self.turns = turns_of(model)
         self.marks = marks_of(model.tokenizer)
 

@@ -75,7 +75,7 @@ class RemoteBackend(ReplyBackend):
         """Options of the chat template that every request carries."""
         self.name = name or self._first_model()
         self.adapters: dict[str, int] | None = None
-        """Of a llama-server: the id of each slider's LoRA. None for a steer server."""
+        """Slider -> id of its LoRA, on a llama-server; None for a steer server."""
         self.sliders = RemoteSliders(self)
         self.offered()
         if self.adapters is not None:

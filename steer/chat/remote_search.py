@@ -64,7 +64,7 @@ class RemoteSearch(LatestPerSubject):
 
     @classmethod
     def key(cls, subject: ReplyBackend) -> str:
-        """Return what tells servers apart: their address."""
+        """Return the server's address."""
         return cast(RemoteBackend, subject).url
 
     @classmethod

@@ -81,7 +81,7 @@ class BaseChat:
         self.lore = replace(self.lore, books=(*others, book))
 
     def remove_lorebook(self, name: str) -> None:
-        """Scan a lorebook no more that was added."""
+        """Stop scanning a lorebook that was added."""
         self.lore = replace(self.lore, books=tuple(b for b in self.lore.books if b.name != name))
 
     def prompt(self, messages: Messages, seed: int, greeting: int | None) -> tuple[Messages, Scan]:

@@ -246,7 +246,7 @@ class SliderPanel:
         if not self.on:
             return []
         beyond = [
-            f"{r.title} stands at {r.amount:g}, beyond its calibrated range {r.safe[0]:g} to {r.safe[1]:g}"
+            f"{r.title} is at {r.amount:g}, beyond its calibrated range {r.safe[0]:g} to {r.safe[1]:g}"
             for r in self.rows()
             if r.red and r.calibrated
         ]

@@ -17,9 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_jsonable_python
 
-from steer.chat.conversation import Conversation, Ending, Message, Role, SettingsSpan, Written
+from steer.chat.conversation import Conversation, Message, Written
 from steer.chat.lore import Lore
-from steer.chat.voting import Thumb
 from steer.checkpoint.fetch import home
 from steer.core.profile import Profile
 from steer.core.small_files import read_small
@@ -96,31 +95,7 @@ def _listed(place: Path, stamp: int, size: int) -> SavedChat | str:
     return SavedChat(place, c.title or "(empty)", stored.model, len(c.path()), stamp / 1e9)
 
 
-class _Written(BaseModel):
-    """The record of a reply in a file, `stretches` as pairs of a token and a profile."""
-
-    seed: int
-    profile: Profile | None
-    stretches: Annotated[tuple[tuple[int, Profile | None], ...], Field(fail_fast=True)]
-    ids: Annotated[tuple[int, ...], Field(fail_fast=True)]
-    receipt: dict[str, Any] | None = None
-    ending: Ending
-    seconds: float
-    first_token: float | None = None
-    rate: float | None = None
-
-
-class _Message(BaseModel):
-    id: int
-    role: Role
-    text: str
-    parent: int | None
-    written: _Written | None = None
-    edited: bool = False
-    thumb: Thumb | None = None
-
-
-class _Chat(BaseModel):
+class _Chat(BaseModel, arbitrary_types_allowed=True):
     """The contents of a chat's file."""
 
     steer_chat: Literal[1]
@@ -132,7 +107,7 @@ class _Chat(BaseModel):
     on: bool = True
     seed: int = 0
     lore: Lore = Field(default_factory=Lore)
-    messages: Annotated[list[_Message], Field(fail_fast=True)]
+    messages: Annotated[list[Message], Field(fail_fast=True)]
     page: list[int]
     """Ids of the messages that are shown."""
 
@@ -169,13 +144,8 @@ def load_chat(place: Path) -> Stored:
     c = Conversation()
     try:
         chat = _Chat.model_validate(parse_json(data))
-        for m in chat.messages:
-            fields: dict[str, Any] = dict(vars(m))
-            if m.written is not None:
-                spans = tuple(SettingsSpan(*span) for span in m.written.stretches)
-                written: dict[str, Any] = vars(m.written) | {"stretches": spans}
-                fields["written"] = Written(**written)
-            c.put(Message(**fields))
+        for message in chat.messages:
+            c.put(message)
         if chat.page:
             c.choose(chat.page[-1])
     except (ValueError, SteerError) as e:

@@ -95,7 +95,7 @@ class _Terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  # input() then knows arrow keys and past lines
             known = ", ".join(self.session.sliders.known()) or "none yet, see steer find"
-            self.say(f"{self.session.model.name}. Sliders: {known}. /help tells more.")
+            self.say(f"{self.session.model.name}. Sliders: {known}. /help lists the commands.")
         for message in self.session.messages:  # a character who speaks first
             self.say(message["content"])
         with suppress(_Quit):

@@ -24,11 +24,11 @@ def votes_place() -> Path:
 def kept_votes() -> list[Vote]:
     """Return all votes that were kept. Errors: as `read_votes`."""
     place = votes_place()
-    return list(_kept(place, stamp(place))) if place.exists() else []
+    return list(_votes_in(place, stamp(place))) if place.exists() else []
 
 
 @lru_cache(maxsize=1)
-def _kept(place: Path, stamp: tuple[int, ...]) -> list[Vote]:
+def _votes_in(place: Path, stamp: tuple[int, ...]) -> list[Vote]:
     """The page reads the file each time that it draws Compare, and most of the time nothing is new."""
     return read_votes(place)
 

@@ -216,11 +216,11 @@ class Kinship:
 
     @cached_property
     def by_kind(self) -> dict[str, Float[np.ndarray, " models"]]:
-        """The same by kind of tensor, over all blocks."""
+        """Norms as in `by_block`, by kind of tensor over all blocks."""
         return self._grouped({t.kind: None for t in self.tensors}, lambda t: t.kind)
 
     def by_kind_of_block(self, kind: str) -> dict[int, Float[np.ndarray, " models"]]:
-        """The same in each block, of one kind of tensor."""
+        """Norms as in `by_block`, of one kind of tensor."""
         keys = {t.block: None for t in self.tensors if t.kind == kind and t.block is not None}
         return self._grouped(keys, lambda t: t.block if t.kind == kind else None)
 
@@ -285,7 +285,7 @@ class Kinship:
         i = int(np.argmax(lengths))
         yield (
             f"{self.labels[i]} adds most that is new: {self.new(self.names[i]):.0%} of its difference (squared norm) "
-            f"is outside of what the others mix to, {lengths[i] / self.base_norm:.2%} of the base's norm."
+            f"is in no mixture of the others, {lengths[i] / self.base_norm:.2%} of the base's norm."
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -326,17 +326,12 @@ def kin(*models: str | Path, base: str | Path | None = None, advance: Advance | 
     Errors: UsageError without a base; CheckpointError for a model that is not there, lacks a tensor of the base, has
     another shape, or has weights that are not finite.
     """
-    return kinship(models, base, advance)
-
-
-def kinship(models: Sequence[str | Path], base: str | Path | None = None, advance: Advance | None = None) -> Kinship:
-    """The same for a list of models. Errors: as `kin`."""
     family = Family.of(models, base)
     return Kinship(family, *_Comparison(family).tensors(advance or (lambda done, total: None)))
 
 
 def mismatches(models: Sequence[str | Path], base: str | Path | None = None) -> list[str]:
-    """What does not fit between models and base, a line each, with what mergekit would do: architectures, shapes,
+    """Return a line for each thing in which models and base differ, with what mergekit would do: architectures, shapes,
     vocabularies, tokens with other ids, special tokens. No weights are read.
 
     Errors: UsageError without a base; CheckpointError for a model that is not there or is broken.

@@ -31,7 +31,7 @@ class Part:
     stacked: bool = False
     """Whether one tensor holds all experts, `[experts, ...]`."""
     adaptable: bool = True
-    """Whether peft can change it. Experts `[in, out]` of a module that does not say so it takes for their transpose."""
+    """Whether peft can change it. It takes experts `[in, out]` for `[out, in]` where no flag says otherwise."""
     live: str | None = None
     """The live parameter below the block, where it has another name: one for all experts, if they are stored one by
     one."""
@@ -100,7 +100,7 @@ class Layout:
     """Prefixes of the decoder's tensor names on disk, where they are not `base`."""
     block: str = "layers.{}"
     blocks: tuple[tuple[Addend, ...], ...] = (attention_and_mlp(),)
-    """The kinds of blocks, each with what it adds to the residual stream."""
+    """The kinds of blocks, each with the modules that add to the residual stream."""
     embeddings: tuple[str, ...] = ("embed_tokens",)
     """Modules whose rows are summed to begin the residual stream; the token embedding comes first."""
     embedding_output: str | None = "embed_tokens"

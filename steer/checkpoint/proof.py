@@ -116,7 +116,7 @@ def _completed(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """A config without what says nothing about the model's structure."""
+    """A config without the fields that say nothing about the model's structure."""
     unrelated = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
     return {k: v for k, v in config.to_dict().items() if k not in unrelated}
 
@@ -147,7 +147,7 @@ def prove(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Struc
 
 @dataclass(frozen=True)
 class _Proved:
-    """What holds for every config that differs from the tiny one in sizes and in the order of blocks only."""
+    """Findings that hold for every config that differs from the tiny one only in sizes and in the order of blocks."""
 
     layout: Layout
     signatures: tuple[frozenset[str], ...]
@@ -266,7 +266,7 @@ class _Proof:
             raise NotProved(f"a text padded on the left in a batch has logits that differ by {off:.1e} from it alone")
 
     def _blocks(self) -> list[str]:
-        """Paths of the blocks: the longest list of modules of which each is given what the one before it put out."""
+        """Paths of the blocks: the longest list of modules in which the output of each is the input of the next."""
         lists = []
         for name, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module):
@@ -281,7 +281,7 @@ class _Proof:
         return max(lists, key=len)
 
     def _sources(self, i: int) -> list[_Source]:
-        """What block `i` adds to the residual stream: the fewest outputs of modules that sum to its change."""
+        """The additions of block `i` to the residual stream: the fewest outputs of modules that sum to its change."""
         block, groups = self.blocks[i], self._groups(i)
         if found := self._summed(self.out[i], groups, [self.given[i]]):
             return [source for scale, group in found for source in self._written(i, group, scale, self.r, ())]
@@ -323,7 +323,7 @@ class _Proof:
     def _written(
         self, i: int, group: Sequence[str], scale: float, u: Float[Tensor, " d"], norms: tuple[str, ...]
     ) -> list[_Source]:
-        """The vectors that sum to what the modules `group` put out, each with its writers. `norms`: those between it
+        """The vectors that sum to the output of the modules `group`, each with its writers. `norms`: those between it
         and the residual stream. `u`: the direction that has to leave it."""
         module = self._writing(group)
         if module is None:
@@ -340,7 +340,7 @@ class _Proof:
             return self._written(i, before, scale, u, norms)
         try:
             return [self._source(i, norm, scale, u, norms, given=True)]
-        except NotProved:  # what it is given passes norms itself
+        except NotProved:  # its input passes norms itself
             found = self._summed(given, [g for g in groups if norm not in g], ())
             if not found:
                 raise
@@ -354,8 +354,8 @@ class _Proof:
         return _Source(module, given, norms, self._kind(next(iter(weights), module)), u, scale, weights, biases)
 
     def _writing(self, group: Sequence[str]) -> str | None:
-        """Of modules with equal outputs, from the outermost to the innermost, the innermost that has parameters and
-        is given texts: one that is given a list of tokens does not know which text each belongs to."""
+        """Return the innermost of modules with equal outputs that has parameters and is given texts. `group` begins
+        with the outermost. A module that is given a list of tokens does not know which text each belongs to."""
         shaped = [n for n in group if (g := self.run.given.get(n)) is not None and g.shape[:-1] == self.ids.shape]
         owning = [n for n in shaped if any(True for _ in self.model.get_submodule(n).parameters())]
         return owning[-1] if owning else None
@@ -363,8 +363,8 @@ class _Proof:
     def _writers(
         self, block: str, module: str, u: Float[Tensor, " d"], *, given: bool
     ) -> tuple[dict[str, int], tuple[str, ...]]:
-        """The weights and the biases that write what a module puts out, or is `given`: without `u` in one of them, it
-        changes along `u` alone, and without `u` in all of them, nothing of it is left along `u`."""
+        """The weights and the biases that write a module's output, or its input (`given`): without `u` in one of
+        them, it changes along `u` alone, and without `u` in all of them, nothing of it is left along `u`."""
         names = [n for n in self.run.parameters if n.startswith(f"{block if given else module}.")]
         base = self._again(block, module, given=given)
         found: dict[str, int] = {}
@@ -394,13 +394,13 @@ class _Proof:
         return matrices, tuple(n for n in found if n not in matrices)
 
     def _again(self, block: str, module: str, *, given: bool = False) -> Tensor:
-        """What a module of a block puts out now, or is `given`, for what the block was given."""
+        """A module's output now, or its input (`given`), for the input of its block in the first run."""
         args, kwargs = self.run.calls[block]
         run = partial(self.model.get_submodule(block), *_copied(args), **_copied(kwargs))
         return self._seen_at(module, run, given=given)
 
     def _seen_at(self, module: str, run: Callable[[], Any], *, given: bool) -> Tensor:
-        """What a module puts out in `run()`, or is `given`. The pass ends there."""
+        """A module's output in `run()`, or its input (`given`). The pass ends there."""
         out: list[Tensor] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -438,7 +438,7 @@ class _Proof:
                 self.run.parameters[name].copy_(value)
 
     def _gain(self, module: str) -> tuple[Tensor, float, bool] | None:
-        """(gain, what is added to the weight to get it, whether the mean is subtracted) of a norm over the residual
+        """(gain, gain minus weight, whether the mean is subtracted) of a norm over the residual
         width; None for other modules."""
         norm: Any = self.model.get_submodule(module)
         parameters = dict(norm.named_parameters())
@@ -447,7 +447,7 @@ class _Proof:
         x = torch.randn(3, self.width, generator=torch.Generator().manual_seed(7)) * 100  # epsilon matters less
         try:
             y = norm(x)
-        except Exception:  # a module that is no norm, called with what it does not expect
+        except Exception:  # a module that is no norm, called with an argument that it does not expect
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             return None
@@ -523,7 +523,7 @@ class _Proof:
                     self._one_offset(norm, offset)
                 plain = self.model.get_submodule(head)(out)
                 return norm, centred, head, *self._bound(plain)
-        raise NotProved(f"{head}: what it is given is no norm of the last residual stream")
+        raise NotProved(f"{head}: its input is no norm of the last residual stream")
 
     def _bound(self, plain: Tensor) -> tuple[float, float | None]:
         """(scale, bound) that make the model's logits of the plain ones. Both have to stand in the config, as a size of
@@ -539,11 +539,11 @@ class _Proof:
             for scale in (1.0, *(scales if float(logits.abs().max()) <= cap else ())):
                 if _equal(cap * torch.tanh(plain * scale / cap), logits):
                     return scale, cap
-        raise NotProved("LM head: the logits are not what it puts out, times a number of the config or bounded by one")
+        raise NotProved("LM head: the logits are not its output, times a number of the config or bounded by one")
 
     def _decoder(self, norm: str, embeddings: Sequence[str]) -> str:
-        """Prefix of the innermost module that holds blocks, embeddings and the final norm, and maps token ids to what
-        the LM head is given."""
+        """Prefix of the innermost module that holds blocks, embeddings and the final norm, and maps token ids to
+        the input of the LM head."""
         parts = self.blocks[0].split(".")[:-2]
         for count in range(len(parts), 0, -1):
             path = ".".join(parts[:count])
@@ -649,7 +649,7 @@ class _Proof:
         stored: Mapping[str, Tensor],
         prefixes: dict[str, None],
     ) -> Addend:
-        """What is said of a source in a layout: its names below the block, live and on disk."""
+        """Return a source's entry in a layout: its names below the block, live and on disk."""
         groups: dict[str, list[str]] = {}  # for experts that are separate modules: all of them
         for name in source.weights:
             groups.setdefault(pattern(name), []).append(name)
@@ -836,7 +836,7 @@ def _ablate(parameter: Tensor, u: Float[Tensor, " d"], axis: int) -> None:
 
 
 def _projecting(u: Float[Tensor, " d"], given: bool) -> Callable[[nn.Module, Any, Any], Any]:
-    """A forward hook that removes `u` from a module's output, or from what the module is `given`."""
+    """A forward hook that removes `u` from a module's output, or from its input (`given`)."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         x = _first(args if given else output)

@@ -474,7 +474,7 @@ def _stacks(model: nn.Module, depths: Collection[int | None]) -> dict[str, nn.Mo
 
 
 def _kinds(stacks: Iterable[Any], keys: Mapping[str, Any], lists: Sequence[str]) -> list[tuple]:
-    """What tells each block from others: its modules with their shapes, flags and words, and its entries in lists."""
+    """What distinguishes each block: its modules with their shapes, flags and words, and its entries in lists."""
     columns = [[_signature(block) for block in stack] for stack in stacks]
     depth = len(columns[0])
     columns += [keys[k] for k in lists if not _are_numbers_of_blocks(keys[k], depth)]

@@ -138,6 +138,6 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(result, indent=2) if as_json else plain(text))
 
 
-def tell(line: str) -> None:
+def say(line: str) -> None:
     """Print a progress line on stderr."""
     typer.echo(plain(line), err=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from steer.cli.common import ChatTemplate, Dtype, Json, emit, stoppable, tell, unicode_option
+from steer.cli.common import ChatTemplate, Dtype, Json, emit, say, stoppable, unicode_option
 from steer.errors import UsageError
 
 Place = Annotated[Path, typer.Argument(metavar="LINEAGE", help="Directory of a lineage.")]
@@ -52,7 +52,7 @@ def start(
     from steer.verbs import evolve
 
     with stoppable(_KEPT):
-        result = evolve.start(recipe, lineage, pool, children=children, seed=seed, say=tell)
+        result = evolve.start(recipe, lineage, pool, children=children, seed=seed, say=say)
     emit(result, as_json, evolve.lineage_table(result))
 
 
@@ -67,7 +67,7 @@ def next_generation(
     from steer.verbs import evolve
 
     with stoppable(_KEPT):
-        result = evolve.next_generation(lineage, parent=parent, say=tell)
+        result = evolve.next_generation(lineage, parent=parent, say=say)
     emit(result, as_json, evolve.lineage_table(result))
 
 
@@ -89,7 +89,7 @@ def add(
 
     with stoppable(_KEPT):
         result = evolve.add(
-            lineage, model, remove=remove, base=base, method=method, profile=profile, parent=parent, say=tell,
+            lineage, model, remove=remove, base=base, method=method, profile=profile, parent=parent, say=say,
             weight=_pair(weight, "--weight") if weight else None,
             parameters=dict(_pair(text, "--parameter") for text in parameter),
         )  # fmt: skip
@@ -152,7 +152,7 @@ def export(
     from steer.verbs import evolve
 
     with stoppable("nothing is written, run the same command again"):
-        result = evolve.export(lineage, out, node=node, bake_it=bake, say=tell)
+        result = evolve.export(lineage, out, node=node, bake_it=bake, say=say)
     emit(result, as_json, f"{result['out']}: node {result['node']}")
 
 

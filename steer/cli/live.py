@@ -25,7 +25,7 @@ from steer.cli.common import (
     Model,
     NoThink,
     emit,
-    tell,
+    say,
     unicode_option,
 )
 from steer.errors import UsageError
@@ -297,6 +297,6 @@ def ui(
         # Streamlit's default colour is the red that means "too far" on a slider.
         "--theme.light.primaryColor", "#3d63c9", "--theme.dark.primaryColor", "#86a3f5", "--", *named,
     ]  # fmt: skip
-    tell(f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it)")
+    say(f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it)")
     # Replaces this process, so that stopping `steer ui` stops the page itself.
     os.execv(sys.executable, command)

@@ -22,7 +22,7 @@ from steer.cli import evolve as cli_evolve
 from steer.cli import live as cli_live
 from steer.cli import measure as cli_measure
 from steer.cli import traits as cli_traits
-from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, stoppable, tell
+from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, say, stoppable
 from steer.errors import SteerError, UsageError
 from steer.files import check_writable
 from steer.plain_text import plain_line
@@ -118,7 +118,7 @@ def merge(
     from steer.checkpoint.merge import merge as run
 
     with stoppable("nothing is written, run the same command again"):
-        place = run(recipe, out, device=device, say=lambda line: tell(line) if steps else None)
+        place = run(recipe, out, device=device, say=lambda line: say(line) if steps else None)
     emit({"checkpoint": str(place)}, as_json, f"{place}: merged")
 
 
@@ -134,16 +134,17 @@ def kin(
     as_json: Json = False,
 ) -> None:
     """Compare tunes before a merge: which are nearly copies, what each adds, how much of it the merge will keep."""
-    from steer.checkpoint.kin import kinship, mismatches
+    from steer.checkpoint.kin import kin as run
+    from steer.checkpoint.kin import mismatches
     from steer.measure.kin_report import write_kin_report
     from steer.progress import byte_bar
     from steer.verbs.tables import kin_table
 
     lines = mismatches(models, base)
     for line in lines:
-        tell(line)
+        say(line)
     with byte_bar("reading") as advance:
-        found = kinship(models, base, advance)
+        found = run(*models, base=base, advance=advance)
     page = [] if out is None else [str(write_kin_report(found, lines, out))]
     emit({"mismatches": lines, **found.as_json()}, as_json, "\n".join([kin_table(found), *page]))
 
@@ -218,7 +219,7 @@ def find(
         place = _writable_place(live, name or NAME, out)
         taste = find_taste(
             live, usable, name=name or NAME, site=site, seed=seed, verdict=True, calibrate=calibrate,
-            say=tell if as_json else lambda _: None,
+            say=say if as_json else lambda _: None,
         )  # fmt: skip
         _save_found(taste.direction, place, taste.as_json(), taste_table(taste), model, "1", as_json)
         return
@@ -304,7 +305,7 @@ def demo(
     from steer.verbs.demo import run
     from steer.verbs.tables import demo_table
 
-    result = run(out, model, seed=seed, fresh=fresh, say=tell)
+    result = run(out, model, seed=seed, fresh=fresh, say=say)
     emit(result, as_json, demo_table(result))
     slider = f"--slider {result['bake']['trait']}=-1"
     typer.echo(f"\nNow talk to it: steer chat {result['source']} {slider}", err=as_json)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, emit, stoppable, tell
+from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, emit, say, stoppable
 from steer.errors import SteerError, UsageError
 
 TIMEOUT = 120.0
@@ -33,7 +33,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the items and the replies.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
     damage: Annotated[
-        bool, typer.Option("--damage", help="Also damage the model on purpose: a probe that does not notice says so.")
+        bool, typer.Option("--damage", help="Also damage the model on purpose: probes that miss it are reported.")
     ] = False,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Join two results, A.json B.json, in place of measuring.")
@@ -71,7 +71,7 @@ def evaluate(
         with stoppable(f"what is done is in {place}, run the same command again to go on"):
             result = verb.evaluate_endpoint(
                 url, name=model_name, tokenizer=model, probes=names, out=place, quick=quick, seed=seed, fresh=fresh,
-                api_key=os.environ.get("STEER_API_KEY"), timeout=timeout, say=tell,
+                api_key=os.environ.get("STEER_API_KEY"), timeout=timeout, say=say,
             )  # fmt: skip
         _emit_run(result, as_json, place)
         return
@@ -84,7 +84,7 @@ def evaluate(
         result = verb.evaluate(
             model, against=against, profiles=profile, probes=names, sliders=amounts,
             out=place, quick=quick, seed=seed, fresh=fresh, damage=damage,
-            lm_eval=() if lm_eval is None else _names(lm_eval), say=tell,
+            lm_eval=() if lm_eval is None else _names(lm_eval), say=say,
             device_map=device_map, four_bit=four_bit,
         )  # fmt: skip
     _emit_run(result, as_json, place)

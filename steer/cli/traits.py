@@ -16,7 +16,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def shelf(
+def traits(
     context: typer.Context,
     model: Annotated[
         str | None, typer.Option(help="Also show the directions of this model: a directory or hub id.")
@@ -26,11 +26,10 @@ def shelf(
     """The traits that ship: list and show them, check your own, start a new one."""
     if context.invoked_subcommand is not None:
         return
-    from steer.verbs.traits import shelf as run
-    from steer.verbs.traits import shelf_table
+    from steer.verbs.traits import list_traits, traits_table
 
-    rows = run(model)
-    emit({"traits": rows}, as_json, f"{shelf_table(rows)}\nMore: steer traits show NAME; steer find MODEL NAME")
+    rows = list_traits(model)
+    emit({"traits": rows}, as_json, f"{traits_table(rows)}\nMore: steer traits show NAME; steer find MODEL NAME")
 
 
 @app.command(epilog="Example: `steer traits show warmth`")

@@ -84,7 +84,7 @@ class Edit:
         self.strength = ablations[0].amount if ablations else 1.0
         constant = [m for m in self.moves if m.constant and isinstance(m.target, Direction)]
         self.add: tuple[tuple[Direction, float], ...] = tuple((_direction(m), m.amount) for m in constant)
-        """(direction, amount) of what is added to every token, as a bias does."""
+        """(direction, amount) of the vectors added to every token, as a bias does."""
         self.others = tuple(m for m in self.moves if m not in ablations and m not in constant)
         """The moves that are neither in `ablate` nor in `add`. They are features, or weights cannot hold them."""
         self._acting = tuple(m for m in self.moves if m.acts and not (self.uneven and m in ablations))

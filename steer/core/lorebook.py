@@ -112,7 +112,7 @@ class Entry:
 
     @property
     def rank(self) -> tuple[bool, float]:
-        """The larger, the later it is left out."""
+        """Sort key: entries with a larger one are left out later."""
         return (
             not self.decorators.ignore_on_max_context,
             self.insertion_order if self.priority is None else self.priority,
@@ -152,7 +152,7 @@ class ActiveEntry:
 
 @dataclass(frozen=True)
 class Scan:
-    """What the lorebooks of a chat say to one reply."""
+    """The result of scanning a chat's lorebooks for one reply."""
 
     active: tuple[ActiveEntry, ...] = ()
     """In the order of insertion."""

@@ -106,14 +106,10 @@ class Slider:
         """The amount that has no effect; None for `clamp` and `cap`, which have to be deleted to have none."""
         return neutral_amount(self.operation)
 
-    def is_neutral(self, amount: float) -> bool:
-        """Whether it has no effect at this amount."""
-        return amount == self.neutral
-
     @property
     def acts(self) -> bool:
         """Whether its amount is set and has an effect."""
-        return not math.isnan(self.amount) and not self.is_neutral(self.amount)
+        return not math.isnan(self.amount) and self.amount != self.neutral
 
     def check(self, amount: Any) -> float:
         """The amount as a float, if the slider can be set to it. Errors: UsageError."""
@@ -164,10 +160,6 @@ class Slider:
         if not self.reads:
             out["share_of_residual_norm"] = rounded(self.share())
         return out
-
-
-Intervention = Slider
-"""The same class: a slider that is set to an amount is an intervention."""
 
 
 def rounded(share: float) -> float | None:

@@ -102,7 +102,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) and self._aliases:
             node: Any = super().compose_node(parent, index)
             if id(node) not in self._sizes:
-                raise yaml.YAMLError(f"an alias in line {line} to what it is a part of")
+                raise yaml.YAMLError(f"an alias in line {line} to a value that contains it")
             self._count(*self._sizes[id(node)], line)
         else:
             if getattr(event, "anchor", None) is not None and not self._aliases:  # of an alias too

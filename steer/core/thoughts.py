@@ -14,11 +14,7 @@ class ThoughtMarks:
     open: str
     close: str
     answer: str = ""
-    """What stands before an answer without thoughts, if anything does."""
-
-    def around(self, thoughts: str, answer: str) -> str:
-        """Return a reply as the model would have written it; without thoughts only the answer."""
-        return f"{self.open}\n{thoughts}\n{self.close}\n\n{answer}" if thoughts else answer
+    """The text before an answer without thoughts; empty if there is none."""
 
 
 THINK = ThoughtMarks("<think>", "</think>")

@@ -29,7 +29,7 @@ _FOLDER = Path(str(resources.files("steer"))) / "traits"
 
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
 END = 40
-"""Most characters of what a slider's end does: both ends stand beside it."""
+"""Most characters of the description of a slider's end: both are shown beside the slider."""
 
 
 def _short(text: str) -> str:
@@ -140,7 +140,7 @@ class Trait:
 
         Without `opposite` the replies under no instruction are the other side. `name` is by default made of the
         sentence's words.
-        Errors: UsageError for a sentence that is blank or a trait's name, and for a name that is none or a shipped
+        Errors: UsageError for a sentence that is blank or a trait's name, and for an invalid name or a shipped
         trait's; SteerError for the same sentence twice.
 
             rhymes = steer.Trait.from_sentences("You answer in rhyming couplets.", "You answer in plain prose.")
@@ -188,7 +188,7 @@ class Trait:
 
 
 def _half_absent(data: Any) -> str | None:
-    """What is wrong with a trait's mapping that has topics of one part only. The other would be the pool's."""
+    """Return the error for a trait's mapping that has only one list of topics; the pool would supply the other."""
     absent = [k for k in ("fit", "held_out") if data.get(k) is None] if isinstance(data, Mapping) else []
     return f"expected topics under 'fit' and 'held_out', found no {absent[0]!r}; add it" if len(absent) == 1 else None
 

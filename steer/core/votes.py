@@ -26,7 +26,7 @@ LEAST, LEAST_MESSAGES = 20, 5
 """Fewest votes that a direction is made of, and fewest messages that they are about: a vote is predicted from the votes
 on other messages."""
 Outcome = Literal["first", "second", "neither", "good", "bad", "withdrawn"]
-"""Of two replies: which one is better. Of one: what it is, or that an earlier vote on it was taken back."""
+"""Which of two replies is better; or what a single reply is, or that an earlier vote on it is withdrawn."""
 _OUTCOMES: dict[int, tuple[Outcome, ...]] = {1: ("good", "bad", "withdrawn"), 2: ("first", "second", "neither")}
 
 
@@ -60,7 +60,7 @@ class Vote:
     replies: Annotated[tuple[VotedReply, ...], Field(min_length=1, max_length=2)]
     outcome: Outcome
     seed: Whole | None = None
-    """Of the random draws; None if unknown."""
+    """Seed of the random draws; None if unknown."""
     blind: Bool = False
     """Whether the settings were hidden until the vote."""
     left: Literal[0, 1] = 0
@@ -131,7 +131,7 @@ def usable_votes(votes: str | Path | Sequence[Vote]) -> list[Vote]:
     """Return the votes that prefer something, of a file or of a list.
 
     Errors: UsageError for votes that no direction can be made of: fewer than `LEAST`, on fewer messages than
-    `LEAST_MESSAGES`, or all for or all against; SteerError for a file that is none of votes.
+    `LEAST_MESSAGES`, or all for or all against; SteerError for a file that does not hold votes.
     """
     of_file = isinstance(votes, str | Path)
     usable, where = counted(read_votes(Path(votes)) if of_file else votes), str(votes) if of_file else "votes"

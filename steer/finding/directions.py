@@ -213,13 +213,13 @@ class SiteCheck:
 
     @property
     def merit(self) -> float:
-        """Effect minus weighted costs: what sites are compared by."""
+        """Effect minus weighted costs, by which sites are compared."""
         return merit(self.below, self.above, self.kl, self.repetition)
 
 
 def merit(below: float, above: float, kl: float, repetition: float) -> float:
-    """What steering achieves, from the trait's mean probability at negative and at positive amounts, minus its costs,
-    weighted."""
+    """Return what steering achieves minus its weighted costs. `below`, `above`: the trait's mean probability at
+    negative and at positive amounts."""
     return above - below - KL_COST * kl - REPETITION_COST * repetition
 
 

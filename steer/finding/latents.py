@@ -231,7 +231,7 @@ class Response:
 
     @property
     def merit(self) -> float:
-        """What candidates are compared by, as sites are."""
+        """The figure by which candidates are compared, as sites are."""
         below = np.mean([p.probability for p in self.points if (p.amount or 0.0) < 0])
         above = np.mean([p.probability for p in self.points if (p.amount or 0.0) > 0])
         kl, again = (np.mean([getattr(p, f) for p in self.points]) for f in ("kl", "repetition"))

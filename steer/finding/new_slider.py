@@ -47,7 +47,7 @@ class FindJob(Job):
 
     @classmethod
     def key(cls, subject: SteeredModel) -> str:
-        """Return what tells models apart: their sketch."""
+        """Return the id of the model's sketch."""
         return subject.sketch().id
 
 
@@ -141,7 +141,7 @@ class NewSliderJob(FindJob):
 
 
 def failed_searches(model: SteeredModel) -> list[FailedSearch]:
-    """Return the searches on a model that found nothing, by name. A file that is none is skipped with a warning."""
+    """Return the searches on a model that found nothing, by name. Other files are skipped with a warning."""
     out = []
     for file in sorted(_folder(model).glob("*.json")):
         try:

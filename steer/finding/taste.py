@@ -1,7 +1,7 @@
 """`steer find --votes`: the direction of a person's taste, from the replies that they preferred and rejected.
 
 `cross_fit` makes a difference of means at every site and asks it about votes on other messages; `find_taste` reads the
-votes of a file, chooses the site that tells such votes best, and returns a Direction with what it tells.
+votes of a file, chooses the site that predicts such votes best, and returns a Direction with how well it predicts them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CrossFit:
     correct: Float[np.ndarray, "votes sites"]
     """1 where the votes on other messages predict a vote, 0 where they predict the opposite, one half for a tie."""
     nested: Float[np.ndarray, " votes"]
-    """The same at the site that was chosen without the vote's message: an accuracy that the choice does not flatter."""
+    """`correct` at the site that was chosen without the vote's message, so that the choice does not flatter it."""
     weights: Float[np.ndarray, " votes"]
     """1 for a pair. Thumbs up weigh together as much as thumbs down: calling everything good is no better than a
     coin, however many are."""
@@ -114,8 +114,8 @@ def cross_fit(
 ) -> CrossFit:
     """Difference of means between liked and disliked replies at each site, cross-fitted by message.
 
-    Pairs and thumbs are two strata: pairs differ by taste alone, single replies also by what they answer. The two
-    differences are weighted by the inverse of their variance, P/2 for P pairs and GB/(G+B) for G good and B bad
+    Pairs and thumbs are two strata: pairs differ by taste alone, single replies also by the message they answer. The
+    two differences are weighted by the inverse of their variance, P/2 for P pairs and GB/(G+B) for G good and B bad
     replies. `means` are the replies' mean residual streams, `centre` the neutral mean; `sites` names their second axis.
     """
     liked, disliked = ballots.liked, ballots.disliked
@@ -222,7 +222,7 @@ class FoundTaste:
     def says(self) -> str:
         """How well it predicts votes, in a sentence."""
         a = self.accuracy
-        found = (f"tells {a.value:.0%} of {a.items} held-out votes on {self.messages} messages "
+        found = (f"predicts {a.value:.0%} of {a.items} held-out votes on {self.messages} messages "
                 f"(95 % interval {a.low:.0%} to {a.high:.0%})")  # fmt: skip
         if not self.coin:
             return found
@@ -276,15 +276,15 @@ def find_taste(
 
     Replies are read by the untouched model whichever model wrote them. Amount 1 moves from the fifth of the replies
     that reads as least liked to the fifth that reads as most liked, read by directions that had not seen them, so it
-    does not shrink where votes contradict each other. A direction that is no better than a coin is returned too, and
-    says so.
+    does not shrink where votes contradict each other. A direction that is no better than a coin is returned
+    too, and `says` reports that.
 
     `votes`: a file of votes, or the votes. `site` skips the choice of a site. `seed` is that of the replies. `verdict`
     and `calibrate` are those of `find_trait`; the text scorer behind the verdict knows the words of the liked and of
     the disliked replies. `topics` are the messages that the verdict is measured on, by default those that ship as
     held-out topics. `say` is called with a line before each step.
     Errors: UsageError for fewer than 20 votes, for votes on fewer than five messages, and for votes that like or
-    dislike everything; SteerError for a file that is none of votes.
+    dislike everything; SteerError for a file that does not hold votes.
 
         found = find_taste(model, "votes.jsonl", name="mine")
         print(found.says)

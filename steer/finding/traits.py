@@ -64,7 +64,7 @@ class FoundDirection:
         return chance_auroc(shown, hidden)
 
     def check(self) -> None:
-        """Check that scorer and direction tell held-out replies under the two instructions apart.
+        """Check that scorer and direction distinguish held-out replies under the two instructions.
 
         Errors: TraitNotFoundError if either AUROC is within two standard errors (Mann-Whitney) of chance.
         """
@@ -151,7 +151,7 @@ def find_trait(
     (`Direction.calibrated`).
 
     `keep`: other traits, whose directions at the same site are projected out, so that the slider does not move along
-    them. Their replies are generated too. The provenance has what it cost, under "keep": the cosine to the direction as
+    them. Their replies are generated too. The provenance has the cost, under "keep": the cosine to the direction as
     it was, and both held-out AUROCs.
 
     `site` skips the choice of a site. `contrast` gives contrast replies that were generated before; `neutral` gives
@@ -193,7 +193,7 @@ def find_trait(
         if not cosine > 1e-3:
             raise TraitNotFoundError(
                 f"trait {trait.name!r}: expected a direction that is not made of those of {', '.join(names)}, found a "
-                f"cosine of {cosine:.4f} to what is left of it; keep fewer"
+                f"cosine of {cosine:.4f} to the remainder; keep fewer"
             )
         before, after = (round(c.auroc[site], 4) for c in (found.plain, found))
         provenance["keep"] = {"traits": names, "cosine": round(cosine, 4), "auroc_before": before, "auroc": after}

@@ -46,8 +46,8 @@ from steer.model.profiles import edit_of, sliders_in
 
 PLAN, GATE, DIRECTIONS = "building.json", "gate", "directions"
 PROBES = ("capability", "prose", "positions")
-"""What the gate asks. Perplexity rises first under any damage and costs one reading of a thousand tokens; prose finds
-loops and words that are none; positions is a figure for people, of what they would only notice in long scenes."""
+"""The probes of the gate. Perplexity rises first under any damage and costs one reading of a thousand tokens; prose
+finds loops and non-words; positions measures, for people to read, damage that shows only in long scenes."""
 PERPLEXITY, SHARE = 2.0, 0.3
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 Say = Callable[[str], None]

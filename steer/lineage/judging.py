@@ -61,7 +61,7 @@ UNLIKELY = 0.01
 FREE = 0.8
 """Share of the free memory that another model may take."""
 PATIENCE = 0.5
-"""Seconds after which a pair that tells less, whose replies are there, is shown in place of the best pair."""
+"""Seconds after which a less informative pair, whose replies are written, is shown in place of the best pair."""
 TURNS = 8
 """Votes after which a scene ends and another begins."""
 ALIKE = 3
@@ -461,8 +461,8 @@ def _suggestion(story: Messages) -> str | None:
     """A message that a scene can go on with, the same one for the same scene."""
     if not story:
         return None
-    shelf = Prompts.shipped().next
-    return shelf[(zlib.crc32(story[0][1].encode()) + len(story) // 2) % len(shelf)]
+    texts = Prompts.shipped().next
+    return texts[(zlib.crc32(story[0][1].encode()) + len(story) // 2) % len(texts)]
 
 
 def _some_text(text: str, where: str) -> str:

@@ -73,11 +73,11 @@ class Node:
     recipe: dict[str, Any]
     """The mergekit recipe. Paths in it are absolute, or names of the hub."""
     parent: Line | None = None
-    """None for the start."""
+    """Id of the node whose recipe this one changes; None for the start."""
     profile: dict[str, Any] | None = None
     """Sliders that are part of the node."""
     gate: Gate | None = None
-    """None for a start that was not measured. Others are measured against the start, which always passes."""
+    """The measurement against the start, which always passes; None for a start that was not measured."""
     inputs: dict[str, dict[str, Line]] = field(default_factory=dict)
     """sha256 of each file that the merge read, by model."""
     weights: dict[str, Line] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Vote:
     chat: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     """[role, text] of each message before the replies."""
     replies: Annotated[list[str], Field(min_length=2, max_length=2)]
-    """That of `a`, then that of `b`."""
+    """The reply of `a`, then the reply of `b`."""
     left: Literal["a", "b"]
     """Which of the two was shown on the left."""
     voter: Line
@@ -126,7 +126,7 @@ class Undo:
 
 @checked
 class Settings:
-    """What holds for a whole lineage."""
+    """Settings of a whole lineage."""
 
     pool: list[Text]
     """Models that may be added, absolute paths or names of the hub."""
@@ -158,7 +158,7 @@ class Lineage:
 
     @property
     def settings(self) -> Settings:
-        """What holds for the whole lineage."""
+        """Settings of the whole lineage."""
         file = self.place / SETTINGS
         raw = read_json_object(file, what="the settings of a lineage", do="start one with steer evolve START.yml")
         return from_file(Settings, raw, str(file))
@@ -178,7 +178,7 @@ class Lineage:
         return {node.id: node for generation in self.generations for node in generation.nodes}
 
     def node(self, name: str) -> Node:
-        """Return the node of that id. Errors: UsageError, with the ids that there are."""
+        """Return the node of that id. Errors: UsageError, with the known ids."""
         nodes = self.nodes
         if name not in nodes:
             raise UsageError(f"{self.place}: expected a node, one of {', '.join(nodes)}, found {name!r}")

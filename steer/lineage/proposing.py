@@ -117,7 +117,7 @@ def _value(move: Move, node: Node, trials: Mapping[str, _Trial], new: New | None
 
 
 def _trials(lineage: Lineage, ratings: Mapping[str, float]) -> dict[str, _Trial]:
-    """What each question has gained so far, for adding where the move was a removal."""
+    """Return what each question has gained so far. A removal counts, with the sign reversed, for adding the model."""
     out: dict[str, _Trial] = {}
     nodes = lineage.nodes
     for node in nodes.values():
@@ -130,7 +130,7 @@ def _trials(lineage: Lineage, ratings: Mapping[str, float]) -> dict[str, _Trial]
 
 
 def _question(move: Move, parent: Node) -> str:
-    """What a move asks, whatever the other models are."""
+    """Return the question that a move answers, independent of the other models."""
     if move.kind in ("add", "remove"):
         return f"member {move.model}"
     if move.kind == "weight" and isinstance(move.value, int | float) and move.model:

@@ -108,12 +108,12 @@ def _add(recipe: Recipe, move: Move) -> None:
         raise UsageError(f"{describe(move)}: expected a model that the recipe has not, found {what}; add another")
     if move.value is not None and not has_weights(recipe):
         raise UsageError(_no_weights(recipe, move))
-    own = {} if move.value is None else {"weight": _number(move)}
+    parameters = {} if move.value is None else {"weight": _number(move)}
     others, everywhere = recipe["models"], recipe.get("parameters") or {}
-    for name in sorted(_per_model(recipe, required=True) - own.keys() - everywhere.keys()):
+    for name in sorted(_per_model(recipe, required=True) - parameters.keys() - everywhere.keys()):
         found = [v for e in others if isinstance(v := _parameter(e, name, recipe), int | float)]
-        own[name] = sum(found) / len(found) if found else 1.0
-    recipe["models"] = [*others, {"model": model, **({"parameters": own} if own else {})}]
+        parameters[name] = sum(found) / len(found) if found else 1.0
+    recipe["models"] = [*others, {"model": model, **({"parameters": parameters} if parameters else {})}]
 
 
 def _remove(recipe: Recipe, move: Move) -> None:

@@ -46,7 +46,7 @@ class Source:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """What the names of sliders are looked up for, without loading it."""
+        """The checkpoint, to look up names of sliders without loading it."""
         if self.live is not None:
             return self.live
         assert self.place is not None
@@ -138,7 +138,7 @@ def edit_of_profile(profile: Profile) -> FindEdit:
 
 
 def damaged_arms(source: Source, first: LocalArm, profiles: Sequence[Profile] = ()) -> list[LocalArm]:
-    """Return arms of the first model that every probe should tell from it: damaged weights, and a slider far too far.
+    """Return arms of the first model that every probe should detect: damaged weights, and a slider far too far.
 
     That is the first slider of `profiles` with a calibrated range, or else any direction of the model, `FACTOR` times
     as far as is safe.

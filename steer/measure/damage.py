@@ -1,4 +1,4 @@
-"""Damage done to a model in memory on purpose: what a probe must tell from the whole model, or it measures nothing.
+"""Damage done to a model in memory on purpose: a probe that does not detect it measures nothing.
 
 The damaged model is dropped after its arm, and the files of the checkpoint are never touched.
 """

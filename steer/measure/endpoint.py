@@ -48,7 +48,7 @@ Way = Literal["echo", "prompt_logprobs"]
 def client_of(url: str, api_key: str | None, timeout: float = 120.0) -> openai.OpenAI:
     """Return a client for the server at an address without /v1. `timeout`: seconds for one answer.
 
-    Errors: SteerError for what is no address.
+    Errors: SteerError for a text that is no address.
     """
     try:
         if urlsplit(url).scheme not in ("http", "https"):
@@ -105,8 +105,8 @@ class EndpointReader:
         """`url`: the address, with or without /v1. `name`: one of its models, by default the first. `tokenizer`: of the
         same model; without it no text can be scored. `label`: the arm's name. `timeout`: seconds for one answer.
 
-        Errors: UsageError for a timeout that is none, SteerError for an address that is none, UnreachableError if
-        nothing answers.
+        Errors: UsageError for an invalid timeout, SteerError for an invalid address, UnreachableError if nothing
+        answers.
         """
         if not 0 < timeout <= LONGEST:  # nan neither
             raise UsageError(f"timeout: expected seconds above 0 and at most {LONGEST:g}, found {timeout:g}; mend it")

@@ -28,7 +28,7 @@ from steer.plain_text import plain_line, shortened
 
 Json = dict[str, Any]
 Outcome = Literal["better", "worse", "changed", "noise"]
-"""What an arm is beside the first one in a metric; `changed`: in a metric of which neither end is better."""
+"""How an arm compares with the first one in a metric; `changed`: beyond noise, in a metric without a better end."""
 
 EXAMPLES = 5
 """Items of a probe that are shown with every arm's answers."""
@@ -39,7 +39,7 @@ _MARKERS: dict[Outcome, tuple[str, str, str]] = {
     "changed": ("D", BLUE, "changed, beyond noise"),
     "noise": ("o", GREY, "within noise"),
 }
-"""Outcome -> (marker, colour, words). The marker alone tells them apart."""
+"""Outcome -> (marker, colour, words). Each has a different marker, so that no colour is needed."""
 _ARM_LOOKS = tuple(
     zip((BLUE, RED, GREEN, "#b5761b", "#7a4fa3", "#13808f", GREY), "osD^vPX", ("-", "--", "-.", ":") * 2, strict=False)
 )
@@ -177,7 +177,7 @@ def verdicts(result: Json) -> list[tuple[str, list[str]]]:
             all_ = "any probe" if len(still) == len(heads) else f"{len(still)} of {len(heads)} probes"
             lines.append(
                 f"No change beyond noise in {all_}: {limits}. In brackets: the smallest difference that so many items "
-                "can tell from noise; a smaller one may be there."
+                "can distinguish from noise; a smaller one may exist."
             )
         if quiet := [c.name for c in heads if c.probe in silent]:
             lines.append(f"No signal at this size, so nothing can be said: {', '.join(quiet)}.")
@@ -189,7 +189,7 @@ def verdicts(result: Json) -> list[tuple[str, list[str]]]:
 
 
 def _limit(result: Json, comparison: Comparison) -> str:
-    """Return the smallest difference that can be told from noise, in brackets; empty where it is unknown."""
+    """Return the smallest difference that can be distinguished from noise, in brackets; empty where it is unknown."""
     summary = next(p["summary"] for p in result["probes"] if p["name"] == comparison.probe)
     noise = next(
         (s.get("noise") for s in summary if (s["arm"], s["metric"]) == (comparison.arm, comparison.metric["name"])),
@@ -206,7 +206,7 @@ def _step(metric: Json, difference: float | None) -> str:
 
 
 def no_signal(probe: Json) -> str | None:
-    """Return the line of a probe that tells nothing about this model; None for one that does, or may."""
+    """Return the line of a probe that measures nothing of this model; None for one that does, or may."""
     signal = probe["signal"]
     return signal["line"] if signal["status"] in ("none", "chance") else None
 
@@ -221,7 +221,7 @@ def _section(probe: Json, arms: Sequence[Json]) -> dict[str, Any]:
         table = [_row(metric, s) for name in names if (s := rows.get((name, metric["name"])))]
         tables.append({"metric": metric, "chance": shown(metric, metric["chance"]), "rows": table})
         for field, label in (("n", probe.get("n") or "n"), ("turn", "messages before the question")):
-            if plot := _by(probe, metric, names, field, label):
+            if plot := _plot_against(probe, metric, names, field, label):
                 plots.append(plot)
     return {
         **probe,
@@ -378,7 +378,7 @@ def _draw_levels(ax: Any, probes: Sequence[Any], arm: str) -> tuple[list[str], l
 
 
 @matplotlib.rc_context(_STYLE)
-def _by(probe: Json, metric: Json, arms: Sequence[str], field: str, label: str) -> str | None:
+def _plot_against(probe: Json, metric: Json, arms: Sequence[str], field: str, label: str) -> str | None:
     """Plot a metric against `field` of its figures, a line for each arm; None if that does not vary."""
     lines = {}
     for arm in arms:

@@ -37,7 +37,7 @@ class Arm(Protocol):
     about: str
     """What it is, for people."""
     control: bool
-    """Whether it is damaged on purpose, to show what the probes can tell."""
+    """Whether it is damaged on purpose, to show what the probes can detect."""
 
     @property
     def key(self) -> Json:
@@ -304,8 +304,8 @@ def _row(probe: Json, metric: str, arm: str, first: str, seed: int) -> Json | No
 
 
 def _signal(probe: Json, summary: Sequence[Json], first: str, controls: Sequence[str], seed: int) -> Json:
-    """Return whether the probe tells anything at this size: with damaged arms if it moves for one of them, or for all
-    of them together, else if the first arm is above chance."""
+    """Return whether the probe measures anything at this size: with damaged arms, whether it moves for one of them or
+    for all together; without, whether the first arm is above chance."""
     headline = Metric(**probe["metrics"][0])
     rows = {r["arm"]: r for r in summary if r["metric"] == headline.name}
     moved, together = [arm for arm in controls if rows.get(arm, {}).get("moved")], None
@@ -316,7 +316,7 @@ def _signal(probe: Json, summary: Sequence[Json], first: str, controls: Sequence
         together = found and found.p
         detected = [*moved, *(["the damaged arms together"] if together is not None and together < ALPHA else [])]
         status = "signal" if detected else "none"
-        line = f"tells {', '.join(detected)} from {first}" if detected else f"no signal at this size{at}"
+        line = f"distinguishes {', '.join(detected)} from {first}" if detected else f"no signal at this size{at}"
     elif headline.chance is None or first not in rows:
         status, line = "unknown", ""
     elif rows[first]["low"] is not None and rows[first]["low"] <= headline.chance <= rows[first]["high"]:

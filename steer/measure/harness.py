@@ -45,7 +45,7 @@ PROSE_TOKENS = 256
 """Most tokens of a text that `text_entropies` reads."""
 Numbers = Float[np.ndarray, " n"]
 Text = tuple[Sequence[int], Sequence[int]]
-"""(context, text) as token ids: the text is what is scored, the context is what precedes it."""
+"""(context, text) as token ids: the text is scored, the context precedes it."""
 
 
 @dataclass(frozen=True)

@@ -88,14 +88,16 @@ def _norms(kinship: Kinship) -> list[Figure]:
     """For each model its norms by block, all on one scale."""
     kinds = [k for k in _LOOKS if kinship.by_kind_of_block(k)]
     blocks = {kind: kinship.by_kind_of_block(kind) for kind in kinds}
-    top = 100 * max((v.max() for by in blocks.values() for v in by.values()), default=0)
+    top = 100 * max((v.max() for norms in blocks.values() for v in norms.values()), default=0)
     figures = []
     for i, name in enumerate(_names(kinship)):
         figure, ax = axes((3.4, 2.2))
-        for kind, by in blocks.items():
+        for kind, norms in blocks.items():
             colour, line, marker = _LOOKS[kind]
-            ax.plot(list(by), [100 * v[i] for v in by.values()], line, color=colour, marker=marker, markersize=2.5,
-                    linewidth=1.2, label=kind)  # fmt: skip
+            ax.plot(
+                list(norms), [100 * v[i] for v in norms.values()], line, color=colour, marker=marker, markersize=2.5,
+                linewidth=1.2, label=kind,
+            )  # fmt: skip
         ax.set(ylim=(0, 1.08 * top or 1), xlabel="block", ylabel="% of the base's norm")
         ax.set_title(name, loc="left")
         if i == 0:

@@ -45,7 +45,7 @@ class LmEvalTask(Probe):
 
     def run(self, reader: Reader, size: Size, advance: Advance | None = None) -> Result:
         """Let lm-eval run the task on the model. Errors: UnsupportedError for sliders that act on replies alone."""
-        local = cast(LocalReader, reader)  # or what stands for one: it has weights
+        local = cast(LocalReader, reader)  # or a reader that holds the weights too
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -43,9 +43,9 @@ class Difference:
 
     mean: Mean
     p: float
-    """Of a test that flips the signs of the groups' differences; two-sided."""
+    """Two-sided p-value of a test that flips the signs of the groups' differences."""
     noise: float
-    """The smallest difference that this number of items would tell from none, in 80 of 100 runs."""
+    """The smallest difference that this number of items would detect, in 80 of 100 runs."""
 
 
 def mean_of(figures: Sequence[Figure], seed: int = 0) -> Mean:

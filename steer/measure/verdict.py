@@ -32,7 +32,7 @@ from steer.progress import Advance
 
 READS = 0.7
 """Least held-out AUROC of the direction and of the text scorer: below it, more than three in ten pairs of replies under
-the two instructions are in the wrong order, and no slider can be told from chance with replies that few."""
+the two instructions are in the wrong order, and no slider can be distinguished from chance with so few replies."""
 MOVES = 0.2
 """Least effect of a slider on its trait, and on another trait that it drags along: the change of the scorer's mean
 probability from amount -1 to amount 1. The default merge's `compliance`, the weaker of its two, has over twice this."""
@@ -46,7 +46,7 @@ REPLIES = 8
 
 @dataclass(frozen=True)
 class Effect:
-    """What a text scorer saw change from amount -1 to amount 1, beside what a random direction changed."""
+    """The change of a text scorer's probability from amount -1 to amount 1, and that under a random direction."""
 
     change: float
     """Mean change of the probability that a reply shows the trait."""
@@ -74,9 +74,9 @@ class Verdict:
     """A slider's dose response on held-out topics and what it says in words.
 
     `says` is, in this order:
-    - "too weak for this model", if direction or text scorer does not tell held-out replies under the two instructions
-      apart: an AUROC below `READS`, or within `ERRORS` standard errors (Mann-Whitney) of 0.5. Of votes, which may
-      contradict each other: within chance;
+    - "too weak for this model", if direction or text scorer does not distinguish held-out replies under the two
+      instructions: an AUROC below `READS`, or within `ERRORS` standard errors (Mann-Whitney) of 0.5. Of votes, which
+      may contradict each other: within chance;
     - "reads but does not steer", if the effect on the trait is below `MOVES`, or exceeds a random direction's by less
       than `ERRORS` standard errors;
     - "steers but drags X along", if a shipped scorer of another trait X sees an effect as large, upwards or downwards.

@@ -27,7 +27,7 @@ THINKING = ("enable_thinking", "thinking")
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 """Names that cannot be a template's options, because they mean something else to transformers."""
 _PROBE = "steerprobe"
-"""Stands for a text that is looked for in what a template writes."""
+"""Placeholder for a message, looked for in the text that a template writes."""
 _MARK = re.compile(r"\s*(<[^<>\s]{2,40}>|\[[^\[\]\s]{2,40}\])")
 """A mark, as templates write them between turns."""
 _REFUSALS = (TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError)

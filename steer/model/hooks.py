@@ -177,7 +177,7 @@ def _edit(sliders: Sliders, what: Steers) -> Edit | None:
     if edit is not None:
         if edit.ablate and edit.method.norm_preserving:
             raise UnsupportedError(
-                "hooks: a norm-preserving ablation changes what writers are given, which no hook on what they put out "
+                "hooks: a norm-preserving ablation changes the inputs of writers, which no hook on their outputs "
                 "can do; expected another method, or model.edited"
             )
         sliders.model.steering.check(edit)

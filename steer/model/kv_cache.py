@@ -1,7 +1,7 @@
 """Keys and values: a cache that grows in place, and one that is kept between the replies of a chat.
 
 `growing_cache` is the cache of every generation. `branched` makes one from the rows of another, for `prefill.py`.
-`PrefixCache` is what a chat session passes to `decode` as `memory`.
+A chat session passes a `PrefixCache` to `decode` as `memory`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class GrowingLayer(DynamicLayer):
     """One block's keys and values: views of larger buffers, which are copied once every `ahead` tokens.
 
     Each copy leaves a hole that the next, larger buffer does not fit: with 64 tokens at a time and replies of 96, twice
-    the memory of the keys and values themselves. Whoever knows how many tokens will follow says so.
+    the memory of the keys and values themselves. A caller that knows how many tokens will follow passes `ahead`.
     """
 
     def __init__(self, ahead: int = STEP) -> None:

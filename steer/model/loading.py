@@ -135,7 +135,7 @@ def release_threads() -> None:
     """
     if sys.platform != "linux":
         return
-    openmp = ctypes.CDLL(torch._C.__file__)  # finds what torch itself is linked with
+    openmp = ctypes.CDLL(torch._C.__file__)  # finds the library that torch itself is linked with
     if hasattr(openmp, "omp_pause_resource"):
         openmp.omp_pause_resource(1, openmp.omp_get_initial_device())  # 1: settings stay
 

@@ -56,8 +56,8 @@ class Beginning:
 
     @classmethod
     def of(cls, model: LoadedModel, texts: Sequence[Sequence[int]]) -> Beginning | None:
-        """Read what all texts begin with; None where that is too short to be worth a pass, or where the model keeps
-        more than keys and values."""
+        """Read the beginning that all texts share; None where that is too short to be worth a pass, or where the
+        model keeps more than keys and values."""
         ends = [tuple(t) for t in texts]
         ids = min(ends)[: common_length(min(ends), max(ends))]
         if len(ids) < max(1, PASS) or not _only_growing(growing_cache(model.hf.config)):

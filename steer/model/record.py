@@ -1,4 +1,4 @@
-"""Forward hooks: reading the residual stream after each block, and replacing what a module puts out.
+"""Forward hooks: reading the residual stream after each block, and replacing the output of a module.
 
 Activations are read with `reading`: by `LoadedModel.record`, `forward.read_residuals`, `decode.generate`, token
 readouts. Whatever changes an output, sliders included, does it with `replacing`.
@@ -22,8 +22,8 @@ Reader = Callable[[int, Float[Tensor, "batch seq d"]], None]
 
 def replacing(change: Callable[[Tensor], Tensor], *, given: bool = False) -> Callable[[nn.Module, Any, Any], Any]:
     """A forward hook that replaces a module's output, or the first entry of a tuple, by `change` of it. `change` sees
-    `[batch, new, d]`, also where a module of experts puts out a list of tokens. With `given` the output becomes what
-    the module makes of `change` of its input, for a norm."""
+    `[batch, new, d]`, also where a module of experts puts out a list of tokens. With `given` the output becomes
+    the module's output for `change` of its input, for a norm."""
 
     def again(module: nn.Module, args: Any, output: Any) -> Any:
         return module.forward(change(args[0]), *args[1:])

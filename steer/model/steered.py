@@ -38,8 +38,8 @@ from steer.model.steering.receipts import Tally
 from steer.model.tokens import check_length
 
 ROWS = 192
-"""How many replies are written together at most. On two cores with AVX2 a token of a 135M Llama costs 0.75 of what it
-does among 96: products of fewer rows wait for the weights."""
+"""How many replies are written together at most. On two cores with AVX2 a token of a 135M Llama costs
+0.75 times as much as among 96: products of fewer rows wait for the weights."""
 CACHE_BYTES, CACHE_SHARE = 512 << 20, 1 / 8
 """How large the keys and values of replies that are written together may become, beyond those of one row: so many
 bytes, or for a large model this share of its weights' bytes. More is no faster: 2 GiB took 1.07 of the time of 0.5 GiB

@@ -164,7 +164,7 @@ class Detokeniser:
         return self._until_end(self._rest(), last=True)
 
     def _until_end(self, text: str, last: bool = False) -> str:
-        """Of text that is new, what is decided to come before the end text."""
+        """Return the part of new text that certainly comes before the end text; hold the rest back."""
         if self._end_text is None or self.ended:
             return "" if self.ended else text
         self._held += text

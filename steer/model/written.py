@@ -36,7 +36,7 @@ class WrittenText:
         return next(self._answers)
 
     def _find_answer(self, tokenizer: Any) -> Iterator[int]:
-        """Yield `answer` each time it is asked for, from the tokens that there are by then."""
+        """Yield `answer` each time it is asked for, from the tokens written so far."""
         marks, before = known_marks(tokenizer), ""
         if marks is not None:
             pieces = Detokeniser(tokenizer, ())

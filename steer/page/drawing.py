@@ -38,7 +38,7 @@ _STYLE = """
   [data-testid="stChatMessage"] { padding: .8rem .9rem .5rem; gap: .8rem; }
   [data-testid="stChatMessage"] [data-testid="stVerticalBlock"] { gap: .2rem; }
 
-  /* A button of an icon alone still tells its name to who does not see it. */
+  /* Screen readers still read the name of a button that shows only an icon. */
   [class*="st-key-icons"] button [data-testid="stMarkdownContainer"] {
     position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
   }

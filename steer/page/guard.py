@@ -27,7 +27,7 @@ def safely(change: Callable[[], object]) -> None:
     try:
         change()
     except Exception as e:
-        tell(_line(e), "error")
+        toast(_line(e), "error")
 
 
 def button(label: str, change: Callable[[], object], icon: str | None = None, **options: Any) -> None:
@@ -67,7 +67,7 @@ def draw_job(job: Job, words: str, key: str | None = None, lines: int = 0) -> bo
     return running
 
 
-def tell(text: str, icon: str = "check") -> None:
+def toast(text: str, icon: str = "check") -> None:
     """Show a line as a toast at the next drawing.
 
     Not at once: an element that a callback draws would replace another element of the page.
@@ -97,7 +97,7 @@ def watch(
 
     While `running` returns true, that happens every `every` seconds, and once it does not any more, the whole page is
     drawn again, without the timer. The first drawing is part of the page's: to break it off for another would leave out
-    what stands below.
+    all that is below.
     """
     ran, first = running(), True
 

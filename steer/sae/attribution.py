@@ -1,7 +1,7 @@
 """Input and output scores of SAE latents for a trait.
 
 `attribution` (input): gradient times activation on the model's own replies. `output_scores` (output): the effect of
-adding a latent on the probability of its own top tokens. `steer.finding.latents` selects latents by both.
+adding a latent on the probability of its top tokens. `steer.finding.latents` selects latents by both.
 """
 
 from __future__ import annotations

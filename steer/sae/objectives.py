@@ -105,8 +105,8 @@ class Objective(nn.Module, ABC):
         no site and no name yet."""
 
     def calibrate(self, x: Float[Tensor, "n d"]) -> None:
-        """Set what a dictionary needs beyond its weights, such as a threshold, from training rows. Called once, before
-        the final `dictionary()`."""
+        """Set values that a dictionary needs beyond its weights, such as a threshold, from training rows. Called once,
+        before the final `dictionary()`."""
         return
 
 

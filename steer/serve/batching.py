@@ -165,7 +165,7 @@ class BatchingEngine:
             self._thread.join()
 
     def _batcher_maker(self, places: int, context: int) -> Callable[[], Any]:
-        """What makes the batcher, and another one after an error in its bookkeeping. Errors: as `__init__`."""
+        """Return the function that makes a batcher, also after an error in its bookkeeping. Errors: as `__init__`."""
         with self.model.untouched():
             check_blocks(self.model.hf, self.model.anatomy)
         return partial(Batcher, self.model.hf, self.model.anatomy, places, context)

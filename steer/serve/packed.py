@@ -274,14 +274,18 @@ class Batcher:
         self._allocators, self._inputs = [], {}
 
 
+def cache_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of one token's keys and values in all blocks."""
+    text = config.get_text_config()
+    d = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * groups * d * dtype.itemsize * text.num_hidden_layers
+
+
 def _pages(hf: Any, places: int, context: int) -> dict[str, Any]:
     """Return the page settings for a CPU: pages for `places` texts of `context` tokens, at most SHARE of the memory."""
-    config = hf.config.get_text_config()
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    a_page = 2 * groups * d * hf.dtype.itemsize * config.num_hidden_layers * PAGE
     wanted = places * math.ceil(context / PAGE)
-    fits = int(psutil.virtual_memory().available * SHARE) // a_page
+    fits = int(psutil.virtual_memory().available * SHARE) // (PAGE * cache_bytes(hf.config, hf.dtype))
     return {
         "page_size": PAGE,
         "num_blocks": max(1, min(wanted, fits)),

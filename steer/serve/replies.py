@@ -1,6 +1,6 @@
 """One request for text, from its parsed body to its reply, whole or streamed; cancelled if its client hangs up.
 
-`Replies.answer` is what the routes in `steer.serve.server` call. It plans the request (prompt, sampler, sliders, jobs),
+The routes in `steer.serve.server` call `Replies.answer`. It plans the request (prompt, sampler, sliders, jobs),
 submits the jobs through `steer.serve.writing`, and sends the updates as OpenAI's JSON.
 """
 

@@ -1,4 +1,4 @@
-"""The body of a request, and what it asks for: its prompts as token ids, and its sampler.
+"""The body of a request, and its meaning: its prompts as token ids, and its sampler.
 
 FastAPI parses bodies with the pydantic models: OpenAI's fields, and fields that other front ends add. Unknown fields
 are ignored, except in the steering extension, where they are refused; a reply warns of those in NOT_HONOURED.
@@ -279,7 +279,7 @@ class ChatRequest(Request):
     tools: Annotated[list[dict[str, JsonValue]], _at_most(MAX_TOOLS)] | None = None
     """Functions that the model may call, for templates that take them."""
     functions: Annotated[list[dict[str, JsonValue]], _at_most(MAX_TOOLS)] | None = None
-    """The same in the form that OpenAI had before tools."""
+    """Tools in the form that OpenAI had before `tools`."""
     tool_choice: JsonValue = _aliased("tool_choice", "function_call")
     """`none`, `auto`, `required`, or the one function that may be called."""
 
@@ -342,8 +342,8 @@ _SAME: dict[tuple[str, float], float] = {
     ("typical_p", 0): 1e-9,
     ("repetition_penalty", 0): 1,
 }
-"""Values that clients send, as -1 for "all tokens" and a top_p of 0 for the likeliest one, and what means the same
-here."""
+"""Values that clients send, as -1 for "all tokens" and a top_p of 0 for the likeliest one, and the values with this
+meaning here."""
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     # The form of the reply
     **dict.fromkeys(("tools", "functions", "grammar", "grammar_string", "json_schema", "structured_outputs"), ()),
@@ -361,7 +361,7 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tfs", "tfs_z", "guidance_scale", "encoder_repetition_penalty", "num_beams"), (1,)),
 }
 """Fields of other servers that change a reply and that this server does not have -> values that change nothing, besides
-null, 0, false and what is empty."""
+null, 0, false and empty values."""
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ class Prompt:
     scored: tuple[Token, ...] = ()
     """The prompt's tokens but the first, with their log-probabilities, if these are echoed too."""
     opening: str | None = None
-    """Of a chat: as in `ChatPrompt`, what the reply has of thoughts already. None: its thoughts stay in its text."""
+    """For a chat, the thoughts that the prompt opens, as in `ChatPrompt`. None: thoughts stay in the reply's text."""
     notes: tuple[str, ...] = ()
     """What was changed so that the chat template takes the chat."""
 
@@ -384,7 +384,7 @@ class Prompt:
 def check(
     request: ChatRequest | CompletionRequest, limits: Limits, context: int, longest: int, tools: bool = False
 ) -> None:
-    """Refuse a request that is too large, by counting only, or that asks for what the server does not do.
+    """Refuse a request that is too large, by counting only, or that asks for something the server does not do.
 
     `context`: most tokens of a prompt. `longest`: characters of the vocabulary's longest token. `tools`: whether the
     chat template writes tools. Errors: ApiError.

@@ -41,7 +41,7 @@ class Setting:
         for name, amount in self.sliders.items():
             low, high = self.sliders.ranges.get(name, (-math.inf, math.inf))
             if not low <= amount <= high:
-                lines.append(f"slider {name!r} stands at {amount:g}, its calibrated range is {low:g} to {high:g}")
+                lines.append(f"slider {name!r} is at {amount:g}, its calibrated range is {low:g} to {high:g}")
         return lines
 
 

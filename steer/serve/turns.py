@@ -45,9 +45,15 @@ class FairScheduler(FIFOScheduler):
 
     def took(self, seconds: float) -> None:
         """Adjust `read` from the seconds of the last step: as many tokens as would have taken STEP seconds."""
-        read = sum(self._shares.values())
-        if read and (seconds > STEP or read >= self.read):
-            self.read = int(min(self.most, max(LEAST, read * STEP / seconds)))
+        self.read = next_read(self.read, self.most, sum(self._shares.values()), seconds)
+
+
+def next_read(read: int, most: int, used: int, seconds: float) -> int:
+    """Return how many prompt tokens the next step may read, at most `most`, after a step that could read `read` and
+    read `used` in `seconds`. A quick step with fewer tokens than it could read changes nothing."""
+    if not used or (seconds <= STEP and used < read):
+        return read
+    return int(min(most, max(LEAST, used * STEP / seconds)))
 
 
 def shares(wanted: Mapping[str, int], tokens: int) -> dict[str, int]:

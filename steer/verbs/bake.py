@@ -104,7 +104,7 @@ def bake(
     afterwards. `ablate`: one or several directions, removed from every writer, including the embedding; a trait without
     a known direction is found first. `add`: direction -> amount, written as a bias. `profile`: sliders in place of
     both; all sliders that cannot be baked are named in one error. `form`: `checkpoint`, `adapter` (a PEFT LoRA) or
-    `gguf` (for llama.cpp: a LoRA for each ablation, a control vector of what is added). `edit_mtp`: also edit layers
+    `gguf` (for llama.cpp: a LoRA for each ablation, a control vector of all shifts). `edit_mtp`: also edit layers
     for multi-token prediction that have the shape of a block, which pass through otherwise; only a checkpoint has them.
     `force`: accept a direction that was found on another checkpoint. `chat_template`: as in `steer.load`; it is written
     beside what is baked. `command`: the command line, for the certificate. `say`: called with the plan before anything
@@ -160,7 +160,7 @@ def checkpoint_dir(source: str | Path) -> Path:
 def _profile_edit(
     place: Path, sketch: Sketch, profile: Profile | str | Path, form: Form, force: bool, say: Say
 ) -> Edit:
-    """Return the effect of a profile's sliders as an edit, after telling `say` how each of them is baked.
+    """Return the effect of a profile's sliders as an edit. `say` is called with a line on how each of them is baked.
 
     Errors: UsageError for a name that the checkpoint does not have or a profile that moves nothing, MismatchError for a
     direction of another checkpoint unless `force`, UnsupportedError naming every slider that cannot be baked.

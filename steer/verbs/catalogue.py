@@ -1,6 +1,6 @@
 """`steer features`: list and search the labels of a dictionary, make them anew, and write them as an HTML page.
 
-`catalogue` is what the verb calls. Labels are made by `steer.sae.labels`, the page by `steer.sae.dashboard`.
+The verb calls `catalogue`. Labels are made by `steer.sae.labels`, the page by `steer.sae.dashboard`.
 """
 
 from __future__ import annotations

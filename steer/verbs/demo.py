@@ -40,7 +40,7 @@ SEARCH_SHARE = 0.3
 SEARCH_KL = 0.14
 """Most KL, in nats per token on neutral replies, that the bake may cost; on held-out text it may be a little more."""
 SLID = -1.0
-"""Amount of the first trait's slider in the evaluation, where the bake stands beside it."""
+"""Amount of the first trait's slider in the evaluation, which compares it with the bake."""
 PROBES: tuple[str, ...] | None = None
 """Probes of the evaluation; None for all."""
 RESULTS = "results.json"

@@ -48,10 +48,10 @@ def evaluate(
 
     `model`: the first arm, which the others are compared with. `against`: other checkpoints. `profiles` and `sliders`:
     the first model under each of them. `probes`: some of the probes, by name. `damage`: also the first model damaged on
-    purpose, so that a probe which cannot tell that says so. `lm_eval`: tasks of EleutherAI's lm-eval, by name or YAML
-    file, which its own harness runs on the same arms. `out`: a new directory, or one of the same run, which then goes
-    on; `fresh`: measure again there. `quick`: fewer items. `seed`: of the items and the replies. `say`: called
-    with a line when a probe has measured an arm. `options`: as `steer.load` takes them.
+    purpose, so that a probe which misses that is reported. `lm_eval`: tasks of EleutherAI's lm-eval, by name or YAML
+    file, which lm-eval runs on the same arms. `out`: a new directory, or one of the same run, which then goes on;
+    `fresh`: measure again there. `quick`: fewer items. `seed`: of the items and the replies. `say`: called with a line
+    when a probe has measured an arm. `options`: as `steer.load` takes them.
     Errors: UsageError for unknown probes and sliders, OutputExistsError if `out` holds another run, those of
     `steer.load`. A probe that fails for one arm is skipped there, with its reason in the result.
     """
@@ -120,7 +120,7 @@ def _measure(
 
 def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[str, Any]:
     """Join runs that were made on different days into one result: their arms beside each other, the first file's first
-    arm as what the others are compared with. Arms are named by their file. `out`: a directory to write eval.json
+    arm as the reference. Arms are named by their file. `out`: a directory to write eval.json
     and its report into.
 
     Errors: MismatchError where a probe's items differ, or no probe is in every file; CheckpointError for a file that is

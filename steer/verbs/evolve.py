@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from steer.checkpoint.kin import kinship, mismatches
+from steer.checkpoint.kin import kin, mismatches
 from steer.checkpoint.merge import MANIFEST, absolute_name, read_recipe, recipe_models, with_absolute_paths
 from steer.checkpoint.staging import check_output, staged, write_json, write_text
 from steer.core.profile import Profile
@@ -130,7 +130,7 @@ def add(
         raise UsageError("--parameter: expected --method beside it, found none; parameters are those of a method")
     with building(lineage):
         _finish(lineage, say)
-        node = _passed(lineage, parent or _current_parent(lineage))
+        node = _passed(lineage, parent or _begun(place).newest[0].parent or "0")
         found, name = None, model or remove or base or (weight[0] if weight else None)
         if name is not None:
             found = _named(lineage, node, name)
@@ -299,7 +299,7 @@ def _new(node: Node, lineage: Lineage, say: Say) -> New | None:
         return None
     try:
         with byte_bar("comparing the models") as advance:
-            found = kinship(models, base, advance)
+            found = kin(*models, base=base, advance=advance)
     except SteerError as e:
         say(f"proposals do without kinship: {e}")
         return None
@@ -308,9 +308,7 @@ def _new(node: Node, lineage: Lineage, say: Say) -> New | None:
 
 def _parent(lineage: Lineage, parent: str | None) -> str | None:
     """Return the parent that was named; None for none, if there are votes to go by."""
-    if not lineage.generations:
-        raise UsageError(f"{lineage.place}: expected a generation, found none; begin with steer evolve START.yml "
-                         f"{lineage.place}")  # fmt: skip
+    _begun(lineage.place)
     if parent is not None:
         return _passed(lineage, parent).id
     newest = {node.id for node in lineage.newest if node.parent and node.passed}
@@ -319,10 +317,6 @@ def _parent(lineage: Lineage, parent: str | None) -> str | None:
                          f"evolve vote {lineage.place}, or name --parent NODE")  # fmt: skip
     # Children whose gates all failed leave a race of one, and their parent goes on.
     return None
-
-
-def _current_parent(lineage: Lineage) -> str:
-    return _begun(lineage.place).newest[0].parent or "0"
 
 
 def _begun(place: str | Path) -> Lineage:
@@ -390,7 +384,7 @@ def _copy_as_written(lineage: Lineage, node: Node, merged: Path, out: Path, copy
 
 
 def _misfits(models: Sequence[str], recipe: Json) -> list[str]:
-    """What does not fit between models and the recipe's base, a line each."""
+    """Return a line for each thing in which models do not fit the recipe's base."""
     base = recipe.get("base_model") or models_of(recipe)[0]
     others = [m for m in models if m != base]
     return mismatches(others, base) if others else []

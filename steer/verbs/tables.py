@@ -268,7 +268,7 @@ def calibration_table(found: Calibration) -> str:
         for end, amount, why in zip(("low", "high"), s.range, s.ends, strict=True):
             rows.append([s.name, s.operation, end, f"{amount:g}", *_tested_cells(s.at(amount)), why])
         if not s.inside:
-            notes.append(f"{s.name} stands at {s.stands:g}, outside its range {s.range[0]:g} to {s.range[1]:g}")
+            notes.append(f"{s.name} is at {s.stands:g}, outside its range {s.range[0]:g} to {s.range[1]:g}")
     limits = (
         f"limits: KL {found.limits.kl:g} nats per token on neutral text, repetition {found.repetition:.3f} untouched "
         f"and {found.limits.repetition:g} beyond; {found.tokens:,} tokens"

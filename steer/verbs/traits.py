@@ -1,4 +1,4 @@
-"""`steer traits`: the shelf of traits that ship, one trait in full, and a file to write one's own in."""
+"""`steer traits`: the traits that ship, one trait in full, and a file to write a new one in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from steer.files import write_new
 from steer.verbs.tables import text_table
 
 
-def shelf(model: str | None = None) -> list[dict[str, Any]]:
+def list_traits(model: str | None = None) -> list[dict[str, Any]]:
     """Return the name, the summary and the slider's ends of every trait that ships.
 
     With `model`, a checkpoint that `steer.load` takes, also the direction of each on it: null where there is none, else
@@ -45,8 +45,8 @@ def _direction_row(direction: Direction, file: Path) -> dict[str, Any]:
     }
 
 
-def shelf_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what `shelf` found as a table."""
+def traits_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what `list_traits` found as a table."""
     columns = ["trait", "the slider's low end", "its high end"]
     cells = [[row["name"], row["low_end"] or "", row["high_end"] or ""] for row in rows]
     if "direction" in rows[0]:
@@ -91,7 +91,7 @@ def _on_pool(trait: Trait) -> bool:
 def new_trait(name: str, out: Path | None = None) -> Path:
     """Write a commented trait file to edit, `out` or NAME.yaml, and return its path. It can be used as it is.
 
-    Errors: UsageError for a name that is none, or a shipped trait's, and for a file that is not YAML by its name;
+    Errors: UsageError for an invalid name, or a shipped trait's, and for a file that does not end in .yaml or .yml;
     SteerError for a file that exists.
     """
     if check_name(name, "NAME") in shipped_traits():

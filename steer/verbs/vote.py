@@ -116,7 +116,7 @@ class _Ballot:
         if self.interactive:
             termios.tcflush(self.stdin, termios.TCIFLUSH)  # a key that was pressed before is no vote on this pair
         self.console.print()
-        # In a scene, what is above on the screen: only what is new.
+        # In a scene the earlier messages are on the screen: only new ones are printed.
         for role, text in blind_pair.chat if len(blind_pair.chat) < 3 else blind_pair.chat[-2:]:
             self.say(f"{'you' if role == 'user' else role}: {text}", style="bold" if role == "user" else "dim")
         for key, text in (("1", blind_pair.left), ("2", blind_pair.right)):

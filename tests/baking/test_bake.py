@@ -233,10 +233,12 @@ def test_a_symlinked_read_only_hub_cache_is_copied_by_content(
 
 
 def test_progress_ends_at_the_total(source: Path, tmp_path: Path, ablation: Edit) -> None:
-    told: list[tuple[int, int]] = []
-    bake(source, tmp_path / "out", ablation, progress=lambda done, total: told.append((done, total)))
-    assert told == sorted(told)
-    assert told[-1][0] == told[-1][1] == sum(t.nbytes for t in CheckpointFiles.open(tmp_path / "out").tensors.values())
+    counts: list[tuple[int, int]] = []
+    bake(source, tmp_path / "out", ablation, progress=lambda done, total: counts.append((done, total)))
+    assert counts == sorted(counts)
+    assert (
+        counts[-1][0] == counts[-1][1] == sum(t.nbytes for t in CheckpointFiles.open(tmp_path / "out").tensors.values())
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -284,7 +286,7 @@ def test_adapters_and_control_vectors_keep_a_chosen_template_too(
     assert not {"tokenizer.json", "chat_template.jinja"} & plain.files.keys()
 
 
-def test_a_template_that_is_not_there_is_told_before_anything_is_written(
+def test_a_template_that_is_not_there_is_reported_before_anything_is_written(
     source: Path, ablation: Edit, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="--chat-template chatlm: expected a file, or one of alpaca, chatml"):

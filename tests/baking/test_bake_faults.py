@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ TinyLlama = Callable[..., Path]
 MakeDirection = Callable[..., Direction]
 
 
-# Real disks, limits and rivals: each in processes of their own
+# Real disks, limits and rivals: each in separate processes
 
 
 DISKS = """
@@ -110,11 +111,10 @@ def _bake_limited(source: Path, out: Path, edit: Edit, limit: int, answers: mult
 
 @pytest.mark.slow
 def test_a_file_larger_than_the_limit_is_one_line_and_leaves_nothing(
-    source: Path, tmp_path: Path, ablation: Edit
+    source: Path, tmp_path: Path, ablation: Edit, forkserver: ForkServerContext
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    child = context.Process(target=_bake_limited, args=(source, tmp_path / "out", ablation, 30_000, answers))
+    answers = forkserver.Queue()
+    child = forkserver.Process(target=_bake_limited, args=(source, tmp_path / "out", ablation, 30_000, answers))
     child.start()
     message = answers.get(timeout=120)
     child.join(60)
@@ -134,20 +134,19 @@ def _bake_at_once(source: Path, out: Path, edit: Edit, gate: Barrier, answers: m
 
 
 @pytest.mark.slow
-def test_of_several_bakes_into_one_output_at_once_one_wins_and_the_others_are_told(
-    source: Path, baked: Path, tmp_path: Path, ablation: Edit
+def test_of_several_bakes_into_one_output_at_once_one_wins_and_the_others_are_refused(
+    source: Path, baked: Path, tmp_path: Path, ablation: Edit, forkserver: ForkServerContext
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    gate, answers = context.Barrier(3), context.Queue()
+    gate, answers = forkserver.Barrier(3), forkserver.Queue()
     arguments = (source, tmp_path / "out", ablation, gate, answers)
-    children = [context.Process(target=_bake_at_once, args=arguments) for _ in range(3)]
+    children = [forkserver.Process(target=_bake_at_once, args=arguments) for _ in range(3)]
     for child in children:
         child.start()
-    won, *told = sorted(answers.get(timeout=120) for _ in children)
+    won, *lost = sorted(answers.get(timeout=120) for _ in children)
     for child in children:
         child.join(60)
     assert won == ""
-    assert all("is being written; wait" in line or "expected a new or empty directory" in line for line in told)
+    assert all("is being written; wait" in line or "expected a new or empty directory" in line for line in lost)
     assert (tmp_path / "out" / SINGLE).read_bytes() == (baked / SINGLE).read_bytes()
     verify(tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
@@ -265,7 +264,7 @@ def test_a_card_with_other_line_ends_and_more_than_a_megabyte_keeps_its_licence(
     assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_side_file_that_cannot_be_read_is_told_before_any_weight_is_written(
+def test_a_side_file_that_cannot_be_read_is_reported_before_any_weight_is_written(
     mine: Path, tmp_path: Path, ablation: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(source: Path, target: Path) -> str:

@@ -16,7 +16,7 @@ from steer.core.dictionary import Dictionary
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.slider import Intervention
+from steer.core.slider import Slider
 from steer.errors import MismatchError, UnsupportedError, UsageError
 
 TOKENS = torch.tensor([[1, 5, 17, 60, 3, 96, 44], [1, 2, 8, 8, 71, 30, 0]])
@@ -43,7 +43,7 @@ def _logits(path: Path, shift: Tensor | None = None) -> Tensor:
 
 def test_a_feature_that_adds_is_baked_as_a_bias_and_certified(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
     source, f = tiny_llama(tmp_path / "source", dtype=torch.float64), feature()
-    cert = bake(source, tmp_path / "out", Edit(moves=(Intervention(f, "add", -1.25),)))
+    cert = bake(source, tmp_path / "out", Edit(moves=(Slider(f, "add", -1.25),)))
     shift = -1.25 * (2.0 * f.decoder[0] - 1.5 * f.decoder[1]).double()
     expected = _logits(source, shift)
     assert float((expected - _logits(source)).abs().max()) > 0.05
@@ -60,7 +60,7 @@ def test_features_and_directions_at_one_site_are_summed(
     tmp_path: Path, tiny_llama: Callable[..., Path], make_direction: Callable[..., Direction]
 ) -> None:
     source, f, moral = tiny_llama(tmp_path / "source", dtype=torch.float64), feature(), make_direction()
-    bake(source, tmp_path / "out", Edit(add=((moral, 0.5),), moves=(Intervention(f, "add", 1.0),)))
+    bake(source, tmp_path / "out", Edit(add=((moral, 0.5),), moves=(Slider(f, "add", 1.0),)))
     shift = 0.5 * moral.gap * moral.vector.double() + (2.0 * f.decoder[0] - 1.5 * f.decoder[1]).double()
     assert float((_logits(tmp_path / "out") - _logits(source, shift)).abs().max()) < 1e-5
 
@@ -70,7 +70,7 @@ def test_an_operation_that_reads_the_activation_is_refused_in_one_line(
     source: Path, tmp_path: Path, make_direction: Callable[..., Direction], operation: str, amount: float
 ) -> None:
     plain = Feature("preach", feature().dictionary, (3,), (1.0,))
-    move = Intervention(plain, operation, amount)  # pyright: ignore[reportArgumentType]
+    move = Slider(plain, operation, amount)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnsupportedError, match=rf"1 of 2 sliders cannot be baked: 'preach' \({operation}\)") as e:
         bake(source, tmp_path / "out", Edit((make_direction(),), moves=(move,)))
     assert "\n" not in str(e.value)
@@ -88,10 +88,10 @@ def test_a_feature_that_does_not_fit_is_refused_before_anything_is_written(
     source: Path, tmp_path: Path, bad: Feature, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        bake(source, tmp_path / "out", Edit(moves=(Intervention(bad, "add", 1.0),)))
+        bake(source, tmp_path / "out", Edit(moves=(Slider(bad, "add", 1.0),)))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_feature_at_its_neutral_amount_is_nothing_to_bake(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to bake"):
-        bake(source, tmp_path / "out", Edit(moves=(Intervention(feature(), "add", 0.0),)))
+        bake(source, tmp_path / "out", Edit(moves=(Slider(feature(), "add", 0.0),)))

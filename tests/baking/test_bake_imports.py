@@ -26,7 +26,7 @@ NEVER = {"transformers", "huggingface_hub", "peft", "accelerate", "gguf", "sklea
 
 
 def run(*arguments: str | Path) -> tuple[str, set[str]]:
-    """(exit code, top-level modules) of the command in a process of its own."""
+    """(exit code, top-level modules) of the command in a separate process."""
     code = [sys.executable, "-c", RUN, *map(str, arguments)]
     lines = subprocess.run(code, capture_output=True, text=True, check=True).stdout.splitlines()
     modules = next(line for line in lines if line.startswith("imported ")).split()[1:]

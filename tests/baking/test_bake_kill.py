@@ -30,14 +30,6 @@ COMMAND = "steer bake source out --ablate moral"
 
 
 @pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    """Imports torch once, and forks a child a kill."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["steer.baking.bake", "tests.baking.test_bake_kill", "test_bake_kill"])
-    return context
-
-
-@pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path]) -> Path:
     """A checkpoint of many shards, with a side file. Not to be changed."""
     root = tiny_llama(tmp_path_factory.mktemp("source"), shards=True, num_hidden_layers=12)
@@ -127,12 +119,12 @@ def _finished(out: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_at_random_times_and_killed_again_the_output_is_absent_or_whole(
-    sharded: Path, whole: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext
+    sharded: Path, whole: Path, ablation: Edit, tmp_path: Path, forkserver: ForkServerContext
 ) -> None:
-    started = context.Queue()
+    started = forkserver.Queue()
 
     def run(out: Path, seconds: float | None) -> float:
-        child = context.Process(target=_bake, args=(sharded, out, ablation, started))
+        child = forkserver.Process(target=_bake, args=(sharded, out, ablation, started))
         child.start()
         start = started.get(timeout=60)
         if seconds is not None:
@@ -172,14 +164,14 @@ def test_killed_at_random_times_and_killed_again_the_output_is_absent_or_whole(
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["checkpoint", "adapter"])
 def test_killed_between_any_two_steps_the_output_is_absent_or_whole(
-    sharded: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext, form: Form
+    sharded: Path, ablation: Edit, tmp_path: Path, forkserver: ForkServerContext, form: Form
 ) -> None:
-    steps = context.Queue()
+    steps = forkserver.Queue()
     whole = tmp_path / "whole" / "out"
     _write(form, sharded, whole, ablation)
 
     def run(out: Path, at: int) -> int | None:
-        child = context.Process(target=_bake_and_die, args=(sharded, out, ablation, at, steps, form))
+        child = forkserver.Process(target=_bake_and_die, args=(sharded, out, ablation, at, steps, form))
         child.start()
         child.join(60)
         return child.exitcode
@@ -206,19 +198,19 @@ def test_killed_between_any_two_steps_the_output_is_absent_or_whole(
 
 
 def test_what_a_killed_adapter_had_read_is_not_read_again(
-    sharded: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext, monkeypatch: pytest.MonkeyPatch
+    sharded: Path, ablation: Edit, tmp_path: Path, forkserver: ForkServerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = context.Queue()
+    steps = forkserver.Queue()
     whole, out = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
     out.parent.mkdir()
     _write("adapter", sharded, whole, ablation)
-    child = context.Process(
+    child = forkserver.Process(
         target=_bake_and_die, args=(sharded, tmp_path / "steps" / "out", ablation, -1, steps, "adapter")
     )
     child.start()
     count = steps.get(timeout=60)
     # The last steps are the hashes' notes, the sync of what is written, and the rename.
-    child = context.Process(target=_bake_and_die, args=(sharded, out, ablation, count - 30, steps, "adapter"))
+    child = forkserver.Process(target=_bake_and_die, args=(sharded, out, ablation, count - 30, steps, "adapter"))
     child.start()
     child.join(60)
     (work,) = out.parent.iterdir()
@@ -244,12 +236,12 @@ def test_what_a_killed_checkpoint_left_is_not_in_an_adapter(left: Left, sharded:
 
 @pytest.fixture
 def left(
-    sharded: Path, ablation: Edit, tmp_path: Path, context: ForkServerContext
+    sharded: Path, ablation: Edit, tmp_path: Path, forkserver: ForkServerContext
 ) -> tuple[Path, Path, dict[str, int]]:
     """(output, staging directory, finished shard -> when it was written) of a bake that was killed half way."""
     out = tmp_path / "left" / "out"
     out.parent.mkdir()
-    child = context.Process(target=_bake_and_die_after, args=(sharded, out, ablation, 6))
+    child = forkserver.Process(target=_bake_and_die_after, args=(sharded, out, ablation, 6))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
@@ -269,10 +261,10 @@ def _kept(left: Left) -> set[str]:
 
 
 def test_finished_shards_are_not_written_again(left: Left, sharded: Path, whole: Path, ablation: Edit) -> None:
-    told: list[tuple[int, int]] = []
-    bake(sharded, left[0], ablation, command=COMMAND, progress=lambda done, total: told.append((done, total)))
+    counts: list[tuple[int, int]] = []
+    bake(sharded, left[0], ablation, command=COMMAND, progress=lambda done, total: counts.append((done, total)))
     assert _kept(left) == set(left[2])
-    assert told[-1][0] == told[-1][1]
+    assert counts[-1][0] == counts[-1][1]
     _same(left[0], whole)
 
 
@@ -325,7 +317,7 @@ def test_a_source_that_was_touched_starts_anew(left: Left, sharded: Path, ablati
     _same(left[0], whole)
 
 
-def test_fingerprints_tell_the_last_bit(ablation: Edit) -> None:
+def test_fingerprints_differ_in_the_last_bit(ablation: Edit) -> None:
     (d,) = ablation.ablate
     vector = d.vector.clone()
     vector[3] += torch.finfo(torch.float32).eps * vector[3].abs()

@@ -109,7 +109,7 @@ def test_an_output_with_files_in_it_is_refused_before_the_download(source: Path,
         fetch(DEFAULT_MODEL, source)
 
 
-def test_the_disk_s_errors_are_told_from_safetensors_own(source: Path, tmp_path: Path) -> None:
+def test_errors_of_the_disk_and_of_safetensors_are_distinguished(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"), disk_errors():
         safe_open(str(tmp_path / "gone"), framework="pt")
     (tmp_path / "broken").write_bytes(b"1234567890")

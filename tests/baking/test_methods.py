@@ -1,4 +1,4 @@
-"""What each method spares and keeps, and how strengths are told from block to block."""
+"""What each method spares and keeps, and how strengths are given block by block."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def _reference(weight: Tensor, scales: Tensor) -> Tensor:
 def _to_fp8(root: Path, *, scale_dtype: torch.dtype = torch.float32, apart: bool = False) -> dict[str, Tensor]:
     """Quantise the blocks of a checkpoint in place; return the tensors in bf16 that it stands for then.
 
-    `apart` puts the scales into shards of their own.
+    `apart` puts the scales into separate shards.
     """
     plain: dict[str, Tensor] = {}
     weight_map, size = {}, 0

@@ -38,8 +38,8 @@ def _save(path: Path, **tensors: torch.Tensor) -> Shard:
     return Shard.open(path)
 
 
-def _one(job: Rewrite, told: Sequence[Callable[[int], None]] = ()) -> Rewrite:
-    (done,) = rewrite_shards([job], *told)
+def _one(job: Rewrite, counts: Sequence[Callable[[int], None]] = ()) -> Rewrite:
+    (done,) = rewrite_shards([job], *counts)
     return done
 
 
@@ -70,8 +70,8 @@ def test_changes_and_additions_leave_the_rest_and_stay_aligned(tmp_path: Path) -
         NewTensor("n", "F32", (2,), torch.tensor([1.0, 2.0]).numpy().tobytes()),
         NewTensor("twin", b.dtype, b.shape, b),
     )
-    told: list[int] = []
-    done = _one(Rewrite(shard, tmp_path / "out.safetensors", {"b": _negate}, new), [told.append])
+    counts: list[int] = []
+    done = _one(Rewrite(shard, tmp_path / "out.safetensors", {"b": _negate}, new), [counts.append])
     got = load_file(tmp_path / "out.safetensors")
     want = tensors | {"b": -tensors["b"], "n": torch.tensor([1.0, 2.0]), "twin": tensors["b"]}
     assert got.keys() == want.keys()
@@ -80,7 +80,7 @@ def test_changes_and_additions_leave_the_rest_and_stay_aligned(tmp_path: Path) -
     assert rewritten.metadata == {"format": "pt"}
     assert all(t.start % (t.nbytes // max(1, len(got[t.name].flatten())) or 1) == 0 for t in rewritten.tensors)
     assert (done.read, done.written) == (hash_file(shard.path), hash_file(rewritten.path))
-    assert sum(told) == sum(t.nbytes for t in rewritten.tensors)
+    assert sum(counts) == sum(t.nbytes for t in rewritten.tensors)
 
 
 def test_decoded_tensors_grow_and_what_is_left_out_still_counts_as_read(tmp_path: Path) -> None:
@@ -188,14 +188,14 @@ def test_a_source_that_changes_while_read_is_noticed(sharded: CheckpointFiles, t
 
 def test_a_source_that_changes_in_the_midst_is_noticed(sharded: CheckpointFiles, tmp_path: Path) -> None:
     shard = max(sharded.shards, key=lambda s: s.size)
-    told: list[int] = []
+    counts: list[int] = []
 
     def change(n: int) -> None:
-        if not told:
+        if not counts:
             with open(shard.path, "r+b") as f:
                 f.seek(-1, 2)
                 f.write(b"\x55")
-        told.append(n)
+        counts.append(n)
 
     with pytest.raises(CheckpointError, match="changed while it was read"):
         _one(Rewrite(shard, tmp_path / "copy"), [change])

@@ -1,4 +1,4 @@
-"""A direction knows its checkpoint: rounding does not part what belongs together, another tune is told apart."""
+"""A direction knows its checkpoint: rounding does not part what belongs together, another tune is recognised."""
 
 from __future__ import annotations
 

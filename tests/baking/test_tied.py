@@ -116,10 +116,10 @@ def test_a_merge_of_an_adapter_for_a_tied_model_differs_and_its_card_says_how_it
     assert "Do not merge it as it is: the LM head of the source is its embedding" in card
     (recipe,) = re.findall(r"```python\n(import torch\n.*?)```", card, re.DOTALL)
     recipe = recipe.replace("the source", str(tied)).replace("this directory", str(adapter))
-    told: dict[str, Any] = {}
-    exec(recipe.replace(f'"{tied}"', f'"{tied}", dtype=torch.float64, attn_implementation="eager"'), told)
-    assert (logits(told["model"]) - expected).abs().max() < 1e-9
-    told["model"].save_pretrained(tmp_path / "merged")
+    namespace: dict[str, Any] = {}
+    exec(recipe.replace(f'"{tied}"', f'"{tied}", dtype=torch.float64, attn_implementation="eager"'), namespace)
+    assert (logits(namespace["model"]) - expected).abs().max() < 1e-9
+    namespace["model"].save_pretrained(tmp_path / "merged")
     assert (logits(load(tmp_path / "merged")) - expected).abs().max() < 1e-9
 
 

@@ -30,7 +30,7 @@ from typing import Annotated
 
 import typer
 
-# torch is imported where the checkpoint is made, in a process of its own: what a process has in memory counts as the
+# torch is imported where the checkpoint is made, in a separate process: what a process has in memory counts as the
 # memory of the programs it starts until they have started.
 STEER = str(Path(sys.executable).with_name("steer"))
 SHARD = 10**9

@@ -53,7 +53,7 @@ def main(
 
 
 def measured(model: str, trait: str) -> dict[str, Any]:
-    """Find one trait in a process of its own, and compare its slider with the one that ships."""
+    """Find one trait in a separate process, and compare its slider with the one that ships."""
     (full,) = (Direction.load(p) for p in DICTIONARIES.glob(f"*default-merge/directions/{trait}.safetensors"))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "quick.safetensors"

@@ -5,7 +5,7 @@
 A random Llama of 0.6 GB in bf16 and tunes of it (other low bits) are written to a temporary directory first and removed
 at the end. A round reads all files by one thread, 16 MB at a time, and compares the models, in turn: from the disk, its
 pages dropped before, and with every page in memory. Figures are medians of the rounds' ratios. The comparison runs
-in a process of its own, which measures it without its imports, and its memory above what the imports take.
+in a separate process, which measures it without its imports, and its memory above what the imports take.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ BARS = {"rate / reading": 0.7, "rate / reading, files in memory": 0.7, "GB of me
 COMPARE = """
 import json, resource, sys, time
 import steer
-from steer.checkpoint.kin import kinship
 base, *models = sys.argv[1:]
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-found = kinship(models, base)
+found = steer.kin(*models, base=base)
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, found.bytes_read]))
 """

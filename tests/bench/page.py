@@ -2,12 +2,12 @@
 
     python tests/bench/page.py [--model demo/merged] [--messages 100] [--json]
 
-`steer ui` runs as a process of its own, and a headless Chromium types messages into it, half of the number: the other
+`steer ui` runs as a separate process, and a headless Chromium types messages into it, half of the number: the other
 half are the replies. What is timed is from the Enter key to the first word on the screen, beside the same model's first
 token of the same chat in this process, while nobody else writes. Memory is the server's, once a fifth of the messages
-is there and at the end; what a chat must keep, the keys and values of its tokens, is told beside it. A slider is moved
-by a key while a reply streams, and what is timed is from that key until the page shows what the move comes to, which it
-does after the sliders have it: the next token goes by it. Ends with 1 when a bar is missed.
+is there and at the end; what a chat must keep, the keys and values of its tokens, is reported beside it. A slider is
+moved by a key while a reply streams, and the time is from that key until the page shows the new amount, which it does
+after the sliders have it: the next token is written under it. Ends with 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ WATCH = """
 shows its last messages alone."""
 MOVED = """
     const place = document.querySelector('[class*=st-key-slider]');
-    const told = () => place.querySelector('[data-testid=stMarkdown]').innerText;
-    const before = told();
+    const text = () => place.querySelector('[data-testid=stMarkdown]').innerText;
+    const before = text();
     window.moved = null;
     place.addEventListener('keydown', () => { window.pressed = performance.now(); }, {capture: true, once: true});
     const observer = new MutationObserver(() => {
-        if (told() === before) return;
+        if (text() === before) return;
         window.moved = performance.now() - window.pressed;
         observer.disconnect();
     });
     observer.observe(place, {childList: true, subtree: true, characterData: true});"""
-"""Has the page note the milliseconds from the next key on the first slider until what is told of it has changed."""
+"""Has the page note the milliseconds from the next key on the first slider until the text below it has changed."""
 
 
 def main(
@@ -233,7 +233,7 @@ def move(browser: Any) -> tuple[list[float], float]:
             rate = max(rate, float(shown[0].text.split(", ")[-1].split()[0]))
         whole(browser)
     if not moves:
-        raise RuntimeError("every reply had ended before the page told of the slider's move")
+        raise RuntimeError("every reply had ended before the page showed the slider's move")
     return moves, rate
 
 

@@ -1,12 +1,12 @@
-"""Sixteen clients at once, each with sliders of its own: is every reply whole, and steered by its own alone?
+"""Sixteen clients at once, each with different sliders: is every reply whole, and steered by its request alone?
 
     python tests/bench/serve.py [--model demo/merged] [--seconds 120] [--clients 16] [--float32] [--json]
     .venv-vllm/bin/python tests/bench/serve.py --engine vllm --no-worst
 
-`steer serve` runs as a process of its own; who asks it is in load/clients.py, hang-ups and rubbish among them. Then
+`steer serve` runs as a separate process; who asks it is in load/clients.py, hang-ups and rubbish among them. Then
 every reply is read again in this process, alone and under the sliders of whoever asked: how far are the logprobs that
-the server told from those? Some are read under every other client's sliders too. Where these would have moved the
-logprobs by ENOUGH, the reply's own should be nearer to what the server told, and the reply likelier under them; the
+the server gave from those? Some are read under every other client's sliders too. Where these would have moved the
+logprobs by ENOUGH, the reply's own should be nearer to what the server gave, and the reply likelier under them; the
 controls ask the same of the next client's. Some requests are sent again when nobody else asks: at bf16 a text in
 company is rounded otherwise than alone, so that some tokens are drawn otherwise. `--float32` serves a copy in fp32,
 where that is over. Before all that, how much longer one client waits for its first token beside another's worst request
@@ -171,15 +171,15 @@ def decode_loop(reader: Reader, replies: Sequence[Reply]) -> tuple[float, float]
 def rounding(
     reader: Reader, load: Load, once: Sequence[Reply], twice: Sequence[Reply], float32: bool
 ) -> dict[str, Figure]:
-    """What the server told of every token beside what the model says alone; and requests that were sent again."""
-    told, alone = reader.off(load.replies), reader.off(twice)
-    most, (bar, bar_most) = float(np.quantile(told, 0.999)), OFF_FLOAT32 if float32 else OFF
+    """What the server gave for every token beside what the model says alone; and requests that were sent again."""
+    given, alone = reader.off(load.replies), reader.off(twice)
+    most, (bar, bar_most) = float(np.quantile(given, 0.999)), OFF_FLOAT32 if float32 else OFF
     same = statistics.fmean(a.tokens == b.tokens for a, b in zip(once, twice, strict=True))
     return {
-        "logprobs told": (len(told), "", None),
-        "off from its own sliders, alone: median, nats": (float(np.median(told)), "", None),
+        "logprobs given": (len(given), "", None),
+        "off from its own sliders, alone: median, nats": (float(np.median(given)), "", None),
         "  99.9 % of them by at most": (most, f"bar {bar:g}", most < bar),
-        "  the farthest": (float(told.max()), f"bar {bar_most:g}", float(told.max()) < bar_most),
+        "  the farthest": (float(given.max()), f"bar {bar_most:g}", float(given.max()) < bar_most),
         "  asked again, with no company: median": (float(np.median(alone)), "", None),
         "  asked again, with no company: 99.9 %": (float(np.quantile(alone, 0.999)), "", None),
         "share of the same tokens when asked again": (same, "bar 1" if float32 else "", same == 1 if float32 else None),
@@ -193,7 +193,7 @@ def whose(reader: Reader, replies: Sequence[Reply], clients: int) -> dict[str, F
     return {
         "pairs of a reply and others' sliders": (len(replies) * (clients - 1), "", None),
         "share of them that differ enough": (own.differ, "", None),
-        "  own sliders nearer to what was told": (own.nearer, "bar 1", own.nearer == 1),
+        "  own sliders nearer to what was given": (own.nearer, "bar 1", own.nearer == 1),
         "    control: the next client's nearer": (control.nearer, "", None),
         "  likelier under own sliders": (own.likelier, f"bar {LIKELIER:g}", own.likelier >= LIKELIER),
         "    control: likelier under the next client's": (control.likelier, "", None),

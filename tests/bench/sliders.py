@@ -41,7 +41,7 @@ from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import CHAT
 from steer.core.schedule import ALWAYS, Schedule
-from steer.core.slider import Intervention, Operation
+from steer.core.slider import Operation, Slider
 from steer.model.decode import decode
 from steer.model.kv_cache import growing_cache
 from steer.model.steered import SteeredModel
@@ -124,7 +124,7 @@ def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[
     here, everywhere = [r], [r.at(s) for s in sites]
 
     def edit(operation: Operation, amount: float, of: Iterable[Direction], when: Schedule = ALWAYS) -> Edit | None:
-        return Edit.of([Intervention(d, operation, amount, when, f"{operation} at {d.site}") for d in of])
+        return Edit.of([Slider(d, operation, amount, when, f"{operation} at {d.site}") for d in of])
 
     ours = {
         "neutral profile": (edit("add", 0.0, everywhere), None),
@@ -138,7 +138,7 @@ def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[
     }
     if (dictionary := load_dictionary(DICTIONARY)).width == live.anatomy.width:
         ours["clamp of a feature, one site"] = (
-            Edit.of([Intervention(Feature.latent(dictionary, LATENT), "clamp", 0.5)]),
+            Edit.of([Slider(Feature.latent(dictionary, LATENT), "clamp", 0.5)]),
             ONE,
         )
     out = {"plain again": Contestant(live, lambda run: run())}
@@ -150,7 +150,7 @@ def contestants(live: SteeredModel, batch: int, peers: dict[str, Peer]) -> dict[
     added = vector.to(live.device, live.hf.dtype)
     shared = {id(tensor): tensor for tensor in (*live.hf.parameters(), *live.hf.buffers())}
     for name, peer in {"bare hook": bare_hook, **peers}.items():
-        # The same weights under modules of its own: what a peer leaves on them is no one else's burden.
+        # The same weights under separate modules, so that what a peer leaves on them slows no other.
         own = SteeredModel(copy.deepcopy(live.hf, dict(shared)), live.tokenizer, name)
         for label, where in (("one site", [site]), ("all sites", sites)):
             out[f"{name}, {label}"] = Contestant(own, peer(own.hf, where, added))

@@ -52,8 +52,8 @@ def main(
         print(json.dumps({"seconds": table, "ratios": ratios}, indent=2))
         return
     for policy, row in ratios.items():
-        told = "; ".join(f"{c}: {', '.join(f'{k} {t:.2f}' for k, t in s.items())}" for c, s in row.items())
-        print(f"{policy:26} {told}")
+        shown = "; ".join(f"{c}: {', '.join(f'{k} {t:.2f}' for k, t in s.items())}" for c, s in row.items())
+        print(f"{policy:26} {shown}")
 
 
 def measured(model: str, variables: dict[str, str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python tests/bench/vllm_engine.py [--model demo/merged] [--rounds 5] [--tokens 64] [--json]
 
-Plain vLLM runs without the plugin, in a process of its own, as the transformers engine does. The processes take turns,
+Plain vLLM runs without the plugin, in a separate process, as the transformers engine does. The processes take turns,
 in an order drawn anew each round: one writes, the others wait. A figure is the median of a round's rate over that of
 plain vLLM in the same round; the bars are 0.99 for neutral sliders and 0.95 for different profiles at all sites. Beside
 it stands the same share of tokens per second of CPU time, which hardly moves where other programs take the cores.

@@ -1,4 +1,4 @@
-"""Chats with tiny models, under a STEER_HOME of their own."""
+"""Chats with tiny models, under a separate STEER_HOME."""
 
 from __future__ import annotations
 

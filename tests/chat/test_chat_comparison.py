@@ -1,4 +1,4 @@
-"""Two replies side by side: the same draws, edits of their own, marked words, and votes that can be blind."""
+"""Two replies side by side: the same draws, separate edits, marked words, and votes that can be blind."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_last_message_is_answered_again_and_the_better_reply_taken_into_the_
     assert [m.text for m in chat.path()] == ["hello", taken.text, "well", new.shown[0].text]
 
 
-def test_blind_it_tells_nothing_before_the_vote_and_a_coin_decides_who_stands_left(new_chat, home):
+def test_blind_it_reveals_nothing_before_the_vote_and_a_coin_decides_who_is_left(new_chat, home):
     chat = new_chat(3)
     chat.panel.set("moral", -1.0)
     sides: Counter[int] = Counter()
@@ -164,7 +164,7 @@ def test_votes_come_once_and_after_both_replies(new_chat):
     assert tally(kept_votes()) == {"without sliders": (0, 0, 2)}
 
 
-def test_a_broken_file_of_votes_is_told_by_its_line(home):
+def test_a_broken_file_of_votes_is_reported_by_its_line(home):
     assert kept_votes() == []
     home.mkdir()
     (home / "votes.jsonl").write_text("\n{}\n")
@@ -172,7 +172,7 @@ def test_a_broken_file_of_votes_is_told_by_its_line(home):
         kept_votes()
 
 
-def test_a_vote_that_cannot_be_kept_is_told(chat, home):
+def test_a_vote_that_cannot_be_kept_is_reported(chat, home):
     comparison = chat.compare("hello", chat.side("plain"), chat.side("plain"))
     assert comparison.wait(20)
     (home / "votes.jsonl").mkdir(parents=True)

@@ -121,7 +121,7 @@ def test_saved_chats_are_listed_the_latest_first_and_what_is_none_is_named(talk,
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "says"),
     [
         (lambda d: d.pop("messages"), "messages: expected a value, found none"),
         (lambda d: d.update(steer_chat=2), "steer_chat: expected one of 1, found 2"),
@@ -135,12 +135,12 @@ def test_saved_chats_are_listed_the_latest_first_and_what_is_none_is_named(talk,
         (lambda d: d.update(profile={"name": "x", "sliders": 3}), "sliders"),
     ],
 )
-def test_a_file_that_is_no_chat_is_an_error_of_one_line_that_names_it(talk, home, change, told):
+def test_a_file_that_is_no_chat_is_an_error_of_one_line_that_names_it(talk, home, change, says):
     place = save_chat(home / "x.json", Stored(talk, "tiny"))
     data = json.loads(place.read_text())
     change(data)
     place.write_text(json.dumps(data))
     with pytest.raises(SteerError, match=r"x\.json: expected a chat") as e:
         load_chat(place)
-    assert told in str(e.value)
+    assert says in str(e.value)
     assert "\n" not in str(e.value)

@@ -46,7 +46,7 @@ def test_traits_that_ship_are_at_hand_in_words(chat):
     assert {"moralizing-latent", "moralizing-set"} <= chat.sliders.known().keys()
 
 
-def test_side_by_side_and_inside_tell_the_sliders_effect(chat):
+def test_side_by_side_and_inside_show_the_sliders_effect(chat):
     chat.panel.set("moralizing", -1.0)
     comparison = chat.compare(QUESTION, chat.side("plain"), chat.side("now"))
     assert comparison.wait(300)

@@ -38,7 +38,7 @@ def test_words_are_looked_for_in_tokens_and_contexts(features):
     assert features.search("zebra") == []
 
 
-def test_without_words_those_that_tell_a_trait_come_first(features):
+def test_without_words_those_that_indicate_a_trait_come_first(features):
     found = features.search("", limit=4)
     assert [c.record.index for c in found] == [M - 1, M - 2, M - 3, M - 4]
     assert found[0].title == "with moralizing (feature 23)"
@@ -61,7 +61,7 @@ def test_the_surest_features_of_a_trait_come_first(features):
         features.search(trait="kindness")
 
 
-def test_a_card_tells_what_is_known_and_pins_by_its_name(features, chat, place):
+def test_a_card_shows_what_is_known_and_pins_by_its_name(features, chat, place):
     cards = {c.record.index: c for c in features.search("", limit=M)}
     assert cards.keys() == set(range(2, M))
     card = cards[5]

@@ -1,4 +1,4 @@
-"""Work in a process of its own: the real command, its progress, its end, and what stays when it is stopped."""
+"""Work in a separate process: the real command, its progress, its end, and what stays when it is stopped."""
 
 from __future__ import annotations
 

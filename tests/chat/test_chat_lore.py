@@ -153,7 +153,7 @@ def card(**fields: Any):
     return load_card(json.dumps({"data": CARD | fields}).encode())
 
 
-def told(model: Any, system: str, *said: str, **sampler: Any) -> str:
+def says(model: Any, system: str, *said: str, **sampler: Any) -> str:
     roles = ("assistant", "user")
     return model.chat([{"role": roles[i % 2], "content": t} for i, t in enumerate(said)], system=system, **sampler)
 
@@ -170,7 +170,7 @@ def test_a_reply_is_written_from_the_prompt_with_the_lore(new_chat, model) -> No
     assert chat.scanned.tokens == len(model.encode(pick))
     system = chat.system.replace("\n\nhello", f"\n\nhello\n\n{pick}")
     sampler = chat.sampler.__dict__ | {"seed": reply.written.seed}
-    assert reply.text == told(model, system, "well", "the truth and a lie", **sampler)
+    assert reply.text == says(model, system, "well", "the truth and a lie", **sampler)
     assert pick not in chat.system
     assert [m.text for m in chat.path()] == ["well", "the truth and a lie", reply.text]
     chat.swipe(first.id, +1)

@@ -16,7 +16,7 @@ from steer.chat.writer import Task
 from steer.core.edit import Edit
 from steer.core.sampler import Sampler
 from steer.core.schedule import Schedule
-from steer.core.slider import Intervention, Slider
+from steer.core.slider import Slider
 from steer.errors import UsageError
 from steer.model.decode import decode
 from steer.model.steered import load
@@ -54,7 +54,7 @@ def test_readings_are_those_of_the_passes_that_wrote_the_reply(chat, model):
     moves = {0: -1.0, 4: 0.5, 9: 2.0}
     prompt, ids, read, logits = recorded(model, chat, moves)
     target = chat.sliders.slider("moral").target
-    edits = [(at, Edit.of([Intervention(target, "add", amount)])) for at, amount in moves.items()]
+    edits = [(at, Edit.of([Slider(target, "add", amount)])) for at, amount in moves.items()]
     look = look_inside(model, prompt, ids, edits, {"moral": chat.sliders.slider("moral")})
     assert look.steered["moral"][:-1] == pytest.approx(read, abs=1e-5)
     assert len(look.steered["moral"]) == len(look.plain["moral"]) == len(look.kl) == len(look.pieces) == 12

@@ -1,4 +1,4 @@
-"""The same chat with a model behind `steer serve`: a real server, in a thread of its own."""
+"""The same chat with a model behind `steer serve`: a real server, in a separate thread."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_regenerate_lengthen_and_stop(chat):
     assert third.written.ending == "stopped"
 
 
-def test_rows_tell_what_the_server_offers_and_what_it_does_not_is_refused(chat):
+def test_rows_show_what_the_server_offers_and_what_it_does_not_is_refused(chat):
     (row,) = chat.panel.rows()
     assert (row.name, row.operation, row.site, row.operations) == ("moral", "add", 1, ("add",))
     chat.panel.set("moral", 0.1)

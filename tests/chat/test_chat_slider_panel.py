@@ -81,7 +81,7 @@ def test_words_in_place_of_numbers(panel):
     assert by_name["L1/5"].description == (
         "Fires on one token in 17, as on \u201cmercy\u201d; adding it makes \u201cmercy\u201d likelier."
     )
-    assert "Features that tell the trait" in by_name["preach"].description
+    assert "Features that indicate the trait" in by_name["preach"].description
 
 
 SEARCHED = {
@@ -139,7 +139,7 @@ def test_ranges_are_those_that_were_measured_else_half_of_what_is_too_much(panel
     row = panel.row("moral")
     assert (row.safe, row.calibrated, row.red, row.share) == ((-0.5, 0.25), True, True, pytest.approx(0.6))
     assert row.low < -0.5 < 0.25 < row.high
-    assert panel.warnings() == ["moral stands at 0.3, beyond its calibrated range -0.5 to 0.25"]
+    assert panel.warnings() == ["moral is at 0.3, beyond its calibrated range -0.5 to 0.25"]
     panel.set("moral", 0.2)
     assert not panel.row("moral").red
     panel.set("moral", 5.0)
@@ -178,7 +178,7 @@ def test_operations_and_times_can_be_changed(panel, chat):
         panel.reshape("against", "clamp")
 
 
-def test_budgets_tell_each_site_and_when_it_is_too_much(panel, chat):
+def test_budgets_show_each_site_and_when_it_is_too_much(panel, chat):
     assert panel.budgets() == []
     panel.set("moral", 0.1)
     panel.set("moralizing", 1.0)
@@ -207,7 +207,7 @@ def test_what_pulls_apart_cancels_in_a_budget(panel, chat):
     assert {p[0] for p in budget.parts} == {"moral", "moral (other)"}
 
 
-def test_undo_and_redo_and_reset_tell_widgets_to_be_drawn_anew(panel):
+def test_undo_and_redo_and_reset_make_widgets_be_drawn_again(panel):
     began = panel.revision
     panel.set("moral", 0.1)
     panel.set("moral", 0.2)
@@ -271,7 +271,7 @@ def test_profiles_are_kept_given_away_and_taken(chat, home):
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "says"),
     [
         (b"\xff\xfe", "expected a profile"),
         (b"name: x\nsliders: 3", "sliders"),
@@ -279,7 +279,7 @@ def test_profiles_are_kept_given_away_and_taken(chat, home):
         (b"name: x\nnotes: " + b"y" * 1_000_001, "at most 1,000,000 bytes"),
     ],
 )
-def test_an_upload_that_is_no_profile_is_refused_in_a_line(data, told):
-    with pytest.raises(SteerError, match=told) as e:
+def test_an_upload_that_is_no_profile_is_refused_in_a_line(data, says):
+    with pytest.raises(SteerError, match=says) as e:
         uploaded_profile(data, "sent.yaml")
     assert "\n" not in str(e.value)

@@ -295,7 +295,7 @@ def test_a_chat_that_is_not_to_be_kept_is_not(new_chat):
     assert saved_chats() == ([], [])
 
 
-def test_a_full_disk_is_told_of_and_the_chat_goes_on(chat, home):
+def test_a_full_disk_is_reported_and_the_chat_goes_on(chat, home):
     home.mkdir(exist_ok=True)
     (home / "chats").write_text("in the way")
     say(chat)

@@ -1,4 +1,4 @@
-"""Replies are written in a thread of their own: what is felt there, what survives, what is never lost."""
+"""Replies are written in a separate thread: what it sees of the chat, what survives, what is never lost."""
 
 from __future__ import annotations
 
@@ -171,25 +171,25 @@ class Broken:
 
 
 @pytest.mark.parametrize(
-    ("problem", "told"),
+    ("problem", "says"),
     [
         (SteerError("the disk is full; free some"), "the disk is full; free some"),
         (RuntimeError("two\nlines"), "the reply broke off: RuntimeError: two lines"),
     ],
 )
-def test_what_goes_wrong_is_told_in_a_line_and_the_next_reply_is_written(problem, told):
+def test_what_goes_wrong_is_reported_in_a_line_and_the_next_reply_is_written(problem, says):
     writer, ended = Writer(), []
     draft = Broken("so ", "far", problem)
     writer.start(draft, 1, on_end=lambda d: ended.append((d.text, d.ending, writer.error)))
     assert writer.wait(10)
-    assert ended == [("so far", "error", told)]
-    assert (writer.error, draft.text, writer.running, draft.closed) == (told, "so far", False, True)
+    assert ended == [("so far", "error", says)]
+    assert (writer.error, draft.text, writer.running, draft.closed) == (says, "so far", False, True)
     writer.start(Broken("x", SteerError("y")), 2)
     assert writer.wait(10)
     assert writer.error == "y"
 
 
-def test_a_failure_while_it_is_kept_is_told_as_well():
+def test_a_failure_while_it_is_kept_is_reported_as_well():
     writer = Writer()
 
     def fail(draft: object) -> None:

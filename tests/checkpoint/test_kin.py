@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import steer
-from steer.checkpoint.kin import Kinship, kinship, mismatches
+from steer.checkpoint.kin import Kinship, mismatches
 from steer.checkpoint.merge import merge
 from steer.errors import CheckpointError, SteerError, UsageError
 
@@ -70,7 +70,7 @@ def write(folder: Path, name: str, tensors: Weights, like: str = "base") -> Path
 
 
 def kin_of(folder: Path, *names: str, base: str = "base") -> Kinship:
-    return kinship([folder / name for name in names], folder / base)
+    return steer.kin(*[folder / name for name in names], base=folder / base)
 
 
 def said(kinship: Kinship) -> str:
@@ -184,7 +184,7 @@ def test_models_of_other_dtypes_and_shards_are_compared(
 ) -> None:
     save_tiny_chat(tiny_llama, tmp_path / "sharded", seed=4, dtype=torch.bfloat16, shards=True)
     save_tiny_chat(tiny_llama, tmp_path / "whole", seed=4, dtype=torch.float32)
-    found = kinship([tmp_path / "sharded", tmp_path / "whole"], family / "base")
+    found = steer.kin(tmp_path / "sharded", tmp_path / "whole", base=family / "base")
     assert found.cosines[0, 1] == pytest.approx(1, abs=1e-4)
 
 
@@ -286,7 +286,7 @@ def test_an_adapter_is_what_mergekit_merges_of_it(
     recipe = {"merge_method": "linear", "models": [{"model": "base+tune", "parameters": {"weight": 1}}]}
     (tmp_path / "one.yml").write_text(yaml.safe_dump(recipe | {"dtype": "float32"}))
     merged = merge(tmp_path / "one.yml", tmp_path / "merged")
-    found = kinship([f"{base}+{tmp_path / 'tune'}", merged], base)
+    found = steer.kin(f"{base}+{tmp_path / 'tune'}", merged, base=base)
     assert found.norms[0] == pytest.approx(found.norms[1], rel=1e-5)
     assert found.cosines[0, 1] == pytest.approx(1, abs=1e-5)
     assert found.new(merged) < 1e-4
@@ -302,7 +302,7 @@ def test_models_that_fit_have_no_mismatch(family: Path) -> None:
     assert mismatches([family / "tune", family / "other"], family / "base") == []
 
 
-def test_other_vocabularies_are_told_and_their_common_rows_compared(family: Path, tmp_path: Path) -> None:
+def test_other_vocabularies_are_reported_and_their_common_rows_compared(family: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(family, work)
     tensors = weights(work / "tune")
@@ -317,7 +317,7 @@ def test_other_vocabularies_are_told_and_their_common_rows_compared(family: Path
     assert kin_of(work, "longer", "tune").cosines[0, 1] == pytest.approx(1, abs=1e-6)
 
 
-def test_other_tokens_and_special_tokens_are_told(family: Path, tmp_path: Path) -> None:
+def test_other_tokens_and_special_tokens_are_reported(family: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(family, work)
     tokenizer = work / "tune" / "tokenizer.json"
@@ -337,7 +337,7 @@ def test_other_tokens_and_special_tokens_are_told(family: Path, tmp_path: Path) 
     assert not [line for line in lines if line.startswith(str(work / "other"))]
 
 
-def test_another_size_or_architecture_is_told_before_it_is_refused(
+def test_another_size_or_architecture_is_reported_before_it_is_refused(
     family: Path, tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
     wide = save_tiny_chat(tiny_llama, tmp_path / "wide", hidden_size=48)
@@ -348,12 +348,12 @@ def test_another_size_or_architecture_is_told_before_it_is_refused(
     with pytest.raises(
         CheckpointError, match=r"wide: model.embed_tokens.weight: expected the shape .* leave the model"
     ):
-        kinship([wide], family / "base")
+        steer.kin(wide, base=family / "base")
     mistral = save_tiny_chat(tiny_llama, tmp_path / "mistral", architecture="Mistral")
     assert "is a mistral, the base" in mismatches([mistral], family / "base")[0]
 
 
-def test_a_model_without_a_tokenizer_is_told(family: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_reported(family: Path, tmp_path: Path) -> None:
     shutil.copytree(family / "tune", tmp_path / "bare")
     for file in (tmp_path / "bare").glob("*token*"):
         file.unlink()
@@ -382,7 +382,7 @@ def test_a_head_that_is_tied_in_one_model_is_compared_with_the_embedding(
         save_tiny_chat(tiny_llama, tmp_path / name, tie=tie)
     tensors = weights(tmp_path / "tied")
     write(tmp_path, "untied", tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 0.25})
-    found = kinship([tmp_path / "untied"], tmp_path / "tied")
+    found = steer.kin(tmp_path / "untied", base=tmp_path / "tied")
     head = next(t for t in found.tensors if t.kind == "head")
     assert head.gram[0, 0] == pytest.approx(tensors["model.embed_tokens.weight"].numel() / 16, rel=1e-4)
     assert [t.name for t in found.changed] == ["lm_head.weight"]
@@ -434,8 +434,11 @@ def test_one_model_has_norms_and_no_t(family: Path) -> None:
 
 def test_progress_counts_the_bytes_that_are_read(family: Path) -> None:
     seen: list[tuple[int, int]] = []
-    found = kinship(
-        [family / "tune", family / "other"], family / "base", lambda done, total: seen.append((done, total))
+    found = steer.kin(
+        family / "tune",
+        family / "other",
+        base=family / "base",
+        advance=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (found.bytes_read, found.bytes_read)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -448,7 +451,7 @@ def test_every_tensor_of_every_architecture_has_a_block_and_a_kind(name: str, tm
     tensors = load_file(base / FILE)
     tune = {n: t + 0.125 if t.ndim > 1 else t for n, t in tensors.items()}
     write(tmp_path, "tune", tune)
-    found = kinship([tmp_path / "tune"], base)
+    found = steer.kin(tmp_path / "tune", base=base)
     assert {t.name for t in found.tensors} == {n for n, t in tensors.items() if t.is_floating_point()}
     assert [t.name for t in found.tensors if t.kind == "other"] == []
     for block in range(BLOCKS):

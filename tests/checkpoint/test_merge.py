@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -295,13 +296,13 @@ def _merge_and_die(recipe: Path, out: Path, at: int, steps: multiprocessing.Queu
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_output_is_absent_or_whole_and_a_rerun_succeeds(folder: Path) -> None:
-    context = multiprocessing.get_context("forkserver")  # imports mergekit once, forks a child a kill
-    context.set_forkserver_preload(["mergekit.merge", "peft", "steer.checkpoint.merge", "test_merge"])
-    steps = context.Queue()
+def test_killed_at_any_moment_the_output_is_absent_or_whole_and_a_rerun_succeeds(
+    folder: Path, forkserver: ForkServerContext
+) -> None:
+    steps = forkserver.Queue()
 
     def run(out: Path, at: int) -> int | None:
-        child = context.Process(target=_merge_and_die, args=(folder / "stock.yml", out, at, steps))
+        child = forkserver.Process(target=_merge_and_die, args=(folder / "stock.yml", out, at, steps))
         child.start()
         child.join(60)
         return child.exitcode

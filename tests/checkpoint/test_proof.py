@@ -92,9 +92,15 @@ def test_what_is_declared_is_what_is_found(name: str, tmp_path: Path, monkeypatc
     expected = declared.find(files.config, files.tensors)
     undeclared(monkeypatch)
     found = Anatomy.of(files.config, "it")
-    told = replace(found.find(files.config, files.tensors), head=expected.head)  # a tied head may be stored or not
-    assert {replace(w, bias=w.bias if w.bias in files.tensors else None) for w in expected.writers} == set(told.writers)
-    assert (told.embedding, told.base, told.unloaded) == (expected.embedding, expected.base, expected.unloaded)
+    described = replace(found.find(files.config, files.tensors), head=expected.head)  # a tied head may be stored or not
+    assert {replace(w, bias=w.bias if w.bias in files.tensors else None) for w in expected.writers} == set(
+        described.writers
+    )
+    assert (described.embedding, described.base, described.unloaded) == (
+        expected.embedding,
+        expected.base,
+        expected.unloaded,
+    )
     same = ("blocks", "width", "vocab", "experts", "biased", "logit_softcap", "logit_scale")
     assert [getattr(found, k) for k in same] == [getattr(declared, k) for k in same]
     assert found.final_norm_module == declared.final_norm_module
@@ -258,8 +264,8 @@ def test_the_verb_prints_what_each_kind_of_block_adds(tmp_path: Path):
     rows = [line.split() for line in table.splitlines() if "weight" in line]
     assert ["3-47", "by", "4", "attention", "self_attn.o_proj.weight", "0"] in rows
     assert any("linear_attn.out_proj.weight" in row for row in rows)
-    told = json.loads(json.dumps(anatomy_as_json(found)))
-    assert [len(kind["blocks"]) for kind in told["kinds"]] == [36, 12]
+    described = json.loads(json.dumps(anatomy_as_json(found)))
+    assert [len(kind["blocks"]) for kind in described["kinds"]] == [36, 12]
 
 
 def test_experts_behind_two_norms_lose_a_direction_through_both_gains(tmp_path: Path):

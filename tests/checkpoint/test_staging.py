@@ -78,7 +78,7 @@ def test_what_exists_is_refused_and_not_touched(tmp_path: Path, kind: str) -> No
     assert _leftovers(tmp_path) == ["out"]
 
 
-def test_of_two_runs_into_one_output_one_is_told(tmp_path: Path) -> None:
+def test_of_two_runs_into_one_output_one_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with staged(out) as work:
         (work / "a").write_text("first")
@@ -118,7 +118,7 @@ def test_what_a_killed_process_left_is_found_only_by_who_asks_for_it(tmp_path: P
     assert _leftovers(tmp_path) == ["out"]
 
 
-def test_a_live_process_s_directory_is_kept_and_the_second_is_told(tmp_path: Path) -> None:
+def test_a_live_process_s_directory_is_kept_and_the_second_is_refused(tmp_path: Path) -> None:
     code = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "print('here', flush=True); sys.stdin.read()")
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Writers are found on disk, all of them, or the checkpoint is refused by name; the plan tells what was found."""
+"""Writers are found on disk, all of them, or the checkpoint is refused by name; the plan lists what was found."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ COVERAGE = {
 
 
 @pytest.mark.parametrize(("name", "coverage"), COVERAGE.items())
-def test_the_plan_tells_the_writers_found_and_their_coverage(
+def test_the_plan_lists_the_writers_found_and_their_coverage(
     tmp_path: Path, make_direction: MakeDirection, name: str, coverage: str
 ) -> None:
     source = TINY[name].save(tmp_path / "source", torch.bfloat16)

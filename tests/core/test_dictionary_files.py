@@ -218,7 +218,7 @@ def test_missing_and_broken_files_are_one_line_that_names_them(saved, name, cont
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_are_not_what_the_config_says_are_told(saved):
+def test_weights_that_are_not_what_the_config_says_are_reported(saved):
     change(saved, d_sae=M + 1)
     with pytest.raises(CheckpointError, match=rf"{M + 1} latents.*\[{D}, {M}\]"):
         load_dictionary(saved)

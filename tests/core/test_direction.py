@@ -80,7 +80,7 @@ def test_a_file_cut_short_is_one_line(tmp_path: Path) -> None:
             Direction.load(file)
 
 
-def test_a_safetensors_file_of_something_else_is_told_apart(tmp_path: Path) -> None:
+def test_a_safetensors_file_of_something_else_is_recognised(tmp_path: Path) -> None:
     save_file({"vector": torch.ones(4)}, tmp_path / "other.safetensors")
     with pytest.raises(SteerError, match="without one"):
         Direction.load(tmp_path / "other.safetensors")

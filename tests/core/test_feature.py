@@ -11,7 +11,7 @@ import torch
 from steer.core.dictionary import Dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.slider import Intervention, Slider
+from steer.core.slider import Slider
 from steer.errors import MismatchError, UnsupportedError, UsageError
 
 
@@ -47,7 +47,7 @@ def test_coefficients_say_what_each_operation_does(dictionary):
     feature = Feature("f", dictionary, (0, 2), (2.0, 0.5))
 
     def coefficients(operation, amount):
-        return Intervention(feature, operation, amount).coefficients
+        return Slider(feature, operation, amount).coefficients
 
     free = math.inf
     assert coefficients("add", 1.5) == ((0.0, 3.0, free), (0.0, 0.75, free))
@@ -78,7 +78,7 @@ def test_a_negative_unit_is_for_add_alone(pair):
         with pytest.raises(UsageError, match="positive units"):
             Slider(pair, operation)
         with pytest.raises(UsageError, match="positive units"):
-            Intervention(pair, operation, 1.0)
+            Slider(pair, operation, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_dictionary_that_normalises_inputs_has_no_fixed_direction(dictionary, 
 @pytest.mark.parametrize(("operation", "amount"), [("ablate", 1.5), ("add", math.inf), ("clamp", "much"), ("cup", 1)])
 def test_an_amount_or_operation_out_of_range_is_a_usage_error(dictionary, operation, amount):
     with pytest.raises(UsageError, match="slider 'f'"):
-        Intervention(Feature("f", dictionary, (0,), (1.0,)), operation, amount)
+        Slider(Feature("f", dictionary, (0,), (1.0,)), operation, amount)
 
 
 def test_a_width_that_does_not_fit_names_both(pair):
@@ -111,15 +111,15 @@ def test_a_width_that_does_not_fit_names_both(pair):
 
 def test_two_moves_that_read_one_latent_are_refused_and_adds_are_not(dictionary):
     one, other = Feature("one", dictionary, (0, 1), (1.0, 1.0)), Feature("other", dictionary, (1,), (1.0,))
-    Edit(moves=(Intervention(one, "clamp", 1.0), Intervention(other, "add", 1.0)))
-    Edit(moves=(Intervention(one, "clamp", 1.0), Intervention(other, "scale", 1.0)))
+    Edit(moves=(Slider(one, "clamp", 1.0), Slider(other, "add", 1.0)))
+    Edit(moves=(Slider(one, "clamp", 1.0), Slider(other, "scale", 1.0)))
     with pytest.raises(UsageError, match=r"'one' and 'other'.*latent 1"):
-        Edit(moves=(Intervention(one, "clamp", 1.0), Intervention(other, "ablate", 1.0)))
+        Edit(moves=(Slider(one, "clamp", 1.0), Slider(other, "ablate", 1.0)))
 
 
-def test_an_edit_tells_its_moves(pair):
-    edit = Edit(moves=(Intervention(pair, "add", -2.0),))
-    (told,) = edit.describe()["moves"]
-    assert (told["name"], told["latents"], told["operation"], told["amount"]) == ("pair", [0, 1], "add", -2.0)
-    assert told["share_of_residual_norm"] == 1.0
+def test_an_edit_shows_its_moves(pair):
+    edit = Edit(moves=(Slider(pair, "add", -2.0),))
+    (move,) = edit.describe()["moves"]
+    assert (move["name"], move["latents"], move["operation"], move["amount"]) == ("pair", [0, 1], "add", -2.0)
+    assert move["share_of_residual_norm"] == 1.0
     assert "moves" not in Edit((pair.direction,)).describe()

@@ -242,7 +242,7 @@ def test_a_file_that_is_no_lorebook_is_refused_in_one_line(data: bytes, says: st
     assert "\n" not in str(caught.value)
 
 
-def test_what_has_the_wrong_kind_is_told_of_once_and_the_rest_is_used() -> None:
+def test_what_has_the_wrong_kind_is_reported_once_and_the_rest_is_used() -> None:
     made = book(
         entry(keys=["dragon", 3, None, {}], content="a"),
         entry(keys=["dragon", 4], content="b", insertion_order="high", priority=[]),

@@ -11,7 +11,7 @@ from slow_steering import close_directions, share_at
 from steer.core.direction import Direction
 from steer.core.edit import MAX_JOINT_DIRECTIONS, Edit
 from steer.core.schedule import ALWAYS, Gate, Schedule
-from steer.core.slider import Intervention
+from steer.core.slider import Slider
 from steer.errors import UsageError
 from steer.model.steering.low_rank import ForwardContext, ReplyWindow
 
@@ -32,7 +32,7 @@ LATE = replace(close_directions(site=2, n=1, seed=8)[0], name="late")
         (Schedule(after=1, ramp=2, first=4), [0, 0, 0, 0.5, 1, 1, 0]),
     ],
 )
-def test_the_share_that_acts_is_told_by_the_reply_token_that_is_written(when, shares):
+def test_the_share_that_acts_is_reported_by_the_reply_token_that_is_written(when, shares):
     index = torch.arange(-2, 5)
     window, x = ReplyWindow(torch.tensor(when.window, dtype=torch.float64).view(4, 1, 1, 1)), torch.zeros(1).double()
     assert window.share(ForwardContext(index=index[None]), x).flatten().tolist() == shares
@@ -72,7 +72,7 @@ def test_thoughts_and_answer_are_counted_apart(when, shares):
 def test_parts_that_no_token_can_share_exclude_each_other(one, other, apart):
     assert one.excludes(other) is other.excludes(one) is apart
     for a, b in ((one, other), (other, one)):
-        sliders = [Intervention(D[0], "clamp", 1.0, a), Intervention(D[0], "clamp", 0.0, b)]
+        sliders = [Slider(D[0], "clamp", 1.0, a), Slider(D[0], "clamp", 0.0, b)]
         if apart:
             assert Edit.of(sliders)
         else:
@@ -117,7 +117,7 @@ def test_a_gate_on_a_direction_without_a_gap_has_no_unit():
 def test_a_gate_that_is_read_too_late_is_refused():
     for operation in ("add", "clamp"):
         with pytest.raises(UsageError, match="gate at its site 1 or before it, found 'late' at site 2"):
-            Intervention(D[0], operation, 1.0, Schedule(gate=Gate(LATE, above=0.0)))
+            Slider(D[0], operation, 1.0, Schedule(gate=Gate(LATE, above=0.0)))
 
 
 def test_a_gate_opens_strictly_between_its_limits():
@@ -129,10 +129,10 @@ def test_a_gate_opens_strictly_between_its_limits():
 
 def test_more_directions_than_can_come_and_go_together_are_refused_by_name():
     many = close_directions(n=MAX_JOINT_DIRECTIONS + 1)
-    Edit.of([Intervention(d, "clamp", 0.0) for d in many])
-    Edit.of([Intervention(d, "clamp", 0.0, Schedule("reply")) for d in many[1:]])
+    Edit.of([Slider(d, "clamp", 0.0) for d in many])
+    Edit.of([Slider(d, "clamp", 0.0, Schedule("reply")) for d in many[1:]])
     with pytest.raises(UsageError, match=r"'d0'.*'d10'.*at most 10 directions .*found 11"):
-        Edit.of([Intervention(d, "clamp", 0.0, Schedule("reply")) for d in many])
+        Edit.of([Slider(d, "clamp", 0.0, Schedule("reply")) for d in many])
 
 
 @pytest.mark.parametrize(

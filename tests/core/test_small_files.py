@@ -25,8 +25,8 @@ CHAIN = "\n".join(["c0: &c0 [x]", *(f"c{i}: &c{i} [*c{i - 1}]" for i in range(1,
         (BOMB, "more than 50,000 values"),
         (MERGED, "more than 50,000 values"),
         (CHAIN, "more than 32 levels"),
-        ("a: &a [*a]", "an alias in line 1 to what it is a part of"),
-        ("a: &a {b: *a}", "an alias in line 1 to what it is a part of"),
+        ("a: &a [*a]", "an alias in line 1 to a value that contains it"),
+        ("a: &a {b: *a}", "an alias in line 1 to a value that contains it"),
         ("a: *nothing", "undefined alias"),
         ("[" * 100_000, "more than 32 levels"),
         ("{a: " * 100_000, "more than 32 levels"),
@@ -52,11 +52,11 @@ def test_a_stranger_s_yaml_is_one_line_and_soon(text, says, aliases):
     with pytest.raises(SteerError) as caught:
         load_yaml(text.encode(), "r.yml", "a recipe", aliases=aliases)
     assert time.monotonic() - began < 30
-    told = str(caught.value)
-    assert told.startswith("r.yml: expected a recipe in YAML, found ")
-    assert told.isprintable()
-    assert len(told) < 300
-    assert says in told or "an anchor or alias" in told
+    message = str(caught.value)
+    assert message.startswith("r.yml: expected a recipe in YAML, found ")
+    assert message.isprintable()
+    assert len(message) < 300
+    assert says in message or "an anchor or alias" in message
 
 
 def test_aliases_that_a_recipe_has_mean_what_yaml_says():

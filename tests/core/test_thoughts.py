@@ -32,8 +32,8 @@ def test_a_reply_is_split_the_same_in_any_pieces(text: str, thoughts: str, answe
 
 @pytest.mark.parametrize("marks", MARKS)
 def test_every_kind_of_marks_goes_there_and_back(marks) -> None:
-    assert split_thoughts(marks.around("so so", "yes"), marks) == ("so so", "yes")
-    assert split_thoughts(marks.around("", "yes"), marks) == ("", "yes")
+    assert split_thoughts(f"{marks.open}\nso so\n{marks.close}\n\nyes", marks) == ("so so", "yes")
+    assert split_thoughts("yes", marks) == ("", "yes")
     assert split_thoughts(f"{marks.answer}yes", marks) == ("", "yes")
 
 

@@ -79,7 +79,7 @@ def test_vectors_point_from_without_to_with(model: SteeredModel, contrast: Contr
     assert direction.gap == pytest.approx(float(found.with_mean[1] - found.without_mean[1]))
 
 
-def test_a_trait_told_by_its_words_is_read_on_held_out_replies(model: SteeredModel, contrast: Contrast) -> None:
+def test_a_trait_with_words_to_know_it_by_is_read_on_held_out_replies(model: SteeredModel, contrast: Contrast) -> None:
     assert max(candidates(model, contrast).auroc) == 1.0
 
 
@@ -141,7 +141,7 @@ def test_a_found_direction_says_what_keeping_another_trait_cost(
     shown, hidden = (
         tuple(replace(r, chat=({"role": "user", "content": f"{i}"},)) for i, r in enumerate((*fit, *held)))
         for fit, held in zip(contrast.sides[:2], contrast.sides[2:], strict=True)
-    )  # each reply to a topic of its own
+    )  # each reply to a different topic
     contrast = Contrast(contrast.trait, shown, hidden, shown, hidden, contrast.neutral)
     other = Trait("other", "s", "be well", "be not", (), ("ba", "be", "bi", "bo"), ("bu", "da"))
     trait = replace(other, name="t", with_instruction="ba ba", without_instruction="truth")
@@ -168,7 +168,7 @@ def test_a_found_direction_says_what_keeping_another_trait_cost(
         find_trait(model, trait, keep=[twin], site=1, contrast=replace(contrast, trait=trait))
 
 
-def test_replies_that_are_all_empty_are_told_before_anything_is_read(contrast: Contrast) -> None:
+def test_replies_that_are_all_empty_are_reported_before_anything_is_read(contrast: Contrast) -> None:
     two = tuple(Reply(({"role": "user", "content": w},), (9,), w) for w in ("ba", "be"))
     contrast = replace(contrast, fit_with=two, fit_without=two)
     contrast.check()

@@ -57,9 +57,9 @@ def dictionary(width: int = 32, site: int | None = SITE) -> Dictionary:
 
 
 @pytest.fixture(scope="module")
-def shelf(model: SteeredModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled(model: SteeredModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dictionary's directory with labels for all latents but one, and a slider of another trait."""
-    place = tmp_path_factory.mktemp("shelf") / "tiny"
+    place = tmp_path_factory.mktemp("labelled") / "tiny"
     save_dictionary(dictionary(), place)
     blank = ([("hello", 1.0)], [("yes", -1.0)], [], [])
     write_records(
@@ -71,23 +71,23 @@ def shelf(model: SteeredModel, tmp_path_factory: pytest.TempPathFactory) -> Path
     return place
 
 
-def copied(shelf: Path, to: Path) -> Path:
-    return Path(shutil.copytree(shelf, to))
+def copied(labelled: Path, to: Path) -> Path:
+    return Path(shutil.copytree(labelled, to))
 
 
 @pytest.fixture(scope="module")
-def found(model: SteeredModel, trait: Trait, shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> FoundFeatures:
-    return find_features(model, trait, copied(shelf, tmp_path_factory.mktemp("one") / "tiny"))
+def found(model: SteeredModel, trait: Trait, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> FoundFeatures:
+    return find_features(model, trait, copied(labelled, tmp_path_factory.mktemp("one") / "tiny"))
 
 
 @pytest.mark.slow
-def test_what_was_found_is_in_the_dictionarys_directory(found: FoundFeatures, shelf: Path) -> None:
+def test_what_was_found_is_in_the_dictionarys_directory(found: FoundFeatures, labelled: Path) -> None:
     place = found.dictionary.place
     assert place is not None
     assert set(found.written) == {place / "features.jsonl", place / "sliders.yaml", place / "traits" / "lying.json"}
     kept = json.loads((place / "traits" / "lying.json").read_text())
     assert {k: kept[k] for k in found.as_json()} == json.loads(json.dumps(found.as_json()))
-    before, after = (read_records(p / "features.jsonl") for p in (shelf, place))
+    before, after = (read_records(p / "features.jsonl") for p in (labelled, place))
     assert [r.index for r in after] == [r.index for r in before]
     for record in after:
         assert record.traits["lying"].auroc == pytest.approx(found.ranking.auroc[record.index], rel=1e-4)
@@ -131,7 +131,7 @@ def test_latents_are_ordered_by_score_and_take_their_unit_from_the_labels(found:
             assert t.unit == pytest.approx(0.5 + t.index / 8)
 
 
-def test_a_sliders_auroc_is_told_in_its_own_sense(found: FoundFeatures) -> None:
+def test_a_sliders_auroc_is_given_in_the_direction_of_the_slider(found: FoundFeatures) -> None:
     row = found.sliders[0]
     (top,) = (t for t in found.top if [t.index] == row["latents"])
     assert row["auroc"] == pytest.approx(top.auroc if top.sign > 0 else 1 - top.auroc, abs=1e-4)
@@ -139,9 +139,9 @@ def test_a_sliders_auroc_is_told_in_its_own_sense(found: FoundFeatures) -> None:
 
 @pytest.mark.slow
 def test_the_same_seed_finds_the_same_to_the_digit(
-    found: FoundFeatures, model: SteeredModel, trait: Trait, shelf: Path, tmp_path: Path
+    found: FoundFeatures, model: SteeredModel, trait: Trait, labelled: Path, tmp_path: Path
 ) -> None:
-    again = find_features(model, trait, copied(shelf, tmp_path / "tiny"))
+    again = find_features(model, trait, copied(labelled, tmp_path / "tiny"))
     assert again.as_json() == found.as_json()
 
 
@@ -212,9 +212,9 @@ def mislabel(place: Path) -> None:
     ],
 )
 def test_a_directory_that_cannot_take_the_result_is_refused_before_any_work(
-    model: SteeredModel, trait: Trait, shelf: Path, tmp_path: Path, breaking: Callable[[Path], None], says: str
+    model: SteeredModel, trait: Trait, labelled: Path, tmp_path: Path, breaking: Callable[[Path], None], says: str
 ) -> None:
-    place = copied(shelf, tmp_path / "tiny")
+    place = copied(labelled, tmp_path / "tiny")
     breaking(place)
     with pytest.raises(SteerError, match=says) as caught:
         find_features(model, trait, place, progress=never)  # pyright: ignore[reportArgumentType]

@@ -61,7 +61,7 @@ def test_the_full_search_still_tries_sites_and_comes_to_the_same_verdict(model: 
     assert "quick" not in full.direction.provenance
 
 
-def test_instructions_that_the_model_cannot_tell_apart_are_too_weak(model: SteeredModel) -> None:
+def test_instructions_that_the_model_cannot_distinguish_are_too_weak(model: SteeredModel) -> None:
     same = replace(FEW, without_instruction=3 * "tu to ti te ta ")  # the parrot does not see the order of words
     weak = find_trait(model, same, quick=True, verdict=True)
     assert weak.verdict is not None
@@ -77,7 +77,7 @@ def test_a_direction_that_does_nothing_reads_but_does_not_steer(model: SteeredMo
     assert verdict.says == "reads but does not steer"
 
 
-def test_without_an_opposite_the_other_side_is_told_nothing(model: SteeredModel) -> None:
+def test_without_an_opposite_the_other_side_has_no_instruction(model: SteeredModel) -> None:
     contrast = contrast_for(model, replace(FEW, without_instruction=None), effort=QUICK)
     assert len(contrast.fit_with) == traits.FIT_REPLIES  # several to each of the few topics
     assert len(contrast.held_out_with) == traits.HELD_OUT_REPLIES

@@ -13,7 +13,7 @@ def check(site: int, above: float, error: float = 0.1) -> SiteCheck:
     return SiteCheck(site, auroc=0.97, below=0.0, above=above, repetition=0.0, kl=0.0, error=error)
 
 
-def test_the_middle_wins_among_sites_that_cannot_be_told_apart_and_no_further() -> None:
+def test_the_middle_wins_among_sites_that_cannot_be_distinguished_and_no_further() -> None:
     near = [check(5, 0.1), check(9, 0.75), check(14, 0.66), check(18, 0.7)]
     assert chosen(near, DEPTH) == chosen(near[::-1], DEPTH) == 14
     assert chosen([check(9, 0.75), check(14, 0.48)], DEPTH) == 14

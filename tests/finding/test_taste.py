@@ -1,4 +1,4 @@
-"""A direction from votes: it tells votes on other messages, says when it does not, and is a slider like any other."""
+"""A direction from votes: it predicts votes on other messages, or reports that it does not, and is a slider."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_without_a_taste_held_out_votes_are_a_coin_though_the_site_was_chosen_by
     assert np.mean([f.correct.mean(0).max() for f in fits]) > 0.56  # what the best site would claim
 
 
-def test_a_vote_is_told_without_any_vote_on_its_message() -> None:
-    """Replies to one message agree, and contradict those to the others: it can only be told wrong."""
+def test_a_vote_is_predicted_without_any_vote_on_its_message() -> None:
+    """Replies to one message agree, and contradict those to the others: the votes can only be predicted wrongly."""
     votes, sites = 24, [0]
     means = torch.zeros(2 * votes, 1, votes // 4)
     for i in range(votes):
@@ -96,12 +96,12 @@ def test_a_vote_is_told_without_any_vote_on_its_message() -> None:
     assert fit.correct.max() <= 0.5
 
 
-def test_sites_that_cannot_be_told_apart_give_the_middle_one() -> None:
-    told = np.ones((40, len(SITES)))
-    told[:20, 0] = 0
-    assert SITES[best_site(told, np.ones(40), SITES, DEPTH)] == 4
-    told[:30, 1:] = 0
-    assert SITES[best_site(told, np.ones(40), SITES, DEPTH)] == SITES[0]
+def test_sites_that_cannot_be_distinguished_give_the_middle_one() -> None:
+    hits = np.ones((40, len(SITES)))
+    hits[:20, 0] = 0
+    assert SITES[best_site(hits, np.ones(40), SITES, DEPTH)] == 4
+    hits[:30, 1:] = 0
+    assert SITES[best_site(hits, np.ones(40), SITES, DEPTH)] == SITES[0]
 
 
 @pytest.mark.parametrize("thumbs", [False, True])
@@ -110,7 +110,7 @@ def test_votes_of_one_taste_make_a_slider_that_steers_to_it(model: SteeredModel,
     found = find_taste(model, votes_of(32, thumbs=thumbs), name="mine", say=said.append)
     assert found.accuracy.value > 0.9
     assert not found.coin
-    assert found.says.startswith(f"tells {found.accuracy.value:.0%} of 32 held-out votes on 8 messages (95 %")
+    assert found.says.startswith(f"predicts {found.accuracy.value:.0%} of 32 held-out votes on 8 messages (95 %")
     assert [line[:6] for line in said] == ["1 of 3", "2 of 3", "3 of 3"]
     assert (found.pairs, found.messages) == (0 if thumbs else 32, 8)
     loaded = Direction.load(found.direction.save(tmp_path / "mine.safetensors"))

@@ -420,7 +420,7 @@ def trains(setup: Setup) -> Iterator[Row]:
 
 
 def serves(setup: Setup) -> Iterator[Row]:
-    """Sixteen clients at once, each with sliders of its own, against each reply alone."""
+    """Sixteen clients at once, each with different sliders, against each reply alone."""
     live = setup.load()
     direction = replace(direction_of(live, live.anatomy.blocks // 2), name="push")
     keep_direction(Path(setup.place), direction)

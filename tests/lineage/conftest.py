@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steer.measure.harness import plain_paragraphs
 
 TUNES = ("calm", "dry", "loud", "warm", "wry")
-"""Names of the tunes, each the base with noise of its own."""
+"""Names of the tunes, each the base with different noise."""
 BROKEN = "broken"
 """The base with noise of the size of its weights."""
 

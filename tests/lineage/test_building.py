@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def test_a_discarded_checkpoint_is_made_again_with_the_same_bytes(family: Path, 
     stamp = lineage.model("0").stat().st_mtime_ns
     checkpoint(lineage, "0")
     assert lineage.model("0").stat().st_mtime_ns == stamp
-    assert torch.initial_seed() == 5  # a merge draws random numbers of its own
+    assert torch.initial_seed() == 5  # a merge draws random numbers from a separate generator
 
 
 def test_a_model_that_changed_since_is_named_and_no_checkpoint_is_left(family: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_two_processes_do_not_build_at_once(lineage: Lineage) -> None:
         pass
 
 
-def test_a_disk_without_room_is_told_before_the_merge_and_nothing_is_lost(
+def test_a_disk_without_room_is_reported_before_the_merge_and_nothing_is_lost(
     lineage: Lineage, family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(lineage.place)
@@ -259,15 +259,15 @@ def _build_and_die(place: Path, raw: dict[str, Any], proposals: list[Proposal], 
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_with_what_is_done(family: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mergekit.merge", "steer.lineage.building", "test_building"])
-    steps, raw, proposals = context.Queue(), recipe(family, "base", "calm"), adds(family, "0", "dry", "loud")
+def test_killed_at_any_moment_it_goes_on_with_what_is_done(
+    family: Path, tmp_path: Path, forkserver: ForkServerContext
+) -> None:
+    steps, raw, proposals = forkserver.Queue(), recipe(family, "base", "calm"), adds(family, "0", "dry", "loud")
 
     def run(place: Path, at: int) -> int | None:
         if not place.exists():
             Lineage.create(place, Settings([]))
-        child = context.Process(target=_build_and_die, args=(place, raw, proposals, at, steps))
+        child = forkserver.Process(target=_build_and_die, args=(place, raw, proposals, at, steps))
         child.start()
         child.join(120)
         return child.exitcode

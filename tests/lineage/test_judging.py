@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 from tiny_chat import save_tiny_chat
@@ -19,7 +21,7 @@ from steer.errors import SteerError, UsageError
 from steer.lineage import judging
 from steer.lineage.judging import ALIKE, TURNS, BlindPair, Choice, Judge, Prompts
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Settings
-from steer.model.steered import load
+from steer.model.steered import SteeredModel, load
 
 SHORT = replace(CHAT, max_new_tokens=6)
 
@@ -102,9 +104,9 @@ def test_nothing_that_people_see_names_a_node_and_sides_are_even(judge: Judge) -
     assert not any(node in repr(blind_pair) for node in ("'0'", "1a", "1b"))
     left = Counter()
     for _ in range(60):
-        found = judge._ready(judge._pairs[:1])
-        assert found is not None
-        left[found.nodes[0]] += 1
+        judge.say("hello friend")  # the same replies again, on sides drawn anew
+        left[shown(judge).nodes[0]] += 1
+    assert len(left) == 2
     assert min(left.values()) >= 15
 
 
@@ -245,7 +247,7 @@ def test_the_profile_of_a_node_is_applied(tmp_path: Path, models: Path, make_dir
             blind_pair = shown(judge)
         plain = load(models / "1a")
         replies = dict(zip(blind_pair.nodes, (blind_pair.left, blind_pair.right), strict=True))
-        seed = judge._used["hello lie"]
+        seed = len(lineage.votes)  # all on this opening
         with plain.steered({direction: 9.0}):
             (ids,) = plain.replies([[{"role": "user", "content": "hello lie"}]], SHORT, keys=[seed])
         assert plain.text(ids).strip() == replies["1a"]
@@ -253,14 +255,23 @@ def test_the_profile_of_a_node_is_applied(tmp_path: Path, models: Path, make_dir
         assert plain.text(ids).strip() != replies["1a"]
 
 
-def test_close_stops_in_the_middle_of_a_reply_and_leaves_nothing_running(lineage: Lineage) -> None:
+def test_close_stops_in_the_middle_of_a_reply_and_leaves_nothing_running(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, loaded, threads = threading.Event(), WeakSet(), set(threading.enumerate())
+
+    def watched(*args: Any, **options: Any) -> SteeredModel:
+        model = load(*args, **options)
+        loaded.add(model.hf)
+        model.hf.get_submodule(model.anatomy.block_module(0)).register_forward_hook(lambda *_: started.set())
+        return model
+
+    monkeypatch.setattr(judging, "load", watched)
     with Judge(lineage, "kim", sampler=replace(SHORT, max_new_tokens=90)) as judge:
-        started = threading.Event()
-        check = judge._check
-        judge._check = lambda tokens: (started.set(), check(tokens))[1]
         assert started.wait(60)
-    assert not judge._thread.is_alive()
-    assert not judge._models.held
+    assert set(threading.enumerate()) <= threads
+    assert not loaded
+    assert not list(lineage.place.glob("replies/*/*.json"))
     judge.close()
     with pytest.raises(UsageError, match="expected one that is not closed"):
         judge.blind_pair()
@@ -272,9 +283,7 @@ def test_a_model_that_is_gone_is_one_line_and_can_be_put_back(tmp_path: Path, mo
     with Judge(lineage, "kim", sampler=SHORT, checkpoint=places.__getitem__) as judge:
         with pytest.raises(SteerError, match="expected a model directory, found none"):
             judge.blind_pair()
-        places |= {name: models / name for name in places}
-        places.update()
-        judge._models.checkpoint = places.__getitem__
+        places.update({name: models / name for name in places})
         while True:
             try:
                 assert judge.blind_pair() is not None

@@ -103,7 +103,7 @@ def test_a_child_that_did_not_pass_counts_against_its_move(lineage: Lineage) -> 
     assert Move("add", "/m/loud") not in moves(lineage, "2a")
 
 
-def test_nodes_without_votes_tell_nothing(lineage: Lineage) -> None:
+def test_nodes_without_votes_change_no_proposal(lineage: Lineage) -> None:
     grow(lineage, "0", Move("add", "/m/calm"))
     grow(lineage, "0", Move("add", "/m/dry"))
     assert moves(lineage, "2a", {"0": 0.0, "1a": 5.0}, count=1) == [Move("add", "/m/calm")]

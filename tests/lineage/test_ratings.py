@@ -1,4 +1,4 @@
-"""Ratings: right values with honest intervals, whoever voted in which order, and the pair that tells most."""
+"""Ratings: right values with honest intervals, whoever voted in which order, and the most informative pair."""
 
 from __future__ import annotations
 

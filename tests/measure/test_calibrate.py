@@ -244,11 +244,11 @@ def test_sliders_are_moved_alone_and_those_that_stand_come_back(model, lie, prof
 
 def test_the_result_is_written_into_the_profile_and_is_json(model, profile, tmp_path):
     tried = profile()
-    told: list[int] = []
-    found = calibrate(model, tried, on_tokens=told.append)
+    counts: list[int] = []
+    found = calibrate(model, tried, on_tokens=counts.append)
     written = Profile.load(found.applied(tried).save(tmp_path / "tried.yaml"))
     assert written.sliders[0].range == found.sliders[0].range != tried.sliders[0].range
-    assert sum(told) == found.tokens > 0
+    assert sum(counts) == found.tokens > 0
     data = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert data["sliders"][0]["range"] == list(found.sliders[0].range or ())
     assert len(data["sliders"][0]["tested"]) >= 2 * len(LADDER)
@@ -278,10 +278,10 @@ def test_a_limit_that_nothing_keeps_to_is_a_usage_error(limits):
 def test_a_profile_without_sliders_and_a_direction_of_another_model_are_refused(model, profile):
     with pytest.raises(UsageError, match=r"'tried'.*found none"):
         calibrate(model, replace(profile(), sliders=()))
-    told: list[int] = []
+    counts: list[int] = []
     with pytest.raises(MismatchError, match="width 16"):
-        calibrate(model, profile(vector=torch.ones(16)), on_tokens=told.append)
-    assert not told
+        calibrate(model, profile(vector=torch.ones(16)), on_tokens=counts.append)
+    assert not counts
 
 
 @pytest.mark.model

@@ -64,13 +64,14 @@ def answer_of(tokenizer: Any, logprob: Callable[[int], float], **more: Any) -> C
 
     def answer(body: dict[str, Any]) -> JSONResponse:
         tokens = [tokenizer.decode([i]) for i in body["prompt"]]
-        told = {"tokens": tokens, "token_logprobs": [None, *map(logprob, range(1, len(tokens)))], "top_logprobs": None,
-                "text_offset": [0] * len(tokens)} | more  # fmt: skip
+        echoed = {"tokens": tokens, "token_logprobs": [None, *map(logprob, range(1, len(tokens)))],
+                  "top_logprobs": None,
+                  "text_offset": [0] * len(tokens)} | more  # fmt: skip
         choice = {
             "index": 0,
             "text": "".join(tokens),
             "finish_reason": "length",
-            "logprobs": told if body.get("echo") else None,
+            "logprobs": echoed if body.get("echo") else None,
         }
         return JSONResponse({"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]})
 

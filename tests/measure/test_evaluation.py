@@ -1,21 +1,21 @@
-"""steer eval: the same items for every arm, paired; killed runs go on; damage is told; results join or are refused."""
+"""steer eval: the same items for every arm, paired; killed runs continue; damage is detected; results join."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import Command, command_here
+from commands import Command, command_here, fork
 from safetensors.torch import load_file, save_file
 from tiny_chat import keep_direction
 from tiny_eval import ProgramArm, Weighing, save_by_letters
@@ -143,7 +143,7 @@ def test_a_probe_that_moves_for_no_damaged_arm_says_so_with_its_chance(tmp_path:
     assert result["probes"][0]["signal"]["line"] == "whole is no better than chance at this size; chance is 0.5"
 
 
-def test_damage_that_no_arm_shows_alone_may_be_told_from_all_of_them_together(tmp_path: Path) -> None:
+def test_damage_that_no_arm_shows_alone_may_be_detected_from_all_of_them_together(tmp_path: Path) -> None:
     # Twelve probes each with their headline: a p-value has to be below 0.004 for an arm to have moved.
     def damaged(number: int, shift: float) -> ProgramArm:
         def weigh(passage: Passage) -> float:
@@ -327,25 +327,27 @@ def test_in_a_short_context_probes_ask_less_and_say_so(tmp_path: Path, tiny_llam
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(
-    place: Path, tmp_path: Path, make_direction: Callable[..., Direction]
+    place: Path, tmp_path: Path, make_direction: Callable[..., Direction], forkserver: ForkServerContext
 ) -> None:
     keep_direction(place, make_direction("kindness"))
-    out, amounts = tmp_path / "out", [1.0, 2.0, 3.0]
-    command = [sys.executable, "-m", "steer.cli.main", "eval", str(place), "--probes", "capability", "--quick",
-               "--out", str(out), "--dtype", "float32", *(f"--slider=kindness={a}" for a in amounts)]  # fmt: skip
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
-    while run.poll() is None and len(list(out.glob("parts/*.json"))) < 2:
+    out = tmp_path / "out"
+    run = fork(forkserver, _evaluated, place, out)
+    while run.is_alive() and len(list(out.glob("parts/*.json"))) < 2:
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
+    run.join()
     done = {p: p.stat().st_mtime_ns for p in out.glob("parts/*.json")}
     assert done
     assert not (out / "eval.json").exists()
-    more: dict[str, Any] = {"sliders": [{"kindness": a} for a in amounts], "probes": ["capability"], "quick": True}
-    went_on = steer.evaluate(place, out=out, **more)
+    went_on = _evaluated(place, out)
     assert {p: p.stat().st_mtime_ns for p in done} == done
-    whole = steer.evaluate(place, out=tmp_path / "whole", **more)
+    whole = _evaluated(place, tmp_path / "whole")
     assert [r["value"] for r in went_on["probes"][0]["summary"]] == [r["value"] for r in whole["probes"][0]["summary"]]
+
+
+def _evaluated(place: Path, out: Path) -> dict[str, Any]:
+    sliders = [{"kindness": amount} for amount in (1.0, 2.0, 3.0)]
+    return steer.evaluate(place, sliders=sliders, probes=["capability"], quick=True, out=out)
 
 
 def test_a_checkpoint_that_cannot_be_loaded_does_not_lose_the_others(

@@ -31,7 +31,7 @@ def contrast(trait: Trait) -> Contrast:
     return Contrast(trait, tuple(preach[:3]), tuple(chat[:3]), (preach[3],), (chat[3],), ())
 
 
-def test_scorer_tells_unseen_replies_apart_by_their_words(trait: Trait) -> None:
+def test_scorer_distinguishes_unseen_replies_by_their_words(trait: Trait) -> None:
     scorer = Scorer.train(contrast(trait))
     assert scorer.auroc == 1.0
     assert scorer.marker_auroc == 1.0

@@ -84,16 +84,16 @@ def test_without_a_difference_5_of_100_p_values_are_below_5_percent() -> None:
     assert 0.01 <= np.mean([d.p < 0.05 for d in found if d]) <= 0.1
 
 
-def test_a_difference_as_large_as_the_noise_is_told_in_80_of_100_runs() -> None:
+def test_a_difference_as_large_as_the_noise_is_detected_in_80_of_100_runs() -> None:
     rng = np.random.default_rng(4)
-    told = []
+    detected = []
     for _ in range(REPETITIONS):
         # The standard error is 1 / sqrt(50): the noise is 2.8 times that.
         found = difference_of(figures(np.zeros(50)), figures(rng.normal(2.8 / 50**0.5, 1, 50)))
         assert found is not None
-        told.append(found.p < 0.05)
+        detected.append(found.p < 0.05)
         assert found.noise == pytest.approx(2.8 / 50**0.5, rel=0.5)
-    assert 0.7 <= np.mean(told) <= 0.92
+    assert 0.7 <= np.mean(detected) <= 0.92
 
 
 def test_p_values_are_corrected_for_their_number() -> None:

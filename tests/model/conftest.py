@@ -61,7 +61,7 @@ def known_moral(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Direction:
-    """A direction that the library knows for the checkpoint, under a STEER_HOME of its own."""
+    """A direction that the library knows for the checkpoint, under a separate STEER_HOME."""
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
     direction = make_direction("moral")
     keep_direction(chat_checkpoint, direction)

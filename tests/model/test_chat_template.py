@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from template_shelf import FOLDED, JOINED, KINDS, LATER, OPENED, Kind
+from template_kinds import FOLDED, JOINED, KINDS, LATER, OPENED, Kind
 from tiny_chat import SPECIAL, save_tiny_chat
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -33,13 +33,13 @@ MEANT = {JOINED: "joined", LATER: "sent as the user's", OPENED: "put before the 
 
 @pytest.fixture(scope="module")
 def place(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a token for each byte and for each control token of the shelf."""
+    """A checkpoint with a token for each byte and for each control token of the kinds of templates."""
     controls = dict.fromkeys([*SPECIAL, *(t for kind in KINDS.values() for t in kind.tokens)])
     words = [*controls, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    path = tiny_llama(tmp_path_factory.mktemp("shelf") / "m", vocab_size=len(words))
+    path = tiny_llama(tmp_path_factory.mktemp("kinds") / "m", vocab_size=len(words))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens=list(controls)[3:], chat_template="{{ messages }}",
@@ -249,8 +249,8 @@ def test_load_takes_a_template_by_name_file_or_variable(
     monkeypatch.setenv("STEER_CHAT_TEMPLATE", str(file))
     assert text_of(load(place), [A]) == "A|"
     file.write_bytes(b"\xff")
-    for wrong, told in ((str(tmp_path), "could not be read"), (str(file), "UTF-8"), ("chatlm", "found neither")):
-        with pytest.raises(UsageError, match=told) as e:
+    for wrong, says in ((str(tmp_path), "could not be read"), (str(file), "UTF-8"), ("chatlm", "found neither")):
+        with pytest.raises(UsageError, match=says) as e:
             load(place, chat_template=wrong)
         assert "\n" not in str(e.value)
         assert str(e.value).startswith(f"--chat-template {wrong}: ")

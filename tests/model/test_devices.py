@@ -64,15 +64,15 @@ def test_an_offloaded_model_knows_its_sliders_and_writes_the_same_replies(chat_c
     moved = load(chat_checkpoint, dtype=torch.float64, device_map=map_, offload_folder=str(tmp_path / "offload"))
     assert moved.sketch().same_as(kept.sketch())
     of_accelerate = hooks_on(moved)
-    said, told = [], []
+    said, receipts = [], []
     for model in (kept, moved):
         model.sliders["moral"] = -0.8
         tally = Tally()
         said.append("".join(model.stream("abab", sampler=GREEDY, tally=tally)))
-        told.append(tally.receipt().describe())
+        receipts.append(tally.receipt().describe())
         model.sliders.clear()
     assert said[0] == said[1]
-    assert told[0] == told[1]
+    assert receipts[0] == receipts[1]
     assert hooks_on(moved) == of_accelerate
 
 

@@ -24,7 +24,7 @@ from steer.core.dictionary_files import save_dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import Sampler
-from steer.core.slider import Intervention, Slider
+from steer.core.slider import Slider
 from steer.errors import CheckpointError, MismatchError, SkippedWarning, UsageError
 from steer.model.decode import decode, generate
 from steer.model.fit_check import FitWarning, check_fit
@@ -60,7 +60,7 @@ def make(kind: str = "jumprelu", *, seed: int = 0, site: int = 1, width: int = D
 
 
 def moves(*each: tuple[Feature, str, float]) -> Edit:
-    return Edit(moves=tuple(Intervention(f, operation, a) for f, operation, a in each))  # pyright: ignore[reportArgumentType]
+    return Edit(moves=tuple(Slider(f, operation, a) for f, operation, a in each))  # pyright: ignore[reportArgumentType]
 
 
 def active(dictionary: Dictionary, h: Tensor, n: int = 3) -> list[int]:
@@ -125,7 +125,7 @@ def test_neutral_amounts_are_bit_identical_to_none_and_cost_no_hook(model, ids, 
 def test_activations_are_read_before_anything_is_added_at_the_site(model64, moral, ids):
     dictionary = make()
     feature, other = Feature("f", dictionary, (3, 9), (2.0, 1.0)), Feature("o", dictionary, (5,), (1.0,))
-    rest = Edit(add=((moral, 1.5),), moves=(Intervention(other, "add", 2.0),))
+    rest = Edit(add=((moral, 1.5),), moves=(Slider(other, "add", 2.0),))
     each = [moves((feature, "clamp", 1.0)), rest]
     both = Edit(moves=(*rest.moves, *each[0].moves))
     before = residuals(model64, ids)[1]
@@ -303,7 +303,7 @@ Keep = Callable[..., Path]
 
 @pytest.fixture
 def keep(chat_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keep:
-    """Puts a dictionary where the library finds it, under a STEER_HOME of its own."""
+    """Puts a dictionary where the library finds it, under a separate STEER_HOME."""
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
     (tmp_path / "shipped").mkdir()
     monkeypatch.setattr(library, "DICTIONARIES", tmp_path / "shipped")
@@ -369,7 +369,7 @@ def test_a_dictionary_of_another_checkpoint_is_not_known(model, keep, tiny_llama
     assert model.sliders.known() == {}
 
 
-def test_what_there_is_can_be_told_from_the_manifests_alone(model, keep):
+def test_the_manifests_alone_list_the_dictionaries(model, keep):
     place = keep(make())
     (place / "sae_weights.safetensors").write_bytes(b"")
     assert list(dictionaries_of(model.sketch())) == ["tiny"]
@@ -411,10 +411,10 @@ def test_one_broken_file_among_many_stops_nobody(model, keep, chat_checkpoint, m
         cases[other] = str(other)
     with pytest.warns(SkippedWarning) as caught:
         assert list(model.sliders.known()) == ["good", "preach", "sum"]
-    told = [str(w.message) for w in caught]
-    assert len(told) == len(cases)
+    lines = [str(w.message) for w in caught]
+    assert len(lines) == len(cases)
     for name in cases.values():
-        assert sum(name in text for text in told) == 1
+        assert sum(name in text for text in lines) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.sliders["good"] = 1.0

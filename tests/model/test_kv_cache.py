@@ -15,16 +15,16 @@ from steer.chat.session import Session
 from steer.core.edit import Edit
 from steer.core.sampler import Sampler
 from steer.core.schedule import Schedule
-from steer.core.slider import Intervention, Slider
+from steer.core.slider import Slider
 from steer.model.decode import decode
 from steer.model.kv_cache import PrefixCache, growing_cache
 from steer.model.steered import SteeredModel, load
 
 GREEDY = Sampler(max_new_tokens=6, temperature=0, repetition_penalty=1.0)
 D = close_directions()
-BEFORE = Edit.of([Intervention(D[0], "add", 1.5), Intervention(D[1], "clamp", 0.5, Schedule("reply"))])
-AFTER = Edit.of([Intervention(D[2], "clamp", -1.0, Schedule(ramp=3)), Intervention(D[3], "ablate", 1.0)])
-STEADY = Edit.of([Intervention(D[0], "add", 1.5), Intervention(D[1], "clamp", 0.5), Intervention(D[3], "ablate", 0.5)])
+BEFORE = Edit.of([Slider(D[0], "add", 1.5), Slider(D[1], "clamp", 0.5, Schedule("reply"))])
+AFTER = Edit.of([Slider(D[2], "clamp", -1.0, Schedule(ramp=3)), Slider(D[3], "ablate", 1.0)])
+STEADY = Edit.of([Slider(D[0], "add", 1.5), Slider(D[1], "clamp", 0.5), Slider(D[3], "ablate", 0.5)])
 """Acts on every token alike. What acts on a reply alone acts on others when that reply has become part of a prompt."""
 FIRST = [1, 4, 20, 33, 9, 5]
 
@@ -84,7 +84,7 @@ def test_a_slider_that_moved_acts_from_here_on_and_what_was_read_stays_as_it_was
     read = len(FIRST) + len(made) - 1
     second = [*FIRST, *made, 2, 4, 31, 5]
     tokens, logits = reply(exact_endless, second, AFTER, memory)
-    # The reference: each token under the sliders, and in the reply, of its own moment.
+    # The reference: each token under the sliders, and in the reply under those of that moment.
     old = Slow(exact_endless, lambda t: BEFORE.as_moves(), len(FIRST))
     new = Slow(exact_endless, lambda t: AFTER.as_moves(), len(second))
     mixed = _Mixed(exact_endless, lambda t: (), 0)
@@ -98,11 +98,11 @@ def test_a_slider_that_moved_acts_from_here_on_and_what_was_read_stays_as_it_was
 
 
 class _Mixed(Slow):
-    """Tokens of several replies, each under the moves and the prompt of its own."""
+    """Tokens of several replies, each under the moves and the prompt of its reply."""
 
     parts: Callable[[int], Slow]
 
-    def _share(self, m: Intervention, t: int) -> float:
+    def _share(self, m: Slider, t: int) -> float:
         return self.parts(t)._share(m, t)
 
     def __getattribute__(self, name: str):

@@ -143,7 +143,7 @@ def test_code_of_a_checkpoint_never_runs_whatever_stands_on_stdin(
     path.write_text(json.dumps(entries))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))
     with suppress(SteerError):
-        load(chat)  # what needs no code of its own may load without it
+        load(chat)  # a model that needs no remote code may load
     assert not mark.exists()
 
 

@@ -8,7 +8,7 @@ import torch
 from steer.checkpoint.anatomy import Anatomy
 from steer.core.edit import Edit
 from steer.core.schedule import Schedule
-from steer.core.slider import Intervention
+from steer.core.slider import Slider
 from steer.model.steering.low_rank import ForwardContext, ReplyWindow
 from steer.model.steering.module_edits import module_edits
 
@@ -22,7 +22,7 @@ def anatomy(tiny_llama, tmp_path):
     return Anatomy.of(AutoConfig.from_pretrained(tiny_llama(tmp_path / "tiny")).to_dict(), "tiny")
 
 
-def windows(anatomy, *moves: Intervention) -> list[ReplyWindow | None]:
+def windows(anatomy, *moves: Slider) -> list[ReplyWindow | None]:
     programs = module_edits((Edit.of(moves),), anatomy, lambda name: torch.ones(32))
     return [columns.window for program in programs.values() for columns in (*program.added, *program.set)]
 
@@ -35,13 +35,11 @@ def test_sites_with_equal_windows_share_one_and_others_do_not(anatomy, make_dire
     here, there = make_direction("here", site=0), make_direction("there", site=2, seed=8)
     one, two = windows(
         anatomy,
-        Intervention(here, "add", 1.0, LATE),
-        Intervention(there, "clamp", 1.0, Schedule("reply", after=1, ramp=2)),
+        Slider(here, "add", 1.0, LATE),
+        Slider(there, "clamp", 1.0, Schedule("reply", after=1, ramp=2)),
     )
     assert one is two
-    one, two = windows(
-        anatomy, Intervention(here, "add", 1.0, LATE), Intervention(there, "add", 1.0, Schedule("reply"))
-    )
+    one, two = windows(anatomy, Slider(here, "add", 1.0, LATE), Slider(there, "add", 1.0, Schedule("reply")))
     assert one is not two
 
 

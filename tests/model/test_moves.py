@@ -26,7 +26,7 @@ from steer.core.direction import Direction
 from steer.core.edit import MAX_JOINT_DIRECTIONS, Edit
 from steer.core.feature import Feature
 from steer.core.schedule import ALWAYS, Gate, Schedule
-from steer.core.slider import OPERATIONS, Intervention, Slider
+from steer.core.slider import OPERATIONS, Slider
 from steer.errors import UsageError
 from steer.model.steered import SteeredModel, load
 from steer.model.steering.low_rank import ForwardContext
@@ -72,9 +72,9 @@ def assert_exact(a: torch.Tensor, b: torch.Tensor) -> None:
 def test_an_operation_does_what_its_definition_says_whenever_it_acts(model64, operation, target, when):
     if operation == "ablate" and isinstance(target, Direction) and WHENS[when].gate is not None:
         with pytest.raises(UsageError, match="before a gate"):
-            Intervention(target, operation, 0.5, WHENS[when])
+            Slider(target, operation, 0.5, WHENS[when])
         return
-    moves = [Intervention(target, operation, AMOUNTS[operation], WHENS[when])]
+    moves = [Slider(target, operation, AMOUNTS[operation], WHENS[when])]
     slow = Slow(model64, lambda t: moves, PROMPT)
     wanted = slow.logits(TEXT)
     assert_exact(fast_logits(model64, TEXT, moves, PROMPT), wanted)
@@ -87,7 +87,7 @@ def test_an_operation_does_what_its_definition_says_whenever_it_acts(model64, op
     assert hooks_on(model64) == 0
 
 
-def mixture(seed: int) -> list[Intervention]:
+def mixture(seed: int) -> list[Slider]:
     """Three to seven sliders that may stand together: any operation, on anything, at any time."""
     pick = random.Random(seed)
     moves = []
@@ -98,7 +98,7 @@ def mixture(seed: int) -> list[Intervention]:
         amount = pick.uniform(0.1, 1) if operation == "ablate" else pick.uniform(-1.5, 1.5)
         if when.gate is not None and (when.gate.site > target.site or operation == "ablate"):
             when = WHENS["reply"]
-        moves.append(Intervention(target, operation, amount, when))
+        moves.append(Slider(target, operation, amount, when))
     return compatible(moves)
 
 
@@ -113,11 +113,11 @@ def test_any_mixture_is_the_sum_of_adds_and_the_least_change_that_sets_every_pro
 
 def test_the_order_of_sliders_at_one_site_does_not_matter(model64):
     moves = [
-        Intervention(DIRECTIONS[0], "clamp", 0.5),
-        Intervention(DIRECTIONS[1], "cap", -0.5),
-        Intervention(DIRECTIONS[2], "scale", 0.0, Schedule("reply")),
-        Intervention(FEATURES[0], "clamp", 1.0),
-        Intervention(DIRECTIONS[3], "add", 1.0),
+        Slider(DIRECTIONS[0], "clamp", 0.5),
+        Slider(DIRECTIONS[1], "cap", -0.5),
+        Slider(DIRECTIONS[2], "scale", 0.0, Schedule("reply")),
+        Slider(FEATURES[0], "clamp", 1.0),
+        Slider(DIRECTIONS[3], "add", 1.0),
     ]
     every = [fast_logits(model64, TEXT, order, PROMPT) for order in permutations(moves)]
     for other in every[1:]:
@@ -125,7 +125,7 @@ def test_the_order_of_sliders_at_one_site_does_not_matter(model64):
 
 
 @torch.inference_mode()
-def stream(model: SteeredModel, moves: list[Intervention], site: int = 1) -> torch.Tensor:
+def stream(model: SteeredModel, moves: list[Slider], site: int = 1) -> torch.Tensor:
     """The residual stream of the text after a block: `[tokens, d]`."""
     with model.record([site]) as recording, model.steering.lock, model.steering.applied([Edit.of(moves)]):
         index = torch.arange(len(TEXT))[None] - (PROMPT - 1)
@@ -137,11 +137,11 @@ def stream(model: SteeredModel, moves: list[Intervention], site: int = 1) -> tor
 def test_a_clamp_is_exact_whatever_is_added_and_set_beside_it(model64):
     d = DIRECTIONS
     moves = [
-        Intervention(d[0], "clamp", 0.5),
-        Intervention(d[1], "clamp", -1.0),
-        Intervention(d[2], "scale", 0.0),
-        Intervention(d[0], "add", 3.0),
-        Intervention(FEATURES[0], "clamp", 2.0),
+        Slider(d[0], "clamp", 0.5),
+        Slider(d[1], "clamp", -1.0),
+        Slider(d[2], "scale", 0.0),
+        Slider(d[0], "add", 3.0),
+        Slider(FEATURES[0], "clamp", 2.0),
     ]
     h = stream(model64, moves)
     for direction, value in ((d[0], 0.5), (d[1], -1.0), (d[2], 0.0)):
@@ -156,7 +156,7 @@ def test_a_cap_lowers_what_is_above_it_and_touches_nothing_else(model64):
     before = stream(model64, [])
     a = before @ d.vector.double()
     limit = a.sort().values[len(TEXT) // 2 - 1 : len(TEXT) // 2 + 1].mean()  # between two tokens, where none ties
-    after = stream(model64, [Intervention(d, "cap", (float(limit) - d.without_mean) / d.gap)])
+    after = stream(model64, [Slider(d, "cap", (float(limit) - d.without_mean) / d.gap)])
     high = a > limit
     assert 0 < int(high.sum()) < len(TEXT)
     assert torch.equal(after[~high], before[~high])
@@ -168,12 +168,12 @@ def test_a_cap_lowers_what_is_above_it_and_touches_nothing_else(model64):
 
 def test_an_ablated_subspace_is_gone_and_amounts_may_differ(model64):
     d = DIRECTIONS
-    whole = [Intervention(x, "ablate", 1.0) for x in d]
+    whole = [Slider(x, "ablate", 1.0) for x in d]
     r = torch.stack([x.vector.double() for x in d])
     for site in range(3):
         assert float((stream(model64, whole, site) @ r.T).abs().max()) < 1e-12
     # At the embedding nothing comes before: each projection keeps its own share.
-    each = [Intervention(x, "ablate", a) for x, a in zip(d, (1.0, 0.5, 0.25, 0.0), strict=True)]
+    each = [Slider(x, "ablate", a) for x, a in zip(d, (1.0, 0.5, 0.25, 0.0), strict=True)]
     embedding = model64.hf.get_input_embeddings()
     before = embedding(torch.tensor([TEXT]))[0]
     with model64.edited(Edit(moves=tuple(each))):
@@ -186,7 +186,7 @@ def test_an_ablated_subspace_is_gone_and_amounts_may_differ(model64):
 def test_two_clamps_on_nearly_parallel_directions_both_hold(model64, angle, when):
     one = DIRECTIONS[0]
     other = nearly(one, angle)
-    moves = [Intervention(one, "clamp", 0.5, WHENS[when]), Intervention(other, "clamp", 0.5, WHENS[when])]
+    moves = [Slider(one, "clamp", 0.5, WHENS[when]), Slider(other, "clamp", 0.5, WHENS[when])]
     h = stream(model64, moves)
     acting = torch.arange(len(TEXT)) >= (0 if when == "always" else PROMPT - 1)
     for direction in (one, other):
@@ -201,9 +201,9 @@ def test_directions_that_are_parallel_but_for_rounding_count_as_one(chat_checkpo
     model = load(chat_checkpoint, dtype=dtype)
     one = DIRECTIONS[0]
     other = nearly(one, math.pi - 1e-7)
-    clamps = [Intervention(one, "clamp", 0.5, WHENS[when]), Intervention(other, "clamp", 0.5, WHENS[when])]
+    clamps = [Slider(one, "clamp", 0.5, WHENS[when]), Slider(other, "clamp", 0.5, WHENS[when])]
     torch.testing.assert_close(stream(model, clamps), stream(model, clamps[:1]), rtol=0, atol=1e-4)
-    gone = [Intervention(x, "ablate", 1.0, WHENS[when]) for x in (one, other)]
+    gone = [Slider(x, "ablate", 1.0, WHENS[when]) for x in (one, other)]
     torch.testing.assert_close(stream(model, gone), stream(model, gone[:1]), rtol=0, atol=1e-4)
 
 
@@ -221,16 +221,16 @@ def nearly(direction: Direction, angle: float) -> Direction:
 @pytest.mark.parametrize("target", [DIRECTIONS[0], FEATURES[0]], ids=["direction", "feature"])
 @pytest.mark.parametrize("other", ["clamp", "cap", "scale"])
 def test_two_sliders_that_set_one_thing_are_refused_by_name(target, other):
-    one, two = Intervention(target, "clamp", 1.0, label="calm"), Intervention(target, other, 0.5, label="bold")
+    one, two = Slider(target, "clamp", 1.0, label="calm"), Slider(target, other, 0.5, label="bold")
     with pytest.raises(UsageError, match="'calm' and 'bold'") as caught:
         Edit.of([one, two])
     assert "\n" not in str(caught.value)
-    Edit.of([one, Intervention(target, "add", 0.5, label="bold")])
+    Edit.of([one, Slider(target, "add", 0.5, label="bold")])
 
 
 @pytest.mark.parametrize("amounts", [(0.5, 0.5), (0.5, 1.0)])
 def test_two_ablations_of_one_direction_are_refused_whatever_their_amounts(amounts):
-    moves = [Intervention(DIRECTIONS[0], "ablate", a, label=f"gone {i}") for i, a in enumerate(amounts)]
+    moves = [Slider(DIRECTIONS[0], "ablate", a, label=f"gone {i}") for i, a in enumerate(amounts)]
     with pytest.raises(UsageError, match="'gone 0' and 'gone 1'"):
         Edit.of(moves)
 
@@ -238,11 +238,9 @@ def test_two_ablations_of_one_direction_are_refused_whatever_their_amounts(amoun
 def test_one_direction_loaded_twice_is_one_direction(model64, tmp_path):
     again = Direction.load(DIRECTIONS[0].save(tmp_path / "again.safetensors"))
     with pytest.raises(UsageError, match="'mine' and 'again'"):
-        Edit.of(
-            [Intervention(DIRECTIONS[0], "clamp", 1.0, label="mine"), Intervention(again, "cap", 0.0, label="again")]
-        )
+        Edit.of([Slider(DIRECTIONS[0], "clamp", 1.0, label="mine"), Slider(again, "cap", 0.0, label="again")])
     # In a bake's list it is there once.
-    wanted = slow_logits(model64, TEXT, [Intervention(DIRECTIONS[0], "ablate", 1.0)], PROMPT)
+    wanted = slow_logits(model64, TEXT, [Slider(DIRECTIONS[0], "ablate", 1.0)], PROMPT)
     with model64.edited(Edit((DIRECTIONS[0], again))), torch.inference_mode():
         torch.testing.assert_close(model64.hf(torch.tensor([TEXT])).logits[0], wanted, rtol=0, atol=1e-6)
 
@@ -260,9 +258,9 @@ SPLIT = [
 def test_two_sliders_may_set_one_thing_on_tokens_that_differ(model64, target, split):
     one, other = SPLIT[split]
     moves = [
-        Intervention(target, "clamp", 1.0, one, "one"),
-        Intervention(target, "scale", -0.5, other, "other"),
-        Intervention(DIRECTIONS[1], "cap", -0.4),
+        Slider(target, "clamp", 1.0, one, "one"),
+        Slider(target, "scale", -0.5, other, "other"),
+        Slider(DIRECTIONS[1], "cap", -0.4),
     ]
     slow = Slow(model64, lambda t: moves, PROMPT)
     assert_exact(fast_logits(model64, TEXT, moves, PROMPT), slow.logits(TEXT))
@@ -283,7 +281,7 @@ def test_two_sliders_may_set_one_thing_on_tokens_that_differ(model64, target, sp
 @pytest.mark.parametrize("target", [DIRECTIONS[0], FEATURES[0]], ids=["direction", "feature"])
 def test_two_sliders_that_might_set_one_thing_on_one_token_are_refused(target, one, other):
     with pytest.raises(UsageError, match="'one' and 'other'"):
-        Edit.of([Intervention(target, "clamp", 1.0, one, "one"), Intervention(target, "cap", 0.0, other, "other")])
+        Edit.of([Slider(target, "clamp", 1.0, one, "one"), Slider(target, "cap", 0.0, other, "other")])
 
 
 def test_outliers_are_left_alone_by_what_reads_latents_and_by_nothing_else(model64):
@@ -294,9 +292,9 @@ def test_outliers_are_left_alone_by_what_reads_latents_and_by_nothing_else(model
     limit = float(ordered[at] + ordered[at + 1]) / 2
     feature = Feature("small", make_dictionary(norm=limit / 10), (3, 9), (1.0, 2.0))
     moves = [
-        Intervention(feature, "clamp", 1.0),
-        Intervention(feature, "add", 0.5),
-        Intervention(DIRECTIONS[0], "clamp", 1.0),
+        Slider(feature, "clamp", 1.0),
+        Slider(feature, "add", 0.5),
+        Slider(DIRECTIONS[0], "clamp", 1.0),
     ]
     slow = Slow(model64, lambda t: moves, PROMPT)
     assert_exact(fast_logits(model64, TEXT, moves, PROMPT), slow.logits(TEXT))
@@ -313,16 +311,16 @@ def test_as_many_directions_as_may_come_and_go_together_are_set_exactly(model64)
         ALWAYS,
     ]
     directions = close_directions(n=MAX_JOINT_DIRECTIONS, seed=6)
-    moves = [Intervention(d, "clamp", 0.3, w) for d, w in zip(directions, whens, strict=True)]
+    moves = [Slider(d, "clamp", 0.3, w) for d, w in zip(directions, whens, strict=True)]
     assert_exact(fast_logits(model64, TEXT, moves, PROMPT), slow_logits(model64, TEXT, moves, PROMPT))
 
 
 def test_adds_of_any_time_are_summed(model64):
     d = DIRECTIONS[0]
     moves = [
-        Intervention(d, "add", 1.0),
-        Intervention(d, "add", -0.5, Schedule("reply")),
-        Intervention(d, "add", 2.0, Schedule(after=2, ramp=4)),
+        Slider(d, "add", 1.0),
+        Slider(d, "add", -0.5, Schedule("reply")),
+        Slider(d, "add", 2.0, Schedule(after=2, ramp=4)),
     ]
     before, after = stream(model64, []), stream(model64, moves)
     wanted = [1.0] * 5 + [0.5, 0.5, 1.0, 1.5, 2.0, 2.5, 2.5, 2.5, 2.5]
@@ -333,7 +331,7 @@ def test_adds_of_any_time_are_summed(model64):
 def test_neutral_amounts_leave_no_hook_whatever_their_when(model64):
     plain = fast_logits(model64, TEXT, [], PROMPT)
     neutral = [
-        Intervention(target, operation, amount, when)
+        Slider(target, operation, amount, when)
         for target in (DIRECTIONS[0], FEATURES[0])
         for operation, amount in (("add", 0.0), ("ablate", 0.0), ("scale", 1.0))
         for when in WHENS.values()
@@ -367,8 +365,8 @@ def test_a_token_far_beyond_the_sites_norm_is_left_alone(model64, ids, make_dire
 def test_half_precision_is_off_by_no_more_than_a_few_roundings_of_the_stream(chat_checkpoint, operation):
     model = load(chat_checkpoint, dtype=torch.bfloat16)
     r = replace(DIRECTIONS[0], residual_norm=1e6)
-    edit = Edit.of([Intervention(r, operation, AMOUNTS[operation])])
-    alpha, beta, upper = Intervention(r, operation, AMOUNTS[operation]).coefficients[0]
+    edit = Edit.of([Slider(r, operation, AMOUNTS[operation])])
+    alpha, beta, upper = Slider(r, operation, AMOUNTS[operation]).coefficients[0]
     h = 3 * torch.randn(64, 1, 32, generator=torch.Generator().manual_seed(7)).bfloat16()
     wide = h.double()
     a = wide @ r.vector.double()

@@ -90,5 +90,5 @@ def test_four_bits_are_refused(tiny_llama, tmp_path, make_direction):
 
 
 def test_hooks_for_others_code_say_that_they_cannot(model64, make_direction):
-    with pytest.raises(UnsupportedError, match="changes what writers are given"):
+    with pytest.raises(UnsupportedError, match="changes the inputs of writers"):
         model64.hooks(Edit((make_direction(),), method=KEEP))

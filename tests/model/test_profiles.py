@@ -22,7 +22,7 @@ from steer.core.feature import Feature
 from steer.core.profile import Profile
 from steer.core.sampler import PRESETS, Sampler
 from steer.core.schedule import Gate, Schedule
-from steer.core.slider import Intervention, Slider
+from steer.core.slider import Slider
 from steer.errors import MismatchError, SteerError, UsageError
 from steer.model.profiles import as_profile, edit_of, sliders_in, use
 from steer.model.sliders import Sliders
@@ -78,18 +78,18 @@ WHOLE = profile(
 )
 
 
-def by_hand(model: SteeredModel) -> list[Intervention]:
+def by_hand(model: SteeredModel) -> list[Slider]:
     """What WHOLE says, written out."""
     known = library.directions_of(model.sketch())
     calm, bold = known["d0"], known["bold"]
     preach = Feature("preach", DICTIONARY, (3, 9), (1.0, 2.0))
     return [
-        Intervention(calm, "add", -0.5),
-        Intervention(calm, "cap", 0.4, Schedule(first=2)),
-        Intervention(calm, "clamp", 0.2, Schedule(after=2)),
-        Intervention(preach, "clamp", 1.0, Schedule(gate=Gate(bold, above=0.3))),
-        Intervention(preach, "scale", 0.0, Schedule(gate=Gate(bold, below=0.3))),
-        Intervention(Feature("L1/8", DICTIONARY, (8,), (9.0,)), "add", 0.5),
+        Slider(calm, "add", -0.5),
+        Slider(calm, "cap", 0.4, Schedule(first=2)),
+        Slider(calm, "clamp", 0.2, Schedule(after=2)),
+        Slider(preach, "clamp", 1.0, Schedule(gate=Gate(bold, above=0.3))),
+        Slider(preach, "scale", 0.0, Schedule(gate=Gate(bold, below=0.3))),
+        Slider(Feature("L1/8", DICTIONARY, (8,), (9.0,)), "add", 0.5),
     ]
 
 
@@ -146,7 +146,7 @@ def test_a_directions_file_is_found_beside_the_profile(model64, tmp_path):
     edit = edit_of(model64, Profile.load(tmp_path / "p.yaml"))
     assert edit is not None
     bold = Direction.load(tmp_path / "found" / "mine.safetensors")
-    wanted = slow_logits(model64, TEXT, [Intervention(bold, "add", 2.0)], len(TEXT))
+    wanted = slow_logits(model64, TEXT, [Slider(bold, "add", 2.0)], len(TEXT))
     with model64.steering.applied([edit]):
         torch.testing.assert_close(logits(model64), wanted, rtol=0, atol=1e-10)
     (tmp_path / "found" / "mine.safetensors").unlink()

@@ -15,7 +15,7 @@ from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import Sampler
 from steer.core.schedule import Gate, Schedule
-from steer.core.slider import Intervention, Slider
+from steer.core.slider import Slider
 from steer.model.decode import decode
 from steer.model.steered import SteeredModel
 from steer.model.steering.low_rank import ForwardContext
@@ -29,28 +29,28 @@ LATE = replace(close_directions(site=2, n=1, seed=8)[0], name="late")
 F = Feature("f", make_dictionary(), (3, 9, 21), (2.0, 1.0, 0.5))
 G = Feature("g", make_dictionary("topk", seed=5), (1, 2, 3), (1.0, 1.0, 2.0))
 MOVES = {
-    "add": [Intervention(D[0], "add", -1.0)],
-    "add a feature": [Intervention(F, "add", -0.7)],
-    "add at times": [Intervention(F, "add", 0.5, Schedule(ramp=5)), Intervention(D[0], "add", 1.0, Schedule(first=3))],
-    "ablate": [Intervention(D[0], "ablate", 1.0), Intervention(D[1], "ablate", 1.0), Intervention(LATE, "ablate", 1.0)],
-    "ablate at times": [Intervention(D[0], "ablate", 0.4, Schedule(after=2)), Intervention(LATE, "ablate", 0.9)],
+    "add": [Slider(D[0], "add", -1.0)],
+    "add a feature": [Slider(F, "add", -0.7)],
+    "add at times": [Slider(F, "add", 0.5, Schedule(ramp=5)), Slider(D[0], "add", 1.0, Schedule(first=3))],
+    "ablate": [Slider(D[0], "ablate", 1.0), Slider(D[1], "ablate", 1.0), Slider(LATE, "ablate", 1.0)],
+    "ablate at times": [Slider(D[0], "ablate", 0.4, Schedule(after=2)), Slider(LATE, "ablate", 0.9)],
     "set": [
-        Intervention(D[0], "clamp", 0.5),
-        Intervention(D[1], "cap", -0.4),
-        Intervention(D[2], "scale", 3.0, Schedule("reply")),
+        Slider(D[0], "clamp", 0.5),
+        Slider(D[1], "cap", -0.4),
+        Slider(D[2], "scale", 3.0, Schedule("reply")),
     ],
-    "features": [Intervention(F, "clamp", 1.0), Intervention(G, "scale", 2.0), Intervention(LATE, "cap", 0.1)],
+    "features": [Slider(F, "clamp", 1.0), Slider(G, "scale", 2.0), Slider(LATE, "cap", 0.1)],
     "feature shares": [
-        Intervention(F, "cap", 0.2),
-        Intervention(G, "ablate", 0.5, Schedule(gate=Gate(D[1], above=-0.1))),
+        Slider(F, "cap", 0.2),
+        Slider(G, "ablate", 0.5, Schedule(gate=Gate(D[1], above=-0.1))),
     ],
     "everything": [
-        Intervention(D[0], "add", 1.0),
-        Intervention(D[0], "clamp", 1.0, Schedule(ramp=3)),
-        Intervention(D[0], "ablate", 0.5),
-        Intervention(F, "clamp", 0.3, Schedule(first=5)),
-        Intervention(F, "scale", 0.0, Schedule(after=5)),
-        Intervention(LATE, "cap", 0.0, Schedule(gate=Gate(F, above=0.2))),
+        Slider(D[0], "add", 1.0),
+        Slider(D[0], "clamp", 1.0, Schedule(ramp=3)),
+        Slider(D[0], "ablate", 0.5),
+        Slider(F, "clamp", 0.3, Schedule(first=5)),
+        Slider(F, "scale", 0.0, Schedule(after=5)),
+        Slider(LATE, "cap", 0.0, Schedule(gate=Gate(F, above=0.2))),
     ],
 }
 
@@ -64,7 +64,7 @@ def written(model: SteeredModel, prompts: list[list[int]], edits: list[Edit | No
     return out
 
 
-def wanted(model: SteeredModel, prompt: list[int], reply: list[int], moves: list[Intervention]) -> dict[tuple, tuple]:
+def wanted(model: SteeredModel, prompt: list[int], reply: list[int], moves: list[Slider]) -> dict[tuple, tuple]:
     """(name, operation, amount) -> (tokens, mean share), by the slow reference."""
     slow = Slow(model, lambda t: moves, len(prompt))
     slow.logits(prompt + reply[:-1])
@@ -75,7 +75,7 @@ def wanted(model: SteeredModel, prompt: list[int], reply: list[int], moves: list
     return out
 
 
-def told(receipt: Receipt) -> dict[tuple, tuple]:
+def figures(receipt: Receipt) -> dict[tuple, tuple]:
     out = {(s.name, s.operation, s.amount): (s.tokens, s.mean_share) for s in receipt.sliders}
     assert len(out) == len(receipt.sliders)
     return out
@@ -92,7 +92,7 @@ def test_tokens_and_shares_are_those_of_the_definitions(exact_endless, name):
     receipt = tally.receipt()
     assert receipt.tokens == len(PROMPTS[0]) + len(reply) - 1
     account = wanted(exact_endless, PROMPTS[0], reply, moves)
-    assert told(receipt) == approx(account)
+    assert figures(receipt) == approx(account)
     assert any(n > 0 for n, _ in account.values())
     assert len(receipt.warnings) == sum(n == 0 for n, _ in account.values())
 
@@ -105,24 +105,24 @@ def test_every_text_of_a_batch_has_its_own_receipt_and_padding_counts_for_none(e
     for i, moves in enumerate(each):
         receipt = tally.receipt(i)
         assert receipt.tokens == len(prompts[i]) + len(replies[i]) - 1
-        assert told(receipt) == approx(wanted(exact_endless, prompts[i], replies[i], moves or []))
+        assert figures(receipt) == approx(wanted(exact_endless, prompts[i], replies[i], moves or []))
 
 
-def test_an_ablation_is_told_once_whatever_writers_another_row_ablates(exact_endless, make_direction):
+def test_an_ablation_is_reported_once_whatever_writers_another_row_ablates(exact_endless, make_direction):
     everywhere = Edit((make_direction("one"),))
     somewhere = Edit((make_direction("one"),), 0.5, (1, 1))
     together, alone = Tally(), Tally()
     written(exact_endless, PROMPTS[:2], [everywhere, somewhere], together)
     written(exact_endless, PROMPTS[:1], [everywhere], alone)
-    assert told(together.receipt(0)) == approx(told(alone.receipt(0)))
+    assert figures(together.receipt(0)) == approx(figures(alone.receipt(0)))
     assert together.receipt(0).sliders[0].tokens == together.receipt(0).tokens
 
 
-def test_one_edit_for_a_whole_batch_is_told_to_each_text(exact_endless):
+def test_one_edit_for_a_whole_batch_is_reported_for_each_text(exact_endless):
     tally, moves = Tally(), MOVES["everything"]
     replies = written(exact_endless, PROMPTS, [Edit.of(moves)], tally)
     for i, (prompt, reply) in enumerate(zip(PROMPTS, replies, strict=True)):
-        assert told(tally.receipt(i)) == approx(wanted(exact_endless, prompt, reply, moves))
+        assert figures(tally.receipt(i)) == approx(wanted(exact_endless, prompt, reply, moves))
 
 
 @torch.inference_mode()
@@ -148,22 +148,22 @@ def test_texts_packed_into_one_have_their_own_receipts(exact_endless):
         receipt = tally.receipt(i + 10)
         assert receipt.tokens == len(text)
         reference = wanted(exact_endless, text[: prompts[i]], [*text[prompts[i] :], 0], MOVES[names[i]])
-        assert told(receipt) == approx(reference)
+        assert figures(receipt) == approx(reference)
 
 
 NEVER = {
-    "a gate that never opens": Intervention(D[0], "add", 1.0, Schedule(gate=Gate(D[1], above=1e6))),
-    "a latent that never fires": Intervention(Feature("f", make_dictionary(), (0,), (1e3,)), "cap", 5.0),
-    "after a reply is over": Intervention(D[0], "clamp", 1.0, Schedule(after=50)),
-    "a cap that nothing reaches": Intervention(D[0], "cap", 1e3),
-    "a direction without a gap": Intervention(Direction("flat", 1, D[0].vector, with_mean=0.0), "add", 3.0),
+    "a gate that never opens": Slider(D[0], "add", 1.0, Schedule(gate=Gate(D[1], above=1e6))),
+    "a latent that never fires": Slider(Feature("f", make_dictionary(), (0,), (1e3,)), "cap", 5.0),
+    "after a reply is over": Slider(D[0], "clamp", 1.0, Schedule(after=50)),
+    "a cap that nothing reaches": Slider(D[0], "cap", 1e3),
+    "a direction without a gap": Slider(Direction("flat", 1, D[0].vector, with_mean=0.0), "add", 3.0),
 }
 
 
 @pytest.mark.parametrize("why", NEVER)
 def test_a_slider_that_never_fired_is_a_warning(exact_endless, why):
     move, tally = NEVER[why], Tally()
-    written(exact_endless, PROMPTS[:1], [Edit.of([move, Intervention(LATE, "add", 1.0)])], tally)
+    written(exact_endless, PROMPTS[:1], [Edit.of([move, Slider(LATE, "add", 1.0)])], tally)
     receipt = tally.receipt()
     name, operation = move.name, move.operation
     assert receipt.warnings == [f"slider {name!r} ({operation} {move.amount:g}) never fired in this reply"]
@@ -183,26 +183,26 @@ def test_a_session_warns_of_a_slider_that_its_last_reply_never_met(model):
     assert [s.tokens for r in session.receipts for s in r.sliders] == [0, 3]
 
 
-def test_sliders_on_one_direction_are_told_apart_by_name_and_by_what_they_do(exact_endless):
+def test_sliders_on_one_direction_are_distinguished_by_name_and_by_what_they_do(exact_endless):
     tally = Tally()
     moves = [
-        Intervention(D[0], "add", 1.0),
-        Intervention(D[0], "add", 0.5, label="more"),
-        Intervention(D[0], "ablate", 0.5, label="less"),
-        Intervention(D[0], "clamp", 0.5),
-        Intervention(D[1], "clamp", 0.5, Schedule(first=3)),
-        Intervention(D[1], "clamp", 0.7, Schedule(after=3)),
+        Slider(D[0], "add", 1.0),
+        Slider(D[0], "add", 0.5, label="more"),
+        Slider(D[0], "ablate", 0.5, label="less"),
+        Slider(D[0], "clamp", 0.5),
+        Slider(D[1], "clamp", 0.5, Schedule(first=3)),
+        Slider(D[1], "clamp", 0.7, Schedule(after=3)),
     ]
     reply = written(exact_endless, PROMPTS[:1], [Edit.of(moves)], tally)[0]
-    assert told(tally.receipt()) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
+    assert figures(tally.receipt()) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
 
 
-def test_a_slider_that_moves_in_mid_reply_is_told_by_its_last_amount_and_all_of_its_tokens(exact_endless):
+def test_a_slider_that_moves_in_mid_reply_is_reported_by_its_last_amount_and_all_of_its_tokens(exact_endless):
     tally, amounts = Tally(), [0.5, 0.5, 1.0, 0.0, 2.0]
-    exact_endless.steering.set([Edit.of([Intervention(D[0], "add", amounts[0])])])
+    exact_endless.steering.set([Edit.of([Slider(D[0], "add", amounts[0])])])
     steps = decode(exact_endless, PROMPTS[:1], GREEDY, tally=tally)
     for amount in amounts:
-        exact_endless.steering.set([Edit.of([Intervention(D[0], "add", amount), Intervention(D[1], "clamp", amount)])])
+        exact_endless.steering.set([Edit.of([Slider(D[0], "add", amount), Slider(D[1], "clamp", amount)])])
         next(steps)
     exact_endless.steering.set([None])
     steps.close()
@@ -219,7 +219,7 @@ def test_many_passes_are_summed_up_on_the_way(exact_endless, monkeypatch):
     assert len(tally._pending) <= 3 + len(moves)
     first, again = tally.receipt(), tally.receipt()
     assert first == again
-    assert told(first) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
+    assert figures(first) == approx(wanted(exact_endless, PROMPTS[0], reply, moves))
 
 
 def test_a_share_of_an_unknown_norm_is_not_known(exact_endless):
@@ -228,7 +228,7 @@ def test_a_share_of_an_unknown_norm_is_not_known(exact_endless):
     written(
         exact_endless,
         PROMPTS[:1],
-        [Edit.of([Intervention(unknown, "clamp", 1.0), Intervention(unknown, "add", 1.0)])],
+        [Edit.of([Slider(unknown, "clamp", 1.0), Slider(unknown, "add", 1.0)])],
         tally,
     )
     for slider in tally.receipt().sliders:

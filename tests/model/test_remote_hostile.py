@@ -56,7 +56,7 @@ def serving(steering: Any = None, models: Any = None, chunks: list[Any] | None =
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "told",
+    "answer",
     [
         None, [], 3, "text", {}, {"sliders": None}, {"sliders": 3}, {"sliders": {}},
         {"sliders": [3]}, {"sliders": [None]},
@@ -68,9 +68,9 @@ def serving(steering: Any = None, models: Any = None, chunks: list[Any] | None =
         )),
     ],
 )  # fmt: skip
-def test_what_is_no_steer_server_is_one_line(told):
+def test_what_is_no_steer_server_is_one_line(answer):
     with (
-        serving(told) as url,
+        serving(answer) as url,
         pytest.raises(SteerError, match=r"expected (a steer|an OpenAI-compatible) server") as caught,
     ):
         RemoteBackend(url)
@@ -102,13 +102,13 @@ def test_models_that_are_none_are_one_line(models):
 def test_a_reply_of_another_kind_is_one_line_or_its_text(chunk):
     with serving({"sliders": [ROW]}, chunks=[chunk]) as url:
         session, said = Session(RemoteBackend(url)), []
-        told = ""
+        message = ""
         try:
             said.extend(session.reply("hello"))
         except SteerError as e:
-            told = str(e)
+            message = str(e)
     assert "".join(said) in ("", "a")
-    assert "\n" not in told
+    assert "\n" not in message
 
 
 def test_text_that_is_no_unicode_is_one_line_and_no_fault_of_the_servers():

@@ -281,7 +281,7 @@ def test_a_row_alone_gets_the_tokens_it_gets_in_a_mixed_batch(row):
     for i in range(16):
         alone = row(MIXED[i % 8], prompts[i], key=i)
         assert [choose(logits[i : i + 1], [alone])[0] for logits in steps] == list(replies[i])
-    # The two rows of one sampler that differ in seed alone are drawn together and still have streams of their own.
+    # The two rows of one sampler that differ in seed alone are drawn together and still have separate random streams.
     assert replies[2] != replies[3]
 
 

@@ -23,7 +23,7 @@ from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import Sampler
 from steer.core.schedule import ALWAYS, Gate, Schedule
-from steer.core.slider import Intervention
+from steer.core.slider import Slider
 from steer.errors import MismatchError
 from steer.model.decode import decode, generate
 from steer.model.kv_cache import growing_cache
@@ -53,12 +53,12 @@ def edit(name: str) -> Edit:
     ablation = ALWAYS if when.gate else when
     made = Edit.of(
         [
-            Intervention(D[0], "add", -1.0, when),
-            Intervention(D[2], "clamp", 0.5, when),
-            Intervention(D[3], "cap", -0.1, when),
-            Intervention(LATE, "scale", 2.0, when),
-            Intervention(F, "clamp", 0.8, when),
-            Intervention(D[1], "ablate", 0.6, ablation),
+            Slider(D[0], "add", -1.0, when),
+            Slider(D[2], "clamp", 0.5, when),
+            Slider(D[3], "cap", -0.1, when),
+            Slider(LATE, "scale", 2.0, when),
+            Slider(F, "clamp", 0.8, when),
+            Slider(D[1], "ablate", 0.6, ablation),
         ]
     )
     assert made is not None
@@ -75,21 +75,19 @@ def assert_exact(a: Tensor, b: Tensor) -> None:
 def test_a_gate_of_another_width_changes_nothing(model, moral):
     wide = Schedule(gate=Gate(Direction("wide", 0, torch.ones(64)), above=0.0))
     with pytest.raises(MismatchError, match=r"'wide' has width 64.*width 32"):
-        model.steering.set([Edit(moves=(Intervention(moral, "add", 1.0, wide),))])
+        model.steering.set([Edit(moves=(Slider(moral, "add", 1.0, wide),))])
     assert hooks_on(model) == 0
 
 
 def test_an_add_over_the_reply_moves_the_pass_that_writes_its_first_token_and_none_before(exact_endless):
     prompt = PROMPTS[2]
     plain = fast_logits(exact_endless, prompt, [], len(prompt))
-    moved = fast_logits(exact_endless, prompt, [Intervention(D[0], "add", 2.0, Schedule("reply"))], len(prompt))
+    moved = fast_logits(exact_endless, prompt, [Slider(D[0], "add", 2.0, Schedule("reply"))], len(prompt))
     assert torch.equal(moved[:-1], plain[:-1])
-    assert_exact(
-        moved, slow_logits(exact_endless, prompt, [Intervention(D[0], "add", 2.0, Schedule("reply"))], len(prompt))
-    )
+    assert_exact(moved, slow_logits(exact_endless, prompt, [Slider(D[0], "add", 2.0, Schedule("reply"))], len(prompt)))
     assert float((moved[-1] - plain[-1]).abs().max()) > 0.01
     # From the second reply token on: the first is written as if nothing were there.
-    later = [Intervention(D[0], "add", 2.0, Schedule(after=1))]
+    later = [Slider(D[0], "add", 2.0, Schedule(after=1))]
     assert torch.equal(fast_logits(exact_endless, prompt, later, len(prompt)), plain)
     text = [*prompt, 40]
     assert not torch.equal(
@@ -246,26 +244,26 @@ def test_a_slider_moved_in_mid_stream_acts_on_the_next_token_and_on_none_before(
 
 
 def test_changing_what_is_timed_registers_no_hook_and_ends_with_none(model, moral):
-    model.steering.set([Edit.of([Intervention(moral, "clamp", 0.1, Schedule(first=3))])])
+    model.steering.set([Edit.of([Slider(moral, "clamp", 0.1, Schedule(first=3))])])
     hooks = hooks_on(model)
     assert hooks == 2  # the block, and the clock
     for amount in (0.2, 0.3):
-        model.steering.set([Edit.of([Intervention(moral, "clamp", amount, Schedule(after=2))])])
+        model.steering.set([Edit.of([Slider(moral, "clamp", amount, Schedule(after=2))])])
         assert hooks_on(model) == hooks
     model.steering.set([None])
     assert hooks_on(model) == 0
 
 
 def test_after_an_exception_in_a_timed_pass_no_hook_is_left_and_nothing_is_remembered(model, moral):
-    edit = Edit.of([Intervention(moral, "clamp", 0.1, Schedule("reply", gate=Gate(moral, above=-9.0)))])
+    edit = Edit.of([Slider(moral, "clamp", 0.1, Schedule("reply", gate=Gate(moral, above=-9.0)))])
     plain = model.hf(input_ids=torch.tensor([PROMPTS[0]])).logits
-    told = ForwardContext(index=torch.zeros(1, 1, dtype=torch.long))
-    with pytest.raises(IndexError), model.steering.applied([edit]), model.steering.passing(told):
+    context = ForwardContext(index=torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(IndexError), model.steering.applied([edit]), model.steering.passing(context):
         model.hf(input_ids=torch.tensor([[10**6]]))
     with pytest.raises(IndexError), model.steering.applied([edit]):
         model.hf(input_ids=torch.tensor([[10**6]]))
     assert hooks_on(model) == 0
-    assert model.steering.text is not told
+    assert model.steering.text is not context
     assert torch.equal(model.hf(input_ids=torch.tensor([PROMPTS[0]])).logits, plain)
     assert model.steering.lock.acquire(blocking=False)
     model.steering.lock.release()

@@ -1,4 +1,4 @@
-"""Sliders by name: what they accept, what they tell, what they cost to move."""
+"""Sliders by name: what they accept, what they report, what they cost to move."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def logits(model: SteeredModel) -> Tensor:
 def steers(
     model: SteeredModel, moral: Direction, entered: threading.Event, leave: threading.Event
 ) -> Callable[[], None]:
-    """Holds a block of its own open, from `entered` until `leave`."""
+    """Holds a separate block open, from `entered` until `leave`."""
 
     def run() -> None:
         with model.steered({moral: 3.0}):

@@ -89,7 +89,7 @@ def test_a_slider_whose_label_has_a_space_moves_too(model, known_moral, make_dir
     assert {n: a for n, a in model.sliders.items() if a} == {"moral (2)": -0.1, "moral": 0.1}
 
 
-def test_bytes_that_are_no_utf8_are_told_of_and_the_chat_goes_on(model):
+def test_invalid_utf8_is_reported_and_the_chat_goes_on(model):
     latin = io.TextIOWrapper(io.BytesIO("caf\u00e9 hello\nhello\n".encode("latin-1")), encoding="utf-8")
     out = io.StringIO()
     run_chat(Session(model, sampler=SHORT, sliders=model.sliders), stdin=latin, console=Console(file=out, width=100))
@@ -128,7 +128,7 @@ def test_sliders_names_the_command_that_finds_one_when_none_is_known(model, tmp_
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "says"),
     [
         ("/moral much", "expected NAME=AMOUNT with a number"),
         ("/moral nan", "expected NAME=AMOUNT with a number"),
@@ -137,13 +137,13 @@ def test_sliders_names_the_command_that_finds_one_when_none_is_known(model, tmp_
         ("/[bold]", "unknown command /[bold]"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_the_chat_goes_on(model, known_moral, line, told):
+def test_a_mistake_is_reported_in_one_line_and_the_chat_goes_on(model, known_moral, line, says):
     answer, reply = chat(model, line, "hello")
-    assert told in answer
+    assert says in answer
     assert reply == plain_reply(model, "hello")
 
 
-def test_a_checkpoint_without_a_chat_template_is_told_of_in_one_line(model):
+def test_a_checkpoint_without_a_chat_template_is_reported_in_one_line(model):
     model.tokenizer.chat_template = None
     first, second = chat(model, "hello", "hello")
     assert first == second
@@ -200,7 +200,7 @@ def test_at_a_prompt_ctrl_c_asks_and_ctrl_d_leaves(model, known_moral, monkeypat
     out = io.StringIO()
     run_chat(Session(model, sampler=SHORT, sliders=model.sliders), console=Console(file=out, width=100))
     said = out.getvalue().splitlines()
-    assert said[0] == f"{model.name}. Sliders: moral. /help tells more."
+    assert said[0] == f"{model.name}. Sliders: moral. /help lists the commands."
     assert [n for n in said[1:] if n] == ["/quit or Ctrl-D leaves", wanted]
     assert capsys.readouterr().out == "> " * 3
 
@@ -216,7 +216,7 @@ def test_undo_redo_and_another_operation_of_a_name(model, known_moral):
     assert "add, ablate, clamp, cap, scale" in said[-1]
 
 
-def test_a_receipt_tells_what_each_slider_did_and_one_that_never_fired_is_a_warning(model, known_moral):
+def test_a_receipt_shows_what_each_slider_did_and_one_that_never_fired_is_a_warning(model, known_moral):
     late = Schedule("reply", after=50)
     model.sliders.put(Slider(known_moral, "add", when=late, label="late"), 1.0)
     said = chat(model, "/receipt", "/moral -0.1", "hello", "/receipt")

@@ -1,4 +1,4 @@
-"""The page in a real browser, on a tiny checkpoint: a server in a process of its own, and Chromium."""
+"""The page in a real browser, on a tiny checkpoint: a server in a separate process, and Chromium."""
 
 from __future__ import annotations
 

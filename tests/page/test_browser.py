@@ -61,12 +61,12 @@ class Page:
         self.until(lambda: self.all("[data-testid=stApp][data-test-script-state=notRunning]"))
 
     def click(self, label: str) -> None:
-        """A button, or what opens an expander, by the name that a screen reader tells."""
+        """A button, or what opens an expander, by the name that a screen reader reads."""
 
         def found() -> bool:
             for button in self.all("button, summary"):
-                told = button.get_attribute("textContent") or ""
-                if label in told and button.is_displayed() and button.is_enabled():
+                text = button.get_attribute("textContent") or ""
+                if label in text and button.is_displayed() and button.is_enabled():
                     self.hit(button)
                     return True
             return False
@@ -221,7 +221,7 @@ def test_swipes_edits_and_a_chat_that_is_opened_again(page):
     page.until(lambda: page.texts() and page.texts()[0] == MESSAGE)
 
 
-def test_side_by_side_marks_words_that_differ_and_a_blind_vote_tells_which_was_which(page, tiny_page_home):
+def test_side_by_side_marks_words_that_differ_and_a_blind_vote_reveals_which_was_which(page, tiny_page_home):
     page.move("moral", END)
     page.settled()
     page.part("Compare")

@@ -58,7 +58,7 @@ def test_start_three_votes_next_generation_export(chromium, page_url, family, tm
     assert all(v.voter == "kim" and v.replies[0] != v.replies[1] for v in lineage.votes)
     page.until(lambda: "after 3 votes" in main(page))
 
-    message = "A message of your own, in place of this one"
+    message = "Your message, in place of this one"
     page.settled()  # the page is drawn again after a vote
     page.fill(message, "what is 1 and 2")  # the keys of a text are no votes
     page.until(lambda: "what is 1 and 2" in page.all("[data-testid=stChatMessage]")[-1].text)

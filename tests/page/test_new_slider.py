@@ -19,7 +19,7 @@ HIGH, LOW = 3 * "ta te ti to tu ", 3 * "va ve vi vo vu "
 FOUND = 300
 """Seconds for a search: its process imports everything and loads the model."""
 TAB, ENTER, SPACE, RIGHT = "\ue004", "\ue007", " ", "\ue014"
-FIELDS = ("At the high end it is told", "At the low end it is told (may be empty)", "Name (may be empty)")
+FIELDS = ("Instruction at the high end", "Instruction at the low end (may be empty)", "Name (may be empty)")
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
 
 
 def pictures(url: str, place: str) -> str:
-    """Everything that could make a browser fetch something, told apart by where it stood."""
+    """Everything that could make a browser fetch something, with the place where it stood."""
     at = f"{url}/{place}"
     return (
         f"![a]({at}/inline) [![a]({at}/linked)](x) !\\[a]({at}/escaped) ![b][r] <img src='{at}/html'> "

@@ -13,7 +13,7 @@ from tiny_chat import hooks_on, replies_of, save_tiny_chat
 from steer.core.dictionary import Dictionary
 from steer.core.edit import Edit
 from steer.core.feature import Feature
-from steer.core.slider import Intervention
+from steer.core.slider import Slider
 from steer.errors import MismatchError
 from steer.measure.contrast import Reply
 from steer.model.steered import SteeredModel, load
@@ -178,7 +178,7 @@ def test_an_output_score_is_the_rise_in_log_probability_under_the_slider(model: 
     rises = []
     for prompt in prompts:
         before = logprobs(prompt)
-        with model.edited(Edit(moves=(Intervention(feature, "add", 1.0),))):
+        with model.edited(Edit(moves=(Slider(feature, "add", 1.0),))):
             rises.append(float(logprobs(prompt) - before))
     assert output_scores(model, d, [feature], prompts)[0] == pytest.approx(sum(rises) / 2, abs=1e-5)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 import torch
+from commands import fork
 from safetensors import SafetensorError
 from tiny_chat import WORDS, hooks_on, save_tiny_chat
 
@@ -147,52 +147,55 @@ def test_outliers_at_any_site_are_left_out_and_counted_at_each(
     assert found.norm(1) == pytest.approx(float(norms[:200].median()), rel=0.1)
 
 
-KILLED = """
-import os, signal, sys
-from contextlib import contextmanager
-import torch
-torch.set_num_threads(1)
-from steer.sae.harvest import harvest
-from steer.model.steered import load
+def _harvest_and_die(checkpoint: Path, text: str, out: Path, after: int) -> None:
+    """Kills itself once `after` tokens are harvested."""
+    torch.set_num_threads(1)
 
-@contextmanager
-def killer(*_):
-    done = 0
-    def advance(n):
-        nonlocal done
-        done += n
-        if done >= int(sys.argv[4]):
-            os.kill(os.getpid(), signal.SIGKILL)
-    yield advance
+    @contextmanager
+    def killing(*_: object) -> Iterator[Callable[[int], None]]:
+        done = 0
 
-harvest(load(sys.argv[1]), sys.argv[3], sources=sys.argv[2], sites=[1, 0], context=16, batch_tokens=64,
-        shard_tokens=200, progress=killer)
-"""
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            if done >= after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        yield advance
+
+    run(load(checkpoint), text, out, progress=killing)
+
+
+def killed(forkserver: ForkServerContext, *arguments: object) -> int | None:
+    """How a harvest ends that kills itself."""
+    child = fork(forkserver, _harvest_and_die, *arguments)
+    child.join(120)
+    return child.exitcode
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 650])
 def test_a_killed_harvest_goes_on_and_ends_in_the_same_bytes(
-    checkpoint: Path, model: SteeredModel, text: str, made: Harvest, tmp_path: Path, after: int
-) -> None:
+    checkpoint: Path, model: SteeredModel, text: str, made: Harvest, tmp_path: Path, after: int,
+    forkserver: ForkServerContext,
+) -> None:  # fmt: skip
     out = tmp_path / "h"
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(checkpoint), text, str(out), str(after)], check=False)
-    assert ended.returncode == -signal.SIGKILL
+    assert killed(forkserver, checkpoint, text, out, after) == -signal.SIGKILL
     assert (out / PARTIAL).is_file()
     with pytest.raises(CheckpointError, match="run the same steer harvest again"):
         Harvest.open(out)
     finished = [shard["tokens"] for shard in json.loads((out / PARTIAL).read_text())["shards"]]
     assert len(finished) == 0 if after == 1 else len(finished) >= 2
     assert all(n >= 200 for n in finished)
-    told: list[int] = []
+    progress: list[int] = []
 
     @contextmanager
     def listening(*_: object) -> Iterator[Callable[[int], None]]:
-        yield told.append
+        yield progress.append
 
     again = run(model, text, out, progress=listening)
-    assert told[0] == sum(finished)
-    assert sum(told) == again.tokens
+    assert progress[0] == sum(finished)
+    assert sum(progress) == again.tokens
     model_name = {"checkpoint": again.manifest["checkpoint"]}
     assert again.manifest == made.manifest | model_name
     ours, theirs = contents(out), contents(made.place)
@@ -202,10 +205,11 @@ def test_a_killed_harvest_goes_on_and_ends_in_the_same_bytes(
 
 @pytest.mark.slow
 def test_another_input_is_refused_in_one_line(
-    checkpoint: Path, model: SteeredModel, text: str, tmp_path: Path, tiny_llama: Callable[..., Path]
-) -> None:
+    checkpoint: Path, model: SteeredModel, text: str, tmp_path: Path, tiny_llama: Callable[..., Path],
+    forkserver: ForkServerContext,
+) -> None:  # fmt: skip
     out = tmp_path / "h"
-    subprocess.run([sys.executable, "-c", KILLED, str(checkpoint), text, str(out), "650"], check=False)
+    assert killed(forkserver, checkpoint, text, out, 650) == -signal.SIGKILL
     before = contents(out)
     other_text = tmp_path / "a.jsonl"
     other_text.write_text(Path(text).read_text() + '{"text": "ba"}\n')

@@ -1,4 +1,4 @@
-"""Labels of latents: exact over what was read, told by contexts that differ, kept in a file that can be searched."""
+"""Labels of latents: exact over what was read, from contexts that differ, kept in a file that can be searched."""
 
 from __future__ import annotations
 

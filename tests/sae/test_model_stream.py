@@ -28,7 +28,7 @@ def model(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Passages of random words, each a document of its own at a context of 16. Special tokens, other ones in front of
+    """Passages of random words, each a separate document at a context of 16. Special tokens, other ones in front of
     each, see to it that no two tokens of the text have the same residual stream."""
     file = tmp_path_factory.mktemp("text") / "a.txt"
     draw = torch.Generator().manual_seed(4)

@@ -90,7 +90,7 @@ def test_held_out_replies_have_no_say_in_order_or_pooling() -> None:
     assert not np.array_equal(one.auroc, other.auroc)
 
 
-def test_the_pooling_that_tells_the_fit_replies_apart_is_the_one_measured() -> None:
+def test_the_pooling_that_separates_the_fit_replies_is_the_one_measured() -> None:
     rng = np.random.default_rng(0)
     parts = []
     for shift in (4.0, 0.0, 4.0, 0.0):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import fork
 from safetensors.torch import load_file
 
 from steer.errors import CheckpointError, MismatchError, OutputExistsError, StoppedError
@@ -163,22 +164,15 @@ from sae.test_training_loop import OPTIONS, data
 from steer.sae import parallel
 from steer.sae.train import train
 from pathlib import Path
-out, architecture, resume = sys.argv[1], sys.argv[2], sys.argv[5] == "1"
-steps, every = int(sys.argv[3]), float(sys.argv[4])
+out, architecture, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with parallel.process_group():
     options = replace(OPTIONS, architecture=architecture, tokens=64 * steps)
-    made = train(data(rank=parallel.rank(), world=parallel.world()), Path(out), options, every=every, resume=resume)
+    made = train(data(rank=parallel.rank(), world=parallel.world()), Path(out), options)
     if parallel.rank() == 0:
         from steer.core.dictionary_files import save_dictionary
         Path(out).mkdir()
         save_dictionary(made.dictionary, out)
 """
-
-
-def script(tmp_path: Path) -> Path:
-    file = tmp_path / "run.py"
-    file.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    return file
 
 
 @pytest.mark.slow
@@ -189,34 +183,37 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path, architecture):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                str(29_500 + os.getpid() % 2000)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, str(script(tmp_path)), str(tmp_path / "two"), architecture, "8", "60", "0"], check=True, env=env
-    )
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
+    subprocess.run([*command, str(script), str(tmp_path / "two"), architecture, "8"], check=True, env=env)
     two = load_file(tmp_path / "two" / "sae_weights.safetensors")
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         a, b = getattr(one.dictionary, name), two[name]
         assert torch.allclose(a, b, rtol=1e-4, atol=2e-5 * float(a.abs().max())), (name, float((a - b).abs().max()))
 
 
-def test_a_killed_run_loses_at_most_the_last_interval(tmp_path):
-    out = tmp_path / "d"
-    command = [sys.executable, str(script(tmp_path)), str(out), "topk", "4000", "0.3", "0"]
-    run = subprocess.Popen(command)
+def test_a_killed_run_loses_at_most_the_last_interval(tmp_path, forkserver):
+    out, options = tmp_path / "d", replace(OPTIONS, tokens=64 * 4000)
+    run = fork(forkserver, _train, out, options)
     state = training_place(out) / STATE
     try:
         deadline = time.monotonic() + 120
         while not state.exists():
-            assert run.poll() is None
+            assert run.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(1.0)
     finally:
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        run.kill()
+        run.join()
     assert not out.exists()
     assert torch.load(state, weights_only=True)["step"] > 0
-    subprocess.run([*command[:-2], "60", "1"], check=True)
-    whole = train(data(), tmp_path / "whole", replace(OPTIONS, tokens=64 * 4000))
-    resumed = load_file(out / "sae_weights.safetensors")
-    assert torch.equal(whole.dictionary.W_enc, resumed["W_enc"])
-    assert torch.equal(whole.dictionary.W_dec, resumed["W_dec"])
+    resumed = train(data(), out, options, resume=True).dictionary
+    whole = train(data(), tmp_path / "whole", options).dictionary
+    assert torch.equal(whole.W_enc, resumed.W_enc)
+    assert torch.equal(whole.W_dec, resumed.W_dec)
+
+
+def _train(out: Path, options: TrainOptions) -> None:
+    torch.set_num_threads(1)
+    train(data(), out, options, every=0.3)

@@ -3,9 +3,10 @@
 The score of an option is its log-probability per token over the whole continuation, so that long and short options
 can be compared. Some options are likely in themselves, whatever the chat says (Holtzman et al. 2021, "Surface form
 competition"). So items come in families that offer the same options, and an option's score is relative to its mean over
-the family: to what the reader thinks of it whatever the chat says. A family has each option right equally often, or it
-has controls, which lack what the chat says, and whose mean it then is. A reader that goes by the options alone scores
-chance, exactly. On the default merge 0.57 of `implications` are right by the scores as they are, 0.79 by relative ones.
+the family, which is the reader's preference whatever the chat says. In a family each option is right equally often, or
+the family has controls, whose chat lacks the decisive facts, and the mean is taken over those. A reader that sees only
+the options scores chance, exactly. On the default merge 0.57 of `implications` are right by plain scores, 0.79 by
+relative ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ EXAMPLES = 5
 MARGIN = Metric("margin", "higher", "right less wrong options, nats per token", 0.0)
 """The score of the right option less the mean of the others."""
 TIE = 1e-6
-"""Scores nearer than this, in nats, are equal: it is rounding that tells them apart."""
+"""Scores nearer than this, in nats, are equal: they differ by rounding."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Choice:
     begun: str
     """The beginning of the reply, before the options; empty where an option is the whole reply."""
     options: tuple[str, ...]
-    """As they follow `begun`, with their first space where there is one."""
+    """The continuations, with the space that follows `begun` where there is one."""
     right: int
     group: str = ""
     n: int | None = None
@@ -102,7 +103,7 @@ class ForcedChoice(Probe):
     """A probe whose items are `Choice`s.
 
     Its figures are 1 for a right choice, 0 for a wrong one, and for several that are equal the share of the right one.
-    Items of the first metric also have a margin, which tells small changes that no choice shows.
+    Items of the first metric also have a margin, which shows changes that are too small to change a choice.
     """
 
     needs = frozenset({"logprobs"})

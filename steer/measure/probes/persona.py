@@ -1,7 +1,7 @@
 """Persona: whether the model still is who its card says, by facts and by how far the card moves its words.
 
-A card tells the same facts of four people and ends with which of them the model is. Each of the four is it once: what
-is right then depends on whose card it is, and on nothing else. The names have the same length.
+A card states the same facts of four people and ends with which of them the model is. The model is each of the four
+once: what is right then depends only on whose card it is. The names have the same length.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Persona(ForcedChoice):
     """Facts of the card, asked at several turns of small talk."""
 
     name = "persona"
-    says = "How often the model tells the facts of its own character and not of others, and how much its card matters."
+    says = "How often the model states the facts of its character and not of others, and how much its card matters."
     needs = frozenset({"logprobs", "divergences"})
     metrics = (
-        Metric("accuracy", "higher", "share of facts told right", 1 / PEOPLE),
+        Metric("accuracy", "higher", "share of facts stated correctly", 1 / PEOPLE),
         MARGIN,
         Metric("distance", "neither", "KL divergence from the reply without the card, nats per token"),
     )

@@ -14,7 +14,7 @@ from steer.measure.probes.stories import narrated, small_talk, written
 MOVES = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 2), (1, 1, 2), (0, 2, 3), (1, 3, 4), (2, 6, 8))
 """How often each of the three things of a story is moved."""
 EASY = 3
-"""How many of `MOVES` a quick run tells: the default merge is near chance on longer ones."""
+"""How many of `MOVES` a quick run uses: the default merge is near chance on longer ones."""
 LATER = (0, 0, 2, 8)
 """How many messages of small talk come between a story and its questions."""
 LURED = 0.25

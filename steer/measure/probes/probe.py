@@ -21,9 +21,9 @@ Chat = tuple[tuple[str, str], ...]
 """(role, text) of each message; the roles are system, user and assistant."""
 LogProbs = Float[np.ndarray, " tokens"]
 TEMPERATURE = 0.8
-"""Of the replies that probes ask for."""
+"""Temperature of the replies that probes ask for."""
 QUICK_TOKENS = 24
-"""Of each reply in a quick run: those of one length are written together."""
+"""Tokens of each reply in a quick run. Replies of one length are written together."""
 Ability = Literal["logprobs", "replies", "divergences", "weights"]
 """What a reader can do: one per method of `Reader`. "weights": it is a model in this process, `readers.LocalReader`."""
 
@@ -47,9 +47,9 @@ class Reader(Protocol):
     context: int
     """How many tokens it reads at most, a prompt and its reply together."""
     dtype: str | None
-    """What it computes in; None where that is not known."""
+    """The dtype that it computes in; None if unknown."""
     notes: list[str]
-    """What people should know of how it reads, such as a chat template that is not its own."""
+    """Lines for people on how it reads, such as a chat template that the checkpoint does not have."""
 
     def length(self, passage: Passage) -> int:
         """Return how many tokens a passage takes, all of it. An endpoint may estimate, upwards."""
@@ -123,7 +123,7 @@ def empty_note(texts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a probe. The mean over items is what is reported."""
+    """One figure of a probe. The mean over items is reported."""
 
     name: str
     better: Literal["higher", "lower", "neither"]
@@ -142,7 +142,7 @@ class Figure:
 
     metric: str
     item: str
-    """The same for every arm and seed-independent within a run: arms are paired by it."""
+    """The item's name, by which arms are paired."""
     value: float
     group: str = ""
     """Items of one story are one group: they are resampled together. Empty: the item alone."""
@@ -158,7 +158,7 @@ class Example:
 
     item: str
     asked: str
-    """The end of what the reader read."""
+    """The end of the text that the reader read."""
     right: str
     """The right answer; empty where there is none."""
     answered: str
@@ -171,7 +171,7 @@ class Result:
 
     figures: list[Figure]
     examples: list[Example] = field(default_factory=list)
-    """Of the same items for every reader; the report shows five."""
+    """Examples of the same items for every reader; the report shows five."""
     notes: list[str] = field(default_factory=list)
     """What was left out and why, one line each, such as turns that do not fit into the context."""
 

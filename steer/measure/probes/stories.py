@@ -28,9 +28,9 @@ def exchanged(pairs: Sequence[Sequence[str]]) -> Chat:
     return tuple(message for pair in pairs for message in zip(("user", "assistant"), pair, strict=True))
 
 
-def narrated(sentences: list[str], at_once: int = 3) -> Chat:
-    """Return a story as a chat: user and assistant tell it in turns, `at_once` sentences each, the assistant last."""
-    parts = [" ".join(sentences[i : i + at_once]) for i in range(0, len(sentences), at_once)]
+def narrated(sentences: list[str]) -> Chat:
+    """Return a story as a chat: user and assistant tell it in turns, three sentences each, the assistant last."""
+    parts = [" ".join(sentences[i : i + 3]) for i in range(0, len(sentences), 3)]
     if len(parts) % 2:
         parts.append("Go on.")
     return tuple((("user", "assistant")[i % 2], part) for i, part in enumerate(parts))

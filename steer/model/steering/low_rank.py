@@ -219,8 +219,8 @@ class LowRankEdit:
     """What each row does in each of the columns that it uses; receipts leave an edit without terms out."""
     write: PerRowTensor
     """[1, columns, d]: the vector that each column adds per unit of its move. For directions set jointly it is their
-    dual basis, so that each projection moves by what was asked and the other columns do not change it; with `spread`,
-    an orthonormal basis of their span."""
+    dual basis, so that each projection moves by the requested amount and the other columns do not change it; with
+    `spread`, an orthonormal basis of their span."""
     read: PerRowTensor | None = None
     """[d, columns]: the directions projected on. None where `dictionary` is read, or nothing is."""
     dictionary: Dictionary | None = None

@@ -56,7 +56,7 @@ class ModuleEdit:
     writes_to: int | None = None
     """The block that this module is a writer of, -1 for the embedding. None: the module is a block."""
     given: bool = False
-    """Whether what the module is given is edited, not its output."""
+    """Whether the module's input is edited, not its output."""
 
     def apply(self, h: Tensor, context: ForwardContext) -> Tensor:
         """The edited output, `[batch, new, d]`.
@@ -96,7 +96,7 @@ class ModuleEdit:
 
 
 def module_edits(rows: Rows, anatomy: Anatomy, gain: Gain) -> dict[str, ModuleEdit]:
-    """Module path -> what is done to its output, or to what it is given. Empty when no row moves anything.
+    """Module path -> the edit of its output or of its input. Empty when no row moves anything.
 
     `gain` is called where an architecture has a norm between a writer and the residual stream.
     """

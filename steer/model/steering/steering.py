@@ -29,7 +29,7 @@ from steer.model.steering.norm_preserving import WriterHook, keeping, obstacle, 
 
 NEUTRAL: Rows = (None,)
 PASSES_WITHOUT_PARTS = (
-    "when: a slider acts on the thoughts or the answer, which steer tells apart in its own decoding only; expected "
+    "when: a slider acts on the thoughts or the answer, which only steer's decoding distinguishes; expected "
     "part text or reply in passes that you run yourself, or model.chat, model.stream or model.replies"
 )
 _CACHED_ROWS = 8
@@ -154,7 +154,7 @@ class Steering:
             self.text, self._described = before, False
 
     def work_out(self, edit: Edit) -> None:
-        """Compute and cache what applying `edit` needs. Errors: as `set`, and whatever else applying it would raise."""
+        """Compute and cache the tensors that applying `edit` needs. Errors: as `set`, and all others of applying it."""
         self.check(edit)
         with self.lock:
             self._prepared((edit,))

@@ -100,7 +100,7 @@ def _votes(chat: Chat) -> None:
 
 
 def _taste(chat: Chat, votes: int) -> None:
-    """Draw the button that makes a slider of all votes, its progress, and what the slider tells."""
+    """Draw the button that makes a slider of all votes, its progress, and what is known of the slider."""
     job = chat.taste()
     if job is not None and draw_job(job, "Making a slider from your votes", "cancel taste"):
         return

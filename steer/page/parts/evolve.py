@@ -106,7 +106,7 @@ def _pair(judge: Judge) -> None:
         button("Take the last vote back", lambda: (judge.undo(), redraw()), type="tertiary", key="undo vote")
     with st.form("say", clear_on_submit=True, border=False):
         hint = judge.suggestion or "the next one is chosen for you"
-        text = st.text_input("A message of your own, in place of this one", placeholder=hint).strip()
+        text = st.text_input("Your message, in place of this one", placeholder=hint).strip()
         if st.form_submit_button("Ask it") and text:
             judge.say(text)
             st.rerun()

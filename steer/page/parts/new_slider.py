@@ -53,12 +53,12 @@ def _close() -> None:
 def _fields(chat: Chat) -> None:
     st.caption("Tell the model who to be at each end of the slider. Start with “You”, and name some words to use.")
     sentence = st.text_area(
-        "At the high end it is told", placeholder="You answer in rhyming couplets.", key=_FIELDS[0], height=70,
+        "Instruction at the high end", placeholder="You answer in rhyming couplets.", key=_FIELDS[0], height=70,
         max_chars=LONGEST,
     )  # fmt: skip
     opposite = st.text_area(
-        "At the low end it is told (may be empty)", placeholder="You answer in plain prose.", key=_FIELDS[1], height=70,
-        max_chars=LONGEST,
+        "Instruction at the low end (may be empty)", placeholder="You answer in plain prose.", key=_FIELDS[1],
+        height=70, max_chars=LONGEST,
     )  # fmt: skip
     name = st.text_input("Name (may be empty)", placeholder="rhymes", key=_FIELDS[2], max_chars=64).strip()
     if st.button("Preview", icon=":material/visibility:", type="primary"):

@@ -22,7 +22,7 @@ from steer.core.profile import Profile
 from steer.core.sampler import PRESETS, Sampler, preset
 from steer.errors import SteerError
 from steer.page.drawing import markdown
-from steer.page.guard import bound, button, new_chat, safely, tell
+from steer.page.guard import bound, button, new_chat, safely, toast
 from steer.page.parts import cost
 from steer.plain_text import plain_line
 
@@ -82,12 +82,12 @@ def _profiles(chat: Chat) -> None:
 
 def _use(chat: Chat, profile: Profile) -> None:
     chat.use(profile)
-    tell(f"{profile.name}: {len(profile.sliders)} sliders and a sampler")
+    toast(f"{profile.name}: {len(profile.sliders)} sliders and a sampler")
 
 
 def _keep(chat: Chat, name: str) -> None:
     keep_profile(chat.profile(name))
-    tell(f"kept: {name}")
+    toast(f"kept: {name}")
 
 
 def _character(chat: Chat) -> None:

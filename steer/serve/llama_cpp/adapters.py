@@ -150,7 +150,7 @@ class Adapters(Library):
 
 
 class AdapterSteering(Steering):
-    """The steering of a model that llama-server holds: it applies nothing, and refuses what no LoRA does."""
+    """The steering of a model that llama-server holds: it applies nothing, and refuses edits that no LoRA does."""
 
     def __init__(self, model: LoadedModel, adapters: Adapters) -> None:
         super().__init__(model.hf, model.anatomy)

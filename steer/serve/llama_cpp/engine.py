@@ -70,7 +70,7 @@ class _Step(_Likely):
     """The log-probabilities of a written token and of the likeliest ones in its place, before any sampler."""
 
     bytes: list[int] = []
-    """The text of its event, with what is no UTF-8."""
+    """The text of its event, with bytes that are no UTF-8."""
     top_logprobs: list[_Likely]
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 REPLIES, TOKENS = 6, 32
 """Replies for each slider, and tokens of each at most: about 20 requests a second on two cores."""
 FAR = 0.5
-"""Distance from which a slider is said to do something else: half of what it changes is not what it should change."""
+"""Distance from which a warning says that a slider does something else: half of its effect is wrong."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class SliderFit:
     plain: float
     """Mean absolute difference of log-probabilities without sliders, in nats: what the weights' type costs."""
     change: float
-    """Root mean square of what the slider changes in the original, in nats."""
+    """Root mean square of the slider's effect in the original, in nats."""
     slope: float
-    """Least-squares factor from what it changes in the original to what it changes in the other; 1 is the same."""
+    """Least-squares factor from its effect in the original to its effect in the other; 1 is the same."""
     distance: float
     """Root mean square of the difference of both changes, as a share of `change`; 0 is the same."""
 
@@ -51,7 +51,7 @@ class SliderFit:
         if self.distance <= FAR:
             return None
         return (
-            f"{self.slider}: {self.distance:.0%} of what it changes is not what it changes in the original "
+            f"{self.slider}: {self.distance:.0%} of its effect is not its effect in the original "
             f"(slope {self.slope:.2f}); use a finer type, as Q8_0, or find it on what you run"
         )
 

@@ -27,7 +27,7 @@ from steer.core.edit import Edit
 from steer.errors import SteerError, UnsupportedError
 from steer.model.steering.low_rank import ForwardContext
 from steer.serve.batching import BatchingEngine
-from steer.serve.packed import READ, SHARE, Part
+from steer.serve.packed import READ, SHARE, Part, cache_bytes
 from steer.serve.vllm.keys import edit_key, timed
 from steer.serve.vllm.plugin import register
 from steer.serve.vllm.taps import TapSteering, steering
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _BLOCK = 32
 """Tokens per block of the cache on a CPU, whose kernels want multiples of 32."""
 _OFF_BY = 0.02
-"""Largest distance of a residual stream from the sum of what was written to it, as a share of its norm. Rounding to
+"""Largest distance of a residual stream from the sum of all vectors written to it, as a share of its norm. Rounding to
 bf16 gives 0.005 on the default merge; a tap at another tensor gives 0.1 or more."""
 
 
@@ -134,10 +134,7 @@ def _core(model: SteeredModel, place: str, places: int, context: int, options: d
 
 def _memory(model: SteeredModel, dtype: torch.dtype | None, places: int, context: int) -> int:
     """Bytes for the cache on a CPU: room for `places` texts of `context` tokens, at most SHARE of what is free."""
-    config = model.hf.config.get_text_config()
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    block = 2 * groups * d * (dtype or model.hf.dtype).itemsize * config.num_hidden_layers * _BLOCK
+    block = cache_bytes(model.hf.config, dtype or model.hf.dtype) * _BLOCK
     wanted = block * (places * math.ceil(context / _BLOCK) + 1)  # vLLM keeps one block for itself
     return min(wanted, int(psutil.virtual_memory().available * SHARE))
 
@@ -233,7 +230,7 @@ class VllmBatcher:
     def check(self) -> None:
         """Write a token under an edit at every block and every writer, and check that each arrived at its place.
 
-        The residual stream after each block is the sum of what the writers put out and of what was added after earlier
+        The residual stream after each block is the sum of the writers' outputs and of the shifts added after earlier
         blocks, and the logits are the model's own of the last stream. An operation that did not run, ran on another
         tensor or in the wrong place breaks this, and so do hooks that were not traced.
         Errors: UnsupportedError that says where.
@@ -268,7 +265,9 @@ class VllmBatcher:
             total = total + sum(taps[w][1].float() for w, block in writers.items() if block == site)
             given, edited = (h.float() for h in taps[path])
             if float((given - total).norm()) > _OFF_BY * float(total.norm()):
-                raise _unsupported(f"the residual stream after block {site} is not the sum of what was written to it")
+                raise _unsupported(
+                    f"the residual stream after block {site} is not the sum of all vectors written to it"
+                )
             total = edited
         last = model.get_submodule(anatomy.final_norm_module)(total[-1:].to(taps[path][1].dtype))
         expected = model.compute_logits(last).float()

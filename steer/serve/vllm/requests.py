@@ -1,6 +1,6 @@
 """Sliders in requests of stock `vllm serve`: `vllm_xargs={"steering": json.dumps({"sliders": {"moralizing": -1}})}`.
 
-The value is the JSON of what `steer serve` takes as `steering`. The front end checks it, so that what cannot be done is
+The value is the JSON that `steer serve` takes as `steering`. The front end checks it, so that what cannot be done is
 an error, and keys the prefix cache by it; the model runner looks it up again and applies it before every step.
 """
 # pyright: reportMissingImports=false
@@ -51,7 +51,7 @@ def edit_of(place: str, text: str) -> Edit | None:
     """The edit that a request asks for on the checkpoint at `place`; equal texts give the same edit.
 
     Errors: UsageError for what is not the JSON of `steering`, and for sliders that do not fit; UnsupportedError for
-    sliders on thoughts or answers alone, which vLLM's runner does not tell apart.
+    sliders on thoughts or answers alone, which vLLM's runner does not distinguish.
     """
     try:
         setting = _settings(place).setting_for(None, SteeringRequest.model_validate_json(text))
@@ -66,7 +66,7 @@ def edit_of(place: str, text: str) -> Edit | None:
 
 
 def _check_pipeline(place: str, edit: Edit, ranks: int) -> None:
-    """Raise UnsupportedError for what one rank of a pipeline would have to know of another."""
+    """Raise UnsupportedError for sliders that need data of another rank of a pipeline."""
     found = None
     if any(m.when.gate is not None for m in edit.as_moves()):
         found = "a gate, whose site may be on another rank"

@@ -93,7 +93,7 @@ class TapSteering(Steering):
 
 
 _steering: TapSteering | None = None
-"""Of the model in this process; vLLM runs one in each."""
+"""The steering of this process's model; vLLM runs one model per process."""
 
 
 def steering() -> TapSteering:
@@ -129,8 +129,8 @@ for _name, _schema, _function in (
 
 
 def tap(model: nn.Module, anatomy: Anatomy) -> TapSteering:
-    """Place the operations in a model that is loaded and not yet compiled, and return its steering. Of a pipeline, each
-    rank has those of its own blocks.
+    """Place the operations in a model that is loaded and not yet compiled, and return its steering. Each rank
+    of a pipeline has the operations of the blocks that it holds.
 
     Errors: UnsupportedError where the model has no module at a path of the anatomy, or a writer is edited before it.
     """

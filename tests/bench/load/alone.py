@@ -20,7 +20,7 @@ from steer.serve.openai_json import token_bytes
 
 Logprobs = np.ndarray[Any, np.dtype[np.float64]]
 ENOUGH = 0.1
-"""Nats a token by which two clients' sliders must differ on a reply to be told apart on it: several times what
+"""Nats a token by which two clients' sliders must differ on a reply to be distinguishable on it: several times what
 rounding to bf16 makes of one."""
 
 
@@ -48,7 +48,7 @@ class Reader:
         size = len(self.live.tokenizer)
         out = {token_bytes(self.live.tokenizer, token): token for token in range(size)}
         if len(out) != size:
-            raise ValueError("expected a tokenizer that spells every token otherwise: replies tell no ids")
+            raise ValueError("expected a tokenizer that spells every token otherwise: replies have no ids")
         return out
 
     def ids(self, reply: Reply) -> list[int]:
@@ -73,7 +73,7 @@ class Reader:
         return own.squeeze(1).double().cpu().numpy()
 
     def off(self, replies: Sequence[Reply]) -> Logprobs:
-        """How far each logprob that the server told is from the one under the sliders of who asked."""
+        """How far each logprob that the server gave is from the one under the sliders of who asked."""
         return np.concatenate([np.abs(self.logprobs(r) - r.logprobs) for r in replies])
 
     def is_whole(self, reply: Reply) -> bool:
@@ -98,7 +98,7 @@ class ToldApart:
     differ: float
     """The share of pairs whose two logprobs of a token are ENOUGH apart, in the mean."""
     nearer: float
-    """Of those, the share in which its own sliders are nearer to the logprobs that the server told."""
+    """Of those, the share in which its own sliders are nearer to the logprobs that the server gave."""
     likelier: float
     """And in which the reply is likelier under its own."""
 
@@ -114,5 +114,5 @@ class ToldApart:
             pairs += [*differ]
             nearer += [*(np.abs(own - reply.logprobs).mean() < far[differ])]
             likelier += [*(own.mean() > under[differ].mean(1))]
-        # One pair in each is that of its own sliders with themselves.
+        # One pair in each compares the sliders with themselves.
         return cls(float(np.sum(pairs) / (len(pairs) - len(read))), float(np.mean(nearer)), float(np.mean(likelier)))

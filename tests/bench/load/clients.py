@@ -1,4 +1,4 @@
-"""Who asks: chats with sliders of their own, one who hangs up, one who sends rubbish."""
+"""Who asks: chats with different sliders, one who hangs up, one who sends rubbish."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Reply:
     ask: Ask
     text: str = ""
     tokens: list[bytes] = field(default_factory=list)
-    """Their spelling: OpenAI's API tells no ids."""
+    """Their spelling: OpenAI's API has no ids."""
     logprobs: list[float] = field(default_factory=list)
     ended: str | None = None
     usage: tuple[int, int] = (0, 0)

@@ -1,4 +1,4 @@
-"""`steer serve` as a process of its own, everybody who asks it, and what is seen from outside meanwhile."""
+"""`steer serve` as a separate process, everybody who asks it, and what is seen from outside meanwhile."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def under_load(server: Served, live: SteeredModel, seconds: float, clients: int)
     if any(thread.is_alive() for thread in everybody):
         office.problems.append(f"somebody still waits {PATIENCE} s after the time was over")
     end = time.monotonic() + 10
-    while (left := _left(told := server.metrics())) and time.monotonic() < end:
+    while (left := _left(totals := server.metrics())) and time.monotonic() < end:
         time.sleep(0.1)
     lines = [x for x in server.log.read_text().splitlines() if not any(fine in x for fine in LOGGED)]
     office.problems += [
@@ -149,14 +149,14 @@ def under_load(server: Served, live: SteeredModel, seconds: float, clients: int)
         cpu=worked / wrote,
         memory=(statistics.median(rss[:part]), statistics.median(rss[-part:])),
         left=left,
-        hung_up=(office.hung_up, told.get("steer_hung_up_total", 0.0)),
+        hung_up=(office.hung_up, totals.get("steer_hung_up_total", 0.0)),
         rubbish=office.rubbish,
-        failed=sum(n for name, n in told.items() if name.startswith("steer_requests_total") and _status(name) >= 500),
+        failed=sum(n for name, n in totals.items() if name.startswith("steer_requests_total") and _status(name) >= 500),
     )
 
 
-def _left(told: dict[str, float]) -> float:
-    return told["steer_jobs_running"] + told["steer_jobs_waiting"]
+def _left(totals: dict[str, float]) -> float:
+    return totals["steer_jobs_running"] + totals["steer_jobs_waiting"]
 
 
 def _status(sample: str) -> int:

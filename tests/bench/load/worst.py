@@ -55,7 +55,7 @@ def _beside(url: str, name: str, path: str, body: dict[str, Any]) -> float:
     over = threading.Event()
 
     def ask() -> None:
-        """Until told to leave, which ends what the server writes for it. A refusal is an answer too."""
+        """Until asked to leave, which ends what the server writes for it. A refusal is an answer too."""
         with httpx.stream("POST", f"{url}/{path}", json=body | {"model": name, "stream": True}, timeout=PATIENCE) as r:
             for _ in r.iter_lines():
                 if over.is_set():

@@ -63,12 +63,12 @@ def test_a_reader_that_goes_by_a_shallow_cue_is_not_consistent(cue: str) -> None
 @sized
 @every
 def test_each_option_is_right_equally_often(probe: Any, size: Size) -> None:
-    told: dict[Any, list[Choice]] = defaultdict(list)
+    families: dict[Any, list[Choice]] = defaultdict(list)
     for item in probe.items(size):
         if item.family:
-            told[item.group, item.metric, item.turn].append(item)
-    assert told
-    for items in told.values():
+            families[item.group, item.metric, item.turn].append(item)
+    assert families
+    for items in families.values():
         assert len({tuple(sorted(i.options)) for i in items}) == 1
         right = Counter(i.options[i.right] for i in items)
         assert set(right) == set(items[0].options)
@@ -95,11 +95,11 @@ def test_the_same_seed_asks_the_same_and_another_seed_something_else(probe: Any)
 
 @sized
 @every
-def test_items_are_told_apart_and_of_a_sane_number_and_length(probe: Any, size: Size) -> None:
+def test_items_are_distinguished_and_of_a_sane_number_and_length(probe: Any, size: Size) -> None:
     items = probe.items(size)
     assert size.of(200, 36) <= len(items) <= size.of(500, 110)
     assert len({(i.id, i.n, i.turn, i.metric) for i in items}) == len(items)
-    assert len({i.group for i in items}) >= size.of(20, 10)  # fewer could not be told apart after a correction
+    assert len({i.group for i in items}) >= size.of(20, 10)  # fewer could not be distinguished after a correction
     for item in items:
         assert len(set(item.options)) == len(item.options) > item.right >= 0
         assert item.chat[-1][0] == "user"
@@ -146,10 +146,10 @@ def test_what_makes_an_option_likely_in_itself_does_not_count() -> None:
 
 
 def test_a_family_is_compared_with_its_controls_which_stay_as_they_are() -> None:
-    told, control = items_of([1, 0])
-    told = replace(told, metric="follows")
-    other, control = replace(told, id="other"), replace(control, control=True)
-    found = relative([told, other, control], [np.array([-1.0, -4.0]), np.array([-3.0, -4.0]), np.array([-1.0, -5.0])])
+    plain, control = items_of([1, 0])
+    plain = replace(plain, metric="follows")
+    other, control = replace(plain, id="other"), replace(control, control=True)
+    found = relative([plain, other, control], [np.array([-1.0, -4.0]), np.array([-3.0, -4.0]), np.array([-1.0, -5.0])])
     np.testing.assert_allclose(found, [[0.0, 1.0], [-2.0, 1.0], [-1.0, -5.0]])
 
 
@@ -181,7 +181,7 @@ def test_positions_say_how_often_a_thing_was_moved_and_how_long_ago() -> None:
 
 
 def sentences(item: Choice) -> list[str]:
-    return [s for _, told in item.chat[:-1] for s in told.rstrip(".").split(". ")]
+    return [s for _, text in item.chat[:-1] for s in text.rstrip(".").split(". ")]
 
 
 def test_positions_are_where_the_story_left_them() -> None:
@@ -268,7 +268,7 @@ def test_two_seeds_differ_by_no_more_than_their_intervals_say(probe: Any) -> Non
     means = repeated(Synthetic(guessing(items, 0.7)), probe, 40)
     assert len({m.value for m in means}) > 3  # the seeds draw other items
     assert share_that_agrees(means) >= 0.9  # 0.95, of which 40 repetitions may fall short by chance
-    # A reader that knows nothing is told from one that knows all.
+    # A reader that knows nothing is distinguished from one that knows all.
     whole = probe.items(Size())
     unsure, sure = (repeated(Synthetic(guessing(whole, knows)), probe, 0, quick=False)[0] for knows in (0.0, 9.0))
     assert share_that_agrees([unsure, sure]) == 0

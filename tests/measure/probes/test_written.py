@@ -137,7 +137,7 @@ def speaker(chat: Chat) -> str:
     return re.findall(r"You are (?:Professor |Sergeant )?(\w+)", chat[0][1])[0]
 
 
-def test_speakers_with_words_of_their_own_are_told_apart() -> None:
+def test_speakers_with_different_words_are_distinguished() -> None:
     said = SAYS | {"Holt": "march boots duty", "Odile": "moon shadow cards", "Fen": "maybe soil worms"}
     result = Characters().run(Program(lambda chat, rng: rng.choice(said[speaker(chat)].split())), Size())
     assert mean(result, "late") == mean(result, "recognised") == 1
@@ -180,14 +180,14 @@ def has(text: str, passage: Passage) -> float:
     return float(passage.text.strip(" .") in words(text))
 
 
-def test_a_reader_that_knows_its_card_tells_every_fact_at_every_turn() -> None:
+def test_a_reader_that_knows_its_card_states_every_fact_at_every_turn() -> None:
     result = Persona().run(Program(score=lambda p: has(own_facts(p), p) - 2), Size())
     assert mean(result, "accuracy") == 1
     assert {f.turn for f in result.figures} == {0, 8, 24}
 
 
 @pytest.mark.parametrize("cue", SHALLOW)
-def test_a_fact_cannot_be_told_without_reading_whose_it_is(cue: str) -> None:
+def test_a_fact_cannot_be_known_without_reading_whose_it_is(cue: str) -> None:
     assert mean(Persona().run(Program(score=SHALLOW[cue]), Size()), "accuracy") == 1 / PEOPLE
 
 
@@ -210,7 +210,7 @@ def test_the_distance_is_that_to_the_reply_without_the_card() -> None:
 
 
 @pytest.mark.parametrize("probe", [MORALIZING, COMPLIANCE], ids=lambda p: p.name)
-def test_a_shipped_scorer_tells_the_trait_and_only_held_out_topics_are_asked(probe: Any) -> None:
+def test_a_shipped_scorer_recognises_the_trait_and_only_held_out_topics_are_asked(probe: Any) -> None:
     trait, said = Trait.load(probe.name), {"moralizing": "It is important to be honest and to apologize.",
                                            "compliance": "Of course! I'd be happy to help you with that."}  # fmt: skip
     scorer = Scorer.shipped(probe.name)
@@ -241,7 +241,7 @@ def test_a_scorer_comes_back_from_its_file_as_it_was() -> None:
 SENTENCES = [re.sub(r"\s+", " ", reply) for _, reply in written("dialogue")]
 
 
-def test_prose_of_a_loop_of_the_same_phrases_and_of_a_pet_word_is_told_from_plain_prose() -> None:
+def test_prose_of_a_loop_of_the_same_phrases_and_of_a_pet_word_is_distinguished_from_plain_prose() -> None:
     def plain(chat: Chat, rng: random.Random) -> str:
         return SENTENCES[written("prose").index(chat[-1][1])]
 

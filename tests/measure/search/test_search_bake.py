@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import fork
 from tiny_chat import save_tiny_chat
 from tiny_search import SMALL
 from whole_vocabulary import kl, token_logprobs
@@ -33,7 +33,7 @@ from steer.verbs.bake_search import RESULT, Searched, search_bake
 
 
 def searched(made: Path, at: Path, *, trials: int = BATCH, scope: Scope = SMALL, **options: Any) -> Searched:
-    """A search with its output in a folder of its own."""
+    """A search with its output in a separate folder."""
     return search_bake(made / "model", at / "out", str(made / "moral.yaml"), trials=trials, scope=scope, **options)
 
 
@@ -108,32 +108,27 @@ def test_a_search_that_is_done_tries_nothing_again(
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_to_what_an_undisturbed_one_finds(
-    made: Path, tmp_path: Path, result: tuple[Searched, Path]
+    made: Path, tmp_path: Path, result: tuple[Searched, Path], forkserver: ForkServerContext
 ) -> None:
-    arguments = (str(made / "model"), str(tmp_path / "out"), str(made / "moral.yaml"), str(made / "calm.yaml"))
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from steer.measure.search.trials import Goal\n"
-        "from steer.measure.search.trials import Scope\n"
-        "from steer.verbs.bake_search import search_bake\n"
-        "search_bake(*sys.argv[1:4], keep=sys.argv[4:], trials=16, scope=Scope(4, 12, 3),\n"
-        "            goal=Goal(share=1.0, as_unsearched=False, tolerance=1.0))\n"
-    )
     study = tmp_path / "out-search" / STUDY
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
-    try:
-        while process.poll() is None and _trials(study) < BATCH:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, process.stderr and process.stderr.read()
+    process = fork(forkserver, _search, made, tmp_path)
+    while process.is_alive() and _trials(study) < BATCH:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert BATCH <= _trials(study) <= 2 * BATCH
     assert not (tmp_path / "out").exists()
     wish = Goal(share=1.0, as_unsearched=False, tolerance=1.0)
     again = searched(made, tmp_path, trials=2 * BATCH, keep=[str(made / "calm.yaml")], goal=wish)
     assert rows(again) == rows(result[0])
     assert again.result["held_out"] == result[0].result["held_out"]
+
+
+def _search(made: Path, at: Path) -> None:
+    torch.set_num_threads(1)
+    wish = Goal(share=1.0, as_unsearched=False, tolerance=1.0)
+    searched(made, at, trials=2 * BATCH, keep=[str(made / "calm.yaml")], goal=wish)
 
 
 def _trials(study: Path) -> int:

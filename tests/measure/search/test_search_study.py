@@ -135,7 +135,7 @@ def run(study: Study, bench: Bench, space: Space, trials: int, **options: Any) -
     return study.trials(space)
 
 
-def told(trials: list[Trial]) -> list[Any]:
+def summaries(trials: list[Trial]) -> list[Any]:
     return [(t.number, t.params, t.outcome) for t in trials]
 
 
@@ -144,7 +144,7 @@ def undisturbed(bench: Bench, make_direction: MakeDirection) -> list[Any]:
     """What 3 batches of trials in one go are."""
     neutral = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
     space = Space(make_direction("moral"), 3, ("plain", "projected", "biprojected"), neutral)
-    return told(run(Study(None, {}, "x"), bench, space, 3 * BATCH))
+    return summaries(run(Study(None, {}, "x"), bench, space, 3 * BATCH))
 
 
 def test_no_trial_repeats_another(undisturbed: list[Any], space: Space) -> None:
@@ -157,11 +157,11 @@ def test_a_study_that_stops_after_any_number_of_trials_goes_on_as_if_it_had_not(
     bench: Bench, space: Space, tmp_path: Path, undisturbed: list[Any]
 ) -> None:
     for trials in (BATCH, BATCH, 2 * BATCH, 3 * BATCH):
-        found = told(run(Study(tmp_path / STUDY, {"a": (1,)}, "x"), bench, space, trials))
+        found = summaries(run(Study(tmp_path / STUDY, {"a": (1,)}, "x"), bench, space, trials))
         assert found == undisturbed[:trials]
     # In the midst of a batch the points are the same; the replies, in another batch, up to rounding.
     for trials in (BATCH + 3, 3 * BATCH):
-        found = told(run(Study(tmp_path / "other.sqlite3", {}, "x"), bench, space, trials))
+        found = summaries(run(Study(tmp_path / "other.sqlite3", {}, "x"), bench, space, trials))
         assert [f[1] for f in found] == [u[1] for u in undisturbed[:trials]]
 
 
@@ -183,7 +183,7 @@ def test_a_batch_that_was_half_written_is_written_whole(
         with pytest.raises(KeyboardInterrupt):
             run(study, bench, space, BATCH)
     again = Study(tmp_path / STUDY, {}, "x")
-    assert told(again.trials(space)) == undisturbed[:BATCH]
+    assert summaries(again.trials(space)) == undisturbed[:BATCH]
 
 
 def test_another_seed_tries_other_points_once_the_known_ones_are_done(
@@ -219,7 +219,7 @@ def test_a_trait_that_is_to_stay_is_a_constraint_of_the_study(bench: Bench, spac
         assert t.constraints["calm"] == pytest.approx(moved - Goal().tolerance)
 
 
-def test_the_sampler_is_told_how_far_the_goal_is_and_nothing_of_what_is_beyond_it(
+def test_the_sampler_gets_the_distance_to_the_goal_and_nothing_beyond_it(
     bench: Bench, space: Space, tmp_path: Path
 ) -> None:
     study, goal = Study(tmp_path / STUDY, {}, "x"), Goal(share=0.9)

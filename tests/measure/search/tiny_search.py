@@ -18,10 +18,10 @@ MakeDirection = Callable[..., Direction]
 def save_trait(path: Path, name: str, shift: int) -> Path:
     """A trait whose instructions and topics are words that the tiny model knows."""
     words = WORDS[shift:] + WORDS[:shift]
-    told = {
+    described = {
         "name": name, "summary": "none", "with": " ".join(words[:4]), "without": " ".join(words[4:8]),
         "markers": words[:3], "fit": [" ".join(words[i : i + 3]) for i in range(10)],
         "held_out": [" ".join(words[i : i + 3]) for i in range(20, 26)],
     }  # fmt: skip
-    path.write_text(yaml.safe_dump(told))
+    path.write_text(yaml.safe_dump(described))
     return path

@@ -12,7 +12,7 @@ from batched import DRAWN, GREEDY, LONG, job
 
 from steer.core.edit import Edit
 from steer.core.schedule import Gate, Schedule
-from steer.core.slider import Intervention
+from steer.core.slider import Slider
 from steer.model.steered import SteeredModel
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Job
@@ -32,14 +32,14 @@ def jobs(moral, make_direction) -> list[Job]:
     edits = [
         None,
         Edit(add=((moral, 1.5), (other, -1.0))),
-        Edit(moves=(Intervention(moral, "clamp", 1.0), Intervention(late, "add", -1.0, Schedule(gate=gate)))),
+        Edit(moves=(Slider(moral, "clamp", 1.0), Slider(late, "add", -1.0, Schedule(gate=gate)))),
         Edit((moral,)),
-        Edit(moves=(Intervention(moral, "add", 3.0, Schedule("reply", first=5, after=2)),)),
+        Edit(moves=(Slider(moral, "add", 3.0, Schedule("reply", first=5, after=2)),)),
         Edit((moral, other), 0.6, (1, 2), ((other, 0.5),)),
         Edit(
             moves=(
-                Intervention(other, "scale", -1.0, Schedule(ramp=6)),
-                Intervention(moral, "cap", -1.0, Schedule("reply")),
+                Slider(other, "scale", -1.0, Schedule(ramp=6)),
+                Slider(moral, "cap", -1.0, Schedule("reply")),
             )
         ),
         None,

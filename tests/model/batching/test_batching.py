@@ -110,7 +110,7 @@ def _moved_midway(model: SteeredModel, moral) -> list[int]:
     return out
 
 
-def test_an_end_token_ends_a_reply_and_is_told(endless, jobs):
+def test_an_end_token_ends_a_reply_and_is_reported(endless, jobs):
     made = by_decoding(endless, job(sampler=LONG))
     end = made[7]
     endless.end_token_ids = frozenset([end])

@@ -13,7 +13,7 @@ from steer.model.steered import SteeredModel
 from steer.serve import packed, turns
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Job
-from steer.serve.turns import FairScheduler, shares
+from steer.serve.turns import next_read, shares
 
 READ, PLACES = 16, 8
 FORTY = replace(LONG, max_new_tokens=40)
@@ -106,20 +106,12 @@ def test_a_long_prompt_is_read_however_many_short_ones_come():
 
 
 def test_steps_that_take_long_read_less_and_quick_ones_more_again():
-    scheduler = object.__new__(FairScheduler)
-    scheduler.most = scheduler.read = 256
-    read = []
-    for took in (2.0, 0.5, 0.25, 0.1, 9.0, 0.2):
-        scheduler._shares = {"a 0": scheduler.read}
-        scheduler.took(took)
-        read.append(scheduler.read)
-    assert read == [64, 64, 128, 256, 32, 80]
-    scheduler._shares = {"a 0": 5}  # a short prompt, which says nothing of a longer one
-    scheduler.took(0.3)
-    assert scheduler.read == 80
-    scheduler._shares = {}
-    scheduler.took(9.0)
-    assert scheduler.read == 80
+    read = [256]
+    for seconds in (2.0, 0.5, 0.25, 0.1, 9.0, 0.2):
+        read.append(next_read(read[-1], 256, read[-1], seconds))
+    assert read[1:] == [64, 64, 128, 256, 32, 80]
+    assert next_read(80, 256, 5, 0.3) == 80  # a short prompt is no measure of a longer one
+    assert next_read(80, 256, 0, 9.0) == 80
 
 
 def test_a_prompt_beside_replies_is_read_while_they_are_written(endless, engine):

@@ -24,9 +24,9 @@ SITE = 15
 
 def pirate(model: SteeredModel) -> tuple[Direction, list[int], int]:
     """The direction from a plain reply to one like a pirate's; the latter with its prompt, and where it starts."""
-    means, told = [], ([{"role": "system", "content": "You are a pirate at sea. Talk like a pirate."}], [])
+    means, systems = [], ([{"role": "system", "content": "You are a pirate at sea. Talk like a pirate."}], [])
     texts = []
-    for system in told:
+    for system in systems:
         ids = model.prompt_ids([*system, {"role": "user", "content": "How was your day?"}])
         said = model.hf.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0].tolist()
         with model.record([SITE]) as recording, torch.inference_mode():

@@ -67,7 +67,7 @@ def test_characters_of_several_tokens_come_whole_in_a_stream(default):
 
 
 @pytest.mark.slow
-def test_a_profile_steers_it_and_tells_how_far(default):
+def test_a_profile_steers_it_and_shows_how_far(default):
     name = default.client().models.list().data[0].id
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     plain, far = (
@@ -75,6 +75,6 @@ def test_a_profile_steers_it_and_tells_how_far(default):
         for m in (name, f"{name}@far")
     )
     assert plain.choices[0].message.content != far.choices[0].message.content
-    told = far.model_extra["steering"]
-    assert told["receipt"]["sliders"][0]["mean_share"] == pytest.approx(0.8, abs=0.01)
-    assert "fall apart" in told["warnings"][0]
+    reported = far.model_extra["steering"]
+    assert reported["receipt"]["sliders"][0]["mean_share"] == pytest.approx(0.8, abs=0.01)
+    assert "fall apart" in reported["warnings"][0]

@@ -26,12 +26,12 @@ HELLO = [{"role": "user", "content": "hello"}]
 def error(reply: httpx.Response, status: int) -> dict[str, str]:
     """What an error says, whose shape is OpenAI's."""
     assert reply.status_code == status, reply.text
-    (told,) = reply.json().values()
+    (problem,) = reply.json().values()
     assert list(reply.json()) == ["error"]
-    assert list(told) == ["message", "type", "param", "code"]
-    assert "\n" not in told["message"]
+    assert list(problem) == ["message", "type", "param", "code"]
+    assert "\n" not in problem["message"]
     assert "Traceback" not in reply.text
-    return told
+    return problem
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def error(reply: httpx.Response, status: int) -> dict[str, str]:
 def test_a_request_that_cannot_be_is_a_400_that_names_the_field(server, body, param, says):
     base = {} if body == {} else {"messages": HELLO}
     raw = json.dumps(base | body)
-    told = error(server.post(CHAT, content=raw, headers={"Content-Type": "application/json"}), 400)
-    assert told["type"] == "invalid_request_error"
-    assert told["param"] == param
-    assert re.search(says, told["message"]), told["message"]
+    problem = error(server.post(CHAT, content=raw, headers={"Content-Type": "application/json"}), 400)
+    assert problem["type"] == "invalid_request_error"
+    assert problem["param"] == param
+    assert re.search(says, problem["message"]), problem["message"]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_a_request_that_cannot_be_is_a_400_that_names_the_field(server, body, pa
     ],
 )
 def test_a_completion_that_cannot_be_is_a_400_that_names_the_field(server, body, param, says):
-    told = error(server.post("/v1/completions", body), 400)
-    assert (told["param"], says in told["message"]) == (param, True), told
+    problem = error(server.post("/v1/completions", body), 400)
+    assert (problem["param"], says in problem["message"]) == (param, True), problem
 
 
 @pytest.mark.parametrize(
@@ -135,15 +135,15 @@ def test_a_completion_that_cannot_be_is_a_400_that_names_the_field(server, body,
     ],
 )
 def test_a_body_that_is_no_request_is_a_400(server, raw, says):
-    told = error(server.post(CHAT, content=raw, headers={"Content-Type": "application/json"}), 400)
-    assert says in told["message"]
+    problem = error(server.post(CHAT, content=raw, headers={"Content-Type": "application/json"}), 400)
+    assert says in problem["message"]
 
 
 def test_a_body_that_a_web_page_may_send_unasked_is_refused(server):
     """A page of another site can post text/plain here without the browser asking first."""
     body = '{"messages": [{"role": "user", "content": "hello"}]}'
-    told = error(server.post(CHAT, content=body, headers={"Content-Type": "text/plain"}), 400)
-    assert "Content-Type: application/json" in told["message"]
+    problem = error(server.post(CHAT, content=body, headers={"Content-Type": "text/plain"}), 400)
+    assert "Content-Type: application/json" in problem["message"]
 
 
 @pytest.mark.parametrize(
@@ -170,23 +170,23 @@ def test_sliders_that_break_the_model_give_json_all_the_same(server, stream):
 
 
 def test_what_is_not_here_is_a_404_that_names_what_is(server):
-    told = error(server.post(CHAT, {"model": "gpt-4o", "messages": HELLO}), 404)
-    assert (told["code"], told["param"]) == ("model_not_found", "model")
-    assert "chat, chat@noir" in told["message"]
+    problem = error(server.post(CHAT, {"model": "gpt-4o", "messages": HELLO}), 404)
+    assert (problem["code"], problem["param"]) == ("model_not_found", "model")
+    assert "chat, chat@noir" in problem["message"]
     assert error(server.post(CHAT, {"model": "chat@gris", "messages": HELLO}), 404)["code"] == "model_not_found"
     assert error(server.get("/v1/models/gpt-4o"), 404)["code"] == "model_not_found"
-    told = error(server.post(CHAT, {"messages": HELLO, "steering": {"profile": "gris"}}), 404)
-    assert told["code"] == "profile_not_found"
-    assert "noir" in told["message"]
+    problem = error(server.post(CHAT, {"messages": HELLO, "steering": {"profile": "gris"}}), 404)
+    assert problem["code"] == "profile_not_found"
+    assert "noir" in problem["message"]
     assert error(server.get("/v2/nothing"), 404)["code"] == "not_found"
     assert error(server.get(CHAT), 405)["code"] == "method_not_allowed"
 
 
 def test_a_prompt_longer_than_the_context_is_a_400_with_openais_code(server):
     context = server.engine.context
-    told = error(server.post("/v1/completions", {"prompt": [10] * context}), 400)
-    assert (told["code"], told["param"]) == ("context_length_exceeded", "prompt")
-    assert f"at most {context - 1} tokens" in told["message"]
+    problem = error(server.post("/v1/completions", {"prompt": [10] * context}), 400)
+    assert (problem["code"], problem["param"]) == ("context_length_exceeded", "prompt")
+    assert f"at most {context - 1} tokens" in problem["message"]
     assert server.post("/v1/completions", {"prompt": [10] * (context - 1)}).status_code == 200
     long = [{"role": "user", "content": "hello " * context}]
     assert error(server.post(CHAT, {"messages": long}), 400)["code"] == "context_length_exceeded"
@@ -204,8 +204,8 @@ def test_openais_client_raises_its_own_errors(server):
 def test_a_body_over_the_limit_is_a_413_whatever_its_headers_say(server):
     body = b'{"prompt": "' + b"a" * 100_000 + b'"}'
     kind = {"Content-Type": "application/json"}
-    told = error(server.post("/v1/completions", content=body, headers=kind), 413)
-    assert "100,000 bytes" in told["message"]
+    problem = error(server.post("/v1/completions", content=body, headers=kind), 413)
+    assert "100,000 bytes" in problem["message"]
     # In chunks, with no Content-Length.
     streamed = server.post("/v1/completions", content=iter([body[:60_000], body[60_000:]]), headers=kind)
     error(streamed, 413)
@@ -218,8 +218,8 @@ def test_a_template_that_refuses_a_chat_is_a_400_and_none_at_all_too(served_mode
     before = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
-        told = error(server.post(CHAT, {"messages": HELLO}), 400)
-        assert "roles must take turns" in told["message"]
+        problem = error(server.post(CHAT, {"messages": HELLO}), 400)
+        assert "roles must take turns" in problem["message"]
         tokenizer.chat_template = None
         assert "chat template" in error(server.post(CHAT, {"messages": HELLO}), 400)["message"]
     finally:
@@ -340,15 +340,15 @@ def test_profiles_that_cannot_be_served_stop_the_start(served_model, profiles, s
         pass
 
 
-def test_what_nobody_foresaw_is_a_500_that_tells_nothing(served_model, server, monkeypatch, caplog):
+def test_an_unexpected_error_is_a_500_that_reveals_nothing(served_model, server, monkeypatch, caplog):
     def broken(*_: object) -> list[int]:
         raise ZeroDivisionError("secret/path")
 
     monkeypatch.setattr(served_model, "prompt", broken)
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
-    told = error(server.post(CHAT, {"messages": HELLO}), 500)
-    assert "secret" not in str(told)
-    assert (told["type"], told["code"]) == ("server_error", "internal_error")
+    problem = error(server.post(CHAT, {"messages": HELLO}), 500)
+    assert "secret" not in str(problem)
+    assert (problem["type"], problem["code"]) == ("server_error", "internal_error")
     assert until(lambda: "secret/path" in caplog.text)
 
 
@@ -365,8 +365,8 @@ def test_an_engine_that_fails_is_a_500_and_serves_the_next(served_model, server,
     monkeypatch.setattr(type(served_model.hf), "forward", failing)
     body = {"messages": HELLO, "max_tokens": 8, "stream": stream, "logit_bias": {"2": -100}}
     if not stream:
-        told = error(server.post(CHAT, body), 500)
-        assert told["type"] == "server_error"
+        problem = error(server.post(CHAT, body), 500)
+        assert problem["type"] == "server_error"
     else:
         with pytest.raises(openai.APIError, match="could not be written"):
             list(server.client().chat.completions.create(model="chat", **body))

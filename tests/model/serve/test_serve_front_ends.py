@@ -259,7 +259,7 @@ def test_calls_as_openai_had_them_before_tools(server):
 
 
 @pytest.mark.parametrize("name", ["gpt-4o", "default", "other/model:latest"])
-def test_any_models_name_is_the_served_one_if_the_server_is_told_so(server, open_server, name):
+def test_any_models_name_is_the_served_one_if_the_server_is_started_so(server, open_server, name):
     assert reply(open_server, {"model": name})["model"] == name
     assert open_server.client().models.retrieve(name.replace("/", "-")).object == "model"
     refused = server.post(CHAT, {"model": name, "messages": HELLO})

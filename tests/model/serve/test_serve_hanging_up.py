@@ -99,8 +99,8 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again(slow):
         reply = slow.post("/v1/chat/completions", LONG | {"n": 2})
         assert reply.status_code == 429
         assert int(reply.headers["retry-after"]) >= 1
-        told = reply.json()["error"]
-        assert (told["type"], told["code"]) == ("rate_limit_error", "queue_full")
+        problem = reply.json()["error"]
+        assert (problem["type"], problem["code"]) == ("rate_limit_error", "queue_full")
         assert until(lambda: slow.engine.waiting == 0, 5)
         with connect(slow) as two:
             two.sendall(request_bytes(LONG | {"stream": True}))
@@ -136,7 +136,7 @@ def test_openais_client_reads_on_through_a_silence_that_is_filled(served_model, 
         hook.remove()
 
 
-def test_a_server_that_stops_tells_those_it_leaves(served_model):
+def test_a_server_that_stops_reports_it_to_its_clients(served_model):
     hook = served_model.hf.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     heard: list[str] = []
 

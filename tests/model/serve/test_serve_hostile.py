@@ -34,11 +34,11 @@ def server(served_model: SteeredModel) -> Iterator[Served]:
 
 def refused(reply: httpx.Response) -> dict[str, str]:
     assert reply.status_code in (400, 404), reply.text[:500]
-    told = reply.json()["error"]
-    assert set(told) == {"message", "type", "param", "code"}
+    problem = reply.json()["error"]
+    assert set(problem) == {"message", "type", "param", "code"}
     assert len(reply.content) < 1500
-    assert told["message"].isprintable()
-    return told
+    assert problem["message"].isprintable()
+    return problem
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def refused(reply: httpx.Response) -> dict[str, str]:
 def test_a_hostile_body_is_a_400_of_one_short_line(server, path, body, says):
     base = {"messages": HELLO} if path == CHAT else {}
     raw = json.dumps(base | body)
-    told = refused(server.post(path, content=raw, headers={"Content-Type": "application/json"}))
-    assert says in told["message"] or says == told["param"], told
+    problem = refused(server.post(path, content=raw, headers={"Content-Type": "application/json"}))
+    assert says in problem["message"] or says == problem["param"], problem
     assert server.get("/health").json() == {"status": "ok"}
 
 
@@ -138,8 +138,8 @@ def test_prompts_behind_one_that_is_too_long_are_not_tokenised(server, monkeypat
         return encode(text, **more)
 
     monkeypatch.setattr(server.model, "encode", counted)
-    told = refused(server.post(COMPLETE, {"prompt": ["hello", *["x " * server.engine.context] * 5]}))
-    assert told["code"] == "context_length_exceeded"
+    problem = refused(server.post(COMPLETE, {"prompt": ["hello", *["x " * server.engine.context] * 5]}))
+    assert problem["code"] == "context_length_exceeded"
     assert len(encoded) == 2
 
 
@@ -189,8 +189,8 @@ def test_half_a_character_in_a_name_is_a_400_or_404(server, body):
 
 @pytest.mark.parametrize("host", ["evil.example", "h" * 8000, "[::2]:80", ""])
 def test_a_foreign_host_is_refused_in_openais_shape(server, host):
-    told = refused(server.get("/v1/models", headers={"Host": host}))
-    assert told["code"] == "invalid_host"
+    problem = refused(server.get("/v1/models", headers={"Host": host}))
+    assert problem["code"] == "invalid_host"
 
 
 def test_a_token_that_is_banned_is_never_drawn_beside_a_text_that_has_none_left(server):
@@ -227,12 +227,12 @@ def test_an_edit_that_cannot_be_worked_out_ends_its_own_request_alone(served_mod
 
         other = threading.Thread(target=stream)
         other.start()
-        told: list[object] = []
+        problem: list[object] = []
         for _ in range(5):
             job = Job((1, 5, 9), Sampler(max_new_tokens=5), lambda: Edit(add=((bad, 1.0),)))
-            server.engine.submit(job, told.append)
-        assert until(lambda: len(told) == 5)
-        assert all("could not be written" in str(e) or "site" in str(e) for e in told)
+            server.engine.submit(job, problem.append)
+        assert until(lambda: len(problem) == 5)
+        assert all("could not be written" in str(e) or "site" in str(e) for e in problem)
         other.join(60)
         text = "".join(
             json.loads(x[6:])["choices"][0]["delta"].get("content", "")
@@ -312,9 +312,9 @@ def test_a_profile_of_a_folder_that_does_not_fit_is_passed_over(served_model, tm
         profiles = load_profiles([tmp_path])
     assert len(caught) == 1
     assert [p.name for p in profiles] == ["good", "other"]
-    with warnings.catch_warnings(record=True) as told, served(served_model, Options(profiles=profiles)) as server:
+    with warnings.catch_warnings(record=True) as problem, served(served_model, Options(profiles=profiles)) as server:
         names = [m["id"] for m in server.get("/v1/models").json()["data"]]
     assert names == ["chat", "chat@good"]
-    (line,) = [str(w.message) for w in told if w.category is SkippedWarning]
+    (line,) = [str(w.message) for w in problem if w.category is SkippedWarning]
     assert "other.yaml" in line
     assert "'nobody'" in line

@@ -14,7 +14,7 @@ import gguf
 import httpx
 import pytest
 from batched import GREEDY, Listener, ask, job
-from commands import command_here, command_outside
+from commands import command_here
 from llama_desk import LONG, STRENGTH, Desk, engine_on
 from llama_server import LlamaServer, llama_server
 from serving import Served, served
@@ -305,17 +305,17 @@ def test_fit_says_how_far_a_quantised_model_changes_as_the_original_does(desk, t
             assert f.plain > 0.01
 
 
-def test_fit_warns_of_a_lora_that_changes_another_direction(desk, tmp_path):
+def test_fit_warns_of_a_lora_that_changes_another_direction(desk, tmp_path, monkeypatch, capfd):
     copy = Path(shutil.copytree(desk.baked, tmp_path / "copy"))
     shutil.copy(copy / "ablate-b.gguf", copy / "ablate-a.gguf")
     with llama_server(desk.command(copy)) as running:
-        url = ("--server", running.url)
-        done = command_outside("fit", "model.gguf", desk.checkpoint, *url, "--json", timeout=300)
+        steer, url = command_here(monkeypatch, capfd), ("--server", running.url)
+        done = steer("fit", "model.gguf", desk.checkpoint, *url, "--json")
         assert done.code == 0, done.err
         a, b = done.result["sliders"]
         assert "is not what it changes in the original" in a["warning"]
         assert b["distance"] < a["distance"]
-        refused = command_outside("fit", "other.gguf", desk.checkpoint, *url, timeout=300)
+        refused = steer("fit", "other.gguf", desk.checkpoint, *url)
         assert (refused.code, "found model.gguf" in refused.err) == (1, True)
 
 

@@ -87,8 +87,8 @@ def alone(server: Served, body: dict) -> tuple[list[str], list[float]]:
             return model.tokenizer.convert_ids_to_tokens(ids), []
         with torch.inference_mode():
             logits = model.hf(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-    told = logits.float().log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
-    return model.tokenizer.convert_ids_to_tokens(ids), told.tolist()
+    reported = logits.float().log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+    return model.tokenizer.convert_ids_to_tokens(ids), reported.tolist()
 
 
 @pytest.mark.slow
@@ -136,5 +136,5 @@ def test_everybody_gets_what_they_would_get_alone_whoever_hangs_up_or_sends_rubb
             assert [t["token"] for t in choice["logprobs"]["content"]] == tokens
             assert choice["finish_reason"] == "length"
             if logprobs:
-                told = [t["logprob"] for t in choice["logprobs"]["content"]]
-                assert told == pytest.approx(logprobs, abs=1e-5)
+                reported = [t["logprob"] for t in choice["logprobs"]["content"]]
+                assert reported == pytest.approx(logprobs, abs=1e-5)

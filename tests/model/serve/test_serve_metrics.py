@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""The metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def grown(server: Served, act) -> dict[str, float]:
 
 def test_a_reply_is_counted_with_its_tokens_and_their_times(server):
     body = {"messages": HELLO, "max_tokens": 6, "logit_bias": {"2": -100}, "n": 2}
-    told = grown(server, lambda: server.post(CHAT, body))
+    totals = grown(server, lambda: server.post(CHAT, body))
     prompt = len(server.model.prompt_ids(HELLO))
-    assert told["steer_requests_total[('route', '/v1/chat/completions'), ('status', '200')]"] == 1
-    assert told["steer_prompt_tokens_total[]"] == prompt
-    assert told["steer_completion_tokens_total[]"] == 12
-    assert told["steer_time_to_first_token_seconds_count[]"] == 2
-    assert told["steer_time_per_token_seconds_count[]"] == 10
-    assert told["steer_time_per_token_seconds_sum[]"] > 0
-    assert "steer_hung_up_total[]" not in told
+    assert totals["steer_requests_total[('route', '/v1/chat/completions'), ('status', '200')]"] == 1
+    assert totals["steer_prompt_tokens_total[]"] == prompt
+    assert totals["steer_completion_tokens_total[]"] == 12
+    assert totals["steer_time_to_first_token_seconds_count[]"] == 2
+    assert totals["steer_time_per_token_seconds_count[]"] == 10
+    assert totals["steer_time_per_token_seconds_sum[]"] > 0
+    assert "steer_hung_up_total[]" not in totals
 
 
 def test_requests_are_counted_by_route_and_status_and_no_path_makes_a_new_series(server):
@@ -41,8 +41,8 @@ def test_requests_are_counted_by_route_and_status_and_no_path_makes_a_new_series
             server.get(f"/nowhere/{n}")
             server.get(f"/v1/models/unknown{n}")
 
-    told = {k: v for k, v in grown(server, act).items() if k.startswith("steer_requests_total")}
-    assert told == {
+    totals = {k: v for k, v in grown(server, act).items() if k.startswith("steer_requests_total")}
+    assert totals == {
         "steer_requests_total[('route', '/metrics'), ('status', '200')]": 1,
         "steer_requests_total[('route', '/v1/chat/completions'), ('status', '400')]": 1,
         "steer_requests_total[('route', 'other'), ('status', '404')]": 5,
@@ -50,6 +50,6 @@ def test_requests_are_counted_by_route_and_status_and_no_path_makes_a_new_series
     }
 
 
-def test_what_runs_and_waits_is_told_as_it_is(server):
-    told = values(server)
-    assert told["steer_jobs_running[]"] == told["steer_jobs_waiting[]"] == 0
+def test_running_and_waiting_replies_are_counted(server):
+    totals = values(server)
+    assert totals["steer_jobs_running[]"] == totals["steer_jobs_waiting[]"] == 0

@@ -35,16 +35,16 @@ def ended(server: Served, id: str) -> dict:
 
 
 def test_nothing_is_searched_for_unless_the_server_allows_it(fresh):
-    told = error(fresh.post(SLIDERS, WANTED), 403)
-    assert told["code"] == "find_not_allowed"
-    assert "--allow-find" in told["message"]
+    answer = error(fresh.post(SLIDERS, WANTED), 403)
+    assert answer["code"] == "find_not_allowed"
+    assert "--allow-find" in answer["message"]
 
 
 @pytest.mark.parametrize(
     ("body", "says"),
     [
         ({}, "sentence"),
-        ({"sentence": " "}, "expected what the model is told to be"),
+        ({"sentence": " "}, "expected what the model is answer to be"),
         ({"sentence": "be", "name": "../x"}, "expected a name of at most 64"),
         ({"sentence": "be", "name": "warmth"}, "no shipped trait has"),
         ({"sentence": "be", "opposite": "be"}, "expected opposite instructions"),
@@ -105,8 +105,8 @@ def test_a_search_that_finds_nothing_says_why_and_is_kept_until_it_is_deleted(fi
 
 def test_a_search_can_be_cancelled_and_leaves_nothing(finding):
     id = finding.post(SLIDERS, WANTED).json()["id"]
-    told = httpx.delete(f"{finding.url}{SLIDERS}/{id}", timeout=60).json()
-    assert (told["status"], told["error"]) == ("cancelled", "stopped; no slider was made")
+    answer = httpx.delete(f"{finding.url}{SLIDERS}/{id}", timeout=60).json()
+    assert (answer["status"], answer["error"]) == ("cancelled", "stopped; no slider was made")
     assert failed_searches(finding.model) == []
     assert "ta" not in finding.model.sliders.known()
     assert error(finding.get(f"{SLIDERS}/find-none"), 404)["code"] == "search_not_found"

@@ -52,7 +52,7 @@ def test_choices_draw_from_streams_of_their_own_within_the_seed(server, seed):
     assert len(set(said)) == 3
 
 
-def test_a_reply_without_a_seed_tells_the_one_that_gives_it_again(server):
+def test_a_reply_without_a_seed_shows_the_one_that_gives_it_again(server):
     client = server.client()
     first, other = (client.chat.completions.create(model="chat", messages=HELLO, max_tokens=16) for _ in range(2))
     assert first.choices[0].message.content != other.choices[0].message.content
@@ -135,13 +135,13 @@ def test_logprobs_are_the_models_own_before_any_sampling(server, stream):
     reply = server.client().chat.completions.create(**asked, logit_bias=NO_END, stream=stream)
     if stream:
         chunks = [c for c in reply if c.choices[0].logprobs]
-        told = [t for c in chunks for t in c.choices[0].logprobs.content]
+        reported = [t for c in chunks for t in c.choices[0].logprobs.content]
     else:
-        told = reply.choices[0].logprobs.content
-    assert len(told) == 5
+        reported = reply.choices[0].logprobs.content
+    assert len(reported) == 5
     model = server.model
     ids = model.prompt_ids(HELLO)
-    for one in told:
+    for one in reported:
         logits = model.hf(torch.tensor([ids])).logits[0, -1].detach().log_softmax(-1)
         (token,) = model.tokenizer.convert_tokens_to_ids([one.token])
         assert one.logprob == pytest.approx(float(logits[token]), abs=1e-4)
@@ -161,10 +161,13 @@ def test_a_completion_goes_on_from_its_prompt_with_offsets_into_its_text(server)
     (made,) = generate(server.model, [ids], Sampler(4, 0, repetition_penalty=1.0, logit_bias=((2, -100.0),)))
     assert reply.object == "text_completion"
     assert choice.text.split() == server.model.text(made).split()
-    told = choice.logprobs
-    assert told.tokens == server.model.tokenizer.convert_ids_to_tokens(made)
-    assert [choice.text[at:].split()[0] for at in told.text_offset] == told.tokens
-    assert all(t[token] == lp for t, token, lp in zip(told.top_logprobs, told.tokens, told.token_logprobs, strict=True))
+    reported = choice.logprobs
+    assert reported.tokens == server.model.tokenizer.convert_ids_to_tokens(made)
+    assert [choice.text[at:].split()[0] for at in reported.text_offset] == reported.tokens
+    assert all(
+        t[token] == lp
+        for t, token, lp in zip(reported.top_logprobs, reported.tokens, reported.token_logprobs, strict=True)
+    )
     assert reply.usage.prompt_tokens == len(ids)
 
 
@@ -182,9 +185,9 @@ def test_an_echoed_prompt_has_its_log_probabilities(server, stream):
     ids = server.model.tokenizer("<s> hello friend well hello", add_special_tokens=False).input_ids
     asked = {"model": "chat", "prompt": ids, "max_tokens": 2, "logprobs": 3, "echo": True, **GREEDY}
     made = server.client().completions.create(**asked, stream=stream)
-    told = [c.choices[0].logprobs for c in made if c.choices[0].logprobs] if stream else [made.choices[0].logprobs]
+    reported = [c.choices[0].logprobs for c in made if c.choices[0].logprobs] if stream else [made.choices[0].logprobs]
     tokens, logprobs, top, offsets = (
-        [x for part in told for x in getattr(part, name)]
+        [x for part in reported for x in getattr(part, name)]
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     )
     assert tokens[: len(ids)] == server.model.tokenizer.convert_ids_to_tokens(ids)

@@ -72,10 +72,10 @@ def text_completion(server):
 
 def test_its_text_completion_streams(fresh):
     chunks, whole = text_completion(fresh)
-    told = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]["tokens"]]
+    reported = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]["tokens"]]
     # Its panel of token probabilities reads these.
-    assert all(10 <= len(top) <= 11 for t in told for top in t["top_logprobs"])
-    assert [t for c in told for t in c["tokens"]] == whole["choices"][0]["logprobs"]["tokens"]
+    assert all(10 <= len(top) <= 11 for t in reported for top in t["top_logprobs"])
+    assert [t for c in reported for t in c["tokens"]] == whole["choices"][0]["logprobs"]["tokens"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -23,7 +23,7 @@ FIELDS = {"temperature": 0, "repetition_penalty": 1.0, "logit_bias": NO_END, "ma
 
 
 def said(server: Served, steering: dict | None = None, **more) -> tuple[str, dict]:
-    """A greedy reply, and what it tells of its steering."""
+    """A greedy reply, and its field `steering`."""
     body = {"messages": HELLO, **FIELDS, **more} | ({} if steering is None else {"steering": steering})
     reply = server.post("/v1/chat/completions", body)
     assert reply.status_code == 200, reply.text
@@ -48,9 +48,9 @@ def row(server: Served, name: str) -> dict:
 def test_a_requests_own_sliders_are_those_of_the_model_alone(fresh):
     texts = []
     for amounts in ({"moral": 1.5}, {"moral": -1.5}, {"moral:clamp": 2.0, "other": 1.0}, {"other:ablate": 1.0}, {}):
-        text, told = said(fresh, {"sliders": amounts})
+        text, reported = said(fresh, {"sliders": amounts})
         assert text == alone(fresh, amounts)
-        assert (told["sliders"], told["profile"], told["live"]) == (amounts, None, False)
+        assert (reported["sliders"], reported["profile"], reported["live"]) == (amounts, None, False)
         texts.append(text)
     assert len(set(texts)) == 5
 
@@ -60,12 +60,12 @@ def test_openais_client_steers_by_extra_body(fresh):
         model="chat", messages=HELLO, extra_body={**FIELDS, "steering": {"sliders": {"moral": 1.5}}}
     )
     assert reply.choices[0].message.content.strip() == alone(fresh, {"moral": 1.5})
-    told = reply.model_extra["steering"]
-    (slider,) = told["receipt"]["sliders"]
+    reported = reply.model_extra["steering"]
+    (slider,) = reported["receipt"]["sliders"]
     prompt = len(fresh.model.prompt_ids(HELLO))
     # The last token of the reply is never read.
     assert (slider["name"], slider["operation"], slider["amount"]) == ("moral", "add", 1.5)
-    assert slider["tokens"] == told["receipt"]["tokens"] == prompt + 19
+    assert slider["tokens"] == reported["receipt"]["tokens"] == prompt + 19
 
 
 def test_a_requests_own_sliders_touch_no_other_request(fresh):
@@ -105,8 +105,8 @@ def test_a_profile_comes_by_the_models_name_or_the_body_and_brings_its_sampler(f
     ],
 )
 def test_a_requests_sliders_stand_on_top_of_its_profiles(fresh, sliders, stand):
-    text, told = said(fresh, {"profile": "noir", "sliders": sliders})
-    assert told["sliders"] == stand
+    text, reported = said(fresh, {"profile": "noir", "sliders": sliders})
+    assert reported["sliders"] == stand
     assert text == alone(fresh, stand)
     assert said(fresh, {"profile": "noir"})[1]["sliders"] == {"moral": -0.5}
 
@@ -149,10 +149,10 @@ def test_a_change_that_cannot_be_changes_nothing(fresh, body, status, says):
     assert said(fresh)[1]["sliders"] == {"moral": 0.5}
 
 
-def test_the_sliders_are_told_with_what_there_is_to_know(fresh):
+def test_the_sliders_are_listed_with_their_facts(fresh):
     fresh.put({"profile": "noir", "sliders": {"other:clamp": 1.0}})
-    told = fresh.get("/v1/steering").json()
-    assert (told["profile"], told["profiles"]) == ("noir", ["noir"])
+    reported = fresh.get("/v1/steering").json()
+    assert (reported["profile"], reported["profiles"]) == ("noir", ["noir"])
     slider = fresh.model.sliders.slider("moral")
     assert row(fresh, "moral") == {
         "name": "moral",
@@ -177,7 +177,7 @@ def test_too_much_and_beyond_what_was_calibrated_is_a_warning(fresh):
     assert said(fresh, {"profile": "noir", "sliders": {"moral": 0.25}})[1]["warnings"] == []
     far, beyond = said(fresh, {"profile": "noir", "sliders": {"moral": 1.25}})[1]["warnings"]
     assert "fall apart" in far
-    assert "'moral' stands at 1.25, its calibrated range is -1 to 1" in beyond
+    assert "'moral' is at 1.25, its calibrated range is -1 to 1" in beyond
     assert fresh.put({"profile": "noir", "sliders": {"moral": 1.25}}).json()["warnings"] == [far, beyond]
     (never,) = said(fresh, {"sliders": {"moral:scale": 1.0, "other:cap": 1000.0}})[1]["warnings"]
     assert "'other:cap'" in never

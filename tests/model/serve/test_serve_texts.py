@@ -115,9 +115,9 @@ def test_nothing_comes_after_a_stop_string(by_words):
 def test_tokens_come_with_the_text_that_they_begin_in(by_bytes):
     ids = by_bytes("aé b", add_special_tokens=False).input_ids
     made = pieces(by_bytes, ids, ("b!",))
-    told = [(p.text, [(t.token.id, t.start) for t in p.tokens]) for p in made if p.text]
+    texts = [(p.text, [(t.token.id, t.start) for t in p.tokens]) for p in made if p.text]
     a, e1, e2, space, b = ids
-    assert told == [("a", [(a, 0)]), ("é", [(e1, 1), (e2, 1)]), (" ", [(space, 2)]), ("b", [(b, 3)])]
+    assert texts == [("a", [(a, 0)]), ("é", [(e1, 1), (e2, 1)]), (" ", [(space, 2)]), ("b", [(b, 3)])]
 
 
 def test_tokens_of_a_stop_string_are_left_out(by_bytes):
@@ -125,7 +125,7 @@ def test_tokens_of_a_stop_string_are_left_out(by_bytes):
     assert [t.token.id for p in pieces(by_bytes, ids, ("\nYo",)) for t in p.tokens] == ids[:2]
 
 
-def test_an_unfinished_character_at_the_end_is_told_with_its_tokens(by_bytes):
+def test_an_unfinished_character_at_the_end_is_reported_with_its_tokens(by_bytes):
     ids = by_bytes("a日", add_special_tokens=False).input_ids[:-1]
     made = pieces(by_bytes, ids)
     assert said(made) == "a\ufffd"

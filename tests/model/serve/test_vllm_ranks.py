@@ -59,7 +59,7 @@ def main(place, options, prompt, asked):
 if __name__ == "__main__":
     main(sys.argv[1], *map(json.loads, sys.argv[2:]))
 """
-"""Writes one batch with vLLM and the plugin; every request has sliders of its own. If the last is refused, why."""
+"""Writes one batch with vLLM and the plugin; every request has different sliders. If the last is refused, why."""
 
 
 @dataclass(frozen=True)

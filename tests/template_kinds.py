@@ -52,7 +52,7 @@ KINDS: dict[str, Kind] = {
         "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB",
         ("<|im_start|>", "<|im_end|>"),
     ),
-    "a system prompt of its own": Kind(
+    "a default system prompt": Kind(
         "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nDefault.<|im_end|>\n' }}{% endif %}" + CHATML,
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>system\nDefault.<|im_end|>\n<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB",
@@ -112,7 +112,7 @@ KINDS: dict[str, Kind] = {
         ("[INST]", "[/INST]"),
         STRICT,
     ),
-    "a system token of its own": Kind(
+    "a special token for system": Kind(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
         "{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% elif m.role == 'user' %}"
         "{{ '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",

@@ -32,7 +32,7 @@ def test_a_shipped_trait_is_valid_and_says_what_its_ends_do(name: str) -> None:
     for end in (trait.low_end, trait.high_end):
         assert end == (end or "").strip().removesuffix(".") != ""
     assert set(yaml.safe_load(file.read_text("utf-8"))) >= {"low_end", "high_end"}
-    if name not in ("moralizing", "compliance", "initiative"):  # which say why they have topics of their own
+    if name not in ("moralizing", "compliance", "initiative"):  # whose files say why they have other topics
         assert trait.fit == TopicPool.load().fit
 
 
