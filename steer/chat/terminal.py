@@ -21,6 +21,7 @@ from rich.text import Text
 
 from steer.chat.session import Session
 from steer.chat.voting import Thumb, kept_votes, votes_place
+from steer.core.cards import save_card_profile
 from steer.core.names import COMMANDS
 from steer.core.profile import Profile
 from steer.core.slider import parse_amount
@@ -37,7 +38,7 @@ HELP = """\
 /reread        read the whole chat again under the current sliders; else they act on new tokens only
 /receipt       show what the sliders did to the last reply, and which entries of lorebooks it was given
 /good /bad     keep that the last reply is to your taste, or is not; steer find --votes makes a slider of that
-/profile FILE  use a profile; /save FILE writes one
+/profile FILE  use a profile; /save FILE writes one, or puts it into the character card FILE (.png or .json)
 /clear         forget the conversation
 /quit          leave; so does Ctrl-D
 Ctrl-C stops a reply."""
@@ -185,7 +186,9 @@ class _Terminal:
             self.session.use(Profile.load(path))
             self.show_sliders()
         else:
-            self.say(f"{self.session.profile(Path(path).stem).save(path)} written")
+            profile = self.session.profile(Path(path).stem)
+            into_card = Path(path).suffix.lower() in (".png", ".json")
+            self.say(f"{save_card_profile(path, profile, path) if into_card else profile.save(path)} written")
 
     def show_sliders(self) -> None:
         sliders = self.session.sliders
