@@ -81,7 +81,7 @@ def main(
 ) -> None:
     """Judge the newest generation of a lineage by a known taste."""
     person = Person(dict(parse_amount(text) for text in weight), noise, rng=random.Random(seed))
-    with Judge(Lineage(lineage), voter, seed=seed) as judge:
+    with Judge(Lineage(lineage), voter, seed=seed, patience=math.inf) as judge:
         person.judge(judge, most, typer.echo)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
@@ -184,7 +185,10 @@ def grow_whole(
     lineage, sampler = Lineage(place), replace(CHAT, max_new_tokens=tokens)
     while True:
         if len(standing(lineage).ratings) > 1:  # else all children failed their gates
-            with Judge(lineage, "simulated", checkpoint=partial(checkpoint, lineage), sampler=sampler, seed=0) as judge:
+            checkpoints = partial(checkpoint, lineage)
+            with Judge(
+                lineage, "simulated", checkpoint=checkpoints, sampler=sampler, seed=0, patience=math.inf
+            ) as judge:
                 person.judge(judge, most, say)
         if len(lineage.generations) > generations:
             return lineage

@@ -61,7 +61,7 @@ UNLIKELY = 0.01
 FREE = 0.8
 """Share of the free memory that another model may take."""
 PATIENCE = 0.5
-"""Seconds after which a less informative pair, whose replies are written, is shown in place of the best pair."""
+"""The patience of people, seconds; see `Judge`."""
 TURNS = 8
 """Votes after which a scene ends and another begins."""
 ALIKE = 3
@@ -126,18 +126,22 @@ class Judge:
         sampler: Sampler = REPLY,
         most: int | None = None,
         seed: int | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         """Start to write ahead.
 
         `scene`: the reply that is chosen becomes part of the chat, which goes on. `prompt`: the first message of each
         chat; by default one that ships. `checkpoint`: returns a node's merged checkpoint, and may merge it again; by
         default the one in the lineage. `most`: how many models are held at once at most; None: as many as memory
-        allows. `seed`: of the sides and of ties; None: a different one each time.
+        allows. `seed`: of the sides and of ties; None: a different one each time. `patience`: seconds after which a
+        less informative pair, whose replies are written, is shown in place of the best pair; a program that votes can
+        wait (math.inf).
         Errors: UsageError for a lineage without two nodes to compare, a voter whose name cannot be a file's, and an
         empty prompt.
         """
         check_name(voter, "--voter")
         self.lineage, self.voter, self.scene, self.sampler = lineage, voter, scene, sampler
+        self._patience = patience
         self._rng = random.Random(seed)
         self._openings = list(Prompts.shipped().openings)
         random.Random(f"{lineage.settings.seed} {voter}").shuffle(self._openings)
@@ -195,13 +199,14 @@ class Judge:
                 if self._stopped:
                     raise UsageError("judging: expected one that is not closed")
                 waited = time.monotonic() - start
-                self._shown = self._ready(self._pairs if waited >= PATIENCE else self._pairs[:1])
+                self._shown = self._ready(self._pairs if waited >= self._patience else self._pairs[:1])
                 if sum(map(len, self._alike.values())) > self._planned_alike:
                     self._update()
                 elif self._shown is None:
                     if wait is not None and waited >= wait:
                         return None
-                    rest = min(math.inf if wait is None else wait, PATIENCE if waited < PATIENCE else math.inf) - waited
+                    patience = self._patience if waited < self._patience else math.inf
+                    rest = min(math.inf if wait is None else wait, patience) - waited
                     self._changed.wait(rest if math.isfinite(rest) else None)
             self._plan()
             return self._shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from steer.errors import SteerError, UsageError
 from steer.lineage import judging
 from steer.lineage.judging import ALIKE, TURNS, BlindPair, Choice, Judge, Prompts
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Settings
+from steer.lineage.ratings import ranked_pairs
 from steer.model.steered import SteeredModel, load
 
 SHORT = replace(CHAT, max_new_tokens=6)
@@ -199,6 +201,16 @@ def test_replies_are_there_before_the_vote_that_needs_them(lineage: Lineage, mos
             judge.vote(blind_pair, choice)  # pyright: ignore
             assert judge.blind_pair(wait=0) is not None
         assert len(judge._models.held) == (most or 3)
+
+
+def test_a_voter_who_can_wait_is_only_shown_the_pair_that_settles_most(lineage: Lineage) -> None:
+    """A program that votes at once was shown the pair that was written first again and again."""
+    with Judge(lineage, "kim", sampler=SHORT, most=1, patience=math.inf, seed=0) as judge:
+        for _ in range(8):
+            wanted = ranked_pairs(judge.standing)[0]
+            blind_pair = shown(judge)
+            assert sorted(blind_pair.nodes) == sorted(wanted)
+            judge.vote(blind_pair, "left")
 
 
 def test_replies_are_written_once_for_everyone(lineage: Lineage, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
