@@ -214,6 +214,8 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], where: str, place
         raise CheckpointError(f"{where}: {says}, W_enc has shape {list(tensors['W_enc'].shape)}; {_AGAIN}")
     k = config.get("k") if architecture == "topk" else None
     norm = manifest.get("norm", metadata.get("residual_norm"))
+    if norm is not None and not isinstance(norm, int | float):
+        raise _refused(where, "a number under norm, in its manifest or metadata", repr(norm)[:60])
     return Dictionary(
         architecture,
         tensors["W_enc"],

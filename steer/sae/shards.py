@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import BFloat16, Bool, Int
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -140,6 +141,29 @@ PARTIAL = "harvest.partial.json"
 FORMAT = 2
 
 
+class _Shard(BaseModel, strict=True):
+    file: str = Field(pattern=r"^[\w-]+\.safetensors$")
+    bytes: int
+
+
+class _Inputs(BaseModel, strict=True):
+    dtype: str
+    context: int
+
+
+class _Manifest(BaseModel, strict=True):
+    """What a harvest's manifest must hold; the rest is information."""
+
+    checkpoint: str
+    sources: list[str]
+    sites: list[int] = Field(min_length=1)
+    width: int
+    tokens: int = Field(ge=1)
+    norm: dict[str, float]
+    shards: list[_Shard] = Field(min_length=1)
+    inputs: _Inputs
+
+
 @dataclass(frozen=True, eq=False)
 class Harvest:
     """Residual streams of a text at some sites of one model, without special tokens and outliers.
@@ -170,6 +194,11 @@ class Harvest:
         manifest = read_json_object(file, do="harvest anew")
         if manifest.get("format") != FORMAT or "shards" not in manifest:
             raise CheckpointError(f"{file}: expected the manifest of a harvest, found another; harvest anew")
+        try:
+            _Manifest.model_validate(manifest)
+        except ValidationError as e:
+            place_in_file = ".".join(map(str, e.errors()[0]["loc"]))
+            raise CheckpointError(f"{file}: {place_in_file}: {e.errors()[0]['msg'].lower()}; harvest anew") from e
         check_shards(place, manifest["shards"])
         return cls(place, manifest)
 

@@ -7,6 +7,7 @@ replaced atomically, so that after a kill the last complete state is left, and a
 
 from __future__ import annotations
 
+import math
 import pickle
 import shutil
 import signal
@@ -444,6 +445,11 @@ class _Run:
 
     def _check(self, dictionary: Dictionary, batches: Sequence[Tensor]) -> Fit:
         fit = measure_fit(dictionary, batches)
+        if not math.isfinite(fit.fvu):
+            raise CheckpointError(
+                f"{self.place}: expected a finite error after step {self.number}, found {fit.fvu}: activations that "
+                "are not finite, as in a changed shard, or a learning rate too large; harvest anew, or lower --lr"
+            )
         # Time `x @ W_enc` for a batch in fp32, forward only, three times: training speed is compared with it.
         encoder = self.objective.weights["encoder"].data
         encoder = encoder if encoder.shape[0] == self.options.latents else encoder.T

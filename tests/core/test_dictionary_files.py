@@ -115,6 +115,12 @@ def test_a_dictionary_keeps_its_site_norm_and_narrow_tensors_without_a_manifest(
     same(again, SAE.load_from_disk(tmp_path / "narrow"))
 
 
+def test_a_norm_that_is_no_number_is_refused(saved):
+    (saved / "manifest.json").write_text(json.dumps({"norm": "x"}))
+    with pytest.raises(SteerError, match="expected a number under norm, in its manifest or metadata, found 'x'"):
+        load_dictionary(saved)
+
+
 def test_the_manifest_has_the_last_word_on_name_site_and_norm(saved):
     (saved / "manifest.json").write_text(json.dumps({"name": "tiny-1", "site": 0, "norm": 3.5, "fit": {"fvu": 0.2}}))
     ours = load_dictionary(saved)

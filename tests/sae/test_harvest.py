@@ -305,6 +305,20 @@ def test_a_missing_or_cut_shard_is_seen_on_opening(model: SteeredModel, text: st
         Harvest.open(place)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("shards", []), ("shards", [{"file": "../x.safetensors", "bytes": 1}]), ("sites", None), ("norm", "1.0"),
+     ("tokens", "5"), ("inputs", []), ("checkpoint", None)],
+)  # fmt: skip
+def test_a_manifest_with_other_kinds_of_values_is_one_line(
+    made: Harvest, tmp_path: Path, key: str, value: object
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(made.manifest | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"manifest.json: {key}.*; harvest anew") as e:
+        Harvest.open(tmp_path)
+    assert "\n" not in str(e.value)
+
+
 def test_rows_come_in_the_order_asked_for_from_disk_and_from_memory(made: Harvest) -> None:
     mapped = made.activations(1)
     rows = torch.randint(made.tokens, (500,), generator=torch.Generator().manual_seed(0))

@@ -124,6 +124,17 @@ def test_a_run_resumed_with_other_options_or_data_is_refused(tmp_path):
         train(replace(data(), inputs={"kind": "other"}), tmp_path / "d", OPTIONS, resume=True)
 
 
+def test_activations_that_are_not_finite_never_become_a_dictionary(tmp_path):
+    """As of a shard whose bytes were changed."""
+    x = rows()
+    x[1500] = float("nan")
+    given = replace(data(), batches=ShuffledRows(Activations([x]), torch.arange(len(x)), 64, 0))
+    with pytest.raises(
+        CheckpointError, match=r"expected a finite error after step .*, found nan: .*; harvest anew, or"
+    ):
+        train(given, tmp_path / "out", OPTIONS)
+
+
 def test_a_state_that_cannot_be_read_is_one_line(tmp_path):
     place = training_place(tmp_path / "d")
     place.mkdir()
