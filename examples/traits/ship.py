@@ -43,7 +43,7 @@ def main(out: str) -> None:
             place.unlink(missing_ok=True)
     effects = [e for e in result["effects"] if e["slider"] in ships]
     write_atomic(PLACE / "directions" / EFFECTS, json.dumps(result | {"effects": effects}, indent=0) + "\n")
-    put(PLACE / "README.md", "traits", table(result, ships) + efforts(result) + pairs(result))
+    put(PLACE / "README.md", "traits", table(result, ships) + efforts(result, ships) + pairs(result))
     put(ROOT / "README.md", "traits", summary(result, ships))
 
 
@@ -78,13 +78,16 @@ def span(found: list[float] | None) -> str:
     return f"{found[0]:+g} to {found[1]:+g}" if found else "-"
 
 
-def efforts(result: dict[str, Any]) -> str:
+def efforts(result: dict[str, Any], ships: list[str]) -> str:
     """How much of a shipped slider's effect the quick search's has: of each variant that was given as TRAIT-quick."""
     shares = []
-    for name, s in result["sliders"].items():
-        if name == f"{s['trait']}-quick":
-            changes = [x["verdict"]["effect"]["change"] for x in (s, result["sliders"][s["trait"]])]
-            shares.append(f"{s['trait']} {changes[0] / changes[1]:.2f}")
+    for name in ships:
+        shipped, variant = result["sliders"][name], result["sliders"].get(f"{name}-quick")
+        if shipped["quick"]:
+            shares.append(f"{name} 1 (it ships)")
+        elif variant is not None:
+            changes = [x["verdict"]["effect"]["change"] for x in (variant, shipped)]
+            shares.append(f"{name} {changes[0] / changes[1]:.2f}")
     said = "Effect of the quick search's slider from -1 to +1, as a share of that of the slider that ships"
     return f"\n{said}: {', '.join(shares)}.\n" if shares else ""
 

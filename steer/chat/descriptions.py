@@ -31,6 +31,7 @@ _WORDS = 4
 INDICATES, CERTAIN = 0.2, 0.05
 """Distance of a latent's AUROC from chance at which its title names the trait, and the largest false discovery rate."""
 _READABLE = re.compile(r"\w{2,}")
+_SPECIAL = re.compile(r"<.*>")
 
 
 def title_of(slider: Slider) -> str:
@@ -162,8 +163,11 @@ def description(record: FeatureRecord) -> str:
 
 
 def _fires_on(record: FeatureRecord) -> list[str]:
-    """Return the tokens on which a latent fires in its stored contexts, the most frequent first."""
-    return [t for t, _ in _firing_tokens(record).most_common(_WORDS)]
+    """Return the tokens on which a latent fires in its stored contexts, the most frequent first: words that not any
+    text has; where there are none, words; and where there are none, all."""
+    tokens = [t for t, _ in _firing_tokens(record).most_common()]
+    words = [t for t in tokens if _READABLE.search(t)]
+    return ([t for t in words if t.lower() not in STOP_WORDS] or words or tokens)[:_WORDS]
 
 
 def _firing_tokens(record: FeatureRecord) -> Counter[str]:
@@ -171,9 +175,11 @@ def _firing_tokens(record: FeatureRecord) -> Counter[str]:
 
 
 def _raises(record: FeatureRecord) -> list[str]:
-    """Return the tokens that a latent makes likelier; only those that look like words, if there are any."""
-    tokens = list(dict.fromkeys(t.strip() for t, _ in record.top_tokens if t.strip() and "\ufffd" not in t))
-    return ([t for t in tokens if _READABLE.search(t)] or tokens)[:_WORDS]
+    """Return the words that a latent makes likelier, but for those that any text has. Where tokens have a space before
+    them, those without one are the rests of words, and say nothing."""
+    tokens = [t for t, _ in record.top_tokens if _READABLE.search(t) and not _SPECIAL.fullmatch(t.strip())]
+    begin = [t for t in tokens if t[0].isspace()] or tokens
+    return list(dict.fromkeys(w for t in begin if (w := t.strip()).lower() not in STOP_WORDS))[:_WORDS]
 
 
 def record_of(feature: Feature) -> FeatureRecord | None:

@@ -33,7 +33,7 @@ _STYLE = """
   [data-testid="stSidebar"] [data-testid="stHorizontalBlock"] { overflow: visible; }
   [data-testid="stSidebarHeader"] { height: 3rem; margin-bottom: 0; }
   [data-testid="stSidebarUserContent"] [data-testid="stVerticalBlock"] { gap: .6rem; }
-  [data-testid="stStatusWidget"], .st-key-script { display: none; }
+  [data-testid="stStatusWidget"], :has(> .st-key-script) { display: none; }
   [data-stale="true"] { opacity: 1 !important; }
   [data-testid="stChatMessage"] { padding: .8rem .9rem .5rem; gap: .8rem; }
   [data-testid="stChatMessage"] [data-testid="stVerticalBlock"] { gap: .2rem; }

@@ -10,7 +10,7 @@ import torch
 from feature_indexes import M, keep_dictionary
 from tiny_chat import hooks_on
 
-from steer.chat.descriptions import record_of, title, title_of
+from steer.chat.descriptions import description, record_of, title, title_of
 from steer.checkpoint.library import dictionary_at
 from steer.core.feature import Feature
 from steer.core.slider import Slider
@@ -49,6 +49,16 @@ def test_a_label_that_says_nothing_is_no_title(features):
     assert title(record) == "on \u201cmercy\u201d"
     common = [Context("", word, "", 1.0) for word in ("of", "of", "wax")]
     assert title(replace(record, contexts=common)) == "feature 20"
+
+
+def test_a_description_names_no_rest_of_a_word_no_mark_of_the_template_and_no_word_that_any_text_has(features):
+    record = features.search("mercy")[0].record
+    contexts = [Context("have ", token, " on us", 1.0) for token in (" and", ".", " mercy")]
+    tokens = [(" the", 4.0), ("<|endoftext|>", 3.0), ("emeteries", 2.0), (" pity", 1.0)]
+    said = description(replace(record, contexts=contexts, top_tokens=tokens))
+    assert said.endswith("as on \u201cmercy\u201d; adding it makes \u201cpity\u201d likelier.")
+    assert "adding" not in description(replace(record, contexts=contexts, top_tokens=tokens[:3]))
+    assert description(replace(record, contexts=contexts[1:2])).split(";")[0].endswith("as on \u201c.\u201d")
 
 
 def test_the_surest_features_of_a_trait_come_first(features):

@@ -29,7 +29,7 @@ def draw(chat: Chat) -> None:
     if effects is not None:
         st.caption("What each slider that ships does to every trait was measured once, on messages that no search saw.")
         if st.button("What the sliders do to each other", icon=":material/grid_on:"):
-            _show(effects)
+            _show("What the sliders do to each other", effects)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("Name for the sliders as they stand", "sliders", key="cost name", max_chars=80)
         button("Measure the sliders", lambda: chat.cost_of_sliders(name.strip() or "sliders").start(), type="primary")
@@ -64,13 +64,12 @@ def _cost(cost: Cost) -> None:
         if lines and report is not None:
             page = report.read_text()
             if st.button("Open the report", key=f"open {key}"):
-                _show(page)
+                _show("What it cost", page)
             st.download_button("Download it", page, "eval.html", "text/html", on_click="ignore", key=f"save {key}")
         if not lines:
             button("Go on", lambda: (cost.start(), redraw()), key=f"start {key}")
         button("Measure again", lambda: (cost.start(fresh=True), redraw()), key=f"again {key}")
 
 
-@st.dialog("What it cost", width="large")
-def _show(page: str) -> None:
-    components.html(page, height=_HEIGHT, scrolling=True)
+def _show(title: str, page: str) -> None:
+    st.dialog(title, width="large")(components.html)(page, height=_HEIGHT, scrolling=True)

@@ -16,6 +16,11 @@ from steer.page.parts import new_slider, setup
 SEARCHED = 10
 """Number of sliders beyond which they can be searched."""
 
+_OPERATIONS = (
+    "add moves what is there by the amount, scale multiplies it, clamp holds it at the amount, cap holds it at most at "
+    "the amount, ablate takes it out."
+)
+
 
 def draw(chat: Chat) -> None:
     """Draw the sliders, budgets and warnings, and the settings below them."""
@@ -157,7 +162,9 @@ def _details(chat: Chat, row: SliderRow) -> None:
         panel.reshape(row.name, operation, Schedule(part, first or None, after or None, ramp or None, when.gate))
 
     with st.form(f"shape of {at}", border=False):
-        st.selectbox("Operation", row.operations, row.operations.index(row.operation), key=f"operation {at}")
+        st.selectbox(
+            "Operation", row.operations, row.operations.index(row.operation), key=f"operation {at}", help=_OPERATIONS
+        )
         st.selectbox(
             "Acts on", PARTS, PARTS.index(when.part), key=f"part {at}",
             format_func=dict(zip(PARTS, ("the whole text", "the reply alone", "its thoughts", "its answer"),

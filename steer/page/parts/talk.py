@@ -45,7 +45,10 @@ def draw(chat: Chat) -> None:
     elif chat.last_error:
         st.error(markdown(chat.last_error))
     if not path:
-        st.caption("Say something, or drop a character card on the sidebar.")
+        st.caption(
+            "Say something, and move a slider of the sidebar: the words that follow change. A character card can be "
+            "dropped there too."
+        )
     elif not running and path[-1].role == "user":
         button("Reply", chat.regenerate, "autorenew")
     if text := st.chat_input("Say something"):
