@@ -188,7 +188,8 @@ class Writing:
         """
         while not self.finished:
             try:
-                choice, event = await asyncio.wait_for(self._events.get(), PING)
+                async with asyncio.timeout(PING):  # wait_for makes a task of every token
+                    choice, event = await self._events.get()
             except TimeoutError:
                 yield None
                 continue

@@ -304,12 +304,15 @@ class LlamaCppEngine:
         if response.is_error:
             response.read()
             raise SteerError(f"{self.url}: {plain_line(response.text)[:200]}")
-        for line in response.iter_lines():
-            kind, _, value = line.partition(": ")
-            if kind == "error" or value.startswith('{"error"'):
-                raise SteerError(f"{self.url}: {plain_line(value)[:200]}")
-            if kind == "data":
-                yield _Chunk.model_validate_json(value)
+        rest = b""
+        for data in response.iter_bytes():
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                kind, _, value = line.partition(b": ")
+                if kind == b"error" or value.startswith(b'{"error"'):
+                    raise SteerError(f"{self.url}: {plain_line(value.decode(errors='replace'))[:200]}")
+                if kind == b"data":
+                    yield _Chunk.model_validate_json(value)
 
     # What is checked
 
