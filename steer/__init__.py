@@ -29,6 +29,9 @@ if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = "20000"
 # The kernel then hands out new memory in pages of 2 MB instead of 4 kB, which takes a quarter of the time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# oneDNN keeps code for each shape of the last 1024 products. Shapes change with each token and hardly come again: a
+# batch of replies left 0.2 GB.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 if TYPE_CHECKING:
     from steer.baking.certificate import Certificate

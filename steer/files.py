@@ -5,6 +5,7 @@ Imports nothing of the package except `steer.errors`, so that every module may i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,6 +67,18 @@ def replacing(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> Path:
+    """Return `path` if a file can be written there; nothing is changed. Called before work of minutes whose result goes
+    there. Errors: SteerError, as of `replacing`."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=next(p for p in path.absolute().parents if p.exists())):
+            return path
+    except OSError as e:
+        raise SteerError(f"{path}: could not be written ({e.strerror}); name another place, or free some space") from e
 
 
 def names_in(folder: Path) -> list[str]:

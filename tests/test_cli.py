@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from commands import Command, Outcome, command_here, command_outside
+from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_chat
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
@@ -187,6 +188,16 @@ def test_in_a_process_of_its_own_a_mistake_is_one_line_too(refused: Callable[...
 )
 def test_a_path_that_leads_nowhere_is_named(refused: Callable[..., str], arguments: list[str]) -> None:
     assert "gone" in refused(*arguments, code=1)
+
+
+def test_where_a_result_cannot_go_is_said_before_the_work(folder: Path, refused: Callable[..., str]) -> None:
+    tensors = load_file(folder / "a" / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))  # the first pass of the model would be another error
+    save_file(tensors, folder / "a" / "model.safetensors", metadata={"format": "pt"})
+    assert "b: could not be written (Is a directory)" in refused("find", "a", "moralizing", "--out", "b", code=1)
+    (folder / "p.yaml").write_text("name: p\nsliders: []\n")
+    line = refused("calibrate", "a", "--profile", "p.yaml", "--out", "merge.yml/p", code=1)
+    assert "merge.yml/p: could not be written (Not a directory)" in line
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(folder: Path, refused: Callable[..., str]) -> None:

@@ -19,6 +19,7 @@ from steer.checkpoint.sketch import sketch_files
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.errors import SteerError
+from steer.measure.endpoint import tokenizer_of
 from steer.measure.search.held_out import load_exported
 from steer.model.steered import load
 from steer.sae.documents import documents
@@ -106,6 +107,17 @@ def test_loading_an_unknown_kind_is_one_line(planted: Path, mark: Path) -> None:
     with pytest.raises(SteerError) as e:
         load(planted)
     assert "\n" not in str(e.value)
+    assert not mark.exists()
+
+
+def test_reading_a_tokenizer_for_a_server_runs_no_code(planted: Path, mark: Path) -> None:
+    for file, entries in (
+        ("config.json", {"model_type": "evil"}),
+        ("tokenizer_config.json", {"tokenizer_class": "Evil"}),
+    ):
+        (planted / file).write_text(json.dumps(json.loads((planted / file).read_text()) | entries))
+    with suppress(SteerError):
+        tokenizer_of(str(planted))
     assert not mark.exists()
 
 

@@ -40,7 +40,9 @@ def test_the_option_is_wherever_a_model_is_loaded() -> None:
 
 
 def test_a_base_model_without_a_template_says_what_is_missing_and_chats_with_one(steer: Command, base: Path) -> None:
-    said = steer("chat", base, "--max-new-tokens", 4).out.strip()
+    done = steer("chat", base, "--max-new-tokens", 4)
+    said = done.out.strip()
+    assert done.code == 1  # in a pipe, where nothing else tells it from a reply
     assert "\n" not in said
     assert "expected a chat template in the tokenizer, found none" in said
     assert "--chat-template (alpaca, chatml, gemma, llama3, mistral, plain, or a file)" in said

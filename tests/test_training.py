@@ -16,9 +16,11 @@ from commands import Outcome, command_here
 from tiny_chat import WORDS, save_tiny_chat
 
 from steer.core.dictionary_files import load_dictionary
+from steer.files import locked
 from steer.model.steered import load
 from steer.sae.harvest import harvest
 from steer.sae.shards import Harvest
+from steer.sae.train import training_place
 
 STEER = str(Path(sys.executable).with_name("steer"))
 SMALL = ["--latents", "64", "--k", "4", "--batch", "64", "--dead-tokens", "2000"]
@@ -86,6 +88,14 @@ def test_a_harvest_becomes_a_dictionary_that_sae_lens_loads(run, place, tmp_path
     assert torch.allclose(theirs.encode(x), ours.encode(x), atol=1e-4)
     assert torch.allclose(theirs(x), ours.reconstruct(x), atol=1e-4)
     assert not out.with_name("dictionary.training").exists()
+
+
+def test_two_trainings_never_share_a_state(run, place, tmp_path):
+    out = tmp_path / "dictionary"
+    with locked(training_place(out), "taken"):  # as a training holds it
+        done = run("train", place / "harvest", out, *SMALL, "--tokens", 640, code=1)
+    assert "another training is at work in it" in done.err
+    assert not out.exists()
 
 
 @pytest.mark.slow

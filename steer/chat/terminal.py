@@ -21,6 +21,7 @@ from rich.text import Text
 
 from steer.chat.session import Session
 from steer.chat.voting import Thumb, kept_votes, votes_place
+from steer.core.cards import save_card_profile
 from steer.core.names import COMMANDS
 from steer.core.profile import Profile
 from steer.core.slider import parse_amount
@@ -37,7 +38,7 @@ HELP = """\
 /reread        read the whole chat again under the current sliders; else they act on new tokens only
 /receipt       show what the sliders did to the last reply, and which entries of lorebooks it was given
 /good /bad     keep that the last reply is to your taste, or is not; steer find --votes makes a slider of that
-/profile FILE  use a profile; /save FILE writes one
+/profile FILE  use a profile; /save FILE writes one, or puts it into the character card FILE (.png or .json)
 /clear         forget the conversation
 /quit          leave; so does Ctrl-D
 Ctrl-C stops a reply."""
@@ -49,8 +50,8 @@ _UNLISTED = re.compile(r"L\d+/\d+|.+:[a-z]+")
 """Names of sliders that can be moved though they are not listed: a latent of a dictionary, or another operation."""
 
 
-def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console | None = None) -> None:
-    """Run a chat until /quit or the end of input.
+def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console | None = None) -> bool:
+    """Run a chat until /quit or the end of input. Return whether every line was answered without a mistake.
 
     Lines are read from `stdin` (default: sys.stdin) and all output goes to `console` (default: stdout). A user's
     mistake is answered in one line, and the chat goes on.
@@ -61,7 +62,9 @@ def run_chat(session: Session, *, stdin: TextIO | None = None, console: Console 
     if isinstance(lines, TextIOWrapper):
         # Bytes that are not UTF-8 would end the chat, so they are read as lone surrogates, which `read` reports.
         lines.reconfigure(errors="surrogateescape")
-    _Terminal(session, lines, console or Console()).run()
+    terminal = _Terminal(session, lines, console or Console())
+    terminal.run()
+    return not terminal.mistakes
 
 
 class _Quit(Exception):
@@ -72,6 +75,7 @@ class _Terminal:
     def __init__(self, session: Session, stdin: TextIO, console: Console) -> None:
         self.session, self.stdin, self.console = session, stdin, console
         self.interactive = stdin.isatty()
+        self.mistakes = 0
         self.commands = {
             "help": lambda: self.say(HELP),
             "sliders": self.show_sliders,
@@ -130,6 +134,7 @@ class _Terminal:
             elif line:
                 self.reply(line)
         except SteerError as e:
+            self.mistakes += 1
             self.say(str(e), style="red")
 
     def reply(self, text: str) -> None:
@@ -181,7 +186,9 @@ class _Terminal:
             self.session.use(Profile.load(path))
             self.show_sliders()
         else:
-            self.say(f"{self.session.profile(Path(path).stem).save(path)} written")
+            profile = self.session.profile(Path(path).stem)
+            into_card = Path(path).suffix.lower() in (".png", ".json")
+            self.say(f"{save_card_profile(path, profile, path) if into_card else profile.save(path)} written")
 
     def show_sliders(self) -> None:
         sliders = self.session.sliders

@@ -16,6 +16,7 @@ from steer.checkpoint.layouts import LAYOUTS, READERS, Addend, Part, Structure, 
 from steer.checkpoint.quantised import FLOATS, quantisation, refusal
 from steer.checkpoint.reader import TensorInfo
 from steer.errors import CheckpointError, MismatchError, UnsupportedError, UsageError
+from steer.files import one_line
 
 if TYPE_CHECKING:
     from steer.core.direction import Direction
@@ -106,7 +107,7 @@ class Anatomy(Structure):
         if layout is None:
             from steer.checkpoint import proof  # torch and transformers are not loaded for an architecture in the table
 
-            return cls(**vars(proof.structure(config, where)), rotary_limit=_rotary_limit(config), where=where)
+            return cls(**vars(proof.structure(config, where)), rotary_limit=_rotary_limit(config, where), where=where)
 
         def size(*keys: str) -> int:
             found = next((config[k] for k in keys if config.get(k) is not None), None)
@@ -130,7 +131,7 @@ class Anatomy(Structure):
             tied=layout.tied if tied is None else bool(tied),
             logit_softcap=config.get("final_logit_softcapping"),
             logit_scale=1.0,
-            rotary_limit=_rotary_limit(config),
+            rotary_limit=_rotary_limit(config, where),
             where=where,
         )
 
@@ -246,14 +247,24 @@ class Anatomy(Structure):
             )
 
 
-def _rotary_limit(config: Mapping[str, Any]) -> int | None:
+def _rotary_limit(config: Mapping[str, Any], where: str) -> int | None:
     """The position at which LongRoPE (Phi 3) and dynamic NTK scaling switch to other frequencies."""
-    config = config.get("text_config") or config
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    config = _object(config, "text_config", where) or config
+    rope = _object(config, "rope_parameters", where) or _object(config, "rope_scaling", where)
     if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su", "dynamic"):
         return None
     key = "original_max_position_embeddings"
     return rope.get(key) or config.get(key) or config.get("max_position_embeddings")
+
+
+def _object(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object within a config; an empty one where it is absent."""
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(
+            f"{where}: config.json: expected an object under {key}, found {one_line(repr(found))}; fetch it again"
+        )
+    return found
 
 
 _MTP = re.compile(r"(?:model\.)?mtp(?:_\w+)?\..+")

@@ -153,6 +153,40 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
+def transformers_errors(name: str, do: str = "check the name or the files") -> Iterator[None]:
+    """Turn what transformers raises while it reads a checkpoint's files into a CheckpointError of one line.
+
+    Of whatever class it is: a value of another type in config.json, tokenizer.json or generation_config.json ends in a
+    TypeError, KeyError, AttributeError, ZeroDivisionError or a class of huggingface_hub's, wherever it is first used.
+    """
+    try:
+        yield
+    except SteerError:
+        raise
+    except Exception as e:
+        found = " ".join(str(e).split())[:300]
+        if not isinstance(e, OSError | ValueError | RuntimeError | ImportError) or not found:  # "'total_size'" alone
+            found = f"{type(e).__name__} {found}"
+        raise CheckpointError(f"{name}: transformers cannot load it: {found}; {do}") from e
+
+
+def read_tokenizer(place: str | Path, name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint. `place`: a directory or a hub id. `name`: what messages call the model.
+
+    Errors: CheckpointError if transformers cannot load it, or it cannot read a text.
+    """
+    from transformers import AutoTokenizer
+
+    with transformers_errors(name):
+        # With mistral-common installed, transformers would take its tokenizer where there is a tekken.json: it has no
+        # chat template and no fast backend. The same directory has to work the same with and without that package.
+        # Without trust_remote_code, transformers would ask on stdin whether to run a checkpoint's code.
+        tokenizer = AutoTokenizer.from_pretrained(place, mistral_format=False, trust_remote_code=trust_remote_code)
+        tokenizer("a")
+    return tokenizer
+
+
+@contextmanager
 def disk_errors() -> Iterator[None]:
     """Turn safetensors' errors about the disk, which give the cause only as text, into OSErrors."""
     from safetensors import SafetensorError

@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from steer.checkpoint.anatomy import Anatomy, WriterMap
-from steer.checkpoint.fetch import hub_errors
+from steer.checkpoint.fetch import hub_errors, read_tokenizer, transformers_errors
 from steer.checkpoint.merge import locate, read_recipe, recipe_models
 from steer.checkpoint.projection import DTYPES, as_tensor
 from steer.checkpoint.quantised import FLOATS, dequantised
@@ -428,21 +428,25 @@ class _Adapter:
         from peft import PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        from steer.checkpoint.adapters import fitting_adapters
+
         if not (adapter / "adapter_model.safetensors").is_file():
             raise CheckpointError(f"{name}: expected adapter_model.safetensors in {adapter}, found none; save it again")
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        made = model_class_of(config)
-        if made is None:
-            raise CheckpointError(f"{name}: expected an architecture of transformers, found {config.model_type}")
-        with torch.device("meta"):
-            live = made._from_config(config, dtype=dtype)
+        with transformers_errors(name):
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            made = model_class_of(config)
+            if made is None:
+                raise CheckpointError(f"{name}: expected an architecture of transformers, found {config.model_type}")
+            with torch.device("meta"):
+                live = made._from_config(config, dtype=dtype)
         for module in live.modules():
             for key, p in module._parameters.items():
                 if p is not None:  # one zero in every place: peft needs weights with a device, and they take no memory
                     zeros = torch.zeros(1, dtype=p.dtype).expand(p.shape)
                     module._parameters[key] = nn.Parameter(zeros, requires_grad=False)
         try:
-            whole: Any = PeftModel.from_pretrained(live, str(adapter), low_cpu_mem_usage=True)
+            with fitting_adapters():
+                whole: Any = PeftModel.from_pretrained(live, str(adapter), low_cpu_mem_usage=True)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(
                 f"{name}: the adapter does not fit the model ({e}); name the one it was made for"
@@ -731,6 +735,6 @@ def _tokens(other: _Source, base: _Source) -> Iterator[str]:
 def _tokenizer(folder: Path) -> Any:
     """The tokenizer of a model, or why there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
-        return str(e).strip().partition("\n")[0][:200] or type(e).__name__
+        return read_tokenizer(folder, str(folder))
+    except CheckpointError as e:
+        return str(e).removeprefix(f"{folder}: ")

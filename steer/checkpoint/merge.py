@@ -57,10 +57,18 @@ def validated(raw: Any, where: str | Path) -> Any:
     from pydantic import ValidationError
 
     try:
-        return MergeConfiguration.model_validate(raw)
+        config = MergeConfiguration.model_validate(raw)
     except (ValidationError, RuntimeError) as e:
         reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e)
         raise SteerError(f"{where}: mergekit does not accept the recipe: {reason}; mend the recipe") from e
+    slices = [s for part in (config, *(config.modules or {}).values()) for s in part.slices or ()]
+    for first, end in (source.layer_range for s in slices for source in s.sources):
+        if not 0 <= first < end:  # mergekit would write a model without these layers
+            raise SteerError(
+                f"{where}: layer_range: expected the first layer and the one after the last, as [0, 12], found "
+                f"[{first}, {end}]; mend the recipe"
+            )
+    return config
 
 
 def recipe_models(raw: Any) -> list[str]:
@@ -95,6 +103,8 @@ def merge(
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
+    from steer.checkpoint.adapters import fitting_adapters
+
     text = recipe.read_text(encoding="utf-8")
     # A new cache for each run: mergekit would take an adapter that a killed run merged in part for a complete one.
     with staged(out) as work:
@@ -104,7 +114,10 @@ def merge(
                 quiet=not sys.stderr.isatty(), lazy_unpickle=True,
             )  # fmt: skip
             say(f"2 of 3: merging {len(located)} models by {config.merge_method or 'slices'}")
-            with _mergekit_errors(recipe), _lists_follow_slices(), _files_closed(), torch.random.fork_rng():
+            with (
+                _mergekit_errors(recipe), _lists_follow_slices(), _files_closed(), fitting_adapters(),
+                torch.random.fork_rng(),
+            ):  # fmt: skip
                 torch.manual_seed(0)
                 run_merge(config, str(work), options, config_source=text)
         if not (work / "config.json").is_file() or not any(work.glob("*.safetensors")):
@@ -226,6 +239,11 @@ def _locate_one(name: str, recipe: Path | None, wanted: str) -> dict[str, str | 
             adapter = wanted == _CONFIGS["model"] and (place / _CONFIGS["lora"]).is_file()
             found, do = ("an adapter", f"write BASE+{name}") if adapter else ("none", "name a whole model")
             raise CheckpointError(f"{where}{name}: expected {wanted} in {place}, found {found}; {do}")
+        if wanted == _CONFIGS["lora"] and not (place / "adapter_model.safetensors").is_file():
+            raise CheckpointError(
+                f"{where}{name}: expected adapter_model.safetensors in {place}, found none; a pickle, which can run "
+                "code, is never loaded, save the adapter again"
+            )
         return {"path": str(place.resolve()), "revision": None}
     repo, _, revision = name.partition("@")
     try:
@@ -287,10 +305,11 @@ def _check_finite(work: Path, recipe: Path) -> None:
             for name in f.keys():  # noqa: SIM118
                 tensor = f.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    half = tensor.dtype == torch.float16
+                    do = "set out_dtype to bfloat16" if half else "see whether weights of the recipe add up to 0"
                     raise SteerError(
-                        f"{recipe}: expected finite weights, found {name} with some that {dtype} cannot hold or that "
-                        "are not finite in a source; set out_dtype to bfloat16 or float32"
+                        f"{recipe}: expected finite weights, found {name} with some that {str(tensor.dtype)[6:]} "
+                        f"cannot hold or that are not finite in a source; {do}"
                     )
 
 
@@ -314,6 +333,8 @@ def _mergekit_errors(recipe: Path) -> Iterator[None]:
             e = record.exc_info and record.exc_info[1]
             if isinstance(e, OSError) and e.errno:
                 raise e
+    except SteerError as e:
+        raise type(e)(f"{recipe}: {e}") from e
     except Exception as e:  # mergekit's libraries raise anything
         if isinstance(e, OSError) and e.errno:  # an error of the disk, for which `staged` has the message
             raise

@@ -66,6 +66,19 @@ def quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     return None
 
 
+def undeclared(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What shows that weights are quantised though config.json does not say so, in which case transformers would take
+    the stored numbers for weights and leave out their scales; None if nothing does.
+
+    Weights in fp8 without scales are numbers as they stand.
+    """
+    text = config.get("text_config")
+    if any(part.get(key) for part in (config, text) if isinstance(part, Mapping) for key in _KEYS):
+        return None
+    kind = quantisation({}, {name: t for name, t in tensors.items() if not t.dtype.startswith("F8")})
+    return None if kind is None else kind.found
+
+
 def dequantised(files: CheckpointFiles) -> CheckpointFiles:
     """The same checkpoint, with fp8 weights read as bf16 tensors and without their scales; config and index go along.
     A checkpoint that is not quantised is returned unchanged.

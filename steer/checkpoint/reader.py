@@ -164,6 +164,7 @@ class CheckpointFiles:
         if not (root / INDEX).exists():
             raise CheckpointError(f"{root}: expected {SINGLE} or {INDEX}, found {_other_weights(root)}")
         index = _read_object(root / INDEX)
+        _check_totals(root / INDEX, index)
         files = cls(root, config, _open_shards(root, index), index)
         for name, file in index["weight_map"].items():
             if name not in files.tensors or files.tensors[name].file != file:
@@ -217,6 +218,17 @@ def read_into(fd: int, at: int, buffer: Buffer, path: Path) -> None:
 
 def _broken(path: Path, found: str) -> CheckpointError:
     return CheckpointError(f"{path}: expected a whole safetensors file, found {found}; fetch the model again")
+
+
+def _check_totals(path: Path, index: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the totals, to which a bake adds, are numbers where they are given."""
+    metadata = index.get("metadata")
+    given = metadata if isinstance(metadata, dict) else {} if metadata is None else {"metadata": metadata}
+    for key in ("metadata", "total_size", "total_parameters"):
+        if key in given and type(given[key]) not in (int, float):
+            raise CheckpointError(
+                f"{path}: expected numbers under {key}, found {one_line(repr(given[key]))}; fetch the model again"
+            )
 
 
 def _open_shards(root: Path, index: dict[str, Any]) -> tuple[Shard, ...]:

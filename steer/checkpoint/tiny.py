@@ -85,8 +85,9 @@ def tiny_world() -> Iterator[None]:
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that `config.architectures` names first, or without one the class for generation of its model_type;
     None if transformers has none."""
-    if config.architectures:
-        candidates = [getattr(transformers, config.architectures[0], None)]
+    names = config.architectures
+    if isinstance(names, list) and names:
+        candidates = [getattr(transformers, str(names[0]), None)]
     else:
         mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
         candidates = [mapping.get(type(config), None) for mapping in mappings]

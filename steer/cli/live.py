@@ -29,6 +29,7 @@ from steer.cli.common import (
     unicode_option,
 )
 from steer.errors import UsageError
+from steer.files import check_writable
 from steer.plain_text import plain_line
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ def chat(
         session.sliders[name] = amount
     from steer.chat.terminal import run_chat
 
-    run_chat(session)
+    answered = run_chat(session)
+    if not answered and not sys.stdin.isatty():
+        raise typer.Exit(1)  # a script cannot tell a mistake's line from a reply
 
 
 def _session(
@@ -140,6 +143,7 @@ def calibrate(
     from steer.core.profile import Profile
 
     given = Profile.load(profile)
+    check_writable(out or profile)
     from steer.measure.calibrate import Limits, expected_tokens
     from steer.measure.calibrate import calibrate as run
     from steer.model.steered import load

@@ -24,6 +24,7 @@ from steer.cli import measure as cli_measure
 from steer.cli import traits as cli_traits
 from steer.cli.common import ChatTemplate, DeviceMap, Dtype, FourBit, Json, Model, emit, print_notices, say, stoppable
 from steer.errors import SteerError, UsageError
+from steer.files import check_writable
 from steer.plain_text import plain_line
 
 if TYPE_CHECKING:
@@ -215,11 +216,12 @@ def find(
 
         usable = usable_votes(votes)  # before the model is loaded
         live = load(model, device_map=device_map, four_bit=four_bit)
+        place = _writable_place(live, name or NAME, out)
         taste = find_taste(
             live, usable, name=name or NAME, site=site, seed=seed, verdict=True, calibrate=calibrate,
             say=say if as_json else lambda _: None,
         )  # fmt: skip
-        _save_found(live, taste.direction, out, taste.as_json(), taste_table(taste), model, "1", as_json)
+        _save_found(taste.direction, place, taste.as_json(), taste_table(taste), model, "1", as_json)
         return
     if trait is None:
         raise UsageError("TRAIT: expected a trait, found none; name one, or give --votes FILE")
@@ -249,22 +251,27 @@ def find(
     from steer.verbs.tables import finding_table
 
     live = load(model, device_map=device_map, four_bit=four_bit)
+    place = _writable_place(live, described.name, out)
     kept = [name for names in keep for name in names.split(",")]
     found = find_trait(
         live, described, site=site, seed=seed, quick=quick, verdict=True, calibrate=calibrate, keep=kept,
         progress=ProgressLines(STAGES) if steps else bar,
     )  # fmt: skip
-    _save_found(live, found.direction, out, found.as_json(), finding_table(found), model, "-1", as_json)
+    _save_found(found.direction, place, found.as_json(), finding_table(found), model, "-1", as_json)
+
+
+def _writable_place(live: SteeredModel, name: str, out: Path | None) -> Path:
+    """The file for a direction, `out` or one by its name, which can be written."""
+    from steer.checkpoint.library import direction_place
+
+    return check_writable(out or direction_place(live.sketch(), name))
 
 
 def _save_found(
-    live: SteeredModel, direction: Direction, out: Path | None, result: dict[str, Any], text: str,
-    model: str, amount: str, as_json: bool,
-) -> None:  # fmt: skip
-    """Save a direction in `out` or by its name, and print what was found and how to try it."""
-    from steer.checkpoint.library import direction_place
-
-    place = direction.save(out or direction_place(live.sketch(), direction.name))
+    direction: Direction, place: Path, result: dict[str, Any], text: str, model: str, amount: str, as_json: bool
+) -> None:
+    """Save a direction, and print what was found and how to try it."""
+    direction.save(place)
     try_it = f"Try it: steer chat {model} --slider {direction.name}={amount}"
     emit({"direction": str(place), **result}, as_json, f"{text}\n{place}\n{try_it}")
 

@@ -2,8 +2,8 @@
 
 The fields are those of the Character Card specifications V1 to V3 (github.com/kwaroran/character-card-spec-v3); keys of
 Pygmalion's cards are read as well. A field of the wrong kind counts as empty, with a warning; a profile is checked.
-Cards come from strangers, so sizes are checked before anything is decoded. From the top down: `Card` and `load_card`;
-the card's fields; its JSON; the text chunks of a PNG.
+Cards come from strangers, so sizes are checked before anything is decoded. From the top down: `Card`, `load_card` and
+`save_card_profile`; the card's fields; its JSON; the text chunks of a PNG.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import struct
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -25,10 +26,10 @@ from pydantic import Field
 from steer.core.lorebook import Lorebook, read_lorebook
 from steer.core.macros import TEXT_LIMIT, Macros
 from steer.core.profile import Profile
-from steer.core.small_files import read_given, shown
+from steer.core.small_files import read_given, read_small, shown
 from steer.core.validation import Clean, Cleans, Lenient, from_file, from_stranger
-from steer.errors import SteerError
-from steer.files import one_line
+from steer.errors import SteerError, UsageError
+from steer.files import one_line, write_atomic
 
 FILE_LIMIT = 20_000_000
 """Largest card file, in bytes."""
@@ -44,6 +45,9 @@ _CHUNK_LIMIT = 100_000  # most chunks a PNG may have; encoders put kilobytes of 
 _KEYWORD = 79  # longest keyword that the PNG format allows, in bytes
 _KEYWORDS = ("ccv3", "chara")  # keywords of the PNG texts that hold a card; the first is preferred
 _V1_TEXTS = ("name", "description", "personality", "scenario", "first_mes", "mes_example")
+_V2_TEXTS = ("system_prompt", "post_history_instructions", "creator_notes", "creator", "character_version")
+_V2_EMPTY: dict[str, Any] = dict.fromkeys((*_V1_TEXTS, *_V2_TEXTS), "") | {"alternate_greetings": [], "tags": []}
+"""Every field that a V2 card must have, empty."""
 _PYGMALION = {
     "char_name": "name",
     "char_persona": "description",
@@ -55,6 +59,7 @@ _PYGMALION = {
 _TELLING = {*_V1_TEXTS, "system_prompt", "alternate_greetings", "mes_example"} - {"name", "description"}
 """Fields of which a flat card has at least one; another JSON file may have a name and a description too."""
 _START = re.compile(r"<START>", re.IGNORECASE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,35 @@ def load_card(
     return replace(card, warnings=tuple(" ".join(w.split())[:800] for w in warnings))
 
 
+def save_card_profile(card: str | Path, profile: Profile, out: str | Path) -> Path:
+    """Write a copy of `card` that contains `profile` to `out`. `out` may be the card itself; it is written whole or not
+    at all.
+
+    All else in the card is kept: a PNG's other chunks byte for byte, the card's other fields in their meaning. A V1
+    card becomes a V2 card that V1 readers can still read.
+
+    Errors: SteerError as in `load_card`, and for a profile that names files outside of the folder of `out`; UsageError
+    if `out` has the suffix of the other file type.
+    """
+    out, where = Path(out), str(card)
+    data = read_small(Path(card), FILE_LIMIT, "a character card")
+    if data[:4] == b"RIFF":
+        raise UsageError(f"{where}: expected a PNG or JSON card, found a WEBP, which is only read; convert it")
+    suffix = ".png" if data.startswith(_SIGNATURE) else ".json"
+    if out.suffix.lower() in {".png", ".json"} - {suffix}:
+        raise UsageError(f"{out}: expected a name that ends in {suffix}, as {where} does; a card keeps its kind")
+    profile = profile.in_folder(out.parent)
+    _check_files(profile, str(out))
+    changed = _with_profile(data, profile, where)
+    if len(changed) > FILE_LIMIT:
+        raise SteerError(
+            f"{out}: expected a card of at most {FILE_LIMIT:,} bytes, found {len(changed):,}; shorten its profile"
+        )
+    # Read the result again, so that no card is written that `load_card` would refuse.
+    _fields(_card_json(changed, str(out)), str(out), out.parent, {})
+    return write_atomic(out, changed)
+
+
 class _Fields(Lenient):
     name: Clean = ""
     description: Clean = ""
@@ -272,7 +306,7 @@ class _Filler:
 def _card_json(data: bytes, where: str) -> dict[str, Any]:
     """The card's JSON object. Where a PNG holds a V2 and a V3 card, the V3 one is returned."""
     if data.startswith(_SIGNATURE):
-        return _in_chunk(data, _chunk(data, where), where)
+        return _in_chunk(data, _chunks(data, where)[0], where)
     if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
         return _parse(data, where)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -331,10 +365,42 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
-    # JSON has no nan or infinity, and 1e999 would become one.
+    # JSON has no nan or infinity: a card written with one would be refused by other programs.
     if not math.isfinite(number := float(text)):
         raise ValueError(f"the number {text[:20]}")
     return number
+
+
+def _with_profile(data: bytes, profile: Profile, where: str) -> bytes:
+    """The file with `profile` in its card. Where a PNG holds two cards both are changed, because some programs read the
+    one and some the other."""
+
+    def changed(raw: dict[str, Any], where: str, **layout: Any) -> bytes:
+        fields, flat = _object(raw, where)  # a broken profile in it is replaced
+        extensions = fields.get("extensions") or {}
+        steer = (isinstance(extensions, dict) and extensions.get("steer")) or {}
+        if not isinstance(extensions, dict) or not isinstance(steer, dict):
+            raise SteerError(f"{where}: extensions: expected mappings, found {shown(extensions)}; take them out")
+        made = fields | {"extensions": extensions | {"steer": steer | {"profile": profile.dump()}}}
+        card = raw | {"data": made}
+        if flat:
+            card |= {"spec": "chara_card_v2", "spec_version": "2.0", "data": _V2_EMPTY | made}
+        # JSON can escape half of a surrogate pair, but UTF-8 cannot hold it.
+        text = json.dumps(card, ensure_ascii=False, **layout)
+        return _SURROGATE.sub(lambda m: f"\\u{ord(m[0]):04x}", text).encode()
+
+    if not data.startswith(_SIGNATURE):
+        return changed(_card_json(data, where), where, indent=2)
+    out, at = b"", 0
+    for chunk in sorted(_chunks(data, where), key=lambda c: c.start):
+        raw = _in_chunk(data, chunk, where)
+        text = base64.b64encode(changed(raw, f"{where}: text {chunk.keyword!r}", separators=(",", ":")))
+        # Copied from the file, because `_Chunk.keyword` is in lower case.
+        body = data[chunk.start + 8 : chunk.start + 8 + len(chunk.keyword)] + b"\0" + text
+        crc = zlib.crc32(b"tEXt" + body).to_bytes(4, "big")
+        out += data[at : chunk.start] + struct.pack(">I4s", len(body), b"tEXt") + body + crc
+        at = chunk.end
+    return out + data[at:]
 
 
 @dataclass(frozen=True)
@@ -351,8 +417,8 @@ class _Chunk:
     """Offset of the byte after the chunk's checksum."""
 
 
-def _chunk(data: bytes, where: str) -> _Chunk:
-    """The first text chunk with the preferred keyword that the file has."""
+def _chunks(data: bytes, where: str) -> list[_Chunk]:
+    """The first text chunk of each keyword that may hold a card, the preferred keyword first."""
     first: dict[str, _Chunk] = {}
     at = len(_SIGNATURE)
     for _ in range(_CHUNK_LIMIT):
@@ -373,14 +439,14 @@ def _chunk(data: bytes, where: str) -> _Chunk:
         raise SteerError(
             f"{where}: expected a PNG of at most {_CHUNK_LIMIT:,} chunks, found more; is it the right file?"
         )
-    for keyword in _KEYWORDS:
-        if keyword in first:
-            return first[keyword]
-    found = ", ".join(repr(k) for k in list(first)[:5]) or "none"
-    raise SteerError(
-        f"{where}: expected a character card in a PNG text {' or '.join(_KEYWORDS)}, found texts: {found}; "
-        "sites that convert images strip it, so fetch the original"
-    )
+    out = [first[k] for k in _KEYWORDS if k in first]
+    if not out:
+        found = ", ".join(repr(k) for k in list(first)[:5]) or "none"
+        raise SteerError(
+            f"{where}: expected a character card in a PNG text {' or '.join(_KEYWORDS)}, found texts: {found}; "
+            "sites that convert images strip it, so fetch the original"
+        )
+    return out
 
 
 def _in_chunk(data: bytes, chunk: _Chunk, where: str) -> dict[str, Any]:

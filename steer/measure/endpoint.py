@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import openai
-from transformers import AutoTokenizer
 
 from steer.checkpoint.chat_templates import chosen_template
+from steer.checkpoint.fetch import read_tokenizer
 from steer.core.thoughts import THINK, split_thoughts
 from steer.errors import SteerError, UnreachableError, UnsupportedError, UsageError
 from steer.files import one_line
@@ -273,10 +273,7 @@ _PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty"
 
 def tokenizer_of(place: str) -> tuple[Any, list[str]]:
     """Return a checkpoint's tokenizer with a chat template, and notes on it. Errors: SteerError if it has none."""
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as e:
-        raise SteerError(f"{place}: expected a checkpoint's tokenizer, found {one_line(e)}; check the path") from e
+    tokenizer = read_tokenizer(place, place)
     if (text := chosen_template()) is not None:
         tokenizer.chat_template = text
     if tokenizer.chat_template:

@@ -25,6 +25,7 @@ from steer.errors import UsageError
 from steer.measure.probes.probe import TEMPERATURE, Ability, Chat, LogProbs, Passage
 from steer.model.forward import logits_in_chunks
 from steer.model.loaded import WITHOUT_THOUGHTS, ChatPrompt, Message
+from steer.model.loading import release_memory
 from steer.model.prefill import Beginning, prefill
 from steer.model.steered import SteeredModel
 from steer.model.tokens import common_length
@@ -175,6 +176,7 @@ class LocalReader:
         carriers = list(carried)
         starts = {c: min(rows[i].start for i in carried[c]) for c in carriers}
         read_together = list(batches([rows[c].ids for c in carriers]))
+        release_memory(garbage=False)  # passages of other lengths, read before these, have left holes
         begun = None
         if len(read_together) > 1 and not timed:
             with self.applied():

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from steer.errors import UnsupportedError
@@ -112,6 +112,23 @@ def attend(
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)[..., :seq]
     out = weights.view(batch, groups, heads // groups * new, seq) @ value
     return out.view(batch, heads, new, value.shape[-1])  # values may be narrower than keys
+
+
+def drop_foreign_windows(config: PreTrainedConfig) -> str | None:
+    """Remove from a config what its class does not read and caches would obey; return what was removed, for a message.
+
+    Caches are built for sliding windows wherever a config names some, as a Llama's may that was converted from Mistral.
+    The model's masks know of none, so that replies would go wrong once they are longer than the window.
+    """
+    own = vars(type(config)())
+    removed = {key: value for key in _WINDOWS if (value := vars(config).get(key)) is not None and key not in own}
+    for key in removed:
+        setattr(config, key, None)
+    return ", ".join(f"{key} {value}" for key, value in removed.items()) or None
+
+
+_WINDOWS = ("sliding_window", "attention_chunk_size", "layer_types")
+"""Keys of a config that say which blocks attend to a window."""
 
 
 AttentionInterface.register(NAME, grouped_attention)

@@ -159,13 +159,13 @@ def generate(
         [p for _, p in distinct],
         prompts=[len(p) for _, p in distinct],
         which=[w for w, _ in distinct] if several else None,
-        ahead=most,
+        ahead=most if len(distinct) == len(prompts) else 1,
     )
     expand = torch.tensor([distinct[key] for key in edit_and_prompt], device=device)
     scores, mask, cache = logits(model, read.hidden[:, -1:])[:, -1], read.mask[expand], read.cache
     if len(distinct) < len(edit_and_prompt):
         scores = scores[expand]
-        select_rows(cache, expand)
+        select_rows(cache, expand, ahead=most)
     seeds = keys if keys is not None else range(len(prompts))
     draws = [Draw(sampler, p, k, model.tokenizer) for p, k in zip(prompts, seeds, strict=True)]
     row = torch.tensor(list(which), device=device) if which is not None else None

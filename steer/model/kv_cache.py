@@ -32,7 +32,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, ahead: int = STEP) -> None:
         super().__init__()
-        self._ahead = ahead
+        self.ahead = ahead
         self._rooms: dict[str, Tensor] = {}
 
     def update(
@@ -54,13 +54,17 @@ class GrowingLayer(DynamicLayer):
 
     @torch.inference_mode()  # its tensors were made in inference mode, and may be changed in it only
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
-        """Keep these rows, in this order. Where few rows move, they are copied over the rows that leave."""
-        rows = indices.tolist()
-        moved = {to: row for to, row in enumerate(rows) if to != row}
-        if not self.get_seq_length() or any(row < len(rows) for row in moved.values()):
-            super().batch_select_indices(indices)
+        """Keep these rows, in this order. Where few rows move, they are copied over the rows that leave; else all are
+        copied into new buffers."""
+        if not self.get_seq_length():
             return
-        keys, values = self._held()
+        rows, keys, values = indices.tolist(), *self._held()
+        moved = {to: row for to, row in enumerate(rows) if to != row}
+        if any(row < len(rows) for row in moved.values()):
+            for name, held in (("keys", keys), ("values", values)):
+                self._rooms[name] = held.new_empty(len(rows), held.shape[1], held.shape[2] + self.ahead, held.shape[3])
+                setattr(self, name, self._rooms[name][:, :, : held.shape[2]].copy_(held[indices]))
+            return
         for to, row in moved.items():
             keys[to], values[to] = keys[row], values[row]
         self.keys, self.values = keys[: len(rows)], values[: len(rows)]
@@ -72,7 +76,7 @@ class GrowingLayer(DynamicLayer):
         """
         self.lazy_initialization(*other._held())
         for name, held in zip(("keys", "values"), other._held(), strict=True):
-            room = held.new_empty(rows, held.shape[1], columns + self._ahead, held.shape[-1])
+            room = held.new_empty(rows, held.shape[1], columns + self.ahead, held.shape[-1])
             begins = dict.fromkeys(range(rows), columns)
             for to, row, taken in pieces:
                 first = columns - (taken.stop - taken.start)
@@ -104,7 +108,7 @@ class GrowingLayer(DynamicLayer):
         # is never quite full, since compiled code would treat a full one as another case.
         in_room = room is not None and room.data_ptr() == held.data_ptr()
         if room is None or not in_room or room.shape[0] < rows or room.shape[-2] <= total:
-            room = like.new_empty(*like.shape[:2], total + self._ahead, like.shape[-1])
+            room = like.new_empty(*like.shape[:2], total + self.ahead, like.shape[-1])
             if seq:
                 room[:, :, :seq] = held
             self._rooms[name] = room
@@ -142,9 +146,12 @@ def has_only_states(cache: Cache) -> bool:
     return not any(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
-def select_rows(cache: Cache, rows: Int[Tensor, " rows"]) -> None:
-    """Keep these rows of a cache, in this order."""
+def select_rows(cache: Cache, rows: Int[Tensor, " rows"], ahead: int | None = None) -> None:
+    """Keep these rows of a cache, in this order. `ahead`: how many more tokens will follow, if that was not known when
+    the cache was made."""
     for layer in cache.layers:
+        if ahead is not None and isinstance(layer, GrowingLayer):
+            layer.ahead = ahead
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for states in (layer.conv_states, layer.recurrent_states):
                 states |= {i: state.index_select(0, rows) for i, state in states.items() if state is not None}

@@ -77,6 +77,8 @@ class LoadedModel:
         self.template_options: dict[str, Any] = {}
         """Variables of the chat template that every chat is rendered with, such as `WITHOUT_THOUGHTS`."""
         self._noted: set[str] = set()
+        if foreign := attention.drop_foreign_windows(hf.config.get_text_config()):
+            self.warn_once("windows", f"config.json names {foreign}, which this architecture does not read; ignored")
         self.end_text: str | None
         """Text that ends a reply and is no part of it; None where a token does."""
         self.end_token_ids: frozenset[int]

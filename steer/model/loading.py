@@ -9,32 +9,36 @@ import ctypes
 import gc
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.dtypes import announce, computing_in
+from steer.checkpoint.fetch import read_tokenizer, transformers_errors
 from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.proof import cache_file
+from steer.checkpoint.quantised import undeclared
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.tiny import IDS, model_class_of, on_meta, tiny_config, tiny_model, tiny_world
 from steer.errors import CheckpointError, UsageError
-from steer.files import write_atomic
+from steer.files import read_json_object, write_atomic
 from steer.model import attention
 from steer.model.products import use_fast_products
 
@@ -61,7 +65,7 @@ def read_model(
     code = {"trust_remote_code": more.get("trust_remote_code", False)}
     if dtype in (torch.float64, "float64"):  # transformers' grouped products of experts do not support it
         more = {"experts_implementation": "eager"} | more
-    try:
+    with transformers_errors(name), _memory_errors(name, device_map):
         hub = {option: more[option] for option in ("revision", "token", "cache_dir", "subfolder") if option in more}
         small = four_bit or "quantization_config" in more
         chosen = computing_in(place, dtype, device_map=device_map, quantised=small, hub=hub)
@@ -71,27 +75,24 @@ def read_model(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of_products
             )
             more = more | {"quantization_config": small_weights}
-        # With mistral-common installed, transformers would take its tokenizer where there is a tekken.json: it has no
-        # chat template and no fast backend. The same directory has to work the same with and without that package.
-        tokenizer = AutoTokenizer.from_pretrained(place, mistral_format=False, **code)
+        tokenizer = read_tokenizer(place, name, **code)
         config = AutoConfig.from_pretrained(place, **code, **hub)
         model_class: Any = model_class_of(config) or AutoModelForCausalLM
+        declared = getattr(config, "quantization_config", None)
+        if isinstance(declared, dict) and not AutoHfQuantizer.supports_quant_method(declared):
+            # transformers would take the quantised numbers for weights
+            raise CheckpointError(
+                f"{name}: config.json: expected a quant_method that transformers {transformers.__version__} knows, "
+                f"found {declared.get('quant_method')!r}; update transformers, or fetch the weights without it"
+            )
         if more.get("attn_implementation") == attention.NAME and not _grouped_attention_fits(config, model_class):
             more = more | {"attn_implementation": "eager"}
         loaded: Any = model_class.from_pretrained(
             place, dtype=chosen.dtype or "auto", device_map=device_map, use_safetensors=True, output_loading_info=True,
             **code | more,
         )  # fmt: skip
+        _check_generation_config(place, hub)
         hf, report = loaded  # transformers declares the type of the model alone
-    except torch.OutOfMemoryError as e:
-        raise CheckpointError(
-            f"{name}: expected room for it on {device_map}, found too little; spread it with --device-map auto, or "
-            "load it in 4 bits with --four-bit"
-        ) from e
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:  # a quantiser may not be installed
-        raise CheckpointError(
-            f"{name}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
-        ) from e
     if missing := sorted(report["missing_keys"]):
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -103,10 +104,23 @@ def read_model(
     return hf, tokenizer
 
 
-def release_memory() -> None:
+@contextmanager
+def _memory_errors(name: str, device_map: Any) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise CheckpointError(
+            f"{name}: expected room for it on {device_map}, found too little; spread it with --device-map auto, or "
+            "load it in 4 bits with --four-bit"
+        ) from e
+
+
+def release_memory(*, garbage: bool = True) -> None:
     """Give memory that is free back to the system. glibc keeps what lies below any block in use: half a gigabyte after
-    a merge of 135M models, and as much again after two thousand replies."""
-    gc.collect()
+    a merge of 135M models, and more than one after a batch of 192 replies. `garbage`: collect Python's first, which
+    takes a tenth of a second."""
+    if garbage:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # not in musl
         trim(0)
@@ -128,20 +142,27 @@ def release_threads() -> None:
 
 def read_description(place: str, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model without numbers in its weights, and the tokenizer. Arguments and errors: as `read_model`."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, mistral_format=False, trust_remote_code=False)
+    with transformers_errors(name):
+        tokenizer = read_tokenizer(place, name)
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         model_class = model_class_of(config)
         if model_class is None:
             raise ValueError(f"transformers has no model for {config.model_type}")
         hf: Any = on_meta(config, model_class)
-        if cached_file(place, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+        if _check_generation_config(place, {}):
             hf.generation_config = GenerationConfig.from_pretrained(place)
-    except (OSError, ValueError, RuntimeError, ImportError) as e:
-        raise CheckpointError(
-            f"{name}: transformers cannot load it: {' '.join(str(e).split())[:300]}; check the name or the files"
-        ) from e
     return hf, tokenizer
+
+
+def _check_generation_config(place: str, hub: dict[str, Any]) -> bool:
+    """Whether there is a generation_config.json. transformers passes over a broken one, and its end tokens with it.
+
+    Errors: CheckpointError for a file without a JSON object.
+    """
+    file = cached_file(place, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if file is not None:
+        read_json_object(Path(file), do="delete or mend the file")
+    return file is not None
 
 
 def _grouped_attention_fits(config: PreTrainedConfig, model_class: Any) -> bool:
@@ -174,13 +195,18 @@ def _tried_grouped_attention(config: PreTrainedConfig, model_class: Any) -> bool
 
 
 def _check_blocks(place: Path, name: str) -> None:
-    """Raise CheckpointError for a config with more blocks than the files hold, before transformers builds that many."""
+    """Raise CheckpointError for a config with more blocks than the files hold, before transformers builds that many,
+    and for one that does not say that the weights are quantised."""
     files = CheckpointFiles.open(place)
     anatomy = Anatomy.of(files.config, name)
     if files.tensors and not anatomy.has_block(anatomy.blocks - 1, files.tensors):
         raise CheckpointError(
             f"{name}: config.json says {anatomy.blocks} blocks, found none with number {anatomy.blocks - 1} in the "
             "files; fetch the model again"
+        )
+    if found := undeclared(files.config, files.tensors):
+        raise CheckpointError(
+            f"{name}: expected a quantization_config in config.json, as {found}, found none; fetch the model again"
         )
 
 

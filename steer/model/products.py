@@ -1,14 +1,18 @@
-"""Faster linear layers for fp32 on a CPU; `loading.py` puts them into every model that it loads.
+"""Faster linear layers for fp32 on an AMD CPU; `loading.py` puts them into every model that it loads there.
 
-MKL reads the weights several times where it multiplies few vectors, or by a matrix with many outputs. Milliseconds
-measured on two cores of an AMD EPYC (AVX2) with 2 threads, weights read from memory, MKL's `x W^T` first and this file
-second: all 211 matrices of a 135M Llama for one vector 77 and 51, for two 111 and 51, for 16 vectors 169 and 120; the
-LM head (49152 x 576) alone for 96 vectors 86 and 60, for 192 vectors 164 and 136.
+On AMD's CPUs MKL reads the weights several times where it multiplies few vectors, or by a matrix with many outputs.
+Milliseconds measured on two cores of an AMD EPYC (AVX2) with 2 threads, weights read from memory, MKL's `x W^T` first
+and this file second: all 211 matrices of a 135M Llama for one vector 77 and 51, for two 111 and 51, for 16 vectors 169
+and 120; the LM head (49152 x 576) alone for 96 vectors 86 and 60, for 192 vectors 164 and 136. On two cores of an Intel
+Xeon, limited to AVX2, it is the other way round: one vector 25 and 59, two 45 and 56, 16 vectors 65 and 77; the LM head
+for 96 vectors 55 and 61, for 192 vectors 90 and 117. The choice goes by the maker and not by a timing, so that a
+machine rounds alike in every run.
 """
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -55,9 +59,16 @@ def product(
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
+def mkl_is_slow() -> bool:
+    """Whether torch multiplies with MKL on a CPU of AMD."""
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 and later
+    return torch.backends.mkl.is_available() and "AMD" in str(known.get("cpu_name", ""))
+
+
 def use_fast_products(model: nn.Module) -> None:
-    """Turn the fp32 linear layers of a model that are on the CPU into `CpuLinear`; other layers stay as they are."""
-    for module in model.modules():
+    """Turn the fp32 linear layers of a model that are on the CPU into `CpuLinear` where `mkl_is_slow`; other layers
+    stay as they are."""
+    for module in model.modules() if mkl_is_slow() else ():
         if isinstance(module, nn.Linear) and type(module) is nn.Linear:
             weight = module.weight
             if weight.device.type == "cpu" and weight.dtype == torch.float32:

@@ -31,7 +31,7 @@ from steer.model.decode import decode, generate
 from steer.model.hooks import LensHooks, ModuleHook, ReplyStart, Steers, lens_hooks, plain_hooks
 from steer.model.kv_cache import PrefixCache
 from steer.model.loaded import LoadedModel, Message, as_messages
-from steer.model.loading import files_of, read_description, read_model
+from steer.model.loading import files_of, read_description, read_model, release_memory
 from steer.model.prefill import prefill
 from steer.model.sliders import Sliders, Target
 from steer.model.steering.receipts import Tally
@@ -203,6 +203,8 @@ class SteeredModel(LoadedModel):
         size = math.ceil(len(order) / max(1, math.ceil(len(order) / batch)))
         for start in range(0, len(order), max(1, size)):
             rows = order[start : start + size]
+            if start and self.device.type == "cpu":
+                release_memory(garbage=False)  # else each batch adds holes in which the next one does not fit
             part = None if sums is None else sums.new_zeros(len(sums), len(rows), sums.shape[-1])
             # Each different edit is applied once, however many rows are under it.
             distinct = list(dict.fromkeys(edits[i] for i in rows)) if edits is not None else []

@@ -74,11 +74,17 @@ def padded(
 
 def end_token_ids(config: Any, generation_config: Any, tokenizer: Any, turn_end: int | None) -> frozenset[int]:
     """Tokens that end a reply: the end tokens of the generation config, the config and the tokenizer, which may differ
-    in merges and tunes, and `turn_end`, the token that the chat template writes after a reply."""
+    in merges and tunes, and `turn_end`, the token that the chat template writes after a reply.
+
+    Errors: CheckpointError for an end token that is no number.
+    """
     found: set[int] = set() if turn_end is None else {turn_end}
     for source in (generation_config, config, config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        found |= {ids} if isinstance(ids, int) else set(ids or ())
+        several = ids if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+        if wrong := [i for i in several if not isinstance(i, int)]:
+            raise CheckpointError(f"eos_token_id: expected token ids, found {wrong[0]!r}; mend generation_config.json")
+        found |= set(several)
     return frozenset(found)
 
 

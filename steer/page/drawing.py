@@ -33,7 +33,7 @@ _STYLE = """
   [data-testid="stSidebar"] [data-testid="stHorizontalBlock"] { overflow: visible; }
   [data-testid="stSidebarHeader"] { height: 3rem; margin-bottom: 0; }
   [data-testid="stSidebarUserContent"] [data-testid="stVerticalBlock"] { gap: .6rem; }
-  [data-testid="stStatusWidget"] { display: none; }
+  [data-testid="stStatusWidget"], .st-key-script { display: none; }
   [data-stale="true"] { opacity: 1 !important; }
   [data-testid="stChatMessage"] { padding: .8rem .9rem .5rem; gap: .8rem; }
   [data-testid="stChatMessage"] [data-testid="stVerticalBlock"] { gap: .2rem; }
@@ -65,6 +65,15 @@ _STYLE = """
   mark.st-differs { background: rgba(250, 190, 50, .38); color: inherit; border-radius: 2px; }
 </style>
 """
+_KEEP_FOCUS = """
+<script>
+  if (window.steerDrawn && document.activeElement === document.body)
+    document.querySelector('.st-key-part [aria-checked="true"]')?.focus();
+  window.steerDrawn = true;
+</script>
+"""
+"""A page with a chat input at its bottom is another element to Streamlit than one without: who chooses the part "Chat",
+or another after it, gets a new page, and the focus is nowhere. This puts it on the chosen part, where it was."""
 _LEVELS = {"fine": "rgba(60,160,90,.85)", "near": "rgba(230,160,30,.9)", "over": "rgba(220,60,60,.9)"}
 _CONTEXT = ("rgba(80,120,220,.85)", "rgba(150,90,200,.85)", "rgba(60,160,90,.85)", "rgba(230,160,30,.6)")
 """Colours of the parts of a context."""
@@ -74,6 +83,12 @@ _SAFE, _RED = "rgba(60, 160, 90, .75)", "rgba(220, 60, 60, .6)"
 def style() -> None:
     """Add the page's style sheet."""
     st.html(_STYLE)
+
+
+def keep_focus() -> None:
+    """Keep the focus on the chosen part of the page, so that who uses keys goes on from there. Call it below them."""
+    with st.container(key="script"):
+        st.html(_KEEP_FOCUS, unsafe_allow_javascript=True)
 
 
 def folded_thoughts(thoughts: str) -> None:

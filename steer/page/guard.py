@@ -1,7 +1,7 @@
 """Error handling of the page, and drawing a part again: an error is one line on the page, never a traceback.
 
-Parts use `button` and `safely` for changes, `draw_job` for a command that runs, `watch` to draw themselves again while
-something runs, and `redraw` to have the whole page drawn again after a change in such a part.
+Parts use `button`, `bound` and `safely` for changes, `draw_job` for a command that runs, `watch` to draw themselves
+again while something runs, and `redraw` to have the whole page drawn again after a change in such a part.
 """
 
 from __future__ import annotations
@@ -35,6 +35,22 @@ def button(label: str, change: Callable[[], object], icon: str | None = None, **
     st.button(
         label, icon=None if icon is None else f":material/{icon}:", on_click=safely, args=(change,), **options
     )  # fmt: skip
+
+
+def bound(key: Callable[[], str], change: Callable[[Any], object]) -> dict[str, Any]:
+    """Return the key and the `on_change` of a widget whose key changes when its value is set from elsewhere.
+
+    `change` is called safely with a new value, unless `key` returns another key than when the widget was drawn. For
+    until a browser hears that a run has ended, it sends the values of widgets that the run took away along with the
+    next click. To Streamlit, which has forgotten these widgets by then, each such value is a change.
+    """
+    drawn = key()
+
+    def changed() -> None:
+        if key() == drawn:
+            safely(lambda: change(st.session_state[drawn]))
+
+    return {"key": drawn, "on_change": changed}
 
 
 def draw_job(job: Job, words: str, key: str | None = None, lines: int = 0) -> bool:

@@ -21,8 +21,8 @@ from steer.checkpoint.chat_templates import VARIABLE as CHAT_TEMPLATE
 from steer.checkpoint.dtypes import DTYPES, VARIABLE
 from steer.model.compile_limits import keep_few_shapes
 from steer.model.steered import SteeredModel, load
-from steer.page.drawing import style
-from steer.page.guard import guarded, watch
+from steer.page.drawing import keep_focus, style
+from steer.page.guard import guarded, tag, watch
 from steer.page.parts import bake, chats, compare, cost, evolve, features, home, inside, new_slider, sliders, talk
 from steer.serve.limits import host_name
 
@@ -83,7 +83,10 @@ def _page() -> None:
         else:
             guarded(sliders.draw)(chat)
     new_slider.dialog(chat)
+    drawn = tag(chat)
     guarded(PARTS[chosen][1])(chat)
+    if tag(chat) != drawn:  # the part has set sliders, as one that is made of votes
+        st.rerun()
 
 
 def _part(chat: Chat) -> str:
@@ -94,6 +97,7 @@ def _part(chat: Chat) -> str:
         "Part of the page", list(PARTS), default="Chat", required=True, key="part", label_visibility="collapsed",
         format_func=lambda p: f"{PARTS[p][0]} {p}",
     )  # fmt: skip
+    keep_focus()
     return chosen or "Chat"
 
 

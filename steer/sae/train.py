@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -34,7 +34,7 @@ from steer.core.dictionary_files import load_dictionary, save_dictionary
 from steer.core.fit import Fit, measure_fit
 from steer.core.lists import as_list
 from steer.errors import CheckpointError, MismatchError, OutputExistsError, SteerError, StoppedError, UsageError
-from steer.files import one_line, replacing
+from steer.files import locked, one_line, replacing
 from steer.model.fit_check import check_fit
 from steer.model.steered import SteeredModel, load
 from steer.sae import parallel
@@ -154,7 +154,7 @@ def train_dictionary(
     writes.
 
     Errors: UsageError for a source without site or text, MismatchError for a parent or model that does not fit,
-    StoppedError on SIGTERM or Ctrl-C.
+    OutputExistsError where another process trains into `out`, StoppedError on SIGTERM or Ctrl-C.
 
         options = TrainOptions(latents=4608, k=32, tokens=10_000_000)
         result = steer.train_dictionary("harvest", "dictionary", options, site=14)
@@ -179,20 +179,22 @@ def train_dictionary(
                 )
             before = measure_fit(replace(started, norm=facts["norm"]), [data.held_out])
         first = parallel.rank() == 0
-        log = TrainingLog()
-        if first and not quiet:
-            place = training_place(out)
-            log = FileLog(place, sinks=(sink_for(track, place, options),) if track else ())
-        trained = train(data, out, options, resume=resume, parent=started, every=every, log=log)
-        made = replace(trained.dictionary, site=facts["site"], norm=facts["norm"])
-        parent_fit = started.manifest.get("fit") if started is not None else None
-        result = TrainedDictionary(made, trained, None, before, parent_fit, options.dead_tokens)
-        if first:
-            live = live or _model_of(model or facts["checkpoint"], facts)
-            if live is not None:
-                result = replace(result, spliced=_splice(live, made, facts, options))
-                facts["fit_on_plain"] = asdict(check_fit(live, made).fit)
-            _write(result, out, options, facts, data.inputs)
+        place = training_place(out)
+        taken = "another training is at work in it; wait, or name another output"
+        with locked(place, taken) if first else nullcontext():
+            log = TrainingLog()
+            if first and not quiet:
+                log = FileLog(place, sinks=(sink_for(track, place, options),) if track else ())
+            trained = train(data, out, options, resume=resume, parent=started, every=every, log=log)
+            made = replace(trained.dictionary, site=facts["site"], norm=facts["norm"])
+            parent_fit = started.manifest.get("fit") if started is not None else None
+            result = TrainedDictionary(made, trained, None, before, parent_fit, options.dead_tokens)
+            if first:
+                live = live or _model_of(model or facts["checkpoint"], facts)
+                if live is not None:
+                    result = replace(result, spliced=_splice(live, made, facts, options))
+                    facts["fit_on_plain"] = asdict(check_fit(live, made).fit)
+                _write(result, out, options, facts, data.inputs)
         parallel.barrier()
     return replace(result, dictionary=load_dictionary(out))
 

@@ -114,7 +114,9 @@ def check_blocks(hf: Any, anatomy: Anatomy) -> None:
         if len(others) == 1:
             heads, d = find_num_key_value_heads(config), find_head_dim(config)
             if f"heads x key + value: {heads} x {d} + {d}" in others:
-                return
+                if hf._supports_attention_backend:
+                    return
+                others = {"an attention that cannot be replaced": list(range(len(cache.layers)))}
     found = "; ".join(f"{what} in {ranges(blocks)}" for what, blocks in others.items())
     raise UnsupportedError(
         f"{anatomy.architecture}: serve expects blocks of full or sliding attention, whose heads all have the size in "

@@ -403,6 +403,8 @@ def check(
         param, prompts = "prompt", len(request.prompts)
         if request.suffix:
             raise invalid("suffix", "none, as gaps are not filled", "a text", "unsupported_value")
+        if request.echo and request.max_new_tokens == 0:  # which elsewhere means that none is set
+            raise invalid("max_tokens", "at least 1 beside echo", "0; ask for 1 and leave its token out")
         ids = max((len(p) for p in request.prompts if isinstance(p, list)), default=0)
         if ids > context:
             raise invalid(param, f"at most {context} tokens", f"{ids}; shorten it", "context_length_exceeded")

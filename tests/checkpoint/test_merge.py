@@ -118,6 +118,58 @@ def test_an_adapter_is_merged_in_the_recipe_s_dtype_and_rounded_once(folder: Pat
         torch.testing.assert_close(merged[name], expected[name])
 
 
+def rename(keys: Callable[[str], str]) -> Callable[[Path], None]:
+    """Renames an adapter's tensors."""
+
+    def change(folder: Path) -> None:
+        file = folder / "tune" / "adapter_model.safetensors"
+        save_file({keys(name): tensor for name, tensor in load_file(file).items()}, file)
+
+    return change
+
+
+def lose_tensor(folder: Path) -> None:
+    kept = {k: v for k, v in weights(folder / "a").items() if k != "model.layers.1.mlp.up_proj.weight"}
+    save_file(kept, folder / "a" / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_pickle(folder: Path) -> None:
+    (folder / "tune" / "adapter_model.safetensors").rename(folder / "tune" / "adapter_model.bin")
+
+
+MISFITS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "names of a wrapper": (
+        rename(lambda name: name.replace("model.model.layers", "model.language_model.layers")),
+        r"tune: expected an adapter of this model, found a weight without a place, \S*language_model.layers.0",
+    ),
+    "a block that is not there": (
+        rename(lambda name: name.replace("layers.2", "layers.7")),
+        r"without a place, \S*rs.7",
+    ),
+    "a tensor less in the base": (lose_tensor, r"a: expected tensor model.layers.1.mlp.up_proj.weight in its files"),
+    "a pickle": (make_pickle, "tune: expected adapter_model.safetensors in .*, found none; a pickle"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
+def test_an_adapter_that_does_not_fit_its_model_is_an_error_and_never_left_out(
+    folder: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(folder)
+    recipe = write(folder / "r.yml", {**LINEAR, "models": [{"model": "a+tune", "parameters": {"weight": 1}}]})
+    with pytest.raises(CheckpointError, match=message):
+        merge(recipe, folder / "out")
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("layers", [[2, 0], [1, 1], [-1, 2]], ids=str)
+def test_a_slice_without_layers_is_refused(folder: Path, layers: list[int]) -> None:
+    slices = [{"sources": [{"model": "a", "layer_range": layers}]}]
+    recipe = write(folder / "r.yml", {"merge_method": "passthrough", "slices": slices})
+    with pytest.raises(SteerError, match="layer_range: expected the first layer and the one after the last"):
+        read_recipe(recipe)
+
+
 def test_model_stock_is_the_formula_of_its_paper(folder: Path) -> None:
     # Jang et al. 2024: t = N c / (1 + (N - 1) c), c the mean cosine between the tunes' differences to the base.
     out = merge(folder / "stock.yml", folder / "out")

@@ -126,6 +126,8 @@ def _no_weights(root: Path) -> None:
         (_point("model.bin"), r"names of safetensors files .* found 'model\.bin'"),
         (_point("model-00001-of-00009.safetensors"), r"model-.*: expected a weights file, found none"),
         (_index("{}"), "expected a non-empty weight_map"),
+        (_index('{"metadata": [1]}'), "expected numbers under metadata"),
+        (_index('{"metadata": {"total_size": "14 GB"}}'), "expected numbers under total_size, found '14 GB'"),
         (_index("\x00"), "found no JSON"),
         (_twice, "is also in|expected x in"),
         (_pickled, r"found pytorch_model\.bin; only safetensors is loaded"),

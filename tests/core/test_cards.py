@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from steer.core.cards import DEFAULT_PROMPT, DEPTH_LIMIT, FILE_LIMIT, JSON_LIMIT, Card, load_card
+from steer.core.cards import DEFAULT_PROMPT, DEPTH_LIMIT, FILE_LIMIT, JSON_LIMIT, Card, load_card, save_card_profile
 from steer.core.profile import GateSpec, Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import PRESETS
 from steer.core.small_files import shown
-from steer.errors import SteerError
+from steer.errors import SteerError, UsageError
 
 V1: dict[str, Any] = {
     "name": "Duke Orsino",
@@ -82,6 +82,18 @@ def png(how: str = "tEXt", **texts: str) -> bytes:
     out = io.BytesIO()
     Image.linear_gradient("L").save(out, "PNG", pnginfo=info)
     return out.getvalue()
+
+
+def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Kind and body of every chunk of a PNG whose lengths and checksums are all right."""
+    out, at = [], 8
+    while at < len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        assert data[at + 8 + length : at + 12 + length] == struct.pack(">I", zlib.crc32(kind + body))
+        out.append((kind, body))
+        at += 12 + length
+    return out
 
 
 def with_chunk(kind: bytes, body: bytes) -> bytes:
@@ -169,13 +181,17 @@ def test_ccv3_comes_before_chara_and_brings_a_nickname() -> None:
     assert load_card(png(chara=encoded(other))).name == "Backfill"
 
 
-def test_of_two_cards_of_one_kind_the_first_is_read() -> None:
+def test_of_two_cards_of_one_kind_the_first_is_read_and_written(tmp_path: Path) -> None:
     info = PngInfo()
     for name in ("First", "Second"):
         info.add_text("chara", encoded(V1 | {"name": name}))
-    image = io.BytesIO()
-    Image.new("L", (4, 4)).save(image, "PNG", pnginfo=info)
-    assert load_card(image.getvalue()).name == "First"
+    path = tmp_path / "two.png"
+    Image.new("L", (4, 4)).save(path, "PNG", pnginfo=info)
+    second = [c for c in chunks(path.read_bytes()) if c[0] == b"tEXt"][1]
+    assert load_card(path).name == "First"
+    card = load_card(save_card_profile(path, PROFILE, path))
+    assert (card.name, card.profile) == ("First", PROFILE)
+    assert [c for c in chunks(path.read_bytes()) if c[0] == b"tEXt"][1] == second
 
 
 def test_a_newer_version_is_read_and_null_counts_as_empty() -> None:
@@ -209,23 +225,88 @@ def test_what_no_terminal_and_no_tokenizer_should_see_is_cleaned() -> None:
 
 @pytest.mark.parametrize("kind", ["png", "json"])
 @pytest.mark.parametrize("card", [V1, V2, V3], ids=["V1", "V2", "V3"])
-def test_a_card_brings_its_profile(tmp_path: Path, kind: str, card: dict[str, Any]) -> None:
-    plain = load_card(in_file(card, kind, tmp_path))
-    data = card.get("data", card)
-    extensions = data.get("extensions", {}) | {"steer": {"profile": PROFILE.dump(), "theme": "dark"}}
-    data = data | {"extensions": extensions}
-    loaded = load_card(in_file(data if card is V1 else card | {"data": data}, kind, tmp_path))
+def test_a_profile_is_stored_and_all_else_stays(tmp_path: Path, kind: str, card: dict[str, Any]) -> None:
+    path = in_file(card, kind, tmp_path)
+    before = path.read_bytes()
+    out = save_card_profile(path, PROFILE, tmp_path / f"out.{kind}")
+    assert path.read_bytes() == before
+    loaded = load_card(out)
     assert loaded.profile == PROFILE
-    assert loaded.extensions == extensions
-    assert replace(loaded, profile=None, extensions={}) == replace(plain, extensions={})
+    assert replace(loaded, profile=None, extensions={}, version="") == replace(
+        load_card(path), extensions={}, version=""
+    )
+    text = dict(chunk.split(b"\0") for k, chunk in chunks(out.read_bytes()) if k == b"tEXt") if kind == "png" else {}
+    made = json.loads(base64.b64decode(text[b"chara"]) if kind == "png" else out.read_bytes())
+    if card is V1:
+        assert (made.pop("spec"), made.pop("spec_version")) == ("chara_card_v2", "2.0")
+        data = made.pop("data")
+        assert made == V1
+        assert V1.items() <= data.items()
+        assert data["alternate_greetings"] == []
+    else:
+        data = made["data"]
+    assert data["extensions"].pop("steer") == {"profile": PROFILE.dump()}
+    if card is not V1:
+        assert made == card
+    if kind == "png":
+        old, new = chunks(before), chunks(out.read_bytes())
+        assert [c for c in new if c[1][:6] != b"chara\0"] == [c for c in old if c[1][:6] != b"chara\0"]
+        assert [k for k, _ in new] == [k for k, _ in old]
+        assert Image.open(out).tobytes() == Image.open(path).tobytes()
+
+
+def test_a_profile_replaces_the_one_before_it_in_place(tmp_path: Path) -> None:
+    own = V2["data"]["extensions"] | {"steer": {"profile": PROFILE.dump(), "theme": "dark"}}
+    path = in_file(V2 | {"data": V2["data"] | {"extensions": own}}, "png", tmp_path)
+    assert load_card(path).profile == PROFILE
+    calm = Profile("calm")
+    save_card_profile(path, calm, path)
+    card = load_card(path)
+    assert card.profile == calm
+    assert card.extensions == own | {"steer": {"profile": calm.dump(), "theme": "dark"}}
+    assert [p.name for p in tmp_path.iterdir()] == ["duke.png"]
+
+
+@pytest.mark.parametrize("how", ["tEXt", "zTXt", "iTXt"])
+def test_both_cards_of_a_png_get_the_profile_whatever_their_chunks(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "duke.png"
+    path.write_bytes(png(how, Chara=encoded(V2), ccv3=encoded(V3)))
+    out = save_card_profile(path, PROFILE, tmp_path / "out.png")
+    texts = dict(body.split(b"\0", 1) for kind, body in chunks(out.read_bytes()) if kind == b"tEXt")
+    for keyword, card in ((b"Chara", V2), (b"ccv3", V3)):
+        made = json.loads(base64.b64decode(texts[keyword]))
+        assert made["data"]["extensions"].pop("steer") == {"profile": PROFILE.dump()}
+        assert made == card
+
+
+def test_numbers_and_broken_characters_keep_their_meaning(tmp_path: Path) -> None:
+    odd = V2 | {"x": [1e-300, 0.1, 12345678901234567890, -0.0, "half \ud83d", "😀", "\u2028", "\x00"]}
+    path = in_file(odd, "json", tmp_path)
+    made = json.loads(save_card_profile(path, PROFILE, tmp_path / "out.json").read_bytes().decode())
+    assert made["x"] == odd["x"]
+
+
+def test_a_card_keeps_its_kind_and_what_it_cannot_hold_is_not_written(tmp_path: Path) -> None:
+    path = in_file(V2, "png", tmp_path)
+    with pytest.raises(UsageError, match=r"out\.json: expected a name that ends in \.png"):
+        save_card_profile(path, PROFILE, tmp_path / "out.json")
+    with pytest.raises(SteerError, match=r"out\.png: .*at most 4,000,000 bytes"):
+        save_card_profile(path, Profile("long", notes="x" * JSON_LIMIT), tmp_path / "out.png")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(png(ccv3=encoded(V3), chara="rubbish"))
+    with pytest.raises(SteerError, match=r"broken\.png: text 'chara': expected base64"):
+        save_card_profile(broken, PROFILE, tmp_path / "out.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.png", "duke.png"]
 
 
 def test_direction_files_of_a_card_lie_beside_it(tmp_path: Path) -> None:
-    beside = {"profile": {"name": "p", "sliders": [{"slider": "dirs/duke.safetensors", "amount": 1}]}}
-    path = in_file({"data": V1 | {"extensions": {"steer": beside}}}, "json", tmp_path)
-    profile = load_card(path).profile
+    path = in_file(V2, "json", tmp_path)
+    beside = Profile("p", sliders=(ProfileSlider("dirs/duke.safetensors", 1),), folder=tmp_path)
+    profile = load_card(save_card_profile(path, beside, path)).profile
     assert profile is not None
     assert profile.file_of(profile.sliders[0].slider) == tmp_path / "dirs" / "duke.safetensors"
+    with pytest.raises(SteerError, match=r"in the card's folder, found '\.\./dirs/duke\.safetensors'"):
+        save_card_profile(path, beside, tmp_path / "cards" / "duke.json")
     for stranger in (
         "/etc/x.safetensors",
         "../x.safetensors",
@@ -306,8 +387,12 @@ BOMB = zlib.compress(b"A" * 50_000_000, 9)
     ],
     ids=lambda v: shown(v)[:40],
 )
-def test_a_hostile_file_is_refused_in_one_line(data: bytes, says: str) -> None:
+def test_a_hostile_file_is_refused_in_one_line(data: bytes, says: str, tmp_path: Path) -> None:
     assert says in refused(data)
+    (tmp_path / "card").write_bytes(data)
+    with pytest.raises(SteerError):
+        save_card_profile(tmp_path / "card", PROFILE, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["card"]
 
 
 @pytest.mark.parametrize(
@@ -381,7 +466,7 @@ def test_a_nameless_card_has_the_name_of_its_file(tmp_path: Path) -> None:
     assert load_card(path.read_bytes()).name == "Character"
 
 
-def test_flat_cards_of_every_sort_are_read_and_bring_a_profile() -> None:
+def test_flat_cards_of_every_sort_are_read_and_get_a_profile(tmp_path: Path) -> None:
     wanted = load_card(json.dumps(V2).encode())
     flat = V2["data"] | {"spec": "chara_card_v2", "spec_version": "2.0"}
     assert load_card(json.dumps(flat).encode()) == wanted
@@ -390,9 +475,21 @@ def test_flat_cards_of_every_sort_are_read_and_bring_a_profile() -> None:
         "char_greeting": V1["first_mes"], "example_dialogue": V1["mes_example"], "personality": V1["personality"],
     }  # fmt: skip
     assert load_card(json.dumps(pygmalion).encode()) == load_card(json.dumps(V1).encode())
-    for card in (flat, pygmalion, {"name": "Curio", "scenario": "A hunt."}, {"first_mes": "Hi"}):
-        steer = {"extensions": {"steer": {"profile": PROFILE.dump()}}}
-        assert load_card(json.dumps(card | steer).encode()).profile == PROFILE
+    for number, card in enumerate((flat, pygmalion, {"name": "Curio", "scenario": "A hunt."}, {"first_mes": "Hi"})):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(card))
+        before = load_card(path)
+        after = load_card(save_card_profile(path, PROFILE, path))
+        assert after.profile == PROFILE
+        assert (after.definition, after.first_message) == (before.definition, before.first_message)
+        assert card.items() <= json.loads(path.read_text()).items()
+
+
+@pytest.mark.parametrize("extensions", [["x"], "x", {"steer": "noir"}], ids=str)
+def test_a_profile_does_not_replace_what_is_there(extensions: object, tmp_path: Path) -> None:
+    path = in_file(V1 | {"extensions": extensions}, "json", tmp_path)
+    with pytest.raises(SteerError, match="extensions: expected mappings"):
+        save_card_profile(path, PROFILE, path)
 
 
 def webp(comment: bytes, tag: int = 0x9286) -> bytes:
@@ -404,7 +501,7 @@ def webp(comment: bytes, tag: int = 0x9286) -> bytes:
     return out.getvalue()
 
 
-def test_a_webp_holds_a_card_in_its_comment() -> None:
+def test_a_webp_holds_a_card_in_its_comment(tmp_path: Path) -> None:
     card = json.dumps(V2).encode()
     wanted = load_card(card)
     for comment in (card, b"ASCII\0\0\0" + card, b"\0" * 8 + card, ",".join(map(str, card)).encode()):
@@ -417,6 +514,10 @@ def test_a_webp_holds_a_card_in_its_comment() -> None:
         (webp(card)[:40], "expected a WEBP picture"),
     ):
         assert says in refused(data)
+    path = tmp_path / "duke.webp"
+    path.write_bytes(webp(card))
+    with pytest.raises(UsageError, match="WEBP, which is only read"):
+        save_card_profile(path, PROFILE, path)
 
 
 def test_macros_that_are_not_known_stay_and_are_warned_of_once() -> None:

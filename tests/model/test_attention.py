@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_types import save_tiny_type
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from steer.errors import UnsupportedError
 from steer.model import attention, loading
@@ -99,3 +100,12 @@ def test_whether_it_fits_a_proved_architecture_is_tried_once(tmp_path: Path, mon
     assert [loaded(), len(tried)] == ["eager", 1]
     kept.write_bytes(b"\xff")
     assert [loaded(), len(tried)] == [attention.NAME, 2]
+
+
+@pytest.mark.slow
+def test_no_architecture_of_transformers_loses_a_window_of_its_own():
+    made_of_three = {"musicgen", "musicgen_melody"}  # which have no default config
+    types = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - made_of_three
+    texts = [CONFIG_MAPPING[model_type]().get_text_config() for model_type in types]
+    assert len(texts) > 170
+    assert [t.model_type for t in texts if attention.drop_foreign_windows(t)] == []

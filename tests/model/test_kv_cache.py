@@ -189,6 +189,22 @@ def test_a_window_that_has_let_tokens_go_is_read_again(tiny_llama: Callable[...,
     assert memory.read == 2 + 5
 
 
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3}
+
+
+@pytest.mark.parametrize("foreign", [{"sliding_window": 8}, {"attention_chunk_size": 8}, SLIDING], ids=str)
+def test_a_window_in_the_config_that_the_architecture_does_not_read_cuts_no_cache(
+    tiny_llama: Callable[..., Path], change_config: Callable[..., None], tmp_path: Path, foreign: dict[str, object]
+):
+    """As in a Llama that was converted from a Mistral."""
+    place = save_tiny_chat(tiny_llama, tmp_path / "m")
+    plain = exact(load(place, dtype=torch.float64))
+    change_config(place, **foreign)
+    model = exact(load(place, dtype=torch.float64))
+    prompt = [1, *range(4, 24)]
+    assert same(reply(model, prompt, STEADY), reply(plain, prompt, STEADY))
+
+
 # Sessions
 
 

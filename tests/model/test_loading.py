@@ -59,6 +59,74 @@ def test_a_config_that_is_no_object_is_one_line(chat: Path, text: str) -> None:
     assert "\n" not in str(e.value)
 
 
+def _as_integers(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (tensors[name] * 100).to(torch.int8)
+
+
+def _with_scales(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (tensors[name] * 4).to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.full((1, 1), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(_as_integers, "up_proj.weight is stored as I8"), (_with_scales, "it has a tensor .*up_proj.weight_scale_inv")],
+)
+def test_quantised_weights_that_the_config_does_not_declare_are_never_taken_for_numbers(
+    chat: Path, change: Callable[[dict[str, torch.Tensor]], None], found: str
+) -> None:
+    file = chat / "model.safetensors"
+    change(tensors := load_file(file))
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"expected a quantization_config in config.json, as .*{found}"):
+        load(chat)
+
+
+def test_a_quantiser_that_transformers_does_not_know_is_refused(chat: Path, change_config: Callable[..., None]) -> None:
+    change_config(chat, quantization_config={"quant_method": "next-year"})
+    with pytest.raises(CheckpointError, match=r"expected a quant_method that transformers .* knows, found 'next-year'"):
+        load(chat)
+
+
+WRONG = {
+    "config.json": {
+        "hidden_act": "nonsense",
+        "head_dim": 0,
+        "rms_norm_eps": "x",
+        "rope_parameters": "x",
+        "text_config": [1],
+        "architectures": [1],
+        "dtype": "x",
+        "auto_map": 1,
+        "quantization_config": "x",
+    },
+    "generation_config.json": {"eos_token_id": [2, [3]], "pad_token_id": [0], "suppress_tokens": 1},
+    "tokenizer_config.json": {"bos_token": 1, "model_max_length": "x", "added_tokens_decoder": None, "auto_map": []},
+    "special_tokens_map.json": {"eos_token": [1]},
+}
+CASES_OF_WRONG = [(file, key, value) for file, entries in WRONG.items() for key, value in entries.items()]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), CASES_OF_WRONG, ids=[f"{f}-{k}" for f, k, _ in CASES_OF_WRONG])
+def test_a_value_of_another_kind_in_a_settings_file_is_one_line(chat: Path, file: str, key: str, value: object) -> None:
+    path = chat / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {key: value}))
+    with pytest.raises(SteerError) as e:
+        load(chat)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", "{"])
+def test_a_settings_file_of_another_kind_is_one_line(chat: Path, file: str, text: str) -> None:
+    (chat / file).write_text(text)
+    with pytest.raises(CheckpointError) as e:
+        load(chat)
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_of_a_checkpoint_never_runs_whatever_stands_on_stdin(
     chat: Path, file: str, monkeypatch: pytest.MonkeyPatch

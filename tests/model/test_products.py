@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from steer.model import products
 from steer.model.products import AT_ONCE, FEW, WIDE, CpuLinear, product, use_fast_products
 from steer.model.steered import SteeredModel, load
 
@@ -39,7 +40,9 @@ def test_gradients_pass_through() -> None:
         torch.testing.assert_close(x.grad, weight.sum(0).expand(rows, -1), rtol=1e-4, atol=1e-3)
 
 
-def test_a_copy_has_weights_of_its_own_and_other_layers_stay() -> None:
+def test_a_copy_has_weights_of_its_own_and_other_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+
     class Own(nn.Linear):
         pass
 
@@ -53,9 +56,15 @@ def test_a_copy_has_weights_of_its_own_and_other_layers_stay() -> None:
     assert copied[0](torch.ones(4)).any()
 
 
-def test_a_loaded_model_has_them_in_fp32_alone(chat_checkpoint: Path) -> None:
+@pytest.mark.parametrize("maker", ["AMD EPYC", "Intel Xeon"])
+def test_a_loaded_model_has_them_in_fp32_alone_and_on_amd_alone(
+    chat_checkpoint: Path, maker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": maker})
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+
     def kinds(model: SteeredModel) -> set[type]:
         return {type(m) for m in model.hf.modules() if isinstance(m, nn.Linear)}
 
-    assert kinds(load(chat_checkpoint, dtype="float32")) == {CpuLinear}
+    assert kinds(load(chat_checkpoint, dtype="float32")) == {CpuLinear if "AMD" in maker else nn.Linear}
     assert kinds(load(chat_checkpoint, dtype="float64")) == {nn.Linear}

@@ -13,6 +13,7 @@ from tiny_chat import hooks_on
 from steer.chat.session import Session
 from steer.chat.terminal import run_chat
 from steer.chat.voting import kept_votes
+from steer.core.cards import load_card
 from steer.core.sampler import Sampler
 from steer.core.schedule import Schedule
 from steer.core.slider import Slider
@@ -239,6 +240,19 @@ def test_a_profile_is_written_and_read_again(model, known_moral, tmp_path):
     assert f"{file} written" in said
     assert dict(model.sliders) == {"moral": -0.1, "moral:cap": 0.5}
     assert "/profile: expected a file" in said[-1]
+
+
+def test_a_profile_is_put_into_a_character_card(model, known_moral, tmp_path):
+    card, other = tmp_path / "duke.json", tmp_path / "none.json"
+    card.write_text('{"name": "Duke", "first_mes": "Well?", "extra": 1}')
+    said = chat(model, "/moral -0.1", f"/save {card}", f"/save {other}")
+    assert f"{card} written" in said
+    profile = load_card(card).profile
+    assert profile is not None
+    assert [(s.slider, s.amount) for s in profile.sliders] == [("moral", -0.1)]
+    assert load_card(card).first_message == "Well?"
+    assert f"{other}: " in said[-1]
+    assert not other.exists()
 
 
 def test_reread_has_the_earlier_turns_read_under_the_sliders_of_now(model, known_moral):

@@ -171,6 +171,34 @@ def test_a_slider_that_moves_during_a_reply_changes_the_words_that_follow_and_no
     assert "The sliders moved during it" in page.all("[data-testid=stPopoverBody]")[0].text
 
 
+def test_a_click_before_the_page_has_heard_of_a_reset_does_not_bring_the_old_amount_back(chromium, page_url):
+    held = """const add = WebSocket.prototype.addEventListener;
+        WebSocket.prototype.addEventListener = function (type, hear, ...more) {
+            const late = e => window.held ? window.held.push(() => hear(e)) : hear(e);
+            add.call(this, type, type === 'message' ? late : hear, ...more);
+        };"""
+    script = chromium.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": held})
+    try:
+        page = Page(chromium, page_url)
+        page.move("moral", END)
+        page.settled()
+        chromium.execute_script("window.held = []")
+        page.click("Reset all")
+        time.sleep(3)  # its run has ended, and the browser still has the slider of before
+        page.click("New chat")
+        time.sleep(1)
+        chromium.execute_script("const late = window.held; window.held = null; late.forEach(hear => hear())")
+        page.until(lambda: float(page.slider("moral").get_attribute("value")) == 0)
+        page.settled()
+        page.say(MESSAGE)
+        page.words(5)
+        page.stop()
+        page.click("What the sliders did")
+        page.until(lambda: "No slider moved it." in page.all("[data-testid=stPopoverBody]")[0].text)
+    finally:
+        chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
 def test_swipes_edits_and_a_chat_that_is_opened_again(page):
     page.say(MESSAGE)
     page.words(5)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
+import sys
 import time
+import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,21 +26,32 @@ UPGRADE = (
 GET = "GET / HTTP/1.1\r\nHost: {0}\r\nOrigin: http://{0}\r\nConnection: close\r\n\r\n"
 
 
-@pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Streamlit as `steer ui` starts it, over a script of one line, which starts sooner."""
-    folder = tmp_path_factory.mktemp("page")
-    (folder / "app.py").write_text("import streamlit as st\nst.write('secret')\n")
-    with listen("127.0.0.1", 0) as free:
-        number = free.getsockname()[1]
+SETTINGS = Path(__file__).parents[2] / ".streamlit"
+
+
+def command_of_ui(port: int) -> list[str]:
+    """The command that `steer ui` becomes."""
     started: list[list[str]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "execv", lambda program, command: started.append(command))
-        cli_live.ui(None, None, number, headless=True)
-    (command,) = started
-    command = [str(folder / "app.py") if part.endswith("page.py") else part for part in command]
-    home = {"HOME": str(folder), "PATH": os.environ["PATH"]}
-    process = subprocess.Popen(command, cwd=folder, env=home, stdout=subprocess.DEVNULL)
+        cli_live.ui(None, None, port, headless=True)
+    return started[0]
+
+
+@pytest.fixture(scope="module", params=["steer ui", "streamlit run app.py"])
+def port(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Streamlit as it is started, over a script of one line, which starts sooner."""
+    folder = tmp_path_factory.mktemp("page")
+    script = folder / "app.py"
+    script.write_text("import streamlit as st\nst.write('secret')\n")
+    with listen("127.0.0.1", 0) as free:
+        number = free.getsockname()[1]
+    command = [str(script) if part.endswith("page.py") else part for part in command_of_ui(number)]
+    if request.param != "steer ui":
+        shutil.copytree(SETTINGS, folder / SETTINGS.name)
+        command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(number)]
+    home = {"HOME": str(folder), "PATH": os.environ["PATH"], "BROWSER": "true"}
+    process = subprocess.Popen(command, cwd="/", env=home, stdout=subprocess.DEVNULL)
     try:
         while True:
             try:
@@ -91,3 +107,24 @@ def test_its_address_is_printed_before_streamlit_takes_over(monkeypatch, capsys)
     monkeypatch.setattr(os, "execv", lambda *_: printed.append(capsys.readouterr().err))
     cli_live.ui(None, None, 8765, headless=True)
     assert "http://127.0.0.1:8765 " in printed[0]
+
+
+def test_streamlit_run_app_has_every_option_of_steer_ui_from_the_settings_beside_it():
+    command = command_of_ui(8501)
+    options = command[command.index("run") + 2 : command.index("--")]
+    said = defaultdict(set)
+    for name, value in zip(options[::2], options[1::2], strict=True):
+        said[name.removeprefix("--")].add(value)
+    del said["server.port"], said["server.headless"]
+
+    def flat(table: dict, place: str = "") -> dict[str, set[str]]:
+        found = {}
+        for key, value in table.items():
+            if isinstance(value, dict):
+                found |= flat(value, f"{place}{key}.")
+            else:
+                found[f"{place}{key}"] = set(value) if isinstance(value, list) else {str(value)}
+        return found
+
+    settings = flat(tomllib.loads((SETTINGS / "config.toml").read_text()))
+    assert {k: {v.lower() for v in values} for k, values in settings.items()} == said

@@ -68,12 +68,13 @@ def press(page: Page, name: str) -> None:
 
 
 def part(page: Page, name: str) -> None:
-    """Choose a part of the page by keys: Tab to the row of parts, and arrows in it."""
+    """Choose a part of the page by keys: Tab to the row of parts, and arrows in it. The focus stays on the part."""
     radio = "return document.activeElement.getAttribute('role') === 'radio'"
     page.until(lambda: page.browser.execute_script(radio) or keys(page, TAB))
     page.until(lambda: focused(page).endswith(name) or keys(page, RIGHT))
     keys(page, SPACE)
     page.settled()
+    page.until(lambda: focused(page).endswith(name))
 
 
 def text(page: Page, css: str) -> str:

@@ -24,11 +24,16 @@ def draw(chat: Chat) -> None:
         watch(_job, chat, job, running=lambda: job.running, every=POLL)
         if job.running:
             return
+    st.caption(
+        "Baking writes the sliders as they stand into a copy of the model, which then answers so without them. An "
+        "adapter is a small file that does the same beside the model."
+    )
     form = st.segmented_control("Form", ["checkpoint", "adapter"], default="checkpoint", required=True, key="form")
     plan = chat.plan_bake("adapter" if form == "adapter" else "checkpoint")
     for verdict in plan.verdicts:
         icon = ":material/check_circle:" if verdict.ok else ":material/cancel:"
-        st.markdown(f"{icon} **{markdown(verdict.slider)}** {verdict.operation}: {markdown(verdict.reason)}")
+        how = "" if verdict.operation == "add" else f" {verdict.operation}"
+        st.markdown(f"{icon} **{markdown(verdict.slider)}**{how}: {markdown(verdict.reason)}")
     if plan.why:
         st.warning(markdown(plan.why))
     out = st.text_input("Folder to write", str(_free(Path.cwd() / "baked")), key="bake out").strip()

@@ -22,8 +22,8 @@ _HEIGHT = 800
 def draw(chat: Chat) -> None:
     """Draw the form, and each evaluation of this model with its progress or its verdict."""
     st.caption(
-        "Knowledge, places, consequences, characters, prose: the model with and without it answers the same questions, "
-        "and each difference is compared with noise. It takes some minutes."
+        "Knowledge, places, consequences, characters, prose: the model answers the same questions with and without the "
+        "sliders or the bake, and each difference is compared with noise. It takes some minutes."
     )
     costs, effects = chat.costs(), chat.effects_report()
     if effects is not None:

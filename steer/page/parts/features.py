@@ -50,7 +50,7 @@ def draw(chat: Chat) -> None:
 def _useful(chat: Chat, index: FeatureIndex) -> None:
     """Draw the features to begin with: those of traits, and those that fire on the chat's last reply."""
     texts = [m.text for m in chat.path() if m.text.strip()]
-    st.caption("Features that indicate a trait" + (" and, below, those of this chat's last message:" if texts else ":"))
+    st.caption("Features that go with a trait" + (", and below those of this chat's last message" if texts else ""))
     of_traits = index.search(limit=BEGIN)
     _cards(chat, of_traits)
     if texts:
@@ -75,7 +75,7 @@ def _firing(chat: Chat, index: FeatureIndex) -> None:
             strongest = max((s for _, s in firing.marks), default=0.0) or 1.0
             pieces, strengths = [p for p, _ in firing.marks], [s for _, s in firing.marks]
             st.html(heat(pieces, [s / strongest for s in strengths], [f"{s:.2f}" for s in strengths]))
-            st.caption(f"up to {firing.strength:.2f} units")
+            st.caption(f"strength {firing.strength:.2f} at most, where 1 is strong for this feature")
 
 
 def _cards(chat: Chat, cards: list[FeatureCard]) -> None:

@@ -24,7 +24,7 @@ def draw(chat: Chat) -> None:
     texts = {m.id: " ".join(m.text.split())[:70] for m in replies}
     message = st.selectbox("Reply", list(texts), len(texts) - 1, format_func=texts.__getitem__, key="inside reply")
     first = [r.name for r in sorted(rows, key=lambda r: not r.moves)][:2]
-    names = st.multiselect("Read by", list(readable), first, format_func=readable.__getitem__, key="inside names")
+    names = st.multiselect("Read it by", list(readable), first, format_func=readable.__getitem__, key="inside names")
     if not names:
         st.caption("Choose what to read it by.")
         return
@@ -40,7 +40,7 @@ def draw(chat: Chat) -> None:
 
 def _heat(look: TokenReadout, name: str) -> None:
     read = zip(look.steered[name], look.plain[name], look.kl, strict=True)
-    hints = [f"{a:.2f} ({b:.2f} without sliders), KL {kl:.2f} nats" for a, b, kl in read]
+    hints = [f"{a:.2f} ({b:.2f} without sliders); the sliders changed this word by {kl:.2f} nats" for a, b, kl in read]
     st.html(legend(look.scale(name), f"amounts of {look.titles[name]}; hover a word for its value"))
     st.html(heat(look.pieces, look.heat(name), hints))
 
@@ -76,9 +76,10 @@ def _charts(look: TokenReadout) -> None:
         .mark_bar()
         .encode(
             x=alt.X("token:Q", title="token of the reply", scale=along),
-            y=alt.Y("KL:Q", title="KL to unsteered, nats"),
+            y=alt.Y("KL:Q", title="change by the sliders, nats"),
             tooltip=["token", "text", alt.Tooltip("KL", format=".3f")],
         )
     )
     st.altair_chart(bars)
-    st.caption(f"KL to the unsteered model: {sum(look.kl) / len(look.kl):.3f} nats a token on average")
+    mean = sum(look.kl) / len(look.kl)
+    st.caption(f"The sliders changed the choice of words by {mean:.3f} nats a token on average (KL divergence).")

@@ -22,7 +22,7 @@ from steer.core.profile import Profile
 from steer.core.sampler import PRESETS, Sampler, preset
 from steer.errors import SteerError
 from steer.page.drawing import markdown
-from steer.page.guard import button, new_chat, safely, toast
+from steer.page.guard import bound, button, new_chat, safely, toast
 from steer.page.parts import cost
 from steer.plain_text import plain_line
 
@@ -106,10 +106,12 @@ def _character(chat: Chat) -> None:
             _warn(card.warnings)
             label, hint = markdown(f"Play {card.name}"[:60]), "A new chat; this one stays among the old ones"
             button(label, lambda: (chat.play(card), new_chat()), type="primary", key="play", help=hint)
-    key = f"system@{st.session_state.get('chats', 0)}"
     st.text_area(
-        "System prompt", chat.system or "", key=key, placeholder="none",
-        on_change=lambda: setattr(chat, "system", st.session_state[key].strip() or None),
+        "System prompt", chat.system or "", placeholder="none",
+        **bound(
+            lambda: f"system@{st.session_state.get('chats', 0)}",
+            lambda text: setattr(chat, "system", text.strip() or None),
+        ),
     )  # fmt: skip
 
 
@@ -137,12 +139,11 @@ def _warn(warnings: tuple[str, ...]) -> None:
 
 def _sampler(chat: Chat) -> None:
     now = chat.sampler
-    key = f"preset@{hash(now)}"
     named = next((n for n, s in PRESETS.items() if _with_length(s, now) == now), None)
     options = [*PRESETS] if named else [_CUSTOM, *PRESETS]
     st.selectbox(
-        "Preset", options, options.index(named or _CUSTOM), key=key,
-        on_change=lambda: safely(lambda: _preset(chat, st.session_state[key])),
+        "Preset", options, options.index(named or _CUSTOM),
+        **bound(lambda: f"preset@{hash(chat.sampler)}", lambda name: _preset(chat, name)),
     )  # fmt: skip
     with st.expander("Fields"), st.form(f"sampler {hash(now)}", border=False):
         for name, (label, least, most, step) in _FIELDS.items():

@@ -10,7 +10,7 @@ from steer.chat.chat import Chat
 from steer.chat.slider_panel import GROUPS, SliderRow
 from steer.core.schedule import PARTS, Schedule
 from steer.page.drawing import budget_bar, ends, markdown, rail, rails
-from steer.page.guard import button, safely, tag
+from steer.page.guard import bound, button, safely, tag
 from steer.page.parts import new_slider, setup
 
 SEARCHED = 10
@@ -21,8 +21,7 @@ def draw(chat: Chat) -> None:
     """Draw the sliders, budgets and warnings, and the settings below them."""
     panel = chat.panel
     with st.container(horizontal=True, wrap=False, vertical_alignment="center", horizontal_alignment="distribute"):
-        key = f"on@{tag(chat)}"
-        st.toggle("Sliders act", panel.on, key=key, on_change=lambda: setattr(panel, "on", st.session_state[key]))
+        st.toggle("Sliders act", panel.on, **bound(lambda: f"on@{tag(chat)}", lambda on: setattr(panel, "on", on)))
         _buttons(chat)
     # Separate containers, so that an open expander below does not close when a slider or a warning comes or goes.
     with st.container():
@@ -35,6 +34,9 @@ def draw(chat: Chat) -> None:
 
 def _rows(chat: Chat) -> None:
     rows = chat.panel.rows()
+    if chat.backend.finds:
+        with st.container(horizontal=True):
+            button("New slider", new_slider.open_dialog, "add", help="Make one from two sentences that you write")
     if not rows:
         named = chat.backend.name.replace("`", "")
         st.info(f"No trait is known for this model yet. Make your own slider, or `steer find {named} moralizing`.")
@@ -52,9 +54,6 @@ def _rows(chat: Chat) -> None:
                     with st.container(key=f"slider{number}"):
                         _row(chat, row)
     rails(rail(f"slider{number}", row.low, row.high, row.safe) for number, row in numbered)
-    if chat.backend.finds:
-        with st.container(horizontal=True):
-            button("New slider", new_slider.open_dialog, "add", help="Make one from two sentences that you write")
 
 
 def _budgets(chat: Chat) -> None:
@@ -89,12 +88,10 @@ def _row(chat: Chat, row: SliderRow) -> None:
     stands = row.neutral if math.isnan(row.amount) else row.amount
     start = min(row.high, max(row.low, 0.0 if stands is None else stands))
     step = _step(row)
-    key = f"amount of {row.name}@{tag(chat)}"
     st.slider(
-        markdown(label), float(row.low), float(row.high), float(start), step, key=key, label_visibility="collapsed",
-        format="%.2f" if step >= 0.01 else "%.3f",
-        on_change=lambda: safely(lambda: chat.panel.set(row.name, float(st.session_state[key]))),
-        disabled=row.fixed is not None,
+        markdown(label), float(row.low), float(row.high), float(start), step, label_visibility="collapsed",
+        format="%.2f" if step >= 0.01 else "%.3f", disabled=row.fixed is not None,
+        **bound(lambda: f"amount of {row.name}@{tag(chat)}", lambda amount: chat.panel.set(row.name, float(amount))),
     )  # fmt: skip
     if row.fixed is not None:
         st.caption(f"Moves only when the server starts again: {markdown(row.fixed)}")

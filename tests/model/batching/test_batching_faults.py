@@ -294,6 +294,7 @@ def test_numbers_of_places_that_cannot_be_are_refused(model):
 
 UNPAGED = {
     "qwen3_5_text": "linear_attention in 0-1;",
+    "gptj": "an attention that cannot be replaced in 0-2;",
     "gemma4_text": r"heads x key \+ value: 2 x 24 \+ 24 in 0, 2; heads x key \+ value: 2 x 48 \+ 48 in 1, 3;",
     "nemotron_h": "linear_attention in 0; moe in 1; mlp in 3;",
     "llama4_text": "chunked_attention in 0-1;",

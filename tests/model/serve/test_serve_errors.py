@@ -110,6 +110,7 @@ def test_a_request_that_cannot_be_is_a_400_that_names_the_field(server, body, pa
         ({"prompt": [5000]}, "prompt", "below 77, found 5000"),
         ({"prompt": [-1]}, "prompt", "found -1"),
         ({"prompt": "hello", "suffix": "x"}, "suffix", "gaps are not filled"),
+        ({"prompt": "hello", "echo": True, "max_tokens": 0}, "max_tokens", "at least 1 beside echo, found 0"),
         ({"prompt": ["hello"] * 5, "n": 4}, "n", "at most 16 texts a request, found 4 for each of 5"),
     ],
 )
