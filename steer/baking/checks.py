@@ -447,11 +447,10 @@ def _check_against_source(folder: Path, cert: Certificate, plan: Plan, proofs: P
     _check_claims(folder, claims)
 
 
-def _same_proof(ours: WriterProof, theirs: WriterProof) -> bool:
+def _same_proof(a: WriterProof, b: WriterProof) -> bool:
     """Whether two proofs of a writer are equal, numbers up to the rounding of fp32."""
-    numbers = [(ours.before, theirs.before), (ours.after, theirs.after), (ours.norm, theirs.norm)]
-    near = all(abs(a - b) <= _SLACK * ours.norm for a, b in numbers)
-    return near and ours == replace(theirs, before=ours.before, after=ours.after, norm=ours.norm)
+    near = all(abs(x - y) <= _SLACK * a.norm for x, y in ((a.before, b.before), (a.after, b.after), (a.norm, b.norm)))
+    return near and a == replace(b, before=a.before, after=a.after, norm=a.norm)
 
 
 def _distance(

@@ -127,8 +127,8 @@ def description_of(slider: Slider) -> str:
         if not isinstance(sentences.get("with"), str):
             return f"The direction {target.name!r}."
         low = sentences.get("without")
-        opposite = f"told \u201c{low}\u201d" if isinstance(low, str) else "told nothing"
-        return f"At the high end as if told \u201c{sentences['with']}\u201d, at the low end as if {opposite}."
+        opposite = f"instructed \u201c{low}\u201d" if isinstance(low, str) else "not instructed"
+        return f"At the high end as if instructed \u201c{sentences['with']}\u201d, at the low end as if {opposite}."
     row, record = _slider_row(target), record_of(target)
     parts = []
     if row is not None and row.get("trait"):

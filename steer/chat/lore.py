@@ -48,14 +48,14 @@ def with_lore(
     if not lore.all:
         return messages, Scan()
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-    said = messages[bool(system) :]
+    history = messages[bool(system) :]
     room = None if backend.context is None else int(SHARE * backend.context)
     scans: list[Scan] = []
     for book in lore.all:
         left = None if room is None else room - sum(s.tokens for s in scans)
         scans.append(
             scan(
-                book, said, lore.macros, moment=moment, greeting=greeting, full=backend.left_out > 0, room=left,
+                book, history, lore.macros, moment=moment, greeting=greeting, full=backend.left_out > 0, room=left,
                 count=backend.count,
             )
         )  # fmt: skip
@@ -68,11 +68,11 @@ def with_lore(
             in_system.append(a)
             continue
         role = d.role if d.role and not (d.role == "assistant" and d.depth < 1) else "system"
-        at.setdefault(max(0, len(said) - max(0, d.depth)), []).append({"role": role, "content": a.text})
+        at.setdefault(max(0, len(history) - max(0, d.depth)), []).append({"role": role, "content": a.text})
     system = _around(system, lore.sections, in_system)
     out = [{"role": "system", "content": system}] if system else []
-    for i in range(len(said) + 1):
-        out += [*at.get(i, ()), *said[i : i + 1]]
+    for i in range(len(history) + 1):
+        out += [*at.get(i, ()), *history[i : i + 1]]
     found = Scan(
         tuple(active), tuple(n for s in scans for n in s.left_out), tuple(w for s in scans for w in s.warnings)
     )

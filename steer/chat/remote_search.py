@@ -119,7 +119,7 @@ class RemoteSearch(LatestPerSubject):
         return time.monotonic() - self._began
 
     name = property(lambda self: self.trait.name, doc="The slider's name.")
-    sentence = property(lambda self: self.trait.with_instruction, doc="What the model is told to be.")
+    sentence = property(lambda self: self.trait.with_instruction, doc="The instruction at the high end.")
     opposite = property(lambda self: self.trait.without_instruction, doc="The opposite sentence, or None.")
 
     def cancel(self) -> None:

@@ -46,7 +46,7 @@ def keep_vote(
     settings and their profile. `about`: the other fields of `Vote`. Errors: SteerError if it cannot be written.
     """
     voted = [VotedReply(without_surrogates(t), s, None if p is None else p.dump()) for t, s, p in replies]
-    said = [{"role": m["role"], "content": without_surrogates(m["content"])} for m in chat]
-    vote = Vote.of(model, said, tuple(voted), outcome, **about)  # pyright: ignore[reportArgumentType]
+    cleaned = [{"role": m["role"], "content": without_surrogates(m["content"])} for m in chat]
+    vote = Vote.of(model, cleaned, tuple(voted), outcome, **about)  # pyright: ignore[reportArgumentType]
     append_vote(votes_place(), vote)
     return vote

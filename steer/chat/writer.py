@@ -132,8 +132,8 @@ def as_chat(messages: Sequence[Message], system: str | None = None) -> Messages:
 
     Successive messages of the same role are joined into one. `system`: put first, if not empty.
     """
-    said = [{"role": m.role, "content": m.text} for m in messages]
-    return tuple(joined([{"role": "system", "content": system}, *said] if system else said))
+    written = [{"role": m.role, "content": m.text} for m in messages]
+    return tuple(joined([{"role": "system", "content": system}, *written] if system else written))
 
 
 _log = logging.getLogger(__name__)

@@ -678,9 +678,9 @@ def _place(name: str, info: TensorInfo, anatomy: Anatomy, writers: WriterMap) ->
 
 
 def _lines(other: _Source, base: _Source, anatomy: Anatomy, writers: WriterMap) -> Iterator[str]:
-    theirs, ours = (s.files.config.get("model_type") for s in (other, base))
-    if theirs != ours:
-        yield f"{other.name}: is a {theirs}, the base {base.name} a {ours}; mergekit refuses to mix architectures"
+    a, b = (s.files.config.get("model_type") for s in (other, base))
+    if a != b:
+        yield f"{other.name}: is a {a}, the base {base.name} a {b}; mergekit refuses to mix architectures"
     vocabulary = {writers.embedding, writers.head}
     shapes = {n: (i.shape, t.shape) for n, t in base.files.tensors.items() if (i := other.stored(n)) is not None}
     wrong = [(n, a, b) for n, (a, b) in shapes.items() if a[n in vocabulary :] != b[n in vocabulary :]]
@@ -711,12 +711,12 @@ def _tokens(other: _Source, base: _Source) -> Iterator[str]:
     """What differs between two tokenizers."""
     if other.folder == base.folder:
         return
-    theirs, ours = _tokenizer(other.folder), _tokenizer(base.folder)
-    for source, tokenizer in ((other, theirs), (base, ours)):
+    compared, expected = _tokenizer(other.folder), _tokenizer(base.folder)
+    for source, tokenizer in ((other, compared), (base, expected)):
         if isinstance(tokenizer, str):
             yield f"{source.name}: its tokenizer cannot be compared: {tokenizer}"
             return
-    ids, wanted = theirs.get_vocab(), ours.get_vocab()
+    ids, wanted = compared.get_vocab(), expected.get_vocab()
     moved = [token for token, i in wanted.items() if ids.get(token, i) != i]
     lost, added = [t for t in wanted if t not in ids], [t for t in ids if t not in wanted]
     for tokens, what in ((moved, "with other ids"), (lost, "missing"), (added, "that the base lacks")):
@@ -726,8 +726,8 @@ def _tokens(other: _Source, base: _Source) -> Iterator[str]:
                 f"{other.name}: {len(tokens):,} of {len(wanted):,} tokens {what}, the first {first}; mergekit mixes "
                 "rows of different tokens unless the recipe says tokenizer_source: base"
             )
-    for key, token in ours.special_tokens_map.items():
-        found = theirs.special_tokens_map.get(key)
+    for key, token in expected.special_tokens_map.items():
+        found = compared.special_tokens_map.get(key)
         if found != token:
             yield f"{other.name}: {key} is {found!r}, in the base {token!r}; the merge takes the base's"
 

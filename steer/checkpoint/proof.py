@@ -238,9 +238,9 @@ class _Proof:
     def _check_own_residuals(self) -> None:
         """Raise NotProved where the residual streams are not those that the class itself gives."""
         out = self.model(input_ids=self.ids, use_cache=False, output_hidden_states=True)
-        theirs = getattr(out, "hidden_states", None) or ()
-        for block, ours in zip(self.blocks, self.out[:-1] if theirs else (), strict=False):
-            if not any(_equal(ours, its) for its in theirs):  # the last one may be after the final norm
+        states = getattr(out, "hidden_states", None) or ()
+        for block, output in zip(self.blocks, self.out[:-1] if states else (), strict=False):
+            if not any(_equal(output, its) for its in states):  # the last one may be after the final norm
                 raise NotProved(f"{block}: puts out another residual stream than output_hidden_states gives")
 
     def _check_alone(self) -> None:

@@ -74,13 +74,13 @@ class _Notices(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
         line = self.format(record)
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._printed:
+            self._printed.add(line)
             print(plain(line), file=sys.stderr)
 
 

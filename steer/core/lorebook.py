@@ -300,12 +300,12 @@ class _Search:
 
     def _conditions(self, entry: Entry, upto: int, fresh: Sequence[str]) -> bool:
         d = entry.decorators
-        said = sum(m["role"] == "assistant" for m in self._messages[:upto])
+        replies = sum(m["role"] == "assistant" for m in self._messages[:upto])
         if (
             (d.ignore_on_max_context and self._full)
             or (d.is_greeting is not None and self._greeting not in (None, d.is_greeting))
-            or (d.activate_only_after is not None and said < d.activate_only_after)
-            or (d.activate_only_every is not None and said % d.activate_only_every)
+            or (d.activate_only_after is not None and replies < d.activate_only_after)
+            or (d.activate_only_every is not None and replies % d.activate_only_every)
         ):
             return False
         depth = self._depth if d.scan_depth is None else d.scan_depth

@@ -152,7 +152,7 @@ class Trait:
             raise UsageError(f"name: expected a name that no shipped trait has, found {name!r}; choose another")
         for key, text in (("sentence", sentence), ("opposite", opposite)):
             if text is not None and (not text.strip() or text in shipped_traits() or text.endswith((".yaml", ".yml"))):
-                raise UsageError(f"{key}: expected what the model is told to be, found {shown(text)}; write it out")
+                raise UsageError(f"{key}: expected an instruction to the model, found {shown(text)}; write it out")
         summary = " ".join(sentence.split())
         trait = cls(name=name, summary=summary, with_instruction=sentence, without_instruction=opposite)
         trait.check()

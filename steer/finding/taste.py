@@ -330,8 +330,8 @@ def find_taste(
         # Where votes contradict each other nothing predicts many of them, so both have to exceed chance alone.
         measured = [(a.value, 0.5 + a.value - a.low), (scorer.auroc, by_words)]
         auroc, least = min(measured, key=lambda pair: pair[0] - pair[1])
-        direction, said = judged(model, direction, scorer, auroc=auroc, least=least, seed=seed, progress=progress)
-        found = replace(found, verdict=said)
+        direction, assessed = judged(model, direction, scorer, auroc=auroc, least=least, seed=seed, progress=progress)
+        found = replace(found, verdict=assessed)
     if calibrate:
         say(f"{steps} of {steps}: measuring how far it may be moved")
         direction = calibrated(model, direction, seed=seed, progress=progress)

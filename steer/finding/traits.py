@@ -171,8 +171,10 @@ def find_trait(
         contrast = contrast_for(model, trait, seed=seed, effort=effort, neutral=neutral, progress=progress)
     vectors = []
     for other in others:
-        theirs = contrast_for(model, other, seed=seed, effort=effort, neutral=contrast.neutral, progress=progress)
-        vectors.append(candidates(model, clear_replies(theirs)).vectors)
+        other_contrast = contrast_for(
+            model, other, seed=seed, effort=effort, neutral=contrast.neutral, progress=progress
+        )
+        vectors.append(candidates(model, clear_replies(other_contrast)).vectors)
     with progress(f"{trait.name}: residual streams", None, "replies") as advance:
         found = candidates(model, clear_replies(contrast), keep=vectors, on_rows=advance)
     scorer = Scorer.train(contrast)
@@ -201,8 +203,8 @@ def find_trait(
     made = FoundDirection(direction, scorer, found, tuple(checks))
     if verdict:
         judging = {"auroc": made.auroc, "least": max(READS, made.chance), "effort": effort}
-        direction, said = judged(model, direction, scorer, **judging, seed=seed, progress=progress)
-        made = replace(made, direction=direction, verdict=said)
+        direction, assessed = judged(model, direction, scorer, **judging, seed=seed, progress=progress)
+        made = replace(made, direction=direction, verdict=assessed)
     if calibrate:
         made = replace(made, direction=calibrated(model, direction, seed=seed, progress=progress))
     return made

@@ -147,7 +147,7 @@ class Judge:
         random.Random(f"{lineage.settings.seed} {voter}").shuffle(self._openings)
         if prompt is not None:
             self._openings = [_some_text(prompt, "--prompt")]
-        self._said: str | None = None
+        self._message: str | None = None
         self._writing: list[_Task] = []
         self._story: Messages = ()
         """The scene so far, up to the reply that was chosen last."""
@@ -193,7 +193,7 @@ class Judge:
                 self._update()
             while self._shown is None:
                 if self._error is not None:
-                    error, self._error, self._said = self._error, None, None  # the next call tries again
+                    error, self._error, self._message = self._error, None, None  # the next call tries again
                     self._update()
                     raise error
                 if self._stopped:
@@ -228,7 +228,7 @@ class Judge:
                 a, b, outcome, chat=blind_pair.chat, replies=[reply_a, reply_b], left=first, voter=self.voter
             )
             self._past.append((vote, self._story, blind_pair))
-            self._shown = self._said = None
+            self._shown = self._message = None
             if self.scene:
                 better = choice if choice in ("left", "right") else self._rng.choice(("left", "right"))
                 self._story = (*blind_pair.chat, ("assistant", getattr(blind_pair, better)))
@@ -243,7 +243,7 @@ class Judge:
         Errors: UsageError for a voter without votes.
         """
         with self._changed:
-            undone, self._said, self._shown = self.lineage.undo(self.voter), None, None
+            undone, self._message, self._shown = self.lineage.undo(self.voter), None, None
             if self._past and self._past[-1][0] == undone:
                 _, self._story, self._shown = self._past.pop()
             self._update()
@@ -252,7 +252,7 @@ class Judge:
         """Have the next replies answer this message: the next one of a scene, or else the first of a chat. A pair that
         is shown is dropped. Errors: UsageError for empty text."""
         with self._changed:
-            self._said, self._shown = _some_text(text, "message"), None
+            self._message, self._shown = _some_text(text, "message"), None
             self._update()
 
     @property
@@ -286,10 +286,10 @@ class Judge:
     def _upcoming(self) -> list[_Task]:
         """The chats that replies are written to, the most urgent first."""
         if not self.scene:
-            said = self._tries((("user", self._said),), self._used[self._said]) if self._said else []
-            return [*said, *islice(self._first_messages(), AHEAD)]
+            tries = self._tries((("user", self._message),), self._used[self._message]) if self._message else []
+            return [*tries, *islice(self._first_messages(), AHEAD)]
         if self._shown is None:
-            return self._tries(self._with_message(self._story, self._said))
+            return self._tries(self._with_message(self._story, self._message))
         # The scene may go on with either reply.
         stories = [(*self._shown.chat, ("assistant", reply)) for reply in (self._shown.left, self._shown.right)]
         return [_Task(chat) for chat in dict.fromkeys(map(self._with_message, stories))]
@@ -322,7 +322,7 @@ class Judge:
 
     def _written(self, pairs: Sequence[Pair]) -> tuple[_Task, list[tuple[str, str]]] | None:
         """A chat, and its replies with their nodes, of the first pair that has two different ones."""
-        tasks = [task for task in self._tasks if self._said in (None, task.chat[-1][1])]
+        tasks = [task for task in self._tasks if self._message in (None, task.chat[-1][1])]
         for pair, task in product(pairs, tasks):
             a, b = (self._reply(task, node) for node in pair)
             if a is None or b is None:
@@ -365,7 +365,7 @@ class Judge:
                 self._changed.notify_all()
 
     def _check(self, tokens: int) -> None:
-        awaited = self._said if self._shown is None else None
+        awaited = self._message if self._shown is None else None
         if self._stopped or (awaited and all(task.chat[-1][1] != awaited for task in self._writing)):
             raise _StoppedError
 
@@ -386,7 +386,7 @@ class Judge:
         if waiting:
             for node in self._pairs[0]:
                 if self._tasks[0] in missing[node]:
-                    return node, self._tasks[: 1 if self._said else AT_FIRST]
+                    return node, self._tasks[: 1 if self._message else AT_FIRST]
         for node in sorted(nodes, key=lambda node: node not in self._models.held):
             due = len(missing[node]) >= AHEAD // 2 or any(task in missing[node] for task in self._tasks[:2])
             if missing[node] and (due or waiting):

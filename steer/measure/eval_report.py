@@ -161,16 +161,16 @@ def verdicts(result: Json) -> list[tuple[str, list[str]]]:
     everything, found = comparisons(result), []
     silent = {p["name"] for p in result["probes"] if no_signal(p)}
     for arm in [a["name"] for a in result["arms"]][1:]:
-        ours = [c for c in everything if c.arm == arm]
+        compared = [c for c in everything if c.arm == arm]
         lines = []
         for outcome, begun in (
             ("worse", "Worse"),
             ("better", "Better"),
             ("changed", "Changed, which is neither better nor worse"),
         ):
-            if moved := [f"{c.name} {c.values}" for c in ours if c.outcome == outcome]:
+            if moved := [f"{c.name} {c.values}" for c in compared if c.outcome == outcome]:
                 lines.append(f"{begun}: {', '.join(moved)}.")
-        heads = [c for c in ours if c.headline]
+        heads = [c for c in compared if c.headline]
         still = [c for c in heads if c.outcome == "noise" and c.probe not in silent]
         if still:
             limits = ", ".join(f"{c.name} {_limit(result, c)}".strip() for c in still)
@@ -181,7 +181,7 @@ def verdicts(result: Json) -> list[tuple[str, list[str]]]:
             )
         if quiet := [c.name for c in heads if c.probe in silent]:
             lines.append(f"No signal at this size, so nothing can be said: {', '.join(quiet)}.")
-        missing = [p["name"] for p in result["probes"] if p["name"] not in {c.probe for c in ours}]
+        missing = [p["name"] for p in result["probes"] if p["name"] not in {c.probe for c in compared}]
         if missing:
             lines.append(f"Not compared: {', '.join(missing)}.")
         found.append((arm, lines))

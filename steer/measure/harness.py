@@ -254,8 +254,8 @@ def answers(
     for replies in map(iter, replies_under(model, asked, edits, sampler, systems=systems, on_tokens=on_tokens)):
         row = []
         for scorer, part in zip(scorers, topics, strict=True):
-            said = list(islice(replies, samples * len(part)))
-            row.append(Answers(said, scorer.probabilities([r.text for r in said])))
+            batch = list(islice(replies, samples * len(part)))
+            row.append(Answers(batch, scorer.probabilities([r.text for r in batch])))
         out.append(row)
     return out
 
@@ -450,9 +450,9 @@ def _compared(
     """(KL(base || row), cross-entropy of the row) for each row of hidden states, summed over the text's tokens, nats.
 
     `TOKENS` tokens at a time: the probabilities over the vocabulary at every token would dominate memory."""
-    out, said = np.zeros((len(rows), 2)), torch.tensor(text, device=base.device)
+    out, targets = np.zeros((len(rows), 2)), torch.tensor(text, device=base.device)
     others = any(hidden is not base for hidden in rows)
-    for start in range(0, len(said), TOKENS):
+    for start in range(0, len(targets), TOKENS):
         part = slice(start, start + TOKENS)
         expected = base_head(base[part]).log_softmax(-1)
         weights = expected.exp() if others else expected
@@ -461,5 +461,5 @@ def _compared(
             if hidden is not base:
                 logprobs = head(hidden[part]).log_softmax(-1)
                 sums[0] += float((weights * (expected - logprobs)).sum())
-            sums[1] += float(nll_loss(logprobs, said[part], reduction="sum"))
+            sums[1] += float(nll_loss(logprobs, targets[part], reduction="sum"))
     return out

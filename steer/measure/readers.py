@@ -78,9 +78,9 @@ class LocalReader:
         out: list[LogProbs] = [np.zeros(0)] * len(rows)
         for batch, hidden in self._hidden(rows):
             # All at once, since each product with the head reads all of its weights.
-            said = torch.tensor([t for i in batch for t in rows[i].ids[rows[i].start :]], device=self.model.device)
+            targets = torch.tensor([t for i in batch for t in rows[i].ids[rows[i].start :]], device=self.model.device)
             found = [
-                self._log_softmax(scores).gather(-1, said[part, None])
+                self._log_softmax(scores).gather(-1, targets[part, None])
                 for part, scores in logits_in_chunks(self.model, torch.cat(hidden))
             ]
             scored = torch.cat(found).squeeze(-1).double().cpu().numpy() if found else np.zeros(0)

@@ -129,8 +129,8 @@ class ChatTemplate:
             text = self._apply([_user("a"), {"role": "assistant", "content": _PROBE}], False, {})
         except (CheckpointError, UsageError):
             return TurnEnd()
-        _, said, after = text.rpartition(_PROBE)
-        if not said:
+        _, found, after = text.rpartition(_PROBE)
+        if not found:
             return TurnEnd()
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         # The unknown token ends no reply; BOS begins the next chat and ends none, unless it is EOS as well.
@@ -184,10 +184,10 @@ class ChatTemplate:
     def _continued(self, chat: Chat, reply: str, options: Mapping[str, Any]) -> str | None:
         """Return the template's own text of the chat with the reply, up to the end of the reply; None where it does not
         write all of the reply, as a template that drops the thoughts of past replies."""
-        said = {"role": "assistant", "content": reply}
+        answer = {"role": "assistant", "content": reply}
         try:
-            text_of_all = self._apply([*chat, said], False, options)
-            marked = self._apply([*chat, said | {"content": reply + _PROBE}], False, options)
+            text_of_all = self._apply([*chat, answer], False, options)
+            marked = self._apply([*chat, answer | {"content": reply + _PROBE}], False, options)
         except UsageError:
             return None
         text = marked.rpartition(_PROBE)[0]

@@ -188,10 +188,10 @@ def _tried_grouped_attention(config: PreTrainedConfig, model_class: Any) -> bool
         plain = model(input_ids=ids, use_cache=False).logits
         model.set_attn_implementation(attention.NAME)
         try:
-            ours = model(input_ids=ids, use_cache=False).logits
+            adapted = model(input_ids=ids, use_cache=False).logits
         except Exception:  # an argument that it does not know, or shapes that it does not expect
             return False
-    return bool((ours - plain).abs().max() < 1e-6 * plain.abs().max())
+    return bool((adapted - plain).abs().max() < 1e-6 * plain.abs().max())
 
 
 def _check_blocks(place: Path, name: str) -> None:

@@ -267,18 +267,18 @@ def _begun(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     return record
 
 
-def _check_inputs(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise MismatchError unless the recorded inputs `theirs` are the same as those of this call, `ours`."""
+def _check_inputs(out: Path, recorded: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise MismatchError unless the recorded inputs `recorded` are the same as those of this call, `given`."""
     do = "give what it began with, or another output"
-    now, then = Sketch.from_header(ours), Sketch.from_header(theirs)
+    now, then = Sketch.from_header(given), Sketch.from_header(recorded)
     if not now.same_as(then):
         raise MismatchError(
             f"{out}: expected the checkpoint it began with, found one whose weights differ by "
             f"{now.distance(then):.1%}; {do}"
         )
-    for name in ours:
-        if name != "sketch" and theirs.get(name) != ours[name]:
-            begun, found = (", ".join(map(str, as_list(side.get(name)))) for side in (theirs, ours))
+    for name in given:
+        if name != "sketch" and recorded.get(name) != given[name]:
+            begun, found = (", ".join(map(str, as_list(side.get(name)))) for side in (recorded, given))
             raise MismatchError(f"{out}: expected {name} {begun} as it began with, found {found}; {do}")
 
 

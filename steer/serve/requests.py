@@ -552,8 +552,8 @@ def _without_tools(message: Message, name: str) -> dict[str, Any]:
     if message.role in ("tool", "function"):
         return {"role": "user", "content": f"{name} returned: {message.text}"}
     role = "system" if message.role == "developer" else message.role
-    said = [message.text] if message.text or not message.calls else []
-    return {"role": role, "content": "\n".join([*said, *(str(call.function) for call in message.calls)])}
+    texts = [message.text] if message.text or not message.calls else []
+    return {"role": role, "content": "\n".join([*texts, *(str(call.function) for call in message.calls)])}
 
 
 def _check_room(prompt: Prompt, context: int, param: str) -> None:

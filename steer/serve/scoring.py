@@ -32,10 +32,10 @@ def prompt_tokens(model: SteeredModel, ids: Sequence[int], edit: Edit | None, to
         for part, scores in logits_in_chunks(model, hidden):
             model.check_finite(scores)
             logprobs = scores.log_softmax(-1)
-            said = torch.tensor(ids[1:][part], device=logprobs.device)
+            targets = torch.tensor(ids[1:][part], device=logprobs.device)
             likeliest = logprobs.topk(top, dim=-1)
             for token, logprob, values, tokens in zip(
-                said.tolist(), logprobs.gather(-1, said[:, None])[:, 0].tolist(), likeliest.values.tolist(),
+                targets.tolist(), logprobs.gather(-1, targets[:, None])[:, 0].tolist(), likeliest.values.tolist(),
                 likeliest.indices.tolist(), strict=True,
             ):  # fmt: skip
                 pairs = tuple(zip(tokens, values, strict=True))

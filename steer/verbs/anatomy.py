@@ -27,9 +27,9 @@ def proved_anatomy(model: str) -> Anatomy:
     config = read_json_object(path, what="a config", do="fetch the model again")
     declared = Anatomy.of(config, model)
     proved = replace(declared, **vars(structure(config, model)))
-    for ours, theirs in zip(_places(proved), _places(declared), strict=True):
-        if ours != theirs:
-            raise NotProved(f"{model}: {ours} is found to write into the residual stream, {theirs} is declared to")
+    for proven, expected in zip(_places(proved), _places(declared), strict=True):
+        if proven != expected:
+            raise NotProved(f"{model}: {proven} is found to write into the residual stream, {expected} is declared to")
     return proved
 
 

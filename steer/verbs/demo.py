@@ -162,9 +162,9 @@ _WRITTEN = ("source", "baked", "report")
 """Keys of the result under which the paths of the demo's output are."""
 
 
-def _clear(directory: Path, ours: str) -> None:
-    """Remove a directory that an earlier run wrote, known by its file `ours`. `check_output` refuses any other."""
-    if (directory / ours).is_file():
+def _clear(directory: Path, marker: str) -> None:
+    """Remove a directory that an earlier run wrote, known by its file `marker`. `check_output` refuses any other."""
+    if (directory / marker).is_file():
         shutil.rmtree(directory)
 
 

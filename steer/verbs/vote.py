@@ -67,7 +67,7 @@ class _Ballot:
     def __init__(self, judge: Judge, stdin: TextIO, console: Console) -> None:
         self.judge, self.stdin, self.console = judge, stdin, console
         self.interactive = stdin.isatty()
-        self.said = False
+        self.sent = False
         self.lines = termios.tcgetattr(stdin) if self.interactive else []
         """The terminal's attributes for reading lines."""
 
@@ -104,9 +104,9 @@ class _Ballot:
                 with self.console.status("writing replies"):
                     blind_pair = self.judge.blind_pair()
         except UsageError as e:
-            if not self.said:
+            if not self.sent:
                 raise
-            self.said = False
+            self.sent = False
             self.say(str(e), style="red")
             return self.blind_pair()
         assert blind_pair is not None  # it waits as long as it takes
@@ -158,7 +158,7 @@ class _Ballot:
 
     def write(self, text: str) -> None:
         self.judge.say(text)
-        self.said = True
+        self.sent = True
 
     def say(self, text: str, style: str | None = None) -> None:
         # Markup is off, because the text may contain what people and models wrote.

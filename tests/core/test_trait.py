@@ -121,10 +121,10 @@ def test_two_sentences_are_a_trait_on_the_pool() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("", "Be warm.", "dry"), "sentence: expected what the model is told to be, found ''"),
-        (("moralizing", None, "dry"), "sentence: expected what the model is told to be, found 'moralizing'"),
-        (("dry.yaml", None, "dry"), "sentence: expected what the model is told to be, found 'dry.yaml'"),
-        (("Be dry.", " ", "dry"), "opposite: expected what the model is told to be, found ' '"),
+        (("", "Be warm.", "dry"), "sentence: expected an instruction to the model, found ''"),
+        (("moralizing", None, "dry"), "sentence: expected an instruction to the model, found 'moralizing'"),
+        (("dry.yaml", None, "dry"), "sentence: expected an instruction to the model, found 'dry.yaml'"),
+        (("Be dry.", " ", "dry"), "opposite: expected an instruction to the model, found ' '"),
         (("Be dry.", "be  DRY.", "dry"), "expected opposite instructions"),
         (("Be dry.", None, "../dry"), "name: expected a name of at most 64 letters"),
         (("Be dry.", None, "quit"), "name: expected a name that is no command"),

@@ -204,7 +204,7 @@ def test_the_command_makes_a_slider_that_calibrates_bakes_and_exports(
     assert found.result["name"] == "my-taste"
     assert Path(found.result["direction"]).is_file()
     text = steer("find", parrot, "--votes", file, "--as", "mine").out
-    assert "mine: tells" in text
+    assert "mine: predicts" in text
     assert "verdict: " in text
     assert f"Try it: steer chat {parrot} --slider mine=1" in text
     profile = tmp_path / "mine.yaml"

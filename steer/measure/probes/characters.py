@@ -112,8 +112,8 @@ def _written(
     early = dict(zip(_lines(scene, "early"), replies_to(reader, openings, advance), strict=True))
     lines = _lines(scene, "late")
     for count in range(len(scene["said"]), 0, -1):
-        said = [(name, question) for question in scene["said"][:count] for name in scene["cards"]]
-        before = tuple(message for line in said for message in (_asked(*line), ("assistant", early[line])))
+        questions = [(name, question) for question in scene["said"][:count] for name in scene["cards"]]
+        before = tuple(message for line in questions for message in (_asked(*line), ("assistant", early[line])))
         late = _openings(scene, lines, before, openings[-1].seed + 1, openings[-1].tokens)
         if all(fits_with_reply(reader, o) for o in late):
             return early, dict(zip(lines, replies_to(reader, late, advance), strict=True)), len(before)

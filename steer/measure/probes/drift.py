@@ -139,7 +139,7 @@ class Drift(Probe):
         texts = reader.replies([chat for *_, chat in asked], tokens=plan["tokens"], seeds=seeds, advance=advance)
         for (number, turn, sample, chat), text in zip(asked, texts, strict=True):
             item, reply = f"{number} {turn} reply {sample}", words(text)
-            before = {phrase for _, said in chat for phrase in runs(words(said), PHRASE)}
+            before = {phrase for _, message in chat for phrase in runs(words(message), PHRASE)}
             phrases = runs(reply, PHRASE)
             copied = share(sum(phrase in before for phrase in phrases), len(phrases))
             for metric, value in (("repetition", repetition(reply)), ("copied", copied)):

@@ -39,13 +39,13 @@ class Implications(ForcedChoice):
 def _asked(scene: dict[str, Any], who: str, meant: int, order: int, hinted: bool = True) -> Choice:
     """Return the question whether a reading is meant. `order`: 1 names the second reading first."""
     means = scene["means"][:: -1 if order else 1]
-    said = f'{who} says: "{scene["hints"][meant]}"' if hinted else f"{who} says something."
+    hint = f'{who} says: "{scene["hints"][meant]}"' if hinted else f"{who} says something."
     return Choice(
         f"{scene['where']} {'hint ' + str(meant) if hinted else 'control'}, order {order}",
         (
             (
                 "user",
-                f"{scene['where'].format(who=who)} {said} What does {who} mean: that {means[0]}, or that {means[1]}?",
+                f"{scene['where'].format(who=who)} {hint} What does {who} mean: that {means[0]}, or that {means[1]}?",
             ),
         ),
         f"{who} means that",

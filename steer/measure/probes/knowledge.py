@@ -53,9 +53,9 @@ def _questions(
         shift, world = rng.choice((1, 2, 3)), rng.choice(WORLDS)
         order = rng.sample(subjects, 4)
         right = {of: answers[order[(i + shift) % 4]] for i, of in enumerate(order)}
-        said = " ".join(f"{fact['fact'].format(of=of)} {right[of]}." for of in rng.sample(subjects, 4))
+        facts = " ".join(f"{fact['fact'].format(of=of)} {right[of]}." for of in rng.sample(subjects, 4))
         chat = (
-            ("user", f"A page of the book of {world}, where things are not as they are with us: {said}"),
+            ("user", f"A page of the book of {world}, where things are not as they are with us: {facts}"),
             ("assistant", f"I see. I will answer as the book of {world} says."),
             *small_talk(rng, later),
         )

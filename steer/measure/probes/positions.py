@@ -104,16 +104,16 @@ def _questions(rng: random.Random, words: dict[str, list[str]], story: int, coun
     final = rng.sample(places, number)
     paths = [_path(rng, places, moves, end) for moves, end in zip(counts, final, strict=True)]
 
-    def said(form: str, i: int, a: str = "", b: str = "") -> str:
+    def sentence(form: str, i: int, a: str = "", b: str = "") -> str:
         return form.format(thing=things[i], who=people[i], a=a, b=b)
 
-    starts = [said(kind.start, i, b=path[0]) for i, path in enumerate(paths)]
+    starts = [sentence(kind.start, i, b=path[0]) for i, path in enumerate(paths)]
     steps = [iter(pairwise(path)) for path in paths]
     order = [i for i, moves in enumerate(counts) for _ in range(moves)]
     rng.shuffle(order)
-    moves = [said(kind.move, i, *next(steps[i])) for i in order]
+    moves = [sentence(kind.move, i, *next(steps[i])) for i in order]
     lured = range(number) if rng.random() < LURED else ()
-    lures = [said(kind.lure, i, b=rng.choice([p for p in places if p != final[i]])) for i in lured]
+    lures = [sentence(kind.lure, i, b=rng.choice([p for p in places if p != final[i]])) for i in lured]
     chat = narrated([*rng.sample(starts, number), *moves, *lures]) + small_talk(rng, rng.choice(LATER))
     items = []
     for i, right in enumerate(rng.sample(range(number), number)):
@@ -121,9 +121,9 @@ def _questions(rng: random.Random, words: dict[str, list[str]], story: int, coun
         options.insert(right, final[i])
         items.append(
             Choice(
-                f"{story:02} {kind.name}: {said(kind.question, i)}",
-                (*chat, ("user", said(kind.question, i))),
-                said(kind.begun, i),
+                f"{story:02} {kind.name}: {sentence(kind.question, i)}",
+                (*chat, ("user", sentence(kind.question, i))),
+                sentence(kind.begun, i),
                 tuple(f" {o}" for o in options),
                 right,
                 f"{story:02}",

@@ -79,8 +79,8 @@ class Study:
             for key, value in facts.items():
                 self._study.set_user_attr(key, value)
             return
-        ours, theirs = json.loads(json.dumps(about)), attributes["about"]
-        wrong = sorted(k for k in {*ours, *theirs} if not _same(k, ours.get(k), theirs.get(k)))
+        given, recorded = json.loads(json.dumps(about)), attributes["about"]
+        wrong = sorted(k for k in {*given, *recorded} if not _same(k, given.get(k), recorded.get(k)))
         if wrong:
             raise MismatchError(
                 f"{self.where}: expected a study of {name}, found one of {attributes['name']}, of another "
@@ -235,12 +235,12 @@ class Study:
             )
 
 
-def _same(what: str, ours: Any, theirs: Any) -> bool:
+def _same(what: str, given: Any, recorded: Any) -> bool:
     """Whether two values of the key `what` agree. Sketches of checkpoints are compared with tolerance: the same merge
     made on two machines differs in the last bits of its weights."""
-    if what == "checkpoint" and ours != theirs and isinstance(ours, str) and isinstance(theirs, str):
-        return Sketch.from_header({"sketch": ours}).same_as(Sketch.from_header({"sketch": theirs}))
-    return ours == theirs
+    if what == "checkpoint" and given != recorded and isinstance(given, str) and isinstance(recorded, str):
+        return Sketch.from_header({"sketch": given}).same_as(Sketch.from_header({"sketch": recorded}))
+    return given == recorded
 
 
 @contextmanager

@@ -49,22 +49,22 @@ def draw(chat: Chat) -> None:
 
 def _useful(chat: Chat, index: FeatureIndex) -> None:
     """Draw the features to begin with: those of traits, and those that fire on the chat's last reply."""
-    said = [m.text for m in chat.path() if m.text.strip()]
-    st.caption("Features that go with a trait" + (", and below those of this chat's last message" if said else ""))
+    texts = [m.text for m in chat.path() if m.text.strip()]
+    st.caption("Features that go with a trait" + (", and below those of this chat's last message" if texts else ""))
     of_traits = index.search(limit=BEGIN)
     _cards(chat, of_traits)
-    if said:
+    if texts:
         with st.spinner("Reading the last message"):
-            found = index.fires_on(said[-1], limit=BEGIN)
+            found = index.fires_on(texts[-1], limit=BEGIN)
         shown = {card.name for card in of_traits}
         st.caption("What fires on the last message")
         _cards(chat, [f.card for f in found if f.card.name not in shown])
 
 
 def _firing(chat: Chat, index: FeatureIndex) -> None:
-    said = [m.text for m in chat.path() if m.text]
-    key = f"search message {st.session_state.get('chats', 0)}.{len(said)}"
-    text = st.text_area("Message", said[-1] if said else "", key=key).strip()
+    texts = [m.text for m in chat.path() if m.text]
+    key = f"search message {st.session_state.get('chats', 0)}.{len(texts)}"
+    text = st.text_area("Message", texts[-1] if texts else "", key=key).strip()
     if not text:
         return
     with st.spinner("Reading the message"):

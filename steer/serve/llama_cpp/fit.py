@@ -84,15 +84,15 @@ def measure_fit(
             ids = model.prompt_ids([{"role": "user", "content": text}])
             with model.untouched():
                 greedy = replace(PRESETS["greedy"], max_new_tokens=tokens)
-                said = [step.tokens[0] for step in decode(model, [ids], greedy)]
-            whole = [*ids, *said]
+                reply = [step.tokens[0] for step in decode(model, [ids], greedy)]
+            whole = [*ids, *reply]
             scored = [
                 [t.logprob or 0.0 for t in prompt_tokens(model, whole, edit, 0)[len(ids) - 1 :]]
                 for edit in (None, adapter.edit)
             ]
             for scales in (neutral, neutral | {adapter.id: 1.0}):
                 scored.append(engine.logprobs(whole, len(ids), scales))
-                advance(len(said))
+                advance(len(reply))
             rows.append(np.array(scored))
         joined = np.concatenate(rows, axis=1)
         joined = joined[:, np.isfinite(joined).all(0)]

@@ -313,7 +313,7 @@ def test_fit_warns_of_a_lora_that_changes_another_direction(desk, tmp_path, monk
         done = steer("fit", "model.gguf", desk.checkpoint, *url, "--json")
         assert done.code == 0, done.err
         a, b = done.result["sliders"]
-        assert "is not what it changes in the original" in a["warning"]
+        assert "is not its effect in the original" in a["warning"]
         assert b["distance"] < a["distance"]
         refused = steer("fit", "other.gguf", desk.checkpoint, *url)
         assert (refused.code, "found model.gguf" in refused.err) == (1, True)

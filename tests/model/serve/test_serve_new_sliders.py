@@ -44,7 +44,7 @@ def test_nothing_is_searched_for_unless_the_server_allows_it(fresh):
     ("body", "says"),
     [
         ({}, "sentence"),
-        ({"sentence": " "}, "expected what the model is answer to be"),
+        ({"sentence": " "}, "expected an instruction to the model"),
         ({"sentence": "be", "name": "../x"}, "expected a name of at most 64"),
         ({"sentence": "be", "name": "warmth"}, "no shipped trait has"),
         ({"sentence": "be", "opposite": "be"}, "expected opposite instructions"),
