@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -60,7 +62,9 @@ def command_outside(*arguments: object, timeout: float = 60) -> Outcome:
 def fork(forkserver: ForkServerContext, function: Callable[..., object], *arguments: object) -> ForkServerProcess:
     """Starts a separate process, which calls a function of a module in this process's environment."""
     process = forkserver.Process(target=_in_environment, args=(dict(os.environ), function, *arguments))
-    process.start()
+    # The process would run what is the main program here, and Streamlit's tests leave a page in its place.
+    with patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+        process.start()
     return process
 
 

@@ -211,7 +211,7 @@ def test_a_directory_with_other_files_is_not_written_into(tmp_path: Path) -> Non
 def test_a_checkpoint_that_cannot_be_baked_is_refused_before_it_is_measured(tmp_path: Path) -> None:
     source = save_parrot(tmp_path / "mine")
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight_scale"] = torch.ones(1)
+    tensors["model.layers.0.mlp.another.weight"] = torch.ones(1)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedError, match=re.escape(str(source))):
         run(tmp_path / "out", str(source))

@@ -70,7 +70,7 @@ def run(made: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     def attempt(*arguments: str) -> str:
         monkeypatch.setattr(os, "environ", os.environ.copy() | {"STEER_HOME": str(made / "home")})
         monkeypatch.setattr(sys, "argv", ["steer", *arguments])
-        monkeypatch.setattr(cli_common._NOTICES, "_said", set())  # a process says a line once
+        monkeypatch.setattr(cli_common._NOTICES, "_printed", set())  # a process says a line once
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
