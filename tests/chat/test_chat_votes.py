@@ -109,7 +109,7 @@ def test_a_slider_of_the_votes_comes_into_the_chat_that_is_open(new_chat, model)
     assert any(line.startswith("2 of 5: reading") for line in job.lines)
     chat.taste()
     row = next(r for r in chat.panel.rows() if r.name == "my-taste")
-    assert row.description.startswith("Your taste: my-taste tells")
+    assert row.description.startswith("Your taste: my-taste predicts")
     assert row.verdict is not None
     assert row.calibrated
     chat.panel.set("my-taste", 0.5)

@@ -105,7 +105,10 @@ def test_the_page_on_a_server_makes_a_slider(parrot: SteeredModel, monkeypatch: 
         monkeypatch.setattr("sys.argv", ["app.py", "--server", server.url])
         at = AppTest.from_file(str(Path(__file__).parents[2] / "app.py"), default_timeout=60).run()
         press(at, "New slider")
-        sentences = {"At the high end": TRAIT.with_instruction, "At the low end": TRAIT.without_instruction}
+        sentences = {
+            "Instruction at the high": TRAIT.with_instruction,
+            "Instruction at the low": TRAIT.without_instruction,
+        }
         for begins, sentence in sentences.items():
             next(t for t in at.text_area if t.label.startswith(begins)).set_value(sentence or "")
         next(t for t in at.text_input if t.label == "Name (may be empty)").set_value("ta")

@@ -99,7 +99,8 @@ def test_lineages_of_six_generations_end_near_the_best_subset_and_telling_pairs_
     for seed in range(2):
         for way, runs in found.items():
             person = replace(someone, rng=random.Random(seed))
-            runs.append(run.grow(tmp_path / f"{way}-{seed}", list(adapters), prompts, replies, person, way, seed))
+            place = tmp_path / f"{way}-{seed}"
+            runs.append(run.grow(place, list(adapters), prompts, replies, person, way, seed, most=300))
     votes = {way: sum(grown.votes[-1] for grown in runs) for way, runs in found.items()}
     for grown in found["most telling"]:
         assert len(grown.leaders) == 7
