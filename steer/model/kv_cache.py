@@ -62,8 +62,8 @@ class GrowingLayer(DynamicLayer):
         moved = {to: row for to, row in enumerate(rows) if to != row}
         if any(row < len(rows) for row in moved.values()):
             for name, held in (("keys", keys), ("values", values)):
-                self._rooms[name] = held.new_empty(len(rows), held.shape[1], held.shape[2] + self.ahead, held.shape[3])
-                setattr(self, name, self._rooms[name][:, :, : held.shape[2]].copy_(held[indices]))
+                room = self._new_room(name, held, len(rows), held.shape[-2])
+                setattr(self, name, room[:, :, : held.shape[-2]].copy_(held[indices]))
             return
         for to, row in moved.items():
             keys[to], values[to] = keys[row], values[row]
@@ -76,7 +76,7 @@ class GrowingLayer(DynamicLayer):
         """
         self.lazy_initialization(*other._held())
         for name, held in zip(("keys", "values"), other._held(), strict=True):
-            room = held.new_empty(rows, held.shape[1], columns + self.ahead, held.shape[-1])
+            room = self._new_room(name, held, rows, columns)
             begins = dict.fromkeys(range(rows), columns)
             for to, row, taken in pieces:
                 first = columns - (taken.stop - taken.start)
@@ -85,7 +85,6 @@ class GrowingLayer(DynamicLayer):
             # Masked columns have a weight of zero, but zero times NaN or infinity in unset memory is not zero.
             for i, first in begins.items():
                 room[i, :, :first] = 0
-            self._rooms[name] = room
             setattr(self, name, room[:, :, :columns])
 
     def extend(self) -> tuple[Float[Tensor, "batch groups room d"], Float[Tensor, "batch groups room d"]]:
@@ -108,11 +107,15 @@ class GrowingLayer(DynamicLayer):
         # is never quite full, since compiled code would treat a full one as another case.
         in_room = room is not None and room.data_ptr() == held.data_ptr()
         if room is None or not in_room or room.shape[0] < rows or room.shape[-2] <= total:
-            room = like.new_empty(*like.shape[:2], total + self.ahead, like.shape[-1])
+            room = self._new_room(name, like, rows, total)
             if seq:
                 room[:, :, :seq] = held
-            self._rooms[name] = room
         return room[:rows, :, :total]
+
+    def _new_room(self, name: str, like: Tensor, rows: int, tokens: int) -> Tensor:
+        """A new buffer for the keys or values, with room for `ahead` more tokens."""
+        self._rooms[name] = like.new_empty(rows, like.shape[1], tokens + self.ahead, like.shape[-1])
+        return self._rooms[name]
 
 
 def growing_cache(config: PretrainedConfig, ahead: int = STEP) -> Cache:

@@ -5,8 +5,8 @@ Milliseconds measured on two cores of an AMD EPYC (AVX2) with 2 threads, weights
 and this file second: all 211 matrices of a 135M Llama for one vector 77 and 51, for two 111 and 51, for 16 vectors 169
 and 120; the LM head (49152 x 576) alone for 96 vectors 86 and 60, for 192 vectors 164 and 136. On two cores of an Intel
 Xeon, limited to AVX2, it is the other way round: one vector 25 and 59, two 45 and 56, 16 vectors 65 and 77; the LM head
-for 96 vectors 55 and 61, for 192 vectors 90 and 117. The choice goes by the maker and not by a timing, so that a
-machine rounds alike in every run.
+for 96 vectors 55 and 61, for 192 vectors 90 and 117. The maker decides and not a timing, so that a machine
+rounds alike in every run.
 """
 
 from __future__ import annotations
