@@ -139,8 +139,9 @@ class Edit:
         for d, amount in self.with_adds_as_directions().add:
             shift = amount * d.gap * d.vector.double()
             out[d.site] = out[d.site] + shift if d.site in out else shift
-        for site, shift in out.items():
-            if not torch.isfinite(shift.float()).all():
+        finite = torch.stack([*out.values()]).float().isfinite().all(-1).tolist() if out else []
+        for site, fine in zip(out, finite, strict=True):
+            if not fine:
                 raise UsageError(f"add at site {site}: expected a finite vector, found one beyond fp32; add less")
         return out
 

@@ -184,16 +184,15 @@ class Tally:
             low_rank, terms, texts = notes[0].low_rank, notes[0].terms, notes[0].texts
             packed = texts[0][2] is not None
             changes = torch.cat([note.of_text() for note in notes], dim=0 if packed else 1)
+            columns_of: dict[int, dict[Slider, list[int]]] = {}
+            for term in terms:
+                columns_of.setdefault(term.row, {}).setdefault(term.move, []).append(term.column)
             for at, (text, row, part) in enumerate(texts):
                 if part is not None:
                     text_changes = changes[:, slice(*part)].flatten(0, 1)
                 else:
                     text_changes = changes[at if changes.shape[0] > 1 else 0]
-                columns_of: defaultdict[Slider, list[int]] = defaultdict(list)
-                for term in terms:
-                    if term.row == row:
-                        columns_of[term.move].append(term.column)
-                for move, columns_moved in columns_of.items():
+                for move, columns_moved in columns_of.get(row, {}).items():
                     moved = _length(low_rank, columns_moved, text_changes)
                     total = self._texts[text].sliders[_key(move)]
                     total.moved += float(moved.sum()) / _norm(move)

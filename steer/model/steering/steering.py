@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -80,6 +81,7 @@ class Steering:
         """One entry for each open `applied` block, the innermost last. Each is a separate list, so that blocks which
         apply the same rows are different entries."""
         self._known: dict[Rows, _Applied] = {}
+        self._worked_out: WeakSet[Edit] = WeakSet()
         self._handles: dict[object, RemovableHandle] = {}
         self._described = False
         """Whether the current forward pass is inside of `passing`."""
@@ -154,10 +156,16 @@ class Steering:
             self.text, self._described = before, False
 
     def work_out(self, edit: Edit) -> None:
-        """Compute and cache the tensors that applying `edit` needs. Errors: as `set`, and all others of applying it."""
+        """Check that an edit can be applied, by computing the tensors for it. An edit that passed is not tried again.
+
+        Errors: as `set`, and all others of applying it.
+        """
+        if edit in self._worked_out:
+            return
         self.check(edit)
         with self.lock:
             self._prepared((edit,))
+        self._worked_out.add(edit)
 
     def gain(self, name: str) -> Float[Tensor, " d"]:
         """The gain of the norm whose weight has this name, fp64 on the CPU."""
