@@ -41,7 +41,9 @@ def model() -> SteeredModel:
 
 @pytest.fixture(scope="module")
 def push(model, make_direction, own_home) -> Direction:
-    direction = replace(make_direction("push", site=14, width=model.anatomy.width), with_mean=20.0, without_mean=0.0)
+    direction = make_direction("push", site=14, width=model.anatomy.width)
+    # Of that norm are the model's tokens there: of one that is ten times longer, no projection is set.
+    direction = replace(direction, with_mean=40.0, without_mean=0.0, residual_norm=100.0)
     direction.provenance["sketch"] = model.sketch().to_header()
     place = direction_place(model.sketch(), "push")
     place.parent.mkdir(parents=True, exist_ok=True)
