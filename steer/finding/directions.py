@@ -69,16 +69,20 @@ class Candidates:
     plain: Candidates | None = None
     """The same before other traits' directions were projected out; None if none were."""
 
-    @property
-    def readable(self) -> list[int]:
-        """Sites whose AUROC is within `NEAR_BEST` of the best, in order."""
-        best = max(self.auroc)
-        return [site for site, a in enumerate(self.auroc) if a >= best - NEAR_BEST]
 
-    @property
-    def steerable(self) -> list[int]:
-        """The readable sites in `BAND`, or all that are readable, if none is in it."""
-        return in_band(self.readable, len(self.auroc))
+def steerable(auroc: Sequence[float]) -> list[int]:
+    """Return the sites worth steering at, from the held-out AUROC of every site.
+
+    They are the sites in `BAND` that read the trait as well as the best of all sites or, if none does, as the best of
+    `BAND`. A late site may read a trait best, by the words that come next, and steers badly.
+    """
+
+    def as_good(sites: Sequence[int]) -> list[int]:
+        return [s for s in sites if auroc[s] >= max(auroc[i] for i in sites) - NEAR_BEST]
+
+    everywhere = range(len(auroc))
+    band = in_band(everywhere, len(auroc))
+    return [s for s in as_good(everywhere) if s in band] or as_good(band)
 
 
 def in_band(sites: Sequence[int], depth: int) -> list[int]:
@@ -249,7 +253,7 @@ def check_sites(
     The sites are spread evenly over those in `BAND` that read the trait as well as the best. All replies are generated
     in one batch.
     """
-    tried = evenly(found.steerable, SITES)
+    tried = evenly(steerable(found.auroc), SITES)
     edits = [Edit(add=((rough_direction(found, s), a),)) for s in tried for a in AMOUNTS]
     topics, sampler = found.contrast.trait.fit[:TOPICS], replace(MEASURE, max_new_tokens=TOKENS)
     replies = [r for (r,) in answers(model, [scorer], [topics], edits, sampler, on_tokens=on_tokens)]

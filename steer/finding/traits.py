@@ -24,6 +24,7 @@ from steer.finding.directions import (
     chosen,
     finished_direction,
     middle,
+    steerable,
 )
 from steer.finding.measuring import FULL, QUICK, Effort, calibrated, judged
 from steer.finding.taste import find_taste
@@ -180,7 +181,7 @@ def find_trait(
     scorer = Scorer.train(contrast)
     checks: list[SiteCheck] = []
     if site is None and not effort.check_sites:
-        site = middle(found.steerable, model.anatomy.blocks)
+        site = middle(steerable(found.auroc), model.anatomy.blocks)
     elif site is None:
         with progress(f"{trait.name}: sites", None, "tokens") as advance:
             checks = check_sites(model, found, scorer, on_tokens=advance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from steer.finding.directions import SiteCheck, chosen
+from steer.finding.directions import SiteCheck, chosen, middle, steerable
 
 DEPTH = 30
 
@@ -30,3 +30,12 @@ def test_seeds_agree_more_often_than_by_the_best_number_and_lose_less_effect() -
     alone = [max(run, key=lambda c: c.merit).site for run in runs]
     assert np.mean([s == 14 for s in ours]) > 1.4 * np.mean([s == 14 for s in alone])
     assert np.mean([true[s] for s in ours]) > np.mean([true[s] for s in alone])
+
+
+def test_a_site_at_the_end_that_reads_best_is_not_steered_at() -> None:
+    auroc = [0.6] * DEPTH
+    auroc[12:17], auroc[29] = [0.8, 0.85, 0.85, 0.83, 0.7], 0.95
+    assert steerable(auroc) == [12, 13, 14, 15]
+    assert middle(steerable(auroc), DEPTH) == 14
+    auroc[14] = 0.9  # now one in the middle reads as well as the best of all
+    assert steerable(auroc) == [14]
