@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_server import llama_server
 
+from steer.baking.certificate import server_command
+from steer.checkpoint.gguf_file import write_gguf
 from steer.finding.directions import NEAR_BEST
+from steer.serve.llama_cpp.fit import FAR
+from steer.verbs.bake import bake
 
 pytestmark = [pytest.mark.model, pytest.mark.alone]
 
@@ -163,3 +168,19 @@ def test_a_plain_bake_of_the_merge_equals_ablate_hooks_at_every_writer(
     effect = float((untouched.exp() * (untouched - hooked)).sum(-1).mean())
     assert rounding < 0.002
     assert rounding < effect / 50
+
+
+def test_fit_trusts_the_slider_on_the_merge_at_4_bits(demo: dict[str, Any], tmp_path: Path) -> None:
+    """Found on the unquantised merge, slid in llama-server on its Q4_0."""
+    gguf, baked = tmp_path / "merged.gguf", tmp_path / "baked"
+    certificate = bake(demo["merged"], baked, ablate="moralizing", form="gguf")
+    write_gguf(Path(demo["merged"]), gguf, "Q4_0")
+    with llama_server(server_command(certificate, str(baked)).replace("MODEL.gguf", str(gguf)), threads=2) as running:
+        found = [STEER, "fit", gguf, demo["merged"], "--server", running.url, "--json"]
+        done = subprocess.run(found, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = json.loads(done.stdout)["sliders"]
+    assert (row["slider"], row["warning"]) == ("moralizing:ablate", None)
+    assert row["change"] > 0.2
+    assert row["slope"] == pytest.approx(1, abs=FAR)
+    assert 0 < row["distance"] < FAR
