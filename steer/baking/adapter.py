@@ -40,7 +40,7 @@ _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 """Model types in which peft refuses to change modules of the name `out_proj`."""
 _FACTORS = ".factors-"
 """Prefix of the temporary files that hold finished targets until all are finished."""
-_GROUP = 1 << 30
+GROUP = 1 << 30
 """Bytes of weights to read for each of these files, about."""
 
 
@@ -195,7 +195,7 @@ class AdapterPlan(Plan):
         tensors: dict[str, Tensor] = {}
         proofs = Proofs()
         read = accumulate(sum(self.files.tensors[w.tensor].nbytes for w in target.writers) for target in self.targets)
-        for number, group in groupby(zip(self.targets, read, strict=True), key=lambda pair: pair[1] // _GROUP):
+        for number, group in groupby(zip(self.targets, read, strict=True), key=lambda pair: pair[1] // GROUP):
             name = f"{_FACTORS}{number}.safetensors"
             if finished := journal.finished.get(name):
                 tensors |= load_file(journal.work / name)
