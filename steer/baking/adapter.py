@@ -17,12 +17,12 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from steer.baking.certificate import ADAPTER, BiasProof, Proofs, hub_name
+from steer.baking.certificate import BiasProof, Proofs, hub_name
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
 from steer.checkpoint.anatomy import Writer
 from steer.checkpoint.projection import DTYPES, as_tensor, norm, shadow
-from steer.checkpoint.reader import INDEX, CheckpointFiles, Shard
+from steer.checkpoint.reader import ADAPTER, INDEX, CheckpointFiles, Shard
 from steer.checkpoint.staging import hash_file, write_bytes, write_json
 from steer.core.edit import Edit
 from steer.errors import CheckpointError, UnsupportedError

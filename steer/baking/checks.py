@@ -20,7 +20,6 @@ from torch import Tensor
 
 from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan, hash_sources
 from steer.baking.certificate import (
-    ADAPTER,
     CONTROL_VECTOR,
     Certificate,
     Proofs,
@@ -36,7 +35,7 @@ from steer.baking.plan import Plan
 from steer.checkpoint.gguf_file import ARCHITECTURES
 from steer.checkpoint.layouts import Layout
 from steer.checkpoint.projection import as_tensor, projection
-from steer.checkpoint.reader import CheckpointFiles, TensorInfo
+from steer.checkpoint.reader import ADAPTER, CheckpointFiles, TensorInfo
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Kernel, Kind, Method, Strengths

@@ -430,8 +430,6 @@ class _Adapter:
 
         from steer.checkpoint.adapters import fitting_adapters
 
-        if not (adapter / "adapter_model.safetensors").is_file():
-            raise CheckpointError(f"{name}: expected adapter_model.safetensors in {adapter}, found none; save it again")
         with transformers_errors(name):
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             made = model_class_of(config)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from steer.checkpoint.fetch import disk_errors, hub_errors, resolve
+from steer.checkpoint.fetch import check_adapter, disk_errors, hub_errors, resolve
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.core.small_files import read_yaml
 from steer.errors import CheckpointError, SteerError, UsageError
@@ -239,11 +239,8 @@ def _locate_one(name: str, recipe: Path | None, wanted: str) -> dict[str, str | 
             adapter = wanted == _CONFIGS["model"] and (place / _CONFIGS["lora"]).is_file()
             found, do = ("an adapter", f"write BASE+{name}") if adapter else ("none", "name a whole model")
             raise CheckpointError(f"{where}{name}: expected {wanted} in {place}, found {found}; {do}")
-        if wanted == _CONFIGS["lora"] and not (place / "adapter_model.safetensors").is_file():
-            raise CheckpointError(
-                f"{where}{name}: expected adapter_model.safetensors in {place}, found none; a pickle, which can run "
-                "code, is never loaded, save the adapter again"
-            )
+        if wanted == _CONFIGS["lora"]:
+            check_adapter(str(place), f"{where}{name}")
         return {"path": str(place.resolve()), "revision": None}
     repo, _, revision = name.partition("@")
     try:

@@ -31,7 +31,7 @@ from transformers.utils.hub import cached_file
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.dtypes import announce, computing_in
-from steer.checkpoint.fetch import read_tokenizer, transformers_errors
+from steer.checkpoint.fetch import check_complete, read_tokenizer, transformers_errors
 from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.proof import cache_file
 from steer.checkpoint.quantised import undeclared
@@ -93,12 +93,7 @@ def read_model(
         )  # fmt: skip
         _check_generation_config(place, hub)
         hf, report = loaded  # transformers declares the type of the model alone
-    if missing := sorted(report["missing_keys"]):
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{name}: expected tensor {missing[0]}{others} in its files, found none, and random numbers would run in "
-            "their place; fetch the model again"
-        )
+    check_complete(report, name)
     announce(chosen, name)
     use_fast_products(hf)
     return hf, tokenizer

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from steer.baking.adapter import CONFIG
 from steer.baking.bake import bake
-from steer.baking.certificate import ADAPTER, CERTIFICATE
+from steer.baking.certificate import CERTIFICATE
 from steer.baking.certificate import CONTROL_VECTOR as FILE
 from steer.baking.control_vector import read_control_vector, write_control_vector
 from steer.baking.verify import verify
-from steer.checkpoint.reader import SINGLE
+from steer.checkpoint.reader import ADAPTER, SINGLE
 from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit

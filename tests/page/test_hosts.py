@@ -85,6 +85,7 @@ def test_a_foreign_name_gets_no_socket_through_which_all_of_the_page_comes(port,
 @pytest.mark.parametrize(("allowed", "more"), [([], False), (["my.host"], True)])
 def test_however_it_was_started_nothing_is_drawn_for_a_foreign_name(monkeypatch, allowed, more):
     monkeypatch.setattr(sys, "argv", ["app.py"])  # without a model, for which the page has a title
+    monkeypatch.delenv("STEER_MODEL", raising=False)
     option = streamlit.get_option
     monkeypatch.setattr(streamlit, "get_option", lambda n: allowed if n == "server.allowedHosts" else option(n))
 
