@@ -1,9 +1,9 @@
 """Finds the anatomy of an architecture that is not in `layouts`, and proves it on a tiny random model of its class.
 
-Everything is found by numbers, nothing by names: which modules put out the residual stream, whose outputs a block adds
-to it, which weights write these outputs, and how the logits come from the last residual stream. Then the same edit is
-made by hooks and in the weights, and both have to give the same logits. The model is in fp64, so that an identity holds
-to ten digits or does not hold.
+It runs the model and compares numbers, and relies on no names: it finds the modules that return the residual stream,
+the outputs that each block adds to it, the weights that write these outputs, and how the logits follow from the last
+residual stream. Then it makes the same edit by hooks and in the weights, and both must give the same logits. The model
+is in fp64, so that an identity holds to ten digits or does not hold.
 
 `structure` returns what was found for a config. It is cached by the config and the versions of the libraries.
 """

@@ -1,6 +1,6 @@
-"""New sliders from two sentences or from votes: `steer find` in another process, which page and server start and show.
+"""New sliders from two sentences or from votes: the page and the server run `steer find` in another process.
 
-A search that finds nothing is kept under $STEER_HOME/failed, until somebody deletes it.
+A search that finds nothing is kept under $STEER_HOME/failed until the user deletes it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Drift: what a long chat does to a model, by turn: how well it still predicts the replies, what it repeats, and what
-all other probes find after so many messages.
+"""Drift, the probe of long chats: how a model's figures change with the number of turns.
 
-The chats are written beforehand, of exchanges that make sense in any order, and every chat has them in another order:
-what changes with the turn is then the turn's doing, not the text's. For the same reason the other probes ask the same
-items at every turn.
+It measures, at several turns, how well the model predicts the replies, how much it repeats, and what every other probe
+finds. The chats are written beforehand. Their exchanges make sense in any order and each chat has another order, so
+that a change from turn to turn comes from the length of the chat and not from the text. For the same reason the other
+probes ask the same items at every turn.
 """
 
 from __future__ import annotations
