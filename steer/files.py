@@ -93,6 +93,11 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
     return Path(path)
 
 
+def write_atomic_json(path: str | Path, value: Any, *, indent: int | None = 2) -> Path:
+    """Write a value as a JSON file with `write_atomic`; nan and infinities become null. Errors: as there."""
+    return write_atomic(path, json.dumps(without_nan(value), indent=indent) + "\n")
+
+
 def write_new(path: str | Path, text: str) -> Path:
     """Write a whole text file, in UTF-8, where there is none. Errors: SteerError for a path that exists or cannot be
     written."""

@@ -6,7 +6,6 @@ manifest with the hashes of all inputs.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -27,7 +26,7 @@ from steer.checkpoint.fetch import check_adapter, disk_errors, hub_errors, resol
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.core.small_files import read_yaml
 from steer.errors import CheckpointError, SteerError, UsageError
-from steer.files import read_json_object, write_atomic
+from steer.files import read_json_object, write_atomic_json
 
 MANIFEST = "steer_merge.json"
 """File in the output with the recipe, the hashes of the inputs and the weights, and versions. Written last."""
@@ -460,7 +459,7 @@ def add_older_rope_keys(file: Path) -> None:
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and isinstance(rope := part.get("rope_parameters"), dict):
             part.update({k: v for k, v in _older_rope(rope).items() if k not in part})
-    write_atomic(file, json.dumps(config, indent=2) + "\n")
+    write_atomic_json(file, config)
 
 
 def _older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ A search that finds nothing is kept under $STEER_HOME/failed until the user dele
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ from steer.core.direction import Direction
 from steer.core.trait import Trait
 from steer.core.votes import usable_votes
 from steer.errors import SteerError, UsageError, skip
-from steer.files import delete, read_json_object, write_atomic
+from steer.files import delete, read_json_object, write_atomic_json
 from steer.jobs import Job
 from steer.model.steered import SteeredModel
 
@@ -137,7 +136,7 @@ class NewSliderJob(FindJob):
                 "sentence": self.trait.with_instruction, "opposite": self.trait.without_instruction,
                 "error": self.error,
             }  # fmt: skip
-            write_atomic(self._place, json.dumps(failed) + "\n")
+            write_atomic_json(self._place, failed)
 
 
 def failed_searches(model: SteeredModel) -> list[FailedSearch]:

@@ -13,7 +13,6 @@ A child lost its mind if, beyond noise, its perplexity on plain prose is at leas
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -33,7 +32,7 @@ from steer.core.profile import Profile, ProfileSlider
 from steer.core.small_files import dump_yaml
 from steer.core.validation import from_file
 from steer.errors import MismatchError, OutputExistsError, SteerError, UsageError
-from steer.files import locked, one_line, read_json_object, write_atomic
+from steer.files import locked, one_line, read_json_object, write_atomic, write_atomic_json
 from steer.lineage.lineage import MODELS, Gate, Generation, Lineage, Move, Node
 from steer.lineage.proposing import Proposal
 from steer.lineage.recipes import child, describe
@@ -159,7 +158,7 @@ def adopted(lineage: Lineage, profile: Profile, parent: str) -> Json:
 
 
 def _plan(lineage: Lineage, generation: Generation) -> None:
-    write_atomic(lineage.place / PLAN, json.dumps(to_jsonable_python(generation), indent=1) + "\n")
+    write_atomic_json(lineage.place / PLAN, to_jsonable_python(generation))
 
 
 def _planned(lineage: Lineage) -> Generation:

@@ -37,7 +37,7 @@ from steer.core.sampler import CHAT, Sampler
 from steer.core.small_files import load_yaml
 from steer.core.validation import Text, checked, from_file
 from steer.errors import UsageError
-from steer.files import read_json_object, write_atomic
+from steer.files import read_json_object, write_atomic_json
 from steer.lineage.lineage import REPLIES, Lineage, Outcome, Vote
 from steer.lineage.ratings import Standing, ranked_pairs, standing
 from steer.model.loaded import WITHOUT_THOUGHTS, Message
@@ -355,7 +355,7 @@ class Judge:
                 replies = self._models.replies(node, tasks, self._check)
                 for task, reply in zip(tasks, replies, strict=True):
                     kept = {"chat": task.chat, "seed": task.seed, "node": node, "reply": reply}
-                    write_atomic(self._file(task, node), json.dumps(kept, indent=1) + "\n")
+                    write_atomic_json(self._file(task, node), kept)
             except _StoppedError:
                 continue
             except Exception as e:

@@ -25,7 +25,7 @@ from pydantic_core import to_jsonable_python
 from steer.core.names import check_name
 from steer.core.validation import Bool, Count, Line, Number, Text, checked, from_file
 from steer.errors import CheckpointError, UsageError
-from steer.files import append_line, parse_json, read_json_object, without_nan, write_atomic
+from steer.files import append_line, parse_json, read_json_object, write_atomic_json
 
 SETTINGS, GENERATIONS, VOTES, MODELS, REPLIES = "lineage.json", "generations", "votes", "models", "replies"
 MoveKind = Literal["start", "add", "remove", "base", "weight", "method", "profile"]
@@ -148,7 +148,7 @@ class Lineage:
     @classmethod
     def create(cls, place: str | Path, settings: Settings) -> Lineage:
         """Begin a lineage without generations."""
-        write_atomic(Path(place) / SETTINGS, json.dumps(to_jsonable_python(settings), indent=1) + "\n")
+        write_atomic_json(Path(place) / SETTINGS, to_jsonable_python(settings))
         return cls(place)
 
     def admit(self, model: str, written: str) -> None:
@@ -199,7 +199,7 @@ class Lineage:
         file = self.place / GENERATIONS / f"{generation.number:04}.json"
         if file.exists():
             raise UsageError(f"{file}: expected a new generation, found one of that number; run the command again")
-        write_atomic(file, json.dumps(without_nan(to_jsonable_python(generation)), indent=1) + "\n")
+        write_atomic_json(file, to_jsonable_python(generation))
 
     def model(self, node: str) -> Path:
         """Return where a node's merged checkpoint is, or would be."""
