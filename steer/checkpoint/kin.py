@@ -28,7 +28,7 @@ from transformers import AutoConfig
 from steer.checkpoint.anatomy import Anatomy, WriterMap
 from steer.checkpoint.fetch import hub_errors, read_tokenizer, transformers_errors
 from steer.checkpoint.merge import locate, read_recipe, recipe_models
-from steer.checkpoint.projection import DTYPES, as_tensor
+from steer.checkpoint.projection import DTYPES, read_tensor
 from steer.checkpoint.quantised import FLOATS, dequantised
 from steer.checkpoint.reader import BITS, CheckpointFiles, DecodedTensor, TensorInfo, read_into
 from steer.checkpoint.tiny import model_class_of
@@ -378,7 +378,7 @@ class _Source:
         info = self.stored(tensor)
         assert info is not None  # checked before anything is read
         if self.adapter is not None and tensor in self.adapter.changed:
-            whole = as_tensor(self.files.read(info), info.dtype, info.shape)
+            whole = read_tensor(self.files, tensor)
             return _Values("F32", self.adapter.merged(tensor, whole).reshape(-1).data.cast("B"), None, self.folder)
         if isinstance(info, DecodedTensor):
             return _Values(info.dtype, memoryview(self.files.read(info)), None, self.folder)
