@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -167,17 +167,19 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, number: Callable[[str], float] = float, halves: bool = False) -> Any:
     """Parse JSON text in UTF-8.
 
+    `number`: reads numbers with a point, infinities and nan. `halves`: accept half a surrogate pair in a text, which
+    cannot be written as UTF-8.
     Errors: ValueError with a message of one line for text that is no JSON, for brackets nested more than `JSON_DEPTH`
-    deep, for numbers of thousands of digits, and for text with half a surrogate pair, which could not be written again.
+    deep, for numbers of thousands of digits, and for half a surrogate pair without `halves`.
     """
     too_deep = f"brackets nested over {JSON_DEPTH} deep"
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        value = json.loads(text)
-        if "\\ud" in text.lower():
+        value = json.loads(text, parse_float=number, parse_constant=number)
+        if not halves and "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as e:
         raise ValueError(f"bytes that are not UTF-8 at {e.start}") from e
