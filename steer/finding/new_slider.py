@@ -56,7 +56,6 @@ class TasteJob(FindJob):
     stopped = "stopped; the slider is as it was before"
 
     def __init__(self, model: SteeredModel, votes: Path) -> None:
-        """See `start`."""
         super().__init__(
             ["find", *_loaded_as(model), resolve(model.name), "--votes", str(votes), "--calibrate", "--json"]
         )
@@ -92,7 +91,6 @@ class NewSliderJob(FindJob):
     _starting: ClassVar = threading.Lock()
 
     def __init__(self, model: SteeredModel, trait: Trait) -> None:
-        """See `start`."""
         self.trait = trait
         self._place = _folder(model) / f"{trait.name}.json"
         opposite = [] if trait.without_instruction is None else ["--opposite", trait.without_instruction]

@@ -37,7 +37,7 @@ from steer.lineage.lineage import MODELS, Gate, Generation, Lineage, Move, Node
 from steer.lineage.proposing import Proposal
 from steer.lineage.recipes import child, describe
 from steer.measure.arms import Loader, Source
-from steer.measure.evaluation import evaluate_arms
+from steer.measure.evaluation import evaluate_arms, shown
 from steer.measure.probes.library import probes_named
 from steer.measure.probes.probe import Size
 from steer.measure.readers import LocalReader
@@ -258,9 +258,9 @@ def _gate(lineage: Lineage, node: Node) -> Gate:
             if row is None:
                 continue
             if metric is probe["metrics"][0]:
-                figures[probe["name"]] = _shown(row["value"], metric)
+                figures[probe["name"]] = shown(metric, row["value"])
             if _lost(row):
-                before, after = _shown(rows[first.id, metric["name"]]["value"], metric), _shown(row["value"], metric)
+                before, after = shown(metric, rows[first.id, metric["name"]]["value"]), shown(metric, row["value"])
                 reasons.append(f"{probe['name']}: {metric['name']} {before:.3g} -> {after:.3g}")
         if first is node and skipped[node.id] and probe["name"] == PROBES[0]:
             raise SteerError(f"{lineage.place}: the start cannot be measured: {skipped[node.id]}; mend its recipe")
@@ -274,10 +274,6 @@ def _lost(row: Json) -> bool:
     if limit is None or not row.get("moved"):
         return False
     return row["difference"] >= limit if limit > 0 else row["difference"] <= limit
-
-
-def _shown(value: float, metric: Json) -> float:
-    return math.exp(min(value, 700)) if metric["exponent"] else value
 
 
 class _Arm:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -239,6 +239,14 @@ class Lineage:
     def _file_of(self, voter: str) -> Path:
         check_name(voter, "--voter")
         return self.place / VOTES / f"{voter}.jsonl"
+
+
+def ancestors(node: Node, nodes: Mapping[str, Node]) -> list[Node]:
+    """Return a node, its parent, and so on to the start. `nodes`: those of the lineage, by id."""
+    found = [node]
+    while (parent := nodes.get(found[-1].parent or "")) and parent not in found:
+        found.append(parent)
+    return found
 
 
 def _line(line: Vote | Undo) -> bytes:

@@ -114,11 +114,9 @@ class LocalArm:
 
     @property
     def key(self) -> dict[str, Any]:
-        """See `evaluation.Arm`."""
         return {"source": self.source.key, "edit": edit_key(self.edit), "damage": self.damage}
 
     def reader(self) -> LocalReader:
-        """See `evaluation.Arm`."""
         return LocalReader(self.source.load(self.damage), self.edit, self.name)
 
 

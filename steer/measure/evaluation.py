@@ -209,6 +209,11 @@ def figures_of(part: Json, metric: str) -> list[Figure]:
     return [Figure(**f) for f in part["figures"] if f["metric"] == metric and f["value"] is not None]
 
 
+def shown(metric: Json, value: float | None) -> float | None:
+    """Return a mean as people read it: a mean of nats as a perplexity, where the metric asks for that."""
+    return math.exp(min(value, 700)) if metric["exponent"] and value is not None else value
+
+
 def code_hash() -> str:
     """Return a hash of the code and the texts that figures depend on."""
     package = Path(__file__).parents[1]

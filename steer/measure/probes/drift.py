@@ -158,21 +158,17 @@ class LaterReader:
         return getattr(self._reader, name)
 
     def length(self, passage: Passage) -> int:
-        """See `Reader`."""
         return self._reader.length(self._later(passage))
 
     def logprobs(self, passages: Sequence[Passage], advance: Advance | None = None) -> list[LogProbs]:
-        """See `Reader`."""
         return self._reader.logprobs([self._later(p) for p in passages], advance)
 
     def replies(
         self, chats: Sequence[Chat], *, tokens: int, seeds: Sequence[int], advance: Advance | None = None
     ) -> list[str]:
-        """See `Reader`."""
         return self._reader.replies([self._after(c) for c in chats], tokens=tokens, seeds=seeds, advance=advance)
 
     def divergences(self, pairs: Sequence[tuple[Passage, Passage]], advance: Advance | None = None) -> list[LogProbs]:
-        """See `Reader`."""
         return self._reader.divergences([(self._later(p), self._later(q)) for p, q in pairs], advance)
 
     def _later(self, passage: Passage) -> Passage:
