@@ -233,12 +233,12 @@ def without_nan(value: Any) -> Any:
 
 
 def one_line(e: Exception | str) -> str:
-    """The message of another library's exception, or of another server, as one line of at most 200 printable
+    """The message of another library's exception, or of another server, as one line of at most 300 printable
     characters."""
     if isinstance(e, UnicodeDecodeError):
         return f"bytes that are no UTF-8 at {e.start}"
     text = " ".join(str(e).split()) or type(e).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
 
 
 def _alive(process: str) -> bool:

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import Any
 from steer.checkpoint.reader import ADAPTER
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.errors import CheckpointError, SteerError
-from steer.files import read_json_object
+from steer.files import one_line, read_json_object
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,8 @@ def hub_errors(what: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise SteerError(f"{what}: the disk is full; free some space or name another disk") from e
-        first = textwrap.shorten(str(e), 200, placeholder=" ...")
         raise CheckpointError(
-            f"{what}: expected a hub id that can be reached, found: {first}; check the name and the network"
+            f"{what}: expected a hub id that can be reached, found: {one_line(e)}; check the name and the network"
         ) from e
 
 
@@ -165,8 +163,8 @@ def transformers_errors(name: str, do: str = "check the name or the files") -> I
     except SteerError:
         raise
     except Exception as e:
-        found = " ".join(str(e).split())[:300]
-        if not isinstance(e, OSError | ValueError | RuntimeError | ImportError) or not found:  # "'total_size'" alone
+        found = one_line(e)
+        if not isinstance(e, OSError | ValueError | RuntimeError | ImportError):  # "'total_size'" alone
             found = f"{type(e).__name__} {found}"
         raise CheckpointError(f"{name}: transformers cannot load it: {found}; {do}") from e
 

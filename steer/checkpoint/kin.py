@@ -33,6 +33,7 @@ from steer.checkpoint.quantised import FLOATS, dequantised
 from steer.checkpoint.reader import BITS, CheckpointFiles, DecodedTensor, TensorInfo, read_into
 from steer.checkpoint.tiny import model_class_of
 from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.files import one_line
 
 Advance = Callable[[int, int], None]
 """Called with (bytes read, bytes to read in all), now and then."""
@@ -447,7 +448,7 @@ class _Adapter:
                 whole: Any = PeftModel.from_pretrained(live, str(adapter), low_cpu_mem_usage=True)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(
-                f"{name}: the adapter does not fit the model ({e}); name the one it was made for"
+                f"{name}: the adapter does not fit the model ({one_line(e)}); name the one it was made for"
             ) from e
         tuned = whole.base_model.model
         self.layers = {n: m for n, m in tuned.named_modules() if isinstance(m, BaseTunerLayer)}

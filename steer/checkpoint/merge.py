@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,7 +25,7 @@ from steer.checkpoint.fetch import check_adapter, disk_errors, hub_errors, resol
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.core.small_files import read_yaml
 from steer.errors import CheckpointError, SteerError, UsageError
-from steer.files import read_json_object, write_atomic_json
+from steer.files import one_line, read_json_object, write_atomic_json
 
 MANIFEST = "steer_merge.json"
 """File in the output with the recipe, the hashes of the inputs and the weights, and versions. Written last."""
@@ -334,8 +333,7 @@ def _mergekit_errors(recipe: Path) -> Iterator[None]:
     except Exception as e:  # mergekit's libraries raise anything
         if isinstance(e, OSError) and e.errno:  # an error of the disk, for which `staged` has the message
             raise
-        line = textwrap.shorten(str(e), 300, placeholder=" ...") or type(e).__name__
-        raise SteerError(f"{recipe}: mergekit failed: {line}; mend the recipe") from e
+        raise SteerError(f"{recipe}: mergekit failed: {one_line(e)}; mend the recipe") from e
     finally:
         kit.removeHandler(errors)
         logging.root.handlers[:] = handlers

@@ -260,7 +260,7 @@ class _Proof:
         try:
             with_others = self.model(input_ids=padded, attention_mask=mask, use_cache=False, **more).logits[:1, -short:]
         except Exception as e:  # whatever the code of any class raises
-            raise NotProved(f"a text padded on the left cannot be read: {type(e).__name__}: {str(e)[:200]}") from e
+            raise NotProved(f"a text padded on the left cannot be read: {type(e).__name__}: {one_line(e)}") from e
         off = float((with_others - self.model(input_ids=alone, use_cache=False).logits).abs().max())
         if not off < _PADDED * (1 + float(with_others.abs().max())):
             raise NotProved(f"a text padded on the left in a batch has logits that differ by {off:.1e} from it alone")
