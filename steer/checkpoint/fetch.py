@@ -152,7 +152,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def transformers_errors(name: str, do: str = "check the name or the files") -> Iterator[None]:
+def transformers_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises while it reads a checkpoint's files into a CheckpointError of one line.
 
     Of whatever class it is: a value of another type in config.json, tokenizer.json or generation_config.json ends in a
@@ -166,7 +166,7 @@ def transformers_errors(name: str, do: str = "check the name or the files") -> I
         found = one_line(e)
         if not isinstance(e, OSError | ValueError | RuntimeError | ImportError):  # "'total_size'" alone
             found = f"{type(e).__name__} {found}"
-        raise CheckpointError(f"{name}: transformers cannot load it: {found}; {do}") from e
+        raise CheckpointError(f"{name}: transformers cannot load it: {found}; check the name or the files") from e
 
 
 def check_complete(report: Mapping[str, Any], where: str) -> None:
