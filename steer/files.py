@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,11 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
     return Path(path)
 
 
+def write_atomic_json(path: str | Path, value: Any, *, indent: int | None = 2) -> Path:
+    """Write a value as a JSON file with `write_atomic`; nan and infinities become null. Errors: as there."""
+    return write_atomic(path, json.dumps(without_nan(value), indent=indent) + "\n")
+
+
 def write_new(path: str | Path, text: str) -> Path:
     """Write a whole text file, in UTF-8, where there is none. Errors: SteerError for a path that exists or cannot be
     written."""
@@ -162,17 +167,19 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, number: Callable[[str], float] = float, halves: bool = False) -> Any:
     """Parse JSON text in UTF-8.
 
+    `number`: reads numbers with a point, infinities and nan. `halves`: accept half a surrogate pair in a text, which
+    cannot be written as UTF-8.
     Errors: ValueError with a message of one line for text that is no JSON, for brackets nested more than `JSON_DEPTH`
-    deep, for numbers of thousands of digits, and for text with half a surrogate pair, which could not be written again.
+    deep, for numbers of thousands of digits, and for half a surrogate pair without `halves`.
     """
     too_deep = f"brackets nested over {JSON_DEPTH} deep"
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        value = json.loads(text)
-        if "\\ud" in text.lower():
+        value = json.loads(text, parse_float=number, parse_constant=number)
+        if not halves and "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as e:
         raise ValueError(f"bytes that are not UTF-8 at {e.start}") from e
@@ -226,12 +233,12 @@ def without_nan(value: Any) -> Any:
 
 
 def one_line(e: Exception | str) -> str:
-    """The message of another library's exception, or of another server, as one line of at most 200 printable
+    """The message of another library's exception, or of another server, as one line of at most 300 printable
     characters."""
     if isinstance(e, UnicodeDecodeError):
         return f"bytes that are no UTF-8 at {e.start}"
     text = " ".join(str(e).split()) or type(e).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
 
 
 def _alive(process: str) -> bool:

@@ -27,7 +27,7 @@ def plain_line(text: str) -> str:
 
 def shortened(text: str, length: int) -> str:
     """Return the text with at most `length` characters, of which the last is an ellipsis if some are left out."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
 
 
 def without_surrogates(text: str) -> str:

@@ -6,11 +6,15 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import psutil
+import pytest
+
 from steer.core.edit import Edit
 from steer.core.sampler import Sampler
 from steer.model.decode import decode
 from steer.model.steered import SteeredModel
 from steer.model.steering.receipts import Tally
+from steer.serve import packed
 from steer.serve.batching import BatchingEngine
 from steer.serve.engine import Event, Job, Token
 
@@ -55,6 +59,12 @@ class Listener:
         with self.heard:
             assert self.heard.wait_for(lambda: self.over, PATIENCE), "nothing more was heard of the job"
         return self
+
+
+def leave_pages(patch: pytest.MonkeyPatch, model: SteeredModel, pages: int) -> None:
+    """Make an engine on the CPU find memory for so many pages."""
+    size = packed.PAGE * packed.cache_bytes(model.hf.config, model.hf.dtype)
+    patch.setattr(packed, "SHARE", (pages + 0.5) * size / psutil.virtual_memory().available)
 
 
 def ask(engine: BatchingEngine, job: Job) -> Listener:

@@ -28,6 +28,7 @@ from steer.checkpoint.shipped import EFFECTS
 from steer.core.direction import Direction
 from steer.lineage.lineage import Generation, Lineage, Move, Node, Settings
 from steer.measure.eval_report import write_eval_report
+from steer.page.parts.cost import sliders_cost
 
 APP = Path(__file__).parents[1] / "app.py"
 
@@ -368,9 +369,9 @@ def test_what_was_measured_of_a_profile_is_on_the_page_with_its_report(moral):
     chat = chat_of(at)
     chat.panel.set("moral", -0.25)
     result = synthetic_eval(("chat", "noir"), ("consequences",), shifts={("noir", "consequences"): -0.5})
-    folder = keep_cost(chat.cost_of_sliders("noir"), result)
-    other = keep_cost(replace(chat.cost_of_sliders("other"), model="another model"), result)
-    torn = keep_cost(chat.cost_of_sliders("torn"), result)
+    folder = keep_cost(sliders_cost(chat, "noir"), result)
+    other = keep_cost(replace(sliders_cost(chat, "other"), model="another model"), result)
+    torn = keep_cost(sliders_cost(chat, "torn"), result)
     (torn / "eval" / "eval.json").write_text("{")
     at.run()
     assert not at.exception

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from tiny_chat import keep_direction, save_tiny_chat
 from transformers.utils.logging import disable_progress_bar
 
-from steer.baking.certificate import ADAPTER, Certificate
 from steer.baking.certificate import CONTROL_VECTOR as FILE
+from steer.baking.certificate import Certificate
 from steer.baking.plan import bakeable
 from steer.checkpoint.anatomy import Anatomy
-from steer.checkpoint.reader import CheckpointFiles
+from steer.checkpoint.reader import ADAPTER, CheckpointFiles
 from steer.checkpoint.sketch import sketch_files
 from steer.core.direction import Direction
 from steer.core.method import Kernel

@@ -51,7 +51,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty home, traits of 18 topics, and an evaluation of one probe."""
     monkeypatch.setenv("STEER_HOME", str(tmp_path / "home"))
     write_traits(tmp_path / "traits", moralizing=MORAL, compliance=EAGER)
-    monkeypatch.setattr(trait, "_FOLDER", tmp_path / "traits")
+    monkeypatch.setattr(trait, "FOLDER", tmp_path / "traits")
     monkeypatch.setattr(demo, "PROBES", ("capability",))
 
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_ones_own_goes_the_whole_way(architecture: str, tmp_path
 
 
 @pytest.mark.slow
-def test_a_recipe_is_merged_first(tmp_path: Path) -> None:
+def test_a_recipe_is_merged_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         save_parrot(tmp_path / name)
     recipe = tmp_path / "mix.yml"
@@ -127,9 +127,14 @@ def test_a_recipe_is_merged_first(tmp_path: Path) -> None:
     check(result, tmp_path / "out" / "merged", "mix.yml")
     assert "Merge by the recipe mix.yml." in Path(result["report"]).read_text()
     assert run(tmp_path / "out", str(recipe)) == result
-    key = demo._key(0, demo._Subject.of(str(recipe)))
+
+    def merging(*_: object) -> None:
+        raise SteerError("merges again")
+
     save_parrot(tmp_path / "b", seed=1)
-    assert demo._key(0, demo._Subject.of(str(recipe))) != key, "a source that changed is measured again"
+    monkeypatch.setattr(demo, "merge", merging)
+    with pytest.raises(SteerError, match="merges again"):  # as a source has changed
+        run(tmp_path / "out", str(recipe))
 
 
 @pytest.mark.slow

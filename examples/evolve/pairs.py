@@ -24,7 +24,7 @@ from scipy.special import expit
 
 from steer.files import write_atomic
 from steer.lineage.lineage import Outcome, Vote
-from steer.lineage.ratings import Standing, next_pair, rate
+from steer.lineage.ratings import Standing, ranked_pairs, rate
 from steer.progress import bar
 
 Pair = tuple[str, str]
@@ -47,7 +47,7 @@ class Run:
 def most_telling(names: list[str], rng: random.Random, now: Callable[[], Standing]) -> Iterator[Pair]:
     """The pair whose vote does most to settle which node is the best."""
     while True:
-        yield next_pair(now()) or (names[0], names[1])
+        yield next(iter(ranked_pairs(now())), (names[0], names[1]))
 
 
 def round_robin(names: list[str], rng: random.Random, now: Callable[[], Standing]) -> Iterator[Pair]:

@@ -17,12 +17,12 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from steer.baking.certificate import ADAPTER, BiasProof, Proofs, hub_name
+from steer.baking.certificate import BiasProof, Proofs, hub_name
 from steer.baking.journal import Journal
 from steer.baking.plan import Plan
 from steer.checkpoint.anatomy import Writer
-from steer.checkpoint.projection import DTYPES, as_tensor, norm, shadow
-from steer.checkpoint.reader import INDEX, CheckpointFiles, Shard
+from steer.checkpoint.projection import DTYPES, norm, read_tensor, shadow
+from steer.checkpoint.reader import ADAPTER, INDEX, CheckpointFiles, Shard
 from steer.checkpoint.staging import hash_file, write_bytes, write_json
 from steer.core.edit import Edit
 from steer.errors import CheckpointError, UnsupportedError
@@ -40,7 +40,7 @@ _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 """Model types in which peft refuses to change modules of the name `out_proj`."""
 _FACTORS = ".factors-"
 """Prefix of the temporary files that hold finished targets until all are finished."""
-_GROUP = 1 << 30
+GROUP = 1 << 30
 """Bytes of weights to read for each of these files, about."""
 
 
@@ -195,7 +195,7 @@ class AdapterPlan(Plan):
         tensors: dict[str, Tensor] = {}
         proofs = Proofs()
         read = accumulate(sum(self.files.tensors[w.tensor].nbytes for w in target.writers) for target in self.targets)
-        for number, group in groupby(zip(self.targets, read, strict=True), key=lambda pair: pair[1] // _GROUP):
+        for number, group in groupby(zip(self.targets, read, strict=True), key=lambda pair: pair[1] // GROUP):
             name = f"{_FACTORS}{number}.safetensors"
             if finished := journal.finished.get(name):
                 tensors |= load_file(journal.work / name)
@@ -233,7 +233,7 @@ class AdapterPlan(Plan):
                 shape = self.files.tensors[writer.tensor].shape
                 zeros = torch.zeros(1, shape[1 - writer.axis], dtype=dtype)
                 return zeros, torch.zeros(shape[writer.axis], 1, dtype=dtype)
-            weight, q = self._read(writer.tensor), self.ablation.subspace(writer)
+            weight, q = read_tensor(self.files, writer.tensor), self.ablation.subspace(writer)
             matrices, axis = (weight, writer.axis - 1) if writer.stacked else (weight[None], writer.axis)
             casts = torch.stack([shadow(matrix, q, axis) for matrix in matrices]).double()
             a, b = casts.to(dtype), (-strength * q).to(dtype)
@@ -249,7 +249,7 @@ class AdapterPlan(Plan):
         """A `[k, d]` and B `[experts, k]` of a stack of experts' biases: the ablation, and a row for an add."""
         (writer,) = target.writers
         name, (key, _) = str(writer.bias), target.names
-        bias, code = self._read(name), self._dtype(name)
+        bias, code = read_tensor(self.files, name), self._dtype(name)
         dtype = DTYPES[code]
         a, b = torch.zeros(0, bias.shape[1], dtype=dtype), torch.zeros(bias.shape[0], 0, dtype=dtype)
         if (strength := self.ablation.strength(writer)) > 0:
@@ -270,7 +270,7 @@ class AdapterPlan(Plan):
         dtype = DTYPES[code]
         change, strength = torch.zeros(self.anatomy.width, dtype=torch.float64), self.ablation.strength(writer)
         if name in self.files.tensors and strength > 0:
-            q, bias = self.ablation.subspace(writer), self._read(name).double()
+            q, bias = self.ablation.subspace(writer), read_tensor(self.files, name).double()
             change -= strength * q @ (q.T @ bias)
             after = float((q.T @ (bias + change.to(dtype).double())).norm())
             proofs.writers.append(self.proof(writer, name, code, float((q.T @ bias).norm()), after, norm(bias), key))
@@ -279,10 +279,6 @@ class AdapterPlan(Plan):
         change = (change + self.shifts[target.site]).to(dtype)
         proofs.biases.append(BiasProof(key, target.site, True, float(change.double().norm())))
         return change
-
-    def _read(self, name: str) -> Tensor:
-        info = self.files.tensors[name]
-        return as_tensor(self.files.read(info), info.dtype, info.shape)
 
     def _dtype(self, name: str) -> str:
         """Dtype of the factors of a tensor: peft computes in fp32 if the weights are narrower."""

@@ -30,8 +30,6 @@ Form = Literal["checkpoint", "adapter", "gguf"]
 """The forms of output: a whole checkpoint, a PEFT LoRA for the source, or files for llama.cpp."""
 FORMS: tuple[Form, ...] = get_args(Form)
 CERTIFICATE = "steer_certificate.json"
-ADAPTER = "adapter_model.safetensors"
-"""File of an adapter's weights, as peft names it."""
 CONTROL_VECTOR = "control_vector.gguf"
 DIRECTIONS = "steer_directions"
 """Folder in the output for the directions."""

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from steer.baking.adapter import CONFIG, CONFIG_KEYS, PREFIX, AdapterPlan, hash_sources
 from steer.baking.certificate import (
-    ADAPTER,
     CONTROL_VECTOR,
     Certificate,
     Proofs,
@@ -35,8 +34,8 @@ from steer.baking.llama_cpp import LlamaCppPlan, file_layout, lora_edits, lora_k
 from steer.baking.plan import Plan
 from steer.checkpoint.gguf_file import ARCHITECTURES
 from steer.checkpoint.layouts import Layout
-from steer.checkpoint.projection import as_tensor, projection
-from steer.checkpoint.reader import CheckpointFiles, TensorInfo
+from steer.checkpoint.projection import as_tensor, projection, read_tensor
+from steer.checkpoint.reader import ADAPTER, CheckpointFiles, TensorInfo
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Kernel, Kind, Method, Strengths
@@ -102,7 +101,7 @@ def check_checkpoint(folder: Path, cert: Certificate, edit: Edit, source: Path |
     for proof in cert.writers:
         shift = shifts[plan.adds[proof.tensor]] if proof.tensor in plan.adds else None
         q = plan.ablation.subspace(writers[proof.tensor])
-        after, size = projection(_stored(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
+        after, size = projection(read_tensor(files, proof.tensor), q, proof.axis, bias=proof.bias, shift=shift)
         slack = rounding(proof.dtype) * size
         # If the strength leaves anything, the part measured before the edit follows from the part that is left.
         right = abs(size - proof.norm) <= 1e-3 * size and 0 <= proof.before < math.inf
@@ -115,7 +114,7 @@ def check_checkpoint(folder: Path, cert: Certificate, edit: Edit, source: Path |
                 f"{proof.after:.3g} of {proof.before:.3g} at strength {proof.strength}; bake again"
             )
     for proof in cert.biases:
-        bias = _stored(files, proof.tensor).double()
+        bias = read_tensor(files, proof.tensor).double()
         right = abs(float(bias.norm()) - proof.norm) <= 1e-6 * proof.norm
         if proof.created:
             expected = torch.zeros_like(bias) if proof.site is None else shifts[proof.site]
@@ -186,11 +185,6 @@ def _check_checkpoint_source(files: CheckpointFiles, cert: Certificate, edit: Ed
             raise CheckpointError(f"{files.root}: {proof.tensor} put {proof.before:.3g} into the directions in the "
                                   f"source, certified were {claimed[proof.tensor]:.3g}; bake again")  # fmt: skip
     return f"all {len(files.tensors)} tensors come out of {source} again, whose files are those certified"
-
-
-def _stored(files: CheckpointFiles, name: str) -> Tensor:
-    info = files.tensors[name]
-    return as_tensor(files.read(info), info.dtype, info.shape)
 
 
 def check_llama_cpp(folder: Path, cert: Certificate, edit: Edit, source: Path | None) -> str | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer.baking.certificate import (
-    ADAPTER,
     CERTIFICATE,
     FORMS,
     Certificate,
@@ -22,7 +21,7 @@ from steer.baking.certificate import (
     same_set,
     visible_files,
 )
-from steer.checkpoint.reader import CheckpointFiles, Shard
+from steer.checkpoint.reader import ADAPTER, CheckpointFiles, Shard
 from steer.checkpoint.staging import hash_file
 from steer.errors import CheckpointError, UsageError
 

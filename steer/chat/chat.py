@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from steer.chat.comparison import Comparison, Side
 from steer.chat.context_use import ContextUse
 from steer.chat.conversation import Conversation, Message
-from steer.chat.costs import Cost, bake_cost, costs_of, effects_report, profile_cost
 from steer.chat.feature_index import FeatureIndex
-from steer.chat.jobs import BakePlan, Form, plan
 from steer.chat.local import LocalBackend
 from steer.chat.preview import Preview
 from steer.chat.readout import Readouts, TokenReadout
@@ -38,6 +36,7 @@ from steer.plain_text import without_surrogates
 
 if TYPE_CHECKING:  # openai takes long to import
     from steer.chat.remote_search import RemoteSearch
+    from steer.model.steered import SteeredModel
 
 _SEED_STEP = 10_000
 """Difference between the seeds of two alternatives of a reply, so that none equals the seed of another turn."""
@@ -67,6 +66,11 @@ class Chat(BaseChat):
         """How the last prompt fills the context; None before the first, and where the context is not known."""
         if place is not None:
             self._open(load_chat(place))
+
+    @property
+    def model(self) -> SteeredModel:
+        """The model, in this process. Errors: UnsupportedError for one behind a server."""
+        return self._local.model
 
     @property
     def last_error(self) -> str | None:
@@ -205,7 +209,7 @@ class Chat(BaseChat):
         """
         if setting == "plain":
             return Side("without sliders", None, Profile("none"))
-        backend = self._local("compare")
+        backend = self._local
         if isinstance(setting, Profile):
             return Side(setting.name, edit_of(backend.model, setting), setting)
         try:
@@ -220,7 +224,7 @@ class Chat(BaseChat):
         `text`: the message; None for the chat's last user message. `blind`: hide which reply has which setting.
         Errors: UsageError if there is no message.
         """
-        backend = self._local("compare")
+        backend = self._local
         path = self.path()
         if text is None:
             while path and path[-1].role != "user":
@@ -271,12 +275,12 @@ class Chat(BaseChat):
 
     def make_taste(self) -> None:
         """Start to make a slider of all votes, unless one is being made. Errors: as `TasteJob.start`."""
-        TasteJob.start(self._local("taste").model, votes_place())
+        TasteJob.start(self.model, votes_place())
 
     def taste(self) -> TasteJob | None:
         """Return the job that makes a slider of votes for this model, running or ended; None if there was none. When it
         is done, its slider is among those of this chat."""
-        job = TasteJob.latest(self._local("taste").model)
+        job = TasteJob.latest(self.model)
         if job is not None and job.direction is not None and job is not self._taste:
             self._taste = job
             name = job.direction.name
@@ -288,7 +292,7 @@ class Chat(BaseChat):
     @cached_property
     def features(self) -> FeatureIndex:
         """The features of this model's dictionaries."""
-        return FeatureIndex(self._local("features").model)
+        return FeatureIndex(self.model)
 
     def preview(self, trait: Trait) -> Preview:
         """Begin to write replies under the two sentences of a new slider. Errors: UsageError for long sentences."""
@@ -298,7 +302,7 @@ class Chat(BaseChat):
     def _searches(self) -> tuple[type[NewSliderJob] | type[RemoteSearch], Any]:
         """The class of searches for new sliders, in this process or on the server, and their subject."""
         if self.backend.local:
-            return NewSliderJob, self._local("new slider").model
+            return NewSliderJob, self.model
         from steer.chat.remote_search import RemoteSearch
 
         return RemoteSearch, self.backend
@@ -323,40 +327,21 @@ class Chat(BaseChat):
     def failed_searches(self) -> Sequence[FailedSearch | RemoteSearch]:
         """Return the searches for new sliders that found nothing; of a server's, the last one."""
         if self.backend.local:
-            return failed_searches(self._local("new slider").model)
+            return failed_searches(self.model)
         search = cast("RemoteSearch | None", self.searching)
         return [] if search is None or not search.failed else [search]
 
-    def plan_bake(self, form: Form = "checkpoint") -> BakePlan:
-        """Return which sliders can be baked into weights."""
-        return plan(self._local("bake").model, self.profile("baked"), form)
-
-    def cost_of_sliders(self, name: str = "sliders") -> Cost:
-        """Return what measures the sliders as they stand, beside the model without them. Errors: SteerError."""
-        return profile_cost(self._local("eval").model, self.profile(name))
-
-    def cost_of_bake(self, baked: Path) -> Cost:
-        """Return what measures a checkpoint that was baked from this model beside it. Errors: SteerError."""
-        return bake_cost(self._local("eval").model, baked)
-
-    def costs(self) -> list[Cost]:
-        """Return what was measured of this model on this machine, or is being measured, newest first."""
-        return costs_of(self._local("eval").model)
-
-    def effects_report(self) -> str | None:
-        """Return the page on the sliders that ship for this model; None where none do. Errors: SteerError."""
-        return effects_report(self._local("eval").model)
-
-    def _local(self, what: str) -> LocalBackend:
+    @property
+    def _local(self) -> LocalBackend:
         if not self.backend.local:
             raise UnsupportedError(
-                f"{self.backend.name}: its server does not offer that ({what}); open the page on the model itself"
+                f"{self.backend.name}: its server does not offer that; open the page on the model itself"
             )
         return cast(LocalBackend, self.backend)
 
     @cached_property
     def _readouts(self) -> Readouts:
-        return Readouts(self._local("inside"))
+        return Readouts(self._local)
 
     # Saving
 

@@ -17,6 +17,7 @@ from steer.chat.voting import Thumb
 from steer.core.edit import Edit
 from steer.core.profile import Profile
 from steer.errors import UsageError
+from steer.plain_text import shortened
 
 Role = Literal["user", "assistant"]
 Ending = Literal["ended", "length", "stopped", "error"]
@@ -142,8 +143,7 @@ class Conversation:
         """The beginning of the user's first message on the page, or of the first message if the user said nothing."""
         path = self.path()
         first = next((m for m in path if m.role == "user"), path[0] if path else None)
-        text = " ".join(first.text.split()) if first is not None else ""
-        return text if len(text) <= TITLE else text[: TITLE - 1] + "\u2026"
+        return shortened(" ".join(first.text.split()), TITLE) if first is not None else ""
 
     def alternatives(self, message: int) -> list[Message]:
         """Return a message and its alternatives, in the order in which they were added."""

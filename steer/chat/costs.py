@@ -20,7 +20,7 @@ from steer.checkpoint.library import placed_directions
 from steer.checkpoint.shipped import EFFECTS
 from steer.core.profile import Profile
 from steer.errors import CheckpointError, UnsupportedError, UsageError
-from steer.files import read_json_object, write_atomic
+from steer.files import read_json_object, write_atomic_json
 from steer.jobs import Job
 from steer.measure.evaluation import REPORT, RESULTS
 from steer.model.profiles import edit_of
@@ -75,7 +75,7 @@ class Cost:
         job = self.job
         if job is None or not job.running:
             about = {"model": self.model, "name": self.name, "arguments": self.arguments}
-            write_atomic(self.folder / _ABOUT, json.dumps(about) + "\n")
+            write_atomic_json(self.folder / _ABOUT, about)
             probes = ["--probes", ",".join(PROBES)] if PROBES else []
             out = ["--out", str(self.folder / _OUT), *(["--fresh"] if fresh else [])]
             command = ["eval", self.model, *self.arguments, *probes, "--quick", *out, "--json"]

@@ -20,6 +20,7 @@ from steer.core.profile import Profile
 from steer.core.sampler import Sampler
 from steer.core.thoughts import THINK, ThoughtMarks
 from steer.errors import SteerError
+from steer.files import one_line
 from steer.model.chat_template import joined
 from steer.model.steering.receipts import Receipt
 
@@ -248,7 +249,7 @@ class Writer:
             yield
         except Exception as e:
             draft.ending = "error"
-            self.error = " ".join(str(e).split()) or "no word of why"
+            self.error = " ".join(str(e).split())
             if not isinstance(e, SteerError):
                 _log.exception("a reply could not be written")
-                self.error = f"the reply broke off: {type(e).__name__}: {self.error}"[:500]
+                self.error = f"the reply broke off: {type(e).__name__}: {one_line(e)}"

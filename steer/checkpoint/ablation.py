@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.checkpoint.anatomy import Anatomy, LiveWriter, Writer
-from steer.checkpoint.projection import as_tensor, through_norm
+from steer.checkpoint.projection import read_tensor, through_norm
 from steer.checkpoint.reader import CheckpointFiles
 from steer.core.edit import Edit
 
@@ -36,8 +36,7 @@ class Ablation:
         """The ablation of an edit, with the gains that a checkpoint stores."""
 
         def gain(name: str) -> Tensor:
-            info = files.tensors[name]
-            return as_tensor(files.read(info), info.dtype, info.shape).double() + anatomy.layout.gain_offset
+            return read_tensor(files, name).double() + anatomy.layout.gain_offset
 
         return cls(edit, gain)
 

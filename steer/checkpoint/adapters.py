@@ -10,6 +10,7 @@ from unittest.mock import patch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from steer.checkpoint.fetch import check_adapter, check_complete
 from steer.errors import CheckpointError
 
 
@@ -18,21 +19,18 @@ def fitting_adapters() -> Iterator[None]:
     """While the block runs, an adapter that peft loads has to fit its model, and the model to be whole.
 
     Errors: CheckpointError for an adapter with weights for modules that the model lacks, such as one of a deeper model
-    or of a wrapper with other names, and for one that lacks weights of modules that its own config names; and for a
-    model whose files lack a tensor.
+    or of a wrapper with other names, for one that lacks weights of modules that its own config names, and for one in a
+    pickle; and for a model whose files lack a tensor.
     """
     load, read = PeftModel.load_adapter, PreTrainedModel.from_pretrained.__func__
 
     def read_and_check(cls: type[PreTrainedModel], place: str, *args: Any, **kwargs: Any) -> Any:
         model, report = read(cls, place, *args, **kwargs, output_loading_info=True)
-        if missing := sorted(report["missing_keys"]):
-            raise CheckpointError(
-                f"{place}: expected tensor {missing[0]} in its files, found none, and random numbers would be merged "
-                "in its place; fetch the model again"
-            )
+        check_complete(report, place)
         return model
 
     def load_and_check(model: Any, place: str, *args: Any, **kwargs: Any) -> Any:
+        check_adapter(place, place, kwargs.get("revision"))
         result = load(model, place, *args, **kwargs)
         modules = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
         # Beside adapted embeddings a file may hold the model's own, which have their place.

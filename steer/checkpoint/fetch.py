@@ -12,17 +12,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from steer.checkpoint.reader import ADAPTER
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.errors import CheckpointError, SteerError
-from steer.files import read_json_object
+from steer.files import one_line, read_json_object
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,13 @@ def hub_errors(what: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise SteerError(f"{what}: the disk is full; free some space or name another disk") from e
-        first = textwrap.shorten(str(e), 200, placeholder=" ...")
         raise CheckpointError(
-            f"{what}: expected a hub id that can be reached, found: {first}; check the name and the network"
+            f"{what}: expected a hub id that can be reached, found: {one_line(e)}; check the name and the network"
         ) from e
 
 
 @contextmanager
-def transformers_errors(name: str, do: str = "check the name or the files") -> Iterator[None]:
+def transformers_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises while it reads a checkpoint's files into a CheckpointError of one line.
 
     Of whatever class it is: a value of another type in config.json, tokenizer.json or generation_config.json ends in a
@@ -164,10 +163,41 @@ def transformers_errors(name: str, do: str = "check the name or the files") -> I
     except SteerError:
         raise
     except Exception as e:
-        found = " ".join(str(e).split())[:300]
-        if not isinstance(e, OSError | ValueError | RuntimeError | ImportError) or not found:  # "'total_size'" alone
+        found = one_line(e)
+        if not isinstance(e, OSError | ValueError | RuntimeError | ImportError):  # "'total_size'" alone
             found = f"{type(e).__name__} {found}"
-        raise CheckpointError(f"{name}: transformers cannot load it: {found}; {do}") from e
+        raise CheckpointError(f"{name}: transformers cannot load it: {found}; check the name or the files") from e
+
+
+def check_complete(report: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for a model whose files lack a tensor: transformers puts random numbers in its place.
+
+    `report`: what `from_pretrained` returns with `output_loading_info`.
+    """
+    if missing := sorted(report["missing_keys"]):
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{where}: expected tensor {missing[0]}{others} in its files, found none, and random numbers would be in "
+            "their place; fetch the model again"
+        )
+
+
+def check_adapter(place: str, where: str, revision: str | None = None) -> None:
+    """Raise CheckpointError for an adapter whose weights are not safetensors: peft would load its pickle.
+
+    `place`: a directory or a hub id.
+    """
+    if Path(place).is_dir():
+        found = (Path(place) / ADAPTER).is_file()
+    else:
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(place, ADAPTER, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if not found:
+        raise CheckpointError(
+            f"{where}: expected {ADAPTER} in its files, found none; a pickle, which can run code, is never loaded, "
+            "save the adapter again"
+        )
 
 
 def read_tokenizer(place: str | Path, name: str, trust_remote_code: bool = False) -> Any:

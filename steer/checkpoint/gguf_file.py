@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.checkpoint.projection import as_tensor
+from steer.checkpoint.projection import read_tensor
 from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import CheckpointFiles
 from steer.errors import CheckpointError, UnsupportedError, UsageError
@@ -204,8 +204,7 @@ def _quantiser(files: CheckpointFiles, stored: Stored) -> Callable[[str], np.nda
         raise _refusal(files.root, f"rows of a multiple of 32 numbers for {stored}", f"{odd.name} with {odd.shape[-1]}")
 
     def quantise(name: str) -> np.ndarray:
-        info = files.tensors[name]
-        data: Tensor = as_tensor(files.read(info), info.dtype, info.shape).float()
+        data = read_tensor(files, name).float()
         if count := heads.get(name.split(".")[-2]):
             # The two halves of a head that rotate together lie side by side in llama.cpp.
             data = data.reshape(count, 2, -1, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)

@@ -28,11 +28,12 @@ from transformers import AutoConfig
 from steer.checkpoint.anatomy import Anatomy, WriterMap
 from steer.checkpoint.fetch import hub_errors, read_tokenizer, transformers_errors
 from steer.checkpoint.merge import locate, read_recipe, recipe_models
-from steer.checkpoint.projection import DTYPES, as_tensor
+from steer.checkpoint.projection import DTYPES, read_tensor
 from steer.checkpoint.quantised import FLOATS, dequantised
 from steer.checkpoint.reader import BITS, CheckpointFiles, DecodedTensor, TensorInfo, read_into
 from steer.checkpoint.tiny import model_class_of
 from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.files import one_line
 
 Advance = Callable[[int, int], None]
 """Called with (bytes read, bytes to read in all), now and then."""
@@ -378,7 +379,7 @@ class _Source:
         info = self.stored(tensor)
         assert info is not None  # checked before anything is read
         if self.adapter is not None and tensor in self.adapter.changed:
-            whole = as_tensor(self.files.read(info), info.dtype, info.shape)
+            whole = read_tensor(self.files, tensor)
             return _Values("F32", self.adapter.merged(tensor, whole).reshape(-1).data.cast("B"), None, self.folder)
         if isinstance(info, DecodedTensor):
             return _Values(info.dtype, memoryview(self.files.read(info)), None, self.folder)
@@ -430,8 +431,6 @@ class _Adapter:
 
         from steer.checkpoint.adapters import fitting_adapters
 
-        if not (adapter / "adapter_model.safetensors").is_file():
-            raise CheckpointError(f"{name}: expected adapter_model.safetensors in {adapter}, found none; save it again")
         with transformers_errors(name):
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             made = model_class_of(config)
@@ -449,7 +448,7 @@ class _Adapter:
                 whole: Any = PeftModel.from_pretrained(live, str(adapter), low_cpu_mem_usage=True)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(
-                f"{name}: the adapter does not fit the model ({e}); name the one it was made for"
+                f"{name}: the adapter does not fit the model ({one_line(e)}); name the one it was made for"
             ) from e
         tuned = whole.base_model.model
         self.layers = {n: m for n, m in tuned.named_modules() if isinstance(m, BaseTunerLayer)}

@@ -5,7 +5,6 @@ Files belong to a checkpoint if their sketch matches its weights. Chat, server a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from steer.core.names import LATENT, is_name
 from steer.core.slider import Slider, parse_name, slider_rows
 from steer.core.small_files import shown, stamp
 from steer.errors import CheckpointError, SteerError, UnknownNameError, UsageError, skip
-from steer.files import write_atomic
+from steer.files import write_atomic_json
 
 _T = TypeVar("_T")
 
@@ -185,7 +184,7 @@ def register_dictionary(place: Path, name: str, sketch: Sketch) -> None:
         return  # a complete dictionary of that name is already in the library
     entry = {"name": name, "place": str(place), "sketch": sketch.to_header()}
     try:
-        write_atomic(folder / MANIFEST, json.dumps(entry, indent=1) + "\n")
+        write_atomic_json(folder / MANIFEST, entry)
     except SteerError as e:
         skip(folder, e)  # no error, because the dictionary itself, hours of work, is already saved
 

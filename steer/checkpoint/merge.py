@@ -6,14 +6,12 @@ manifest with the hashes of all inputs.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import re
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,11 +21,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from steer.checkpoint.fetch import disk_errors, hub_errors, resolve
+from steer.checkpoint.fetch import check_adapter, disk_errors, hub_errors, resolve
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.core.small_files import read_yaml
 from steer.errors import CheckpointError, SteerError, UsageError
-from steer.files import read_json_object, write_atomic
+from steer.files import one_line, read_json_object, write_atomic_json
 
 MANIFEST = "steer_merge.json"
 """File in the output with the recipe, the hashes of the inputs and the weights, and versions. Written last."""
@@ -239,11 +237,8 @@ def _locate_one(name: str, recipe: Path | None, wanted: str) -> dict[str, str | 
             adapter = wanted == _CONFIGS["model"] and (place / _CONFIGS["lora"]).is_file()
             found, do = ("an adapter", f"write BASE+{name}") if adapter else ("none", "name a whole model")
             raise CheckpointError(f"{where}{name}: expected {wanted} in {place}, found {found}; {do}")
-        if wanted == _CONFIGS["lora"] and not (place / "adapter_model.safetensors").is_file():
-            raise CheckpointError(
-                f"{where}{name}: expected adapter_model.safetensors in {place}, found none; a pickle, which can run "
-                "code, is never loaded, save the adapter again"
-            )
+        if wanted == _CONFIGS["lora"]:
+            check_adapter(str(place), f"{where}{name}")
         return {"path": str(place.resolve()), "revision": None}
     repo, _, revision = name.partition("@")
     try:
@@ -338,8 +333,7 @@ def _mergekit_errors(recipe: Path) -> Iterator[None]:
     except Exception as e:  # mergekit's libraries raise anything
         if isinstance(e, OSError) and e.errno:  # an error of the disk, for which `staged` has the message
             raise
-        line = textwrap.shorten(str(e), 300, placeholder=" ...") or type(e).__name__
-        raise SteerError(f"{recipe}: mergekit failed: {line}; mend the recipe") from e
+        raise SteerError(f"{recipe}: mergekit failed: {one_line(e)}; mend the recipe") from e
     finally:
         kit.removeHandler(errors)
         logging.root.handlers[:] = handlers
@@ -463,7 +457,7 @@ def add_older_rope_keys(file: Path) -> None:
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and isinstance(rope := part.get("rope_parameters"), dict):
             part.update({k: v for k, v in _older_rope(rope).items() if k not in part})
-    write_atomic(file, json.dumps(config, indent=2) + "\n")
+    write_atomic_json(file, config)
 
 
 def _older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.checkpoint.reader import Buffer
+from steer.checkpoint.reader import Buffer, CheckpointFiles
 from steer.core.edit import orthonormal
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -18,6 +18,12 @@ _ELEMENTS = 1 << 19  # numbers converted to a wider dtype at a time: 2 MB in fp3
 def as_tensor(data: Buffer, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor that shares memory with the bytes: changing it changes them."""
     return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
+
+
+def read_tensor(files: CheckpointFiles, name: str) -> Tensor:
+    """A tensor of a checkpoint, in the dtype that `CheckpointFiles.read` gives it."""
+    info = files.tensors[name]
+    return as_tensor(files.read(info), info.dtype, info.shape)
 
 
 def on_accelerator(weight: Tensor) -> Tensor:

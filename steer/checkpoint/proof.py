@@ -1,9 +1,9 @@
 """Finds the anatomy of an architecture that is not in `layouts`, and proves it on a tiny random model of its class.
 
-Everything is found by numbers, nothing by names: which modules put out the residual stream, whose outputs a block adds
-to it, which weights write these outputs, and how the logits come from the last residual stream. Then the same edit is
-made by hooks and in the weights, and both have to give the same logits. The model is in fp64, so that an identity holds
-to ten digits or does not hold.
+It runs the model and compares numbers, and relies on no names: it finds the modules that return the residual stream,
+the outputs that each block adds to it, the weights that write these outputs, and how the logits follow from the last
+residual stream. Then it makes the same edit by hooks and in the weights, and both must give the same logits. The model
+is in fp64, so that an identity holds to ten digits or does not hold.
 
 `structure` returns what was found for a config. It is cached by the config and the versions of the libraries.
 """
@@ -260,7 +260,7 @@ class _Proof:
         try:
             with_others = self.model(input_ids=padded, attention_mask=mask, use_cache=False, **more).logits[:1, -short:]
         except Exception as e:  # whatever the code of any class raises
-            raise NotProved(f"a text padded on the left cannot be read: {type(e).__name__}: {str(e)[:200]}") from e
+            raise NotProved(f"a text padded on the left cannot be read: {type(e).__name__}: {one_line(e)}") from e
         off = float((with_others - self.model(input_ids=alone, use_cache=False).logits).abs().max())
         if not off < _PADDED * (1 + float(with_others.abs().max())):
             raise NotProved(f"a text padded on the left in a batch has logits that differ by {off:.1e} from it alone")

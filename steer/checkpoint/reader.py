@@ -22,6 +22,8 @@ from steer.errors import CheckpointError
 from steer.files import one_line, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+"""File of an adapter's weights, as peft names it."""
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),

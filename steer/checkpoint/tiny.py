@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from steer.errors import UnsupportedError
+from steer.files import one_line
 
 WIDTH, HEADS, VOCAB = 64, 4, 61
 IDS = range(3, VOCAB - 1)
@@ -117,8 +118,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
         except Exception as error:  # whatever the code of any class raises
             first = first or error
     raise Unbuildable(
-        f"{model_class.__name__}: no tiny model can be built and run: {type(first).__name__}: "
-        f"{' '.join(str(first).split())[:300]}"
+        f"{model_class.__name__}: no tiny model can be built and run: {type(first).__name__}: {one_line(str(first))}"
     ) from first
 
 

@@ -77,7 +77,6 @@ class _Notices(logging.Handler):
         self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler`."""
         line = self.format(record)
         if line not in self._printed:
             self._printed.add(line)

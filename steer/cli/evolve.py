@@ -20,7 +20,6 @@ class _StartByDefault(TyperGroup):
     """`evolve START.yml LINEAGE` is `evolve start START.yml LINEAGE`, and several models may follow one `--pool`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """See click."""
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["start", *args]
         spread: list[str] = []

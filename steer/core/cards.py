@@ -29,14 +29,12 @@ from steer.core.profile import Profile
 from steer.core.small_files import read_given, read_small, shown
 from steer.core.validation import Clean, Cleans, Lenient, from_file, from_stranger
 from steer.errors import SteerError, UsageError
-from steer.files import one_line, write_atomic
+from steer.files import one_line, parse_json, write_atomic
 
 FILE_LIMIT = 20_000_000
 """Largest card file, in bytes."""
 JSON_LIMIT = 4_000_000
 """Largest JSON of a card, in bytes."""
-DEPTH_LIMIT = 64
-"""Deepest nesting of lists and objects in a card's JSON."""
 DEFAULT_PROMPT = "You are {{char}}. Write {{char}}'s next reply to {{user}}, and stay in character."
 """Replaces `{{original}}`, and is the system prompt of a card that has none."""
 
@@ -344,23 +342,12 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object within the limits of this file."""
     if len(data) > JSON_LIMIT:
         raise SteerError(f"{where}: expected JSON of at most {JSON_LIMIT:,} bytes, found {len(data):,}; is it a card?")
-    too_deep = SteerError(
-        f"{where}: expected JSON of at most {DEPTH_LIMIT} levels, found more; is it a character card?"
-    )
     try:
-        out = json.loads(data.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
-    except RecursionError:
-        raise too_deep from None
+        out = parse_json(data, number=_finite, halves=True)
     except ValueError as e:
         raise SteerError(f"{where}: expected a character card in JSON, found {one_line(e)}; fetch it again") from e
     if not isinstance(out, dict):
         raise SteerError(f"{where}: expected a JSON object, found {shown(out)}; is it a character card?")
-    level: list[Any] = [out]
-    for _ in range(DEPTH_LIMIT):
-        inside = (v for node in level for v in (node.values() if isinstance(node, dict) else node))
-        level = [v for v in inside if isinstance(v, dict | list)]
-    if level:
-        raise too_deep
     return out
 
 

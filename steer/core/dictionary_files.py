@@ -6,7 +6,6 @@ manifest.json (from training), features.jsonl (one row per labelled latent) and 
 
 from __future__ import annotations
 
-import json
 import re
 from importlib import metadata as packages
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from steer.core.dictionary import Architecture, Dictionary, Normalize
 from steer.errors import CheckpointError, UnsupportedError, UsageError
-from steer.files import one_line, parse_json, read_json_object, write_atomic
+from steer.files import one_line, parse_json, read_json_object, write_atomic, write_atomic_json
 
 CONFIG, WEIGHTS, MANIFEST, FEATURES = "cfg.json", "sae_weights.safetensors", "manifest.json", "features.jsonl"
 SLIDERS = "sliders.yaml"
@@ -111,7 +110,7 @@ def save_dictionary(dictionary: Dictionary, directory: str | Path) -> None:
         tensors[name] = getattr(d, "b_enc" if name == "b_gate" else name)
     data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     write_atomic(directory / WEIGHTS, data)
-    write_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_atomic_json(directory / CONFIG, config)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -24,8 +24,8 @@ FIT_TOPICS, HELD_OUT_TOPICS = 4, 2
 """Fewest topics for fitting a direction, and for measuring it. Each reply is judged by a classifier that never saw its
 topic, which leaves three topics to learn from; and a figure taken on one topic says nothing about others."""
 
-_FOLDER = Path(str(resources.files("steer"))) / "traits"
-
+FOLDER = Path(str(resources.files("steer"))) / "traits"
+"""Where the traits that ship are."""
 
 _Stripped = Annotated[Text, AfterValidator(str.strip)]
 END = 40
@@ -54,7 +54,7 @@ class _Prompts:
     @classmethod
     def load(cls) -> Self:
         """The prompts that ship with the package."""
-        return from_file(cls, read_yaml(_FOLDER / cls.file, "prompts"), cls.file)
+        return from_file(cls, read_yaml(FOLDER / cls.file, "prompts"), cls.file)
 
 
 @checked
@@ -107,7 +107,7 @@ class Trait:
         """
         text = str(name_or_path)
         if text in shipped_traits():
-            path = _FOLDER / f"{text}.yaml"
+            path = FOLDER / f"{text}.yaml"
         elif text.endswith((".yaml", ".yml")):
             path = Path(text)
         else:
@@ -206,4 +206,4 @@ def spread(topics: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 def shipped_traits() -> tuple[str, ...]:
     """Names of the traits that ship with the package."""
-    return tuple(sorted(p.stem for p in _FOLDER.glob("*.yaml") if p.name not in (NeutralPrompts.file, TopicPool.file)))
+    return tuple(sorted(p.stem for p in FOLDER.glob("*.yaml") if p.name not in (NeutralPrompts.file, TopicPool.file)))

@@ -7,7 +7,6 @@ dictionary's directory.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from steer.core.names import check_name
 from steer.core.slider import slider_rows
 from steer.core.trait import NeutralPrompts, Trait
 from steer.errors import SteerError
-from steer.files import write_atomic
+from steer.files import write_atomic, write_atomic_json
 from steer.finding.latents import (
     Q,
     RankedLatent,
@@ -241,5 +240,5 @@ def _write(
         text = yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, width=120)
         written.append(write_atomic(place / SLIDERS, text))
     whole = found.as_json() | {"checkpoint": model.name, "sketch": model.sketch().to_header()}
-    written.append(write_atomic(place / "traits" / f"{found.trait}.json", json.dumps(whole, indent=2) + "\n"))
+    written.append(write_atomic_json(place / "traits" / f"{found.trait}.json", whole))
     return tuple(written)

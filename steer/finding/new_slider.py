@@ -1,11 +1,10 @@
-"""New sliders from two sentences or from votes: `steer find` in another process, which page and server start and show.
+"""New sliders from two sentences or from votes: the page and the server run `steer find` in another process.
 
-A search that finds nothing is kept under $STEER_HOME/failed, until somebody deletes it.
+A search that finds nothing is kept under $STEER_HOME/failed until the user deletes it.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ from steer.core.direction import Direction
 from steer.core.trait import Trait
 from steer.core.votes import usable_votes
 from steer.errors import SteerError, UsageError, skip
-from steer.files import delete, read_json_object, write_atomic
+from steer.files import delete, read_json_object, write_atomic_json
 from steer.jobs import Job
 from steer.model.steered import SteeredModel
 
@@ -57,7 +56,6 @@ class TasteJob(FindJob):
     stopped = "stopped; the slider is as it was before"
 
     def __init__(self, model: SteeredModel, votes: Path) -> None:
-        """See `start`."""
         super().__init__(
             ["find", *_loaded_as(model), resolve(model.name), "--votes", str(votes), "--calibrate", "--json"]
         )
@@ -93,7 +91,6 @@ class NewSliderJob(FindJob):
     _starting: ClassVar = threading.Lock()
 
     def __init__(self, model: SteeredModel, trait: Trait) -> None:
-        """See `start`."""
         self.trait = trait
         self._place = _folder(model) / f"{trait.name}.json"
         opposite = [] if trait.without_instruction is None else ["--opposite", trait.without_instruction]
@@ -137,7 +134,7 @@ class NewSliderJob(FindJob):
                 "sentence": self.trait.with_instruction, "opposite": self.trait.without_instruction,
                 "error": self.error,
             }  # fmt: skip
-            write_atomic(self._place, json.dumps(failed) + "\n")
+            write_atomic_json(self._place, failed)
 
 
 def failed_searches(model: SteeredModel) -> list[FailedSearch]:

@@ -13,7 +13,6 @@ A child lost its mind if, beyond noise, its perplexity on plain prose is at leas
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -33,12 +32,12 @@ from steer.core.profile import Profile, ProfileSlider
 from steer.core.small_files import dump_yaml
 from steer.core.validation import from_file
 from steer.errors import MismatchError, OutputExistsError, SteerError, UsageError
-from steer.files import locked, one_line, read_json_object, write_atomic
+from steer.files import locked, one_line, read_json_object, write_atomic, write_atomic_json
 from steer.lineage.lineage import MODELS, Gate, Generation, Lineage, Move, Node
 from steer.lineage.proposing import Proposal
 from steer.lineage.recipes import child, describe
 from steer.measure.arms import Loader, Source
-from steer.measure.evaluation import evaluate_arms
+from steer.measure.evaluation import evaluate_arms, shown
 from steer.measure.probes.library import probes_named
 from steer.measure.probes.probe import Size
 from steer.measure.readers import LocalReader
@@ -159,7 +158,7 @@ def adopted(lineage: Lineage, profile: Profile, parent: str) -> Json:
 
 
 def _plan(lineage: Lineage, generation: Generation) -> None:
-    write_atomic(lineage.place / PLAN, json.dumps(to_jsonable_python(generation), indent=1) + "\n")
+    write_atomic_json(lineage.place / PLAN, to_jsonable_python(generation))
 
 
 def _planned(lineage: Lineage) -> Generation:
@@ -259,9 +258,9 @@ def _gate(lineage: Lineage, node: Node) -> Gate:
             if row is None:
                 continue
             if metric is probe["metrics"][0]:
-                figures[probe["name"]] = _shown(row["value"], metric)
+                figures[probe["name"]] = shown(metric, row["value"])
             if _lost(row):
-                before, after = _shown(rows[first.id, metric["name"]]["value"], metric), _shown(row["value"], metric)
+                before, after = shown(metric, rows[first.id, metric["name"]]["value"]), shown(metric, row["value"])
                 reasons.append(f"{probe['name']}: {metric['name']} {before:.3g} -> {after:.3g}")
         if first is node and skipped[node.id] and probe["name"] == PROBES[0]:
             raise SteerError(f"{lineage.place}: the start cannot be measured: {skipped[node.id]}; mend its recipe")
@@ -275,10 +274,6 @@ def _lost(row: Json) -> bool:
     if limit is None or not row.get("moved"):
         return False
     return row["difference"] >= limit if limit > 0 else row["difference"] <= limit
-
-
-def _shown(value: float, metric: Json) -> float:
-    return math.exp(min(value, 700)) if metric["exponent"] else value
 
 
 class _Arm:

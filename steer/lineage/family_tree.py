@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from rich.tree import Tree
 
-from steer.lineage.lineage import Lineage, Node
+from steer.lineage.lineage import Lineage, Node, ancestors
 from steer.lineage.ratings import Rating
 from steer.lineage.recipes import describe, models_of, short_name
 
@@ -30,9 +30,7 @@ def tree_text(lineage: Lineage, ratings: Mapping[str, Rating]) -> str:
 
 def model_card(lineage: Lineage, node: Node, ratings: Mapping[str, Rating], recipe: Mapping[str, Any]) -> str:
     """Return the README.md of a node that is exported by `recipe`: its models, how it came about, and the tree."""
-    way = [node]
-    while way[0].parent:
-        way.insert(0, lineage.node(way[0].parent))
+    way = reversed(ancestors(node, lineage.nodes))
     steps = [f"{i}. {n.id}: {describe(n.move)} ({n.why})" for i, n in enumerate(way)]
     rating, votes = ratings.get(node.id), len(lineage.votes)
     rated = f", rated {_interval(rating)}" if rating is not None and rating.votes else ""

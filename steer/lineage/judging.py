@@ -7,7 +7,6 @@ next is loaded. Replies are small files in LINEAGE/replies, so that a model answ
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -37,10 +36,11 @@ from steer.core.sampler import CHAT, Sampler
 from steer.core.small_files import load_yaml
 from steer.core.validation import Text, checked, from_file
 from steer.errors import UsageError
-from steer.files import read_json_object, write_atomic
+from steer.files import read_json_object, write_atomic_json
 from steer.lineage.lineage import REPLIES, Lineage, Outcome, Vote
 from steer.lineage.ratings import Standing, ranked_pairs, standing
 from steer.model.loaded import WITHOUT_THOUGHTS, Message
+from steer.model.loading import release_memory
 from steer.model.profiles import edit_of
 from steer.model.steered import SteeredModel, load
 from steer.plain_text import without_surrogates
@@ -355,7 +355,7 @@ class Judge:
                 replies = self._models.replies(node, tasks, self._check)
                 for task, reply in zip(tasks, replies, strict=True):
                     kept = {"chat": task.chat, "seed": task.seed, "node": node, "reply": reply}
-                    write_atomic(self._file(task, node), json.dumps(kept, indent=1) + "\n")
+                    write_atomic_json(self._file(task, node), kept)
             except _StoppedError:
                 continue
             except Exception as e:
@@ -425,16 +425,14 @@ class _Models:
     def clear(self) -> None:
         """Let go of all models."""
         self.held.clear()
-        gc.collect()  # hooks and caches hold the modules in circles
+        release_memory()
 
     def _load(self, name: str) -> None:
         place, node = self.checkpoint(name), self.lineage.node(name)
         needed = _memory(place)
         while self.held and (len(self.held) == self.most or needed > FREE * _free()):
             self.held.popitem(last=False)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_memory()
         model = load(place, name=f"{self.lineage.place}: a node")  # messages must not say which
         where = f"{self.lineage.place}: node {name}: profile"
         profile = None if node.profile is None else Profile.parse(node.profile, where, self.lineage.place)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from pydantic_core import to_jsonable_python
 from steer.core.names import check_name
 from steer.core.validation import Bool, Count, Line, Number, Text, checked, from_file
 from steer.errors import CheckpointError, UsageError
-from steer.files import append_line, parse_json, read_json_object, without_nan, write_atomic
+from steer.files import append_line, parse_json, read_json_object, write_atomic_json
 
 SETTINGS, GENERATIONS, VOTES, MODELS, REPLIES = "lineage.json", "generations", "votes", "models", "replies"
 MoveKind = Literal["start", "add", "remove", "base", "weight", "method", "profile"]
@@ -148,7 +148,7 @@ class Lineage:
     @classmethod
     def create(cls, place: str | Path, settings: Settings) -> Lineage:
         """Begin a lineage without generations."""
-        write_atomic(Path(place) / SETTINGS, json.dumps(to_jsonable_python(settings), indent=1) + "\n")
+        write_atomic_json(Path(place) / SETTINGS, to_jsonable_python(settings))
         return cls(place)
 
     def admit(self, model: str, written: str) -> None:
@@ -199,7 +199,7 @@ class Lineage:
         file = self.place / GENERATIONS / f"{generation.number:04}.json"
         if file.exists():
             raise UsageError(f"{file}: expected a new generation, found one of that number; run the command again")
-        write_atomic(file, json.dumps(without_nan(to_jsonable_python(generation)), indent=1) + "\n")
+        write_atomic_json(file, to_jsonable_python(generation))
 
     def model(self, node: str) -> Path:
         """Return where a node's merged checkpoint is, or would be."""
@@ -239,6 +239,14 @@ class Lineage:
     def _file_of(self, voter: str) -> Path:
         check_name(voter, "--voter")
         return self.place / VOTES / f"{voter}.jsonl"
+
+
+def ancestors(node: Node, nodes: Mapping[str, Node]) -> list[Node]:
+    """Return a node, its parent, and so on to the start. `nodes`: those of the lineage, by id."""
+    found = [node]
+    while (parent := nodes.get(found[-1].parent or "")) and parent not in found:
+        found.append(parent)
+    return found
 
 
 def _line(line: Vote | Undo) -> bytes:

@@ -163,12 +163,6 @@ def standing(lineage: Lineage) -> Standing:
     return everything.among(race & rated.keys())
 
 
-def next_pair(standing: Standing) -> tuple[str, str] | None:
-    """Return the pair whose vote does most to settle who is best; None for a single node."""
-    pairs = ranked_pairs(standing)
-    return pairs[0] if pairs else None
-
-
 def ranked_pairs(standing: Standing) -> list[tuple[str, str]]:
     """Return every pair of nodes, the one whose vote does most to settle who is best first.
 

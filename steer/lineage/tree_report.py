@@ -13,11 +13,11 @@ from typing import Any
 
 from steer.core.small_files import dump_yaml
 from steer.files import write_atomic
-from steer.lineage.lineage import Generation, Lineage, Move, Node, Vote
+from steer.lineage.lineage import Generation, Lineage, Move, Node, Vote, ancestors
 from steer.lineage.ratings import Rating, Standing, rate
 from steer.lineage.recipes import as_written, describe
 from steer.measure.drawing import page
-from steer.plain_text import plain, plain_line
+from steer.plain_text import plain, plain_line, shortened
 
 TREE = "tree.html"
 _DESK, _PHONE = 1000, 340
@@ -36,7 +36,7 @@ def write_tree(lineage: Lineage, standing: Standing, path: Path) -> Path:
     generations, votes = lineage.generations, lineage.votes
     nodes = {node.id: node for generation in generations for node in generation.nodes}
     winner = nodes[standing.leader]
-    trail = [node.id for node in _ancestors(winner, nodes)]
+    trail = [node.id for node in ancestors(winner, nodes)]
     everyone = rate(list(nodes), votes, lineage.settings.seed).ratings
     cards: dict[str, dict[str, Any]] = {
         node.id: _card(node, nodes) | {"rating": _rating(node.id, everyone[node.id], standing)}
@@ -90,7 +90,8 @@ def layout(generations: Sequence[Generation], width: float) -> tuple[list[Box], 
             left = (width - len(line) * (box + _GAP) + _GAP) / 2
             letters = int((box - 12) / _LETTER)
             places += [
-                Box(node.id, left + i * (box + _GAP), y, _cut(label(node.move), letters)) for i, node in enumerate(line)
+                Box(node.id, left + i * (box + _GAP), y, shortened(label(node.move), letters))
+                for i, node in enumerate(line)
             ]
             y += _BOX + _GAP
         y += _BETWEEN - _GAP
@@ -131,7 +132,7 @@ def _card(node: Node, nodes: Mapping[str, Node]) -> dict[str, Any]:
         "id": node.id,
         "parent": node.parent,
         "label": plain_line(describe(node.move)),
-        "moves": [f"{n.id}: {plain_line(describe(n.move))}" for n in reversed(_ancestors(node, nodes))],
+        "moves": [f"{n.id}: {plain_line(describe(n.move))}" for n in reversed(ancestors(node, nodes))],
         "why": plain_line(node.why),
         "passed": node.passed,
         "reasons": [plain_line(reason) for reason in node.gate.reasons] if node.gate else [],
@@ -146,14 +147,6 @@ def _rating(node: str, rating: Rating, standing: Standing) -> dict[str, Any] | N
     race = standing.ratings.get(node)
     return {"value": rating.value, "low": rating.low, "high": rating.high, "best": race and race.best,
             "votes": rating.votes, "bad": rating.bad}  # fmt: skip
-
-
-def _ancestors(node: Node, nodes: Mapping[str, Node]) -> list[Node]:
-    """Return a node, its parent, and so on to the start."""
-    found = [node]
-    while (parent := nodes.get(found[-1].parent or "")) and parent not in found:
-        found.append(parent)
-    return found
 
 
 def _vote(vote: Vote) -> dict[str, Any]:
@@ -178,7 +171,3 @@ def _scale(values: Sequence[float]) -> tuple[float, float]:
 def _at(value: float, scale: tuple[float, float]) -> float:
     """Return where a value lies on an axis, from 0 to 100."""
     return 100 * (value - scale[0]) / (scale[1] - scale[0])
-
-
-def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from steer.checkpoint.chat_templates import chosen_template
 from steer.checkpoint.fetch import fetch, resolve
@@ -23,6 +20,7 @@ from steer.core.profile import Profile, ProfileSlider
 from steer.core.slider import Slider
 from steer.measure.damage import FACTOR, SAFE_SHARE, damages
 from steer.measure.readers import LocalReader
+from steer.model.loading import release_memory
 from steer.model.profiles import edit_of
 from steer.model.steered import SteeredModel, load
 
@@ -85,9 +83,7 @@ class Loader:
         """Return a source's model with the damage of that name done to it."""
         if self._loaded is None or self._loaded[:2] != (source, damage):
             self._loaded = None
-            gc.collect()  # hooks and caches hold the modules in circles
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_memory()
             model = load(source.place or source.name, **self.options)
             model.name = source.name
             if damage is not None:
@@ -114,11 +110,9 @@ class LocalArm:
 
     @property
     def key(self) -> dict[str, Any]:
-        """See `evaluation.Arm`."""
         return {"source": self.source.key, "edit": edit_key(self.edit), "damage": self.damage}
 
     def reader(self) -> LocalReader:
-        """See `evaluation.Arm`."""
         return LocalReader(self.source.load(self.damage), self.edit, self.name)
 
 

@@ -254,7 +254,6 @@ class EndpointArm:
         return {"url": self.url, "model": self.model, "tokenizer": self.place and self._tokenizer[0].chat_template}
 
     def reader(self) -> EndpointReader:
-        """See `evaluation.Arm`."""
         tokenizer, notes = self._tokenizer
         made = EndpointReader(
             self.url, self.model, tokenizer=tokenizer, label=self.name, api_key=self.api_key, timeout=self.timeout

@@ -21,7 +21,7 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from steer.files import write_atomic
 from steer.measure.drawing import BLUE, GREEN, GREY, RED, STYLE, axes, page, svg
-from steer.measure.evaluation import figures_of
+from steer.measure.evaluation import figures_of, shown
 from steer.measure.probes.degradation import degradation
 from steer.measure.probes.probe import Metric
 from steer.plain_text import plain_line, shortened
@@ -140,11 +140,6 @@ def _spread(probe: Json, metric: str, first: str) -> float:
         if len(values) > 1 and (deviation := float(np.std(values))) > 0:
             return deviation
     return 1.0
-
-
-def shown(metric: Json, value: float | None) -> float | None:
-    """Return a mean as people read it: a mean of nats as a perplexity, where the metric asks for that."""
-    return math.exp(min(value, 700)) if metric["exponent"] and value is not None else value
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
-from steer.files import names_in, read_json_object, without_nan, write_atomic
+from steer.files import names_in, read_json_object, without_nan, write_atomic_json
 from steer.measure.probes.probe import Chat, Figure, Metric, Opening, Probe, Reader, Size, fits_with_reply, replies_to
 from steer.measure.statistics import corrected, difference_of, mean_figures, mean_of
 from steer.progress import Advance, bar
@@ -110,7 +110,7 @@ def evaluate_arms(
                     found = _asked(arm, reader, probe, size, f"[{done}/{total}] {arm.name}: {probe.name}")
                     # What a server cannot do today the next run asks again: it may have been mended.
                     if not found["skipped"] or "weights" in reader.abilities:
-                        write_atomic(file, json.dumps(without_nan(found)) + "\n")
+                        write_atomic_json(file, found, indent=None)
             results[probe.name][arm.name] = {k: v for k, v in found.items() if k != "dtype"}
             dtypes[arm.name] = found["dtype"] or dtypes.get(arm.name)
             say(f"[{done}/{total}] {arm.name}, {probe.name}: {_line(probe, found)}")
@@ -140,7 +140,7 @@ def evaluate_arms(
             size.seed,
         ),
     }  # fmt: skip
-    write_atomic(out / RESULTS, json.dumps(without_nan(result), indent=1) + "\n")
+    write_atomic_json(out / RESULTS, result)
     return without_nan(result)
 
 
@@ -207,6 +207,11 @@ def compared(probes: list[Json], arms: Sequence[str], controls: Sequence[str] = 
 def figures_of(part: Json, metric: str) -> list[Figure]:
     """Return one metric's figures in a part of eval.json. A figure that was no number has been left out."""
     return [Figure(**f) for f in part["figures"] if f["metric"] == metric and f["value"] is not None]
+
+
+def shown(metric: Json, value: float | None) -> float | None:
+    """Return a mean as people read it: a mean of nats as a perplexity, where the metric asks for that."""
+    return math.exp(min(value, 700)) if metric["exponent"] and value is not None else value
 
 
 def code_hash() -> str:
@@ -278,7 +283,7 @@ def _prepare(out: Path, run: Json, fresh: bool) -> None:
     if fresh:
         for file in (*(out / PARTS).glob("*.json"), out / RESULTS, out / REPORT):
             file.unlink(missing_ok=True)
-    write_atomic(mark, json.dumps(run, indent=1) + "\n")
+    write_atomic_json(mark, run)
 
 
 def _row(probe: Json, metric: str, arm: str, first: str, seed: int) -> Json | None:

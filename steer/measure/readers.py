@@ -1,7 +1,7 @@
-"""Readers in this process: a `SteeredModel` under one edit, as probes ask it.
+"""`LocalReader`: scores passages and writes replies for the probes, by a model in this process under one edit.
 
-Passages with a common beginning are read together, so that `prefill` reads the beginning once, and never more tokens at
-a time than memory has room for. `steer.measure.endpoint` reads through a server.
+It batches passages that begin alike, so that `prefill` reads their beginning once, and limits the tokens of a batch to
+what fits in memory. `steer.measure.endpoint` has the reader that asks a server.
 """
 
 from __future__ import annotations

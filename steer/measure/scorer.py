@@ -25,6 +25,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from steer.core.trait import Trait, shipped_traits
 from steer.errors import TraitNotFoundError
+from steer.files import one_line
 from steer.measure.contrast import Contrast, Reply
 
 FOLDS = 8
@@ -181,9 +182,8 @@ def _named_errors(trait: Trait) -> Iterator[None]:
     try:
         yield
     except ValueError as e:
-        found = " ".join(str(e).split())
         raise TraitNotFoundError(
-            f"trait {trait.name!r}: expected replies that a classifier on words can learn from, found: {found}"
+            f"trait {trait.name!r}: expected replies that a classifier on words can learn from, found: {one_line(e)}"
         ) from e
 
 

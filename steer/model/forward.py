@@ -1,8 +1,8 @@
 """Forward passes that write no reply: hidden states, residual streams and logits of given texts.
 
 Finding, measuring and dictionary training read a model through these functions. The decoder runs without the LM head,
-and the head is applied one chunk at a time. Modules are looked up by the anatomy, so all of this works on every
-architecture that `checkpoint.layouts` lists.
+and the head is applied one chunk at a time. The anatomy names the modules, so these functions work on every
+supported architecture.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from transformers.utils.hub import cached_file
 
 from steer.checkpoint.anatomy import Anatomy
 from steer.checkpoint.dtypes import announce, computing_in
-from steer.checkpoint.fetch import read_tokenizer, transformers_errors
+from steer.checkpoint.fetch import check_complete, read_tokenizer, transformers_errors
 from steer.checkpoint.layouts import LAYOUTS
 from steer.checkpoint.proof import cache_file
 from steer.checkpoint.quantised import undeclared
@@ -93,12 +93,7 @@ def read_model(
         )  # fmt: skip
         _check_generation_config(place, hub)
         hf, report = loaded  # transformers declares the type of the model alone
-    if missing := sorted(report["missing_keys"]):
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{name}: expected tensor {missing[0]}{others} in its files, found none, and random numbers would run in "
-            "their place; fetch the model again"
-        )
+    check_complete(report, name)
     announce(chosen, name)
     use_fast_products(hf)
     return hf, tokenizer
@@ -116,11 +111,13 @@ def _memory_errors(name: str, device_map: Any) -> Iterator[None]:
 
 
 def release_memory(*, garbage: bool = True) -> None:
-    """Give memory that is free back to the system. glibc keeps what lies below any block in use: half a gigabyte after
-    a merge of 135M models, and more than one after a batch of 192 replies. `garbage`: collect Python's first, which
-    takes a tenth of a second."""
+    """Give memory that is free back to the system, and the GPU's to other programs. glibc keeps what lies below any
+    block in use: half a gigabyte after a merge of 135M models, and more than one after a batch of 192 replies.
+    `garbage`: collect Python's first, which takes a tenth of a second; hooks and caches hold modules in circles."""
     if garbage:
         gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # not in musl
         trim(0)

@@ -15,6 +15,7 @@ import streamlit as st
 
 from steer.chat.chat import Chat
 from steer.errors import SteerError
+from steer.files import one_line
 from steer.jobs import Job
 from steer.page.drawing import markdown
 
@@ -133,4 +134,4 @@ def _line(e: Exception) -> str:
     if isinstance(e, SteerError):
         return str(e)
     _log.exception("the page", exc_info=e)
-    return f"that did not work: {type(e).__name__}: {' '.join(str(e).split())}"[:400]
+    return f"that did not work: {type(e).__name__}: {one_line(e)}"

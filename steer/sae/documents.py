@@ -6,7 +6,6 @@ The first stage of `steer harvest` and of training from a model; `steer.sae.pass
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import operator
 import zlib
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from steer.core.lists import as_list
+from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError
 from steer.files import one_line, parse_json
 from steer.model.steered import SteeredModel
@@ -162,7 +162,7 @@ def _values(rows: Iterable[Row], column: str) -> Iterator[Row]:
     """(position, text or chat) of each row; empty ones are skipped."""
     for at, row in rows:
         if not isinstance(row, Mapping):
-            raise SteerError(f'{at}: expected an object with "text" or "messages", found {_shown(row)}')
+            raise SteerError(f'{at}: expected an object with "text" or "messages", found {shown(row)}')
         key = column or ("messages" if row.get("messages") is not None else "text")
         value = row.get(key)
         if value is None:
@@ -170,9 +170,9 @@ def _values(rows: Iterable[Row], column: str) -> Iterator[Row]:
             raise SteerError(f"{at}: expected {expected}, found {', '.join(map(str, row)) or 'nothing'}")
         if isinstance(value, list):
             if not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and m.get("role") for m in value):
-                raise SteerError(f'{at}: expected messages with "role" and "content", found {_shown(value)}')
+                raise SteerError(f'{at}: expected messages with "role" and "content", found {shown(value)}')
         elif not isinstance(value, str):
-            raise SteerError(f'{at}: expected text or a list of messages in "{key}", found {_shown(value)}')
+            raise SteerError(f'{at}: expected text or a list of messages in "{key}", found {shown(value)}')
         if value:
             yield at, value
 
@@ -199,7 +199,7 @@ def _parsed(at: str, text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as e:
-        raise SteerError(f"{at}: expected a JSON row, found {_shown(text.strip())} ({one_line(e)})") from e
+        raise SteerError(f"{at}: expected a JSON row, found {shown(text.strip())} ({one_line(e)})") from e
 
 
 def _passages(file: Path) -> Iterator[str]:
@@ -245,8 +245,3 @@ def _streamed(source: str, reader: str, *args: Any, **kwargs: Any) -> Iterator[M
 def _suffix(path: Path) -> str:
     """The suffix of a file's name in lower case, without `.gz`: `.jsonl` for `a.jsonl.gz`."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return repr(text if len(text) <= 60 else text[:57] + "...")

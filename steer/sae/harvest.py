@@ -6,10 +6,9 @@ writes shards in a background thread. `shards.Harvest` reads the result; `train`
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from steer.checkpoint.sketch import Sketch
 from steer.checkpoint.staging import check_output, hash_file
 from steer.core.lists import as_list
 from steer.errors import MismatchError, SteerError, UsageError
-from steer.files import locked, one_line, read_json_object, replacing, write_atomic
+from steer.files import locked, one_line, read_json_object, replacing, write_atomic_json
 from steer.model.steered import SteeredModel
 from steer.progress import Advance, bar
 from steer.sae.documents import as_sources, documents, source_file
@@ -117,7 +116,7 @@ def harvest(
             "inputs": inputs,
             "versions": {p: version(p) for p in ("steer", "torch", "transformers")},
         }
-        _write_record(out / MANIFEST, manifest)
+        write_atomic_json(out / MANIFEST, manifest)
         (out / PARTIAL).unlink()
     return Harvest.open(out)
 
@@ -241,7 +240,7 @@ class _Shards:
         self.record["shards"].append({"file": file.name, "tokens": tokens, "bytes": size, "sha256": sha256})
         if state is not None:  # None for the last, shorter shard: a harvest is never continued from it
             self.record.update(state)
-            _write_record(self.out / PARTIAL, self.record)
+            write_atomic_json(self.out / PARTIAL, self.record)
 
 
 def _begun(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -263,7 +262,7 @@ def _begun(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     check_output(out)
     counts = {"seen": 0, "special": 0, "outliers": 0, "at": {}, "documents": 0}
     record = {"inputs": inputs, "limit": {}, "norm": {}, "shards": [], "cursor": 0, "counts": counts}
-    _write_record(out / PARTIAL, record)
+    write_atomic_json(out / PARTIAL, record)
     return record
 
 
@@ -280,10 +279,6 @@ def _check_inputs(out: Path, recorded: dict[str, Any], given: dict[str, Any]) ->
         if name != "sketch" and recorded.get(name) != given[name]:
             begun, found = (", ".join(map(str, as_list(side.get(name)))) for side in (recorded, given))
             raise MismatchError(f"{out}: expected {name} {begun} as it began with, found {found}; {do}")
-
-
-def _write_record(file: Path, value: Mapping[str, Any]) -> None:
-    write_atomic(file, json.dumps(value, indent=2) + "\n")
 
 
 def _named(source: str) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steer.core.edit import Edit
 from steer.errors import SteerError, UsageError
+from steer.files import one_line
 from steer.model.loading import release_threads
 from steer.model.sampling import Draw, choose, logprobs, nothing_to_draw
 from steer.model.steering.low_rank import ForwardContext
@@ -289,8 +290,7 @@ class BatchingEngine:
     def _fail(self, text: _Text, error: Exception) -> None:
         if not isinstance(error, SteerError):
             _log.error("a reply could not be written", exc_info=error)
-            found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            error = SteerError(f"the reply could not be written: {found}")
+            error = SteerError(f"the reply could not be written: {type(error).__name__}: {one_line(error)}")
         self._end(text, error)
 
     def _end(self, text: _Text, how: Literal["stop", "length", "cancelled"] | SteerError) -> None:
@@ -357,7 +357,7 @@ class BatchingEngine:
                 self._batcher = self._new_batcher()
             except Exception as e:
                 _log.error("the engine has stopped", exc_info=e)
-                self.problem = f"the engine has stopped: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}"
+                self.problem = f"the engine has stopped: {type(e).__name__}: {one_line(e)}"
         for text in interrupted:
             self._fail(text, error)
 

@@ -28,7 +28,7 @@ from steer.core.edit import Edit
 from steer.core.lists import as_list
 from steer.core.trait import Trait
 from steer.errors import MismatchError, SteerError, StoppedError, UsageError
-from steer.files import locked, read_json_object, write_atomic
+from steer.files import locked, read_json_object, write_atomic_json
 from steer.finding.traits import contrast_for, find_trait
 from steer.measure.contrast import Contrast
 from steer.measure.neutral_means import neutral_for
@@ -106,7 +106,7 @@ class _Search:
             replies = read_json_object(file, what="what a search kept", do="remove it", error=SteerError)
             return Contrast.from_json(trait, replies)
         made = contrast_for(model, trait, seed=self.seed, neutral=like.neutral if like else None)
-        _write(file, made.as_json())
+        write_atomic_json(file, made.as_json())
         return made
 
     def direction(self, model: SteeredModel, contrast: Contrast) -> Direction:
@@ -264,7 +264,7 @@ def _run(search: _Search, study: Study, out: Path, trials: int, goal: Goal, comm
             shutil.rmtree(unsearched_dir, ignore_errors=True)
         samples.append(held_out.measure(load_exported(out, search.place)))
     result["held_out"] = compared(*samples)
-    _write(search.folder / RESULT, result)
+    write_atomic_json(search.folder / RESULT, result)
     write_search_report(result, search.folder)
     return Searched(certificate, search.folder, result)
 
@@ -286,7 +286,3 @@ def _baked(search: _Search, out: Path, edit: Edit, command: str | None, say: Say
 
 def _digest(trait: Trait) -> str:
     return hashlib.sha256(json.dumps(asdict(trait), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write(file: Path, value: dict[str, Any]) -> None:
-    write_atomic(file, json.dumps(value, indent=1) + "\n")

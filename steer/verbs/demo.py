@@ -27,7 +27,7 @@ from steer.checkpoint.staging import hash_file
 from steer.core.trait import NeutralPrompts
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, TraitNotFoundError, UsageError
-from steer.files import names_in, read_json_object, write_atomic
+from steer.files import names_in, read_json_object, write_atomic_json
 from steer.progress import bar, byte_bar
 
 TRAITS = ("moralizing", "compliance")
@@ -77,10 +77,10 @@ def run(
             return result
     out.mkdir(parents=True, exist_ok=True)
     if subject.model:
-        write_atomic(out / MODEL, json.dumps({"model": subject.model}) + "\n")
+        write_atomic_json(out / MODEL, {"model": subject.model})
     done.unlink(missing_ok=True)
     result = _measure(out, subject, seed, fresh, say)
-    write_atomic(done, json.dumps({"key": key, **result}, indent=2) + "\n")
+    write_atomic_json(done, {"key": key, **result})
     return json.loads(done.read_text())
 
 

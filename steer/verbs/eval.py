@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -12,7 +11,7 @@ from steer.checkpoint.fetch import resolve
 from steer.checkpoint.staging import check_output
 from steer.core.profile import Profile
 from steer.errors import CheckpointError, MismatchError, UsageError
-from steer.files import one_line, read_json_object, without_nan, write_atomic
+from steer.files import one_line, read_json_object, without_nan, write_atomic_json
 from steer.measure.arms import Loader, LocalArm, Source, damaged_arms, edit_of_amounts, edit_of_profile
 from steer.measure.endpoint import EndpointArm
 from steer.measure.eval_report import write_eval_report
@@ -169,7 +168,7 @@ def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[
     if out is not None:
         place = Path(out)
         check_output(place)
-        write_atomic(place / RESULTS, json.dumps(result, indent=1) + "\n")
+        write_atomic_json(place / RESULTS, result)
         write_eval_report(result, place / REPORT)
     return result
 

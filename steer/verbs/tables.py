@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steer.core.lists import ranges
+from steer.plain_text import shortened
 
 if TYPE_CHECKING:
     from steer.checkpoint.anatomy import Anatomy
@@ -215,8 +216,7 @@ def _doses(check: SteeringCheck) -> str:
 
 
 def _words(tokens: Sequence[str], most: int = 44) -> str:
-    text = " ".join(t.strip().replace("\n", "\u21b5") for t in tokens)
-    return text if len(text) <= most else text[: most - 1] + "\u2026"
+    return shortened(" ".join(t.strip().replace("\n", "\u21b5") for t in tokens), most)
 
 
 def training_table(made: TrainedDictionary) -> str:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from steer.baking.adapter import CONFIG
 from steer.baking.bake import bake
-from steer.baking.certificate import ADAPTER, CERTIFICATE, Certificate
+from steer.baking.certificate import CERTIFICATE, Certificate
 from steer.baking.verify import verify
 from steer.checkpoint import staging
+from steer.checkpoint.reader import ADAPTER
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.method import Kernel, Method, Strengths

@@ -49,7 +49,7 @@ def whole(sharded: Path, ablation: Edit, tmp_path_factory: pytest.TempPathFactor
 def _write(form: Form, source: Path, out: Path, edit: Edit) -> None:
     # A file for every part of an adapter, where one would hold all of so small a model.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter, "_GROUP", 1)
+        patch.setattr(adapter, "GROUP", 1)
         bake(source, out, edit, form, command=COMMAND)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from steer.baking.adapter import CONFIG
 from steer.baking.bake import bake
-from steer.baking.certificate import ADAPTER, CERTIFICATE, _digest
+from steer.baking.certificate import CERTIFICATE
 from steer.baking.certificate import CONTROL_VECTOR as FILE
 from steer.baking.control_vector import read_control_vector, write_control_vector
 from steer.baking.verify import verify
-from steer.checkpoint.reader import SINGLE
+from steer.checkpoint.reader import ADAPTER, SINGLE
 from steer.checkpoint.staging import hash_file
 from steer.core.direction import Direction
 from steer.core.edit import Edit
@@ -36,7 +37,8 @@ def forge(out: Path, change: Callable[[Body], object], tensors: dict[str, torch.
     body.pop("sha256")
     body["files"] = {name: hash_file(out / name) for name in body["files"]}
     change(body)
-    (out / CERTIFICATE).write_text(json.dumps(body | {"sha256": _digest(body)}))
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (out / CERTIFICATE).write_text(json.dumps(body | {"sha256": digest}))
     return out
 
 

@@ -8,8 +8,10 @@ import pytest
 
 from steer.baking.certificate import CERTIFICATE
 from steer.chat import costs
-from steer.chat.costs import costs_of
+from steer.chat.costs import bake_cost, costs_of
+from steer.chat.jobs import plan
 from steer.errors import CheckpointError, UnsupportedError, UsageError
+from steer.page.parts.cost import sliders_cost
 
 
 @pytest.fixture(autouse=True)
@@ -19,26 +21,26 @@ def one_probe(monkeypatch):
 
 def test_sliders_that_move_nothing_and_folders_that_are_no_bake_are_refused(chat, tmp_path, home):
     with pytest.raises(UsageError, match="found none; move one first"):
-        chat.cost_of_sliders()
+        sliders_cost(chat, "")
     with pytest.raises(CheckpointError, match="expected a bake"):
-        chat.cost_of_bake(tmp_path)
+        bake_cost(chat.model, tmp_path)
     (tmp_path / CERTIFICATE).write_text("{}")
     with pytest.raises(UnsupportedError, match="found another form; bake a checkpoint"):
-        chat.cost_of_bake(tmp_path)
-    assert chat.costs() == []
+        bake_cost(chat.model, tmp_path)
+    assert costs_of(chat.model) == []
     assert not (home / "costs").exists()
 
 
 def test_other_sliders_another_bake_and_another_name_are_kept_apart(chat, tmp_path):
     chat.panel.set("moral", -0.25)
-    one, named = chat.cost_of_sliders(), chat.cost_of_sliders("noir")
-    assert chat.cost_of_sliders() == one
+    one, named = sliders_cost(chat, ""), sliders_cost(chat, "noir")
+    assert sliders_cost(chat, "") == one
     chat.panel.set("moral", -0.5)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / CERTIFICATE).write_text("{}")
-    bake = chat.cost_of_bake(tmp_path)
+    bake = bake_cost(chat.model, tmp_path)
     (tmp_path / CERTIFICATE).write_text("{ }")
-    costs = [one, named, chat.cost_of_sliders(), bake, chat.cost_of_bake(tmp_path)]
+    costs = [one, named, sliders_cost(chat, ""), bake, bake_cost(chat.model, tmp_path)]
     assert len({c.folder for c in costs}) == 5
     assert (one.job, one.report, one.lines) == (None, None, [])
 
@@ -47,13 +49,13 @@ def test_other_sliders_another_bake_and_another_name_are_kept_apart(chat, tmp_pa
 def test_one_is_measured_at_a_time_found_by_another_tab_and_done(new_chat, tmp_path):
     chat = new_chat()
     chat.panel.set("moral", -0.25)
-    cost = chat.cost_of_sliders("noir")
+    cost = sliders_cost(chat, "noir")
     job = cost.start()
     assert cost.start() is job
     chat.panel.set("moral", -0.5)
     with pytest.raises(UsageError, match="wait for it, or cancel it"):
-        chat.cost_of_sliders().start()
-    (found,) = new_chat().costs()
+        sliders_cost(chat, "").start()
+    (found,) = costs_of(new_chat().model)
     assert (found, found.job, found.name) == (cost, job, "noir")
     seen = []
     while job.running:
@@ -72,9 +74,9 @@ def test_one_is_measured_at_a_time_found_by_another_tab_and_done(new_chat, tmp_p
 def test_what_a_bake_cost_is_measured_beside_its_model_and_a_stop_keeps_what_is_done(chat, tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "PROBES", ("capability", "consequences", "positions"))  # there is much left after one
     chat.panel.set("moral", -0.25)
-    bake = chat.plan_bake().start(tmp_path / "calm")
+    bake = plan(chat.model, chat.profile("baked")).start(tmp_path / "calm")
     assert bake.wait(120)
-    cost = chat.cost_of_bake(tmp_path / "calm")
+    cost = bake_cost(chat.model, tmp_path / "calm")
     stopped = cost.start()
     while stopped.running and not stopped.progress:  # its first lines may be notices
         stopped.wait(0.1)
@@ -86,7 +88,7 @@ def test_what_a_bake_cost_is_measured_beside_its_model_and_a_stop_keeps_what_is_
     assert job.wait(300)
     assert job.error is None
     assert cost.lines
-    assert [c.name for c in costs_of(chat.backend.model)] == ["calm"]
+    assert [c.name for c in costs_of(chat.model)] == ["calm"]
     parts = {f: f.stat().st_mtime_ns for f in cost.folder.rglob("parts/*")}
     assert 0 < len(done) < len(parts)
     assert done.items() <= parts.items(), "nothing is measured twice"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from steer.chat.jobs import get_default, ready
+from steer.chat.jobs import get_default, plan, ready
 from steer.checkpoint.shipped import RECIPE
 from steer.core.slider import Slider
 from steer.errors import OutputExistsError, SteerError
@@ -81,28 +81,28 @@ def test_the_default_merge_is_made_with_its_progress_shown(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_what_can_be_baked_is_said_before_and_done_after(chat, tmp_path):
     chat.panel.set("moral", -0.25)
-    plan = chat.plan_bake()
-    assert (plan.possible, plan.why) == (True, None)
-    assert [(v.slider, v.operation, v.ok) for v in plan.verdicts] == [("moral", "add", True)]
-    job = plan.start(tmp_path / "out")
+    bake = plan(chat.model, chat.profile("baked"))
+    assert (bake.possible, bake.why) == (True, None)
+    assert [(v.slider, v.operation, v.ok) for v in bake.verdicts] == [("moral", "add", True)]
+    job = bake.start(tmp_path / "out")
     assert job.wait(120)
     assert job.error is None
     assert job.certificate["edit"]["add"][0]["amount"] == -0.25
     with pytest.raises(OutputExistsError):
-        plan.start(tmp_path / "out")
+        bake.start(tmp_path / "out")
 
 
 def test_what_cannot_be_baked_is_named_and_can_be_left_out(chat, tmp_path):
-    assert "move one first" in chat.plan_bake().why
+    assert "move one first" in plan(chat.model, chat.profile("baked")).why
     target = chat.sliders.slider("moral").target
     chat.sliders.put(Slider(target, "clamp", label="moral:clamp"), 0.5)
     chat.panel.set("moral", -0.25)
-    plan = chat.plan_bake()
-    assert not plan.possible
-    assert "moral:clamp" in plan.why
+    bake = plan(chat.model, chat.profile("baked"))
+    assert not bake.possible
+    assert "moral:clamp" in bake.why
     with pytest.raises(SteerError, match="moral:clamp"):
-        plan.start(tmp_path / "out")
-    rest = plan.without_refused()
+        bake.start(tmp_path / "out")
+    rest = bake.without_refused()
     assert rest.possible
     assert [s.amount for s in rest.profile.sliders] == [-0.25]
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_baked_is_named_and_can_be_left_out(chat, tmp_path):
 def test_an_adapter_is_baked_as_well(chat, tmp_path):
     chat.panel.reshape("moral", "ablate")
     chat.panel.set("moral", 1.0)
-    job = chat.plan_bake("adapter").start(tmp_path / "out")
+    job = plan(chat.model, chat.profile("baked"), "adapter").start(tmp_path / "out")
     assert job.wait(120)
     assert job.error is None
     assert (tmp_path / "out" / "adapter_config.json").is_file()

@@ -131,7 +131,7 @@ def test_rows_show_what_the_server_offers_and_what_it_does_not_is_refused(chat):
         lambda: chat.inside(0, ["moral"]),
         lambda: chat.features,
         lambda: chat.compare("x", None, None),
-        chat.plan_bake,
+        lambda: chat.model,
     ):
         with pytest.raises(UnsupportedError, match="does not offer"):
             refused()

@@ -298,6 +298,18 @@ def test_an_adapter_is_what_mergekit_merges_of_it(
 # What does not fit, and bad input
 
 
+def test_an_adapter_of_a_wider_model_is_refused_in_one_line(
+    family: Path, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(save_tiny_chat(tiny_llama, tmp_path / "wide", hidden_size=48))
+    tuned = get_peft_model(wide, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    tuned.save_pretrained(str(tmp_path / "tune"))
+    # peft gives a line for every tensor.
+    with pytest.raises(CheckpointError, match=r"the adapter does not fit the model \(.*size mismatch") as caught:
+        steer.kin(f"{family / 'base'}+{tmp_path / 'tune'}", family / "other", base=family / "base")
+    assert "\n" not in str(caught.value)
+
+
 def test_models_that_fit_have_no_mismatch(family: Path) -> None:
     assert mismatches([family / "tune", family / "other"], family / "base") == []
 

@@ -24,6 +24,7 @@ from tiny_chat import TEMPLATE, save_tiny_chat
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steer.checkpoint.kin import kin
 from steer.checkpoint.merge import MANIFEST, is_merge_of, merge, read_recipe, recipe_models
 from steer.errors import CheckpointError, OutputExistsError, SteerError
 
@@ -147,7 +148,7 @@ MISFITS: dict[str, tuple[Callable[[Path], None], str]] = {
         r"without a place, \S*rs.7",
     ),
     "a tensor less in the base": (lose_tensor, r"a: expected tensor model.layers.1.mlp.up_proj.weight in its files"),
-    "a pickle": (make_pickle, "tune: expected adapter_model.safetensors in .*, found none; a pickle"),
+    "a pickle": (make_pickle, "tune: expected adapter_model.safetensors in its files, found none; a pickle"),
 }
 
 
@@ -160,6 +161,22 @@ def test_an_adapter_that_does_not_fit_its_model_is_an_error_and_never_left_out(
     with pytest.raises(CheckpointError, match=message):
         merge(recipe, folder / "out")
     assert not (folder / "out").exists()
+
+
+def test_a_pickle_on_the_hub_is_refused_by_the_merge_and_by_kin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pickle(folder)
+    cached = folder / "hub" / "models--some--tune"
+    for name in ("refs", "snapshots"):
+        (cached / name).mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (folder / "tune").rename(cached / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    says = "expected adapter_model.safetensors in its files, found none; a pickle"
+    recipe = write(folder / "r.yml", {**LINEAR, "models": [{"model": "a+some/tune", "parameters": {"weight": 1}}]})
+    with pytest.raises(CheckpointError, match=f"r.yml: some/tune: {says}"):
+        merge(recipe, folder / "out")
+    with pytest.raises(CheckpointError, match=f"snapshots/abc: {says}"):
+        kin(f"{folder / 'a'}+some/tune", base=folder / "a")
 
 
 @pytest.mark.parametrize("layers", [[2, 0], [1, 1], [-1, 2]], ids=str)

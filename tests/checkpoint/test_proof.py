@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,14 +212,15 @@ def test_a_proof_is_made_once_and_a_broken_one_again(tmp_path: Path, monkeypatch
     real = proof.prove
     monkeypatch.setattr(proof, "prove", lambda *args: calls.append(1) or real(*args))
     first = structure(values, "it")
-    (path,) = (tmp_path / "home" / "anatomies").glob("*.json")
-    proof._known.clear()  # as in another process
     assert structure(values, "it") == first
-    assert len(calls) == 1
-    path.write_bytes(b"{}")
-    proof._known.clear()
-    assert structure(values, "it") == first
-    assert len(calls) == 2
+    for home, broken in (("kept", False), ("broken", True)):  # as in another process, which has nothing in memory
+        shutil.copytree(tmp_path / "home", tmp_path / home)
+        (file,) = (tmp_path / home / "anatomies").glob("*.json")
+        if broken:
+            file.write_bytes(b"{}")
+        monkeypatch.setenv("STEER_HOME", str(tmp_path / home))
+        assert structure(values, "it") == first
+        assert len(calls) == 1 + broken
 
 
 @pytest.mark.parametrize(

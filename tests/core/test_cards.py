@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from steer.core.cards import DEFAULT_PROMPT, DEPTH_LIMIT, FILE_LIMIT, JSON_LIMIT, Card, load_card, save_card_profile
+from steer.core.cards import DEFAULT_PROMPT, FILE_LIMIT, JSON_LIMIT, Card, load_card, save_card_profile
 from steer.core.profile import GateSpec, Profile, ProfileSlider, ScheduleSpec
 from steer.core.sampler import PRESETS
 from steer.core.small_files import shown
 from steer.errors import SteerError, UsageError
+from steer.files import JSON_DEPTH
 
 V1: dict[str, Any] = {
     "name": "Duke Orsino",
@@ -330,8 +331,8 @@ def deep(levels: int) -> bytes:
 
 
 def test_json_up_to_the_limit_of_levels_is_read() -> None:
-    assert load_card(deep(DEPTH_LIMIT)).name == "Duke"
-    assert "at most 64 levels" in refused(deep(DEPTH_LIMIT + 1))
+    assert load_card(deep(JSON_DEPTH)).name == "Duke"
+    assert "nested over 64 deep" in refused(deep(JSON_DEPTH + 1))
 
 
 PNG = png(chara=encoded(V2))
@@ -374,8 +375,8 @@ BOMB = zlib.compress(b"A" * 50_000_000, 9)
         (with_chunk(b"zTXt", b"chara\0"), "cut short"),
         (b"{" + b" " * FILE_LIMIT, "at most 20,000,000 bytes"),
         (b'{"a": "' + b"x" * JSON_LIMIT + b'"}', "at most 4,000,000 bytes"),
-        (b'{"a": ' * 600_000, "at most 64 levels"),
-        (b'{"a": ' + b"[" * 3_000_000, "at most 64 levels"),
+        (b'{"a": ' * 600_000, "nested over 64 deep"),
+        (b'{"a": ' + b"[" * 3_000_000, "nested over 64 deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "in JSON, found"),
         (b'{"a": 1e999}', "the number 1e999"),
         (b'{"a": NaN}', "the number NaN"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from weakref import WeakSet
 
 import pytest
+import torch
 from tiny_chat import save_tiny_chat
 
 from steer.checkpoint.merge import MANIFEST
@@ -20,7 +22,7 @@ from steer.checkpoint.staging import write_json
 from steer.core.sampler import CHAT
 from steer.errors import SteerError, UsageError
 from steer.lineage import judging
-from steer.lineage.judging import ALIKE, TURNS, BlindPair, Choice, Judge, Prompts
+from steer.lineage.judging import ALIKE, TURNS, BlindPair, Choice, Judge, Messages, Prompts
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Settings
 from steer.lineage.ratings import ranked_pairs
 from steer.model.steered import SteeredModel, load
@@ -189,18 +191,50 @@ def test_a_scene_goes_on_with_the_reply_that_was_chosen(lineage: Lineage) -> Non
         assert shown(judge).chat != first.chat
 
 
+def messages(chat: list[list[str]]) -> Messages:
+    return tuple((role, text) for role, text in chat)
+
+
+def next_is_written(lineage: Lineage, blind_pair: BlindPair, scene: bool) -> bool:
+    """Whether 0, 1a and 1b have replied to a chat that may follow this one: in a scene, after either reply."""
+    nodes: defaultdict[Messages, set[str]] = defaultdict(set)
+    for file in lineage.place.glob("replies/*/*.json"):
+        nodes[messages(json.loads(file.read_text())["chat"])].add(file.stem)
+    answered = {chat for chat, some in nodes.items() if len(some) == 3}
+    if not scene:
+        return bool(answered - {messages(v.chat) for v in lineage.votes} - {blind_pair.chat})
+    goes_on = {(*blind_pair.chat, ("assistant", reply)) for reply in (blind_pair.left, blind_pair.right)}
+    return goes_on <= {chat[:-1] for chat in answered}
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("most", [1, None])
 @pytest.mark.parametrize("scene", [False, True])
-def test_replies_are_there_before_the_vote_that_needs_them(lineage: Lineage, most: int | None, scene: bool) -> None:
+def test_replies_are_there_before_the_vote_that_needs_them(
+    lineage: Lineage, most: int | None, scene: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a pair is read, the replies that may be shown next are written, whatever the vote will be."""
+    loaded: WeakSet[torch.nn.Module] = WeakSet()
+
+    def watched(*args: Any, **options: Any) -> SteeredModel:
+        model = load(*args, **options)
+        loaded.add(model.hf)
+        return model
+
+    monkeypatch.setattr(judging, "load", watched)
     with Judge(lineage, "kim", scene=scene, sampler=SHORT, most=most) as judge:
         for choice in ("left", "same", "right", "left"):
             blind_pair = shown(judge)
-            with judge._changed:
-                assert judge._changed.wait_for(lambda: judge._next_job() is None, 60)
+            until(lambda pair=blind_pair: next_is_written(lineage, pair, scene))
             judge.vote(blind_pair, choice)  # pyright: ignore
             assert judge.blind_pair(wait=0) is not None
-        assert len(judge._models.held) == (most or 3)
+        assert len(loaded) == (most or 3)
 
 
 def test_a_voter_who_can_wait_is_only_shown_the_pair_that_settles_most(lineage: Lineage) -> None:
@@ -213,15 +247,15 @@ def test_a_voter_who_can_wait_is_only_shown_the_pair_that_settles_most(lineage: 
             judge.vote(blind_pair, "left")
 
 
-def test_replies_are_written_once_for_everyone(lineage: Lineage, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_are_written_once_for_everyone(lineage: Lineage, judge: Judge) -> None:
     blind_pair = shown(judge)
-    with judge._changed:
-        assert judge._changed.wait_for(lambda: judge._next_job() is None, 60)
-    monkeypatch.setattr(judging, "load", None)
+    judge.close()
+    written = {file: file.stat().st_mtime_ns for file in lineage.place.glob("replies/*/*.json")}
     with Judge(lineage, "kim", sampler=SHORT) as again:  # as after a kill
-        other = again.blind_pair(wait=5)
-        assert other is not None
+        other = shown(again)
         assert {other.left, other.right} == {blind_pair.left, blind_pair.right}
+        until(lambda: len(list(lineage.place.glob("replies/*/*.json"))) > len(written))
+    assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
 def test_nodes_that_write_the_same_are_not_shown(tmp_path: Path, models: Path, tiny_llama: Callable[..., Path]) -> None:

@@ -18,7 +18,7 @@ from scipy.stats import norm
 
 from steer.errors import UsageError
 from steer.lineage.lineage import Gate, Generation, Lineage, Move, Node, Outcome, Settings, Vote
-from steer.lineage.ratings import NOTICEABLE, SURE, next_pair, ranked_pairs, rate, standing
+from steer.lineage.ratings import NOTICEABLE, SURE, ranked_pairs, rate, standing
 
 OTHER: dict[Outcome, Outcome] = {"a": "b", "b": "a", "same": "same", "bad": "bad"}
 
@@ -124,7 +124,7 @@ def test_the_best_is_known_at_nine_in_ten() -> None:
 def test_one_node_is_the_best_and_there_is_no_pair() -> None:
     found = rate(["0"], [])
     assert (found.leader, found.known, found.settled, found.line) == ("0", True, True, "0 is the only merge")
-    assert (found.ratings["0"].best, next_pair(found)) == (1.0, None)
+    assert (found.ratings["0"].best, ranked_pairs(found)) == (1.0, [])
 
 
 def test_votes_that_cannot_be_are_refused_by_name() -> None:
@@ -140,7 +140,7 @@ def test_the_next_pair_is_among_those_that_may_be_the_best() -> None:
     votes = [*[vote("a", "c")] * 8, *[vote("b", "d")] * 8, *[vote("a", "d")] * 4, *[vote("b", "c")] * 4]
     found = rate([*"abcd"], votes)
     pairs = ranked_pairs(found)
-    assert pairs[0] == next_pair(found) == ("a", "b")
+    assert pairs[0] == ("a", "b")
     assert len(pairs) == 6
 
 

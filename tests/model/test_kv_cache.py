@@ -44,14 +44,15 @@ def same(a: tuple[list[int], Tensor], b: tuple[list[int], Tensor]) -> bool:
 
 def holds_what_it_claims(model: SteeredModel, memory: PrefixCache, edit: Edit, prompt: int) -> None:
     """The cache is that of its ids, read in one pass."""
-    assert memory._cache is not None
+    held, rest = memory.recall([*memory.ids, 0], model.hf.config)
+    assert rest == [0]
     slow, fresh = Slow(model, lambda t: edit.as_moves(), prompt), growing_cache(model.hf.config)
     handle = model.hf.model.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {"past_key_values": fresh, "use_cache": True}), with_kwargs=True
     )
     slow.logits(memory.ids)
     handle.remove()
-    for mine, wanted in zip(memory._cache.layers, fresh.layers, strict=True):
+    for mine, wanted in zip(held.layers, fresh.layers, strict=True):
         torch.testing.assert_close(mine.keys, wanted.keys, rtol=0, atol=EXACT)
         torch.testing.assert_close(mine.values, wanted.values, rtol=0, atol=EXACT)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Cache
 
 from steer.core.edit import Edit
 from steer.core.method import Kernel, Strengths
 from steer.core.sampler import Sampler
+from steer.model import decode
 from steer.model import prefill as prefill_module
-from steer.model.decode import _order, generate
+from steer.model.decode import generate
 from steer.model.forward import hidden_states
+from steer.model.kv_cache import select_rows
 from steer.model.prefill import Beginning, prefill
 from steer.model.steered import SteeredModel
 
@@ -123,19 +126,15 @@ def test_a_beginning_read_before_is_not_read_again_by_any_batch(model64: Steered
     assert Beginning.of(model64, [[7, 8], [9, 8]]) is None
 
 
-def test_replies_are_the_same_whether_or_not_their_beginnings_are_shared(model: SteeredModel, edits, fed, monkeypatch):
-    prompts, which, keys = (
-        TEXTS * 2 * len(edits),
-        [e for e in range(len(edits)) for _ in TEXTS * 2],
-        list(range(12)) * 4,
-    )
-    model.end_token_ids = frozenset(range(30, 40))  # so that rows leave the batch at different steps
-    with model.steering.applied(edits):
-        shared = generate(model, prompts, DRAWN, keys, which=which)
+def test_replies_are_the_same_whether_or_not_their_beginnings_are_shared(model64: SteeredModel, edits, fed):
+    rows = [(text, e, key) for e in range(len(edits)) for key, text in enumerate(TEXTS * 2)]
+    prompts, which, keys = map(list, zip(*rows, strict=True))
+    model64.end_token_ids = frozenset(range(30, 40))  # so that rows leave the batch at different steps
+    with model64.steering.applied(edits):
+        shared = generate(model64, prompts, DRAWN, keys, which=which)
         read = sum(fed)
-        monkeypatch.setattr(prefill_module, "_heads", lambda t, *_: ([0] * len(t), [*range(len(t))], max(map(len, t))))
         fed.clear()
-        assert generate(model, prompts, DRAWN, keys, which=which) == shared
+        assert [generate(model64, [t], DRAWN, [key], which=[e])[0] for t, e, key in rows] == shared
     assert read < 0.8 * sum(fed)
     assert len({len(r) for r in shared}) > 3
     assert DRAWN.max_new_tokens in {len(r) for r in shared}
@@ -156,8 +155,16 @@ def test_residuals_summed_while_replies_are_written_are_those_of_a_second_pass(m
             torch.testing.assert_close(sums[site, i], expected, rtol=1e-5, atol=1e-4)
 
 
-def test_rows_that_leave_move_as_few_others_as_they_are():
-    assert _order([True, False, True, False, True]) == [0, 4, 2]
-    assert _order([False, False, True]) == [2]
-    assert _order([True, True]) == [0, 1]
-    assert _order([False]) == []
+def test_rows_that_leave_move_as_few_others_as_they_are(model: SteeredModel, monkeypatch):
+    kept: list[list[int]] = []
+
+    def select(cache: Cache, rows: torch.Tensor) -> None:
+        kept.append(rows.tolist())
+        select_rows(cache, rows)
+
+    monkeypatch.setattr(decode, "select_rows", select)
+    model.end_token_ids = frozenset(range(30, 40))
+    generate(model, TEXTS * 8, DRAWN)
+    assert any(rows != sorted(rows) for rows in kept)
+    for rows in kept:  # a row stays in its place, or takes that of one that leaves
+        assert all(row == place or row >= len(rows) for place, row in enumerate(rows))

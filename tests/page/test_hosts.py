@@ -12,9 +12,11 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import streamlit
+from streamlit.runtime.context import ContextProxy
+from streamlit.testing.v1 import AppTest
 
 from steer.cli import live as cli_live
 from steer.serve.server import listen
@@ -82,18 +84,21 @@ def test_a_foreign_name_gets_no_socket_through_which_all_of_the_page_comes(port,
 
 @pytest.mark.parametrize(("allowed", "more"), [([], False), (["my.host"], True)])
 def test_however_it_was_started_nothing_is_drawn_for_a_foreign_name(monkeypatch, allowed, more):
-    from steer.page import shell
+    monkeypatch.setattr(sys, "argv", ["app.py"])  # without a model, for which the page has a title
+    monkeypatch.delenv("STEER_MODEL", raising=False)
+    option = streamlit.get_option
+    monkeypatch.setattr(streamlit, "get_option", lambda n: allowed if n == "server.allowedHosts" else option(n))
 
-    def known(host: str | None) -> bool:
-        headers = {} if host is None else {"Host": host}
-        found = SimpleNamespace(context=SimpleNamespace(headers=headers), get_option=lambda name: allowed)
-        monkeypatch.setattr(shell, "st", found)
-        return shell._known_host()
+    def drawn(host: str | None) -> bool:
+        monkeypatch.setattr(ContextProxy, "headers", {} if host is None else {"Host": host})
+        page = AppTest.from_file(str(cli_live.PAGE), default_timeout=60).run()
+        assert ["answers at localhost" in e.value for e in page.error] == ([] if page.title else [True])
+        return bool(page.title)
 
-    assert not any(known(f"{name}:8501") for name in FOREIGN)
-    assert all(known(f"{name}:8501") for name in ("localhost", "127.0.0.1", "[::1]"))
-    assert known(None)  # no browser: the tests of the page
-    assert known("my.host:1") is more
+    assert not any(drawn(f"{name}:8501") for name in FOREIGN)
+    assert all(drawn(f"{name}:8501") for name in ("localhost", "127.0.0.1", "[::1]"))
+    assert drawn(None)  # no browser: the tests of the page
+    assert drawn("my.host:1") is more
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_chat import SPECIAL, WORDS, save_tiny_chat
 
 from steer.errors import MismatchError, UsageError
 from steer.model.steered import SteeredModel, load
+from steer.sae import passes
 from steer.sae.harvest import harvest
 from steer.sae.passes import ModelStream
 from steer.sae.shards import Activations, Harvest, ShuffledRows, is_held_out
@@ -130,10 +132,14 @@ def streamed(model: SteeredModel, text: str, **options: object) -> ModelStream:
 
 def fed(model: SteeredModel, text: str, monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[ModelStream, list]:
     """A stream, and every row that its forward passes made for training, in order."""
-    stream = streamed(model, text, **options)
-    rows: list[torch.Tensor] = []
-    inliers = stream._inliers
-    monkeypatch.setattr(stream, "_inliers", lambda p: rows.append(inliers(p)) or rows[-1])
+    stream, rows, run = streamed(model, text, **options), [], passes.passes
+
+    def recorded(*args: Any, **settings: Any) -> Iterator[passes.Pass]:
+        for p in run(*args, **settings):
+            rows.append(p.residuals[1][~p.outliers(stream.state_dict()["limit"])[1]].bfloat16())
+            yield p
+
+    monkeypatch.setattr(passes, "passes", recorded)
     return stream, rows
 
 

@@ -1,4 +1,5 @@
-"""Capability: how well plain prose is predicted, whatever is asked of the character."""
+"""Capability, the probe of general damage: how well the model predicts plain prose that has nothing to do with a
+trait."""
 
 from __future__ import annotations
 

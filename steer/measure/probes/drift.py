@@ -1,9 +1,9 @@
-"""Drift: what a long chat does to a model, by turn: how well it still predicts the replies, what it repeats, and what
-all other probes find after so many messages.
+"""Drift, the probe of long chats: how a model's figures change with the number of turns.
 
-The chats are written beforehand, of exchanges that make sense in any order, and every chat has them in another order:
-what changes with the turn is then the turn's doing, not the text's. For the same reason the other probes ask the same
-items at every turn.
+It measures, at several turns, how well the model predicts the replies, how much it repeats, and what every other probe
+finds. The chats are written beforehand. Their exchanges make sense in any order and each chat has another order, so
+that a change from turn to turn comes from the length of the chat and not from the text. For the same reason the other
+probes ask the same items at every turn.
 """
 
 from __future__ import annotations
@@ -158,21 +158,17 @@ class LaterReader:
         return getattr(self._reader, name)
 
     def length(self, passage: Passage) -> int:
-        """See `Reader`."""
         return self._reader.length(self._later(passage))
 
     def logprobs(self, passages: Sequence[Passage], advance: Advance | None = None) -> list[LogProbs]:
-        """See `Reader`."""
         return self._reader.logprobs([self._later(p) for p in passages], advance)
 
     def replies(
         self, chats: Sequence[Chat], *, tokens: int, seeds: Sequence[int], advance: Advance | None = None
     ) -> list[str]:
-        """See `Reader`."""
         return self._reader.replies([self._after(c) for c in chats], tokens=tokens, seeds=seeds, advance=advance)
 
     def divergences(self, pairs: Sequence[tuple[Passage, Passage]], advance: Advance | None = None) -> list[LogProbs]:
-        """See `Reader`."""
         return self._reader.divergences([(self._later(p), self._later(q)) for p, q in pairs], advance)
 
     def _later(self, passage: Passage) -> Passage:

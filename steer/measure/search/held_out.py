@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
-from steer.baking.certificate import ADAPTER
+from steer.checkpoint.reader import ADAPTER
 from steer.core.sampler import MEASURE
 from steer.core.trait import NeutralPrompts
 from steer.measure.harness import (

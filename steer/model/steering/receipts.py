@@ -21,7 +21,7 @@ from steer.core.feature import Feature
 from steer.core.slider import Operation, Slider, rounded
 from steer.model.steering.low_rank import ForwardContext, LowRankEdit, Term
 
-_PENDING = 4096
+PENDING = 4096
 """How many notes are held before they are summed up."""
 
 
@@ -146,7 +146,7 @@ class Tally:
             )
             self._pending.append(_Note(low_rank, low_rank.terms, total, self._now, self._valid))
         self._written.clear()
-        if len(self._pending) >= _PENDING:
+        if len(self._pending) >= PENDING:
             self._settle()
 
     def receipt(self, text: int = 0) -> Receipt:

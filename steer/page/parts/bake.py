@@ -9,7 +9,8 @@ from pathlib import Path
 import streamlit as st
 
 from steer.chat.chat import Chat
-from steer.chat.jobs import BakePlan, BakingJob
+from steer.chat.costs import bake_cost
+from steer.chat.jobs import BakePlan, BakingJob, plan
 from steer.page.drawing import markdown
 from steer.page.guard import button, draw_job, watch
 from steer.page.parts import cost
@@ -29,18 +30,18 @@ def draw(chat: Chat) -> None:
         "adapter is a small file that does the same beside the model."
     )
     form = st.segmented_control("Form", ["checkpoint", "adapter"], default="checkpoint", required=True, key="form")
-    plan = chat.plan_bake("adapter" if form == "adapter" else "checkpoint")
-    for verdict in plan.verdicts:
+    bake_plan = plan(chat.model, chat.profile("baked"), "adapter" if form == "adapter" else "checkpoint")
+    for verdict in bake_plan.verdicts:
         icon = ":material/check_circle:" if verdict.ok else ":material/cancel:"
         how = "" if verdict.operation == "add" else f" {verdict.operation}"
         st.markdown(f"{icon} **{markdown(verdict.slider)}**{how}: {markdown(verdict.reason)}")
-    if plan.why:
-        st.warning(markdown(plan.why))
+    if bake_plan.why:
+        st.warning(markdown(bake_plan.why))
     out = st.text_input("Folder to write", str(_free(Path.cwd() / "baked")), key="bake out").strip()
     with st.container(horizontal=True):
-        button("Bake", lambda: _start(plan, out), type="primary", disabled=not plan.possible or not out)
-        allowed = plan.without_refused()
-        if not plan.possible and allowed.possible:
+        button("Bake", lambda: _start(bake_plan, out), type="primary", disabled=not bake_plan.possible or not out)
+        allowed = bake_plan.without_refused()
+        if not bake_plan.possible and allowed.possible:
             button("Bake what can be", lambda: _start(allowed, out))
 
 
@@ -60,7 +61,7 @@ def _job(chat: Chat, job: BakingJob) -> None:
         assert out is not None
         st.success(f"Written: {markdown(str(out))}")
         if job.plan.form == "checkpoint":
-            cost.ask(lambda: chat.cost_of_bake(out), "cost of bake")
+            cost.ask(lambda: bake_cost(chat.model, out), "cost of bake")
         with st.expander("Certificate"):
             st.json(job.certificate, expanded=1)
         data = json.dumps(job.certificate, indent=2)

@@ -9,7 +9,7 @@ import streamlit as st
 import streamlit.components.v1 as components
 
 from steer.chat.chat import Chat
-from steer.chat.costs import Cost
+from steer.chat.costs import Cost, bake_cost, costs_of, effects_report, profile_cost
 from steer.page.drawing import markdown
 from steer.page.guard import button, draw_job, redraw, watch
 
@@ -25,21 +25,26 @@ def draw(chat: Chat) -> None:
         "Knowledge, places, consequences, characters, prose: the model answers the same questions with and without the "
         "sliders or the bake, and each difference is compared with noise. It takes some minutes."
     )
-    costs, effects = chat.costs(), chat.effects_report()
+    costs, effects = costs_of(chat.model), effects_report(chat.model)
     if effects is not None:
         st.caption("What each slider that ships does to every trait was measured once, on messages that no search saw.")
         if st.button("What the sliders do to each other", icon=":material/grid_on:"):
             _show("What the sliders do to each other", effects)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("Name for the sliders as they stand", "sliders", key="cost name", max_chars=80)
-        button("Measure the sliders", lambda: chat.cost_of_sliders(name.strip() or "sliders").start(), type="primary")
+        button("Measure the sliders", lambda: sliders_cost(chat, name.strip()).start(), type="primary")
     with st.container(horizontal=True, vertical_alignment="bottom"):
         place = st.text_input("Or the folder of a bake", key="cost bake").strip()
-        button("Measure the bake", lambda: chat.cost_of_bake(Path(place)).start(), disabled=not place)
+        button("Measure the bake", lambda: bake_cost(chat.model, Path(place)).start(), disabled=not place)
     for cost in costs:
         with st.container(border=True):
             job = cost.job
             watch(_cost, cost, running=lambda job=job: job is not None and job.running, every=POLL)
+
+
+def sliders_cost(chat: Chat, name: str) -> Cost:
+    """Return the evaluation of the chat's sliders as they stand, under a name."""
+    return profile_cost(chat.model, chat.profile(name or "sliders"))
 
 
 def ask(cost: Callable[[], Cost], key: str) -> None:

@@ -73,7 +73,7 @@ def _profiles(chat: Chat) -> None:
         else:
             st.download_button("Download", data, f"{file_name(name)}.yaml", "application/yaml", on_click="ignore")
     if chat.backend.local:
-        cost.ask(lambda: chat.cost_of_sliders(name or "sliders"), "cost of profile")
+        cost.ask(lambda: cost.sliders_cost(chat, name), "cost of profile")
     file = st.file_uploader("Upload a profile", ["yaml", "yml"], key="profile upload", max_upload_size=1)
     if file is not None:
         data, uploaded = file.getvalue(), file.name

@@ -25,6 +25,7 @@ from steer.checkpoint.dtypes import announce, computing_in
 from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.errors import SteerError, UnsupportedError
+from steer.files import one_line
 from steer.model.steering.low_rank import ForwardContext
 from steer.serve.batching import BatchingEngine
 from steer.serve.packed import READ, SHARE, Part, cache_bytes
@@ -129,7 +130,7 @@ def _core(model: SteeredModel, place: str, places: int, context: int, options: d
         config = EngineArgs(**given | options).create_engine_config()
         return EngineCore(config, Executor.get_class(config), log_stats=False)
     except (ValueError, RuntimeError, TypeError) as e:
-        raise SteerError(f"{model.name}: vLLM cannot load it: {' '.join(str(e).split())[:300]}") from e
+        raise SteerError(f"{model.name}: vLLM cannot load it: {one_line(e)}") from e
 
 
 def _memory(model: SteeredModel, dtype: torch.dtype | None, places: int, context: int) -> int:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batched import DRAWN, GREEDY, LONG, PATIENCE, PROMPT, ask, by_decoding, job
+from batched import DRAWN, GREEDY, LONG, PATIENCE, PROMPT, ask, by_decoding, job, leave_pages
 from tiny_chat import hooks_on, save_tiny_chat
 from transformers import CONFIG_MAPPING
 
@@ -79,7 +79,7 @@ def test_a_full_queue_says_when_to_come_back(endless):
 @pytest.mark.slow
 def test_a_job_begins_when_the_pages_for_the_whole_of_it_are_free(endless, monkeypatch):
     # Four pages of 64 tokens: two jobs of 105 tokens take them all, and the one of 17 behind the third has to wait.
-    monkeypatch.setattr(packed, "_pages", _fewer_pages(packed._pages, 4))
+    leave_pages(monkeypatch, endless, 4)
     wanted = [by_decoding(endless, job(sampler=LONG, key=k)) for k in range(3)]
     with closing(BatchingEngine(endless, max_running=4)) as engine:
         taken = [ask(engine, job(sampler=LONG, key=k)) for k in range(3)]
@@ -90,15 +90,11 @@ def test_a_job_begins_when_the_pages_for_the_whole_of_it_are_free(endless, monke
 
 
 def test_the_longest_text_leaves_pages_for_another_beside_it(endless, monkeypatch):
-    monkeypatch.setattr(packed, "_pages", _fewer_pages(packed._pages, 3))
+    leave_pages(monkeypatch, endless, 3)
     with closing(BatchingEngine(endless, max_running=4)) as engine:
         assert engine.context == 64
     with closing(BatchingEngine(endless, max_running=1)) as engine:
         assert engine.context == 128
-
-
-def _fewer_pages(made: Callable[..., dict[str, object]], pages: int) -> Callable[..., dict[str, object]]:
-    return lambda *args: made(*args) | {"num_blocks": pages}
 
 
 @pytest.mark.slow
@@ -174,12 +170,13 @@ def test_after_a_step_that_failed_the_engine_goes_on(endless, jobs, where, monke
 def test_an_engine_that_fails_without_a_job_stops_and_says_so(endless, monkeypatch):
     own = endless.hf.config._attn_implementation
     with closing(BatchingEngine(endless)) as engine:
+        over = ask(engine, job()).wait()
 
         def fail(*args: object) -> None:
             raise RuntimeError("no luck at all")
 
         monkeypatch.setattr(FairScheduler, "clear_cancelled_requests", fail)
-        engine._wake.set()
+        over.cancel()  # which asks the engine to look
         _until(lambda: not any(t.name == "steer-engine" for t in threading.enumerate()))
         for _ in range(2):
             with pytest.raises(SteerError, match="the engine has stopped: RuntimeError: no luck at all"):
@@ -216,7 +213,7 @@ def test_an_engine_without_jobs_closes_and_another_can_be_made(endless):
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_many_replies(endless, engine, jobs):
+def test_memory_stays_flat_over_many_replies(endless, engine, jobs, moral):
     brief = replace(DRAWN, max_new_tokens=5)
 
     def serve(many: int) -> None:
@@ -224,7 +221,8 @@ def test_memory_stays_flat_over_many_replies(endless, engine, jobs):
             for listener in [ask(engine, replace(one, key=k, sampler=brief)) for one in jobs]:
                 listener.wait()
         _until(lambda: engine.running == 0)
-        endless.steering._known.clear()  # sliders worked out for the last few steps, of whatever size
+        for amount in range(16):  # the latest few edits are kept worked out, of whatever size
+            endless.steering.work_out(Edit(add=((moral, float(amount)),)))
         gc.collect()
 
     tracemalloc.start()
@@ -235,8 +233,20 @@ def test_memory_stays_flat_over_many_replies(endless, engine, jobs):
     tracemalloc.stop()
     # A text that leaves its record with transformers leaves 1,000 bytes; caches of other kinds fill up a little.
     assert grown < 200 * 500
-    cache = engine._batcher._processor.cache
-    assert cache.compute_free_capacity() == 1.0
+
+
+@pytest.mark.slow
+def test_pages_of_texts_that_are_over_are_free_for_others(endless, engine, jobs):
+    for listener in [ask(engine, one) for one in jobs]:
+        listener.wait()
+    steps: list[object] = []
+    seen = endless.hf.register_forward_pre_hook(lambda *_: steps.append(None))
+    whole = job(sampler=replace(GREEDY, max_new_tokens=engine.context - len(PROMPT)))
+    texts = [ask(engine, whole) for _ in range(engine.max_running)]  # they need all pages that there are
+    assert len({tuple(text.wait().tokens) for text in texts}) == 1
+    seen.remove()
+    # Without a page that it needs, a text would wait for others to end.
+    assert len(steps) < 1.3 * whole.sampler.max_new_tokens
 
 
 def _until(true: Callable[[], bool]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from batched import DRAWN, GREEDY, LONG, PROMPT, Listener, ask, by_decoding, job
+from batched import DRAWN, GREEDY, LONG, PROMPT, Listener, ask, by_decoding, job, leave_pages
 
 from steer.model.steered import SteeredModel
 from steer.serve import packed, turns
@@ -33,8 +33,7 @@ def steps_to_first_token(
     monkeypatch.setattr(packed, "READ", READ)
     monkeypatch.setattr(turns, "STEP", 1e9)  # steps have READ tokens however busy the machine is
     if pages is not None:
-        made: Callable[..., dict[str, object]] = packed._pages
-        monkeypatch.setattr(packed, "_pages", lambda *args: made(*args) | {"num_blocks": pages})
+        leave_pages(monkeypatch, model, pages)
     steps: list[int] = []  # how many tokens `other` had at each step since it was asked
     asked: list[Listener] = []
     with closing(BatchingEngine(model, max_running=PLACES)) as engine:
