@@ -85,7 +85,7 @@ class LoadedModel:
         """Tokens that end a reply: those of the generation config, the config and the tokenizer, and the one that the
         chat template writes after a reply."""
         self._find_ends()
-        self.context = context_length(hf.config)
+        self.context = context_length(hf.config, tokenizer)
         """How many tokens the model reads at most, a prompt and its reply together."""
         self._files = files
         self.library: Callable[[], Library] = partial(Library, self)

@@ -115,10 +115,25 @@ def test_a_dictionary_keeps_its_site_norm_and_narrow_tensors_without_a_manifest(
     same(again, SAE.load_from_disk(tmp_path / "narrow"))
 
 
-def test_a_norm_that_is_no_number_is_refused(saved):
-    (saved / "manifest.json").write_text(json.dumps({"norm": "x"}))
-    with pytest.raises(SteerError, match="expected a number under norm, in its manifest or metadata, found 'x'"):
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("norm", v) for v in ("x", -1, float("nan"), True)] + [("site", v) for v in ("1", 1.5, -1, True)],
+)
+def test_a_norm_or_site_of_another_kind_is_one_line_that_names_it(saved, entry, value):
+    (saved / "manifest.json").write_text(json.dumps({entry: value}))
+    with pytest.raises(SteerError, match=f"expected a .*number from 0 under {entry}, in its manifest.*, found ") as e:
         load_dictionary(saved)
+    assert str(saved) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("k", [float("nan"), float("inf"), "x", None, 0])
+def test_a_k_that_is_no_number_of_latents_is_one_line(tmp_path, k):
+    random_sae("topk", k=K).save_model(tmp_path / "topk")
+    file = tmp_path / "topk" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"k": k}))
+    with pytest.raises(CheckpointError, match=f"k: expected 1 to {M} latents, found"):
+        load_dictionary(tmp_path / "topk")
 
 
 def test_the_manifest_has_the_last_word_on_name_site_and_norm(saved):

@@ -97,6 +97,22 @@ def test_what_a_gpu_runs_keeps_its_dtype(narrow):
         assert computing_in(place, device_map=here).dtype == torch.float32
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16])
+@pytest.mark.usefixtures("fast")
+def test_fp8_in_the_config_is_computed_in_what_holds_its_numbers(tiny_llama, tmp_path, change_config, stored):
+    """`stored`: of the matrices in the file."""
+    place = save_tiny_chat(tiny_llama, tmp_path / "m", dtype=torch.bfloat16)
+    tensors = load_file(place / "model.safetensors")
+    matrices = {n: t.to(stored) for n, t in tensors.items() if n.endswith("proj.weight")}
+    save_file(tensors | matrices, place / "model.safetensors", metadata={"format": "pt"})
+    change_config(place, dtype="float8_e4m3fn")
+    hf = load(place, device_map="cpu").hf
+    assert hf.dtype == torch.bfloat16
+    for name, matrix in matrices.items():
+        assert torch.equal(hf.get_parameter(name), matrix.bfloat16())
+    assert hf(input_ids=torch.tensor([[1, 5, 7]])).logits.isfinite().all()
+
+
 @pytest.mark.usefixtures("slow")
 def test_the_dtype_of_files_whose_config_names_none_is_that_of_their_weights(narrow, tmp_path):
     place, stored = narrow

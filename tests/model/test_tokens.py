@@ -51,12 +51,21 @@ def save_gpt2(path: Path, **config: object) -> Path:
     [
         ({"eos_token_id": 0}, {0, EOS}),
         ({"eos_token_id": [0, 7]}, {0, EOS, 7}),
+        ({"eos_token_id": -1}, {EOS}),
         ({"eos_token_id": None, "template": TEMPLATE.replace("</s>", "<|assistant|>")}, {EOS, ASSISTANT}),
         ({"eos": None, "template": TEMPLATE.replace("</s>", "<|assistant|>"), "eos_token_id": 0}, {0, ASSISTANT}),
         (ENDLESS, set()),
         ({"template": "{% for m in messages %}{{ raise_exception('no') }}{% endfor %}"}, {EOS}),
     ],
-    ids=["config and tokenizer", "a list", "template and tokenizer", "template and config", "none", "one that refuses"],
+    ids=[
+        "config and tokenizer",
+        "a list",
+        "-1 for none",
+        "template and tokenizer",
+        "template and config",
+        "none",
+        "one that refuses",
+    ],
 )
 def test_whatever_anybody_calls_an_end_token_ends_a_reply(
     tiny_llama: Save, tmp_path: Path, settings: dict[str, Any], ends: set[int]
@@ -161,6 +170,10 @@ def test_yarn_stretches_the_context_and_nothing_else_does() -> None:
     window = transformers.Gemma3TextConfig(max_position_embeddings=900, sliding_window=4)
     assert context_length(window) == 900
     assert context_length(transformers.GPT2Config(n_positions=77)) == 77
+    assert context_length(transformers.MptConfig(max_seq_len=77)) == 77
+    by_kind = {"full_attention": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 900}}
+    window.rope_parameters = by_kind | {"sliding_attention": {"rope_type": "default"}}
+    assert context_length(window) == 3600
 
 
 @pytest.fixture

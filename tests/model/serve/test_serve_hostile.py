@@ -77,6 +77,7 @@ def refused(reply: httpx.Response) -> dict[str, str]:
         (CHAT, {"messages": [{"role": "user", "content": [0] * 400_000}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": "x " * 10**6}]}, "messages"),
         (CHAT, {"stop": [0] * 400_000}, "stop"),
+        (CHAT, {"stop": ["a" * 1001]}, "stop"),
         (COMPLETE, {"prompt": [1, "a"] * 300_000}, "prompt"),
         (COMPLETE, {"prompt": ["a"] * 100_000}, "prompt"),
         (COMPLETE, {"prompt": [["a"]] * 100_000}, "prompt"),
