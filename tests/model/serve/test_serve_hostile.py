@@ -14,8 +14,10 @@ import pytest
 from serving import Served, served, until
 
 from steer.core.sampler import Sampler
+from steer.model.kv_cache import GrowingCache
 from steer.model.sampling import breaker_ids
 from steer.model.steered import SteeredModel
+from steer.serve import scoring
 from steer.serve.limits import Limits
 from steer.serve.replies import PLANNED
 from steer.serve.server import Options
@@ -129,6 +131,33 @@ def test_a_request_that_takes_long_to_tokenise_keeps_no_other_waiting(server, mo
         go_on.set()
         client.join()
     assert replies[0].status_code == 200
+
+
+def test_texts_are_written_while_a_long_prompt_is_scored(server, monkeypatch):
+    monkeypatch.setattr(scoring, "AT_ONCE", 8)
+    passes, begun = [], threading.Event()
+
+    def watch(module: object, args: object, kwargs: dict[str, object]) -> None:
+        passes.append("scoring" if isinstance(kwargs.get("past_key_values"), GrowingCache) else "writing")
+        if passes[-1] == "scoring" and not begun.is_set():
+            begun.set()
+            until(lambda: server.engine.running)
+
+    handle = server.model.hf.model.register_forward_pre_hook(watch, with_kwargs=True)
+    replies = []
+    scored = {"prompt": "hello " * 200, "max_tokens": 1, "echo": True, "logprobs": 0}
+    client = threading.Thread(target=lambda: replies.append(server.post(COMPLETE, scored)))
+    client.start()
+    try:
+        assert begun.wait(60)
+        assert server.post(COMPLETE, {"prompt": "hello", "max_tokens": 2}).status_code == 200
+    finally:
+        client.join()
+        handle.remove()
+    assert replies[0].status_code == 200
+    first, last = passes.index("scoring"), len(passes) - passes[::-1].index("scoring")
+    assert passes[first:last].count("scoring") == 25
+    assert "writing" in passes[first:last]
 
 
 def test_prompts_behind_one_that_is_too_long_are_not_tokenised(server, monkeypatch):
