@@ -354,6 +354,15 @@ def test_any_live_latent_is_moved_by_its_site_and_number(model, keep):
         model.sliders["L2/8"] = 1.0
 
 
+def test_a_latent_is_found_beside_a_dictionary_that_cannot_be_read(model, keep):
+    broken = keep(make()).parent / "a-broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text(json.dumps({"name": "broken", "sketch": model.sketch().to_header()}))
+    (broken / "sae_weights.safetensors").write_bytes(b"x")
+    with pytest.warns(SkippedWarning, match="a-broken"):
+        assert model.sliders.slider("L1/8").target.indices == (8,)
+
+
 def test_a_direction_goes_before_a_feature_of_the_same_name(model, keep, chat_checkpoint, make_direction):
     keep(make())
     keep_direction(chat_checkpoint, make_direction("sum"))
