@@ -48,8 +48,8 @@ MAX_OPTIONS = 32
 """Options of a chat template."""
 MAX_TOOLS = 128
 """Tools of a request."""
-MAX_STOP = 1000
-"""Characters of a stop string. Text that may begin one is compared with it at every token."""
+MAX_TEXT = 1000
+"""Characters of a stop string, with which text that may begin one is compared at every token, and of a model's name."""
 MAX_SLIDERS = 64
 MAX_AMOUNT = 10_000.0
 """Largest absolute amount of a slider. Amount 1 is as strong as the model shows the trait itself; far larger amounts
@@ -98,7 +98,7 @@ Number = Annotated[float, BeforeValidator(_read_number, json_schema_input_type=f
 Flag = Annotated[bool, BeforeValidator(_read_flag, json_schema_input_type=bool | int | str)]
 Text = Annotated[str, AfterValidator(without_surrogates)]
 Amount = Annotated[float, Field(ge=-MAX_AMOUNT, le=MAX_AMOUNT, allow_inf_nan=False)]
-StopText = Annotated[Text, Field(max_length=MAX_STOP)]
+StopText = Annotated[Text, Field(max_length=MAX_TEXT)]
 SliderName = Annotated[str, Field(max_length=200)]
 Sliders = Annotated[dict[SliderName, Amount | None], BeforeValidator(_check_count)]
 
@@ -140,7 +140,8 @@ class NewSlider(_Strict, extra="forbid"):
 class Request(_Strict, extra="allow"):
     """Fields that chats and completions have in common. Others are kept for `not_honoured`."""
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
+    """The reply has it too, in every chunk of a stream."""
     n: Annotated[Whole, Field(ge=1, le=8)] | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
