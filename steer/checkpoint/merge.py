@@ -402,7 +402,7 @@ def _carry_side_files(raw: dict[str, Any], located: Mapping[str, Mapping[str, An
 def _mend_card(card: Path, title: str, located: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the card's title, which mergekit takes from the staging directory, and this machine's paths in model
     names."""
-    text = re.sub("^# .*$", f"# {title}", card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    text = re.sub("^# .*$", lambda _: f"# {title}", card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
     parts = [pair for name, ref in located.items() for pair in zip(ref.values(), name.split("+"), strict=False)]
     places = {part["path"]: name for part, name in parts if Path(part["path"]).is_dir()}
     for place in sorted(places, key=len, reverse=True):

@@ -199,6 +199,8 @@ class Harvest:
         except ValidationError as e:
             place_in_file = ".".join(map(str, e.errors()[0]["loc"]))
             raise CheckpointError(f"{file}: {place_in_file}: {e.errors()[0]['msg'].lower()}; harvest anew") from e
+        if lacking := [s for s in manifest["sites"] if not manifest["norm"].get(str(s), 0) > 0]:
+            raise CheckpointError(f"{file}: norm: expected one above 0 of site {lacking[0]}, found none; harvest anew")
         check_shards(place, manifest["shards"])
         return cls(place, manifest)
 

@@ -208,8 +208,8 @@ def test_the_output_loads_in_transformers_with_its_chat_template(folder: Path, r
 
 
 def test_the_card_names_the_output_and_no_path_of_this_machine(folder: Path) -> None:
-    card = (merge(folder / "stock.yml", folder / "out") / "README.md").read_text()
-    assert "\n# out\n" in card
+    card = (merge(folder / "stock.yml", folder / r"out\1") / "README.md").read_text()
+    assert "\n# out\\1\n" in card
     assert "* a + tune\n" in card
     assert str(folder) not in card
 
