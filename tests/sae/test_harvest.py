@@ -308,8 +308,8 @@ def test_a_missing_or_cut_shard_is_seen_on_opening(model: SteeredModel, text: st
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("shards", []), ("shards", [{"file": "../x.safetensors", "bytes": 1}]), ("sites", None), ("norm", "1.0"), ("norm", {}),
-     ("norm", {"0": -1.0, "1": math.nan}),
+    [("shards", []), ("shards", [{"file": "../x.safetensors", "bytes": 1}]), ("sites", None), ("norm", "1.0"),
+     ("norm", {}), ("norm", {"0": -1.0, "1": math.nan}),
      ("tokens", "5"), ("inputs", []), ("checkpoint", None)],
 )  # fmt: skip
 def test_a_manifest_with_other_kinds_of_values_is_one_line(
