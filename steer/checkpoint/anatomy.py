@@ -423,7 +423,7 @@ class _Search:
         stored = self.tensors[name]
         if stored.dtype not in FLOATS:
             raise refusal(where, f"{name} is stored as {stored.dtype}")
-        if len(stored.shape) != rank or stored.shape[axis] != width:
+        if len(stored.shape) != rank or stored.shape[axis] != width or 0 in stored.shape:
             raise CheckpointError(
                 f"{where}: {name}: expected axis {axis} to be the residual width {width}, "
                 f"found shape {list(stored.shape)}; fetch the model again"
