@@ -85,8 +85,10 @@ class _Reader:
     """Turns the rows of a source into documents for one model."""
 
     def __init__(self, model: SteeredModel, context: int) -> None:
-        # Beyond the model's context GPT-2 has no positions, and other models were not trained.
-        self.model, self.context = model, min(context, model.context)
+        # Beyond the model's context GPT-2 has no positions, and other models were not trained; a document beyond the
+        # rotary limit would change the frequencies of the others in its batch.
+        limits = (context, model.context, model.anatomy.rotary_limit)
+        self.model, self.context = model, min(limit for limit in limits if limit is not None)
         self.tokenizer: Any = model.tokenizer
         # The tokens that the tokenizer puts before any text, such as BOS; there may be none.
         plain, framed = model.encode("a"), model.encode("a", frame=True)

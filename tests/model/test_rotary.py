@@ -25,6 +25,7 @@ from steer.model.kv_cache import PrefixCache
 from steer.model.prefill import Beginning, prefill
 from steer.model.steered import SteeredModel, load
 from steer.model.steering.receipts import Tally
+from steer.sae.documents import documents
 
 LIMIT = 24
 """Where the rotary frequencies become others, or the original context."""
@@ -155,6 +156,11 @@ def test_a_receipt_counts_tokens_that_are_read_again_once(phi3: Pair, make_direc
         made = [s.tokens[0] for s in decode(model, [TEXT[: LIMIT - 3]], GREEDY, tally=tally)]
     receipt = tally.receipt()
     assert receipt.tokens == receipt.sliders[0].tokens == LIMIT - 3 + len(made) - 1
+
+
+def test_documents_of_a_harvest_end_where_the_factors_change(phi3: Pair, tmp_path: Path):
+    (tmp_path / "x.txt").write_text("hello " * 60)
+    assert {len(d.ids) for d in documents(phi3[0], str(tmp_path / "x.txt"), context=50)} == {LIMIT, 60 % LIMIT}
 
 
 @pytest.mark.slow
