@@ -287,6 +287,17 @@ class ChatRequest(Request):
     tool_choice: JsonValue = _aliased("tool_choice", "function_call")
     """`none`, `auto`, `required`, or the one function that may be called."""
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _few(cls, messages: Any) -> Any:
+        """Refuse too many parts and calls before an object is made of each, which takes seconds for a million."""
+        given = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+        lists = [m.get(name) for m in given for name in ("content", "tool_calls")]
+        count = sum(len(value) for value in lists if isinstance(value, list))
+        if count > MAX_MESSAGES:
+            raise ValueError(f"expected at most {MAX_MESSAGES} parts and tool calls in all, found {count}")
+        return messages
+
     @field_validator("chat_template_kwargs")
     @classmethod
     def _options(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:

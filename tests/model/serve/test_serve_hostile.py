@@ -78,6 +78,8 @@ def refused(reply: httpx.Response) -> dict[str, str]:
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "t" * 10**5}]}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [0] * 400_000}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": "x " * 10**6}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": ["a"] * 1000}] * 700}, "10000 parts and tool calls in all"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}] * 1000}] * 200}, "tool calls in"),
         (CHAT, {"stop": [0] * 400_000}, "stop"),
         (CHAT, {"stop": ["a" * 1001]}, "stop"),
         (COMPLETE, {"prompt": [1, "a"] * 300_000}, "prompt"),
