@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_chat
 
 from steer.checkpoint.fetch import resolve
-from steer.errors import CheckpointError, SteerError
+from steer.errors import CheckpointError, SteerError, UnsupportedError
 from steer.model.loading import release_threads
 from steer.model.steered import load
 
@@ -192,6 +192,16 @@ def test_a_hub_id_without_owner_is_found_once_it_was_fetched(tmp_path: Path, mon
     assert resolve("gpt2") == "gpt2"
     with pytest.raises(CheckpointError, match="steer fetch gpt2"):
         resolve("nowhere")
+
+
+def test_a_tokenizer_in_python_alone_is_one_line(chat: Path) -> None:
+    (chat / "tokenizer.json").unlink()
+    (chat / "vocab.json").write_text(json.dumps({"<unk>": 0, "a</w>": 1}))
+    (chat / "merges.txt").write_text("#version\n")
+    (chat / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CTRLTokenizer"}))
+    with pytest.raises(UnsupportedError, match=r"expected a tokenizer of the tokenizers .*, found CTRLTokenizer") as e:
+        load(chat)
+    assert "\n" not in str(e.value)
 
 
 def test_a_tied_head_need_not_be_in_the_files(chat: Path) -> None:
