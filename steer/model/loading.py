@@ -160,8 +160,8 @@ def _fast_tokenizer(place: str, name: str, **code: Any) -> Any:
     tokenizer = read_tokenizer(place, name, **code)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UnsupportedError(
-            f"{name}: expected a tokenizer of the tokenizers library (tokenizer.json), found {type(tokenizer).__name__}, "
-            "which is written in Python alone; convert it, or name a checkpoint with a tokenizer.json"
+            f"{name}: expected a tokenizer of the tokenizers library (tokenizer.json), found "
+            f"{type(tokenizer).__name__}, which is written in Python alone; name a checkpoint with a tokenizer.json"
         )
     return tokenizer
 
