@@ -90,10 +90,7 @@ class _Reader:
         limits = (context, model.context, model.anatomy.rotary_limit)
         self.model, self.context = model, min(limit for limit in limits if limit is not None)
         self.tokenizer: Any = model.tokenizer
-        # The tokens that the tokenizer puts before any text, such as BOS; there may be none.
-        plain, framed = model.encode("a"), model.encode("a", frame=True)
-        start = next((n for n in range(len(framed)) if framed[n : n + len(plain)] == plain), 0)
-        self.prefix = framed[: min(start, self.context - 1)]
+        self.prefix = list(model.frame)[: self.context - 1]
         added = self.tokenizer.added_tokens_decoder
         self.special = {*self.tokenizer.all_special_ids, *self.prefix, *(i for i, t in added.items() if t.special)}
         if self.tokenizer.chat_template:

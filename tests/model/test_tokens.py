@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny_chat import ENDLESS, TEMPLATE, save_tiny_chat
+from tokenizers import processors
 
 from steer.chat.session import Session
 from steer.core.sampler import Sampler
@@ -21,6 +22,7 @@ from steer.model.steered import SteeredModel, load
 from steer.model.tokens import ContextWarning, context_length, padded
 from steer.sae.documents import documents
 from steer.sae.harvest import harvest
+from steer.serve.requests import CompletionRequest, completion_prompts
 
 Save = Callable[..., Path]
 EOS, ASSISTANT = 2, 5
@@ -118,6 +120,21 @@ def test_an_added_token_beyond_the_embedding_is_named_wherever_text_comes_in(
         with pytest.raises(CheckpointError, match=r"expected tokens below 77, .* found 77 \('zonk'\)"):
             read()
     assert model.chat("hello", max_new_tokens=1) is not None
+
+
+def test_a_tokenizer_that_puts_an_end_after_every_text_ends_no_prompt(model: SteeredModel) -> None:
+    """As tunes have it that were trained with add_eos_token."""
+    model.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
+    )
+    hello = model.tokenizer.convert_tokens_to_ids("hello")
+    assert model.tokenizer("hello").input_ids == [1, hello, EOS]
+    assert model.encode("hello", frame=True) == [1, hello]
+    for text in ("hello", "<s>hello", "<s> hello"):
+        (prompt,) = completion_prompts(model, CompletionRequest(prompt=text), 64)
+        assert prompt.ids == (1, hello)
+    (empty,) = completion_prompts(model, CompletionRequest(prompt=""), 64)
+    assert empty.ids == (1,)
 
 
 def test_half_a_character_is_an_error_of_one_line(model: SteeredModel) -> None:
