@@ -285,7 +285,10 @@ def _known(tensors: dict[str, Tensor], architecture: str, where: str) -> dict[st
         raise CheckpointError(f"{where}: expected {expected}, found {', '.join(sorted(tensors))}; {_AGAIN}")
     if unknown := sorted(set(tensors) - wanted):
         raise _refused(where, f"the tensors {', '.join(sorted(wanted))}", f"{unknown[0]} too")
-    return {name: tensors[name] for name in wanted}
+    if coded := sorted(name for name in wanted if not tensors[name].is_floating_point()):
+        raise _refused(where, "floating-point tensors", f"{coded[0]} in {tensors[coded[0]].dtype}, quantised perhaps")
+    # bf16 holds every number of fp8, which nothing computes in.
+    return {name: tensors[name].bfloat16() if tensors[name].itemsize == 1 else tensors[name] for name in wanted}
 
 
 def _site(metadata: dict[str, Any]) -> int | None:

@@ -250,6 +250,19 @@ def test_weights_that_are_not_what_the_config_says_are_reported(saved):
         load_dictionary(saved)
 
 
+def test_fp8_is_read_as_the_numbers_that_it_holds_and_integers_are_refused(saved):
+    tensors = load_file(saved / WEIGHTS)
+    narrow = {k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}
+    save_file(narrow, saved / WEIGHTS)
+    ours, x = load_dictionary(saved), inputs(3)
+    save_file({k: v.float() for k, v in narrow.items()}, saved / WEIGHTS)
+    close(ours.encode(x), load_dictionary(saved).encode(x))
+    close(ours.reconstruct(x), load_dictionary(saved).reconstruct(x))
+    save_file(tensors | {"W_dec": (tensors["W_dec"] * 100).to(torch.int8)}, saved / WEIGHTS)
+    with pytest.raises(UnsupportedError, match=r"expected floating-point tensors, found W_dec in torch\.int8"):
+        load_dictionary(saved)
+
+
 def test_pickles_are_never_loaded(tmp_path):
     (tmp_path / "cfg.json").write_text("{}")
     torch.save({"W_enc": torch.ones(2, 2)}, tmp_path / "ae.pt")
