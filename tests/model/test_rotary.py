@@ -118,11 +118,12 @@ def test_a_long_text_is_read_whole_where_its_beginning_alone_would_be_rotated_ot
     monkeypatch.setattr(prefill_module, "PASS", 0)
     texts = [TEXT[:50], [*TEXT[:40], 7, 8, 9]]
     begun = Beginning.of(model, [t[:20] for t in texts])
-    assert begun is not None
-    for asked in ({}, {"begun": begun}):
-        read = prefill(model, texts, prompts=[30, 30], **asked).hidden
+    assert (begun is None) == (plain.config.sliding_window is not None)
+    for before in (None, begun):
+        read = prefill(model, texts, prompts=[30, 30], begun=before).hidden
         for text, hidden in zip(texts, read, strict=True):
-            expected = plain.model(torch.tensor([text])).last_hidden_state[0, 29:]
+            with torch.no_grad():
+                expected = plain.model(torch.tensor([text])).last_hidden_state[0, 29:]
             torch.testing.assert_close(hidden[-len(expected) :], expected, **EXACT)
 
 
