@@ -19,6 +19,7 @@ from steer.model.sampling import breaker_ids
 from steer.model.steered import SteeredModel
 from steer.serve import scoring
 from steer.serve.limits import Limits
+from steer.serve.openai_json import CompletionFormat
 from steer.serve.replies import PLANNED
 from steer.serve.server import Options
 
@@ -160,6 +161,29 @@ def test_texts_are_written_while_a_long_prompt_is_scored(server, monkeypatch):
     first, last = passes.index("scoring"), len(passes) - passes[::-1].index("scoring")
     assert passes[first:last].count("scoring") == 25
     assert "writing" in passes[first:last]
+
+
+@pytest.mark.parametrize(("stream", "method"), [(False, "whole"), (True, "opening")])
+def test_the_log_probabilities_of_a_prompt_are_written_beside_the_loop(server, monkeypatch, stream, method):
+    write, begun, go_on = getattr(CompletionFormat, method), threading.Event(), threading.Event()
+
+    def slow(*args: object) -> object:
+        begun.set()
+        assert go_on.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(CompletionFormat, method, slow)
+    body = {"prompt": "hello friend", "max_tokens": 1, "echo": True, "logprobs": 5, "stream": stream}
+    replies = []
+    client = threading.Thread(target=lambda: replies.append(server.post(COMPLETE, body)))
+    client.start()
+    try:
+        assert begun.wait(60)
+        assert server.get("/health").json() == {"status": "ok"}
+    finally:
+        go_on.set()
+        client.join()
+    assert replies[0].status_code == 200
 
 
 def test_prompts_behind_one_that_is_too_long_are_not_tokenised(server, monkeypatch):
