@@ -264,7 +264,8 @@ def _rotary_limit(config: Mapping[str, Any], where: str) -> int | None:
 
 def rope_parts(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The parameters of rotary embeddings in a config: one set, or one per type of block, as in Gemma 3."""
-    return [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
+    nested = [part for part in rope.values() if isinstance(part, Mapping)]
+    return [rope] if {"rope_type", "type"} & rope.keys() or not nested else nested
 
 
 def _object(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
