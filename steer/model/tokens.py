@@ -107,8 +107,9 @@ def context_length(config: Any, tokenizer: Any = None) -> int:
         kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1.0
         if kind == "yarn":
             longest = max(longest, int(factor * (rope.get("original_max_position_embeddings") or 0)))
-        if kind == "linear" and most < (stated := getattr(tokenizer, "model_max_length", 0)) <= factor * most:
-            longest = max(longest, int(stated))
+        stated = getattr(tokenizer, "model_max_length", None)
+        if kind == "linear" and isinstance(stated, int) and stated <= factor * most:
+            longest = max(longest, stated)
     return longest
 
 
