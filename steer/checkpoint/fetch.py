@@ -22,7 +22,7 @@ from typing import Any
 
 from steer.checkpoint.staging import check_output, hash_file, staged, write_json
 from steer.errors import CheckpointError, SteerError
-from steer.files import read_json_object
+from steer.files import one_line, read_json_object
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def _no_checkpoint(path: Path) -> str | None:
     config = path / "adapter_config.json"
     if config.is_file():
         # transformers would load the base model that the adapter names.
-        base = read_json_object(config, do="save the adapter again").get("base_model_name_or_path") or "BASE"
+        named = read_json_object(config, do="save the adapter again").get("base_model_name_or_path")
+        base = one_line(named) if isinstance(named, str) and named.strip() else "BASE"
         return (f"a LoRA adapter of {base}; merge the two by a recipe with `model: {base}+{path.name}` "
                 "(steer merge), or name the base model")  # fmt: skip
     if (path / "config.json").is_file():
