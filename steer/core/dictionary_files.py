@@ -228,7 +228,7 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], where: str, place
         tensors["W_dec"],
         tensors["b_dec"],
         threshold=tensors.get("threshold"),
-        k=int(k) if isinstance(k, int | float) and math.isfinite(k) else None,
+        k=int(k) if isinstance(k, int) or (isinstance(k, float) and math.isfinite(k)) else None,
         b_mag=tensors.get("b_mag"),
         r_mag=tensors.get("r_mag"),
         subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)),

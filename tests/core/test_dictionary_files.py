@@ -127,7 +127,7 @@ def test_a_norm_or_site_of_another_kind_is_one_line_that_names_it(saved, entry, 
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("k", [float("nan"), float("inf"), "x", None, 0])
+@pytest.mark.parametrize("k", [float("nan"), float("inf"), 10**400, "x", None, 0])
 def test_a_k_that_is_no_number_of_latents_is_one_line(tmp_path, k):
     random_sae("topk", k=K).save_model(tmp_path / "topk")
     file = tmp_path / "topk" / "cfg.json"
