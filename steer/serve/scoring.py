@@ -36,10 +36,8 @@ def prompt_tokens(model: SteeredModel, ids: Sequence[int], edit: Edit | None, to
     read = torch.tensor([list(ids[:-1])], device=model.device)
     mask, texts = torch.ones_like(read), [WrittenText(model.tokenizer, ids[:-1], len(ids))]
     cache = growing_cache(model.hf.config, ahead=len(ids))
-    # Read in parts, the first ones of a text beyond the rotary limit would be rotated for a shorter one.
-    at_once = AT_ONCE if len(ids) <= (model.anatomy.rotary_limit or len(ids)) else len(ids)
-    for start in range(0, read.shape[1], at_once):
-        end = start + at_once
+    for start in range(0, read.shape[1], AT_ONCE):
+        end = start + AT_ONCE
         with model.steering.alone([edit]):
             hidden = decoder_pass(model, read[:, start:end], mask[:, :end], cache, None, texts)[0]
         time.sleep(0.001)  # else this thread would take the lock again before the engine's thread wakes

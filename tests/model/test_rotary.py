@@ -26,7 +26,6 @@ from steer.model.prefill import Beginning, prefill
 from steer.model.steered import SteeredModel, load
 from steer.model.steering.receipts import Tally
 from steer.sae.documents import documents
-from steer.serve import scoring
 
 LIMIT = 24
 """Where the rotary frequencies become others, or the original context."""
@@ -126,16 +125,6 @@ def test_a_long_text_is_read_whole_where_its_beginning_alone_would_be_rotated_ot
             with torch.no_grad():
                 expected = plain.model(torch.tensor([text])).last_hidden_state[0, 29:]
             torch.testing.assert_close(hidden[-len(expected) :], expected, **EXACT)
-
-
-def test_a_prompt_is_scored_whole_too(phi3: Pair, monkeypatch: pytest.MonkeyPatch):
-    model, plain = phi3
-    monkeypatch.setattr(scoring, "AT_ONCE", 8)
-    for length in (LIMIT, 50):
-        with torch.no_grad():
-            expected = plain(torch.tensor([TEXT[: length - 1]])).logits[0].log_softmax(-1)
-        found = [token.logprob for token in scoring.prompt_tokens(model, TEXT[:length], None, 0)]
-        torch.testing.assert_close(torch.tensor(found).double(), expected[range(length - 1), TEXT[1:length]], **EXACT)
 
 
 def test_chats_written_together_are_those_written_alone(phi3: Pair):
