@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -208,8 +209,11 @@ def read_json_object(
         return error(f"{path}: expected {what}, found {found}; {do}")
 
     try:
-        if path.stat().st_size > _JSON_BYTES:
+        found = path.stat()
+        if found.st_size > _JSON_BYTES:
             raise wrong(f"over {_JSON_BYTES >> 20} MB")
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise wrong("a device or a pipe, which may never end")
         value = parse_json(path.read_bytes())
     except FileNotFoundError as e:
         raise wrong("none") from e

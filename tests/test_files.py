@@ -37,6 +37,11 @@ def test_what_is_no_file_is_an_error_of_one_line(tmp_path: Path) -> None:
         read_json_object(tmp_path / "config.json")
     with pytest.raises(SteerError, match="could not be read"):
         read_json_object(tmp_path)
+    (tmp_path / "link").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(CheckpointError, match="found a device or a pipe"):
+            read_json_object(tmp_path / name)
 
 
 def test_json_within_the_limits_is_read() -> None:

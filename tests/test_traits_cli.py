@@ -44,8 +44,11 @@ def test_the_shelf_shows_which_directions_a_model_has(
     model = save_tiny_chat(tiny_llama, tmp_path / "model")
     direction = replace(make_direction("warmth"), provenance={"auroc": [0.5, 0.75, 0.6]})
     file = keep_direction(model, direction.at(1))
+    other = next(name for name in shipped_traits() if name != "warmth")
+    strange = keep_direction(model, replace(make_direction(other, seed=8), provenance={"auroc": ["x", "y", {}]}))
     rows = {row["name"]: row["direction"] for row in steer("traits", "--model", model, "--json").result["traits"]}
     assert rows.pop("warmth") == {"from": "saved", "file": str(file), "site": 1, "auroc": 0.75}
+    assert rows.pop(other) == {"from": "saved", "file": str(strange), "site": 1, "auroc": None}
     assert set(rows.values()) == {None}
     lines = steer("traits", "--model", model).out.splitlines()
     assert next(line for line in lines if line.startswith("warmth")).endswith("saved, site 1, AUROC 0.75")

@@ -251,10 +251,21 @@ def _rotary_limit(config: Mapping[str, Any], where: str) -> int | None:
     """The position at which LongRoPE (Phi 3) and dynamic NTK scaling switch to other frequencies."""
     config = _object(config, "text_config", where) or config
     rope = _object(config, "rope_parameters", where) or _object(config, "rope_scaling", where)
-    if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su", "dynamic"):
-        return None
-    key = "original_max_position_embeddings"
-    return rope.get(key) or config.get(key) or config.get("max_position_embeddings")
+    limits = []
+    for part in rope_parts(rope):
+        kind, most = part.get("rope_type") or part.get("type"), config.get("max_position_embeddings")
+        if kind in ("longrope", "su"):
+            key = "original_max_position_embeddings"
+            limits.append(part.get(key) or config.get(key) or most)
+        elif kind == "dynamic":
+            limits.append(most)
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def rope_parts(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parameters of rotary embeddings in a config: one set, or one per type of block, as in Gemma 3."""
+    nested = [part for part in rope.values() if isinstance(part, Mapping)]
+    return [rope] if {"rope_type", "type"} & rope.keys() or not nested else nested
 
 
 def _object(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
@@ -413,7 +424,7 @@ class _Search:
         stored = self.tensors[name]
         if stored.dtype not in FLOATS:
             raise refusal(where, f"{name} is stored as {stored.dtype}")
-        if len(stored.shape) != rank or stored.shape[axis] != width:
+        if len(stored.shape) != rank or stored.shape[axis] != width or 0 in stored.shape:
             raise CheckpointError(
                 f"{where}: {name}: expected axis {axis} to be the residual width {width}, "
                 f"found shape {list(stored.shape)}; fetch the model again"

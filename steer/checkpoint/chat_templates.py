@@ -33,7 +33,7 @@ def chosen_template(chosen: str | Path | None = None) -> str | None:
     place = TEMPLATES / f"{chosen}.jinja" if str(chosen) in names else Path(chosen).expanduser()
     where = f"--chat-template {chosen}"
     try:
-        text = place.read_text(encoding="utf-8")
+        text = place.read_text(encoding="utf-8-sig")  # a mark of the byte order would be the first token of every chat
     except FileNotFoundError as e:
         raise UsageError(f"{where}: expected a file, or one of {', '.join(names)}, found neither") from e
     except OSError as e:

@@ -43,6 +43,7 @@ _INSTRUCTIONS = {
 }
 """Names in `torch.cpu.get_capabilities`. A CPU that multiplies the dtype fast has at least one of them."""
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_FP8 = ("F8_E4M3", "F8_E5M2")
 _log = logging.getLogger(__name__)
 
 
@@ -117,7 +118,7 @@ def computing_in(
         return Computing(stored, f"computing in {dtype_name(stored)}, as stored")
     shards = [] if quantised else files()
     # fp8 weights are floating point once loaded; their few scales hardly matter.
-    counted = [t for s in shards for t in s.tensors if t.dtype in (*_STORED, "F8_E4M3", "F8_E5M2")]
+    counted = [t for s in shards for t in s.tensors if t.dtype in (*_STORED, *_FP8)]
     needed = sum(math.prod(t.shape) for t in counted) * torch.float32.itemsize * ROOM
     free = psutil.virtual_memory().available
     if needed > free:
@@ -174,10 +175,13 @@ def _shards(place: str, hub: Mapping[str, Any]) -> list[Shard]:
 
 
 def _stored_dtype(place: str, files: Callable[[], list[Shard]], hub: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that transformers would find: the one in config.json, else that of the first floating tensor."""
+    """The dtype that transformers would find: the one in config.json, else that of the first floating tensor. Nothing
+    computes in fp8, all of whose numbers bf16 holds."""
     config = json.loads(Path(str(cached_file(place, "config.json", **hub))).read_text(encoding="utf-8"))
     named = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
     found = getattr(torch, str(named).removeprefix("torch."), None)
-    if isinstance(found, torch.dtype):
+    if found in _STORED.values():
         return found
-    return next((_STORED[t.dtype] for s in files() for t in s.tensors if t.dtype in _STORED), None)
+    dtypes = {t.dtype for s in files() for t in s.tensors}
+    first = next((_STORED[t.dtype] for s in files() for t in s.tensors if t.dtype in _STORED), None)
+    return torch.bfloat16 if first is None and not dtypes.isdisjoint(_FP8) else first

@@ -85,7 +85,8 @@ def _no_checkpoint(path: Path) -> str | None:
     config = path / "adapter_config.json"
     if config.is_file():
         # transformers would load the base model that the adapter names.
-        base = read_json_object(config, do="save the adapter again").get("base_model_name_or_path") or "BASE"
+        named = read_json_object(config, do="save the adapter again").get("base_model_name_or_path")
+        base = one_line(named) if isinstance(named, str) and named.strip() else "BASE"
         return (f"a LoRA adapter of {base}; merge the two by a recipe with `model: {base}+{path.name}` "
                 "(steer merge), or name the base model")  # fmt: skip
     if (path / "config.json").is_file():

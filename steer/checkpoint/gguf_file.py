@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.checkpoint.fetch import transformers_errors
 from steer.checkpoint.projection import read_tensor
 from steer.checkpoint.quantised import dequantised
 from steer.checkpoint.reader import CheckpointFiles
-from steer.errors import CheckpointError, UnsupportedError, UsageError
-from steer.files import read_json_object, replacing
+from steer.errors import CheckpointError, SteerError, UnsupportedError, UsageError
+from steer.files import one_line, read_json_object, replacing
 
 Stored = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 STORED: tuple[Stored, ...] = get_args(Stored)
@@ -61,13 +63,13 @@ def write_gguf(
     import gguf
 
     files = dequantised(CheckpointFiles.open(source))
-    config = files.config
     if stored is not None and stored not in STORED:
         raise UsageError(f"dtype: expected one of {', '.join(STORED)}, found {stored!r}")
     if out.exists():
         raise UsageError(f"{out}: expected no file of this name, found one; name another")
+    files, expected = _completed(files)
     architecture, factors = _architecture(files), _rope_factors(files)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, files.config["num_hidden_layers"])
     tensors: dict[str, str] = {}
     for name in files.tensors:
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -76,6 +78,9 @@ def write_gguf(
         if place is None:
             raise _refusal(source, "the tensors of a Llama", f"{name}, for which llama.cpp has no place")
         tensors[name] = place
+    for name in expected:
+        if names.get_name(name, try_suffixes=(".weight", ".bias")) not in tensors.values():
+            raise CheckpointError(f"{source}: expected tensor {name}, found none; fetch the model again")
     stored_as = stored or _own_dtype(files)
     quantise = _quantiser(files, stored_as)
     with replacing(out) as part:
@@ -146,30 +151,45 @@ def _refusal(source: Path, expected: str, found: str) -> UnsupportedError:
     return UnsupportedError(f"{source}: expected {expected}, found {found}; convert it with llama.cpp's own script")
 
 
+def _completed(files: CheckpointFiles) -> tuple[CheckpointFiles, list[str]]:
+    """The checkpoint with every key that transformers reads in its config, which may be left out of the file where it
+    is the default; and the names of the tensors that the model is made of.
+
+    Errors: UnsupportedError for another type of model, CheckpointError for a config that transformers cannot read.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from steer.checkpoint.tiny import model_class_of, on_meta
+
+    kind = files.config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise _refusal(files.root, f"a model of type {' or '.join(ARCHITECTURES)}", str(kind))
+    given = {k: v for k, v in files.config.items() if k not in ("architectures", "model_type")}
+    with transformers_errors(str(files.root)):
+        config = CONFIG_MAPPING[kind](**given)
+        model_class = model_class_of(config)
+        assert model_class is not None
+        tensors = list(on_meta(config, model_class).state_dict())
+    if config.tie_word_embeddings:
+        tensors.remove("lm_head.weight")
+    return replace(files, config=config.to_dict()), tensors
+
+
 def _architecture(files: CheckpointFiles) -> str:
     """The architecture's name in llama.cpp. Errors: UnsupportedError for a model that computes otherwise."""
     config, root = files.config, files.root
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise _refusal(root, f"a model of type {' or '.join(ARCHITECTURES)}", str(kind))
-    if config.get("hidden_act", "silu") != "silu":
+    kind = config["model_type"]
+    if config["hidden_act"] != "silu":
         raise _refusal(root, "the activation silu", str(config["hidden_act"]))
-    if kind == "mistral" and config.get("sliding_window") is not None:
+    if kind == "mistral" and config["sliding_window"] is not None:
         raise _refusal(root, "attention to the whole context", f"a window of {config['sliding_window']} tokens")
     return ARCHITECTURES[kind]
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of rotary positions, as transformers writes them since version 5 or before."""
-    return {"rope_theta": config.get("rope_theta", 10000.0)} | (
-        config.get("rope_parameters") or config.get("rope_scaling") or {}
-    )
-
-
 def _rope_factors(files: CheckpointFiles) -> list[float] | None:
     """What Llama 3 divides each frequency by; None for plain rotary positions."""
-    rope = _rope(files.config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = files.config["rope_parameters"]
+    kind = rope["rope_type"]
     if kind == "default":
         return None
     if kind != "llama3":
@@ -197,7 +217,7 @@ def _quantiser(files: CheckpointFiles, stored: Stored) -> Callable[[str], np.nda
     import gguf
 
     heads = {"q_proj": files.config["num_attention_heads"]}
-    heads["k_proj"] = files.config.get("num_key_value_heads") or heads["q_proj"]
+    heads["k_proj"] = files.config["num_key_value_heads"]
     if stored.startswith("Q") and (
         odd := next((t for t in files.tensors.values() if len(t.shape) > 1 and t.shape[-1] % 32), None)
     ):
@@ -229,11 +249,11 @@ def _add_config(writer: Any, files: CheckpointFiles, stored: Stored) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(_head_width(config))
     writer.add_value_length(_head_width(config))
     writer.add_rope_dimension_count(_head_width(config))
-    writer.add_rope_freq_base(_rope(config)["rope_theta"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
@@ -242,8 +262,17 @@ def _add_vocabulary(writer: Any, files: CheckpointFiles, tokenizer: Path | None)
     if tokenizer is not None:
         _copy_vocabulary(writer, files, tokenizer)
     elif (root / "tokenizer.json").is_file():
-        for add, value in _vocabulary(files):
-            getattr(writer, f"add_{add}")(value)
+        try:
+            for add, value in _vocabulary(files):
+                getattr(writer, f"add_{add}")(value)
+        except SteerError:
+            raise
+        except Exception as e:  # whatever a file of another shape makes Python, tokenizers and gguf raise
+            found = f"{type(e).__name__} {one_line(e)}"
+            raise CheckpointError(
+                f"{root / 'tokenizer.json'}: expected a tokenizer of the tokenizers library, found another file "
+                f"({found}); fetch it again"
+            ) from e
     elif any(root.glob("tokenizer*")):
         raise _refusal(root, "a tokenizer.json", "a tokenizer in other files; or name a GGUF with --tokenizer")
     else:

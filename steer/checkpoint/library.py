@@ -134,12 +134,13 @@ class Library:
         for name, place in self.dictionaries.items():
             sites[name] = read_manifest(place).get("site")
             if sites[name] is None:  # a dictionary from elsewhere has it only in its config
-                sites[name] = dictionary_at(place).site
+                found = _read_or_skip(place, dictionary_at)
+                sites[name] = found and found.site
             if sites[name] == site:
                 return Slider(Feature.latent(dictionary_at(place), index))
-        found = ", ".join(f"{name} at site {at}" for name, at in sites.items()) or "none"
+        known = ", ".join(f"{name} at site {at}" for name, at in sites.items()) or "none"
         raise UsageError(
-            f"slider 'L{site}/{index}': expected a dictionary for {self.model.name} at site {site}, found {found}; "
+            f"slider 'L{site}/{index}': expected a dictionary for {self.model.name} at site {site}, found {known}; "
             "train one with steer train"
         )
 

@@ -116,6 +116,7 @@ def merge(
                 _mergekit_errors(recipe), _lists_follow_slices(), _files_closed(), fitting_adapters(),
                 torch.random.fork_rng(),
             ):  # fmt: skip
+                _check_layers(config)
                 torch.manual_seed(0)
                 run_merge(config, str(work), options, config_source=text)
         if not (work / "config.json").is_file() or not any(work.glob("*.safetensors")):
@@ -191,6 +192,17 @@ def is_merge_of(out: Path, recipe: Path) -> bool:
     if manifest.get("recipe") != raw or manifest.get("weights") != _hashes(out):
         return False
     return manifest.get("inputs") == input_hashes(recipe)
+
+
+def _check_layers(config: Any) -> None:
+    """Raise SteerError for layers that a source does not have: mergekit would plan every one of them first."""
+    for source in (source for s in config.slices or () for source in s.sources):
+        depth = source.model.config().get_text_config().num_hidden_layers
+        if source.layer_range[1] > depth:
+            raise SteerError(
+                f"layer_range: expected at most {depth}, the number of layers of {Path(source.model.model.path).name}, "
+                f"found {list(source.layer_range)}; mend the recipe"
+            )
 
 
 def _walk(node: Any, change: Callable[[str], Any]) -> Any:
@@ -384,7 +396,7 @@ def _carry_side_files(raw: dict[str, Any], located: Mapping[str, Mapping[str, An
 def _mend_card(card: Path, title: str, located: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the card's title, which mergekit takes from the staging directory, and this machine's paths in model
     names."""
-    text = re.sub("^# .*$", f"# {title}", card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    text = re.sub("^# .*$", lambda _: f"# {title}", card.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
     parts = [pair for name, ref in located.items() for pair in zip(ref.values(), name.split("+"), strict=False)]
     places = {part["path"]: name for part, name in parts if Path(part["path"]).is_dir()}
     for place in sorted(places, key=len, reverse=True):
@@ -456,12 +468,14 @@ def add_older_rope_keys(file: Path) -> None:
     config = read_json_object(file)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and isinstance(rope := part.get("rope_parameters"), dict):
-            part.update({k: v for k, v in _older_rope(rope).items() if k not in part})
+            older = _older_rope(rope, str(part.get("model_type")))
+            part.update({k: v for k, v in older.items() if k not in part})
     write_atomic_json(file, config)
 
 
-def _older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that transformers 4 reads, from `rope_parameters`."""
+def _older_rope(rope: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The keys that transformers 4 reads, from `rope_parameters`. 5 reads them too, and takes a `rope_scaling` in place
+    of `rope_parameters`."""
     out: dict[str, Any] = {}
     by_type = {k: v for k, v in rope.items() if isinstance(v, dict)}
     if by_type:  # as in Gemma 3: one set for layers with full attention, one for layers with a window
@@ -471,5 +485,13 @@ def _older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     if "rope_theta" in rope:
         out["rope_theta"] = rope["rope_theta"]
         scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        out["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        if model_type == "phi3" and scaling.get("rope_type") == "longrope":  # it takes these three keys and no other
+            scaling = {"type": "longrope", **{k: scaling[k] for k in ("short_factor", "long_factor")}}
+        default = scaling.get("rope_type", scaling.get("type", "default")) == "default"
+        out["rope_scaling"] = None if default else scaling
+        if (share := rope.get("partial_rotary_factor")) is not None:
+            out["partial_rotary_factor"] = share
+        if model_type.startswith("gpt_neox"):
+            out["rotary_emb_base"] = rope["rope_theta"]
+            out |= {} if share is None else {"rotary_pct": share}
     return out

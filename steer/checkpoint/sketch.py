@@ -121,6 +121,10 @@ def _writers(names: Sequence[str], config: Mapping[str, Any]) -> list[str]:
 def _sample(tensor: _Readable) -> Float[torch.Tensor, " values"]:
     """Values at evenly spaced places in the flattened tensor; only their rows are read from a file."""
     shape = [int(n) for n in (tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())]
+    if not shape or 0 in shape:
+        raise CheckpointError(
+            f"weights: expected rows of numbers, found a tensor of shape {shape}; fetch the model again"
+        )
     at = torch.linspace(0, math.prod(shape) - 1, _VALUES, dtype=torch.float64).long().tolist()
     width = math.prod(shape[1:])
     return torch.stack([tensor[n // width].reshape(-1)[n % width].to(torch.bfloat16).float().cpu() for n in at])

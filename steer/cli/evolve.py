@@ -35,6 +35,7 @@ app = typer.Typer(
     cls=_StartByDefault,
     no_args_is_help=True,
     help="Evolve merges by taste: `steer evolve START.yml LINEAGE --pool MODEL` begins a lineage, or goes on with it.",
+    epilog="Examples: `steer evolve recipe.yml lineage --pool someone/a-tune` · `steer evolve vote lineage`",
 )
 
 

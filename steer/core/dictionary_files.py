@@ -6,6 +6,7 @@ manifest.json (from training), features.jsonl (one row per labelled latent) and 
 
 from __future__ import annotations
 
+import math
 import re
 from importlib import metadata as packages
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from steer.core.dictionary import Architecture, Dictionary, Normalize
+from steer.core.small_files import shown
 from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.files import one_line, parse_json, read_json_object, write_atomic, write_atomic_json
 
@@ -213,8 +215,11 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], where: str, place
         raise CheckpointError(f"{where}: {says}, W_enc has shape {list(tensors['W_enc'].shape)}; {_AGAIN}")
     k = config.get("k") if architecture == "topk" else None
     norm = manifest.get("norm", metadata.get("residual_norm"))
-    if norm is not None and not isinstance(norm, int | float):
-        raise _refused(where, "a number under norm, in its manifest or metadata", repr(norm)[:60])
+    if norm is not None and not (type(norm) in (int, float) and 0 <= norm < 1e30):  # NaN fails
+        raise _refused(where, "a number from 0 under norm, in its manifest or metadata", shown(norm))
+    site = manifest.get("site", _site(metadata))
+    if site is not None and not (type(site) is int and site >= 0):
+        raise _refused(where, "a whole number from 0 under site, in its manifest", shown(site))
     return Dictionary(
         architecture,
         tensors["W_enc"],
@@ -222,13 +227,13 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], where: str, place
         tensors["W_dec"],
         tensors["b_dec"],
         threshold=tensors.get("threshold"),
-        k=int(k) if isinstance(k, int | float) else None,
+        k=int(k) if isinstance(k, int) or (isinstance(k, float) and math.isfinite(k)) else None,
         b_mag=tensors.get("b_mag"),
         r_mag=tensors.get("r_mag"),
         subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)),
         rescale_by_decoder_norm=architecture == "topk" and bool(config.get("rescale_acts_by_decoder_norm", False)),
         normalize=normalize,
-        site=manifest.get("site", _site(metadata)),
+        site=site,
         norm=float(norm) if norm else None,
         place=place,
         metadata=metadata,
@@ -279,7 +284,10 @@ def _known(tensors: dict[str, Tensor], architecture: str, where: str) -> dict[st
         raise CheckpointError(f"{where}: expected {expected}, found {', '.join(sorted(tensors))}; {_AGAIN}")
     if unknown := sorted(set(tensors) - wanted):
         raise _refused(where, f"the tensors {', '.join(sorted(wanted))}", f"{unknown[0]} too")
-    return {name: tensors[name] for name in wanted}
+    if coded := sorted(name for name in wanted if not tensors[name].is_floating_point()):
+        raise _refused(where, "floating-point tensors", f"{coded[0]} in {tensors[coded[0]].dtype}, quantised perhaps")
+    # bf16 holds every number of fp8, which nothing computes in.
+    return {name: tensors[name].bfloat16() if tensors[name].itemsize == 1 else tensors[name] for name in wanted}
 
 
 def _site(metadata: dict[str, Any]) -> int | None:

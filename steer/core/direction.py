@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from steer.core.small_files import shown
 from steer.core.validation import Count, Text, checked
 from steer.errors import MismatchError, SteerError, UsageError
 from steer.files import one_line, parse_json, write_atomic
@@ -26,6 +27,8 @@ from steer.files import one_line, parse_json, write_atomic
 _KEY = "steer_direction"  # safetensors header entry; it holds all fields except the vector
 _LARGEST = 1e30
 """Bound on every statistic, so that its product with an amount is finite in fp32."""
+_LONGEST = 200
+"""Characters of a name, which stands in every list of sliders and in errors."""
 _SCALARS = ("name", "site", "mean", "std", "with_mean", "without_mean", "residual_norm")
 
 
@@ -36,8 +39,8 @@ def _norm(norm: float) -> float:
 
 
 def _printable(name: str) -> str:
-    if not name.isprintable():
-        raise ValueError(f"expected printable text, found {name!a}")
+    if not name.isprintable() or len(name) > _LONGEST:
+        raise ValueError(f"expected printable text of at most {_LONGEST} characters, found {shown(name)}")
     return name
 
 

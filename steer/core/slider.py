@@ -176,8 +176,9 @@ def check_amount(name: str, operation: str, amount: Any) -> float:
     """The amount as a float, if the slider `name` can be set to it. Errors: UsageError."""
     try:
         amount = float(amount)
-    except (TypeError, ValueError):
-        raise UsageError(f"slider {name!r}: expected a number, found {amount!r}; give an amount such as -1") from None
+    except (TypeError, ValueError, OverflowError):
+        found = shown(amount)
+        raise UsageError(f"slider {name!r}: expected a number, found {found}; give an amount such as -1") from None
     if not math.isfinite(amount):
         raise UsageError(f"slider {name!r}: expected a finite amount, found {amount}")
     if operation == "ablate" and not 0 <= amount <= 1:

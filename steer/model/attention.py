@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from steer.errors import UnsupportedError
 
@@ -131,5 +131,19 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "layer_types")
 """Keys of a config that say which blocks attend to a window."""
 
 
+def finite_eager_mask(*args: Any, **kwargs: Any) -> Float[Tensor, "batch 1 new seq"] | None:
+    """transformers' mask of eager attention, but in float64 a token that sees nothing, as padding on the left, sees
+    every token.
+
+    The mask adds the least number of the model's dtype, and some architectures take the softmax in float32, where that
+    of float64 is minus infinity. Padding would become NaN, which the next block multiplies by zero into every token.
+    """
+    mask = eager_mask(*args, **kwargs)
+    if mask is None or mask.dtype != torch.float64:
+        return mask
+    return mask.masked_fill((mask < 0).all(-1, keepdim=True), 0.0)
+
+
 AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register("eager", finite_eager_mask)

@@ -123,8 +123,7 @@ def _residuals(model: LoadedModel, site: int) -> Iterator[Float[Tensor, "n d"]]:
     """Yield the unsteered residual stream of the prose, one batch of passages at a time, without BOS."""
     text = (resources.files("steer") / "measure" / "texts" / "plain.txt").read_text(encoding="utf-8")
     ids = model.encode(text)
-    bos = model.tokenizer.bos_token_id
-    first = [bos] if bos is not None and model.encode("a", frame=True)[:1] == [bos] else []
+    first = list(model.frame)
     length = min(_PASSAGE, len(ids), model.context - len(first))
     passages = [first + ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     for rows in torch.tensor(passages, device=model.device).split(_ROWS):

@@ -118,18 +118,25 @@ class GrowingLayer(DynamicLayer):
         return self._rooms[name]
 
 
-def growing_cache(config: PretrainedConfig, ahead: int = STEP) -> Cache:
+class GrowingCache(DynamicCache):
+    """The keys and values of one generation."""
+
+    stretched = False
+    """Whether the keys were rotated for a text that is longer than `Anatomy.rotary_limit`."""
+
+
+def growing_cache(config: PretrainedConfig, ahead: int = STEP) -> GrowingCache:
     """An empty cache for one generation, with room for `ahead` more tokens than were read. Layers other than plain full
     attention are those of transformers."""
-    cache = DynamicCache(config=config)
+    cache = GrowingCache(config=config)
     cache.layers = [GrowingLayer(ahead) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def branched(cache: Cache, pieces: Sequence[Piece], rows: int, columns: int, ahead: int) -> Cache:
+def branched(cache: Cache, pieces: Sequence[Piece], rows: int, columns: int, ahead: int) -> GrowingCache:
     """A cache of `rows` texts that begin with tokens of another cache, with room for `ahead` more; see
     `GrowingLayer.begin`."""
-    new = DynamicCache()
+    new = GrowingCache()
     new.layers = []
     for layer in cache.layers:
         assert isinstance(layer, GrowingLayer)
@@ -178,13 +185,13 @@ class PrefixCache:
         """The tokens that the cache holds."""
         self.read = 0
         """How many tokens of prompt and reply have gone through the model since the last reply began."""
-        self._cache: Cache | None = None
+        self._cache: GrowingCache | None = None
 
     def forget(self) -> None:
         """Drop everything, so that the whole chat is read again before the next token."""
         self.ids, self._cache = [], None
 
-    def recall(self, text: Sequence[int], config: PretrainedConfig) -> tuple[Cache, list[int]]:
+    def recall(self, text: Sequence[int], config: PretrainedConfig) -> tuple[GrowingCache, list[int]]:
         """The cache, cut to the beginning that it shares with `text`, and the tokens still to be read, at least one."""
         same, cache = min(common_length(self.ids, text), len(text) - 1), self._cache
         if cache is None or not same or not _cut(cache, len(self.ids), same):

@@ -85,7 +85,7 @@ class LoadedModel:
         """Tokens that end a reply: those of the generation config, the config and the tokenizer, and the one that the
         chat template writes after a reply."""
         self._find_ends()
-        self.context = context_length(hf.config)
+        self.context = context_length(hf.config, tokenizer)
         """How many tokens the model reads at most, a prompt and its reply together."""
         self._files = files
         self.library: Callable[[], Library] = partial(Library, self)
@@ -184,11 +184,20 @@ class LoadedModel:
         return out
 
     def encode(self, text: str, *, frame: bool = False) -> list[int]:
-        """Token ids of a text as it is; with `frame`, between the special tokens that the tokenizer puts around a text.
+        """Token ids of a text as it is; with `frame`, after the special tokens that the tokenizer puts before a text.
 
         Errors: UsageError for text that is not Unicode, CheckpointError for a token without a row in the embedding.
         """
-        return ids_of(self.tokenizer, [text], self.vocabulary, self.name, frame=frame)[0]
+        return [*(self.frame if frame else ()), *ids_of(self.tokenizer, [text], self.vocabulary, self.name)[0]]
+
+    @cached_property
+    def frame(self) -> tuple[int, ...]:
+        """The tokens that the tokenizer puts before a text, such as BOS; there may be none. What it puts after a text,
+        as EOS for training, would end a prompt before its reply."""
+        plain, framed = (
+            ids_of(self.tokenizer, ["a"], self.vocabulary, self.name, frame=around)[0] for around in (False, True)
+        )
+        return tuple(framed[: next((n for n in range(len(framed)) if framed[n : n + len(plain)] == plain), 0)])
 
     def check_finite(self, numbers: Tensor) -> None:
         """Raise unless logits or residual streams are finite in every row.

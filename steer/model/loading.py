@@ -37,7 +37,7 @@ from steer.checkpoint.proof import cache_file
 from steer.checkpoint.quantised import undeclared
 from steer.checkpoint.reader import CheckpointFiles
 from steer.checkpoint.tiny import IDS, model_class_of, on_meta, tiny_config, tiny_model, tiny_world
-from steer.errors import CheckpointError, UsageError
+from steer.errors import CheckpointError, UnsupportedError, UsageError
 from steer.files import read_json_object, write_atomic
 from steer.model import attention
 from steer.model.products import use_fast_products
@@ -75,7 +75,7 @@ def read_model(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of_products
             )
             more = more | {"quantization_config": small_weights}
-        tokenizer = read_tokenizer(place, name, **code)
+        tokenizer = _fast_tokenizer(place, name, **code)
         config = AutoConfig.from_pretrained(place, **code, **hub)
         model_class: Any = model_class_of(config) or AutoModelForCausalLM
         declared = getattr(config, "quantization_config", None)
@@ -140,7 +140,7 @@ def release_threads() -> None:
 def read_description(place: str, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model without numbers in its weights, and the tokenizer. Arguments and errors: as `read_model`."""
     with transformers_errors(name):
-        tokenizer = read_tokenizer(place, name)
+        tokenizer = _fast_tokenizer(place, name)
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         model_class = model_class_of(config)
         if model_class is None:
@@ -149,6 +149,18 @@ def read_description(place: str, name: str) -> tuple[PreTrainedModel, PreTrained
         if _check_generation_config(place, {}):
             hf.generation_config = GenerationConfig.from_pretrained(place)
     return hf, tokenizer
+
+
+def _fast_tokenizer(place: str, name: str, **code: Any) -> Any:
+    """The tokenizer of a checkpoint, which has to decode token by token. Errors: as `read_tokenizer`; UnsupportedError
+    for one that transformers has in Python alone."""
+    tokenizer = read_tokenizer(place, name, **code)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UnsupportedError(
+            f"{name}: expected a tokenizer of the tokenizers library (tokenizer.json), found "
+            f"{type(tokenizer).__name__}, which is written in Python alone; name a checkpoint with a tokenizer.json"
+        )
+    return tokenizer
 
 
 def _check_generation_config(place: str, hub: dict[str, Any]) -> bool:

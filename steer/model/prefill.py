@@ -19,7 +19,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from steer.model.kv_cache import STEP, GrowingLayer, Piece, branched, growing_cache, has_only_states, has_states
+from steer.model.kv_cache import (
+    STEP,
+    GrowingCache,
+    GrowingLayer,
+    Piece,
+    branched,
+    growing_cache,
+    has_only_states,
+    has_states,
+)
 from steer.model.loaded import LoadedModel
 from steer.model.steering.low_rank import ForwardContext
 from steer.model.steering.receipts import Tally
@@ -40,7 +49,7 @@ batch it would be memory that is new to the process at every layer."""
 class Prefill:
     """Texts that the model has read, padded on their left to one length."""
 
-    cache: Cache
+    cache: GrowingCache
     mask: Int[Tensor, "rows seq"]
     """0 for padding, else 1."""
     hidden: Float[Tensor, "rows fed d"]
@@ -52,7 +61,7 @@ class Beginning:
     """Tokens that the texts of several calls of `prefill` begin with, read once for all of them."""
 
     ids: tuple[int, ...]
-    cache: Cache
+    cache: GrowingCache
 
     @classmethod
     def of(cls, model: LoadedModel, texts: Sequence[Sequence[int]]) -> Beginning | None:
@@ -86,9 +95,11 @@ def prefill(
     rows = list(which) if which is not None else [0] * len(texts)
     texts = [tuple(t) for t in texts]
     fed = max(map(len, texts))
-    at_once = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" else fed
+    # Read in parts, the first ones would be rotated for a shorter text.
+    whole = fed > (model.anatomy.rotary_limit or fed)
+    at_once = max(1, AT_ONCE // len(texts)) if model.device.type == "cpu" and not whole else fed
     cache = growing_cache(model.hf.config, ahead + max(0, fed - at_once))
-    if (len(texts) > 1 or begun is not None) and _only_growing(cache):
+    if (len(texts) > 1 or begun is not None) and not whole and _only_growing(cache):
         limits = [min(p, len(t)) - 1 for p, t in zip(prompts, texts, strict=True)]
         heads, sources, tail = _heads(texts, limits, rows)
         if begun is not None and max(heads) <= len(begun.ids):
@@ -171,7 +182,7 @@ def decoder_pass(
     model: LoadedModel,
     ids: Int[Tensor, "rows new"],
     mask: Int[Tensor, "rows seq"],
-    cache: Cache,
+    cache: GrowingCache,
     row: Int[Tensor, " rows"] | None,
     texts: Sequence[WrittenText],
     spread: Spread | None = None,
@@ -179,12 +190,22 @@ def decoder_pass(
 ) -> Float[Tensor, "rows new d"]:
     """Run the decoder over new tokens, add them to the cache and return the input of the LM head.
 
+    Where the rotary frequencies become those of a longer text, or of a shorter one again, all tokens are read anew.
+
     `row`: as `ForwardContext.row`. `texts`: each text up to the new tokens, or further. `spread`: how
     the cache is narrowed, inside of `Spread.narrowed`. `tally`: records what the sliders do.
     """
     decoder = model.hf.get_submodule(model.anatomy.decoder_module)
+    new = ids.shape[1]
+    if (limit := model.anatomy.rotary_limit) is not None:
+        stretched = int(mask.sum(1).max()) > limit
+        if stretched != cache.stretched and cache.get_seq_length():
+            ids = _all_ids(model, cache, mask, texts)
+        cache.stretched = stretched
     with model.steering.lock:
         seen = mask[:, -ids.shape[1] :]
+        if ids.shape[1] > new:  # tokens that are read again are in the receipt already
+            seen = torch.cat([torch.zeros_like(seen[:, :-new]), seen[:, -new:]], dim=1)
         # In new memory: the strides of a slice differ from step to step, and compiled code would see new cases.
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].clone(memory_format=torch.contiguous_format)
         index = answer = None
@@ -209,7 +230,21 @@ def decoder_pass(
                 attention_mask=None if whole else mask,
                 use_cache=True,
                 **model.cache_arguments(cache, positions),
-            ).last_hidden_state
+            ).last_hidden_state[:, -new:]
+
+
+def _all_ids(
+    model: LoadedModel, cache: GrowingCache, mask: Int[Tensor, "rows seq"], texts: Sequence[WrittenText]
+) -> Int[Tensor, "rows seq"]:
+    """Empty a cache, and return all tokens that the next pass then reads: the texts as far as the mask reaches."""
+    cache.layers = growing_cache(model.hf.config).layers
+    if model.compiled is not None:  # the step was to run compiled code, which reads one token
+        for block in range(model.anatomy.blocks):
+            vars(model.hf.get_submodule(model.anatomy.block_module(block))).pop("forward", None)
+    ids = torch.zeros_like(mask)
+    counts = mask.sum(1).tolist()
+    ids[mask.bool()] = torch.tensor([i for t, n in zip(texts, counts, strict=True) for i in t.ids[:n]]).to(mask)
+    return ids
 
 
 def _begun(
@@ -221,7 +256,7 @@ def _begun(
     which: Sequence[int] | None,
     begun: Beginning | None,
     ahead: int,
-) -> Cache:
+) -> GrowingCache:
     """A cache with the first `heads` tokens of every text, as many as given for each, and room for `ahead` more; only
     the `sources` are read."""
     read = sorted({s for s, head in zip(sources, heads, strict=True) if head})
@@ -241,7 +276,7 @@ def _begun(
     return _branched(first.cache, places, heads, ahead)
 
 
-def _branched(cache: Cache, places: Sequence[tuple[int, int]], heads: Sequence[int], ahead: int) -> Cache:
+def _branched(cache: Cache, places: Sequence[tuple[int, int]], heads: Sequence[int], ahead: int) -> GrowingCache:
     """A cache of texts that begin with `heads` tokens each of another cache, and room for `ahead` more. `places`: the
     row of the other cache that holds them, and the column of the first."""
     pieces: dict[tuple[int, int, int], list[int]] = {}

@@ -197,6 +197,9 @@ class SteeredModel(LoadedModel):
         check_length(self.name, longest, self.context)  # before hours are spent on the others
         room = max(CACHE_BYTES, int(CACHE_SHARE * sum(p.nbytes for p in self.hf.parameters())))
         batch = min(batch, max(1, room // (self.token_bytes * (longest + sampler.max_new_tokens))))
+        limit = self.anatomy.rotary_limit
+        if limit is not None and limit < min(longest + sampler.max_new_tokens, self.context):
+            batch = 1  # a text beyond the limit changes the rotary frequencies of the others in its batch
         keys = list(keys) if keys is not None else list(range(len(prompts)))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out: list[list[int]] = [[] for _ in prompts]

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from steer.checkpoint.anatomy import rope_parts
 from steer.core.stops import begun
 from steer.errors import CheckpointError, UsageError
 from steer.model.chat_template import marks_of
@@ -84,23 +85,32 @@ def end_token_ids(config: Any, generation_config: Any, tokenizer: Any, turn_end:
         several = ids if isinstance(ids, list | tuple) else () if ids is None else (ids,)
         if wrong := [i for i in several if not isinstance(i, int)]:
             raise CheckpointError(f"eos_token_id: expected token ids, found {wrong[0]!r}; mend generation_config.json")
-        found |= set(several)
+        found |= {i for i in several if i >= 0}  # -1 stands for none
     return frozenset(found)
 
 
-def context_length(config: Any) -> int:
+def context_length(config: Any, tokenizer: Any = None) -> int:
     """How many tokens a model reads at most, a prompt and its reply together.
 
-    For YaRN it is the original length times the factor, if that is more than `max_position_embeddings`, which is right
-    for other kinds of scaling and for sliding windows.
+    It is `max_position_embeddings`, but:
+    - For YaRN it is the original length times the factor, if that is more.
+    - With linear scaling some checkpoints have the stretched length there (Gemma 3) and others the original one
+      (Vicuna 16k). It is the tokenizer's `model_max_length`, if that lies between the two.
+    - With dynamic scaling it is the original length. Every token beyond would change the frequencies of all tokens
+      before it, whose keys are in the cache.
     """
     text = config.get_text_config()
-    most = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) == "yarn":
-        stretched = rope.get("factor", 1.0) * (rope.get("original_max_position_embeddings") or 0)
-        most = max(most, int(stretched))
-    return most
+    keys = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+    most = next((n for key in keys if isinstance(n := getattr(text, key, None), int) and n > 0), 1 << 30)
+    longest = most
+    for rope in rope_parts(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}):
+        kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1.0
+        if kind == "yarn":
+            longest = max(longest, int(factor * (rope.get("original_max_position_embeddings") or 0)))
+        stated = getattr(tokenizer, "model_max_length", None)
+        if kind == "linear" and isinstance(stated, int) and stated <= factor * most:
+            longest = max(longest, stated)
+    return longest
 
 
 def check_length(name: str, length: int, context: int) -> None:

@@ -85,13 +85,12 @@ class _Reader:
     """Turns the rows of a source into documents for one model."""
 
     def __init__(self, model: SteeredModel, context: int) -> None:
-        # Beyond the model's context GPT-2 has no positions, and other models were not trained.
-        self.model, self.context = model, min(context, model.context)
+        # Beyond the model's context GPT-2 has no positions, and other models were not trained; a document beyond the
+        # rotary limit would change the frequencies of the others in its batch.
+        limits = (context, model.context, model.anatomy.rotary_limit)
+        self.model, self.context = model, min(limit for limit in limits if limit is not None)
         self.tokenizer: Any = model.tokenizer
-        # The tokens that the tokenizer puts before any text, such as BOS; there may be none.
-        plain, framed = model.encode("a"), model.encode("a", frame=True)
-        start = next((n for n in range(len(framed)) if framed[n : n + len(plain)] == plain), 0)
-        self.prefix = framed[: min(start, self.context - 1)]
+        self.prefix = list(model.frame)[: self.context - 1]
         added = self.tokenizer.added_tokens_decoder
         self.special = {*self.tokenizer.all_special_ids, *self.prefix, *(i for i, t in added.items() if t.special)}
         if self.tokenizer.chat_template:

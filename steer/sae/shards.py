@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from steer.checkpoint.staging import hash_file
 from steer.errors import CheckpointError, MismatchError, UsageError
 from steer.files import read_json_object
 
@@ -144,6 +145,7 @@ FORMAT = 2
 class _Shard(BaseModel, strict=True):
     file: str = Field(pattern=r"^[\w-]+\.safetensors$")
     bytes: int
+    sha256: str
 
 
 class _Inputs(BaseModel, strict=True):
@@ -199,6 +201,8 @@ class Harvest:
         except ValidationError as e:
             place_in_file = ".".join(map(str, e.errors()[0]["loc"]))
             raise CheckpointError(f"{file}: {place_in_file}: {e.errors()[0]['msg'].lower()}; harvest anew") from e
+        if lacking := [s for s in manifest["sites"] if not manifest["norm"].get(str(s), 0) > 0]:
+            raise CheckpointError(f"{file}: norm: expected one above 0 of site {lacking[0]}, found none; harvest anew")
         check_shards(place, manifest["shards"])
         return cls(place, manifest)
 
@@ -271,6 +275,15 @@ class Harvest:
                 f"{self.place}: expected held-out tokens, found that no document is held out; harvest more documents"
             )
         return self.activations(site)[rows[:limit]]
+
+    def check_contents(self) -> None:
+        """Raise CheckpointError unless every shard has its recorded sha256. It reads all files."""
+        for shard in self.manifest["shards"]:
+            if hash_file(file := self.place / shard["file"]) != shard["sha256"]:
+                raise CheckpointError(
+                    f"{file}: expected the sha256 that {MANIFEST} records, found another; copy the harvest again or "
+                    "harvest anew"
+                )
 
     def _check_site(self, site: int) -> None:
         if site not in self.sites:

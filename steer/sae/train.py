@@ -154,8 +154,9 @@ def train_dictionary(
     sparsity and learning rate, each with a default. Under `torchrun` every process calls this, and the first one
     writes.
 
-    Errors: UsageError for a source without site or text, MismatchError for a parent or model that does not fit,
-    OutputExistsError where another process trains into `out`, StoppedError on SIGTERM or Ctrl-C.
+    Errors: UsageError for a source without site or text, CheckpointError for a harvest that was changed,
+    MismatchError for a parent or model that does not fit, OutputExistsError where another process trains into `out`,
+    StoppedError on SIGTERM or Ctrl-C.
 
         options = TrainOptions(latents=4608, k=32, tokens=10_000_000)
         result = steer.train_dictionary("harvest", "dictionary", options, site=14)
@@ -211,6 +212,8 @@ def _from_harvest(source: str | Path, site: int | None, options: TrainOptions) -
         if len(harvest.sites) > 1:
             raise UsageError(f"{source}: expected --site, one of {', '.join(map(str, harvest.sites))}, found none")
         site = harvest.sites[0]
+    if parallel.rank() == 0:
+        harvest.check_contents()
     shared: dict[str, Any] = {"seed": options.seed, "held_out": options.held_out}
     batches = harvest.batches(site, options.batch, **shared, rank=parallel.rank(), world=parallel.world())
     sample = next(harvest.batches(site, min(16_384, harvest.tokens), **shared))

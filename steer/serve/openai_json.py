@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import starmap
 from typing import Any
 
@@ -181,11 +182,19 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     piece: str | None = tokenizer.convert_ids_to_tokens(token)
     if piece is None:
         return b""
-    if token in tokenizer.all_special_ids:
+    special, by_bytes = _alphabet(tokenizer)
+    if token in special:
         return piece.encode()
     if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
     # Byte-level vocabularies write each byte as one of 256 printable characters; other vocabularies hold plain text.
-    if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) and all(c in _BYTES for c in piece):
+    if by_bytes and all(c in _BYTES for c in piece):
         return bytes(_BYTES[c] for c in piece)
     return piece.replace("\u2581", " ").encode()
+
+
+@lru_cache(maxsize=4)
+def _alphabet(tokenizer: Any) -> tuple[frozenset[int], bool]:
+    """(ids of the special tokens, whether other tokens are written in bytes) of a tokenizer, which computes them anew
+    whenever it is asked."""
+    return frozenset(tokenizer.all_special_ids), "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)

@@ -166,13 +166,16 @@ class Replies:
                 pieces[update.choice].append(update.piece)
                 reasons[update.choice] = update.reason
         choices = [Update(i, _whole(parts), reasons[i]) for i, parts in enumerate(pieces)]
-        return Response(plan.format.whole(choices, self._summary(plan, writing)), media_type="application/json")
+        summary = self._summary(plan, writing)
+        return Response(
+            await _formatted(plan, lambda: plan.format.whole(choices, summary)), media_type="application/json"
+        )
 
     async def _chunks(self, plan: RequestPlan, writing: Writing, with_usage: bool) -> AsyncIterator[bytes]:
         """Yield the reply as server-sent events. If usage is asked for, it is sent in an extra chunk at the end."""
         more: dict[str, Any] = {"usage": None} if with_usage else {}
         try:
-            for chunk in plan.format.opening(more):
+            for chunk in await _formatted(plan, lambda: list(plan.format.opening(more))):
                 yield _event(chunk)
             async for update in writing.updates():
                 if update is None and self._keep_alive == "comments":
@@ -206,6 +209,11 @@ class Replies:
             "warnings": list(dict.fromkeys([*plan.warnings, *setting.warnings(), *warnings])),
         }
         return {"usage": usage(plan.prompts, sum(c.tokens for c in writing.choices)), "steering": steering}
+
+
+async def _formatted(plan: RequestPlan, write: Callable[[], T]) -> T:
+    """Return what `write` returns. The log-probabilities of long prompts take seconds to write, so a thread does it."""
+    return await anyio.to_thread.run_sync(write) if any(p.scored for p in plan.prompts) else write()
 
 
 async def _unless_hung_up(http: HttpRequest, work: Callable[[], Awaitable[T]]) -> T | None:

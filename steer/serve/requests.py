@@ -48,6 +48,8 @@ MAX_OPTIONS = 32
 """Options of a chat template."""
 MAX_TOOLS = 128
 """Tools of a request."""
+MAX_TEXT = 1000
+"""Characters of a stop string, with which text that may begin one is compared at every token, and of a model's name."""
 MAX_SLIDERS = 64
 MAX_AMOUNT = 10_000.0
 """Largest absolute amount of a slider. Amount 1 is as strong as the model shows the trait itself; far larger amounts
@@ -96,6 +98,7 @@ Number = Annotated[float, BeforeValidator(_read_number, json_schema_input_type=f
 Flag = Annotated[bool, BeforeValidator(_read_flag, json_schema_input_type=bool | int | str)]
 Text = Annotated[str, AfterValidator(without_surrogates)]
 Amount = Annotated[float, Field(ge=-MAX_AMOUNT, le=MAX_AMOUNT, allow_inf_nan=False)]
+StopText = Annotated[Text, Field(max_length=MAX_TEXT)]
 SliderName = Annotated[str, Field(max_length=200)]
 Sliders = Annotated[dict[SliderName, Amount | None], BeforeValidator(_check_count)]
 
@@ -137,11 +140,12 @@ class NewSlider(_Strict, extra="forbid"):
 class Request(_Strict, extra="allow"):
     """Fields that chats and completions have in common. Others are kept for `not_honoured`."""
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
+    """The reply has it too, in every chunk of a stream."""
     n: Annotated[Whole, Field(ge=1, le=8)] | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[Text], _at_most(64)] | None = _aliased("stop", "stop_sequence", "stopping_strings")
+    stop: Annotated[list[StopText], _at_most(64)] | None = _aliased("stop", "stop_sequence", "stopping_strings")
     steering: Steering | None = None
 
     # The sampler, by its own field names
@@ -282,6 +286,17 @@ class ChatRequest(Request):
     """Tools in the form that OpenAI had before `tools`."""
     tool_choice: JsonValue = _aliased("tool_choice", "function_call")
     """`none`, `auto`, `required`, or the one function that may be called."""
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _few(cls, messages: Any) -> Any:
+        """Refuse too many parts and calls before an object is made of each, which takes seconds for a million."""
+        given = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+        lists = [m.get(name) for m in given for name in ("content", "tool_calls")]
+        count = sum(len(value) for value in lists if isinstance(value, list))
+        if count > MAX_MESSAGES:
+            raise ValueError(f"expected at most {MAX_MESSAGES} parts and tool calls in all, found {count}")
+        return messages
 
     @field_validator("chat_template_kwargs")
     @classmethod

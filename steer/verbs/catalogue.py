@@ -88,11 +88,11 @@ def catalogue(
 def summary(dictionary: Dictionary) -> dict[str, Any]:
     """Return the figures at the top of the page."""
     m = dictionary.manifest
-    fit, spliced = m.get("fit") or {}, m.get("spliced") or {}
+    fit, spliced, options = (v if isinstance(v := m.get(key), dict) else {} for key in ("fit", "spliced", "options"))
     figures = {
         "site": dictionary.site,
         "latents": dictionary.latents,
-        "architecture": (m.get("options") or {}).get("architecture", dictionary.architecture),
+        "architecture": options.get("architecture", dictionary.architecture),
         "held-out FVU": fit.get("fvu"),
         "L0": fit.get("l0"),
         "dead latents": m.get("dead"),
@@ -111,7 +111,7 @@ def trait_tables(place: Path) -> list[dict[str, Any]]:
             out.append(_latents_table(found))
             if found["check"]:
                 out.append(_dose_table(found))
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise SteerError(f"{file}: expected what steer find --dictionary wrote, found {e!r}; find it again") from e
     return out
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from steer.checkpoint.fetch import resolve
 from steer.checkpoint.staging import check_output
 from steer.core.profile import Profile
+from steer.core.validation import error_line
 from steer.errors import CheckpointError, MismatchError, UsageError
-from steer.files import one_line, read_json_object, without_nan, write_atomic_json
+from steer.files import read_json_object, without_nan, write_atomic_json
 from steer.measure.arms import Loader, LocalArm, Source, damaged_arms, edit_of_amounts, edit_of_profile
 from steer.measure.endpoint import EndpointArm
 from steer.measure.eval_report import write_eval_report
 from steer.measure.evaluation import REPORT, RESULTS, Arm, compared, evaluate_arms
 from steer.measure.lm_eval_tasks import tasks_named
 from steer.measure.probes.library import probes_named
-from steer.measure.probes.probe import Figure, Metric, Probe, Size
+from steer.measure.probes.probe import Probe, Size
 from steer.model.steered import SteeredModel
 
 Say = Callable[[str], None]
@@ -173,24 +176,86 @@ def compare(files: Sequence[str | Path], out: str | Path | None = None) -> dict[
     return result
 
 
+_Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+_Whole = Annotated[int, Field(ge=-(10**9), le=10**9)]
+
+
+class _Figure(BaseModel, strict=True):
+    metric: str
+    item: str
+    value: _Number | None
+    group: str = ""
+    n: _Whole | _Number | None = None
+    turn: _Whole | None = None
+
+
+class _Metric(BaseModel, strict=True):
+    name: str
+    better: Literal["higher", "lower", "neither"]
+    label: str
+    chance: _Number | None = None
+    exponent: bool = False
+
+
+class _Example(BaseModel, strict=True):
+    item: str
+    asked: str
+    right: str
+    answered: str
+
+
+class _Part(BaseModel, strict=True):
+    figures: list[_Figure]
+    examples: list[_Example]
+    notes: list[str]
+    skipped: str | None
+    seconds: _Number = 0.0
+    dtype: str | None = None
+
+
+class _Probe(BaseModel, strict=True):
+    name: str
+    says: str
+    sha256: str
+    metrics: list[_Metric] = Field(min_length=1)
+    arms: dict[str, _Part]
+    n: str | None = None
+
+
+class _Arm(BaseModel, strict=True):
+    name: str
+    about: str = ""
+    dtype: str | None = None
+    control: bool = False
+
+
+class _Result(BaseModel, strict=True):
+    """What is used of an eval.json, which may come from anybody."""
+
+    steer: str
+    seed: int = Field(ge=0)
+    quick: bool
+    model: str
+    arms: list[_Arm] = Field(min_length=1)
+    probes: list[_Probe]
+
+    @model_validator(mode="after")
+    def _every_arm_was_asked(self) -> _Result:
+        for probe in self.probes:
+            if missing := [a.name for a in self.arms if a.name not in probe.arms]:
+                raise ValueError(f"probes: {probe.name}: expected a part of {missing[0]!r}, found none")
+        return self
+
+
 def _result(file: Path) -> dict[str, Any]:
     file = file / RESULTS if file.is_dir() else file
     result = read_json_object(file, what="a result of steer eval", do="name an eval.json")
-    if missing := [k for k in ("steer", "seed", "quick", "model", "arms", "probes") if k not in result]:
-        raise UsageError(
-            f"{file}: expected a result of steer eval, found JSON without {missing[0]!r}; name an eval.json"
-        )
     try:
-        _ = [arm["name"] for arm in result["arms"]]
-        for probe in result["probes"]:
-            _ = probe["name"], probe["says"], probe["sha256"], [Metric(**m) for m in probe["metrics"]]
-            for part in probe["arms"].values():
-                _ = part["skipped"], part["notes"], part["examples"], [Figure(**f) for f in part["figures"]]
-    except (KeyError, TypeError, AttributeError) as e:
+        return _Result.model_validate_json(json.dumps(result)).model_dump()
+    except ValidationError as e:
         raise CheckpointError(
-            f"{file}: expected a result of steer eval, found one that was changed ({one_line(e)}); measure again"
+            f"{file}: expected a result of steer eval, found another ({error_line(e)}); measure again"
         ) from e
-    return result
 
 
 def _label(file: Path) -> str:

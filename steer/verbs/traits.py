@@ -36,12 +36,13 @@ def list_traits(model: str | None = None) -> list[dict[str, Any]]:
 
 
 def _direction_row(direction: Direction, file: Path) -> dict[str, Any]:
-    auroc = direction.provenance.get("auroc")
+    found, site = direction.provenance.get("auroc"), direction.site
+    auroc = found[site] if isinstance(found, list) and site < len(found) else None
     return {
         "from": "ships" if file.is_relative_to(DICTIONARIES) else "saved",
         "file": str(file),
-        "site": direction.site,
-        "auroc": auroc[direction.site] if isinstance(auroc, list) and direction.site < len(auroc) else None,
+        "site": site,
+        "auroc": auroc if isinstance(auroc, float) else None,
     }
 
 

@@ -436,6 +436,12 @@ def _tensors(**changes: Tensor | None) -> Callable[[Path], None]:
             "axis 0 to be the residual width 32, found shape [48, 32]",
         ),
         (
+            _tensors(model__layers__1__mlp__down_proj__weight=torch.zeros(32, 0)),
+            CheckpointError,
+            "axis 0 to be the residual width 32, found shape [32, 0]",
+        ),
+        (_tensors(model__embed_tokens__weight=torch.zeros(0, 32)), CheckpointError, "found shape [0, 32]"),
+        (
             _tensors(lm_head__weight=torch.zeros(98, 32)),
             CheckpointError,
             "expected the shape [97, 32] of the embedding",

@@ -16,7 +16,7 @@ from torch import Tensor
 from steer.baking.bake import bake
 from steer.checkpoint.sketch import Sketch, sketch_files
 from steer.core.edit import Edit
-from steer.errors import MismatchError
+from steer.errors import CheckpointError, MismatchError
 from steer.model.steered import load
 
 TinyLlama = Callable[..., Path]
@@ -117,3 +117,12 @@ def test_a_direction_of_another_checkpoint_is_refused_with_both_names(
     assert "\n" not in str(caught.value)
     sketch.check("moral", {"sketch": sketch.to_header()}, "ours")
     sketch.check("moral", {}, "ours")  # one that says nothing of its checkpoint
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(32, 0), torch.zeros(0, 48), torch.tensor(1.0)], ids=str)
+def test_a_tensor_without_rows_or_numbers_is_one_line(tiny_llama: TinyLlama, tmp_path: Path, tensor: Tensor) -> None:
+    file = tiny_llama(tmp_path / "m") / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.1.mlp.down_proj.weight": tensor}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="expected rows of numbers, found a tensor of shape") as e:
+        sketch_files(tmp_path / "m")
+    assert "\n" not in str(e.value)

@@ -9,10 +9,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from steer.checkpoint.gguf_file import STORED, Stored, write_gguf
-from steer.errors import SteerError, UnsupportedError, UsageError
+from steer.errors import CheckpointError, SteerError, UnsupportedError, UsageError
 
 ERROR = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127 + 2.0**-11, "Q4_0": 1 / 8 + 2.0**-11}
 """Largest rounding error of a stored number; of Q8_0 and Q4_0, whose scale is in fp16, as a share of the largest in
@@ -106,6 +106,7 @@ def _config(**changes: object):
         (_config(hidden_act="gelu"), "gelu"),
         (_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "yarn"),
         (_config(model_type="mistral", sliding_window=64), "a window of 64 tokens"),
+        (_config(model_type="mistral"), "a window of 4096 tokens"),
         (lambda source: (source / "tokenizer.model").write_bytes(b"x"), "a tokenizer in other files"),
     ],
 )
@@ -114,6 +115,36 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(source: Path, tmp_pat
     with pytest.raises(UnsupportedError, match=says):
         write_gguf(source, tmp_path / "model.gguf", "F32")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(
+    tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "num_key_value_heads": 4, "hidden_act": "silu"}
+    source = tiny_llama(tmp_path / "model", **defaults)
+    write_gguf(source, tmp_path / "whole.gguf", "F32")
+    file = source / "config.json"
+    left = {k: v for k, v in json.loads(file.read_text()).items() if k not in (*defaults, "rope_parameters")}
+    file.write_text(json.dumps(left))
+    write_gguf(source, tmp_path / "less.gguf", "F32")
+    assert (tmp_path / "less.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_tensor_that_is_not_there_is_named(source: Path, tmp_path: Path) -> None:
+    name, file = "model.layers.1.post_attention_layernorm.weight", source / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != name}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"expected tensor {name}, found none"):
+        write_gguf(source, tmp_path / "model.gguf", "F32")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"model": {"type": "BPE"}}', '{"model": []}', "\xff", "null"])
+def test_a_tokenizer_of_another_shape_is_one_line(source: Path, tmp_path: Path, text: str) -> None:
+    (source / "tokenizer.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(SteerError, match=r"tokenizer\.json: expected a tokenizer|byte-level BPE tokenizer") as e:
+        write_gguf(source, tmp_path / "model.gguf", "F32")
+    assert "\n" not in str(e.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_rows_that_no_block_of_q8_0_fills_are_refused(source: Path, tmp_path: Path) -> None:

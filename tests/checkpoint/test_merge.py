@@ -187,6 +187,16 @@ def test_a_slice_without_layers_is_refused(folder: Path, layers: list[int]) -> N
         read_recipe(recipe)
 
 
+@pytest.mark.parametrize("end", [4, 10**12])
+def test_layers_that_a_source_does_not_have_are_named_before_any_work(folder: Path, end: int) -> None:
+    slices = [{"sources": [{"model": "a", "layer_range": [0, end]}]}]
+    recipe = write(folder / "r.yml", {"merge_method": "passthrough", "slices": slices})
+    with pytest.raises(SteerError, match=rf"r\.yml: layer_range: expected at most 3, .* of a, found \[0, {end}\]") as e:
+        merge(recipe, folder / "out")
+    assert "\n" not in str(e.value)
+    assert not (folder / "out").exists()
+
+
 def test_model_stock_is_the_formula_of_its_paper(folder: Path) -> None:
     # Jang et al. 2024: t = N c / (1 + (N - 1) c), c the mean cosine between the tunes' differences to the base.
     out = merge(folder / "stock.yml", folder / "out")
@@ -215,8 +225,8 @@ def test_the_output_loads_in_transformers_with_its_chat_template(folder: Path, r
 
 
 def test_the_card_names_the_output_and_no_path_of_this_machine(folder: Path) -> None:
-    card = (merge(folder / "stock.yml", folder / "out") / "README.md").read_text()
-    assert "\n# out\n" in card
+    card = (merge(folder / "stock.yml", folder / r"out\1") / "README.md").read_text()
+    assert "\n# out\\1\n" in card
     assert "* a + tune\n" in card
     assert str(folder) not in card
 

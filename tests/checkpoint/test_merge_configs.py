@@ -11,12 +11,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
+from transformers import AutoConfig, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Phi3Config
 
 from steer.checkpoint.merge import MANIFEST, add_older_rope_keys, merge, recipe_models, sliced_lists
 from steer.errors import SteerError
 
 TinyLlama = Callable[..., Path]
+PHI = {
+    "hidden_size": 64, "num_attention_heads": 2, "partial_rotary_factor": 0.75, "max_position_embeddings": 64,
+    "original_max_position_embeddings": 16,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12},
+}  # fmt: skip
+"""As Phi-4-mini has it: three quarters of each head rotate."""
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}
 LINEAR: dict[str, Any] = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}]}
 
@@ -74,21 +80,31 @@ def test_a_base_model_in_the_form_of_mappings_is_merged_beside_its_recipe(
             (5e5, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, None),
         ),
         (Gemma3TextConfig(num_hidden_layers=3), (1e6, None, 1e4)),
+        (GPTNeoXConfig(rotary_pct=1.0, rotary_emb_base=5e5), (5e5, None, None)),
+        (Phi3Config(**PHI), (1e4, {"type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12}, None)),
     ],
-    ids=["default", "yarn", "a set for each kind of layer"],
+    ids=["default", "yarn", "a set for each kind of layer", "a share rotates, by other names", "a share rotates"],
 )
 def test_readers_on_transformers_4_find_rope_at_the_top_and_5_reads_the_same(
     tmp_path: Path, config: Any, expected: tuple[Any, Any, Any]
 ) -> None:
     config.save_pretrained(tmp_path)
-    before = AutoConfig.from_pretrained(tmp_path).rope_parameters
+
+    def read() -> dict[str, Any]:
+        rope = AutoConfig.from_pretrained(tmp_path).rope_parameters
+        return {k: v for k, v in rope.items() if k != "type"}  # another name of "rope_type"
+
+    before = read()
     add_older_rope_keys(tmp_path / "config.json")
     found = json.loads((tmp_path / "config.json").read_text())
     theta, scaling, local = expected
     assert found["rope_theta"] == theta
     assert {k: v for k, v in (found["rope_scaling"] or {}).items() if v is not None} == (scaling or {})
     assert found.get("rope_local_base_freq") == local
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == before
+    assert read() == before
+    if (share := before.get("partial_rotary_factor")) is not None:
+        assert found["rotary_pct" if config.model_type == "gpt_neox" else "partial_rotary_factor"] == share
+    assert found.get("rotary_emb_base", theta) == theta
 
 
 def test_a_merge_that_overflows_float16_is_one_line_that_names_the_dtype(tmp_path: Path, tiny_llama: TinyLlama) -> None:

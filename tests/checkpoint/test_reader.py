@@ -168,6 +168,10 @@ def test_a_missing_directory_is_one_line(tmp_path: Path) -> None:
         ({"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 4]}}, b"0000"),
         ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"0000"),
         ({"a": _entry(0, 4, [1])}, b"00"),
+        ({"__metadata__": {"format": 1}, "a": _entry(0, 4, [1])}, b"0000"),
+        ({"__metadata__": [1], "a": _entry(0, 4, [1])}, b"0000"),
+        ({"a\ud800": _entry(0, 4, [1])}, b"0000"),
+        (b'{"a":' + b"[" * 100_000, b""),
     ],
 )
 def test_a_lying_header_is_one_line(tmp_path: Path, header: object, data: bytes) -> None:

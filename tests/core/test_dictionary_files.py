@@ -115,10 +115,25 @@ def test_a_dictionary_keeps_its_site_norm_and_narrow_tensors_without_a_manifest(
     same(again, SAE.load_from_disk(tmp_path / "narrow"))
 
 
-def test_a_norm_that_is_no_number_is_refused(saved):
-    (saved / "manifest.json").write_text(json.dumps({"norm": "x"}))
-    with pytest.raises(SteerError, match="expected a number under norm, in its manifest or metadata, found 'x'"):
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("norm", v) for v in ("x", -1, float("nan"), True)] + [("site", v) for v in ("1", 1.5, -1, True)],
+)
+def test_a_norm_or_site_of_another_kind_is_one_line_that_names_it(saved, entry, value):
+    (saved / "manifest.json").write_text(json.dumps({entry: value}))
+    with pytest.raises(SteerError, match=f"expected a .*number from 0 under {entry}, in its manifest.*, found ") as e:
         load_dictionary(saved)
+    assert str(saved) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("k", [float("nan"), float("inf"), 10**400, "x", None, 0])
+def test_a_k_that_is_no_number_of_latents_is_one_line(tmp_path, k):
+    random_sae("topk", k=K).save_model(tmp_path / "topk")
+    file = tmp_path / "topk" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"k": k}))
+    with pytest.raises(CheckpointError, match=f"k: expected 1 to {M} latents, found"):
+        load_dictionary(tmp_path / "topk")
 
 
 def test_the_manifest_has_the_last_word_on_name_site_and_norm(saved):
@@ -232,6 +247,19 @@ def test_weights_that_are_not_what_the_config_says_are_reported(saved):
     tensors = load_file(saved / WEIGHTS)
     save_file({k: v for k, v in tensors.items() if k != "b_dec"}, saved / WEIGHTS)
     with pytest.raises(CheckpointError, match="expected tensor b_dec"):
+        load_dictionary(saved)
+
+
+def test_fp8_is_read_as_the_numbers_that_it_holds_and_integers_are_refused(saved):
+    tensors = load_file(saved / WEIGHTS)
+    narrow = {k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}
+    save_file(narrow, saved / WEIGHTS)
+    ours, x = load_dictionary(saved), inputs(3)
+    save_file({k: v.float() for k, v in narrow.items()}, saved / WEIGHTS)
+    close(ours.encode(x), load_dictionary(saved).encode(x))
+    close(ours.reconstruct(x), load_dictionary(saved).reconstruct(x))
+    save_file(tensors | {"W_dec": (tensors["W_dec"] * 100).to(torch.int8)}, saved / WEIGHTS)
+    with pytest.raises(UnsupportedError, match=r"expected floating-point tensors, found W_dec in torch\.int8"):
         load_dictionary(saved)
 
 

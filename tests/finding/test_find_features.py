@@ -21,6 +21,7 @@ from steer.errors import MismatchError, SteerError, UsageError
 from steer.finding.features import FoundFeatures, find_features
 from steer.model.steered import SteeredModel, load
 from steer.sae.records import FeatureRecord, read_records, write_records
+from steer.verbs.catalogue import catalogue
 from steer.verbs.tables import latent_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::steer.model.fit_check.FitWarning")
@@ -169,6 +170,21 @@ def test_the_table_has_every_candidate_and_says_which_wins(found: FoundFeatures)
     for dose in found.check.doses:
         assert f"{dose.candidate.name}: {'' if dose.monotone else 'not '}monotone" in text
     assert "held-out topics" in text
+
+
+def test_a_page_says_which_ranking_is_none_and_leaves_out_figures_that_are_none(labelled: Path, tmp_path: Path) -> None:
+    place, page = copied(labelled, tmp_path / "tiny"), tmp_path / "page.html"
+    manifest = json.loads((place / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps(manifest | {"fit": 3, "spliced": [1], "options": "x"}))
+    catalogue(place, html=page)
+    assert "held-out FVU" not in page.read_text()
+    (place / "traits").mkdir()
+    latent = {"index": 1, "auroc": 0.5, "q": 0.1, "attribution": 0.0, "output_score": 0.0, "tokens": [1]}
+    for broken in ({"top": [latent]}, {"top": 3}, {"check": {"doses": [], "wins_over_direction": {}}}):
+        ranking = {"trait": "lying", "top": [], "direction_auroc": 0.5, "scorer_auroc": 0.5, "check": None}
+        (place / "traits" / "lying.json").write_text(json.dumps(ranking | broken))
+        with pytest.raises(SteerError, match=r"lying\.json: expected what steer find --dictionary wrote, found "):
+            catalogue(place, html=page)
 
 
 def never(*args: object) -> None:

@@ -406,13 +406,25 @@ def test_results_of_two_days_join_and_are_refused_where_items_differ(tmp_path: P
     with pytest.raises(MismatchError, match="expected a probe that"):
         compare([days[0], tmp_path / "other"])
     whole = json.loads(days[0].read_text())
-    for broken in ({"probes": 3}, {"arms": [{}]}, {"probes": [{"name": "weighing"}]}):
+    probe = whole["probes"][0]
+    part = probe["arms"]["m"]
+    figures = [part["figures"][0] | change for change in ({"value": "0.5"}, {"value": 1e300}, {"n": 10**400})]
+    for broken in (
+        {"probes": 3}, {"arms": [{}]}, {"arms": []}, {"probes": [{"name": "weighing"}]}, {"seed": "0"}, {"seed": -1},
+        {"probes": [probe | {"arms": {}}]}, {"probes": [probe | {"metrics": []}]}, {"arms": [{"name": ["m"]}]},
+        *({"probes": [probe | {"arms": {"m": part | {"figures": [f]}}}]} for f in figures),
+    ):  # fmt: skip
         days[0].write_text(json.dumps(whole | broken))
-        with pytest.raises(SteerError, match=r"monday/eval\.json: expected a result of steer eval, found .*changed"):
+        with pytest.raises(SteerError, match=r"monday/eval\.json: expected a result of steer eval, found another") as e:
             compare(days[:2])
+        assert "\n" not in str(e.value)
     days[0].write_text("{}")
-    with pytest.raises(SteerError, match="found JSON without 'steer'"):
+    with pytest.raises(SteerError, match="steer: expected a value, found none"):
         compare(days[:2])
+    for more in (probe["metrics"][0], part["figures"][0], whole):  # of a later version
+        more["new"] = 1
+    days[0].write_text(json.dumps(whole))
+    assert row(compare(days[:2]), "friday: m") == row(joined, "friday: m")
 
 
 def test_the_command_line(place: Path, tmp_path: Path, command: Command) -> None:

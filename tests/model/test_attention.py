@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_types import save_tiny_type
+from tiny_types import TOKENS, load_plain, save_tiny_type
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from steer.core.sampler import Sampler
 from steer.errors import UnsupportedError
 from steer.model import attention
+from steer.model.decode import generate
+from steer.model.forward import logits
+from steer.model.prefill import prefill
 from steer.model.steered import SteeredModel, load
 from steer.serve.packed import packed_attention
 
@@ -99,6 +103,22 @@ def test_whether_it_fits_a_proved_architecture_is_tried_once(tmp_path: Path, mon
     assert loaded() == "eager"  # what was kept is believed
     kept.write_bytes(b"\xff")
     assert loaded() == attention.NAME
+
+
+@pytest.mark.parametrize("model_type", ["mpt", "stablelm"])
+def test_in_float64_padding_on_the_left_changes_no_text(tmp_path: Path, model_type: str):
+    """Their softmax is in fp32, which holds no number that is as far below 0 as the mask's in fp64."""
+    place = save_tiny_type(model_type, tmp_path / "source")
+    model, plain = load(place, dtype="float64"), load_plain(place, dtype=torch.float64)
+    assert model.hf.config._attn_implementation == "eager"
+    texts = [TOKENS[0].tolist(), TOKENS[1, :7].tolist(), TOKENS[0, :4].tolist()]
+    read = prefill(model, texts, prompts=[len(t) for t in texts])
+    with torch.no_grad():
+        for text, hidden in zip(texts, read.hidden, strict=True):
+            alone = plain(input_ids=torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(logits(model, hidden[-1]), alone, rtol=0, atol=2e-5 * float(alone.abs().max()))
+    greedy = Sampler(temperature=0.0, max_new_tokens=6, repetition_penalty=1.0)
+    assert generate(model, texts, greedy) == [generate(model, [text], greedy)[0] for text in texts]
 
 
 @pytest.mark.slow

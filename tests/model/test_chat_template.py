@@ -245,9 +245,10 @@ def test_load_takes_a_template_by_name_file_or_variable(
 ) -> None:
     assert text_of(load(place, chat_template="alpaca"), [A]) == "<s>### Instruction:\nA\n\n### Response:\n"
     file = tmp_path / "mine.jinja"
-    file.write_text("{{ messages[0].content }}|")
     monkeypatch.setenv("STEER_CHAT_TEMPLATE", str(file))
-    assert text_of(load(place), [A]) == "A|"
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_text("{{ messages[0].content }}|", encoding=encoding)
+        assert text_of(load(place), [A]) == "A|"
     file.write_bytes(b"\xff")
     for wrong, says in ((str(tmp_path), "could not be read"), (str(file), "UTF-8"), ("chatlm", "found neither")):
         with pytest.raises(UsageError, match=says) as e:

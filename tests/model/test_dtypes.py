@@ -13,6 +13,7 @@ from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_chat
 
 from steer.checkpoint import dtypes
@@ -95,6 +96,25 @@ def test_what_a_gpu_runs_keeps_its_dtype(narrow):
         assert computing_in(place, device_map=there).dtype == stored
     for here in ("cpu", torch.device("cpu"), {"": "cpu"}, {"model.embed_tokens": "disk", "model.layers": "cpu"}):
         assert computing_in(place, device_map=here).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("stored", "which"),
+    [(torch.float8_e4m3fn, "proj.weight"), (torch.float8_e4m3fn, "weight"), (torch.bfloat16, "weight")],
+)
+@pytest.mark.usefixtures("fast")
+def test_fp8_in_the_config_is_computed_in_what_holds_its_numbers(tiny_llama, tmp_path, change_config, stored, which):
+    """`stored`: the dtype in the file, of the tensors whose names end in `which`."""
+    place = save_tiny_chat(tiny_llama, tmp_path / "m", dtype=torch.bfloat16)
+    tensors = load_file(place / "model.safetensors")
+    changed = {n: t.to(stored) for n, t in tensors.items() if n.endswith(which)}
+    save_file(tensors | changed, place / "model.safetensors", metadata={"format": "pt"})
+    change_config(place, dtype="float8_e4m3fn")
+    hf = load(place, device_map="cpu").hf
+    assert hf.dtype == torch.bfloat16
+    for name, tensor in changed.items():
+        assert torch.equal(hf.get_parameter(name), tensor.bfloat16())
+    assert hf(input_ids=torch.tensor([[1, 5, 7]])).logits.isfinite().all()
 
 
 @pytest.mark.usefixtures("slow")

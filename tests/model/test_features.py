@@ -21,6 +21,7 @@ from steer.checkpoint import library
 from steer.checkpoint.library import dictionaries_of, dictionary_place
 from steer.core.dictionary import Architecture, Dictionary
 from steer.core.dictionary_files import save_dictionary
+from steer.core.direction import Direction
 from steer.core.edit import Edit
 from steer.core.feature import Feature
 from steer.core.sampler import Sampler
@@ -354,6 +355,15 @@ def test_any_live_latent_is_moved_by_its_site_and_number(model, keep):
         model.sliders["L2/8"] = 1.0
 
 
+def test_a_latent_is_found_beside_a_dictionary_that_cannot_be_read(model, keep):
+    broken = keep(make()).parent / "a-broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text(json.dumps({"name": "broken", "sketch": model.sketch().to_header()}))
+    (broken / "sae_weights.safetensors").write_bytes(b"x")
+    with pytest.warns(SkippedWarning, match="a-broken"):
+        assert model.sliders.slider("L1/8").target.indices == (8,)
+
+
 def test_a_direction_goes_before_a_feature_of_the_same_name(model, keep, chat_checkpoint, make_direction):
     keep(make())
     keep_direction(chat_checkpoint, make_direction("sum"))
@@ -431,6 +441,21 @@ def test_many_names_are_looked_up_by_reading_the_library_once(
     monkeypatch.setattr(library, "direction_files", lambda: reads.append(1) or listed())
     model.sliders.replace({"d0": 1.0, "d1": 1.0, "d2:ablate": 1.0, "preach": 1.0, "L1/8": 1.0})
     assert reads == [1]
+
+
+def test_files_that_did_not_change_are_not_read_again(model, keep, chat_checkpoint, make_direction, monkeypatch):
+    """The page lists the sliders at every click."""
+    keep(make())
+    for number in range(3):
+        keep_direction(chat_checkpoint, make_direction(f"d{number}", seed=number + 1))
+    loaded, load = [], Direction.load
+    monkeypatch.setattr(Direction, "load", lambda path: loaded.append(path.stem) or load(path))
+    for _ in range(3):
+        assert {"d0", "d1", "d2"} <= model.sliders.known().keys()
+    assert [loaded.count(f"d{number}") for number in range(3)] == [1, 1, 1]
+    keep_direction(chat_checkpoint, make_direction("d1", seed=9))
+    model.sliders.known()
+    assert [loaded.count(f"d{number}") for number in range(3)] == [1, 2, 1]
 
 
 # Fit

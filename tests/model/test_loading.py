@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_chat import save_tiny_chat
 
 from steer.checkpoint.fetch import resolve
-from steer.errors import CheckpointError, SteerError
+from steer.errors import CheckpointError, SteerError, UnsupportedError
 from steer.model.loading import release_threads
 from steer.model.steered import load
 
@@ -147,9 +148,9 @@ def test_code_of_a_checkpoint_never_runs_whatever_stands_on_stdin(
     assert not mark.exists()
 
 
-def _adapter(root: Path) -> Path:
+def _adapter(root: Path, base: object = "some/base") -> Path:
     root.mkdir()
-    (root / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "peft_type": "LORA"}')
+    (root / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"}))
     (root / "config.json").write_text("{}")
     return root
 
@@ -165,6 +166,8 @@ def _file(name: str) -> Callable[[Path], Path]:
 
 CASES = {
     "adapter": (_adapter, "a LoRA adapter of some/base; merge the two .*some/base[+]m"),
+    "adapter of two lines": (partial(_adapter, base="a\nb"), "a LoRA adapter of a b; merge"),
+    "adapter of nothing": (partial(_adapter, base={"a": 1}), "a LoRA adapter of BASE; merge"),
     "gguf": (_file("a.Q4_K_M.gguf"), "a GGUF file, .*; name the checkpoint that it was converted from"),
     "pickle": (_file("pytorch_model.bin"), "a pickle, which can run code and is never loaded"),
     "safetensors": (_file("model.safetensors"), "weights alone; name a directory"),
@@ -178,8 +181,9 @@ CASES = {
 def test_what_is_no_checkpoint_is_named_with_what_to_do(
     tmp_path: Path, make: Callable[[Path], Path], sentence: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=sentence) as e:
         resolve(make(tmp_path / "m"))
+    assert "\n" not in str(e.value)
 
 
 def test_a_hub_id_without_owner_is_found_once_it_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +196,16 @@ def test_a_hub_id_without_owner_is_found_once_it_was_fetched(tmp_path: Path, mon
     assert resolve("gpt2") == "gpt2"
     with pytest.raises(CheckpointError, match="steer fetch gpt2"):
         resolve("nowhere")
+
+
+def test_a_tokenizer_in_python_alone_is_one_line(chat: Path) -> None:
+    (chat / "tokenizer.json").unlink()
+    (chat / "vocab.json").write_text(json.dumps({"<unk>": 0, "a</w>": 1}))
+    (chat / "merges.txt").write_text("#version\n")
+    (chat / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CTRLTokenizer"}))
+    with pytest.raises(UnsupportedError, match=r"expected a tokenizer of the tokenizers .*, found CTRLTokenizer") as e:
+        load(chat)
+    assert "\n" not in str(e.value)
 
 
 def test_a_tied_head_need_not_be_in_the_files(chat: Path) -> None:

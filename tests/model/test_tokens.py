@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny_chat import ENDLESS, TEMPLATE, save_tiny_chat
+from tokenizers import processors
 
 from steer.chat.session import Session
 from steer.core.sampler import Sampler
@@ -21,6 +22,7 @@ from steer.model.steered import SteeredModel, load
 from steer.model.tokens import ContextWarning, context_length, padded
 from steer.sae.documents import documents
 from steer.sae.harvest import harvest
+from steer.serve.requests import CompletionRequest, completion_prompts
 
 Save = Callable[..., Path]
 EOS, ASSISTANT = 2, 5
@@ -51,12 +53,21 @@ def save_gpt2(path: Path, **config: object) -> Path:
     [
         ({"eos_token_id": 0}, {0, EOS}),
         ({"eos_token_id": [0, 7]}, {0, EOS, 7}),
+        ({"eos_token_id": -1}, {EOS}),
         ({"eos_token_id": None, "template": TEMPLATE.replace("</s>", "<|assistant|>")}, {EOS, ASSISTANT}),
         ({"eos": None, "template": TEMPLATE.replace("</s>", "<|assistant|>"), "eos_token_id": 0}, {0, ASSISTANT}),
         (ENDLESS, set()),
         ({"template": "{% for m in messages %}{{ raise_exception('no') }}{% endfor %}"}, {EOS}),
     ],
-    ids=["config and tokenizer", "a list", "template and tokenizer", "template and config", "none", "one that refuses"],
+    ids=[
+        "config and tokenizer",
+        "a list",
+        "-1 for none",
+        "template and tokenizer",
+        "template and config",
+        "none",
+        "one that refuses",
+    ],
 )
 def test_whatever_anybody_calls_an_end_token_ends_a_reply(
     tiny_llama: Save, tmp_path: Path, settings: dict[str, Any], ends: set[int]
@@ -111,6 +122,21 @@ def test_an_added_token_beyond_the_embedding_is_named_wherever_text_comes_in(
     assert model.chat("hello", max_new_tokens=1) is not None
 
 
+def test_a_tokenizer_that_puts_an_end_after_every_text_ends_no_prompt(model: SteeredModel) -> None:
+    """As tunes have it that were trained with add_eos_token."""
+    model.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
+    )
+    hello = model.tokenizer.convert_tokens_to_ids("hello")
+    assert model.tokenizer("hello").input_ids == [1, hello, EOS]
+    assert model.encode("hello", frame=True) == [1, hello]
+    for text in ("hello", "<s>hello", "<s> hello"):
+        (prompt,) = completion_prompts(model, CompletionRequest(prompt=text), 64)
+        assert prompt.ids == (1, hello)
+    (empty,) = completion_prompts(model, CompletionRequest(prompt=""), 64)
+    assert empty.ids == (1,)
+
+
 def test_half_a_character_is_an_error_of_one_line(model: SteeredModel) -> None:
     for read in (lambda: model.chat("a\udcffb"), lambda: model.encode("\ud800")):
         with pytest.raises(UsageError, match="expected Unicode, found half of a character"):
@@ -161,6 +187,10 @@ def test_yarn_stretches_the_context_and_nothing_else_does() -> None:
     window = transformers.Gemma3TextConfig(max_position_embeddings=900, sliding_window=4)
     assert context_length(window) == 900
     assert context_length(transformers.GPT2Config(n_positions=77)) == 77
+    assert context_length(transformers.MptConfig(max_seq_len=77)) == 77
+    by_kind = {"full_attention": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 900}}
+    window.rope_parameters = by_kind | {"sliding_attention": {"rope_type": "default"}}
+    assert context_length(window) == 3600
 
 
 @pytest.fixture

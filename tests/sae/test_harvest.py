@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from steer.model.steered import SteeredModel, load
 from steer.sae.documents import documents
 from steer.sae.harvest import harvest
 from steer.sae.shards import PARTIAL, Harvest
+from steer.sae.train import train_dictionary
 
 CONTEXT = 16
 
@@ -305,9 +307,19 @@ def test_a_missing_or_cut_shard_is_seen_on_opening(model: SteeredModel, text: st
         Harvest.open(place)
 
 
+def test_a_shard_with_a_changed_byte_is_never_trained_on(model: SteeredModel, text: str, tmp_path: Path) -> None:
+    place = run(model, text, tmp_path / "h").place
+    shard = place / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: expected the sha256 .*; copy the harvest again or"):
+        train_dictionary(place, tmp_path / "d", site=1)
+    assert not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("shards", []), ("shards", [{"file": "../x.safetensors", "bytes": 1}]), ("sites", None), ("norm", "1.0"),
+    [("shards", []), ("shards", [{"file": "../x.safetensors", "bytes": 1, "sha256": ""}]), ("sites", None),
+     ("norm", "1.0"), ("norm", {}), ("norm", {"0": -1.0, "1": math.nan}),
      ("tokens", "5"), ("inputs", []), ("checkpoint", None)],
 )  # fmt: skip
 def test_a_manifest_with_other_kinds_of_values_is_one_line(

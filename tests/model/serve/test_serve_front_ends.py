@@ -265,6 +265,8 @@ def test_any_models_name_is_the_served_one_if_the_server_is_started_so(server, o
     refused = server.post(CHAT, {"model": name, "messages": HELLO})
     assert refused.status_code == 404
     assert "--any-model-name" in refused.json()["error"]["message"]
+    long = open_server.post(CHAT, {"model": name + "m" * 1000, "messages": HELLO})
+    assert (long.status_code, long.json()["error"]["param"]) == (400, "model")
 
 
 def test_any_models_name_may_carry_a_profile_and_a_wrong_profile_is_still_wrong(open_server):

@@ -14,9 +14,12 @@ import pytest
 from serving import Served, served, until
 
 from steer.core.sampler import Sampler
+from steer.model.kv_cache import GrowingCache
 from steer.model.sampling import breaker_ids
 from steer.model.steered import SteeredModel
+from steer.serve import scoring
 from steer.serve.limits import Limits
+from steer.serve.openai_json import CompletionFormat
 from steer.serve.replies import PLANNED
 from steer.serve.server import Options
 
@@ -76,7 +79,10 @@ def refused(reply: httpx.Response) -> dict[str, str]:
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "t" * 10**5}]}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [0] * 400_000}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": "x " * 10**6}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": ["a"] * 1000}] * 700}, "10000 parts and tool calls in all"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}] * 1000}] * 200}, "tool calls in"),
         (CHAT, {"stop": [0] * 400_000}, "stop"),
+        (CHAT, {"stop": ["a" * 1001]}, "stop"),
         (COMPLETE, {"prompt": [1, "a"] * 300_000}, "prompt"),
         (COMPLETE, {"prompt": ["a"] * 100_000}, "prompt"),
         (COMPLETE, {"prompt": [["a"]] * 100_000}, "prompt"),
@@ -124,6 +130,56 @@ def test_a_request_that_takes_long_to_tokenise_keeps_no_other_waiting(server, mo
         assert begun.wait(60)
         assert server.post(COMPLETE, {"prompt": "hello", "max_tokens": 2}).status_code == 200
         assert not replies
+    finally:
+        go_on.set()
+        client.join()
+    assert replies[0].status_code == 200
+
+
+def test_texts_are_written_while_a_long_prompt_is_scored(server, monkeypatch):
+    monkeypatch.setattr(scoring, "AT_ONCE", 8)
+    passes, begun = [], threading.Event()
+
+    def watch(module: object, args: object, kwargs: dict[str, object]) -> None:
+        passes.append("scoring" if isinstance(kwargs.get("past_key_values"), GrowingCache) else "writing")
+        if passes[-1] == "scoring" and not begun.is_set():
+            begun.set()
+            until(lambda: server.engine.running)
+
+    handle = server.model.hf.model.register_forward_pre_hook(watch, with_kwargs=True)
+    replies = []
+    scored = {"prompt": "hello " * 200, "max_tokens": 1, "echo": True, "logprobs": 0}
+    client = threading.Thread(target=lambda: replies.append(server.post(COMPLETE, scored)))
+    client.start()
+    try:
+        assert begun.wait(60)
+        assert server.post(COMPLETE, {"prompt": "hello", "max_tokens": 2}).status_code == 200
+    finally:
+        client.join()
+        handle.remove()
+    assert replies[0].status_code == 200
+    first, last = passes.index("scoring"), len(passes) - passes[::-1].index("scoring")
+    assert passes[first:last].count("scoring") == 25
+    assert "writing" in passes[first:last]
+
+
+@pytest.mark.parametrize(("stream", "method"), [(False, "whole"), (True, "opening")])
+def test_the_log_probabilities_of_a_prompt_are_written_beside_the_loop(server, monkeypatch, stream, method):
+    write, begun, go_on = getattr(CompletionFormat, method), threading.Event(), threading.Event()
+
+    def slow(*args: object) -> object:
+        begun.set()
+        assert go_on.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(CompletionFormat, method, slow)
+    body = {"prompt": "hello friend", "max_tokens": 1, "echo": True, "logprobs": 5, "stream": stream}
+    replies = []
+    client = threading.Thread(target=lambda: replies.append(server.post(COMPLETE, body)))
+    client.start()
+    try:
+        assert begun.wait(60)
+        assert server.get("/health").json() == {"status": "ok"}
     finally:
         go_on.set()
         client.join()
