@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, overload
 
 from steer.core.version import __version__
 from steer.errors import OutputExistsError, SteerError, UnreachableError, UsageError
@@ -209,6 +209,10 @@ def figures_of(part: Json, metric: str) -> list[Figure]:
     return [Figure(**f) for f in part["figures"] if f["metric"] == metric and f["value"] is not None]
 
 
+@overload
+def shown(metric: Json, value: float) -> float: ...
+@overload
+def shown(metric: Json, value: float | None) -> float | None: ...
 def shown(metric: Json, value: float | None) -> float | None:
     """Return a mean as people read it: a mean of nats as a perplexity, where the metric asks for that."""
     return math.exp(min(value, 700)) if metric["exponent"] and value is not None else value
