@@ -258,7 +258,7 @@ def _gate(lineage: Lineage, node: Node) -> Gate:
             if row is None:
                 continue
             if metric is probe["metrics"][0]:
-                figures[probe["name"]] = shown(metric, row["value"])
+                figures[probe["name"]] = shown(metric, float(row["value"]))
             if _lost(row):
                 before, after = shown(metric, rows[first.id, metric["name"]]["value"]), shown(metric, row["value"])
                 reasons.append(f"{probe['name']}: {metric['name']} {before:.3g} -> {after:.3g}")
