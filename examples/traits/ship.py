@@ -79,16 +79,17 @@ def span(found: list[float] | None) -> str:
 
 
 def efforts(result: dict[str, Any], ships: list[str]) -> str:
-    """How much of a shipped slider's effect the quick search's has: of each variant that was given as TRAIT-quick."""
+    """How much of the full search's effect the quick search's slider has: of each trait whose other slider was given as a
+    variant, TRAIT-quick or TRAIT-full."""
     shares = []
     for name in ships:
-        shipped, variant = result["sliders"][name], result["sliders"].get(f"{name}-quick")
-        if shipped["quick"]:
-            shares.append(f"{name} 1 (it ships)")
-        elif variant is not None:
-            changes = [x["verdict"]["effect"]["change"] for x in (variant, shipped)]
-            shares.append(f"{name} {changes[0] / changes[1]:.2f}")
-    said = "Effect of the quick search's slider from -1 to +1, as a share of that of the slider that ships"
+        shipped = result["sliders"][name]
+        other = result["sliders"].get(f"{name}-{'full' if shipped['quick'] else 'quick'}")
+        if other is not None:
+            quick, full = (shipped, other) if shipped["quick"] else (other, shipped)
+            share = quick["verdict"]["effect"]["change"] / full["verdict"]["effect"]["change"]
+            shares.append(f"{name} {share:.2f}")
+    said = "Effect of the quick search's slider from -1 to +1, as a share of the full search's"
     return f"\n{said}: {', '.join(shares)}.\n" if shares else ""
 
 
