@@ -473,7 +473,7 @@ def _live_vector(row: _VectorRow, taken: Collection[str]) -> LiveVector:
     did not write, have their scale as amount.
     """
     path = Path(row.path)
-    ((_, added),) = _baked_adds([row.path] if path.name == CONTROL_VECTOR else []) or [(path, [])]
+    added = next((found for _, found in _baked_adds([row.path])), []) if path.name == CONTROL_VECTOR else []
     name = "+".join(d.name for d in added) or path.stem
     while name in taken:
         name += " (2)"
