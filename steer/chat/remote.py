@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, cast
 import openai
 from pydantic import BaseModel, Field, FiniteFloat, RootModel, ValidationError
 
-from steer.baking.certificate import CERTIFICATE, CONTROL_VECTOR, Certificate
+from steer.baking.certificate import CERTIFICATE, CONTROL_VECTOR, Certificate, SavedDirection
 from steer.baking.llama_cpp import JOINT
 from steer.chat.conversation import SettingsSpan
 from steer.chat.writer import PendingReply, ReplyBackend, Task
@@ -76,9 +76,18 @@ class RemoteBackend(ReplyBackend):
         self.name = name or self._first_model()
         self.adapters: dict[str, int] | None = None
         """Slider -> id of its LoRA, on a llama-server; None for a steer server."""
+        self.vectors: dict[str, LiveVector] | None = None
+        """Slider -> its control vector, on a llama-server that moves them while it runs; None for all others."""
+        self._scales: dict[int, float] = {}
+        """Id of a LoRA -> its scale when this client came."""
         self.sliders = RemoteSliders(self)
         self.offered()
-        if self.adapters is not None:
+        if self.vectors is not None:
+            self.slider_note += (
+                " These are the LoRAs and the control vectors of llama-server, at scale 0 until you move them. It has "
+                "one setting for all chats: yours holds while a reply to you is written."
+            )
+        elif self.adapters is not None:
             self.slider_note += (
                 " These are the LoRAs of llama-server, at scale 0 until you move them. A control vector acts as "
                 "llama-server was started with it; only a restart changes that."
@@ -134,8 +143,13 @@ class RemoteBackend(ReplyBackend):
                 with answer_errors(self.url):
                     found = self.client.get(f"{self.url}/lora-adapters", cast_to=object)
                     rows = _AdaptersAnswer.model_validate(found).root
-                answer = _SteeringAnswer(sliders=adapter_sliders(rows))
-                self.adapters = {s.name: row.id for s, row in zip(answer.sliders, rows, strict=False)}
+                sliders = lora_sliders(rows)
+                if self.adapters is None:
+                    self.vectors = self._live_vectors(rows, sliders)
+                    self._scales = {row.id: row.scale for row in rows}
+                self.adapters = {name: row.id for name, row in zip(sliders, rows, strict=True)}
+                others = fixed_sliders(rows) if self.vectors is None else [v.slider for v in self.vectors.values()]
+                answer = _SteeringAnswer(sliders=[*sliders.values(), *(s for s in others if s.name not in sliders)])
             self._cached_answer = (time.monotonic(), answer)
         return self._cached_answer[1].sliders
 
@@ -158,6 +172,56 @@ class RemoteBackend(ReplyBackend):
                 f"{where or 'its beginning'}: {e.errors()[0]['msg'][:80]}); start one with: steer serve MODEL"
             ) from e
 
+    def _live_vectors(self, loras: Sequence[_Adapter], taken: Collection[str]) -> dict[str, LiveVector] | None:
+        """Return slider -> its control vector, for those that are loaded and those beside the LoRAs. None from a server
+        without ik_llama.cpp's endpoints for them. `taken`: names of other sliders."""
+        with answer_errors(self.url):
+            try:
+                found = self.client.get(f"{self.url}/control-vectors", cast_to=object)
+            except openai.NotFoundError:
+                return None
+            rows = {row.path: row for row in _VectorsAnswer.model_validate(found).root}
+        for folder, added in _baked_adds(row.path for row in loras):
+            path = str(folder / CONTROL_VECTOR)
+            # In the layers after a vector's last one the server keeps the numbers of the vector before.
+            rows.setdefault(path, _VectorRow(path=path, layer_end=max(d.site for d in added)))
+        vectors: dict[str, LiveVector] = {}
+        # The server adds them up in an array of the first one's length, so the longest is loaded first.
+        for row in sorted(rows.values(), key=lambda row: -row.layer_end):
+            vector = _live_vector(row, {*taken, *vectors})
+            vectors[vector.slider.name] = vector
+        return vectors
+
+    @contextmanager
+    def moved(self, amounts: Mapping[str, float]) -> Iterator[None]:
+        """Hold the sliders at these amounts for the length of a block, then set them as this client found them.
+
+        Only on a server that has one setting for all requests, see `vectors`; on others this does nothing.
+
+            with backend.moved({"calm": 0.5}):
+                ...  # acts on all that llama-server writes now
+
+        Errors: SteerError with the server's message.
+        """
+        if self.vectors is None or self.adapters is None:
+            yield
+            return
+        try:
+            loras = {id: amounts.get(name, 0.0) for name, id in self.adapters.items()}
+            self._set(loras, {name: amounts.get(name, 0.0) / v.unit for name, v in self.vectors.items()})
+            yield
+        finally:
+            self._set(self._scales, {name: v.row.scale for name, v in self.vectors.items()})
+
+    def _set(self, loras: Mapping[int, float], vectors: Mapping[str, float]) -> None:
+        """Set the scales that a server holds for all requests: of LoRAs by id, of control vectors by slider."""
+        if loras:
+            self.ask("post", f"{self.url}/lora-adapters", lora(loras)["lora"])
+        for name, scale in vectors.items():
+            row = (self.vectors or {})[name].row
+            # Loads it, or moves it if it is loaded.
+            self.ask("post", f"{self.url}/control-vectors/load", row.model_dump() | {"scale": scale})
+
     def forget_offered(self) -> None:
         """Make `offered` ask the server again, which has a new slider."""
         if self._cached_answer is not None:
@@ -169,7 +233,7 @@ class RemoteBackend(ReplyBackend):
         return self._cached_answer is not None and self._cached_answer[1].allow_find
 
     def ask(self, method: Literal["get", "post", "delete"], path: str, body: Any = None) -> Any:
-        """Send a request that OpenAI's API does not have, to a path below /v1. Return the JSON that the server answers.
+        """Send a request that OpenAI's API does not have, to a path below /v1 or an address. Return the answer's JSON.
 
         Errors: SteerError with the server's message.
         """
@@ -186,27 +250,30 @@ class RemoteBackend(ReplyBackend):
         body = self._fields(sampler, amounts)
         if self.template_options:
             body["chat_template_kwargs"] = self.template_options
-        with answer_errors(self.url):
-            stream = self.client.chat.completions.create(
-                model=self.name, messages=cast(Any, list(messages)), stream=True, extra_body=body
-            )
-        with stream:
-            chunks = iter(stream)
-            while True:
-                with answer_errors(self.url):
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                piece = _piece(chunk, self.url)
-                if piece.text or piece.thoughts or piece.finish or piece.steering:
-                    yield piece
+        with self.moved(amounts):
+            with answer_errors(self.url):
+                stream = self.client.chat.completions.create(
+                    model=self.name, messages=cast(Any, list(messages)), stream=True, extra_body=body
+                )
+            with stream:
+                chunks = iter(stream)
+                while True:
+                    with answer_errors(self.url):
+                        chunk = next(chunks, None)
+                    if chunk is None:
+                        return
+                    piece = _piece(chunk, self.url)
+                    if piece.text or piece.thoughts or piece.finish or piece.steering:
+                        yield piece
 
     def _fields(self, sampler: Sampler, amounts: Mapping[str, float]) -> dict[str, Any]:
         """Return the fields of a request that its sampler and its sliders are. A server ignores a seed below 0."""
         if self.adapters is not None:
             scales = {id: amounts.get(name, 0.0) for name, id in self.adapters.items()}
             length = {"max_tokens": sampler.max_new_tokens, "seed": abs(sampler.seed) % (2**32 - 1)}
-            return sampling(sampler, _LONGEST) | length | lora(scales)
+            # What such a server has read before, it read under other amounts.
+            anew = {} if self.vectors is None else {"cache_prompt": False}
+            return sampling(sampler, _LONGEST) | length | lora(scales) | anew
         fields = asdict(sampler) | {"seed": abs(sampler.seed)}
         order = fields.pop("order")
         if order not in (ORDER, TEMPERATURE_LAST):
@@ -335,38 +402,83 @@ class _Adapter(BaseModel):
 
     id: int
     path: str
+    scale: float = 0.0
 
 
 class _AdaptersAnswer(RootModel[list[_Adapter]]):
     pass
 
 
-def adapter_sliders(rows: Sequence[_Adapter]) -> list[RemoteSlider]:
-    """Return a slider for each LoRA of llama-server, in their order, then those of control vectors beside their files.
+class _VectorRow(BaseModel):
+    """A control vector in the answer to GET /control-vectors, and in a request to POST /control-vectors/load."""
+
+    path: str
+    scale: float = 0.0
+    layer_start: int = 1
+    layer_end: int
+
+
+class _VectorsAnswer(RootModel[list[_VectorRow]]):
+    pass
+
+
+@dataclass(frozen=True)
+class LiveVector:
+    """A control vector that llama-server moves while it runs."""
+
+    slider: RemoteSlider
+    unit: float
+    """The slider's amount at scale 1."""
+    row: _VectorRow
+    """The control vector as the client found it."""
+
+
+def lora_sliders(rows: Sequence[_Adapter]) -> dict[str, RemoteSlider]:
+    """Return a slider for each LoRA of llama-server by name, in their order.
 
     A LoRA that `steer bake` wrote is `NAME:ablate`. An amount is its scale.
     """
     sliders: dict[str, RemoteSlider] = {}
-    folders: dict[Path, None] = {}
     for row in rows:
         path = Path(row.path)
-        folders[path.parent] = None
         base = path.stem.removeprefix("ablate-")
         ablates = base != path.stem or path.name == JOINT
         name = f"{base}:ablate" if ablates else base
         while name in sliders:
             name += f" ({row.id})"
         sliders[name] = RemoteSlider(name=name, operation="ablate" if ablates else "add")
-    for folder in folders:
-        if not (folder / CERTIFICATE).is_file():
-            continue
-        for direction in Certificate.load(folder).directions:
-            if direction.amount is not None:
-                why = f"llama-server reads {folder / CONTROL_VECTOR} when it starts; start it again to change it"
-                name, site, amount = direction.name, direction.site, direction.amount
-                added = RemoteSlider(name=name, operation="add", amount=amount, site=site, fixed=why)
-                sliders.setdefault(name, added)
-    return list(sliders.values())
+    return sliders
+
+
+def fixed_sliders(rows: Sequence[_Adapter]) -> list[RemoteSlider]:
+    """Return a slider that does not move for each direction of the control vectors beside the LoRAs."""
+    sliders = []
+    for folder, added in _baked_adds(row.path for row in rows):
+        why = f"llama-server reads {folder / CONTROL_VECTOR} when it starts; start it again to change it"
+        sliders += [RemoteSlider(name=d.name, operation="add", amount=d.amount, site=d.site, fixed=why) for d in added]
+    return sliders
+
+
+def _baked_adds(files: Iterable[str]) -> list[tuple[Path, list[SavedDirection]]]:
+    """Return the folders of these files in which `steer bake` wrote a control vector, each with what it adds."""
+    folders = [f for f in dict.fromkeys(Path(file).parent for file in files) if (f / CERTIFICATE).is_file()]
+    adds = [(f, [d for d in Certificate.load(f).directions if d.amount is not None]) for f in folders]
+    return [(folder, added) for folder, added in adds if added]
+
+
+def _live_vector(row: _VectorRow, taken: Collection[str]) -> LiveVector:
+    """Return a control vector with its slider, under a name that is not taken.
+
+    A direction that was baked alone has the bake's amount at scale 1. Several in one file, and a file that `steer bake`
+    did not write, have their scale as amount.
+    """
+    path = Path(row.path)
+    added = next((found for _, found in _baked_adds([row.path])), []) if path.name == CONTROL_VECTOR else []
+    name = "+".join(d.name for d in added) or path.stem
+    while name in taken:
+        name += " (2)"
+    site, unit = (added[0].site, added[0].amount) if len(added) == 1 else (None, None)
+    return LiveVector(RemoteSlider(name=name, operation="add", site=site), unit or 1.0, row)
 
 
 class RemoteSliders(Amounts):

@@ -72,7 +72,7 @@ def answer_errors(url: str) -> Iterator[None]:
         yield
     except openai.APIStatusError as e:
         kind = UnreachableError if e.status_code >= 500 or e.status_code == 429 else SteerError
-        found = e.body.get("message") if isinstance(e.body, dict) else None
+        found = e.body.get("message") if isinstance(e.body, dict) else e.body
         raise kind(f"{url}: {one_line(str(found or e.message))}") from e
     except openai.APIConnectionError as e:  # a timeout is one
         why = one_line(str(e.__cause__ or e))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
@@ -285,6 +286,9 @@ def test_another_checkpoint_is_refused_at_the_start(desk, llama, tmp_path, tiny_
 def test_an_address_where_nothing_answers_is_named(desk):
     with pytest.raises(SteerError, match="no llama-server answers"), engine_on(desk, "http://127.0.0.1:9"):
         pass
+    for wrong in ("127.0.0.1:9", "http://[", "http://127.0.0.1:port"):
+        with pytest.raises(SteerError, match=re.escape(wrong)), engine_on(desk, wrong):
+            pass
 
 
 @pytest.mark.parametrize("stored", ["F32", "Q4_0"])
