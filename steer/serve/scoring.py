@@ -44,7 +44,7 @@ def prompt_tokens(model: SteeredModel, ids: Sequence[int], edit: Edit | None, to
         for part, scores in logits_in_chunks(model, hidden):
             model.check_finite(scores)
             logprobs = scores.log_softmax(-1)
-            targets = torch.tensor(ids[1 + start :][part], device=logprobs.device)
+            targets = torch.tensor(ids[start + 1 : end + 1][part], device=logprobs.device)
             likeliest = logprobs.topk(top, dim=-1)
             for token, logprob, values, tokens in zip(
                 targets.tolist(), logprobs.gather(-1, targets[:, None])[:, 0].tolist(), likeliest.values.tolist(),
