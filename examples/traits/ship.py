@@ -79,8 +79,8 @@ def span(found: list[float] | None) -> str:
 
 
 def efforts(result: dict[str, Any], ships: list[str]) -> str:
-    """How much of the full search's effect the quick search's slider has: of each trait whose other slider was given as a
-    variant, TRAIT-quick or TRAIT-full."""
+    """How much of the full search's effect the quick search's slider has, for traits of which the other slider was given
+    as a variant: TRAIT-quick or TRAIT-full."""
     shares = []
     for name in ships:
         shipped = result["sliders"][name]
