@@ -79,8 +79,8 @@ def span(found: list[float] | None) -> str:
 
 
 def efforts(result: dict[str, Any], ships: list[str]) -> str:
-    """How much of the full search's effect the quick search's slider has, for traits of which the other slider was given
-    as a variant: TRAIT-quick or TRAIT-full."""
+    """Of each trait whose other search was given as a variant, TRAIT-quick or TRAIT-full: how much of the full search's
+    effect the slider of the quick search has."""
     shares = []
     for name in ships:
         shipped = result["sliders"][name]
