@@ -183,7 +183,7 @@ def parse_json(data: bytes | str, *, number: Callable[[str], float] = float, hal
         if not halves and "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as e:
-        raise ValueError(f"bytes that are not UTF-8 at {e.start}") from e
+        raise ValueError(one_line(e)) from e
     except UnicodeEncodeError as e:
         raise ValueError("half a surrogate pair (\\ud800 to \\udfff) in a text") from e
     except RecursionError as e:
@@ -240,7 +240,7 @@ def one_line(e: Exception | str) -> str:
     """The message of another library's exception, or of another server, as one line of at most 300 printable
     characters."""
     if isinstance(e, UnicodeDecodeError):
-        return f"bytes that are no UTF-8 at {e.start}"
+        return f"bytes that are not UTF-8 at {e.start}"
     text = " ".join(str(e).split()) or type(e).__name__
     return "".join(c if c.isprintable() else "?" for c in text)[:300]
 

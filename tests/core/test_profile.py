@@ -210,7 +210,7 @@ def test_what_is_no_profile_is_one_line_that_names_the_key(data: Any, says: str)
         ("name: a\nsliders:\n- {slider: x, amount: 1e-3}", "found '1e-3'; write one such as"),
         ("? [a, b]\n: c\n", "in YAML"),
         ('name: "\\ud83d"', "half a surrogate pair"),
-        (b"name: \xff\xfe\n", "no UTF-8 at 6"),
+        (b"name: \xff\xfe\n", "not UTF-8 at 6"),
         (b"\x00\x01", "in YAML"),
         ("", "expected a mapping"),
         ("--- a\n--- b\n", "in YAML"),
