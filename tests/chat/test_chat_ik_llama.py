@@ -30,11 +30,19 @@ SERVER = Path(__file__).parents[2] / ".ik-llama" / "build" / "bin" / "llama-serv
 pytestmark = pytest.mark.skipif(not SERVER.is_file(), reason="`make ik-llama` builds the server")
 
 
+@pytest.fixture(scope="module")
+def baked(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ablation without the embedding, for which ik_llama.cpp takes no LoRA, and an add."""
+    out = tmp_path_factory.mktemp("ik") / "baked"
+    bake(desk.checkpoint, out, edit(desk, STRENGTH, 1.0), "gguf")
+    return out
+
+
 @pytest.fixture
-def url(desk: Desk) -> Iterator[str]:
+def url(desk: Desk, baked: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [SERVER, "-m", desk.gguf, "--lora", desk.baked / "ablate-a.gguf", "--port", str(port), "--jinja"]
+    command = [SERVER, "-m", desk.gguf, "--lora", baked / "ablate-a.gguf", "--port", str(port), "--jinja"]
     command += ["-c", "512", "-t", "1", "-ctk", "f32", "-ctv", "f32", "-fa", "off", "-np", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
@@ -65,7 +73,8 @@ def chat(url: str) -> Iterator[Chat]:
 
 def edit(desk: Desk, a: float, c: float) -> Edit | None:
     one, _, added = desk.directions
-    return Edit.of([Slider(one, "ablate", a), Slider(added, "add", c)])
+    blocks = (0, desk.model.anatomy.blocks - 1)
+    return Edit((one,) if a else (), a, blocks, add=((added, c),) if c else ()) if a or c else None
 
 
 def wanted(desk: Desk, a: float = 0.0, c: float = 0.0) -> str:
