@@ -170,11 +170,11 @@ def test_a_plain_bake_of_the_merge_equals_ablate_hooks_at_every_writer(
     assert rounding < effect / 50
 
 
-def test_fit_trusts_the_slider_on_the_merge_at_4_bits(demo: dict[str, Any], tmp_path: Path) -> None:
-    """Found on the unquantised merge, slid in llama-server on its Q4_0."""
+def test_fit_trusts_the_slider_on_the_merge_at_8_bits(demo: dict[str, Any], tmp_path: Path) -> None:
+    """Found on the unquantised merge, slid in llama-server on its Q8_0."""
     gguf, baked = tmp_path / "merged.gguf", tmp_path / "baked"
     certificate = bake(demo["merged"], baked, ablate="moralizing", form="gguf")
-    write_gguf(Path(demo["merged"]), gguf, "Q4_0")
+    write_gguf(Path(demo["merged"]), gguf, "Q8_0")
     with llama_server(server_command(certificate, str(baked)).replace("MODEL.gguf", str(gguf)), threads=2) as running:
         found = [STEER, "fit", gguf, demo["merged"], "--server", running.url, "--json"]
         done = subprocess.run(found, capture_output=True, text=True)
