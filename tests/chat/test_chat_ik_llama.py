@@ -43,7 +43,7 @@ def url(desk: Desk, baked: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [SERVER, "-m", desk.gguf, "--lora", baked / "ablate-a.gguf", "--port", str(port), "--jinja"]
-    command += ["-c", "512", "-t", "1", "-ctk", "f32", "-ctv", "f32", "-fa", "off", "-np", "1"]
+    command += ["-c", "512", "-t", "1", "-ctk", "f32", "-fa", "off", "-np", "1"]  # its values are in F16 without -fa
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             found, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
