@@ -19,7 +19,7 @@ from tiny_chat import keep_direction, save_tiny_chat
 from tiny_family import tune
 
 from steer.chat.chat import Chat
-from steer.chat.costs import Cost
+from steer.chat.costs import Cost, effects_report
 from steer.chat.evolving import Evolution
 from steer.chat.stored import saved_chats
 from steer.chat.voting import keep_vote
@@ -392,7 +392,7 @@ def test_what_the_sliders_do_to_each_other_is_on_the_page_where_it_was_measured(
     at.run()
     button = "What the sliders do to each other"
     assert button not in [b.label for b in at.button]
-    assert chat_of(at).effects_report() is None
+    assert effects_report(chat_of(at).model) is None
     effects = [{"slider": "moral", "scorer": "war<mth", "change": 1.25, "low": 1.0, "high": None}]
     missing = {"humour": "no <reply>"}
     about = {"topics": 8, "tokens": 48, "seed": 0, "sliders": {}, "missing": missing, "effects": effects}
@@ -401,7 +401,7 @@ def test_what_the_sliders_do_to_each_other_is_on_the_page_where_it_was_measured(
     at.run()
     click(at, button)
     assert not at.exception
-    report = chat_of(at).effects_report()
+    report = effects_report(chat_of(at).model)
     assert report is not None
     for text in ("war&lt;mth", "+1.2", "8 held-out topics", "humour: no direction. no &lt;reply&gt;"):
         assert text in report

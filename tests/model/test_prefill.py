@@ -158,9 +158,10 @@ def test_residuals_summed_while_replies_are_written_are_those_of_a_second_pass(m
 def test_rows_that_leave_move_as_few_others_as_they_are(model: SteeredModel, monkeypatch):
     kept: list[list[int]] = []
 
-    def select(cache: Cache, rows: torch.Tensor) -> None:
-        kept.append(rows.tolist())
-        select_rows(cache, rows)
+    def select(cache: Cache, rows: torch.Tensor, ahead: int | None = None) -> None:
+        if ahead is None:  # else the rows of one prompt, which it reads once
+            kept.append(rows.tolist())
+        select_rows(cache, rows, ahead)
 
     monkeypatch.setattr(decode, "select_rows", select)
     model.end_token_ids = frozenset(range(30, 40))
