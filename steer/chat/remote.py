@@ -34,6 +34,8 @@ from steer.serve.llama_cpp.fields import lora, sampling
 
 _FRESH = 5.0
 """Seconds for which the server's answer about its sliders is cached."""
+_LOST = 2.0
+"""Seconds after which scales are sent again: ik_llama.cpp sets them at once, and now and then never answers."""
 _LONGEST = 2**20
 """How far back llama-server's penalties look, in tokens: over the whole text."""
 _LATENT = re.compile(r"L(\d+)/\d+")
@@ -215,12 +217,15 @@ class RemoteBackend(ReplyBackend):
 
     def _set(self, loras: Mapping[int, float], vectors: Mapping[str, float]) -> None:
         """Set the scales that a server holds for all requests: of LoRAs by id, of control vectors by slider."""
-        if loras:
-            self.ask("post", f"{self.url}/lora-adapters", lora(loras)["lora"])
-        for name, scale in vectors.items():
-            row = (self.vectors or {})[name].row
-            # Loads it, or moves it if it is loaded.
-            self.ask("post", f"{self.url}/control-vectors/load", row.model_dump() | {"scale": scale})
+        client = self.client.with_options(timeout=_LOST, max_retries=5)
+        with answer_errors(self.url):
+            if loras:
+                client.post(f"{self.url}/lora-adapters", cast_to=object, body=lora(loras)["lora"])
+            for name, scale in vectors.items():
+                row = (self.vectors or {})[name].row
+                # Loads it, or moves it if it is loaded.
+                body = row.model_dump() | {"scale": scale}
+                client.post(f"{self.url}/control-vectors/load", cast_to=object, body=body)
 
     def forget_offered(self) -> None:
         """Make `offered` ask the server again, which has a new slider."""

@@ -116,7 +116,10 @@ def test_amounts_give_the_log_probabilities_of_the_transformers_engine(desk, url
         found, expected = {likely["id"]: likely["logprob"] for likely in step["top_logprobs"]}, dict(token.top)
         both = found.keys() & expected.keys()  # the third may be another where two are equally likely
         assert len(both) >= 2
-        assert [found[id] for id in both] == pytest.approx([expected[id] for id in both], abs=0.02)
+        best = max(both, key=expected.__getitem__)  # ik_llama.cpp's probabilities do not sum to 1 over the vocabulary
+        assert [found[id] - found[best] for id in both] == pytest.approx(
+            [expected[id] - expected[best] for id in both], abs=0.02
+        )
 
 
 def test_a_control_vector_moved_in_mid_reply_is_felt_and_what_is_written_stays(desk, chat):
