@@ -72,10 +72,14 @@ class CompiledStep:
                 head.forward = lambda x: self._compiled(product, x)
             yield
         finally:
-            for block in self._blocks:
-                block.module.__dict__.pop("forward", None)
+            self.leave_blocks()
             if self._head is not None:
                 self._head[0].__dict__.pop("forward", None)
+
+    def leave_blocks(self) -> None:
+        """Inside of `running`, have the blocks run plain code again, which reads several tokens."""
+        for block in self._blocks:
+            block.module.__dict__.pop("forward", None)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

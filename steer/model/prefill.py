@@ -239,8 +239,7 @@ def _all_ids(
     """Empty a cache, and return all tokens that the next pass then reads: the texts as far as the mask reaches."""
     cache.layers = growing_cache(model.hf.config).layers
     if model.compiled is not None:  # the step was to run compiled code, which reads one token
-        for block in range(model.anatomy.blocks):
-            vars(model.hf.get_submodule(model.anatomy.block_module(block))).pop("forward", None)
+        model.compiled.leave_blocks()
     ids = torch.zeros_like(mask)
     counts = mask.sum(1).tolist()
     ids[mask.bool()] = torch.tensor([i for t, n in zip(texts, counts, strict=True) for i in t.ids[:n]]).to(mask)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from batched import ask
 from llama_desk import LONG, STRENGTH, Desk
-from test_chat_llama_server import HELLO, reply
+from test_chat_llama_server import HELLO, moved_in_mid_reply, reply
 
 from steer.baking.bake import bake
 from steer.chat.chat import Chat
@@ -123,16 +123,7 @@ def test_amounts_give_the_log_probabilities_of_the_transformers_engine(desk, url
 
 
 def test_a_control_vector_moved_in_mid_reply_is_felt_and_what_is_written_stays(desk, chat):
-    draft = chat.backend.draft(Task(HELLO, LONG))
-    for _ in range(4):
-        assert draft.step()
-    begun = draft.text
-    chat.sliders["c"] = 1.0
-    while draft.step():
-        pass
-    draft.close()
-    assert draft.text.startswith(begun)
-    assert draft.text != wanted(desk)
+    moved_in_mid_reply(desk, chat, "c")
 
 
 def test_after_a_reply_or_a_part_of_one_the_server_is_as_it_was_found(desk, url, chat):

@@ -12,7 +12,7 @@ from serving import served
 
 from steer.chat.chat import Chat
 from steer.chat.remote import RemoteBackend
-from steer.chat.writer import Task
+from steer.chat.writer import PendingReply, Task
 from steer.core.profile import Profile, ProfileSlider
 from steer.core.sampler import Sampler
 from steer.errors import SteerError, UsageError
@@ -44,6 +44,21 @@ def wanted(desk: Desk, a: float = 0.0, b: float = 0.0) -> str:
     return desk.model.text(ids)
 
 
+def moved_in_mid_reply(desk: Desk, chat: Chat, slider: str) -> PendingReply:
+    """A reply during which a slider is moved: its beginning stays, and the rest is another one."""
+    draft = chat.backend.draft(Task(HELLO, LONG))
+    for _ in range(4):
+        assert draft.step()
+    begun = draft.text
+    chat.sliders[slider] = 1.0
+    while draft.step():
+        pass
+    draft.close()
+    assert draft.text.startswith(begun)
+    assert draft.text != wanted(desk)
+    return draft
+
+
 def test_scales_of_the_loras_are_sliders_of_each_request(desk, chat):
     chat.panel.set("a:ablate", 0.5)
     assert reply(chat) == wanted(desk, a=0.5 * STRENGTH)
@@ -54,16 +69,7 @@ def test_scales_of_the_loras_are_sliders_of_each_request(desk, chat):
 
 
 def test_a_slider_moved_in_mid_reply_is_felt_and_what_is_written_stays(desk, chat):
-    draft = chat.backend.draft(Task(HELLO, LONG))
-    for _ in range(4):
-        assert draft.step()
-    begun = draft.text
-    chat.sliders["a:ablate"] = 1.0
-    while draft.step():
-        pass
-    draft.close()
-    assert draft.text.startswith(begun)
-    assert draft.text != wanted(desk)
+    draft = moved_in_mid_reply(desk, chat, "a:ablate")
     assert [s.start for s in draft.stretches] == [0, 4]
 
 

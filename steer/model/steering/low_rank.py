@@ -248,20 +248,22 @@ class LowRankEdit:
         table = (self.rows, 1, self.columns)
         alpha, beta, used = np.zeros((3, *table))
         upper = np.full(table, math.inf)
-        window = np.broadcast_to(np.reshape(ALWAYS.window, (-1, 1, 1, 1)), (len(ALWAYS.window), *table)).copy()
         masks: dict[object, Tensor] = {}
         for t in self.terms:
             at, when = (t.row, 0, t.column), t.move.when
             alpha[at], beta[at], upper[at] = t.coefficients
-            window[:, *at] = when.window
             used[at] = 1.0
             if when.gate is not None:
                 masks.setdefault(when.gate.key, torch.zeros(1, 1, self.columns))[0, 0, t.column] = 1.0
         # [rows, 1, columns]: as in `Term.coefficients`; 0 where a row does not use a column.
         self.alpha, self.beta = PerRowTensor(torch.from_numpy(alpha)), PerRowTensor(torch.from_numpy(beta))
         self.upper = PerRowTensor(torch.from_numpy(upper)) if np.isfinite(upper).any() else None
-        timed = any(t.move.when.timed for t in self.terms)
-        self.window = ReplyWindow(torch.from_numpy(window)) if timed else None
+        self.window: ReplyWindow | None = None
+        if any(t.move.when.timed for t in self.terms):
+            window = np.broadcast_to(np.reshape(ALWAYS.window, (-1, 1, 1, 1)), (len(ALWAYS.window), *table)).copy()
+            for t in self.terms:
+                window[:, t.row, 0, t.column] = t.move.when.window
+            self.window = ReplyWindow(torch.from_numpy(window))
         self._used = PerRowTensor(torch.from_numpy(used))
         self._masks = {key: PerRowTensor(mask) for key, mask in masks.items()}
         """`Gate.key` -> [1, 1, columns]: 1 for the columns that have this gate."""
